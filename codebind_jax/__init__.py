@@ -1,0 +1,16 @@
+"""codebind_jax: bind any number of modalities into one space and keep what is unique to each."""
+
+from typing import Any
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+  """Loads the public names on first use, so that importing the package stays light."""
+  if name == "load":
+    from codebind_jax.api import load
+
+    return load
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Sources, transforms, feature cache and input pipeline."""

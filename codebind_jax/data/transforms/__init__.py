@@ -1,0 +1,1 @@
+"""Per-modality transforms from user files to model inputs."""

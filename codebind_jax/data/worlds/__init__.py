@@ -1,0 +1,1 @@
+"""Real data sets built on the user's machine from ordinary packages."""

@@ -1,0 +1,1 @@
+"""Losses: pure functions, scalar out, computed in float32."""

@@ -1,0 +1,1 @@
+"""Frozen trunks from public checkpoints."""
