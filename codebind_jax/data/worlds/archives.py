@@ -1,0 +1,128 @@
+"""Readers of the archives that packages come in: npm tarballs, wheels, Debian packages and Qt resource files."""
+
+import io
+import lzma
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+_BROKEN = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, struct.error, ValueError,
+           IndexError, UnicodeDecodeError)
+
+
+def read_members(path: Path, names: Iterable[str]) -> dict[str, bytes]:
+  """Contents of the named files of an archive, those it holds; a name it lacks is absent from the result.
+
+  Args:
+    path: a .tgz, .tar.gz, .whl, .zip or .deb file.
+    names: inner paths, without a leading "./".
+
+  Raises:
+    ValueError: if the archive is damaged, or of another kind.
+  """
+  wanted = set(names)
+  try:
+    if path.suffix in (".whl", ".zip"):
+      with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist() if name in wanted}
+    if path.suffix == ".deb":
+      with deb_tar(path.read_bytes()) as archive:
+        return _tar_members(archive, wanted)
+    if path.name.endswith((".tgz", ".tar.gz")):
+      with tarfile.open(path) as archive:
+        return _tar_members(archive, wanted)
+  except _BROKEN as error:
+    raise ValueError(f"{path}: damaged archive ({error}); remove it and run again to fetch it anew") from error
+  raise ValueError(f"{path}: unknown kind of archive; allowed: .tgz .tar.gz .whl .zip .deb")
+
+
+def _tar_members(archive: tarfile.TarFile, wanted: set[str]) -> dict[str, bytes]:
+  found = {}
+  for member in archive:
+    name = member.name.removeprefix("./")
+    if name in wanted and member.isfile():
+      found[name] = archive.extractfile(member).read()
+      if len(found) == len(wanted):
+        break
+  return found
+
+
+def deb_tar(data: bytes) -> tarfile.TarFile:
+  """The files of a Debian package: the `data.tar.*` member of an `ar` archive.
+
+  Raises:
+    ValueError: if `data` is no Debian package.
+  """
+  if data[:8] != b"!<arch>\n":
+    raise ValueError("not an ar archive")
+  offset = 8
+  while offset + 60 <= len(data):
+    header = data[offset : offset + 60]
+    name, size = header[:16].decode("ascii").strip().rstrip("/"), int(header[48:58])
+    if name.startswith("data.tar"):
+      body = data[offset + 60 : offset + 60 + size]
+      if len(body) < size:
+        raise ValueError(f"member {name} is cut short: {len(body)} of {size} bytes")
+      return tarfile.open(fileobj=io.BytesIO(body))
+    offset += 60 + size + (size & 1)
+  raise ValueError("no data.tar member")
+
+
+def read_rcc(data: bytes) -> dict[str, bytes]:
+  """All files of a Qt resource file: inner path -> content.
+
+  The header is "qres" and four big-endian u32: version, offsets of tree, data and names. A tree entry is 22 bytes from
+  version 2 on, else 14: u32 name offset, u16 flags, then for a folder (flag 2) u32 count and u32 first child, for a
+  file 4 skipped bytes and u32 data offset. Flag 1 marks zlib behind a 4-byte length, flag 4 zstandard.
+
+  Raises:
+    ValueError: if `data` is no Qt resource file or is damaged.
+  """
+  if data[:4] != b"qres":
+    raise ValueError("not a Qt resource file: it does not begin with 'qres'")
+  try:
+    version, tree, payload, names = struct.unpack_from(">4I", data, 4)
+    width = 22 if version >= 2 else 14
+    files = {}
+    todo = [(0, "")]
+    seen = set()
+    while todo:
+      index, parent = todo.pop()
+      if index in seen:
+        raise ValueError("its tree has a cycle")
+      seen.add(index)
+      offset = tree + index * width
+      name_offset, flags = struct.unpack_from(">IH", data, offset)
+      path = parent
+      if index:
+        length = struct.unpack_from(">H", data, names + name_offset)[0]
+        start = names + name_offset + 6
+        path = f"{parent}/{data[start : start + 2 * length].decode('utf-16-be')}".lstrip("/")
+      if flags & 2:
+        count, first = struct.unpack_from(">2I", data, offset + 6)
+        todo.extend((first + i, path) for i in range(count))
+      else:
+        files[path] = _rcc_file(data, payload + struct.unpack_from(">I", data, offset + 10)[0], flags)
+    return files
+  except (struct.error, zlib.error, UnicodeDecodeError) as error:
+    raise ValueError(f"damaged Qt resource file ({error})") from error
+
+
+def _rcc_file(data: bytes, offset: int, flags: int) -> bytes:
+  size = struct.unpack_from(">I", data, offset)[0]
+  body = data[offset + 4 : offset + 4 + size]
+  if len(body) < size:
+    raise ValueError(f"a file is cut short: {len(body)} of {size} bytes")
+  if flags & 1:
+    return zlib.decompress(body[4:])
+  if flags & 4:
+    import zstandard
+
+    try:
+      return zstandard.ZstdDecompressor().decompressobj().decompress(body)
+    except zstandard.ZstdError as error:
+      raise ValueError(f"damaged zstandard data ({error})") from error
+  return body

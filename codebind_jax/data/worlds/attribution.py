@@ -1,0 +1,32 @@
+"""Credits of a built world, written beside the data."""
+
+from collections.abc import Iterable
+
+from codebind_jax.data.worlds.fetch import Package
+
+
+def text(world: str, packages: Iterable[Package]) -> str:
+  """Text of ATTRIBUTION.md.
+
+  Args:
+    world: name of the world, for the heading.
+    packages: the packages it was built from.
+  """
+  rows = [f"| {p.name} {p.version} | {_registry(p)} | {p.attribution} | {p.licence} |" for p in packages]
+  return "\n".join([
+      f"# Attribution: world {world}",
+      "",
+      "The arrays beside this file were built on this machine from the packages below, for use on this machine. Their",
+      "licences differ, and some forbid passing them on under other terms: do not publish the arrays. Pictures were",
+      "drawn or resized to squares on white; nothing else was changed. Debian packages carry their full terms in",
+      "`usr/share/doc/PACKAGE/copyright`.",
+      "",
+      "| package | from | credit | licence |",
+      "|---|---|---|---|",
+      *rows,
+      "",
+  ])
+
+
+def _registry(package: Package) -> str:
+  return {"npm": "npm", "apt": "Debian", "pip": "PyPI", "pip-sdist": "PyPI (source archive)"}[package.kind]

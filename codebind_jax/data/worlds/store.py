@@ -1,0 +1,156 @@
+"""Built worlds on disk: `<data folder>/worlds/<world>/<profile>/<version>`, a tfds data set in array_record files.
+
+Beside the records lie `manifest.json` (hashes of packages and tables, counts), `index.json` (all fields but the arrays,
+in record order) and `ATTRIBUTION.md`. A world appears whole, by one rename, or not at all.
+"""
+
+import contextlib
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from codebind_jax.data.worlds import fetch, names
+
+
+def world_dir(root: Path, world: str, profile: str, version: str) -> Path:
+  """Folder of one built world."""
+  return root / "worlds" / world / profile / version
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+  """The manifest of a built world; None where nothing is built or the tables have changed since."""
+  path = folder / "manifest.json"
+  if not path.is_file():
+    return None
+  try:
+    manifest = json.loads(path.read_text())
+    current = all(names.table_hash(name) == digest for name, digest in manifest["tables"].items())
+  except (ValueError, KeyError) as error:
+    raise ValueError(f"{path}: damaged ({error}); remove {folder} and run prepare again") from error
+  return manifest if current else None
+
+
+def build(
+    root: Path,
+    world: str,
+    profile: str,
+    version: str,
+    *,
+    splits: Mapping[str, Callable[[], Iterable[tuple[str, dict[str, Any]]]]],
+    features: Callable[[], Mapping[str, Any]],
+    arrays: Iterable[str],
+    finish: Callable[[], tuple[dict[str, Any], str]],
+    need_bytes: int,
+) -> Path:
+  """Writes a world and moves it to its place.
+
+  Args:
+    root: the data folder.
+    world: name of the world.
+    profile: name of the profile.
+    version: version of the builder, such as "1.0.0".
+    splits: split name -> generator of (id, row).
+    features: gives the tfds features of a row.
+    arrays: fields kept out of the index.
+    finish: called when all rows are written; gives the manifest and the text of ATTRIBUTION.md.
+    need_bytes: free space that must be there before the work starts.
+
+  Returns:
+    The folder of the built world.
+
+  Raises:
+    OSError: if the folder cannot be written or has too little space.
+  """
+  final = world_dir(root, world, profile, version)
+  fetch.make_folder(final.parent, need_bytes)
+  with fetch.lock(final.parent):
+    if read_manifest(final) is not None:
+      return final
+    for stale in final.parent.glob(".building-*"):
+      shutil.rmtree(stale)
+    with tempfile.TemporaryDirectory(dir=final.parent, prefix=".building-") as scratch:
+      made = _write_records(Path(scratch), world, profile, version, splits, features)
+      _write_index(made, arrays)
+      manifest, attribution = finish()
+      (made / "ATTRIBUTION.md").write_text(attribution)
+      (made / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+      if final.exists():
+        shutil.rmtree(final)
+      made.replace(final)
+  logging.info("built world %s, profile %s, in %s", world, profile, final)
+  return final
+
+
+def _write_records(scratch, world, profile, version, splits, features) -> Path:
+  import tensorflow_datasets as tfds
+
+  with tfds.core.registered.skip_registration():
+
+    class _World(tfds.core.GeneratorBasedBuilder):
+      """The packaged world."""
+
+      name = world
+      VERSION = tfds.core.Version(version)
+      url_infos = {}  # tfds downloads nothing; without this it looks for a checksum file beside this module
+      BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=profile)]
+
+      def _info(self):
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features()))
+
+      def _split_generators(self, dl_manager):
+        return {split: generate() for split, generate in splits.items()}
+
+      def _generate_examples(self):
+        raise NotImplementedError("every split brings its own generator")
+
+  with _quiet(tfds.core.utils.tqdm_utils):
+    builder = _World(data_dir=scratch, config=profile, file_format="array_record")
+    builder.download_and_prepare()
+  return Path(builder.data_dir)
+
+
+@contextlib.contextmanager
+def _quiet(progress) -> Iterator[None]:
+  """Without tfds's bars and messages for every step of every split: the world's builder shows one bar of its own."""
+  active, level = progress._active, logging.get_verbosity()
+  progress.disable_progress_bar()
+  logging.set_verbosity(min(level, logging.WARNING))
+  try:
+    with contextlib.redirect_stdout(io.StringIO()):
+      yield
+  finally:
+    logging.set_verbosity(level)
+    progress._active = active
+
+
+def _write_index(folder: Path, arrays: Iterable[str]) -> None:
+  """Collects the small fields of every record, so that rows can be listed and chosen without decoding."""
+  import tensorflow_datasets as tfds
+
+  raw = {key: tfds.decode.SkipDecoding() for key in arrays}
+  index = {}
+  with _quiet(tfds.core.utils.tqdm_utils):
+    builder = tfds.builder_from_directory(folder)
+    for split in builder.info.splits:
+      source = builder.as_data_source(split, decoders=raw)
+      index[split] = [{k: _plain(v) for k, v in source[i].items() if k not in raw} for i in range(len(source))]
+  (folder / "index.json").write_text(json.dumps(index, ensure_ascii=False))
+
+
+def _plain(value: Any) -> Any:
+  """tfds values as JSON values: bytes as text, arrays as lists."""
+  if isinstance(value, dict):
+    return {key: _plain(item) for key, item in value.items()}
+  if isinstance(value, bytes):
+    return value.decode()
+  if hasattr(value, "tolist"):
+    return _plain(value.tolist())
+  if isinstance(value, (list, tuple)):
+    return [_plain(item) for item in value]
+  return value
