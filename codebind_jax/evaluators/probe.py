@@ -1,0 +1,341 @@
+"""What an embedding holds inside its modality: nearest class mean and linear probe.
+
+Speed: float32 throughout; values of C are tried from small to large, each fit starting where the last one ended (L-BFGS
+then needs few steps), and the search stops when validation has not improved twice. 3,500 x 1,024 takes about 0.5 s with
+9 classes and 15 s with 550, on one core.
+"""
+
+import dataclasses
+import hashlib
+import warnings
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from absl import logging
+from jaxtyping import Bool, Float, Shaped
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+
+from codebind_jax.evaluators import base
+
+C_GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeResult:
+  """Outcome of a probe on the test rows.
+
+  Attributes:
+    accuracy: percent.
+    balanced_accuracy: mean over classes of the percentage right, so that big classes do not decide.
+    predictions: [N] predicted labels.
+    c: the chosen inverse strength of the penalty; NaN where there is none.
+    val_accuracy: percent on the validation part at that strength; NaN where there is none.
+  """
+
+  accuracy: float
+  balanced_accuracy: float
+  predictions: np.ndarray
+  c: float = float("nan")
+  val_accuracy: float = float("nan")
+
+
+def balanced_accuracy(predictions: Shaped[np.ndarray, "n"], targets: Shaped[np.ndarray, "n"]) -> float:
+  """Mean over the classes among `targets` of the percentage predicted right."""
+  classes, numbers = np.unique(targets, return_inverse=True)
+  right = np.bincount(numbers, weights=predictions == targets, minlength=len(classes))
+  return 100.0 * float(np.mean(right / np.bincount(numbers)))
+
+
+def _result(predictions, targets, **rest):
+  return ProbeResult(
+    100.0 * float(np.mean(predictions == targets)), balanced_accuracy(predictions, targets), predictions, **rest
+  )
+
+
+def _check(train_x, train_y, test_x, test_y):
+  """Checked float32 matrices and label arrays; every test label must be a class of the training rows."""
+  train_x, test_x = base.finite_rows("train embeddings", train_x), base.finite_rows("test embeddings", test_x)
+  base.check_widths(train=train_x, test=test_x)
+  train_y, test_y = np.asarray(train_y), np.asarray(test_y)
+  base.check_lengths(train_x=train_x, train_y=train_y)
+  base.check_lengths(test_x=test_x, test_y=test_y)
+  unknown = np.setdiff1d(test_y, train_y)
+  if len(unknown):
+    raise ValueError(
+      f"test label {str(unknown[0])!r} is not among the {len(np.unique(train_y))} classes of the training rows"
+    )
+  return train_x, train_y, test_x, test_y
+
+
+def nearest_class_mean(
+  train_x: Float[np.ndarray, "..."],
+  train_y: Shaped[np.ndarray, "..."],
+  test_x: Float[np.ndarray, "..."],
+  test_y: Shaped[np.ndarray, "..."],
+) -> ProbeResult:
+  """Gives each test row the class whose mean training embedding has the largest cosine.
+
+  Args:
+    train_x: [N, D]; rows are normalised first.
+    train_y: [N] labels of any type that can be sorted.
+    test_x: [M, D].
+    test_y: [M].
+
+  Raises:
+    ValueError: on empty or non-finite embeddings, differing lengths or widths, or a test label without training rows.
+  """
+  train_x, train_y, test_x, test_y = _check(train_x, train_y, test_x, test_y)
+  classes, numbers = np.unique(train_y, return_inverse=True)
+  means = np.zeros((len(classes), train_x.shape[1]), np.float32)
+  np.add.at(means, numbers, base.unit_rows("train embeddings", train_x))
+  scores = base.unit_rows("test embeddings", test_x) @ base.unit_rows("class means", means).T
+  return _result(classes[scores.argmax(axis=1)], test_y)
+
+
+def nearest_other_mean(x: Float[np.ndarray, "..."], y: Shaped[np.ndarray, "..."]) -> ProbeResult:
+  """Nearest class mean inside one set, each row left out of its own class's mean (for classes never trained on).
+
+  Rows that are alone in their class have no mean to find and are not scored; their class stays a candidate for the
+  others.
+
+  Raises:
+    ValueError: on empty or non-finite embeddings, differing lengths, or if every row is alone in its class.
+  """
+  x, y = base.unit_rows("embeddings", x), np.asarray(y)
+  base.check_lengths(x=x, y=y)
+  classes, numbers, counts = np.unique(y, return_inverse=True, return_counts=True)
+  asked = np.flatnonzero(counts[numbers] > 1)
+  if not len(asked):
+    raise ValueError("every row is alone in its class, so no class mean can be formed without it")
+  if len(asked) < len(x):
+    logging.info(
+      "nearest class mean: %d of %d rows are alone in their class and not scored", len(x) - len(asked), len(x)
+    )
+  sums = np.zeros((len(classes), x.shape[1]), np.float32)
+  np.add.at(sums, numbers, x)
+  scores = x[asked] @ base.unit_rows("class means", sums).T
+  others = base.unit_rows("class means", sums[numbers[asked]] - x[asked])
+  scores[np.arange(len(asked)), numbers[asked]] = (x[asked] * others).sum(axis=1)
+  return _result(classes[scores.argmax(axis=1)], y[asked])
+
+
+def grouped_split(groups: Shaped[np.ndarray, "n"], fraction: float, *, salt: str = "probe") -> Bool[np.ndarray, "n"]:
+  """Marks rows whose group is held out: whole groups, chosen by hash, so that adding rows moves no other group.
+
+  Args:
+    groups: the group of each row, a concept for example.
+    fraction: of the groups to hold out, between 0 and 1; exactly round(fraction * groups), at least one and not all.
+    salt: another salt gives another choice.
+
+  Raises:
+    ValueError: if `fraction` is not between 0 and 1 or there are fewer than two groups.
+  """
+  if not 0 < fraction < 1:
+    raise ValueError(f"fraction: must be between 0 and 1, got {fraction}")
+  names = np.unique(groups)
+  if len(names) < 2:
+    raise ValueError(f"groups: at least two are needed to hold one out, got {len(names)}")
+  held = min(max(1, round(fraction * len(names))), len(names) - 1)
+  order = sorted(names, key=lambda name: hashlib.sha256(f"{salt}:{name}".encode()).digest())
+  return np.isin(groups, order[:held])
+
+
+def _stratified_split(y, fraction):
+  """Marks about `fraction` of the rows of each class, evenly spaced; a class with one row stays in the fitting part."""
+  held = np.zeros(len(y), bool)
+  for label in np.unique(y):
+    rows = np.flatnonzero(y == label)
+    count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
+    held[rows[np.linspace(0, len(rows) - 1, count + 2).round().astype(int)[1:-1]] if count else []] = True
+  return held
+
+
+def linear_probe(
+  train_x: Float[np.ndarray, "..."],
+  train_y: Shaped[np.ndarray, "..."],
+  test_x: Float[np.ndarray, "..."],
+  test_y: Shaped[np.ndarray, "..."],
+  *,
+  c_grid: Sequence[float] = C_GRID,
+  groups: Shaped[np.ndarray, "..."] | None = None,
+  test_groups: Shaped[np.ndarray, "..."] | None = None,
+  val: tuple[np.ndarray, np.ndarray] | None = None,
+  val_fraction: float = 0.2,
+  max_iter: int = 300,
+) -> ProbeResult:
+  """Multinomial logistic regression on frozen embeddings, standardised with the training rows' mean and deviation.
+
+  The penalty is chosen on a validation part: `val` if given, else `val_fraction` of the training rows (whole groups
+  when `groups` are given, by class otherwise), after which the classifier is fitted once more on all training rows.
+  Test rows choose nothing.
+
+  Args:
+    train_x: [N, D].
+    train_y: [N] labels.
+    test_x: [M, D].
+    test_y: [M].
+    c_grid: inverse strengths of the penalty to try; one value skips the choice.
+    groups: [N], rows of one group stay on one side of the validation split (concepts, when the artist is predicted).
+    test_groups: [M]; if given, none may occur in `groups`.
+    val: validation rows and labels of your own.
+    val_fraction: of the training rows or groups.
+    max_iter: of L-BFGS.
+
+  Returns:
+    The result on the test rows.
+
+  Raises:
+    ValueError: on empty or non-finite embeddings, differing lengths or widths, a test label without training rows,
+      fewer than two classes, an empty grid or one not above zero, a group on both sides, or a validation part none of
+      whose classes is left to fit.
+  """
+  train_x, train_y, test_x, test_y = _check(train_x, train_y, test_x, test_y)
+  grid = sorted(float(c) for c in c_grid)
+  if not grid or not grid[0] > 0:
+    raise ValueError(f"c_grid: values above zero are needed, got {tuple(c_grid)}")
+  if len(np.unique(train_y)) < 2:
+    raise ValueError(f"train labels: a probe needs at least two classes, got only {str(train_y[0])!r}")
+  if test_groups is not None:
+    if groups is None:
+      raise ValueError("test_groups needs groups of the training rows to be compared with")
+    base.check_lengths(test_x=test_x, test_groups=test_groups)
+    both = np.intersect1d(groups, test_groups)
+    if len(both):
+      raise ValueError(f"groups: {len(both)} are in training and test, first {str(both[0])!r}")
+  c, val_accuracy = grid[0], float("nan")
+  if len(grid) > 1:
+    c, val_accuracy = _choose_c(train_x, train_y, grid, groups, val, val_fraction, max_iter)
+  scale, fitted = _fitted(train_x, train_y, [c], max_iter)
+  predictions = next(fitted).predict(scale(test_x))
+  return _result(predictions, test_y, c=c, val_accuracy=val_accuracy)
+
+
+def _choose_c(x, y, grid, groups, val, fraction, max_iter):
+  if val is not None:
+    fit_x, fit_y, val_x, val_y = x, y, base.finite_rows("validation embeddings", val[0]), np.asarray(val[1])
+    base.check_widths(train=x, validation=val_x)
+    base.check_lengths(val_x=val_x, val_y=val_y)
+  else:
+    base.check_lengths(train_x=x, groups=groups)
+    held = grouped_split(np.asarray(groups), fraction) if groups is not None else _stratified_split(y, fraction)
+    fit_x, fit_y, val_x, val_y = x[~held], y[~held], x[held], y[held]
+  known = np.isin(val_y, fit_y)
+  if not known.any() or len(np.unique(fit_y)) < 2:
+    raise ValueError(
+      f"validation: none of its {len(np.unique(val_y))} labels can be told by the {len(np.unique(fit_y))} left to fit"
+      + (" (each label lies in one group)" if groups is not None else "")
+    )
+  scale, fitted = _fitted(fit_x, fit_y, grid, max_iter)
+  val_x, val_y = scale(val_x[known]), val_y[known]
+  best, best_c, worse = -1.0, grid[0], 0
+  for c, model in zip(grid, fitted):
+    accuracy = 100.0 * float(np.mean(model.predict(val_x) == val_y))
+    best, best_c, worse = (accuracy, c, 0) if accuracy > best else (best, best_c, worse + 1)
+    if worse == 2:
+      break
+  if best_c == grid[-1]:
+    logging.info(
+      "linear probe: the largest C of the grid, %g, was best on validation; a larger one may be better", best_c
+    )
+  return best_c, best
+
+
+def _fitted(x, y, grid, max_iter):
+  """The transform learned from `x` and an iterator over classifiers, one a value of C, each started from the last."""
+  mean, deviation = x.mean(axis=0), x.std(axis=0)
+  deviation = np.where(deviation > 1e-6 * max(float(deviation.max()), 1e-30), deviation, 1.0).astype(np.float32)
+  standard = (x - mean) / deviation
+
+  def fits():
+    model = LogisticRegression(max_iter=max_iter, warm_start=True, tol=1e-4)
+    for c in grid:
+      model.set_params(C=c)
+      with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(standard, y)
+      if model.n_iter_.max() >= max_iter:
+        logging.info("linear probe: C=%g stopped after %d iterations, before it converged", c, max_iter)
+      yield model
+
+  return lambda rows: (rows - mean) / deviation, fits()
+
+
+@dataclasses.dataclass(frozen=True)
+class NearestClassMean:
+  """Nearest class mean of each part: `ncm/<modality>/<part>`, percent.
+
+  Attributes:
+    modality: which modality.
+    train: table whose rows form the class means; None leaves each row out of the evaluated set itself
+      (`nearest_other_mean`).
+    field: column of the label.
+    parts: embedding columns; None takes those that are there.
+  """
+
+  modality: str
+  train: base.Table | None = None
+  field: str = "label"
+  parts: Sequence[str] | None = None
+  name: str = "ncm"
+
+  def __call__(self, table: base.Table) -> Iterator[tuple[str, float]]:
+    """Yields one accuracy a part."""
+    for part in base.parts_of(table, self.modality, self.parts):
+      x, y = base.columns(table, self.modality, [part, self.field])
+      if self.train is None:
+        result = nearest_other_mean(x, y)
+      else:
+        result = nearest_class_mean(*base.columns(self.train, self.modality, [part, self.field]), x, y)
+      yield f"{self.name}/{self.modality}/{part}", result.accuracy
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearProbe:
+  """Linear probe of each part: `probe/<field>/<modality>/<part>` and `.../<part>/balanced`, percent.
+
+  Attributes:
+    modality: which modality.
+    train: table the probe is fitted on; None holds `test_fraction` of the groups of the evaluated set out and fits on
+      the rest.
+    field: column of the label, `family` for example.
+    group: column of the groups held out together (`label`: concepts); needed without `train`. With `train`, groups
+      decide the validation split and may not occur on both sides.
+    parts: embedding columns; None takes those that are there.
+    c_grid: inverse strengths of the penalty.
+    test_fraction: of the groups, without `train`.
+  """
+
+  modality: str
+  train: base.Table | None = None
+  field: str = "family"
+  group: str | None = "label"
+  parts: Sequence[str] | None = None
+  c_grid: Sequence[float] = C_GRID
+  test_fraction: float = 0.4
+  name: str = "probe"
+
+  def __call__(self, table: base.Table) -> Iterator[tuple[str, float]]:
+    """Yields accuracy and balanced accuracy of each part."""
+    if self.train is None and self.group is None:
+      raise ValueError("group: needed to hold rows out of the evaluated set; or give train")
+    extra = [] if self.group is None else [self.group]
+    for part in base.parts_of(table, self.modality, self.parts):
+      x, y, *groups = base.columns(table, self.modality, [part, self.field, *extra])
+      if self.train is None:
+        test = grouped_split(groups[0], self.test_fraction, salt="probe-test")
+        train_x, train_y, train_groups = x[~test], y[~test], [groups[0][~test]]
+        x, y, groups = x[test], y[test], [groups[0][test]]
+      else:
+        train_x, train_y, *train_groups = base.columns(self.train, self.modality, [part, self.field, *extra])
+      result = linear_probe(
+        train_x,
+        train_y,
+        x,
+        y,
+        c_grid=self.c_grid,
+        groups=train_groups[0] if extra else None,
+        test_groups=groups[0] if extra else None,
+      )
+      yield f"{self.name}/{self.field}/{self.modality}/{part}", result.accuracy
+      yield f"{self.name}/{self.field}/{self.modality}/{part}/balanced", result.balanced_accuracy

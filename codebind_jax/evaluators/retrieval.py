@@ -1,0 +1,189 @@
+"""Retrieval between and within modalities: recall at k and the median rank of the first right answer."""
+
+import dataclasses
+from collections.abc import Collection, Iterator, Sequence
+
+import numpy as np
+from absl import logging
+from jaxtyping import Float, Int
+
+from codebind_jax.evaluators import base
+from codebind_jax.evaluators.zeroshot import TIE
+
+Relevant = Sequence[Collection[int]] | tuple[np.ndarray, np.ndarray]
+
+# Entries of the similarity matrix held at once: 64 MB of float32, so 50,000 x 50,000 needs no more than that.
+_BLOCK = 1 << 24
+
+
+def first_ranks(
+  query: Float[np.ndarray, "..."],
+  gallery: Float[np.ndarray, "..."],
+  relevant: Relevant,
+  *,
+  exclude_self: bool = False,
+  chunk: int = 0,
+  tie: float = TIE,
+) -> Int[np.ndarray, "n"]:
+  """Rank (from 1) of the best-placed right answer to each query, by cosine.
+
+  The rank is 1 + the number of wrong items that score at least as high as the best right one: ties count against the
+  model, so that a collapsed space, in which all cosines are equal, gets the worst rank and not the best. Right items
+  never push each other back.
+
+  Args:
+    query: [N, D].
+    gallery: [M, D].
+    relevant: for each query the gallery rows that are right, as N collections of indices; or a pair of id arrays (query
+      ids [N], gallery ids [M]) of which equal ids are right.
+    exclude_self: query i and gallery row i are one item, which does not count as an answer (retrieval inside a
+      modality); the gallery may go on after the last query.
+    chunk: queries compared at once; 0 keeps the block of similarities at 64 MB.
+    tie: cosines closer than this are equal.
+
+  Raises:
+    ValueError: on empty or non-finite embeddings, differing widths or lengths, an index outside the gallery, or a query
+      without any right answer.
+  """
+  query, gallery = base.unit_rows("query", query), base.unit_rows("gallery", gallery)
+  base.check_widths(query=query, gallery=gallery)
+  if exclude_self and len(query) > len(gallery):
+    raise ValueError(
+      f"exclude_self: the {len(query)} queries must be the first rows of the gallery, which has {len(gallery)}"
+    )
+  rows_of = _relevance(relevant, len(query), len(gallery))
+  chunk = chunk or max(1, _BLOCK // len(gallery))
+  ranks = np.empty(len(query), np.int64)
+  for start in range(0, len(query), chunk):
+    part = slice(start, min(start + chunk, len(query)))
+    right, scores = rows_of(part), query[part] @ gallery.T
+    if exclude_self:
+      diagonal = np.arange(part.stop - start)
+      right[diagonal, start + diagonal] = False
+      scores[diagonal, start + diagonal] = -np.inf
+    none = ~right.any(axis=1)
+    if none.any():
+      raise ValueError(f"query {start + int(np.argmax(none))} has no relevant item in the gallery of {len(gallery)}")
+    best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
+    ranks[part] = 1 + ((scores >= best - tie) & ~right).sum(axis=1)
+  return ranks
+
+
+def _relevance(relevant, queries, items):
+  """A function from a slice of queries to the boolean block [slice, items] of right answers."""
+  if isinstance(relevant, tuple) and len(relevant) == 2 and all(isinstance(ids, np.ndarray) for ids in relevant):
+    base.check_lengths(query=range(queries), query_ids=relevant[0])
+    base.check_lengths(gallery=range(items), gallery_ids=relevant[1])
+    _, numbers = np.unique(np.concatenate(relevant), return_inverse=True)
+    of_query, of_item = numbers[:queries], numbers[queries:]
+    return lambda part: of_query[part, None] == of_item[None, :]
+  base.check_lengths(query=range(queries), relevant=relevant)
+  for row, answers in enumerate(relevant):
+    if any(not 0 <= index < items for index in answers):
+      raise ValueError(f"relevant[{row}] has an index outside the gallery of {items}: {sorted(answers)}")
+
+  def block(part):
+    right = np.zeros((part.stop - part.start, items), bool)
+    for row, answers in enumerate(relevant[part]):
+      right[row, list(answers)] = True
+    return right
+
+  return block
+
+
+def recall_at_k(
+  query: Float[np.ndarray, "..."],
+  gallery: Float[np.ndarray, "..."],
+  relevant: Relevant,
+  ks: Sequence[int] = (1, 5, 10),
+  *,
+  exclude_self: bool = False,
+  chunk: int = 0,
+) -> dict[str, float]:
+  """Percentage of queries with a right answer among the k nearest, and the median rank; arguments as `first_ranks`.
+
+  Returns:
+    `{"r1": ..., "r5": ..., "r10": ..., "median_rank": ...}`; recall 0 ... 100, rank from 1.
+  """
+  for k in ks:
+    if k < 1:
+      raise ValueError(f"ks: every k must be at least 1, got {k}")
+  ranks = first_ranks(query, gallery, relevant, exclude_self=exclude_self, chunk=chunk)
+  recall = {f"r{k}": 100.0 * float(np.mean(ranks <= k)) for k in ks}
+  return recall | {"median_rank": float(np.median(ranks))}
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrieval:
+  """Finds the items of one modality by another, both ways: `retrieval/<a>_to_<b>/r1` and so on.
+
+  Attributes:
+    a: one modality.
+    b: the other.
+    match: column both have; rows with equal values are right answers to each other. Texts shared by many items should
+      come as one row a text (`base.unique_rows`), else frequent texts weigh more.
+    part: embedding column compared.
+    ks: which recall.
+  """
+
+  a: str = "text"
+  b: str = "image"
+  match: str = "label"
+  part: str = "shared"
+  ks: Sequence[int] = (1, 5, 10)
+  name: str = "retrieval"
+
+  def __call__(self, table: base.Table) -> Iterator[tuple[str, float]]:
+    """Yields recall and median rank of both directions."""
+    sides = {modality: base.columns(table, modality, [self.part, self.match]) for modality in (self.a, self.b)}
+    for source, target in ((self.a, self.b), (self.b, self.a)):
+      (query, of_query), (gallery, of_item) = sides[source], sides[target]
+      for metric, value in recall_at_k(query, gallery, (of_query, of_item), self.ks).items():
+        yield f"{self.name}/{source}_to_{target}/{metric}", value
+
+
+@dataclasses.dataclass(frozen=True)
+class WithinRetrieval:
+  """Finds items of the same label inside one modality: `retrieval/<modality>_to_<modality>/<field>/<part>/r1`.
+
+  Rows that are alone with their label cannot be asked for; they stay in the gallery, and the log says how many there
+  are.
+
+  Attributes:
+    modality: which modality.
+    field: column of the fine-grained label.
+    parts: embedding columns; None takes those that are there.
+    ks: which recall.
+  """
+
+  modality: str
+  field: str = "label"
+  parts: Sequence[str] | None = None
+  ks: Sequence[int] = (1, 5)
+  name: str = "retrieval"
+
+  def __call__(self, table: base.Table) -> Iterator[tuple[str, float]]:
+    """Yields recall and median rank of each part."""
+    parts = base.parts_of(table, self.modality, self.parts)
+    labels, *embeddings = base.columns(table, self.modality, [self.field, *parts])
+    _, numbers, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    asked = counts[numbers] > 1
+    if not asked.any():
+      raise ValueError(f"{self.modality}: no two rows share a {self.field!r}, so nothing can be retrieved")
+    if not asked.all():
+      logging.info(
+        "%s: %d of %d rows are alone with their %s and are not asked for",
+        self.modality,
+        (~asked).sum(),
+        len(asked),
+        self.field,
+      )
+    order = np.concatenate([np.flatnonzero(asked), np.flatnonzero(~asked)])
+    for part, x in zip(parts, embeddings):
+      x, ids, queries = x[order], numbers[order], int(asked.sum())
+      ranks = first_ranks(x[:queries], x, (ids[:queries], ids), exclude_self=True)
+      for k in self.ks:
+        yield (
+          f"{self.name}/{self.modality}_to_{self.modality}/{self.field}/{part}/r{k}",
+          100.0 * float(np.mean(ranks <= k)),
+        )
