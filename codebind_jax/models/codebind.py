@@ -1,0 +1,106 @@
+"""The CodeBind model: trunk tokens of every modality through its heads, and the logit scales."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+INITS = {
+  "orthogonal": nn.initializers.orthogonal(),
+  "lecun": nn.initializers.lecun_normal(),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TowerSpec:
+  """One modality's tower after its trunk.
+
+  Attributes:
+    shared_dim: width d_s of the shared part.
+    specific_dim: width d_p of the modality-specific part; 0 for none (text).
+    hidden: width of a hidden GELU layer in both heads; 0 is the published linear head.
+    dropout: on the normalised trunk tokens, while training.
+    init: `orthogonal` keeps the trunk's geometry (its inner products, where the head is not narrower), or `lecun`.
+    logit_scale: multiplies the cosine of this modality (ImageBind's per-modality scale), clipped to 100.
+  """
+
+  shared_dim: int
+  specific_dim: int
+  hidden: int = 0
+  dropout: float = 0.0
+  init: str = "orthogonal"
+  logit_scale: float = 1.0
+
+
+class Head(nn.Module):
+  """LayerNorm and a linear map without bias on all tokens (spec 1.3); optionally one hidden layer."""
+
+  width: int
+  hidden: int = 0
+  dropout: float = 0.0
+  init: str = "orthogonal"
+
+  @nn.compact
+  def __call__(self, tokens: Float[Array, "b n c"], train: bool = False) -> Float[Array, "b n d"]:
+    """Maps tokens to `width`; dropout needs an rng named `dropout` when `train`."""
+    x = nn.LayerNorm(epsilon=1e-6, name="norm")(tokens)
+    x = nn.Dropout(self.dropout)(x, deterministic=not train)
+    if self.hidden:
+      x = nn.gelu(nn.Dense(self.hidden, name="hidden")(x))
+      x = nn.Dropout(self.dropout)(x, deterministic=not train)
+    return nn.Dense(self.width, use_bias=False, kernel_init=INITS[self.init], name="proj")(x)
+
+
+class Tower(nn.Module):
+  """Shared and specific head of one modality, concatenated on the last axis."""
+
+  spec: TowerSpec
+
+  @nn.compact
+  def __call__(self, tokens: Float[Array, "b n c"], train: bool = False) -> Float[Array, "b n d"]:
+    """Trunk tokens to [b, n, shared_dim + specific_dim]."""
+    spec, parts = self.spec, []
+    for name, width in (("shared", spec.shared_dim), ("specific", spec.specific_dim)):
+      if width:
+        parts.append(Head(width, spec.hidden, spec.dropout, spec.init, name=name)(tokens, train))
+    return jnp.concatenate(parts, axis=-1)
+
+
+class CodeBind(nn.Module):
+  """Towers of all modalities. Parameters live under `<modality>/{shared,specific}` and `<modality>_log_logit_scale`."""
+
+  towers: Mapping[str, TowerSpec]
+
+  @nn.compact
+  def __call__(
+    self, tokens: Mapping[str, Float[Array, "..."]], train: bool = False
+  ) -> tuple[dict[str, Float[Array, "b n d"]], dict[str, Float[Array, ""]]]:
+    """Runs the towers of the modalities present.
+
+    Args:
+      tokens: modality -> trunk tokens [b, n, c]; any subset of the towers.
+      train: turns dropout on.
+
+    Returns:
+      (modality -> [b, n, shared_dim + specific_dim], modality -> logit scale).
+
+    Raises:
+      ValueError: if a modality has no tower.
+    """
+    unknown = sorted(set(tokens) - set(self.towers))
+    if unknown:
+      raise ValueError(f"modality {unknown[0]!r} has no tower; this model has {sorted(self.towers)}")
+    features, scales = {}, {}
+    for name in sorted(tokens):
+      spec = self.towers[name]
+      features[name] = Tower(spec, name=name)(tokens[name].astype(jnp.float32), train)
+      log_scale = self.param(
+        f"{name}_log_logit_scale", lambda _, value=spec.logit_scale: jnp.float32(math.log(value))
+      )
+      scales[name] = jnp.minimum(jnp.exp(log_scale), 100.0)
+    return features, scales

@@ -1,0 +1,153 @@
+"""Stems: raw input -> tokens with class token and learned positions; images, clips, spectrograms, time series."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Shaped
+
+from codebind_jax.models.transformer import layer_norm
+
+STEM_EPS = 1e-5
+_CUBIC = -0.75
+
+
+def cubic_matrix(size: int, new_size: int) -> np.ndarray:
+  """Bicubic interpolation weights [new_size, size]: a = -0.75, half-pixel centres, borders repeated, no antialias.
+
+  `jax.image.resize` has a = -0.5 and renormalises at the border; ImageBind's positions need this one.
+  """
+  centre = (np.arange(new_size) + 0.5) * (size / new_size) - 0.5
+  low = np.floor(centre).astype(int)
+  weights = np.zeros((new_size, size))
+  for tap in range(-1, 3):
+    t = np.abs(centre - (low + tap))
+    near = ((_CUBIC + 2) * t - (_CUBIC + 3)) * t * t + 1
+    far = _CUBIC * (((t - 5) * t + 8) * t - 4)
+    np.add.at(weights, (np.arange(new_size), np.clip(low + tap, 0, size - 1)), np.where(t <= 1, near, far))
+  return weights
+
+
+def resize_positions(
+  positions: Float[Array, "n d"], grid: tuple[int, ...], new_grid: tuple[int, ...]
+) -> Float[Array, "m d"]:
+  """Positions of a class token and a patch grid, interpolated to another grid of the same rank.
+
+  Args:
+    positions: row 0 is the class token's, then the grid in row-major order.
+    grid: the grid they were made for.
+    new_grid: the grid wanted.
+
+  Raises:
+    ValueError: if the ranks of the grids differ.
+  """
+  if len(grid) != len(new_grid):
+    raise ValueError(f"new_grid: {new_grid} has another rank than the stem's grid {grid}")
+  if grid == new_grid:
+    return positions
+  cells = positions[1:].reshape(*grid, -1)
+  for axis, (size, new_size) in enumerate(zip(grid, new_grid)):
+    if size != new_size:
+      matrix = jnp.asarray(cubic_matrix(size, new_size), cells.dtype)
+      cells = jnp.moveaxis(jnp.tensordot(matrix, cells, axes=(1, axis)), 0, axis)
+  return jnp.concatenate([positions[:1], cells.reshape(-1, positions.shape[-1])])
+
+
+def patch_grid(size: tuple[int, ...], patch: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
+  """Number of patches along each axis of an input of `size`.
+
+  Raises:
+    ValueError: if an axis is shorter than the patch, or the ranks differ.
+  """
+  if not len(size) == len(patch) == len(stride) or any(n < p for n, p in zip(size, patch)):
+    raise ValueError(f"input size {size} does not fit patches {patch} with stride {stride}")
+  return tuple((n - p) // s + 1 for n, p, s in zip(size, patch, stride))
+
+
+class PatchStem(nn.Module):
+  """Strided convolution to patches, optional LayerNorm, class token in front, learned positions added.
+
+  One class for every sensor: the rank of `patch` says whether the input is a series [b, t, c] (EEG, IMU), an image
+  [b, h, w, c] (depth, thermal, tactile, log-mel) or a clip [b, t, h, w, c] (image and video).
+
+  Attributes:
+    width: token width d.
+    size: input size without channels that the positions are made for; others are interpolated.
+    patch: patch size along each axis.
+    stride: step between patches; () means `patch`, so that they do not overlap.
+    norm: LayerNorm on the patch tokens (all ImageBind stems but the image's).
+    bias: bias of the convolution (EEG).
+    dtype: compute type.
+  """
+
+  width: int
+  size: tuple[int, ...]
+  patch: tuple[int, ...]
+  stride: tuple[int, ...] = ()
+  norm: bool = True
+  bias: bool = False
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b *size c"]) -> tuple[Float[Array, "b n d"], Float[Array, "n d"]]:
+    """Embeds a batch; a single image given to a clip stem is repeated along time.
+
+    Returns:
+      tokens (class token first, positions added) and the positions alone, as the decoder wants them.
+
+    Raises:
+      ValueError: if the input's rank or size does not fit the patches.
+    """
+    rank, stride = len(self.patch), self.stride or self.patch
+    if rank == 3 and x.ndim == 4:
+      x = jnp.broadcast_to(x[:, None], (x.shape[0], self.patch[0], *x.shape[1:]))
+    if x.ndim != rank + 2:
+      raise ValueError(f"stem input: shape {x.shape}, allowed [b, {rank} axes, channels] for patches {self.patch}")
+    grid = patch_grid(x.shape[1:-1], self.patch, stride)
+    made_for = patch_grid(self.size, self.patch, stride)
+    conv = nn.Conv(self.width, self.patch, stride, padding="VALID", use_bias=self.bias, dtype=self.dtype, name="patch")
+    tokens = conv(x).reshape(x.shape[0], -1, self.width)
+    if self.norm:
+      tokens = layer_norm("norm", dtype=self.dtype, eps=STEM_EPS)(tokens)
+    cls_token = self.param("cls_token", nn.initializers.normal(self.width**-0.5), (self.width,))
+    shape = (1 + math.prod(made_for), self.width)
+    positions = self.param("positions", nn.initializers.truncated_normal(0.02), shape)
+    positions = resize_positions(positions, made_for, grid).astype(tokens.dtype)
+    first = jnp.broadcast_to(cls_token.astype(tokens.dtype), (x.shape[0], 1, self.width))
+    return jnp.concatenate([first, tokens], axis=1) + positions, positions
+
+
+def fold_clips(x: Shaped[Array, "b ..."], item_rank: int) -> tuple[Shaped[Array, "n ..."], int]:
+  """Folds a clip axis [b, s, ...] into the batch; several clips of one recording are embedded apart.
+
+  Args:
+    x: input with (`item_rank` + 2 axes) or without (`item_rank` + 1) a clip axis after the batch.
+    item_rank: axes of one item, channels included.
+
+  Returns:
+    the input with `b * s` rows and s (1 where there was no clip axis).
+
+  Raises:
+    ValueError: for any other rank.
+  """
+  if x.ndim == item_rank + 1:
+    return x, 1
+  if x.ndim != item_rank + 2:
+    raise ValueError(f"input: shape {x.shape}, allowed {item_rank + 1} axes, or {item_rank + 2} with clips")
+  return x.reshape(-1, *x.shape[2:]), x.shape[1]
+
+
+def mean_clips(x: Float[Array, "n ..."], clips: int) -> Float[Array, "b ..."]:
+  """Mean over the clips that `fold_clips` put into the batch; taken after normalising, as ImageBind does."""
+  return x if clips == 1 else x.reshape(-1, clips, *x.shape[1:]).mean(1)
+
+
+def unit(x: Float[Array, "*b d"], *, eps: float = 1e-12) -> Float[Array, "*b d"]:
+  """x / max(|x|, eps) over the last axis in float32; the gradient is finite at zero."""
+  x = x.astype(jnp.float32)
+  return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), eps * eps))

@@ -1,0 +1,47 @@
+"""Text stem: CLIP BPE ids -> tokens with positions, and pooling at the end-of-text token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+class TextStem(nn.Module):
+  """Token embedding plus learned positions; the trunk behind it is causal.
+
+  Attributes:
+    width: token width d.
+    context: longest text in tokens; shorter inputs use the first positions.
+    vocab: number of token ids.
+    dtype: compute type.
+  """
+
+  width: int
+  context: int = 77
+  vocab: int = 49408
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, ids: Int[Array, "b n"]) -> tuple[Float[Array, "b n d"], Float[Array, "n d"]]:
+    """Embeds ids.
+
+    Returns:
+      tokens (positions added) and the positions alone.
+
+    Raises:
+      ValueError: if the texts are longer than `context`.
+    """
+    if ids.shape[1] > self.context:
+      raise ValueError(f"text: {ids.shape[1]} tokens, allowed at most context = {self.context}")
+    embed = nn.Embed(self.vocab, self.width, dtype=self.dtype, name="embed")
+    positions = self.param("positions", nn.initializers.normal(0.01), (self.context, self.width))
+    positions = positions[: ids.shape[1]].astype(self.dtype or jnp.float32)
+    return embed(ids) + positions, positions
+
+
+def pool_at_end(tokens: Float[Array, "b n d"], ids: Int[Array, "b n"]) -> Float[Array, "b 1 d"]:
+  """The token at argmax(id): CLIP's end-of-text has the largest id; the first one wins."""
+  return jnp.take_along_axis(tokens, jnp.argmax(ids, axis=1)[:, None, None], axis=1)

@@ -1,0 +1,119 @@
+"""Pre-LN transformer of the ImageBind family: exact GELU, optional learned key/value token, optional causal mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+TRUNK_EPS = 1e-6
+
+
+def layer_norm(name: str, *, dtype: Any = None, eps: float = TRUNK_EPS) -> nn.LayerNorm:
+  """LayerNorm over the last axis with statistics in float32 whatever `dtype` is."""
+  return nn.LayerNorm(epsilon=eps, dtype=dtype, use_fast_variance=False, name=name)
+
+
+class Attention(nn.Module):
+  """Multi-head self-attention with a fused projection `qkv` [d, 3d]; softmax in float32.
+
+  Attributes:
+    heads: number of heads; must divide the width.
+    bias_kv: adds one learned key and value, appended last and seen by every token.
+    qkv_bias: whether `qkv` has a bias (towers: yes, decoder: no).
+    dtype: compute type; parameters stay float32.
+  """
+
+  heads: int
+  bias_kv: bool = False
+  qkv_bias: bool = True
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b n d"], mask: Bool[Array, "n n"] | None = None) -> Float[Array, "b n d"]:
+    """Attends over the tokens; `mask` is True where a row may look at a column.
+
+    Raises:
+      ValueError: if `heads` does not divide the width.
+    """
+    width = x.shape[-1]
+    if width % self.heads:
+      raise ValueError(f"heads: {self.heads} does not divide the width {width}")
+    qkv = nn.Dense(3 * width, use_bias=self.qkv_bias, dtype=self.dtype, name="qkv")(x)
+    q, k, v = (part.reshape(*x.shape[:2], self.heads, -1) for part in jnp.split(qkv, 3, axis=-1))
+    if self.bias_kv:
+      k, v = (self._append(part, name) for part, name in ((k, "bias_k"), (v, "bias_v")))
+      if mask is not None:
+        mask = jnp.pad(mask, ((0, 0), (0, 1)), constant_values=True)
+    out = jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else mask[None, None])
+    return nn.Dense(width, dtype=self.dtype, name="out")(out.reshape(x.shape))
+
+  def _append(self, x: Array, name: str) -> Array:
+    token = self.param(name, nn.initializers.normal(x[0, 0].size ** -0.5), (x[0, 0].size,))
+    token = jnp.broadcast_to(token.astype(x.dtype).reshape(x.shape[2:]), (x.shape[0], 1, *x.shape[2:]))
+    return jnp.concatenate([x, token], axis=1)
+
+
+class Mlp(nn.Module):
+  """Two linear layers with the exact (erf) GELU between them."""
+
+  ratio: int = 4
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    """Applies the layers to every token."""
+    hidden = nn.Dense(self.ratio * x.shape[-1], dtype=self.dtype, name="fc1")(x)
+    return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(nn.gelu(hidden, approximate=False))
+
+
+class Block(nn.Module):
+  """x + attention(norm(x)), then x + mlp(norm(x)). Attributes as in `Attention`."""
+
+  heads: int
+  bias_kv: bool = False
+  qkv_bias: bool = True
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b n d"], mask: Bool[Array, "n n"] | None = None) -> Float[Array, "b n d"]:
+    """One block; see `Attention` for `mask`."""
+    attention = Attention(self.heads, self.bias_kv, self.qkv_bias, self.dtype, name="attn")
+    x = x + attention(layer_norm("norm1", dtype=self.dtype)(x), mask)
+    return x + Mlp(dtype=self.dtype, name="mlp")(layer_norm("norm2", dtype=self.dtype)(x))
+
+
+class Transformer(nn.Module):
+  """Stack of `depth` blocks under the names `blocks_0`, `blocks_1`, ...; no norm at the end.
+
+  Attributes:
+    depth: number of blocks.
+    heads, bias_kv, qkv_bias, dtype: as in `Attention`.
+    pre_norm: LayerNorm before the first block (vision).
+    causal: a token sees itself and those before it (text).
+    remat: recompute activations in the backward pass instead of keeping them.
+  """
+
+  depth: int
+  heads: int
+  bias_kv: bool = False
+  qkv_bias: bool = True
+  pre_norm: bool = False
+  causal: bool = False
+  remat: bool = False
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    """Maps tokens (with positions added) to tokens."""
+    x = x if self.dtype is None else x.astype(self.dtype)
+    mask = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool)) if self.causal else None
+    if self.pre_norm:
+      x = layer_norm("pre_norm", dtype=self.dtype)(x)
+    block = nn.remat(Block) if self.remat else Block
+    for i in range(self.depth):
+      x = block(self.heads, self.bias_kv, self.qkv_bias, self.dtype, name=f"blocks_{i}")(x, mask)
+    return x
