@@ -16,7 +16,9 @@ _PROFILE = flags.DEFINE_string("profile", "auto", "auto, or a profile of the wor
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Data folder; default $CODEBIND_DATA, else the user's cache folder.")
 
 
-def ensure(world: str = "icons", profile: str = "auto", data_dir: str | Path | None = None, *, again: bool = False) -> Path:
+def ensure(
+    world: str = "icons", profile: str = "auto", data_dir: str | Path | None = None, *, again: bool = False
+) -> Path:
   """Folder of a built world, building it first where needed; at once where it is built.
 
   Profile "auto" is `small` where npm and apt-get answer, else `tiny`. A choice of `tiny` is remembered with its reason,

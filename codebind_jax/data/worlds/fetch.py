@@ -56,7 +56,7 @@ class Package:
   attribution: str
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def packages() -> dict[str, Package]:
   """All packages by id, as `tables/packages.json` lists them."""
   fields = [f.name for f in dataclasses.fields(Package)]
@@ -65,7 +65,7 @@ def packages() -> dict[str, Package]:
 
 
 def data_dir(path: str | os.PathLike | None = None) -> Path:
-  """Folder of archives and built worlds: `path`, else $CODEBIND_DATA, else `codebind_jax` in the user's cache folder."""
+  """Folder of archives and built worlds: `path`, else $CODEBIND_DATA, else `codebind_jax` in the cache folder."""
   if path:
     return Path(path).expanduser().absolute()
   if os.environ.get("CODEBIND_DATA"):

@@ -107,13 +107,13 @@ def _check_profile(profile: str) -> None:
     raise ValueError(f"unknown profile {profile!r} of world 'icons'; allowed: {list(PROFILES)}")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def unseen() -> frozenset[str]:
   """Concepts of val and test: nothing of theirs may be in training, captions included."""
   return frozenset(c for c, v in names.concepts().items() if v["split"] in ("val", "test"))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def texts(concept: str) -> tuple[str, ...]:
   """Captions of a concept: its label, then emoji labels and tags that name no other unseen concept (leakage rule 8)."""
   entry = names.concepts()[concept]
@@ -126,7 +126,7 @@ def package_ids(profile: str) -> list[str]:
   return sorted({item.package for item in plan(profile)})
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def plan(profile: str) -> tuple[Item, ...]:
   """All pictures of a profile, read from the tables alone.
 
@@ -260,9 +260,10 @@ def _features() -> dict[str, Any]:
 def _row(item: Item, png: bytes) -> dict[str, Any]:
   concept = names.concepts()[item.concept]
   return {
-      "id": item.id, "image": png, "concept": item.concept, "label": concept["label"], "texts": list(texts(item.concept)),
-      "name": item.name, "group": concept["group"], "set": item.set, "family": item.family, "style": item.style,
-      "kind": item.kind, "source": item.package, "seen": concept["split"] == "train",
+      "id": item.id, "image": png, "concept": item.concept, "label": concept["label"],
+      "texts": list(texts(item.concept)), "name": item.name, "group": concept["group"], "set": item.set,
+      "family": item.family, "style": item.style, "kind": item.kind, "source": item.package,
+      "seen": concept["split"] == "train",
   }
 
 

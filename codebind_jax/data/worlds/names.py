@@ -12,7 +12,7 @@ _CAMEL = re.compile(r"([a-z])([A-Z][a-z])")
 _NUMBER = re.compile(r"-?\d+(-x)?$")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def table_bytes(name: str) -> bytes:
   """Content of `tables/<name>.json` as shipped with the package.
 
@@ -27,7 +27,7 @@ def table_bytes(name: str) -> bytes:
   return path.read_bytes()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def table(name: str) -> dict[str, Any]:
   """Parsed `tables/<name>.json`; shared, so treat it as read-only."""
   return json.loads(table_bytes(name))

@@ -9,7 +9,7 @@ import io
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,19 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
   except (ValueError, KeyError) as error:
     raise ValueError(f"{path}: damaged ({error}); remove {folder} and run prepare again") from error
   return manifest if current else None
+
+
+def read_index(folder: Path) -> dict[str, list[dict[str, Any]]]:
+  """Split name -> rows without their arrays, in record order."""
+  return json.loads((folder / "index.json").read_text())
+
+
+def open_records(folder: Path, split: str, encoded: Iterable[str]) -> Sequence[dict[str, Any]]:
+  """Random access to a split's records; the fields in `encoded` stay the bytes of their file format."""
+  import tensorflow_datasets as tfds
+
+  raw = {key: tfds.decode.SkipDecoding() for key in encoded}
+  return tfds.builder_from_directory(folder).as_data_source(split, decoders=raw)
 
 
 def build(
@@ -76,7 +89,7 @@ def build(
       shutil.rmtree(stale)
     with tempfile.TemporaryDirectory(dir=final.parent, prefix=".building-") as scratch:
       made = _write_records(Path(scratch), world, profile, version, splits, features)
-      _write_index(made, arrays)
+      _write_index(made, splits, arrays)
       manifest, attribution = finish()
       (made / "ATTRIBUTION.md").write_text(attribution)
       (made / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
@@ -129,17 +142,12 @@ def _quiet(progress) -> Iterator[None]:
     progress._active = active
 
 
-def _write_index(folder: Path, arrays: Iterable[str]) -> None:
+def _write_index(folder: Path, splits: Iterable[str], arrays: Iterable[str]) -> None:
   """Collects the small fields of every record, so that rows can be listed and chosen without decoding."""
-  import tensorflow_datasets as tfds
-
-  raw = {key: tfds.decode.SkipDecoding() for key in arrays}
-  index = {}
-  with _quiet(tfds.core.utils.tqdm_utils):
-    builder = tfds.builder_from_directory(folder)
-    for split in builder.info.splits:
-      source = builder.as_data_source(split, decoders=raw)
-      index[split] = [{k: _plain(v) for k, v in source[i].items() if k not in raw} for i in range(len(source))]
+  arrays, index = set(arrays), {}
+  for split in splits:
+    records = open_records(folder, split, arrays)
+    index[split] = [{k: _plain(v) for k, v in records[i].items() if k not in arrays} for i in range(len(records))]
   (folder / "index.json").write_text(json.dumps(index, ensure_ascii=False))
 
 
