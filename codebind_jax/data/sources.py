@@ -6,6 +6,7 @@ first. A modality that a row lacks is an absent key.
 """
 
 import copy
+import hashlib
 import io
 import json
 import threading
@@ -47,6 +48,14 @@ class Source:
     """Modalities that at least one row has."""
     raise NotImplementedError
 
+  def has(self, index: int, modality: str) -> bool:
+    """Whether a row has a modality, without decoding it."""
+    return modality in self.rows[index]
+
+  def content_hash(self, index: int, modality: str) -> str:
+    """Hex SHA-256 that changes when what a row holds of a modality changes."""
+    raise NotImplementedError
+
   def _arrays(self, index: int) -> dict[str, np.ndarray]:
     raise NotImplementedError
 
@@ -78,6 +87,7 @@ class WorldSource(Source):
     super().__init__("/".join([*folder.parts[-3:-1], split]), rows)
     self._folder, self._split = folder, split
     self._records = np.arange(len(rows))
+    self._fingerprint = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
     self._reader, self._lock = None, threading.Lock()
 
   def __getstate__(self) -> dict[str, Any]:
@@ -91,6 +101,14 @@ class WorldSource(Source):
   def modalities(self) -> tuple[str, ...]:
     """Modalities of the world."""
     return ("image", "text")
+
+  def has(self, index: int, modality: str) -> bool:
+    """Every row of a world has all of its modalities."""
+    return modality in self.modalities
+
+  def content_hash(self, index: int, modality: str) -> str:
+    """From the world's manifest (package and table hashes, builder version) and the row's id: nothing is decoded."""
+    return hashlib.sha256(f"{self._fingerprint}:{modality}:{self.rows[index]['id']}".encode()).hexdigest()
 
   def _choose(self, chosen: list[int]) -> None:
     super()._choose(chosen)
@@ -121,6 +139,16 @@ class ManifestSource(Source):
     """Modalities that at least one row has."""
     held = {"text" for row in self.rows if "text" in row} | {m for files in self._files for m in files}
     return tuple(m for m in MODALITIES if m in held)
+
+  def has(self, index: int, modality: str) -> bool:
+    """Whether the record named a file or text of the modality."""
+    return modality in self._files[index] or super().has(index, modality)
+
+  def content_hash(self, index: int, modality: str) -> str:
+    """Of the file's bytes, or of the captions."""
+    path = self._files[index].get(modality)
+    content = path.read_bytes() if path else json.dumps(self.rows[index][modality]).encode()
+    return hashlib.sha256(modality.encode() + content).hexdigest()
 
   def _choose(self, chosen: list[int]) -> None:
     super()._choose(chosen)
