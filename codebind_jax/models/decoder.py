@@ -9,8 +9,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from codebind_jax.models.encoder import EncoderSpec
 from codebind_jax.models.stems import patch_grid
-from codebind_jax.models.tower import TowerSpec
 from codebind_jax.models.transformer import Block, layer_norm
 
 
@@ -55,7 +55,7 @@ class Decoder(nn.Module):
 
     Args:
       tokens: `full` embedding of all tokens, clips averaged.
-      trunk: the tower's trunk output, clips averaged (`Encoded.mean_trunk`); needed when `trunk_dim` > 0.
+      trunk: trunk output of the encoder, clips averaged (`encoder.mean_clips`); needed when `trunk_dim` > 0.
       positions: the stem's positions (`Encoded.positions`); needed when `trunk_dim` > 0.
 
     Raises:
@@ -83,11 +83,11 @@ class Decoder(nn.Module):
     return deconv(x).astype(jnp.float32)
 
 
-def decoder_for(spec: TowerSpec, **options: Any) -> Decoder:
-  """The decoder of a tower: half the stem's patch and stride (one at least) along space and time, frames kept whole.
+def decoder_for(spec: EncoderSpec, **options: Any) -> Decoder:
+  """The decoder of an encoder: half the stem's patch and stride (one at least) along space and time, frames kept whole.
 
   Args:
-    spec: the tower's shape.
+    spec: the encoder's shape.
     **options: further attributes of `Decoder`, such as `width` or `depth`.
 
   Raises:

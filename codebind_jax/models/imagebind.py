@@ -1,7 +1,8 @@
-"""ImageBind and CodeBind checkpoints: tower shapes, and state dicts under their official names -> our parameters."""
+"""ImageBind and CodeBind checkpoints: encoder shapes, and state dicts under their official names -> our parameters."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,77 +10,83 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from codebind_jax.models.tower import TowerSpec
+from codebind_jax.models.encoder import EncoderSpec
 
+SCALE = "log_logit_scale"
 _VISION = {"size": (2, 224, 224), "patch": (2, 14, 14), "channels": 3, "stem_norm": False, "pre_norm": True,
            "bias_kv": False}
 _SQUARE = {"size": (224, 224), "patch": (16, 16)}
 
-# ImageBind-Huge (arXiv 2305.05665) and the two sensors that CodeBind adds; shared width 1024.
+# ImageBind-Huge (arXiv 2305.05665) and the two sensors that CodeBind adds; the shared head is 1024 wide.
 HUGE = {
-  "image": TowerSpec(1280, 32, 16, **_VISION),
-  "text": TowerSpec(1024, 24, 16, (77,), bias_kv=False, logit_scale=1 / 0.07),
-  "audio": TowerSpec(768, 12, 12, (128, 204), (16, 16), (10, 10), logit_scale=20.0),
-  "depth": TowerSpec(384, 12, 8, logit_scale=5.0, **_SQUARE),
-  "thermal": TowerSpec(768, 12, 12, logit_scale=10.0, **_SQUARE),
-  "imu": TowerSpec(512, 6, 8, (2000,), (8,), channels=6, logit_scale=5.0),
-  "tactile": TowerSpec(768, 12, 12, channels=3, logit_scale=5.0, **_SQUARE),
-  "eeg": TowerSpec(768, 6, 6, (512,), (1,), channels=128, stem_bias=True, logit_scale=5.0),
+  "image": EncoderSpec(1280, 32, 16, **_VISION),
+  "text": EncoderSpec(1024, 24, 16, (77,), bias_kv=False),
+  "audio": EncoderSpec(768, 12, 12, (128, 204), (16, 16), (10, 10)),
+  "depth": EncoderSpec(384, 12, 8, **_SQUARE),
+  "thermal": EncoderSpec(768, 12, 12, **_SQUARE),
+  "imu": EncoderSpec(512, 6, 8, (2000,), (8,), channels=6),
+  "tactile": EncoderSpec(768, 12, 12, channels=3, **_SQUARE),
+  "eeg": EncoderSpec(768, 6, 6, (512,), (1,), channels=128, stem_bias=True),
 }
 
-OFFICIAL_NAMES = {"image": "vision"}
-"""Our modality -> theirs, where they differ."""
+# Where the learnable factor on the cosine of the shared embedding starts; the image has none (spec section 1.7).
+LOGIT_SCALES = {
+  "image": 1.0, "text": 1 / 0.07, "audio": 20.0, "depth": 5.0, "thermal": 10.0, "imu": 5.0, "tactile": 5.0, "eeg": 5.0,
+}
 
-_BLOCK = {"attn/qkv": "attn.in_proj_", "attn/out": "attn.out_proj.", "mlp/fc1": "mlp.fc1.", "mlp/fc2": "mlp.fc2.",
-          "norm1": "norm_1.", "norm2": "norm_2."}
-_DECODER_BLOCK = {"attn/qkv": "attn.qkv.", "attn/out": "attn.proj.", "mlp/fc1": "mlp.fc1.", "mlp/fc2": "mlp.fc2.",
-                  "norm1": "norm1.", "norm2": "norm2."}
-_DECODER = {"input_proj": "decoder_input_proj.", "input_norm": "input_proj_norm.", "embed": "decoder_embed.",
-            "norm": "norm."}
+# Our modality -> theirs, where they differ.
+OFFICIAL_NAMES = {"image": "vision"}
+
+_STEMS = [f"modality_preprocessors.{{m}}.{stem}_stem" for stem in ("rgbt", "depth", "imu", "eeg")]
+_BLOCK = "modality_trunks.{m}.blocks.{0}."
+_DECODER_BLOCK = "decoder_trunks.{m}.decoder_blocks.{0}."
+
+# (our path inside a modality, official names); first match wins. {m} modality, {0} {1} groups, {kind} weight or bias.
+# Stems share one class here; selection and dropout layers shift the index of a head's linear layer.
+_RULES = (
+  (r"trunk/pre_norm/\w+", ["modality_trunks.{m}.pre_transformer_layer.0.{kind}"]),
+  (r"trunk/blocks_(\d+)/attn/(bias_[kv])", [_BLOCK + "attn.{1}"]),
+  (r"trunk/blocks_(\d+)/attn/qkv/\w+", [_BLOCK + "attn.in_proj_{kind}"]),
+  (r"trunk/blocks_(\d+)/attn/out/\w+", [_BLOCK + "attn.out_proj.{kind}"]),
+  (r"trunk/blocks_(\d+)/mlp/(fc[12])/\w+", [_BLOCK + "mlp.{1}.{kind}"]),
+  (r"trunk/blocks_(\d+)/norm([12])/\w+", [_BLOCK + "norm_{1}.{kind}"]),
+  (r"stem/cls_token", ["modality_preprocessors.{m}.cls_token"]),
+  (r"stem/positions", [f"modality_preprocessors.{{m}}.{p}pos_embed" for p in ("pos_embedding_helper.", "")]),
+  (r"stem/embed/embedding", ["modality_preprocessors.{m}.token_embedding.weight"]),
+  (r"stem/patch/\w+", [f"{stem}.proj.{i}{{kind}}" for stem in _STEMS for i in ("", "1.")]),
+  (r"stem/norm/\w+", [f"{stem}.norm_layer.{{kind}}" for stem in _STEMS]),
+  (r"shared/norm/\w+", [f"modality_heads.{{m}}.{i}.{{kind}}" for i in ("0", "proj.0")]),
+  (r"shared/proj/\w+", [f"modality_heads.{{m}}.{i}.{{kind}}" for i in ("1", "2", "3", "proj.1")]),
+  (r"specific/norm/\w+", [f"modality_heads_mvq.{{m}}.{i}.{{kind}}" for i in ("0", "proj.0")]),
+  (r"specific/proj/\w+", [f"modality_heads_mvq.{{m}}.{i}.{{kind}}" for i in ("1", "2", "3", "proj.1")]),
+  (SCALE, ["modality_postprocessors.{m}.1.log_logit_scale"]),
+  (r"decoder/positions", ["decoder_trunks.{m}.pos_embed"]),
+  (r"decoder/input_proj/\w+", ["decoder_trunks.{m}.decoder_input_proj.{kind}"]),
+  (r"decoder/input_norm/\w+", ["decoder_trunks.{m}.input_proj_norm.{kind}"]),
+  (r"decoder/embed/\w+", ["decoder_trunks.{m}.decoder_embed.{kind}"]),
+  (r"decoder/norm/\w+", ["decoder_trunks.{m}.norm.{kind}"]),
+  (r"decoder/blocks_(\d+)/attn/qkv/\w+", [_DECODER_BLOCK + "attn.qkv.{kind}"]),
+  (r"decoder/blocks_(\d+)/attn/out/\w+", [_DECODER_BLOCK + "attn.proj.{kind}"]),
+  (r"decoder/blocks_(\d+)/mlp/(fc[12])/\w+", [_DECODER_BLOCK + "mlp.{1}.{kind}"]),
+  (r"decoder/blocks_(\d+)/norm([12])/\w+", [_DECODER_BLOCK + "norm{1}.{kind}"]),
+  (r"decoder/deconv/\w+", ["decoder_heads.{m}.deconv.{kind}"]),
+)
 # Buffers and never-used convolutions (spec section 7) that have no counterpart here.
 _NOT_OURS = (r"modality_preprocessors\.text\.mask", r"decoder_heads\.\w+\.(hid_conv|out_conv)\..*")
 
 
-def official_names(modality: str, path: str) -> tuple[str, ...]:
-  """Official state-dict names that parameter `path` of a tower may have, the likeliest first; () if none is known.
+def official_names(modality: str, path: str) -> list[str]:
+  """Official state-dict names that parameter `path` of a modality may have; [] if none is known.
 
   Example: `official_names("image", "trunk/blocks_0/attn/qkv/kernel")` is
-  `("modality_trunks.vision.blocks.0.attn.in_proj_weight",)`.
+  `["modality_trunks.vision.blocks.0.attn.in_proj_weight"]`.
   """
-  m = OFFICIAL_NAMES.get(modality, modality)
-  module, _, leaf = path.rpartition("/")
+  leaf = path.rpartition("/")[2]
   kind = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
-  part, _, rest = module.partition("/")
-  block = re.fullmatch(r"(?:trunk|decoder)/blocks_(\d+)/(.+)", module)
-  if part == "trunk":
-    prefix = f"modality_trunks.{m}."
-    if rest == "pre_norm":
-      return (f"{prefix}pre_transformer_layer.0.{kind}",)
-    if block:
-      inner = f"attn.{leaf}" if leaf in ("bias_k", "bias_v") else _BLOCK[block[2]] + kind
-      return (f"{prefix}blocks.{block[1]}.{inner}",)
-  if part == "decoder":
-    if block:
-      return (f"decoder_trunks.{m}.decoder_blocks.{block[1]}.{_DECODER_BLOCK[block[2]]}{kind}",)
-    if rest == "deconv":
-      return (f"decoder_heads.{m}.deconv.{kind}",)
-    return (f"decoder_trunks.{m}.pos_embed" if leaf == "positions" else f"decoder_trunks.{m}.{_DECODER[rest]}{kind}",)
-  if part == "stem":
-    prefix = f"modality_preprocessors.{m}."
-    if leaf == "positions":
-      return (f"{prefix}pos_embedding_helper.pos_embed", f"{prefix}pos_embed")
-    stems = [f"{prefix}{kind_of_stem}_stem" for kind_of_stem in ("rgbt", "depth", "imu", "eeg")]
-    if rest == "patch":
-      return tuple(f"{stem}.proj.{index}{kind}" for stem in stems for index in ("", "1."))
-    if rest == "norm":
-      return tuple(f"{stem}.norm_layer.{kind}" for stem in stems)
-    return (f"{prefix}token_embedding.weight" if rest == "embed" else prefix + leaf,)
-  if part in ("shared", "specific"):
-    prefix = f"modality_heads{'_mvq' if part == 'specific' else ''}.{m}."
-    # Selection and dropout layers shift the linear layer's index.
-    indices = ("0", "proj.0") if rest == "norm" else ("1", "2", "3", "proj.1")
-    return tuple(f"{prefix}{index}.{kind}" for index in indices)
-  return (f"modality_postprocessors.{m}.1.log_logit_scale",) if path == "log_logit_scale" else ()
+  for pattern, names in _RULES:
+    if found := re.fullmatch(pattern, path):
+      return [name.format(*found.groups(), m=OFFICIAL_NAMES.get(modality, modality), kind=kind) for name in names]
+  return []
 
 
 def _convert(value: np.ndarray, path: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -88,7 +95,8 @@ def _convert(value: np.ndarray, path: str, shape: tuple[int, ...]) -> np.ndarray
     # PyTorch's transposed convolution is the gradient of a convolution: its kernel is ours mirrored.
     return np.moveaxis(np.flip(value, range(2, value.ndim)), (0, 1), (-2, -1))
   if path.endswith("patch/kernel"):
-    value = value.reshape(value.shape[0], shape[-2], *(shape[:-2] if value.ndim == 2 else value.shape[2:]))
+    if value.ndim == 2 and value.size == math.prod(shape):
+      value = value.reshape(-1, shape[-2], *shape[:-2])  # the IMU's linear layer over [channels, samples]
     return np.moveaxis(value, (0, 1), (-1, -2))
   if path.endswith("kernel"):
     return value.T
@@ -96,10 +104,11 @@ def _convert(value: np.ndarray, path: str, shape: tuple[int, ...]) -> np.ndarray
 
 
 def load(params: Mapping[str, Any], state_dict: Mapping[str, Any], dont_load: Sequence[str] = ()) -> dict[str, Any]:
-  """Parameters of towers from an ImageBind or CodeBind state dict (arXiv 2305.05665, 2605.18257).
+  """Parameters of modalities from an ImageBind or CodeBind state dict (arXiv 2305.05665, 2605.18257).
 
   Args:
-    params: {modality: parameters of a `Tower`, and under `decoder` of a `Decoder`}; any part may be absent.
+    params: {modality: {stem, trunk, shared, specific, decoder, log_logit_scale}}; any part may be absent. The scale may
+      also stand beside the modality as `<modality>_log_logit_scale`.
     state_dict: official names -> arrays.
     dont_load: regexes (full match) of our paths, such as `image/specific/.*`, that keep the value in `params`, or
       of official names, such as `decoder_.*`, that are not wanted.
@@ -119,6 +128,8 @@ def load(params: Mapping[str, Any], state_dict: Mapping[str, Any], dont_load: Se
     used.update(names)
     if skip(f"{modality}/{path}"):
       return leaf
+    if not names and (modality, path) == ("image", SCALE):
+      return np.zeros(leaf.shape, leaf.dtype)
     if not names:
       missing.append(f"{modality}/{path}")
       return leaf
@@ -133,8 +144,11 @@ def load(params: Mapping[str, Any], state_dict: Mapping[str, Any], dont_load: Se
       for key, sub in tree.items()
     }
 
-  loaded = {modality: walk(modality, tree, "") for modality, tree in params.items()}
-  ours = {OFFICIAL_NAMES.get(modality, modality) for modality in params}
+  loaded = {
+    key: walk(key, tree, "") if isinstance(tree, Mapping) else pick(key.removesuffix("_" + SCALE), SCALE, tree)
+    for key, tree in params.items()
+  }
+  ours = {OFFICIAL_NAMES.get(key, key) for key in params}
   foreign = {name for name in state_dict if (parts := name.split("."))[0].startswith(("modality_", "decoder_"))
              and len(parts) > 1 and parts[1] not in ours}
   if foreign:

@@ -22,7 +22,7 @@ _TUNES = ("head", "lora", "full")
 
 
 def lora_pattern(modality: str, *, layers: Collection[int] | None = None, targets: str = "all") -> str:
-  """Regex of the trunk kernels of one modality, wherever its tower lies in the tree.
+  """Regex of the trunk kernels of one modality, wherever it lies in the tree.
 
   Args:
     modality: such as "audio".
@@ -41,7 +41,10 @@ def lora_pattern(modality: str, *, layers: Collection[int] | None = None, target
 
 
 def trainable_patterns(tune: str, modality: str, *, logit_scale: bool = False) -> tuple[str, ...]:
-  """Regexes (full match) of the parameter paths that one modality trains.
+  """Regexes (full match) of the parameter paths that one modality trains, wherever it lies in the tree.
+
+  Expected below `<modality>/`: `stem` and `trunk` (encoder), `shared` and `specific` (heads), `decoder`; adapters in a
+  tree `lora` that mirrors the rest; the logit scale as `<modality>/log_logit_scale` or `<modality>_log_logit_scale`.
 
   Args:
     tune: "head" (heads and decoder, trunk frozen), "lora" (these, the adapters and the class token) or "full".
@@ -54,11 +57,10 @@ def trainable_patterns(tune: str, modality: str, *, logit_scale: bool = False) -
   if tune not in _TUNES:
     raise ValueError(f"tune: {tune!r}, allowed {_TUNES}")
   own = rf"(.*/)?{re.escape(modality)}"
+  patterns = (f"{own}[/_]log_logit_scale",) if logit_scale or tune == "full" else ()
   if tune == "full":
-    return (f"{own}/.*",)
-  patterns = (f"{own}/(shared|specific|decoder)/.*",)
-  if logit_scale:
-    patterns += (f"{own}/log_logit_scale",)
+    return (*patterns, f"{own}/.*")
+  patterns += (f"{own}/(shared|specific|decoder)/.*",)
   if tune == "lora":
     patterns += (rf"(.*/)?lora/{own}/.*", f"{own}/stem/cls_token")
   return patterns

@@ -6,10 +6,9 @@ import math
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float
 
 from codebind_jax.models.transformer import layer_norm
 
@@ -120,34 +119,3 @@ class PatchStem(nn.Module):
     positions = resize_positions(positions, made_for, grid).astype(tokens.dtype)
     first = jnp.broadcast_to(cls_token.astype(tokens.dtype), (x.shape[0], 1, self.width))
     return jnp.concatenate([first, tokens], axis=1) + positions, positions
-
-
-def fold_clips(x: Shaped[Array, "b ..."], item_rank: int) -> tuple[Shaped[Array, "n ..."], int]:
-  """Folds a clip axis [b, s, ...] into the batch; several clips of one recording are embedded apart.
-
-  Args:
-    x: input with (`item_rank` + 2 axes) or without (`item_rank` + 1) a clip axis after the batch.
-    item_rank: axes of one item, channels included.
-
-  Returns:
-    the input with `b * s` rows and s (1 where there was no clip axis).
-
-  Raises:
-    ValueError: for any other rank.
-  """
-  if x.ndim == item_rank + 1:
-    return x, 1
-  if x.ndim != item_rank + 2:
-    raise ValueError(f"input: shape {x.shape}, allowed {item_rank + 1} axes, or {item_rank + 2} with clips")
-  return x.reshape(-1, *x.shape[2:]), x.shape[1]
-
-
-def mean_clips(x: Float[Array, "n ..."], clips: int) -> Float[Array, "b ..."]:
-  """Mean over the clips that `fold_clips` put into the batch; taken after normalising, as ImageBind does."""
-  return x if clips == 1 else x.reshape(-1, clips, *x.shape[1:]).mean(1)
-
-
-def unit(x: Float[Array, "*b d"], *, eps: float = 1e-12) -> Float[Array, "*b d"]:
-  """x / max(|x|, eps) over the last axis in float32; the gradient is finite at zero."""
-  x = x.astype(jnp.float32)
-  return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), eps * eps))
