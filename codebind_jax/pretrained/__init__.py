@@ -10,9 +10,14 @@ from typing import Any
 
 from codebind_jax.pretrained.trunk import Trunk
 
-__all__ = ["Trunk", "load_trunk"]
+__all__ = ["Trunk", "load_trunk", "trunk_names"]
 
 _NOT_TRUNKS = ("loading", "torch_pickle", "trunk")
+
+
+def trunk_names() -> list[str]:
+  """The trunks there are."""
+  return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _NOT_TRUNKS)
 
 
 def load_trunk(name: str, **options: Any) -> Trunk:
@@ -26,9 +31,8 @@ def load_trunk(name: str, **options: Any) -> Trunk:
   Raises:
     ValueError: if there is no such trunk or it refuses an option.
   """
-  names = sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _NOT_TRUNKS)
-  if name not in names:
-    raise ValueError(f"trunk: got {name!r}, allowed are {', '.join(names)}")
+  if name not in trunk_names():
+    raise ValueError(f"trunk: got {name!r}, allowed are {', '.join(trunk_names())}")
   make = importlib.import_module(f"{__name__}.{name}").make_trunk
   known = make.__kwdefaults__ or {}
   for option in options:
