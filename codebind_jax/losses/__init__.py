@@ -1,1 +1,9 @@
-"""Losses: pure functions, scalar out, computed in float32."""
+"""Losses: pure functions of arrays, float32 inside whatever the compute type."""
+
+from codebind_jax.losses.codes import code_contrast as code_contrast
+from codebind_jax.losses.codes import code_matching as code_matching
+from codebind_jax.losses.codes import code_uniform as code_uniform
+from codebind_jax.losses.codes import commitment as commitment
+from codebind_jax.losses.contrastive import info_nce as info_nce
+from codebind_jax.losses.disentangle import decomposition as decomposition
+from codebind_jax.losses.disentangle import specific_uniform as specific_uniform

@@ -1,0 +1,416 @@
+"""Shared + specific compositional quantisation of all modalities in one call (CodeBind, section "Compositional VQ").
+
+The features of a modality are a shared part, cut into segments that the one shared codebook quantises, and a specific
+part, cut into segments that the modality's own codebook quantises. A vector is thus described by many codes out of
+small codebooks.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float
+
+from codebind_jax import codebook as cb
+from codebind_jax.codebook import CodebookState
+from codebind_jax.nearest import Distance
+from codebind_jax.norm import unit
+
+SHARED = "shared"
+
+Layout = Literal["parts", "interleaved"]
+Update = Literal["snapshot", "sequential", "none"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CompositionalSpec:
+  """How features are cut and quantised. Hashable, so that it can be a static argument of jit.
+
+  Attributes:
+    shared_dim: width of the shared part, the first of the features.
+    specific_dim: width of the specific part.
+    specific_dims: exceptions to `specific_dim` by modality, a mapping; text has no specific part.
+    code_dims: widths (Ds, Dp) of shared and specific codes.
+    num_codes: sizes (Ks, Kp) of the shared codebook and of each specific one.
+    num_specific_codes: exceptions to Kp by modality, a mapping.
+    layout: "parts" (shared features first, then specific) or "interleaved" (each chunk holds a shared and a specific
+      segment).
+    sharing: "parts" (one shared codebook, and one for each modality's specific part), "one" (a single codebook for
+      everything) or "separate" (each modality but those of `first` has its own codebook for both parts; the release's
+      option).
+    distance: "cosine" or "l2".
+    normalize: L2-normalise segments before quantising.
+    beta: weight of the commitment loss.
+    ema: codes follow moving averages; False makes them parameters with a codebook loss.
+    decay, eps, revive, revive_mode: as in `codebook.update`.
+    detach_similarity: similarities give no gradient to the features, as in the release.
+    first: modalities that a sequential update takes first.
+  """
+
+  shared_dim: int = 1024
+  specific_dim: int = 1024
+  specific_dims: Mapping[str, int] | tuple[tuple[str, int], ...] = (("text", 0),)
+  code_dims: tuple[int, int] = (8, 8)
+  num_codes: tuple[int, int] = (1024, 256)
+  num_specific_codes: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
+  layout: Layout = "parts"
+  sharing: Literal["parts", "one", "separate"] = "parts"
+  distance: Distance = "cosine"
+  normalize: bool = True
+  beta: float = 0.25
+  ema: bool = True
+  decay: float = 0.99
+  eps: float = 1e-5
+  revive: cb.Revive = "random"
+  revive_mode: cb.ReviveMode = "survive"
+  detach_similarity: bool = False
+  first: tuple[str, ...] = ("text",)
+
+  def __post_init__(self):
+    for field in ("specific_dims", "num_specific_codes"):
+      object.__setattr__(self, field, tuple(sorted(dict(getattr(self, field)).items())))
+    for field in ("code_dims", "num_codes", "first"):
+      object.__setattr__(self, field, tuple(getattr(self, field)))
+    for field, allowed in (
+      ("layout", ("parts", "interleaved")),
+      ("sharing", ("parts", "one", "separate")),
+      ("distance", ("cosine", "l2")),
+      ("revive", ("random", "closest", "probrandom", "disturbance", "none")),
+      ("revive_mode", ("survive", "codes_only")),
+    ):
+      if getattr(self, field) not in allowed:
+        raise ValueError(f"{field} must be one of {allowed}, got {getattr(self, field)!r}")
+    if self.sharing == "one" and self.code_dims[0] != self.code_dims[1]:
+      raise ValueError(f"sharing='one' needs equal code_dims, got {self.code_dims}")
+    if self.shared_dim < 1 or self.shared_dim % self.code_dims[0]:
+      raise ValueError(f"shared_dim must be a positive multiple of {self.code_dims[0]}, got {self.shared_dim}")
+    for name, width in (("*", self.specific_dim), *self.specific_dims):
+      if width < 0 or width % self.code_dims[1]:
+        raise ValueError(f"specific_dim of {name!r} must be a multiple of {self.code_dims[1]}, got {width}")
+      chunks = self.shared_dim // self.code_dims[0]
+      if self.layout == "interleaved" and width not in (0, chunks * self.code_dims[1]):
+        raise ValueError(f"layout='interleaved' needs {chunks} specific segments of {name!r}, got width {width}")
+
+  def specific_width(self, modality: str) -> int:
+    """Width of a modality's specific part."""
+    return dict(self.specific_dims).get(modality, self.specific_dim)
+
+  def codebook_names(self, modality: str) -> tuple[str, str]:
+    """Names of the codebooks of a modality's shared and specific part."""
+    if self.sharing == "one":
+      return SHARED, SHARED
+    if self.sharing == "separate":
+      return (SHARED, SHARED) if modality in self.first else (modality, modality)
+    return SHARED, modality
+
+
+@struct.dataclass
+class ModalityOutput:
+  """One modality after quantisation; `*lead` is [b, t], or [b] where the features had no token axis.
+
+  Attributes:
+    shared: [*lead, shared_dim], L2-normalised over its width.
+    specific: [*lead, specific_dim], likewise.
+    full: [*lead, shared_dim + specific_dim], likewise.
+    indices_shared: [*lead, s] int32 codes.
+    indices_specific: [*lead, s'] int32 codes.
+    similarity_shared: [b, s, k] similarities of the class token's shared segments to the codes.
+    similarity_specific: [b, s', k'] likewise.
+    commitment: commitment loss, shared and specific parts added (with the codebook loss where codes are parameters).
+  """
+
+  shared: jax.Array
+  specific: jax.Array
+  full: jax.Array
+  indices_shared: jax.Array
+  indices_specific: jax.Array
+  similarity_shared: jax.Array
+  similarity_specific: jax.Array
+  commitment: jax.Array
+
+
+def split_segments(x: Float[Array | np.ndarray, "*lead c"], dim: int) -> Float[Array, "*lead s d"]:
+  """Cuts the last axis into segments of width `dim`.
+
+  Raises:
+    ValueError: if the width is no multiple of `dim`.
+  """
+  if dim < 1 or x.shape[-1] % dim:
+    raise ValueError(f"the width {x.shape[-1]} is not a multiple of the segment width {dim}")
+  return jnp.reshape(x, (*x.shape[:-1], x.shape[-1] // dim, dim))
+
+
+def merge_segments(x: Float[Array | np.ndarray, "*lead s d"]) -> Float[Array, "*lead c"]:
+  """Inverse of `split_segments`."""
+  return jnp.reshape(x, (*x.shape[:-2], x.shape[-2] * x.shape[-1]))
+
+
+def split_parts(
+  x: Float[Array | np.ndarray, "*lead c"],
+  shared_dim: int,
+  specific_dim: int,
+  *,
+  layout: Layout = "parts",
+  code_dims: tuple[int, int] = (8, 8),
+) -> tuple[Float[Array, "*lead cs"], Float[Array, "*lead cp"]]:
+  """Cuts features into the shared and the specific part.
+
+  Args:
+    x: features of width shared_dim + specific_dim.
+    shared_dim: width of the shared part.
+    specific_dim: width of the specific part, 0 for none.
+    layout: "parts" takes the first shared_dim features; "interleaved" takes chunks of Ds + Dp features, each a shared
+      segment followed by a specific one.
+    code_dims: (Ds, Dp), needed for "interleaved".
+
+  Raises:
+    ValueError: if widths do not fit or `layout` is unknown.
+  """
+  if x.shape[-1] != shared_dim + specific_dim:
+    raise ValueError(f"features must have width {shared_dim} + {specific_dim}, got {x.shape}")
+  x = jnp.asarray(x)
+  if layout == "parts":
+    return x[..., :shared_dim], x[..., shared_dim:]
+  if layout != "interleaved":
+    raise ValueError(f"layout must be 'parts' or 'interleaved', got {layout!r}")
+  ds, dp = code_dims[0], code_dims[1] if specific_dim else 0
+  if shared_dim % ds or (dp and specific_dim * ds != shared_dim * dp):
+    raise ValueError(f"widths {shared_dim}, {specific_dim} are not equally many segments of {code_dims}")
+  chunks = split_segments(x, ds + dp)
+  return merge_segments(chunks[..., :ds]), merge_segments(chunks[..., ds:])
+
+
+def new_codebooks(rng: jax.Array, spec: CompositionalSpec, modalities: Iterable[str]) -> dict[str, CodebookState]:
+  """Random codebooks under the names that `quantize_modalities` looks for; start them with `init_codebooks`."""
+  sizes = {}
+  for modality in modalities:
+    shared, specific = spec.codebook_names(modality)
+    sizes.setdefault(shared, (spec.num_codes[0], spec.code_dims[0]))
+    if spec.specific_width(modality) and specific != SHARED:
+      sizes[specific] = (dict(spec.num_specific_codes).get(modality, spec.num_codes[1]), spec.code_dims[1])
+  return {name: cb.init_codebook(_fold(rng, name), *size) for name, size in sorted(sizes.items())}
+
+
+def quantize_modalities(
+  features: Mapping[str, Float[Array | np.ndarray, "..."]],
+  codebooks: Mapping[str, CodebookState],
+  spec: CompositionalSpec,
+  *,
+  update: Update = "snapshot",
+  rng: jax.Array | None = None,
+  masks: Mapping[str, Bool[Array | np.ndarray, "..."]] | None = None,
+) -> tuple[dict[str, ModalityOutput], dict[str, CodebookState]]:
+  """Quantises all modalities and updates the codebooks.
+
+  Args:
+    features: by modality, [b, t, c] (token 0 is the class token) or [b, c], any float type; c is the shared width
+      plus the modality's specific one. Modalities may differ in b and t.
+    codebooks: `shared` and one for each modality with a specific part; others are passed through.
+    spec: how to cut and quantise.
+    update: "snapshot" quantises every modality against the codebooks as they came and updates each once with the summed
+      statistics; "sequential" updates after each call, as the release does; "none" leaves the codebooks alone.
+    rng: key of the revival; a fixed one is used if it is None.
+    masks: by modality, [b] or [b, t], True for real rows; masked ones touch neither the state nor the losses.
+
+  Returns:
+    Outputs by modality, and the codebooks after the update.
+
+  Raises:
+    ValueError: for a missing codebook, a wrong width or mask, or an unknown `update`.
+  """
+  if update not in ("snapshot", "sequential", "none"):
+    raise ValueError(f"update must be 'snapshot', 'sequential' or 'none', got {update!r}")
+  codebooks, masks = dict(codebooks), dict(masks or {})
+  rng = jax.random.key(0) if rng is None else rng
+  collected: dict[str, list[cb.Segments]] = {}
+  outputs = {}
+  for modality in _ordered(features, spec):
+    x, weights = _check(modality, features[modality], masks.get(modality), spec)
+    quantised = []
+    for part, (name, segments) in enumerate(zip(spec.codebook_names(modality), _segments(x, modality, spec))):
+      if segments is None:
+        quantised.append(None)
+        continue
+      if name not in codebooks:
+        raise ValueError(f"codebooks lack {name!r}, which {modality!r} needs; they are {sorted(codebooks)}")
+      result, statistics = _quantize_part(segments, codebooks[name], weights, x, spec)
+      quantised.append(result)
+      if update == "sequential":
+        key = _fold(rng, f"{modality}/{part}")
+        codebooks[name] = _advance(codebooks[name], [statistics], key, spec)
+      elif update == "snapshot":
+        collected.setdefault(name, []).append(statistics)
+    outputs[modality] = _output(x, quantised, spec)
+  for name, parts in collected.items():
+    codebooks[name] = _advance(codebooks[name], parts, _fold(rng, name), spec)
+  return outputs, codebooks
+
+
+def init_codebooks(
+  rng: jax.Array,
+  features: Mapping[str, Float[Array | np.ndarray, "..."]],
+  codebooks: Mapping[str, CodebookState],
+  spec: CompositionalSpec,
+  *,
+  first_token: bool = False,
+  iterations: int = 10,
+  max_segments: int = 65536,
+  masks: Mapping[str, Bool[Array | np.ndarray, "..."]] | None = None,
+) -> dict[str, CodebookState]:
+  """Starts the codebooks that are used by the given features from k-means over a batch.
+
+  Codes become the means, with as much count as the k-means gave them (at least one, so that no code is inflated or
+  lost in the first updates). Works on every codebook the features reach; pass those that are not yet `initialised`
+  only.
+
+  Args:
+    rng: key of the sample and of the first means.
+    features: as in `quantize_modalities`.
+    codebooks: the codebooks; those that are not reached are passed through.
+    spec: how to cut.
+    first_token: use class tokens only, as the release does.
+    iterations: rounds of k-means.
+    max_segments: a larger batch is sampled down to this many segments per codebook.
+    masks: as in `quantize_modalities`.
+  """
+  codebooks, masks = dict(codebooks), dict(masks or {})
+  collected: dict[str, list[cb.Segments]] = {}
+  for modality in _ordered(features, spec):
+    x, weights = features[modality], masks.get(modality)
+    if first_token and x.ndim == 3:
+      x, weights = x[:, :1], weights if weights is None or weights.ndim == 1 else weights[:, :1]
+    x, weights = _check(modality, x, weights, spec)
+    for name, segments in zip(spec.codebook_names(modality), _segments(x, modality, spec)):
+      if segments is not None:
+        segments = unit(segments, axis=1) if spec.normalize or spec.distance == "cosine" else segments
+        indices = jnp.zeros((segments.shape[0], segments.shape[2]), jnp.int32)
+        collected.setdefault(name, []).append(cb.Segments(segments, indices, weights))
+  for name, parts in collected.items():
+    if name not in codebooks:
+      raise ValueError(f"codebooks lack {name!r}; they are {sorted(codebooks)}")
+    sample_key, means_key = jax.random.split(_fold(rng, name))
+    rows, row_weights = cb.sample_rows(sample_key, parts, max_segments)
+    state = codebooks[name]
+    means, counts = cb.kmeans(
+      means_key, rows, state.codes.shape[0], iterations=iterations, distance=spec.distance,
+      normalize=spec.normalize, weights=row_weights,
+    )  # fmt: skip
+    counts = jnp.maximum(counts, 1.0)
+    codebooks[name] = CodebookState(
+      codes=means,
+      ema_count=counts,
+      ema_sum=means * counts[:, None],
+      usage=counts / jnp.sum(counts),
+      initialised=jnp.ones((), jnp.bool_),
+    )
+  return codebooks
+
+
+def _ordered(features, spec):
+  return [m for m in spec.first if m in features] + [m for m in features if m not in spec.first]
+
+
+def _fold(rng, name):
+  return jax.random.fold_in(rng, zlib.crc32(name.encode()))
+
+
+def _check(modality, x, mask, spec):
+  """Float32 features, and the weights [n] of their tokens."""
+  width = spec.shared_dim + spec.specific_width(modality)
+  if x.ndim not in (2, 3) or x.shape[-1] != width:
+    raise ValueError(f"features of {modality!r} must be [b, {width}] or [b, t, {width}], got {x.shape}")
+  x = jnp.asarray(x, jnp.float32)
+  if mask is None:
+    return x, None
+  if mask.shape not in (x.shape[:1], x.shape[:-1]):
+    raise ValueError(f"the mask of {modality!r} must be {x.shape[:1]} or {x.shape[:-1]}, got {mask.shape}")
+  mask = jnp.reshape(jnp.asarray(mask, jnp.float32), mask.shape + (1,) * (x.ndim - 1 - mask.ndim))
+  return x, jnp.broadcast_to(mask, x.shape[:-1]).reshape(-1)
+
+
+def _segments(x, modality, spec):
+  """Shared and specific segments [s, d, n] with tokens on lanes; None for a part without width."""
+  lanes = x.reshape(-1, x.shape[-1]).T
+  ds, dp = spec.code_dims
+  specific = spec.specific_width(modality)
+  if not specific:
+    return lanes.reshape(-1, ds, lanes.shape[1]), None
+  if spec.layout == "interleaved":
+    chunks = lanes.reshape(-1, ds + dp, lanes.shape[1])
+    return chunks[:, :ds], chunks[:, ds:]
+  parts = lanes[: spec.shared_dim], lanes[spec.shared_dim :]
+  return parts[0].reshape(-1, ds, lanes.shape[1]), parts[1].reshape(-1, dp, lanes.shape[1])
+
+
+def _quantize_part(z, state, weights, x, spec):
+  """Quantises segments z of features x with one codebook.
+
+  Returns:
+    ((vectors, indices, class-token similarity, loss), what the codebook's update needs).
+  """
+  direction = unit(z, axis=1) if spec.normalize or spec.distance == "cosine" else z
+  z = direction if spec.normalize else z
+  codes = jax.lax.stop_gradient(state.codes) if spec.ema else state.codes
+  vectors, indices = cb.quantize_segments(direction, codes, distance=spec.distance)
+  loss = spec.beta * _mean_square(jax.lax.stop_gradient(vectors) - z, weights)
+  if not spec.ema:
+    loss = loss + _mean_square(vectors - jax.lax.stop_gradient(z), weights)
+  class_token = direction.reshape(*direction.shape[:2], *x.shape[:-1])
+  class_token = class_token[..., 0] if x.ndim == 3 else class_token
+  if spec.detach_similarity:
+    class_token = jax.lax.stop_gradient(class_token)
+  similarity = jnp.moveaxis(cb.similarity(class_token, codes, distance=spec.distance), 2, 0)
+  result = (cb.straight_through(z, vectors), indices, similarity, loss)
+  return result, cb.Segments(jax.lax.stop_gradient(direction), indices, weights)
+
+
+def _mean_square(x, weights):
+  if weights is None:
+    return jnp.mean(x * x)
+  total = jnp.sum(weights) * x.shape[0] * x.shape[1]
+  x = jnp.where(weights > 0, x, 0.0)
+  return jnp.sum(x * x) / jnp.maximum(total, 1.0)
+
+
+def _advance(state, parts, rng, spec):
+  counts, sums = cb.statistics(parts, state.codes.shape[0])
+  anchors = cb.draw_anchors(spec.revive, rng, parts, jax.lax.stop_gradient(state.codes), distance=spec.distance)
+  frozen = jax.tree.map(jax.lax.stop_gradient, state)
+  return cb.advance(
+    frozen, counts, sums, anchors, decay=spec.decay, eps=spec.eps, revive_mode=spec.revive_mode, ema=spec.ema
+  )
+
+
+def _output(x, quantised, spec):
+  """Puts the quantised parts of one modality back together."""
+  lead, n = x.shape[:-1], np.prod(x.shape[:-1], dtype=int)
+  (shared, indices_shared, similarity_shared, loss), specific_part = quantised
+  if specific_part is None:
+    specific = jnp.zeros((0, 1, n), jnp.float32)
+    indices_specific, similarity_specific = jnp.zeros((0, n), jnp.int32), jnp.zeros((x.shape[0], 0, 0), jnp.float32)
+  else:
+    specific, indices_specific, similarity_specific, specific_loss = specific_part
+    loss = loss + specific_loss
+
+  def rows(segments):
+    return segments.reshape(-1, n).T.reshape(*lead, -1) if segments.size else jnp.zeros((*lead, 0), jnp.float32)
+
+  if spec.layout == "interleaved" and specific_part is not None:
+    full = rows(jnp.concatenate([shared, specific], axis=1))
+  else:
+    full = jnp.concatenate([rows(shared), rows(specific)], axis=-1)
+  return ModalityOutput(
+    shared=unit(rows(shared)),
+    specific=unit(rows(specific)),
+    full=unit(full),
+    indices_shared=indices_shared.T.reshape(*lead, -1),
+    indices_specific=indices_specific.T.reshape(*lead, indices_specific.shape[0]),
+    similarity_shared=similarity_shared,
+    similarity_specific=similarity_specific,
+    commitment=loss,
+  )

@@ -1,0 +1,157 @@
+"""Losses on codes: commitment, contrast, uniformity, and matching of code distributions across modalities."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from codebind_jax.norm import unit
+
+_BISECTIONS = 26
+
+
+def commitment(
+  z: Float[Array | np.ndarray, "*lead d"], q: Float[Array | np.ndarray, "*lead d"], *, beta: float = 0.25
+) -> Float[Array, ""]:
+  """beta * mean (sg(q) - z)^2: pulls segments to their codes (van den Oord et al., 2017, eq. 3).
+
+  Args:
+    z: segments as quantised.
+    q: their code vectors.
+    beta: weight.
+  """
+  difference = jax.lax.stop_gradient(jnp.asarray(q, jnp.float32)) - jnp.asarray(z, jnp.float32)
+  return beta * jnp.mean(difference * difference)
+
+
+def code_contrast(
+  similarity: Float[Array | np.ndarray, "n k"],
+  *,
+  double_softmax: bool = False,
+  mask: Bool[Array | np.ndarray, "n"] | None = None,
+) -> Float[Array, ""]:
+  """Contrast of the nearest codes of a segment against the farthest (CVQ-VAE's contrastive loss).
+
+  The positive is the mean of a row's int(k / 10) largest similarities (at least one), the negatives are its k // 2
+  smallest; the loss is the cross-entropy of [positive, negatives] with target 0. The two thresholds are found by
+  bisection, without a sort.
+
+  Args:
+    similarity: of segments and codes.
+    double_softmax: the release's form: a softmax (of square roots if no similarity is negative) before the
+      cross-entropy's own, and the whole row as positive where k < 10.
+    mask: True for rows that count.
+  """
+  x = jnp.asarray(similarity, jnp.float32)
+  k = x.shape[1]
+  above, below = k // 10, k // 2
+  if not double_softmax:
+    above = max(1, above)
+  elif above == 0:
+    above = k
+  if double_softmax:
+    root = jnp.sqrt(jnp.where(x > 0, x, 1.0)) * (x > 0)
+    x = jnp.where(jnp.any(x < 0), x, root)
+  top, low = jax.lax.stop_gradient((largest_weights(x, above), largest_weights(-x, below)))
+  positive = jnp.sum(top * x, axis=1) / above
+  shift = jax.lax.stop_gradient(jnp.max(jnp.where((top > 0) | (low > 0), x, -jnp.inf), axis=1))
+  exp_positive, exp_negative = jnp.exp(positive - shift), low * jnp.exp(jnp.where(low > 0, x - shift[:, None], 0.0))
+  total = exp_positive + jnp.sum(exp_negative, axis=1)
+  if double_softmax:
+    positive = exp_positive / total
+    negative = exp_negative / total[:, None]
+    # A negative that a tie takes in part counts as that part of a class.
+    negative = jnp.where(low > 0, negative / jnp.where(low > 0, low, 1.0), 0.0)
+    terms = jnp.log(jnp.exp(positive) + jnp.sum(low * jnp.exp(negative), axis=1)) - positive
+  else:
+    terms = jnp.log(total) - (positive - shift)
+  return _masked_mean(terms, mask)
+
+
+def largest_weights(x: Float[Array, "n k"], count: int) -> Float[Array, "n k"]:
+  """Weights in [0, 1] that select the `count` largest entries of each row; they add up to `count`.
+
+  Bisection for the value of the smallest selected entry; entries that are equal to it (or closer than the bisection
+  resolves, 2^-26 of the row's range) share what is left.
+  """
+  low, high = jnp.min(x, axis=1), jnp.max(x, axis=1)
+
+  def halve(_, bounds):
+    low, high = bounds
+    middle = low + 0.5 * (high - low)
+    enough = jnp.sum(x > middle[:, None], axis=1) >= count
+    return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+  # Fewer than `count` entries exceed `high`; at least `count` are >= `low`.
+  low, high = jax.lax.fori_loop(0, _BISECTIONS, halve, (low, high))
+  sure = x > high[:, None]
+  tied = (x >= low[:, None]) & ~sure
+  left = count - jnp.sum(sure, axis=1)
+  return sure + tied * (left / jnp.maximum(jnp.sum(tied, axis=1), 1))[:, None]
+
+
+def code_uniform(codes: Float[Array | np.ndarray, "k d"]) -> Float[Array, ""]:
+  """Log of the mean over code pairs of exp(-|ê_i - ê_j|^2), ê normalised (Wang and Isola, 2020, eq. 2 with t = 1)."""
+  return _uniformity(unit(codes), None)
+
+
+def code_matching(
+  sim_a: Float[Array | np.ndarray, "b s k"],
+  sim_b: Float[Array | np.ndarray, "b s k"],
+  *,
+  temperature: float = 1.0,
+  mask: Bool[Array | np.ndarray, "b"] | None = None,
+  release_axis: bool = False,
+) -> Float[Array, ""]:
+  """Cross-modal code matching: paired items should use codes with the same probabilities (Liu et al., 2022, eq. 4-6).
+
+  P = softmax over codes of the similarities; for each segment score[i, j] = sum_k P_a[i] log P_b[j] + log P_a[i]
+  P_b[j]; the loss is the cross-entropy of the diagonal, mean over segments and batch.
+
+  Args:
+    sim_a: class-token similarities of one modality; row i belongs to row i of `sim_b`.
+    sim_b: those of the other.
+    temperature: divides the similarities.
+    mask: True for rows that count.
+    release_axis: the release's form where no similarity of the pair is negative: softmax of square roots over the
+      segments.
+
+  Raises:
+    ValueError: if shapes differ.
+  """
+  if sim_a.shape != sim_b.shape:
+    raise ValueError(f"sim_a and sim_b must have one shape, got {sim_a.shape} and {sim_b.shape}")
+  a, b = jnp.asarray(sim_a, jnp.float32) / temperature, jnp.asarray(sim_b, jnp.float32) / temperature
+  p_a, p_b = jax.nn.softmax(a, axis=2), jax.nn.softmax(b, axis=2)
+  if release_axis:
+    wrong = ~(jnp.any(a < 0) | jnp.any(b < 0))
+    root = lambda x: jax.nn.softmax(jnp.sqrt(jnp.where(x > 0, x, 1.0)) * (x > 0), axis=1)
+    p_a, p_b = jnp.where(wrong, root(a), p_a), jnp.where(wrong, root(b), p_b)
+  log_a, log_b = jnp.log(p_a + 1e-10), jnp.log(p_b + 1e-10)
+  high = jax.lax.Precision.HIGHEST
+  score = jnp.einsum("isk,jsk->sij", p_a, log_b, precision=high) + jnp.einsum(
+    "isk,jsk->sij", log_a, p_b, precision=high
+  )
+  if mask is not None:
+    score = jnp.where(jnp.asarray(mask, jnp.bool_)[None, None], score, -1e30)
+  terms = jax.nn.logsumexp(score, axis=2) - jnp.diagonal(score, axis1=1, axis2=2)
+  return _masked_mean(jnp.mean(terms, axis=0), mask)
+
+
+def _masked_mean(terms, mask):
+  if mask is None:
+    return jnp.mean(terms)
+  mask = jnp.asarray(mask, jnp.bool_)
+  return jnp.sum(jnp.where(mask, terms, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def _uniformity(x, mask):
+  """Log of the mean over pairs of exp(-|x_i - x_j|^2); 0 if there is no pair."""
+  square = jnp.sum(x * x, axis=1)
+  product = jnp.einsum("id,jd->ij", x, x, precision=jax.lax.Precision.HIGHEST)
+  distance = jnp.maximum(square[:, None] + square[None] - 2 * product, 0.0)
+  valid = jnp.ones(x.shape[0], jnp.bool_) if mask is None else jnp.asarray(mask, jnp.bool_)
+  pairs = jnp.triu(valid[:, None] & valid[None], 1)
+  count = jnp.sum(pairs)
+  value = jax.nn.logsumexp(jnp.where(pairs, -distance, -jnp.inf), where=pairs) - jnp.log(jnp.maximum(count, 1))
+  return jnp.where(count > 0, value, 0.0)

@@ -1,0 +1,51 @@
+"""Losses that keep shared and specific parts apart and the specific part informative."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from codebind_jax.losses.codes import _masked_mean, _uniformity
+
+
+def decomposition(
+  shared: Float[Array | np.ndarray, "b t d"],
+  specific: Float[Array | np.ndarray, "b t d2"],
+  *,
+  mask: Bool[Array | np.ndarray, "..."] | None = None,
+) -> Float[Array, ""]:
+  """Frobenius norm of (shared tokens)(specific tokens)^T, mean over the batch: 0 if the parts are orthogonal.
+
+  Args:
+    shared: shared parts of the tokens, as `quantize_modalities` returns them.
+    specific: specific parts, of the same width.
+    mask: [b] or [b, t], True for what counts.
+
+  Raises:
+    ValueError: if the widths differ, for then no product of the two is defined.
+  """
+  if shared.shape != specific.shape:
+    raise ValueError(f"shared and specific must have one shape, got {shared.shape} and {specific.shape}")
+  shared, specific = jnp.asarray(shared, jnp.float32), jnp.asarray(specific, jnp.float32)
+  rows = None
+  if mask is not None:
+    mask = jnp.asarray(mask, jnp.bool_)
+    rows = mask if mask.ndim == 1 else jnp.any(mask, axis=1)
+    tokens = mask[:, None, None] if mask.ndim == 1 else mask[:, :, None]
+    shared, specific = jnp.where(tokens, shared, 0.0), jnp.where(tokens, specific, 0.0)
+  product = jnp.einsum("btd,bud->btu", shared, specific, precision=jax.lax.Precision.HIGHEST)
+  square = jnp.sum(product * product, axis=(1, 2))
+  norm = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+  return _masked_mean(norm, rows)
+
+
+def specific_uniform(
+  s: Float[Array | np.ndarray, "b d"], *, mask: Bool[Array | np.ndarray, "b"] | None = None
+) -> Float[Array, ""]:
+  """Log of the mean over batch pairs of exp(-|s_i - s_j|^2) (Wang and Isola, 2020); 0 for fewer than two rows.
+
+  Args:
+    s: specific parts of the class tokens, L2-normalised.
+    mask: True for rows that count.
+  """
+  return _uniformity(jnp.asarray(s, jnp.float32), mask)

@@ -1,0 +1,32 @@
+"""L2 normalisation with a finite gradient everywhere."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+# Vectors whose largest entry is below this count as zero, as in the eps of torch's `normalize`.
+_ZERO = 1e-12
+
+
+def unit(x: Float[Array | np.ndarray, "..."], axis: int = -1) -> Float[Array, "..."]:
+  """L2-normalises along one axis, in float32.
+
+  A zero vector stays zero and gets a zero gradient; huge vectors do not overflow, because each is first divided by its
+  largest entry (a constant for the gradient, to which the result does not react).
+
+  Args:
+    x: vectors of any float type.
+    axis: the axis that holds the components of a vector.
+
+  Returns:
+    float32 vectors of norm one, or zero.
+  """
+  x = jnp.asarray(x, jnp.float32)
+  if x.shape[axis] == 0:
+    return x
+  largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, keepdims=True))
+  zero = largest < _ZERO
+  x = jnp.where(zero, 0.0, x / jnp.where(zero, 1.0, largest))
+  square = jnp.sum(x * x, axis=axis, keepdims=True)
+  return x / jnp.sqrt(jnp.where(zero, 1.0, square))
