@@ -224,9 +224,9 @@ def class_names(source: Source, path: Path | None = None) -> tuple[str, ...]:
 def read_manifest(manifest: Path, *, split: str = "", max_bad_records: int = 0) -> ManifestSource:
   """Reads and checks a JSONL manifest: every line is parsed and every file looked at before anything else happens.
 
-  Each line is an object with any of the modalities (a path relative to the manifest; `text`: a string or a list of them,
-  the main one first) and `id`, `label`, `split` (train, val or test). If no record of the manifest has a split, all of
-  them are used whatever split is asked for, which is logged.
+  Each line is an object with any of the modalities (a path relative to the manifest; `text`: a string or a list of
+  them, the main one first) and `id`, `label`, `split` (train, val or test). If no record of the manifest has a split,
+  all of them are used whatever split is asked for, which is logged.
 
   Args:
     manifest: the .jsonl file.

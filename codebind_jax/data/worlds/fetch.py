@@ -105,7 +105,7 @@ def fetch_all(package_ids: Iterable[str], *, root: str | os.PathLike | None = No
   if missing:
     make_folder(archives, sum(p.bytes for p in missing))
     with lock(archives):
-      _fetch_missing(missing, archives)
+      _fetch_missing([p for p in missing if not _cached(p, archives)], archives)
     found |= {p.id: _cached(p, archives) for p in missing}
   return {i: found[i] for i in ids}
 
@@ -198,7 +198,8 @@ def _fetch_missing(missing: Sequence[Package], archives: Path) -> None:
       except BaseException:
         stop.set()
         raise
-    errors: list[Exception] = []
+    errors: list[BaseException] = []
+    wrong: list[ChecksumError] = []
     for kind, group in todo.items():
       failed = runs[kind].exception()
       for package in group:
@@ -206,13 +207,16 @@ def _fetch_missing(missing: Sequence[Package], archives: Path) -> None:
           if not _adopt(package, incoming / kind, archives) and not failed:
             failed = FetchError(f"{CLIENT[kind]} finished but left no {package.file}", CLIENT[kind])
         except ChecksumError as error:
-          errors.insert(0, error)
+          wrong.append(error)
       if failed:
         errors.append(failed)
-    for error in errors[1:]:
-      logging.error("%s", error)
+    if wrong:
+      raise ChecksumError("\n".join(str(e) for e in wrong))
+    for error in errors:
+      if not isinstance(error, FetchError):
+        raise error
     if errors:
-      raise errors[0]
+      raise FetchError("\n".join(str(e) for e in errors), errors[0].client)
   finally:
     shutil.rmtree(incoming, ignore_errors=True)
 
@@ -275,18 +279,20 @@ def _run_client(kind: str, group: list[Package], folder: Path, stop: threading.E
   """
   client = CLIENT[kind]
   folder.mkdir(parents=True, exist_ok=True)
-  if kind != "pip" and kind != "pip-sdist" and shutil.which(client) is None:
+  if client != "pip" and shutil.which(client) is None:
     raise FetchError(f"no {client} on this machine, needed for {[p.name for p in group]}", client)
+  said = ""
   with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{kind}-state-") as state:
     for command in _commands(kind, group, folder, Path(state)):
       process = subprocess.Popen(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                  stderr=subprocess.STDOUT, text=True, errors="replace")
-      output = _wait(process, stop)
+      said += _wait(process, stop)
       if process.returncode:
-        said = "\n".join(line for line in output.strip().splitlines()[-12:])
-        hint = f"; {sys.executable} has no pip: run `{sys.executable} -m ensurepip`" if "No module named pip" in said \
-          else ""
-        raise FetchError(f"{client} could not fetch {[p.name for p in group]}{hint}; it said:\n{said}", client)
+        hint = ""
+        if "No module named pip" in said:
+          hint = f"; {sys.executable} has no pip: run `{sys.executable} -m ensurepip`"
+        last = "\n".join(said.strip().splitlines()[-12:])
+        raise FetchError(f"{client} could not fetch {[p.name for p in group]}{hint}; it said:\n{last}", client)
 
 
 def _wait(process: subprocess.Popen, stop: threading.Event) -> str:

@@ -51,21 +51,14 @@ def to_square_png(data: bytes, *, vector: bool, size: int = SIZE) -> bytes:
 def _rasterise(svg: bytes, size: int) -> bytes:
   import resvg_py
 
-  text = svg.decode("utf-8", "replace")
   try:
-    return bytes(resvg_py.svg_to_bytes(svg_string=text, width=size, height=size, skip_system_fonts=True))
+    # Without a dpi resvg-py takes lengths in pt or cm for nothing and calls the size invalid.
+    return bytes(resvg_py.svg_to_bytes(
+        svg_string=svg.decode("utf-8", "replace"), width=size, height=size, dpi=96, skip_system_fonts=True))
   except BaseException as error:  # a Rust panic is a BaseException
     if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
       raise
-    reason = str(error)
-  try:
-    import cairosvg
-  except (ImportError, OSError) as error:
-    raise RenderError(f"resvg: {reason}") from error
-  try:
-    return cairosvg.svg2png(bytestring=svg, output_width=size, unsafe=True)
-  except Exception as error:
-    raise RenderError(f"resvg: {reason}; cairosvg: {error}") from error
+    raise RenderError(f"resvg: {error}") from error
 
 
 def render_all(

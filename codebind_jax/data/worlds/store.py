@@ -46,7 +46,8 @@ def open_records(folder: Path, split: str, encoded: Iterable[str]) -> Sequence[d
   import tensorflow_datasets as tfds
 
   raw = {key: tfds.decode.SkipDecoding() for key in encoded}
-  return tfds.builder_from_directory(folder).as_data_source(split, decoders=raw)
+  with _verbosity(logging.WARNING):
+    return tfds.builder_from_directory(folder).as_data_source(split, decoders=raw)
 
 
 def build(
@@ -131,15 +132,23 @@ def _write_records(scratch, world, profile, version, splits, features) -> Path:
 @contextlib.contextmanager
 def _quiet(progress) -> Iterator[None]:
   """Without tfds's bars and messages for every step of every split: the world's builder shows one bar of its own."""
-  active, level = progress._active, logging.get_verbosity()
+  active = progress._active
   progress.disable_progress_bar()
-  logging.set_verbosity(min(level, logging.WARNING))
   try:
-    with contextlib.redirect_stdout(io.StringIO()):
+    with _verbosity(logging.WARNING), contextlib.redirect_stdout(io.StringIO()):
       yield
   finally:
-    logging.set_verbosity(level)
     progress._active = active
+
+
+@contextlib.contextmanager
+def _verbosity(limit: int) -> Iterator[None]:
+  level = logging.get_verbosity()
+  logging.set_verbosity(min(level, limit))
+  try:
+    yield
+  finally:
+    logging.set_verbosity(level)
 
 
 def _write_index(folder: Path, splits: Iterable[str], arrays: Iterable[str]) -> None:
