@@ -219,6 +219,15 @@ def test_recall_rejects():
     retrieval.recall_at_k(np.array([[np.nan, 0], [0, 1]], np.float32), x, [{0}, {1}])
 
 
+def test_the_query_itself_is_no_answer():
+  x, ids = unit(0, 10, 90), np.array(["a", "a", "b"])
+  assert retrieval.first_ranks(x[:2], x, (ids[:2], ids), exclude_self=True).tolist() == [1, 1]
+  with pytest.raises(ValueError, match="query 2 has no relevant item"):
+    retrieval.first_ranks(x, x, (ids, ids), exclude_self=True)
+  with pytest.raises(ValueError, match="the 3 queries must be the first rows of the gallery, which has 2"):
+    retrieval.first_ranks(x, x[:2], (ids, ids[:2]), exclude_self=True)
+
+
 def test_retrieval_evaluator_both_ways():
   table = {
     "text": {"shared": unit(0, 90), "label": np.array(["cat", "dog"])},

@@ -234,10 +234,8 @@ def _choose_c(x, y, grid, groups, val, fraction, max_iter):
     best, best_c, worse = (accuracy, c, 0) if accuracy > best else (best, best_c, worse + 1)
     if worse == 2:
       break
-  if best_c == grid[-1]:
-    logging.info(
-      "linear probe: the largest C of the grid, %g, was best on validation; a larger one may be better", best_c
-    )
+  if best_c in (grid[0], grid[-1]):
+    logging.info("linear probe: C=%g, at the end of the grid, was best on validation; the best may lie beyond", best_c)
   return best_c, best
 
 

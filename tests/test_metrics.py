@@ -1,0 +1,195 @@
+"""The metrics file survives kills, resumes and odd values; intervals and rates against hand computations."""
+
+import doctest
+import json
+import math
+
+import hypothesis
+import hypothesis.strategies as st
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+from tensorboardX.proto import event_pb2
+
+from codebind_jax import metrics
+from codebind_jax.evaluators import intervals
+
+
+def events(folder):
+  """Steps, names and values of all TensorBoard scalars, file after file, as written."""
+  found = []
+  for path in sorted(folder.glob("events.out.tfevents.*")):
+    data, at = path.read_bytes(), 0
+    while at < len(data):  # A record: length, its checksum (4 bytes), the event, its checksum (4 bytes).
+      length = int.from_bytes(data[at : at + 8], "little")
+      event = event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
+      at += length + 16
+      found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+      if event.HasField("session_log"):
+        found.append((event.step, "start", None))
+  return found
+
+
+def test_lines_keep_all_digits_and_order(tmp_path):
+  with metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
+    writer.write(1, "stage1", {"train/b": 0.1 + 0.2, "train/a": np.float32(0.1), "n": jnp.int32(3)})
+    writer.write(2, "stage1", {"half": jnp.bfloat16(1.5), "one": np.array([2.5])})
+  lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  assert lines[0] == (
+    '{"step": 1, "stage": "stage1", "train/b": 0.30000000000000004, "train/a": 0.10000000149011612, "n": 3}'
+  )
+  assert metrics.read_metrics(tmp_path)[1] == {"step": 2, "stage": "stage1", "half": 1.5, "one": 2.5}
+  assert metrics.read_metrics(tmp_path / "metrics.jsonl") == metrics.read_metrics(tmp_path)
+
+
+def test_not_finite_is_null_with_a_warning(tmp_path):
+  with metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
+    writer.write(5, "s", {"x": math.nan, "y": 1.0, "z": -math.inf})
+  line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
+  assert line == {"step": 5, "stage": "s", "x": None, "y": 1.0, "z": None, "warning": "not finite: x=nan, z=-inf"}
+  record = metrics.read_metrics(tmp_path)[0]
+  assert math.isnan(record["x"]) and math.isnan(record["z"]) and record["y"] == 1.0
+
+
+@pytest.mark.parametrize("bad", [{"step": 1.0}, {"": 1.0}, {"x": np.ones(2)}, {"x": "high"}, {"x": None}])
+def test_write_names_what_is_wrong(tmp_path, bad):
+  with metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with pytest.raises(ValueError, match="metric"):
+      writer.write(1, "s", bad)
+  assert metrics.read_metrics(tmp_path) == []
+
+
+def test_a_last_line_cut_short_is_dropped_and_mended(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  path.write_text('{"step": 1, "stage": "s", "x": 1.0}\n{"step": 2, "stage": "s", "x"')
+  assert [record["step"] for record in metrics.read_metrics(path)] == [1]
+  with metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
+    writer.write(2, "s", {"x": 2.0})
+  assert path.read_text() == '{"step": 1, "stage": "s", "x": 1.0}\n{"step": 2, "stage": "s", "x": 2.0}\n'
+  # Only the newline was lost: the line stays.
+  path.write_text('{"step": 1, "stage": "s"}')
+  with metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
+    writer.write(2, "s", {})
+  assert [record["step"] for record in metrics.read_metrics(path)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+  "text", ['{"step": 1}\nnonsense\n{"step": 2}\n', '{"step": 1}\n[3]\n', '{"step": 1}\n{"x": 2}\n']
+)
+def test_a_bad_line_is_named(tmp_path, text):
+  path = tmp_path / "metrics.jsonl"
+  path.write_text(text)
+  with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not a line of metrics"):
+    metrics.read_metrics(path)
+  with pytest.raises(ValueError, match=r"metrics\.jsonl:2"):
+    metrics.MetricsWriter(tmp_path)
+  assert path.read_text() == text
+
+
+@hypothesis.given(st.integers(1, 8), st.integers(0, 8), st.integers(0, 10_000))
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_killed_and_resumed_equals_uninterrupted(tmp_path_factory, steps, restored, cut):
+  def run(writer, first, last):
+    for step in range(first, last + 1):
+      writer.write(step, "étape", {"train/loss": 1 / step})
+      if step % 3 == 0:
+        writer.write(step, "étape", {"eval/x": step * 0.1})
+
+  whole, killed = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("killed")
+  with metrics.MetricsWriter(whole, tensorboard=False) as writer:
+    run(writer, 1, steps)
+  with metrics.MetricsWriter(killed, tensorboard=False) as writer:
+    run(writer, 1, steps)
+  # The kill loses bytes after the checkpoint of `restored`, at any place.
+  restored = min(restored, steps)
+  path = killed / "metrics.jsonl"
+  data = path.read_bytes()
+  safe = len(b"".join(l for l in data.splitlines(keepends=True) if json.loads(l)["step"] <= restored))
+  path.write_bytes(data[: safe + cut % (len(data) - safe + 1)])
+  with metrics.MetricsWriter(killed, tensorboard=False) as writer:
+    writer.truncate(restored)
+    run(writer, restored + 1, steps)
+  assert path.read_bytes() == (whole / "metrics.jsonl").read_bytes()
+  assert [file.name for file in killed.iterdir()] == ["metrics.jsonl"]
+
+
+def test_tensorboard_events_and_purge(tmp_path):
+  with metrics.MetricsWriter(tmp_path) as writer:
+    for step in (1, 2, 3):
+      writer.write(step, "s", {"train/loss": 0.5 * step})
+    writer.image(3, "map", np.zeros((4, 4, 3), np.uint8))
+  with metrics.MetricsWriter(tmp_path) as writer:  # In the same second: the first file must survive.
+    writer.truncate(2)
+    writer.write(3, "s", {"train/loss": 9.0})
+    writer.truncate(2)
+    writer.write(3, "s", {"train/loss": 8.0})
+  found = [event for event in events(tmp_path / "tensorboard") if event[1] != "map"]
+  assert found == [
+    (1, "train/loss", 0.5), (2, "train/loss", 1.0), (3, "train/loss", 1.5),
+    (3, "start", None), (3, "train/loss", 9.0),
+    (3, "start", None), (3, "train/loss", 8.0),
+  ]  # fmt: skip
+  assert [record["train/loss"] for record in metrics.read_metrics(tmp_path)] == [0.5, 1.0, 8.0]
+
+
+def test_inactive_writer_writes_nothing(tmp_path):
+  with metrics.MetricsWriter(tmp_path / "run", active=False) as writer:
+    writer.write(1, "s", {"x": 1.0})
+    writer.image(1, "x", np.zeros((2, 2, 3), np.uint8))
+    writer.truncate(0)
+    writer.flush()
+  assert not (tmp_path / "run").exists()
+
+
+def test_throughput():
+  now = [0.0]
+  rate = metrics.Throughput(clock=lambda: now[0])
+  now[0] = 5.0
+  rate.restart()
+  with pytest.raises(KeyError), rate.waiting():
+    now[0] += 1.0
+    raise KeyError
+  now[0] += 3.0
+  rate.add(6)
+  rate.add(6)
+  assert rate.report() == {"examples_per_second": 3.0, "data_wait_share": 0.25}
+  now[0] += 1.0
+  rate.add(5)
+  assert rate.report() == {"examples_per_second": 5.0, "data_wait_share": 0.0}
+
+
+@pytest.mark.parametrize("module", [metrics, intervals])
+def test_docstring_examples(module):
+  found = doctest.testmod(module)
+  assert found.attempted and not found.failed
+
+
+@pytest.mark.parametrize("right, count", [(0, 5), (3, 10), (10, 10), (431, 1000)])
+def test_wilson_equals_scipy(right, count):
+  expected = binomtest(right, count).proportion_ci(0.95, method="wilson")
+  found = intervals.wilson_interval(100 * right / count, count, z=1.959963984540054)
+  np.testing.assert_allclose(found, (100 * expected.low, 100 * expected.high), atol=1e-9)
+
+
+def test_bootstrap_interval():
+  values = np.array([0.0, 100.0] * 200)
+  low, high = intervals.bootstrap_interval(values)
+  # Normal approximation: 50 +- 1.96 * 50 / sqrt(400) = 45.1 ... 54.9.
+  assert low == pytest.approx(45.1, abs=1.0) and high == pytest.approx(54.9, abs=1.0)
+  # Ten equal copies of each row are no new evidence: 400 rows in 40 groups.
+  copies, groups = np.repeat(np.array([0.0, 100.0] * 20), 10), np.repeat(np.arange(40), 10)
+  low, high = intervals.bootstrap_interval(copies, groups=groups)
+  assert low == pytest.approx(34.5, abs=2.0) and high == pytest.approx(65.5, abs=2.0)
+  assert intervals.bootstrap_interval(np.array([7.0])) == (7.0, 7.0)
+
+
+def test_intervals_reject():
+  for percent, count in [(101.0, 5), (-1.0, 5), (50.0, 0)]:
+    with pytest.raises(ValueError, match="percent|count"):
+      intervals.wilson_interval(percent, count)
+  for bad in (np.zeros(0), np.zeros((2, 2)), np.array([np.nan])):
+    with pytest.raises(ValueError, match="values"):
+      intervals.bootstrap_interval(bad)
+  with pytest.raises(ValueError, match="lengths"):
+    intervals.bootstrap_interval(np.zeros(3), groups=np.zeros(2))
