@@ -1,0 +1,112 @@
+"""Checkpoints: TrainState + data iterators + config + stage, restored exactly, falling back when the newest is damaged."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import grain
+import orbax.checkpoint as ocp
+from absl import logging
+
+FOLDER = "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+  """Where a run stands: the global `step`, the `stage` it is in, and whether that stage is finished."""
+
+  step: int
+  stage: str
+  done: bool
+
+
+class Checkpoints:
+  """Writes and reads `workdir/checkpoints/<step>`; saves asynchronously, keeps the newest `keep`."""
+
+  def __init__(self, workdir: str | pathlib.Path, *, keep: int = 2):
+    self.path = pathlib.Path(workdir).absolute() / FOLDER
+    self._keep = keep
+    self._open()
+
+  def _open(self) -> None:
+    options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, cleanup_tmp_directories=True)
+    self._manager = ocp.CheckpointManager(self.path, options=options)
+
+  def save(self, position: Position, state: Any, iterators: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Starts writing a checkpoint; `iterators` are Grain iterators by source name."""
+    items: dict[str, Any] = {
+      "state": ocp.args.StandardSave(state),
+      "meta": ocp.args.JsonSave({"position": dataclasses.asdict(position), "config": dict(config)}),
+    }
+    items |= {f"data_{name}": grain.checkpoint.CheckpointSave(it) for name, it in iterators.items()}
+    self._manager.save(position.step, args=ocp.args.Composite(**items), force=True)
+
+  def restore(
+    self, target: Callable[[Position], tuple[Any, Mapping[str, Any]]]
+  ) -> tuple[Position, Any, Mapping[str, Any]] | None:
+    """Restores the newest readable checkpoint.
+
+    Args:
+      target: position -> (abstract state, fresh iterators by source name); called per checkpoint tried.
+
+    Returns:
+      (position, state, iterators) or None where there is no checkpoint. A checkpoint that cannot be read is
+      renamed to `<step>.damaged`, named in the log, and the one before it is tried.
+
+    Raises:
+      RuntimeError: if there are checkpoints but none can be read.
+    """
+    self._manager.wait_until_finished()
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    for step in steps:
+      try:
+        position = Position(**self.read_meta(step)["position"])
+        state, iterators = target(position)
+        items = {"state": ocp.args.StandardRestore(state)}
+        items |= {f"data_{name}": grain.checkpoint.CheckpointRestore(it) for name, it in iterators.items()}
+        found = self._manager.restore(step, args=ocp.args.Composite(**items))
+        return position, found["state"], {name: found[f"data_{name}"] for name in iterators}
+      except Exception as error:  # orbax reports a truncated array as a bare Exception
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        logging.error("checkpoint %s cannot be read, trying the one before it: %s", self.path / str(step), reason)
+        self._manager.close()
+        aside = next(p for n in itertools.count() if not (p := self.path / f"{step}.damaged{n or ''}").exists())
+        (self.path / str(step)).rename(aside)
+        self._open()
+    if steps:
+      raise RuntimeError(f"none of the checkpoints {steps} in {self.path} can be read; they are kept as *.damaged")
+    return None
+
+  def read_meta(self, step: int | None = None) -> dict[str, Any]:
+    """The position and config stored with a checkpoint (the newest by default).
+
+    Raises:
+      FileNotFoundError: if there is no checkpoint.
+    """
+    step = self._manager.latest_step() if step is None else step
+    if step is None:
+      raise FileNotFoundError(f"no checkpoint in {self.path}")
+    return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+  def read_arrays(self, keys: tuple[str, ...] = ("params", "codebooks")) -> dict[str, Any]:
+    """Parts of the newest state as nested dicts of numpy arrays, for evaluation and embedding."""
+    self._manager.wait_until_finished()
+    step = self._manager.latest_step()
+    if step is None:
+      raise FileNotFoundError(f"no checkpoint in {self.path}")
+    with ocp.PyTreeCheckpointer() as reader:
+      whole = reader.restore(self.path / str(step) / "state")
+    return {key: whole[key] for key in keys}
+
+  def wait(self) -> None:
+    """Blocks until the last save is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits for the last save and frees the threads."""
+    self._manager.wait_until_finished()
+    self._manager.close()

@@ -1,0 +1,138 @@
+"""What a config may say: checked whole, before anything is built."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import ml_collections
+
+MODES = ("train", "eval")
+TASKS = ("zeroshot", "retrieval", "probe")
+WORLDS = ("icons",)
+PROFILES = ("auto", "tiny", "tiny-plus", "small", "full")
+_CHOICES = {
+  "mode": MODES,
+  "task": TASKS,
+  "data.world": WORLDS,
+  "data.profile": PROFILES,
+  "codebook.distance": ("cosine", "l2"),
+  "codebook.layout": ("parts", "interleaved"),
+  "codebook.update_mode": ("snapshot", "sequential"),
+  "codebook.revive": ("random", "closest", "probrandom", "disturbance", "none"),
+  "codebook.revive_mode": ("survive", "codes_only"),
+}
+_POSITIVE = (
+  "steps", "batch_size", "log_steps", "eval_steps", "checkpoint_steps", "keep_checkpoints", "eval_batch",
+  "model.shared_dim", "codebook.dim", "codebook.shared_codes", "optim.learning_rate", "optim.clip_norm",
+)
+_SHARES = ("codebook.decay", "codebook.alarm_share", "optim.b1", "optim.b2")
+
+
+def get(config: Any, path: str) -> Any:
+  """The value at a dotted path.
+
+  Raises:
+    ValueError: naming the first missing key and the keys there are.
+  """
+  value = config
+  done: list[str] = []
+  for part in path.split("."):
+    if not isinstance(value, (Mapping, ml_collections.ConfigDict)):
+      raise ValueError(f"config.{path}: {'.'.join(done)!r} is a value, it has no key {part!r}")
+    if part not in value:
+      prefix = "".join(f"{key}." for key in done)
+      raise ValueError(f"config.{path}: unknown key {part!r}; allowed: {sorted(prefix + key for key in value)}")
+    value = value[part]
+    done.append(part)
+  return value
+
+
+def has(config: Any, path: str) -> bool:
+  """Whether the dotted path exists."""
+  try:
+    get(config, path)
+  except ValueError:
+    return False
+  return True
+
+
+def check_keys(given: Iterable[str], allowed: Iterable[str], what: str) -> None:
+  """Raises a ValueError naming the first of `given` that is not among `allowed`."""
+  allowed = list(allowed)
+  for name in given:
+    if name not in allowed:
+      raise ValueError(f"config.{what}: {name!r} is not allowed; allowed: {allowed}")
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+  """Checks choices, ranges and references between sections.
+
+  Raises:
+    ValueError: naming the key, the value got, and what is allowed.
+  """
+  check_keys([get(config, "mode")], MODES, "mode")
+  for path, allowed in _CHOICES.items():
+    if has(config, path):
+      check_keys([get(config, path)], allowed, path)
+  for path in _POSITIVE:
+    if has(config, path) and not get(config, path) > 0:
+      raise ValueError(f"config.{path}: got {get(config, path)!r}; allowed: any number above 0")
+  for path in _SHARES:
+    if has(config, path) and not 0 <= get(config, path) <= 1:
+      raise ValueError(f"config.{path}: got {get(config, path)!r}; allowed: 0 to 1")
+  if config.mode == "eval":
+    for path in ("init_from", "data.manifest"):
+      if not get(config, path):
+        raise ValueError(f"config.{path}: must be set for mode 'eval'")
+    return
+  _validate_train(config)
+
+
+def _validate_train(config: ml_collections.ConfigDict) -> None:
+  from codebind_jax.pretrained import trunk_names
+  from codebind_jax.stages import stages_of
+  from codebind_jax.step import TERMS
+
+  towers = config.model.towers
+  for name, tower in towers.items():
+    check_keys([tower.trunk], trunk_names(), f"model.towers.{name}.trunk")
+    if tower.specific_dim < 0 or tower.specific_dim % config.codebook.dim:
+      raise ValueError(
+        f"config.model.towers.{name}.specific_dim: got {tower.specific_dim}; allowed: 0 or a multiple of "
+        f"codebook.dim ({config.codebook.dim})"
+      )
+    if not 0 <= tower.dropout < 1:
+      raise ValueError(f"config.model.towers.{name}.dropout: got {tower.dropout}; allowed: 0 up to, not including, 1")
+    if tower.specific_dim and name not in config.codebook.codes:
+      raise ValueError(f"config.codebook.codes: no entry for {name!r}, which has a specific part")
+  if config.model.shared_dim % config.codebook.dim:
+    raise ValueError(
+      f"config.model.shared_dim: got {config.model.shared_dim}; allowed: a multiple of codebook.dim "
+      f"({config.codebook.dim})"
+    )
+  check_keys(config.codebook.codes, towers, "codebook.codes")
+  check_keys(config.stage_order, config.stages, "stage_order")
+  for stage in stages_of(config):
+    where = f"stages.{stage.name}"
+    check_keys([m for pair in stage.pairs for m in pair], towers, f"{where}.pairs")
+    check_keys(stage.losses, TERMS, f"{where}.losses")
+    for key in ("steps", "batch_size"):
+      if getattr(stage, key) < 1:
+        raise ValueError(f"config.{where}.{key}: got {getattr(stage, key)}; allowed: any number above 0")
+    if not stage.temperature > 0:
+      raise ValueError(f"config.{where}.temperature: got {stage.temperature}; allowed: any number above 0")
+
+
+def to_plain(config: Any) -> Any:
+  """The config as JSON-ready dicts, lists and numbers, for checkpoints and comparisons."""
+  return json.loads(json.dumps(config.to_dict() if hasattr(config, "to_dict") else config))
+
+
+def difference(a: Any, b: Any, prefix: str = "") -> list[str]:
+  """Dotted paths at which two plain configs differ, with both values."""
+  if isinstance(a, dict) and isinstance(b, dict):
+    keys = sorted(set(a) | set(b))
+    return [line for key in keys for line in difference(a.get(key), b.get(key), f"{prefix}.{key}" if prefix else key)]
+  return [] if a == b else [f"{prefix}: {a!r} -> {b!r}"]

@@ -1,0 +1,84 @@
+"""From rows to token features: the frozen trunks of a config, run once over a source and cached on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from codebind_jax.data.features import cached_features
+from codebind_jax.data.pipeline import FeatureTable
+from codebind_jax.data.transforms.augment import Augment
+from codebind_jax.data.worlds import fetch
+from codebind_jax.pretrained import load_trunk
+
+
+def captions(texts: Sequence[str], templates: Sequence[str]) -> list[str]:
+  """Every template filled with the main text, and the further texts as they are; without repeats.
+
+  >>> captions(["cow", "calf"], ["{}", "an icon of a {}"])
+  ['cow', 'an icon of a cow', 'calf']
+  """
+  return list(dict.fromkeys([template.format(texts[0]) for template in templates] + list(texts[1:])))
+
+
+class Featurizer:
+  """Trunks of `config.model.towers` and their feature cache.
+
+  Attributes:
+    trunks: modality -> Trunk.
+  """
+
+  def __init__(self, config: Any):
+    self._config = config
+    self._cache = fetch.data_dir(config.data.root or None) / "features"
+    self._texts: dict[str, np.ndarray] = {}
+    self.trunks = {}
+    for name, tower in config.model.towers.items():
+      self.trunks[name] = load_trunk(tower.trunk, **tower.options.to_dict())
+
+  def table(self, source: Any, modality: str, views: int = 1) -> FeatureTable:
+    """Features of one modality for all rows of a source; rows without it have no items."""
+    rows = [i for i in range(len(source)) if source.has(i, modality)]
+    if not rows:
+      raise ValueError(f"{source.name}: no row has modality {modality!r}")
+    if modality == "text":
+      return self._text_table(source, rows)
+    present = source if len(rows) == len(source) else source.select(rows)
+    features = cached_features(
+      self.trunks[modality], present.keys, lambda i: present[i][modality], cache_dir=self._cache, views=views,
+      augment=Augment() if views > 1 else None, hashes=[present.content_hash(i, modality) for i in range(len(present))],
+    )  # fmt: skip
+    item = {row: number for number, row in enumerate(rows)}
+    return FeatureTable(features, [(item[i],) if i in item else () for i in range(len(source))])
+
+  def train_tables(self, source: Any) -> tuple[dict[str, FeatureTable], list[str | None]]:
+    """Features of every modality the source has, with augmented views, and the rows' labels.
+
+    Raises:
+      ValueError: if the source is missing or lacks one of the towers' modalities.
+    """
+    if source is None or not len(source):
+      raise ValueError("data: there are no training rows (split 'train')")
+    towers = self._config.model.towers
+    tables = {name: self.table(source, name, views=tower.views) for name, tower in towers.items()}
+    return tables, [row.get("label") for row in source.rows]
+
+  def texts(self, strings: Sequence[str]) -> np.ndarray:
+    """Token features float16 [N, T, C] of strings, kept in memory and on disk."""
+    new = [text for text in dict.fromkeys(strings) if text not in self._texts]
+    if new:
+      features = cached_features(self.trunks["text"], new, new.__getitem__, cache_dir=self._cache, hashes=new)
+      self._texts.update(zip(new, np.asarray(features[:, 0])))
+    return np.stack([self._texts[text] for text in strings])
+
+  def _text_table(self, source: Any, rows: Sequence[int]) -> FeatureTable:
+    templates = self._config.data.templates
+    by_row = {row: captions(source.rows[row]["text"], templates) for row in rows}
+    strings = sorted({caption for own in by_row.values() for caption in own})
+    number = {caption: n for n, caption in enumerate(strings)}
+    logging.info("%s: %d distinct captions of %d rows", source.name, len(strings), len(rows))
+    choices = [tuple(number[caption] for caption in by_row.get(row, ())) for row in range(len(source))]
+    return FeatureTable(self.texts(strings)[:, None], choices)

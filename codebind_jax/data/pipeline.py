@@ -1,0 +1,91 @@
+"""Grain input: rows with precomputed trunk features -> batches of tokens with masks, exactly resumable."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import grain
+import jax
+import numpy as np
+from jaxtyping import Float16
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureTable:
+  """Features of one modality for the rows of a source.
+
+  Attributes:
+    features: [items, views, tokens, width]; may be a memory map.
+    choices: per row the items it may draw from (captions of a text row; one item for an image); empty = missing.
+  """
+
+  features: Float16[np.ndarray, "items views n d"]
+  choices: Sequence[Sequence[int]]
+
+
+class _Pick(grain.transforms.RandomMap):
+  """Group number -> one row's features: draws the member, the caption and the augmented view."""
+
+  def __init__(self, tables: Mapping[str, FeatureTable], members: Sequence[Sequence[int]]):
+    self._tables, self._members = dict(tables), members
+
+  def random_map(self, group: int, rng: np.random.Generator) -> dict:
+    members = self._members[group]
+    row = members[rng.integers(len(members))]
+    out: dict = {"_mask": {}, "_row": np.int32(row)}
+    for name, table in self._tables.items():
+      items, (_, views, *shape) = table.choices[row], table.features.shape
+      out["_mask"][name] = np.bool_(bool(items))
+      if items:
+        out[name] = np.asarray(table.features[items[rng.integers(len(items))], rng.integers(views)])
+      else:
+        out[name] = np.zeros(shape, table.features.dtype)
+    return out
+
+
+def group_rows(labels: Sequence[str | None]) -> list[list[int]]:
+  """Rows that share a label form one group, in order of first appearance; a row without label is its own group."""
+  groups: dict = {}
+  for row, label in enumerate(labels):
+    groups.setdefault(("row", row) if label is None else ("label", label), []).append(row)
+  return list(groups.values())
+
+
+def make_iterator(
+  tables: Mapping[str, FeatureTable],
+  labels: Sequence[str | None],
+  *,
+  batch_size: int,
+  seed: int,
+  unique_labels: bool = True,
+  name: str = "source",
+) -> grain.DatasetIterator:
+  """Endless shuffled batches `{modality: [b, n, d], _mask: {modality: bool [b]}, _row: int32 [b]}`.
+
+  With `unique_labels` an epoch visits every label once and draws one of its rows, so that no batch holds two rows
+  that are each other's false negatives. Each process reads its own share of the groups and yields its own rows of the
+  global batch. The iterator's state goes into the checkpoint.
+
+  Args:
+    tables: modality -> FeatureTable, all over the same rows.
+    labels: per row its label, or None.
+    batch_size: rows of the global batch.
+    seed: of the order and of every draw.
+    unique_labels: at most one row of a label in a batch.
+    name: of the source, for errors.
+
+  Raises:
+    ValueError: if the batch is larger than the data or does not divide over the processes.
+  """
+  members = group_rows(labels) if unique_labels else [[row] for row in range(len(labels))]
+  shards = jax.process_count()
+  if batch_size < 1 or batch_size % shards:
+    raise ValueError(f"batch_size of {name!r}: {batch_size} must be a positive multiple of the {shards} processes")
+  if batch_size > len(members):
+    what = "distinct labels (unique_labels is on)" if unique_labels else "rows"
+    raise ValueError(f"batch_size of {name!r}: {batch_size} is larger than its {len(members)} {what}")
+  share = range(jax.process_index(), len(members) // shards * shards, shards)
+  dataset = grain.MapDataset.source(share).seed(seed).shuffle()
+  dataset = dataset.random_map(_Pick(tables, members)).batch(batch_size // shards, drop_remainder=True).repeat()
+  return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))

@@ -1,0 +1,106 @@
+"""What `config.data` names: rows to train on, sets to evaluate on, and what each is for."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from absl import logging
+
+from codebind_jax.data.sources import open_source
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSet:
+  """A set to evaluate on.
+
+  Attributes:
+    name: metrics are called `eval/<name>/...`.
+    role: "val" to choose by, "test" to read once per reported model.
+    source: its rows.
+    candidates: labels to choose among in zero-shot classification; empty where rows have no labels.
+    probes: fields that a linear probe tells, learned on the training rows and tested here.
+    means: fields told by the nearest class mean of the training rows.
+  """
+
+  name: str
+  role: str
+  source: Any
+  candidates: Sequence[str]
+  probes: tuple[str, ...] = ()
+  means: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """Everything a run needs to know of its data.
+
+  Attributes:
+    name: of the world or manifest; metrics over all validation sets are called `eval/<name>/...`.
+    summary: one line a person can read: what it is and how much.
+    train: rows to train on; None when only evaluating.
+    evals: sets to evaluate on.
+    attribution: whose work the data is, to be shown in reports.
+  """
+
+  name: str
+  summary: str
+  train: Any
+  evals: tuple[EvalSet, ...]
+  attribution: str = ""
+
+
+def open_task(data: Any) -> Task:
+  """Opens the world or the manifest of `config.data`; builds the world where it is not built yet.
+
+  Raises:
+    ValueError: naming what is wrong with the manifest or profile.
+    OSError: if the data cannot be fetched or written.
+  """
+  return _manifest_task(data) if data.manifest else _icons_task(data)
+
+
+def _icons_task(data: Any) -> Task:
+  from codebind_jax.data.worlds import icons
+  from codebind_jax.tools import prepare
+
+  folder = prepare.ensure(data.world, data.profile, data.root or None)
+  profile = folder.parent.name
+  spec = {"name": data.world, "profile": profile, "data_dir": data.root or None}
+  train = open_source(spec | {"split": "train"})
+  evals = []
+  for name, test in icons.eval_sets(profile).items():
+    source = open_source(spec | {"split": test.split})
+    source = source.select([i for i, row in enumerate(source.rows) if test.keep(row)])
+    # The artist family is asked of unseen concepts, so that it cannot be told from the subject; the concept's mean is
+    # asked of unseen artists.
+    probes = ("family",) if name.endswith("_concept") else ()
+    means = ("label",) if name.endswith("_artist") else ()
+    evals.append(EvalSet(f"{data.world}_{name}", test.role, source, list(test.candidates), probes, means))
+  summary = f"{data.world}, profile {profile}: {len(train)} training rows; " + ", ".join(
+    f"{e.name} {len(e.source)} of {len(e.candidates)}" for e in evals
+  )
+  logging.info("%s", summary)
+  return Task(data.world, summary, train, tuple(evals), (folder / "ATTRIBUTION.md").read_text())
+
+
+def _manifest_task(data: Any) -> Task:
+  path = pathlib.Path(data.manifest)
+  whole = open_source({"manifest": data.manifest, "max_bad_records": data.max_bad_records})
+  splits = [row.get("split") or "train" for row in whole.rows]
+  pick = lambda wanted: whole.select([i for i, split in enumerate(splits) if split == wanted])
+  evals = []
+  for split in dict.fromkeys(splits):
+    if split.startswith(("val", "test")):
+      source = pick(split)
+      labels = list(dict.fromkeys(row["label"] for row in source.rows if row.get("label")))
+      evals.append(EvalSet(f"{path.stem}_{split}", split[: 3 + split.startswith("test")], source, labels,
+                           ("label",) if labels else (), ("label",) if labels else ()))
+  train = pick("train") if "train" in splits else None
+  summary = f"{path.name}: {len(train) if train else 0} training rows; " + ", ".join(
+    f"{e.name} {len(e.source)}" for e in evals
+  )
+  logging.info("%s", summary)
+  return Task(path.stem, summary, train, tuple(evals))

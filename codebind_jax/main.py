@@ -1,0 +1,79 @@
+"""Entry point: `python -m codebind_jax.main --config=configs/stage1.py --workdir=DIR [--config.KEY=VALUE ...]`."""
+
+from __future__ import annotations
+
+import logging as standard_logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, optionally with an argument: FILE.py:runlocal.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run: checkpoints, metrics, report.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0; unset on one host and on TPU pods.")
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator.")
+_PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, with --coordinator.")
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+  """absl's parsing, with one clear line where a config key is unknown or a value has the wrong type."""
+  from codebind_jax.config import get
+
+  try:
+    return flags.FLAGS(list(argv))
+  except (AttributeError, KeyError) as error:
+    config = next((arg.split("=", 1)[1] for arg in argv if arg.startswith("--config=")), None)
+    module, _, arg = (config or "").partition(":")
+    overrides = [a[len("--config.") :].split("=")[0] for a in argv if a.startswith("--config.")]
+    if module and overrides:
+      fresh = flags.FlagValues()
+      holder = config_flags.DEFINE_config_file("config", None, "", flag_values=fresh)
+      fresh([argv[0], f"--config={config}"])
+      for path in overrides:
+        try:
+          get(holder.value, path)
+        except ValueError as known:
+          sys.exit(f"error: {known}")
+    sys.exit(f"error: {error}")
+  except flags.Error as error:
+    sys.exit(f"error: {error}")
+
+
+def main(_: Sequence[str]) -> None:
+  """Checks the config and runs its mode."""
+  import jax
+
+  from codebind_jax import config as config_lib
+
+  config = _CONFIG.value
+  if config is None or not _WORKDIR.value:
+    sys.exit("error: --config=FILE.py and --workdir=DIR are both needed")
+  try:
+    config_lib.validate(config)
+    if _COORDINATOR.value:
+      jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    if config.mode == "train":
+      from codebind_jax.train import train_and_evaluate
+
+      train_and_evaluate(config, _WORKDIR.value)
+    else:
+      from codebind_jax.evaluate import evaluate
+
+      evaluate(config, _WORKDIR.value)
+  except (ValueError, OSError, RuntimeError) as error:
+    logging.debug("traceback", exc_info=True)
+    sys.exit(f"error: {error}")
+
+
+def _own_or_serious(record: Any) -> bool:
+  """Keeps this package's log lines, and others' warnings."""
+  return record.levelno >= standard_logging.WARNING or f"{os.sep}codebind_jax{os.sep}" in record.pathname
+
+
+if __name__ == "__main__":
+  logging.set_verbosity(logging.INFO)
+  logging.get_absl_handler().addFilter(_own_or_serious)
+  app.run(main, flags_parser=_parse)

@@ -1,0 +1,230 @@
+"""The pure training and embedding steps: no I/O, no Python state, the same on one device and on many."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float
+
+from codebind_jax import losses
+from codebind_jax.codebook import CodebookState, usage_stats
+from codebind_jax.compositional import CompositionalSpec, ModalityOutput, quantize_modalities
+from codebind_jax.norm import unit
+from codebind_jax.models.codebind import CodeBind
+from codebind_jax.stages import Stage
+from codebind_jax.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+  """What a loss term may look at: the outputs of one source's rows.
+
+  Attributes:
+    outputs: modality -> quantiser outputs.
+    masks: modality -> rows that have it, bool [b].
+    scales: modality -> logit scale.
+    codebooks: name -> state before the step's update.
+    stage: the stage.
+  """
+
+  outputs: Mapping[str, Any]
+  masks: Mapping[str, Bool[Array, "b"]]
+  scales: Mapping[str, Float[Array, ""]]
+  codebooks: Mapping[str, CodebookState]
+  stage: Stage
+
+  @property
+  def pairs(self) -> list[tuple[str, str]]:
+    """Active pairs of which both modalities are in this source."""
+    return [(a, b) for a, b in self.stage.pairs if a in self.outputs and b in self.outputs]
+
+  @property
+  def with_specific(self) -> list[str]:
+    """Modalities that have a specific part."""
+    return [m for m, out in self.outputs.items() if out.specific.shape[-1]]
+
+
+def _mean(values: list[Float[Array, ""]]) -> Float[Array, ""]:
+  return sum(values) / len(values) if values else jnp.zeros((), jnp.float32)
+
+
+def _info_nce(c: Context) -> Float[Array, ""]:
+  return _mean([
+    losses.info_nce(
+      c.outputs[a].shared[:, 0], c.outputs[b].shared[:, 0], temperature=c.stage.temperature,
+      logit_scale_a=c.scales[a], logit_scale_b=c.scales[b], mask=c.masks[a] & c.masks[b],
+    )
+    for a, b in c.pairs
+  ])
+
+
+def _commitment(c: Context) -> Float[Array, ""]:
+  return sum((out.commitment for out in c.outputs.values()), start=jnp.zeros((), jnp.float32))
+
+
+def _code_contrast(c: Context) -> Float[Array, ""]:
+  total = jnp.zeros((), jnp.float32)
+  for name, out in c.outputs.items():
+    for similarity in (out.similarity_shared, out.similarity_specific):
+      if similarity.size:
+        mask = jnp.repeat(c.masks[name], similarity.shape[1])
+        total += losses.code_contrast(similarity.reshape(-1, similarity.shape[-1]), mask=mask)
+  return total
+
+
+def _code_uniform(c: Context) -> Float[Array, ""]:
+  used = ["shared", *c.with_specific]
+  return sum((losses.code_uniform(c.codebooks[name].codes) for name in used), start=jnp.zeros((), jnp.float32))
+
+
+def _code_matching(c: Context) -> Float[Array, ""]:
+  return _mean([
+    losses.code_matching(
+      c.outputs[a].similarity_shared, c.outputs[b].similarity_shared, temperature=c.stage.matching_temperature,
+      mask=c.masks[a] & c.masks[b],
+    )
+    for a, b in c.pairs
+  ])
+
+
+def _decomposition(c: Context) -> Float[Array, ""]:
+  return _mean([
+    losses.decomposition(c.outputs[m].shared, c.outputs[m].specific, mask=c.masks[m]) for m in c.with_specific
+  ])
+
+
+def _specific_uniform(c: Context) -> Float[Array, ""]:
+  return _mean([losses.specific_uniform(c.outputs[m].specific[:, 0], mask=c.masks[m]) for m in c.with_specific])
+
+
+# Name in config.stages.*.losses -> pure function of a Context (spec section 3).
+TERMS: dict[str, Callable[[Context], Float[Array, ""]]] = {
+  "info_nce": _info_nce,
+  "commitment": _commitment,
+  "code_contrast": _code_contrast,
+  "code_uniform": _code_uniform,
+  "code_matching": _code_matching,
+  "decomposition": _decomposition,
+  "specific_uniform": _specific_uniform,
+}
+
+
+def make_train_step(
+  model: CodeBind, spec: CompositionalSpec | None, stage: Stage, tx: optax.GradientTransformation, *,
+  update: str = "snapshot",
+) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, dict[str, Array]]]:
+  """The step of a stage: (state, batch) -> (state, metrics), to be jitted with the state donated.
+
+  Args:
+    model: towers.
+    spec: quantiser; None trains the same heads without codebooks (the hard-alignment baseline).
+    stage: pairs and weighted terms.
+    tx: optimizer of the stage.
+    update: how the codebooks are updated, `snapshot` or `sequential` (the release).
+
+  A batch is `{source: {modality: [b, n, d], "_mask": {modality: bool [b]}}}`; modalities of several sources are
+  quantised together against one snapshot of the codebooks, the terms are taken per source and averaged.
+  """
+  active = {name: weight for name, weight in stage.losses.items() if weight}
+
+  def loss_fn(params: Any, state: TrainState, batch: Mapping[str, Any], rng: Any):
+    tokens, masks, owners = _merge(batch)
+    drop_rng, code_rng = jax.random.split(rng)
+    features, scales = model.apply({"params": params}, tokens, train=True, rngs={"dropout": drop_rng})
+    if spec is None:
+      outputs, codebooks = plain_outputs(features, model), state.codebooks
+    else:
+      outputs, codebooks = quantize_modalities(
+        features, state.codebooks, spec, update=update, rng=code_rng, masks=masks
+      )
+    terms = {name: jnp.zeros((), jnp.float32) for name in active}
+    for source in batch:
+      mine = {m: _rows(outputs[m], rows) for (s, m), rows in owners.items() if s == source}
+      mine_masks = {m: masks[m][rows] for (s, m), rows in owners.items() if s == source}
+      context = Context(mine, mine_masks, scales, state.codebooks, stage)
+      for name in active:
+        terms[name] += TERMS[name](context) / len(batch)
+    total = sum(active[name] * terms[name] for name in active)
+    return total, (terms, outputs, codebooks)
+
+  def step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, dict[str, Array]]:
+    rng = jax.random.fold_in(state.rng, state.step)
+    (total, (terms, outputs, codebooks)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+      state.params, state, batch, rng
+    )
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    metrics = {f"train/{name}": value for name, value in terms.items()}
+    metrics |= {"train/total": total, "train/gradient_norm": optax.global_norm(grads)}
+    if spec is not None:
+      metrics |= usage_metrics(outputs, codebooks)
+    state = state.replace(
+      step=state.step + 1, params=optax.apply_updates(state.params, updates), codebooks=codebooks, opt_state=opt_state
+    )
+    return state, metrics
+
+  return step
+
+
+def plain_outputs(features: Mapping[str, Float[Array, "b n d"]], model: CodeBind) -> dict[str, ModalityOutput]:
+  """The outputs of a model without codebooks: its features, split and normalised as after quantisation."""
+  outputs = {}
+  for name, x in features.items():
+    width, lead = model.towers[name].shared_dim, x.shape[:-1]
+    no_codes, no_similarity = jnp.zeros((*lead, 0), jnp.int32), jnp.zeros((lead[0], 0, 0), jnp.float32)
+    outputs[name] = ModalityOutput(
+      shared=unit(x[..., :width]), specific=unit(x[..., width:]), full=unit(x), indices_shared=no_codes,
+      indices_specific=no_codes, similarity_shared=no_similarity, similarity_specific=no_similarity,
+      commitment=jnp.zeros((), jnp.float32),
+    )  # fmt: skip
+  return outputs
+
+
+def usage_metrics(outputs: Mapping[str, Any], codebooks: Mapping[str, CodebookState]) -> dict[str, Array]:
+  """Usage of every codebook by one batch's codes (all tokens): `codebook/<name>/perplexity` and so on."""
+  indices: dict[str, list[Array]] = {"shared": [out.indices_shared for out in outputs.values()]}
+  for name, out in outputs.items():
+    if out.indices_specific.size:
+      indices[name] = [out.indices_specific]
+  metrics = {}
+  for name, parts in indices.items():
+    flat = jnp.concatenate([part.reshape(-1) for part in parts])
+    counts = jnp.zeros(codebooks[name].codes.shape[0], jnp.float32).at[flat].add(1.0)
+    metrics |= {f"codebook/{name}/{key}": value for key, value in usage_stats(counts).items()}
+  return metrics
+
+
+def make_embed_step(model: CodeBind, spec: CompositionalSpec | None) -> Callable[..., dict[str, Any]]:
+  """(params, codebooks, tokens) -> modality -> outputs; changes no state."""
+
+  def embed(params: Any, codebooks: Mapping[str, CodebookState], tokens: Mapping[str, Array]) -> dict[str, Any]:
+    features, _ = model.apply({"params": params}, tokens)
+    if spec is None:
+      return plain_outputs(features, model)
+    return quantize_modalities(features, codebooks, spec, update="none")[0]
+
+  return embed
+
+
+def _merge(batch: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Array], dict[tuple[str, str], slice]]:
+  """Concatenates each modality over the sources that have it; says which rows are whose."""
+  tokens: dict[str, list[Array]] = {}
+  masks: dict[str, list[Array]] = {}
+  owners: dict[tuple[str, str], slice] = {}
+  for source, content in batch.items():
+    for name, mask in content["_mask"].items():
+      start = sum(part.shape[0] for part in tokens.get(name, []))
+      tokens.setdefault(name, []).append(content[name])
+      masks.setdefault(name, []).append(mask)
+      owners[source, name] = slice(start, start + mask.shape[0])
+  join = lambda parts: parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+  return {m: join(p) for m, p in tokens.items()}, {m: join(p) for m, p in masks.items()}, owners
+
+
+def _rows(output: Any, rows: slice) -> Any:
+  """Rows of one source; scalars (commitment) stay as they are."""
+  return jax.tree.map(lambda x: x[rows] if x.ndim else x, output)

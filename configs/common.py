@@ -1,0 +1,92 @@
+"""Defaults every config starts from. Each key can be set on the command line: --config.KEY=VALUE."""
+
+from ml_collections import ConfigDict
+
+
+def tower(trunk, **overrides):
+  """One modality: its frozen trunk and its heads."""
+  config = ConfigDict()
+  config.trunk = trunk
+  config.options = ConfigDict()  # passed to the trunk's loader
+  config.views = 1  # cached views of a training item: the clean one and views-1 augmented ones
+  config.specific_dim = 0
+  config.hidden = 0
+  config.dropout = 0.0
+  config.init = "orthogonal"
+  config.logit_scale = 1.0
+  config.update(overrides)
+  return config
+
+
+def stage(config, **overrides):
+  """One stage; steps and batch size follow the top-level ones unless set."""
+  entry = ConfigDict()
+  entry.steps = config.get_ref("steps")
+  entry.batch_size = config.get_ref("batch_size")
+  entry.pairs = (("image", "text"),)
+  entry.train = (".*",)
+  entry.temperature = 0.07
+  entry.matching_temperature = 1.0
+  entry.losses = ConfigDict()
+  entry.update(overrides)
+  return entry
+
+
+def get_config():
+  """Everything but towers and stages."""
+  config = ConfigDict()
+  config.mode = "train"
+  config.seed = 0
+  config.steps = 500
+  config.batch_size = 256
+  config.log_steps = 20
+  config.eval_steps = 250  # validation sets only; the end of the run is always evaluated
+  config.eval_batch = 256
+  config.checkpoint_steps = 100
+  config.keep_checkpoints = 2
+  config.baseline = True  # train the same heads by plain InfoNCE, without codebooks, and report both
+  config.test = True  # read the test sets once, at the end
+  config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+
+  config.data = ConfigDict()
+  config.data.root = ""  # default: $CODEBIND_DATA, else the user's cache folder
+  config.data.world = "icons"
+  config.data.profile = "auto"
+  config.data.manifest = ""  # a JSONL manifest of your own instead of the world
+  config.data.max_bad_records = 0
+  config.data.unique_labels = True
+  config.data.templates = ("{}",)
+  config.data.eval_templates = ("{}",)
+
+  config.model = ConfigDict()
+  config.model.shared_dim = 384
+  config.model.quantize = True
+  config.model.towers = ConfigDict()
+
+  config.codebook = ConfigDict()
+  config.codebook.dim = 8
+  config.codebook.shared_codes = 1024
+  config.codebook.codes = ConfigDict()
+  config.codebook.distance = "cosine"
+  config.codebook.layout = "parts"
+  config.codebook.update_mode = "snapshot"  # "sequential" updates after each modality, as the release does
+  config.codebook.decay = 0.99
+  config.codebook.revive = "random"
+  config.codebook.revive_mode = "survive"
+  config.codebook.detach_similarity = False
+  config.codebook.alarm_share = 0.1  # warn when a codebook's perplexity falls under this share of its size
+
+  config.optim = ConfigDict()
+  config.optim.learning_rate = 1e-3
+  config.optim.warmup = 50
+  config.optim.final_ratio = 0.02
+  config.optim.b1 = 0.9
+  config.optim.b2 = 0.95
+  config.optim.weight_decay = 1e-4
+  config.optim.clip_norm = 1.0
+  # (path regex, learning-rate multiplier, weight-decay multiplier); the first match wins
+  config.optim.rules = ((r".*_log_logit_scale", 1.0, 0.0), (r".*(bias|scale)", 1.0, 0.0), (r".*kernel", 1.0, 1.0))
+
+  config.stages = ConfigDict()
+  config.stage_order = ()
+  return config

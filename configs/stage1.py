@@ -1,0 +1,45 @@
+"""Stage 1: bind text and images with the shared codebook and the image's own, on the packaged Icons world.
+
+Command: python -m codebind_jax.main --config=configs/stage1.py --workdir=runs/stage1
+         (add :runlocal to the config for the quick form)
+"""
+
+from configs import common
+
+
+def get_config(arg=""):
+  config = common.get_config()
+  config.data.templates = ("{}", "an icon of a {}", "a drawing of a {}")
+  config.data.eval_templates = ("{}", "an icon of a {}", "a drawing of a {}")
+
+  config.model.towers.image = common.tower(
+    "efficientnet_lite0", options={"size": 160, "grid": 2}, views=2, specific_dim=384
+  )
+  config.model.towers.text = common.tower("minilm")
+  config.codebook.codes.image = 256
+
+  config.stages.bridges = common.stage(
+    config,
+    pairs=(("image", "text"),),
+    losses={
+      "info_nce": 1.0,
+      "commitment": 10.0,
+      "code_contrast": 0.01,
+      "code_uniform": 0.01,
+      "code_matching": 0.05,
+      "decomposition": 0.1,
+      "specific_uniform": 1.0,
+    },
+  )
+  config.stage_order = ("bridges",)
+
+  if arg == "runlocal":
+    config.steps = 60
+    config.batch_size = 128
+    config.eval_steps = 60
+    config.checkpoint_steps = 30
+    config.log_steps = 10
+    config.data.profile = "tiny"
+  elif arg:
+    raise ValueError(f"configs/stage1.py:{arg}: unknown argument; allowed: runlocal")
+  return config.lock()

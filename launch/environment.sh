@@ -1,0 +1,15 @@
+# Sourced by the other scripts: makes (once) and enters the virtual environment, installs this checkout and EXTRAS.
+python_bin=${PYTHON:-python3}
+venv=${VENV:-.venv}
+if ! "$python_bin" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+  echo "error: Python 3.11 or newer is needed; $python_bin is $("$python_bin" --version 2>&1). Set PYTHON=..." >&2
+  exit 1
+fi
+[ -x "$venv/bin/python" ] || "$python_bin" -m venv "$venv"
+. "$venv/bin/activate"
+stamp="$venv/.installed-${EXTRAS:-core}"
+if [ ! -e "$stamp" ] || [ requirements.txt -nt "$stamp" ] || [ setup.cfg -nt "$stamp" ]; then
+  echo "installing into $venv (once; about a minute)" >&2
+  python -m pip install --quiet --disable-pip-version-check -e ".${EXTRAS:+[$EXTRAS]}"
+  touch "$stamp"
+fi
