@@ -345,11 +345,13 @@ def check_image(path: Path, *, whole: bool = False) -> None:
   if whole:
     read_image(path)
     return
-  from PIL import Image
+  from PIL import Image, UnidentifiedImageError
 
   try:
     with Image.open(path):
       pass
+  except UnidentifiedImageError as error:
+    raise ValueError(f"image: not an image that can be read: {path}") from error
   except (OSError, SyntaxError, Image.DecompressionBombError) as error:
     raise ValueError(f"image: not an image that can be read: {path} ({error})") from error
 
@@ -363,7 +365,7 @@ def read_image(source: Path | bytes) -> UInt8[np.ndarray, "h w 3"]:
   Raises:
     ValueError: naming the file, if it is not an image or is damaged.
   """
-  from PIL import Image, ImageOps
+  from PIL import Image, ImageOps, UnidentifiedImageError
 
   try:
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
@@ -376,5 +378,6 @@ def read_image(source: Path | bytes) -> UInt8[np.ndarray, "h w 3"]:
         image = white
       return np.asarray(image.convert("RGB"))
   except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-    name = "its content" if isinstance(source, bytes) else source
-    raise ValueError(f"image: not an image that can be read: {name} ({error})") from error
+    name = f"{len(source)} bytes" if isinstance(source, bytes) else source
+    reason = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
+    raise ValueError(f"image: not an image that can be read: {name}{reason}") from error

@@ -25,6 +25,7 @@ from absl import logging
 from codebind_jax.data.worlds import names
 
 CLIENT = {"pip": "pip", "pip-sdist": "pip", "npm": "npm", "apt": "apt-get"}
+_PYTHON = sys.executable
 
 
 class FetchError(RuntimeError):
@@ -290,7 +291,7 @@ def _run_client(kind: str, group: list[Package], folder: Path, stop: threading.E
       if process.returncode:
         hint = ""
         if "No module named pip" in said:
-          hint = f"; {sys.executable} has no pip: run `{sys.executable} -m ensurepip`"
+          hint = f"; {_PYTHON} has no pip: run `{_PYTHON} -m ensurepip`"
         last = "\n".join(said.strip().splitlines()[-12:])
         raise FetchError(f"{client} could not fetch {[p.name for p in group]}{hint}; it said:\n{last}", client)
 
@@ -320,5 +321,5 @@ def _commands(kind: str, group: list[Package], folder: Path, state: Path) -> lis
     base = ["apt-get", "-q", *(part for option in options for part in ("-o", option))]
     return [[*base, "update"], [*base, "download", *(p.name for p in group)]]
   source = ["--no-binary", ":all:"] if kind == "pip-sdist" else ["--only-binary", ":all:"]
-  return [[sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-input", "--no-deps",
+  return [[_PYTHON, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-input", "--no-deps",
            "--no-cache-dir", "--timeout", "30", *source, "--dest", str(folder), *pinned]]

