@@ -5,6 +5,7 @@ registry.
 """
 
 import importlib
+import inspect
 import pkgutil
 from typing import Any
 
@@ -34,7 +35,7 @@ def load_trunk(name: str, **options: Any) -> Trunk:
   if name not in trunk_names():
     raise ValueError(f"trunk: got {name!r}, allowed are {', '.join(trunk_names())}")
   make = importlib.import_module(f"{__name__}.{name}").make_trunk
-  known = make.__kwdefaults__ or {}
+  known = inspect.signature(make).parameters
   for option in options:
     if option not in known:
       raise ValueError(f"trunk {name!r}: unknown option {option!r}, allowed are {', '.join(sorted(known))}")
