@@ -212,10 +212,10 @@ class _Job:
     bar = tqdm.tqdm(total=items, desc=label, unit="item", disable=None if self.progress else True)
     with bar, ThreadPoolExecutor(_THREADS) as pool, open(part / "chunks.jsonl", "a") as log:
       log.write("\n")
-      waiting = [pool.submit(self._prepare, row) for row in chunks[0]] if chunks else []
+      waiting = [pool.submit(self._prepare, int(row)) for row in chunks[0]] if chunks else []
       for index, rows in enumerate(chunks):
         prepared, following = waiting, chunks[index + 1] if index + 1 < len(chunks) else []
-        waiting = [pool.submit(self._prepare, row) for row in following]
+        waiting = [pool.submit(self._prepare, int(row)) for row in following]
         values = [value for future in prepared for value in future.result()]
         array[rows] = self._embed(values, rows, bar).reshape(len(rows), *array.shape[1:])
         array.flush()
