@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from world_fixtures import FakeClients, deb, package, put, rcc, tgz, wheel
 
 from codebind_jax.data.worlds import archives, fetch, names
+from tests.world_fixtures import FakeClients, deb, package, put, rcc, tgz, wheel
 
 NPM_DATA, PIP_DATA, DEB_DATA = tgz({"package/a.txt": b"npm"}), wheel({"b.txt": b"pip"}), deb({"usr/c.txt": b"apt"})
 NPM = package("icons-a", "npm", "scope-icons-a-1.0.tgz", NPM_DATA, name="@scope/icons-a")

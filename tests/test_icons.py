@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from world_fixtures import deb, package, png, put, rcc, svg, tgz
 
 from codebind_jax.data.sources import open_source
 from codebind_jax.data.worlds import fetch, icons, names, render, store
 from codebind_jax.tools import prepare
+from tests.world_fixtures import deb, package, png, put, rcc, svg, tgz
 
 BRIDGE = [c for c, v in names.concepts().items() if v["split"]]
 SEEN = {c for c in BRIDGE if names.concepts()[c]["split"] == "train"}

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import tqdm
 from absl import logging
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 
 MODALITIES = ("image", "text", "audio", "video", "depth", "points", "thermal", "tactile", "eeg")
 SPLITS = ("train", "val", "test")
@@ -59,7 +59,7 @@ class Source:
   def _arrays(self, index: int) -> dict[str, np.ndarray]:
     raise NotImplementedError
 
-  def select(self, indices: Iterable[int]) -> "Source":
+  def select(self, indices: Iterable[int] | Int[np.ndarray, "n"]) -> "Source":
     """The rows at `indices`, in that order, as a source of its own.
 
     Raises:

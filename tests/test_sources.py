@@ -1,0 +1,237 @@
+"""Manifests: every kind of bad input names file and line; good input reads back as written."""
+
+import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import grain
+import ml_collections
+import numpy as np
+import pytest
+from PIL import Image
+
+from codebind_jax.data import sources
+from codebind_jax.data.sources import open_source
+from tests.world_fixtures import png
+
+
+@pytest.fixture
+def write(tmp_path):
+  """Writes a manifest of the given lines (objects or raw text) beside a few images."""
+  for name, colour in (("red", (255, 0, 0)), ("green", (0, 255, 0)), ("blue", (0, 0, 255))):
+    (tmp_path / f"{name}.png").write_bytes(png(colour))
+  (tmp_path / "clip.wav").write_bytes(b"RIFF")
+
+  def write(*lines, name="data.jsonl"):
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    (tmp_path / name).write_text(text + "\n", encoding="utf-8")
+    return tmp_path / name
+
+  return write
+
+
+def test_rows_read_back(write):
+  path = write(
+      {"id": "a", "image": "red.png", "text": "a red thing", "label": "red", "split": "train"}, "",
+      {"image": "green.png", "split": "test"},
+      {"id": "c", "text": ["vert", "grün"], "label": "green", "split": "test"})
+  source = open_source({"manifest": str(path)})
+  assert source.keys == ["a", "data.jsonl:3", "c"] and len(source) == 3
+  assert sources.modalities(source) == ("image", "text")
+  first, second, third = source
+  assert first["image"].shape == (8, 8, 3) and first["image"][0, 0].tolist() == [255, 0, 0]
+  assert first["text"] == ["a red thing"] and first["label"] == "red"
+  assert "text" not in second and second["label"] is None and second["line"] == 3
+  assert third["text"] == ["vert", "grün"] and "image" not in third
+  assert [source.has(i, "image") for i in range(3)] == [True, True, False]
+  assert [source.has(i, "text") for i in range(3)] == [True, False, True]
+  with pytest.raises(IndexError):
+    source[3]
+  assert source[-1]["id"] == "c"
+
+
+def test_split_is_chosen(write):
+  path = write(*({"id": str(i), "text": "x", "split": s} for i, s in enumerate(["train", "test", "train", "val"])))
+  assert open_source({"manifest": path, "split": "train"}).keys == ["0", "2"]
+  assert open_source(ml_collections.ConfigDict({"manifest": str(path), "split": "val"})).keys == ["3"]
+  assert open_source({"manifest": path, "split": ""}).keys == ["0", "1", "2", "3"]
+
+
+def test_manifest_without_splits_is_used_whole_and_says_so(write, caplog):
+  path = write({"id": "a", "text": "x"}, {"id": "b", "text": "y"})
+  assert open_source({"manifest": path, "split": "test"}).keys == ["a", "b"]
+  assert "no record has a split; all 2 are used as 'test'" in caplog.text
+
+
+def test_split_that_is_nowhere_or_not_everywhere(write):
+  path = write({"text": "x", "split": "train"}, {"text": "y", "split": "train"})
+  with pytest.raises(ValueError, match=r"data.jsonl: no record of split 'val'; it has \['train'\]"):
+    open_source({"manifest": path, "split": "val"})
+  path = write({"text": "x", "split": "train"}, {"text": "y"})
+  with pytest.raises(ValueError, match="data.jsonl:2: no split, though other records have one"):
+    open_source({"manifest": path, "split": "train"})
+  with pytest.raises(ValueError, match="unknown split 'dev' for .*data.jsonl; allowed: .'train', 'val', 'test'"):
+    open_source({"manifest": path, "split": "dev"})
+
+
+BAD = {
+    "not json": ('{"id": "b", ', "not JSON"),
+    "not an object": ("[1, 2]", "an object is needed, got list"),
+    "missing file": ({"image": "gone.png"}, "image: no such file: .*gone.png"),
+    "a folder": ({"image": "."}, "image: no such file"),
+    "unknown modality": ({"smell": "red.png"}, "unknown modality 'smell'; allowed: .'image', 'text', 'audio'"),
+    "unknown split": ({"text": "x", "split": "dev"}, "unknown split 'dev'; allowed: .'train', 'val', 'test'"),
+    "not an image": ({"image": "clip.wav"}, "image: not an image that can be read: .*clip.wav"),
+    "empty text": ({"text": " "}, "text: a string that is not empty is needed, got ' '"),
+    "empty texts": ({"text": []}, "text: an empty list"),
+    "text of another type": ({"text": 3}, "text: a string that is not empty is needed, got 3"),
+    "empty label": ({"text": "x", "label": ""}, "label: a string that is not empty is needed"),
+    "no modality": ({"id": "z", "label": "x"}, "no modality; at least one of"),
+    "id twice": ({"id": "a", "text": "x"}, "id 'a' is there twice, first in line 1"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_record_names_file_and_line(write, kind):
+  line, message = BAD[kind]
+  path = write({"id": "a", "image": "red.png"}, {"id": "c", "image": "blue.png"}, line)
+  with pytest.raises(ValueError, match=f"data.jsonl:3: .*{message}"):
+    open_source({"manifest": path})
+
+
+def test_text_that_is_not_utf_8(write):
+  path = write({"id": "a", "text": "x"})
+  path.write_bytes(path.read_bytes() + b'{"text": "\xff"}\n')
+  with pytest.raises(ValueError, match="data.jsonl:2: not JSON"):
+    open_source({"manifest": path})
+
+
+def test_bad_records_up_to_the_limit_are_named_and_counted(write, caplog):
+  path = write({"id": "a", "image": "red.png"}, "{", {"image": "gone.png"}, {"id": "d", "text": "x"})
+  assert open_source({"manifest": path, "max_bad_records": 2}).keys == ["a", "d"]
+  assert "left out" in caplog.text and "data.jsonl:2: not JSON" in caplog.text and "gone.png" in caplog.text
+  assert "2 bad records left out, 2 kept" in caplog.text
+  with pytest.raises(ValueError, match=r"data.jsonl:2: not JSON .* \(2 bad records, 1 allowed\)"):
+    open_source({"manifest": path, "max_bad_records": 1})
+
+
+def test_image_cut_short_is_found_when_read_or_before_if_bad_records_may_be(write, tmp_path, caplog):
+  rng = np.random.default_rng(0)
+  Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / "whole.png")
+  (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
+  path = write({"id": "a", "image": "red.png"}, {"id": "b", "image": "cut.png"})
+  source = open_source({"manifest": path})
+  with pytest.raises(ValueError, match="data.jsonl:2: image: not an image that can be read: .*cut.png"):
+    source[1]
+  assert open_source({"manifest": path, "max_bad_records": 1}).keys == ["a"]
+  assert "cut.png" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["", "\n\n"])
+def test_empty_manifest(write, text):
+  path = write("x")
+  path.write_text(text)
+  with pytest.raises(ValueError, match="data.jsonl: no records"):
+    open_source({"manifest": path})
+
+
+def test_manifest_that_is_not_there(tmp_path):
+  with pytest.raises(FileNotFoundError, match=r"no\.jsonl"):
+    open_source({"manifest": tmp_path / "no.jsonl"})
+
+
+def test_modality_not_read_yet_is_checked_and_logged(write, caplog):
+  path = write({"id": "a", "image": "red.png", "audio": "clip.wav"})
+  assert sources.modalities(open_source({"manifest": path})) == ("image",)
+  assert "1 records have audio, which this version does not read from manifests" in caplog.text
+  with pytest.raises(ValueError, match="data.jsonl:1: audio: no such file"):
+    open_source({"manifest": write({"audio": "gone.wav"})})
+
+
+def test_unknown_key_and_missing_key_of_a_source():
+  with pytest.raises(ValueError, match="unknown key 'folder' in a source; allowed: .'name', 'split'"):
+    open_source({"name": "icons", "split": "train", "folder": "x"})
+  with pytest.raises(ValueError, match="unknown key 'profile' in a source; allowed: .'manifest'"):
+    open_source({"manifest": "x", "profile": "tiny"})
+  with pytest.raises(ValueError, match="a source needs 'split'"):
+    open_source({"name": "icons"})
+
+
+def test_select_pickle_and_threads(write):
+  colours = ["red", "green", "blue"] * 5
+  path = write(*({"id": str(i), "image": f"{c}.png", "text": c} for i, c in enumerate(colours)))
+  source = open_source({"manifest": path})
+  part = source.select(np.array([4, 2, 3]))
+  assert part.keys == ["4", "2", "3"] and len(source) == 15
+  assert [row["text"][0] for row in part] == ["green", "blue", "red"]
+  assert [row["image"][0, 0].argmax() for row in part] == [1, 2, 0]
+  with pytest.raises(IndexError):
+    source.select([15])
+  again = pickle.loads(pickle.dumps(part))
+  assert again.keys == part.keys and (again[0]["image"] == part[0]["image"]).all()
+  with ThreadPoolExecutor(4) as pool:
+    rows = list(pool.map(source.__getitem__, range(15)))
+  assert [row["text"][0] for row in rows] == colours
+
+
+def test_source_feeds_grain(write):
+  path = write(*({"id": str(i), "text": str(i)} for i in range(6)))
+  rows = grain.MapDataset.source(open_source({"manifest": path})).shuffle(seed=1)
+  assert sorted(row["id"] for row in rows) == [str(i) for i in range(6)]
+
+
+def test_content_hash_follows_content(write, tmp_path):
+  path = write({"id": "a", "image": "red.png", "text": "x"}, {"id": "b", "image": "red.png", "text": "y"})
+  source = open_source({"manifest": path})
+  assert source.content_hash(0, "image") == source.content_hash(1, "image")
+  assert source.content_hash(0, "text") != source.content_hash(1, "text")
+  before = source.content_hash(0, "image")
+  (tmp_path / "red.png").write_bytes(png((1, 2, 3)))
+  assert source.content_hash(0, "image") != before
+
+
+def test_class_names(write, tmp_path):
+  source = open_source({"manifest": write(*({"text": "x", "label": label} for label in ["dog", "cat", "dog"]))})
+  assert sources.class_names(source) == ("cat", "dog")
+  classes = tmp_path / "classes.txt"
+  classes.write_text("dog\n\nowl\ncat\n")
+  assert sources.class_names(source, classes) == ("dog", "owl", "cat")
+  classes.write_text("dog\nowl\n")
+  with pytest.raises(ValueError, match="label 'cat' of data/all is not among its 2 classes"):
+    sources.class_names(source, classes)
+  classes.write_text("dog\ncat\ndog\n")
+  with pytest.raises(ValueError, match="classes.txt:3: class 'dog' is there twice, first in line 1"):
+    sources.class_names(source, classes)
+  classes.write_text(" \n")
+  with pytest.raises(ValueError, match="classes.txt: empty class list"):
+    sources.class_names(source, classes)
+  with pytest.raises(ValueError, match="empty class list: no row of data/all has a label"):
+    sources.class_names(open_source({"manifest": write({"text": "x"})}))
+
+
+@pytest.mark.parametrize("mode, value, want", [
+    ("RGBA", (10, 20, 30, 0), (255, 255, 255)), ("RGBA", (10, 20, 30, 255), (10, 20, 30)), ("LA", (9, 0), (255,) * 3),
+    ("L", 7, (7, 7, 7)), ("1", 1, (255, 255, 255)), ("I;16", 0x8123, (0x81,) * 3), ("CMYK", (0, 0, 0, 255), (0, 0, 0)),
+    ("P", 0, (0, 0, 0))])
+def test_image_modes_become_rgb_on_white(tmp_path, mode, value, want):
+  path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+  Image.new(mode, (3, 2), value).save(path)
+  image = sources.read_image(path)
+  assert image.shape == (2, 3, 3) and image.dtype == np.uint8 and image[0, 0].tolist() == list(want)
+
+
+def test_image_is_turned_upright(tmp_path):
+  exif = Image.Exif()
+  exif[0x0112] = 6  # shown a quarter turn clockwise
+  pixels = np.zeros((16, 32, 3), np.uint8)
+  pixels[:, :16] = 255
+  Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif)
+  image = sources.read_image(tmp_path / "a.jpg")
+  assert image.shape == (32, 16, 3) and image[2, 8].min() > 200 and image[-3, 8].max() < 50
+
+
+def test_large_image_is_an_error_and_not_a_warning(tmp_path, monkeypatch):
+  (tmp_path / "a.png").write_bytes(png((1, 2, 3), (64, 64)))
+  monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+  with pytest.raises(ValueError, match="a.png .*decompression bomb"):
+    sources.read_image(tmp_path / "a.png")
