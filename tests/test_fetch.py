@@ -89,8 +89,9 @@ def test_missing_client_is_named(clients, tmp_path, monkeypatch):
 
 
 def test_client_that_says_no_is_quoted_and_the_others_are_kept(clients, tmp_path):
-  clients.says("npm", "npm error code E404\nnpm error the moon is in the way\n")
-  with pytest.raises(fetch.FetchError, match="npm could not fetch(.|\n)*the moon is in the way") as caught:
+  clients.says("npm", "npm warn old\nnpm error code E404\nnpm error the moon is in the way\n")
+  want = "npm could not fetch @scope/icons-a; it said: npm error code E404\nnpm warn old\n(.|\n)*the moon is in the way"
+  with pytest.raises(fetch.FetchError, match=want) as caught:
     fetch.fetch_all(["icons-a", "wheel-b"], root=tmp_path)
   assert caught.value.client == "npm"
   assert left(tmp_path) == {f"{PIP.sha256}/{PIP.file}"}

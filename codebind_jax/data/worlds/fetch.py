@@ -281,7 +281,7 @@ def _run_client(kind: str, group: list[Package], folder: Path, stop: threading.E
   client = CLIENT[kind]
   folder.mkdir(parents=True, exist_ok=True)
   if client != "pip" and shutil.which(client) is None:
-    raise FetchError(f"no {client} on this machine, needed for {[p.name for p in group]}", client)
+    raise FetchError(f"no {client} on this machine, needed for {_listed(group)}", client)
   said = ""
   with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{kind}-state-") as state:
     for command in _commands(kind, group, folder, Path(state)):
@@ -292,8 +292,20 @@ def _run_client(kind: str, group: list[Package], folder: Path, stop: threading.E
         hint = ""
         if "No module named pip" in said:
           hint = f"; {_PYTHON} has no pip: run `{_PYTHON} -m ensurepip`"
-        last = "\n".join(said.strip().splitlines()[-12:])
-        raise FetchError(f"{client} could not fetch {[p.name for p in group]}{hint}; it said:\n{last}", client)
+        raise FetchError(f"{client} could not fetch {_listed(group)}{hint}; it said: {_gist(said)}", client)
+
+
+def _gist(said: str) -> str:
+  """What a client said: its first complaint, then the whole, shortened in the middle."""
+  lines = said.strip().splitlines() or ["nothing"]
+  complaint = next((line for line in lines if re.match("(npm )?error|E:", line, re.IGNORECASE)), lines[0])
+  if len(lines) > 14:
+    lines[8:-5] = ["[...]"]
+  return "\n".join([complaint] + (lines if len(lines) > 1 else []))
+
+
+def _listed(group: list[Package]) -> str:
+  return f"{group[0].name}{f' and {len(group) - 1} more' if len(group) > 1 else ''}"
 
 
 def _wait(process: subprocess.Popen, stop: threading.Event) -> str:
@@ -311,7 +323,7 @@ def _commands(kind: str, group: list[Package], folder: Path, state: Path) -> lis
   pinned = [f"{p.name}{'@' if kind == 'npm' else '=='}{p.version}" for p in group]
   if kind == "npm":
     return [["npm", "pack", "--loglevel=error", "--ignore-scripts", "--fetch-retries=2", "--fetch-timeout=60000",
-             "--cache", str(state), *pinned]]
+             "--fetch-retry-mintimeout=1000", "--fetch-retry-maxtimeout=5000", "--cache", str(state), *pinned]]
   if kind == "apt":
     # A Debian release keeps one version of a package, so no version is asked for.
     for part in ("lists/partial", "cache/archives/partial"):
