@@ -73,15 +73,15 @@ class Encoded:
   """What an encoder gives for b items of s clips.
 
   Attributes:
-    trunk: trunk output, all tokens; clips not yet averaged.
-    tokens: what the heads see: the trunk output, for text its token at the end of the text alone.
-    positions: the stem's positions, for the decoder.
+    trunk: [b * s, n, c] trunk output, all tokens; clips not yet averaged.
+    tokens: [b * s, m, c] what the heads see: the trunk output, for text its token at the end of the text alone.
+    positions: [n, c] the stem's positions, for the decoder.
     clips: s.
   """
 
-  trunk: Float[Array, "bs n c"]
-  tokens: Float[Array, "bs m c"]
-  positions: Float[Array, "n c"]
+  trunk: Any
+  tokens: Any
+  positions: Any
   clips: int = flax.struct.field(pytree_node=False, default=1)
 
 
