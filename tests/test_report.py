@@ -1,0 +1,267 @@
+"""The report: one page that loads nothing, says what it left out, and shows the numbers it was given."""
+
+import base64
+import html.parser
+import io
+import re
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from codebind_jax import charts, report, report_data
+from codebind_jax.evaluators.intervals import wilson_interval
+from codebind_jax.report_data import Attribution, EmbeddingMap, Item, Query, ReportData, Run, Score
+
+VOID = {"meta", "img", "br"}
+
+
+class Page(html.parser.HTMLParser):
+  """Parses a page, checks that tags close, and keeps elements, ids, links and text."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.open, self.elements, self.text, self.balanced = [], [], [], True
+    self.feed(text)
+    self.balanced &= not self.open
+
+  def handle_starttag(self, tag, attributes):
+    self.elements.append((tag, dict(attributes)))
+    if tag not in VOID:
+      self.open.append(tag)
+
+  def handle_startendtag(self, tag, attributes):
+    self.elements.append((tag, dict(attributes)))
+
+  def handle_endtag(self, tag):
+    self.balanced &= bool(self.open) and self.open.pop() == tag
+
+  def handle_data(self, data):
+    if "style" not in self.open:
+      self.text.append(data)
+
+  def all(self, tag):
+    return [attributes for name, attributes in self.elements if name == tag]
+
+
+def picture(value, side=120):
+  return np.full((side, side, 3), value, np.uint8)
+
+
+def full():
+  rng = np.random.default_rng(0)
+  steps = range(10, 1210, 10)
+  records = [
+    {
+      "step": s,
+      "stage": "stage1" if s < 600 else "stage2",
+      "train/info_nce": 1000.0 / s**2,
+      "train/cmcm": 5.0 - s / 1000,
+    }
+    | {"codebook/shared/perplexity": 400.0 + s / 10, "codebook/shared/active_share": 1.0, "codebook/shared/dead": 0.0}
+    for s in steps
+  ]
+  records[7]["train/cmcm"] = float("nan")
+  records += [{"step": s, "stage": "stage2", "eval/val/zeroshot/image/top1": s / 20} for s in (400, 1200)]
+  points = {"image": rng.normal(size=(30, 2)), "text": rng.normal(size=(10, 2))}
+  return ReportData(
+    title="Stage 1 & <bridges>",
+    run=Run("CodeBind", records),
+    baseline=Run("plain InfoNCE", [{"step": s, "stage": "stage1", "train/info_nce": 1100.0 / s} for s in steps]),
+    summary="What was found.",
+    command="python -m codebind_jax.main --config='a b'",
+    config={"seed": 0, "model": {"width": 1024, "codes": {"shared": 512}}, "empty": {}},
+    environment={"jax": "0.10.2"},
+    seconds={"data": 184.2, "training": 12.34},
+    data_profile="small",
+    data_counts={"train": 3587},
+    scores=[
+      Score("Zero-shot top-1", "artists", 61.4, 59.2, 0.2, wilson_interval(61.4, 1400)),
+      Score("Zero-shot top-1", "concepts", 25.0, 15.0, 0.8, wilson_interval(25.0, 1126)),
+      Score("Median rank", "artists", 14.0, 19.0, unit="", higher_is_better=False),
+    ],
+    codebook_sizes={"shared": 512},
+    code_counts={"shared": np.append(np.arange(511), 0)},
+    text_queries=[Query(Item("a cat"), [Item("cat", picture(0), True, 0.5), Item("dog", picture(9), False, -0.25)])],
+    image_queries=[Query(Item("cat", picture(3)), [Item("a dog", None, False, 0.4)])],
+    maps=[EmbeddingMap("Before training", points, np.array([[0, 1], [29, 9]]), "PCA.")],
+    attributions=[Attribution("noto", "Apache-2.0", "Google Inc")],
+  )
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+  path = report.write_report(tmp_path_factory.mktemp("report") / "report.html", full())
+  return path.read_text(encoding="utf-8")
+
+
+def test_page_is_well_formed_and_loads_nothing(page):
+  parsed = Page(page)
+  assert parsed.balanced
+  assert not re.search(r"https?:|//[a-z]|@import|<link|<script|srcset", page)
+  assert all(image["src"].startswith("data:image/") for image in parsed.all("img"))
+  ids = [attributes["id"] for _, attributes in parsed.elements if "id" in attributes]
+  assert len(ids) == len(set(ids))
+  inner = [attributes[name] for _, attributes in parsed.elements for name in ("href",) if name in attributes]
+  assert {link.removeprefix("#") for link in inner} <= set(ids)
+  assert set(re.findall(r"url\(#([^)]+)\)", page)) <= set(ids)
+  assert len(page) < 400_000
+
+
+def test_page_can_be_read_without_seeing_it(page):
+  parsed = Page(page)
+  assert parsed.all("html")[0]["lang"] == "en" and parsed.all("meta")[1]["name"] == "viewport"
+  assert [len(parsed.all(f"h{level}")) > 0 for level in (1, 2, 3)] == [True] * 3 and len(parsed.all("h1")) == 1
+  assert all(image["alt"] for image in parsed.all("img"))
+  for svg in parsed.all("svg"):
+    assert svg.get("aria-hidden") == "true" or (svg["role"] == "img" and len(svg["aria-label"]) > 10)
+  assert all(cell.get("scope") in ("row", "col") for cell in parsed.all("th"))
+  # Right and wrong in words and signs, not by colour alone.
+  text = " ".join(parsed.text)
+  assert text.count("✓ right") == 1 and text.count("✗ wrong") == 2
+  # Dark and print are looked after.
+  assert "prefers-color-scheme: dark" in page and "@media print" in page
+
+
+def test_page_shows_what_it_was_given(page):
+  text = re.sub(r"\s+", " ", " ".join(Page(page).text))
+  for expected in [
+    "Stage 1 & <bridges>", "python -m codebind_jax.main --config='a b'", "model.codes.shared", "3 min 04 s", "12.3 s",
+    "3 min 17 s", "3,587", "Apache-2.0", "1 of 120 values not finite", "512 codes, 2 never used", "shared (512 codes)",
+    "half the codes", "stage2", "Before training", "−0.25", "val · zeroshot · image · top1",
+  ]:  # fmt: skip
+    assert expected in text, expected
+  assert "Left out" not in text and "<bridges>" not in page
+  assert "train info_nce; CodeBind from 10 to 0.0006944 at step 1,200" in page
+  assert "plain InfoNCE from 110 to 0.9167 at step 1,200" in page
+
+
+def rows(page):
+  """Cells of all table rows as text."""
+  found = re.findall(r"<tr[^>]*>(.*?)</tr>", page, flags=re.S)
+  return [[re.sub(r"<[^>]+>", " ", cell).split() for cell in re.findall(r"<t[hd].*?</t[hd]>", row)] for row in found]
+
+
+def test_score_table(page):
+  table = {" ".join(row[0]): row[1:] for row in rows(page) if row[1:]}
+  assert table["concepts"][:4] == [["25.0", "22.6–27.6"], ["15.0"], ["+10.0", "▲"], ["0.8"]]
+  # The mean: 43.2 against 37.1, halves of the intervals joined as independent.
+  half = [
+    np.hypot(*[abs(v - wilson_interval(v, n)[end]) for v, n in ((61.4, 1400), (25.0, 1126))]) / 2 for end in (0, 1)
+  ]
+  interval = f"{43.2 - half[0]:.1f}–{43.2 + half[1]:.1f}"
+  assert table["mean of 2 sets"][:4] == [["43.2", interval], ["37.1"], ["+6.1", "▲"], ["0.5"]]
+  # The baseline 59.2 lies inside 58.8-63.9: no arrow. A lower rank is better: down, and good.
+  artists = [row[1:] for row in rows(page) if row[0] == ["artists"]]
+  assert artists[0][2] == ["+2.2", "≈"] and artists[1][2] == ["−5.0", "▼"]
+  assert '<span class="up">−5.0 ▼</span>' in page and '<span class="even">+2.2 ≈</span>' in page
+
+
+def test_missing_parts_are_named(tmp_path):
+  path = report.write_report(tmp_path / "r.html", ReportData("Evaluation", Run("model", []), command="run"))
+  text = " ".join(Page(path.read_text()).text)
+  assert "Left out for lack of data: Results, Training curves, Validation during training, Codebook usage" in text
+  assert "What was run" in text and [file.name for file in tmp_path.iterdir()] == ["r.html"]
+
+
+def test_no_baseline_no_column(tmp_path):
+  scores = [Score("Top-1", "mine", 50.0), Score("Top-1", "yours", float("nan"))]
+  path = report.write_report(tmp_path / "r.html", ReportData("Evaluation", Run("model", []), scores=scores))
+  assert rows(path.read_text())[0] == [["Set"], ["model"], ["0", "to", "100", "%"]]
+  assert rows(path.read_text())[2][:2] == [["yours"], ["–"]]
+
+
+def test_gallery_images_are_small_and_true(page):
+  sources = [image["src"] for image in Page(page).all("img")]
+  decoded = [np.asarray(Image.open(io.BytesIO(base64.b64decode(s.split(",")[1]))).convert("RGB")) for s in sources]
+  assert [image.shape for image in decoded] == [(96, 96, 3)] * 3
+  assert [int(image.mean().round()) for image in decoded] == [0, 9, 3]
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (dict(code_counts={"shared": np.zeros(4)}), r"code_counts\['shared'\]"),
+    (dict(text_queries=[Query(Item("q"), [Item("x", np.zeros((4, 4, 4), np.uint8), True)])]), "gallery image 'x'"),
+    (dict(maps=[EmbeddingMap("m", {"a": np.array([[np.nan, 0]])}, np.zeros((0, 2), int))]), "map 'm', a"),
+  ],
+)
+def test_malformed_parts_are_named_and_nothing_is_written(tmp_path, change, message):
+  with pytest.raises(ValueError, match=message):
+    report.write_report(tmp_path / "r.html", ReportData("Evaluation", Run("model", []), **change))
+  assert not list(tmp_path.iterdir())
+
+
+# Charts.
+
+
+def test_charts_are_small_themed_and_deterministic():
+  x = np.arange(5000)
+  draw = lambda: charts.line_chart(
+    "train-loss", [charts.Line("a", x, np.sin(x / 500))], marks={"half": 0.5}, breaks={"s": 9.0}
+  )
+  svg = draw()
+  assert svg == draw() and len(svg) < 15_000
+  root = ElementTree.fromstring(svg)
+  assert "width" not in root.attrib and "viewBox" in root.attrib
+  assert "#01" not in svg and {"var(--c1)", "var(--muted)", "var(--line)"} <= set(re.findall(r"var\(--\w+\)", svg))
+  assert not re.findall(r"#[0-9a-f]{6}", svg)
+  with pytest.raises(ValueError, match="chart 'x': no finite value"):
+    charts.line_chart("x", [charts.Line("a", x, np.full(5000, np.nan))])
+
+
+def test_thinning_keeps_means_and_gaps():
+  x, y = charts._thin(np.arange(800.0), np.concatenate([np.full(400, 2.0), np.full(200, np.nan), np.full(200, 3.0)]))
+  assert len(x) == 400 and x[0] == 0.5 and x[-1] == 798.5
+  assert (y[:200] == 2).all() and np.isnan(y[200:300]).all() and (y[300:] == 3).all()
+
+
+def test_tick_labels_are_not_cut():
+  svg = charts.line_chart("small", [charts.Line("a", np.arange(3.0), np.array([0.025, 0.0751, 0.1]))])
+  assert {"0.025", "0.05", "0.075", "0.1"} <= set(re.findall(r">([^<]+)</text>", svg))
+
+
+# Builders.
+
+
+def test_build_queries():
+  found = [Item("north"), Item("east"), Item("also north")]
+  embeddings = np.array([[0, 2], [1, 0], [0.1, 1]], np.float32)
+  (query,) = report_data.build_queries(
+    [Item("up")], ["n"], np.array([[0, 1]], np.float32), found, np.array(["n", "e", "n"]), embeddings, k=2
+  )
+  assert [(answer.text, answer.right) for answer in query.answers] == [("north", True), ("also north", True)]
+  assert query.answers[0].score == pytest.approx(1.0) and query.answers[1].score == pytest.approx(1 / np.sqrt(1.01))
+  with pytest.raises(ValueError, match="lengths must be equal"):
+    report_data.build_queries([Item("up")], ["n", "n"], embeddings[:1], found, ["n"] * 3, embeddings)
+
+
+def test_scores_from_metrics():
+  found = {"eval/a/top1": 50.0, "eval/b/top1": 20.0, "eval/a/r1": 10.0}
+  made = report_data.scores_from_metrics(
+    found, {"eval/a/top1": 40.0}, metrics={"top1": "Top-1", "r1": "R@1"}, sets={"a": "set A", "b": "set B"},
+    counts={"a": 100}, chance={"b/top1": 1.0},
+  )  # fmt: skip
+  assert made == [
+    Score("Top-1", "set A", 50.0, 40.0, None, wilson_interval(50.0, 100)),
+    Score("Top-1", "set B", 20.0, None, 1.0),
+    Score("R@1", "set A", 10.0, None, None, wilson_interval(10.0, 100)),
+  ]
+  with pytest.raises(ValueError, match=r"none of \['top5'\] on \['a'\] was measured"):
+    report_data.scores_from_metrics(found, metrics={"top5": "Top-5"}, sets={"a": "A"})
+
+
+def test_embedding_map_separates_what_is_apart_and_says_how_near_pairs_are():
+  rng = np.random.default_rng(0)
+  centre = np.eye(2, 8, dtype=np.float32)
+  near = lambda row: (5 * centre[row] + 0.1 * rng.normal(size=(20, 8))).astype(np.float32)
+  made = report_data.embedding_map("m", {"image": near(0), "text": near(1)}, [(0, 0), (3, 1)])
+  image, text = made.points["image"], made.points["text"]
+  spread = max(image.std(axis=0).max(), text.std(axis=0).max())
+  assert image.shape == (20, 2) and np.linalg.norm(image.mean(axis=0) - text.mean(axis=0)) > 10 * spread
+  assert made.pairs.tolist() == [[0, 0], [3, 1]] and "Mean cosine of joined pairs" in made.note
+  tsne = report_data.embedding_map("m", {"image": near(0), "text": near(1)}, method="tsne")
+  assert np.isfinite(tsne.points["text"]).all() and tsne.points["text"].shape == (20, 2) and not len(tsne.pairs)
+  with pytest.raises(ValueError, match="'pca' or 'tsne', got 'umap'"):
+    report_data.embedding_map("m", {"image": near(0)}, method="umap")
