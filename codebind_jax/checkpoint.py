@@ -1,4 +1,4 @@
-"""Checkpoints: TrainState + data iterators + config + stage, restored exactly, falling back when the newest is damaged."""
+"""Checkpoints: TrainState, data iterators, config and stage; restored exactly, past a newest one that is damaged."""
 
 from __future__ import annotations
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pathlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from absl import logging
 
-from codebind_jax.api import Model
+from codebind_jax.api import Model, load
 from codebind_jax.data.featurize import Featurizer
 from codebind_jax.data.task import EvalSet, Task, open_task
 from codebind_jax.evaluators import base
@@ -16,10 +18,15 @@ from codebind_jax.evaluators.codes import CodebookUsage
 from codebind_jax.evaluators.probe import LinearProbe, NearestClassMean
 from codebind_jax.evaluators.retrieval import Retrieval
 from codebind_jax.evaluators.zeroshot import ZeroShot
-from codebind_jax.metrics import read_metrics
+from codebind_jax.metrics import MetricsWriter, read_metrics
 
 FINAL = "final"  # the stage under which the last evaluation is written to metrics.jsonl
 TASKS = ("zeroshot", "retrieval", "probe", "codes")
+NEEDS = {
+  "zeroshot": "it needs labels, and a model with a text tower",
+  "retrieval": "it needs records with a text and another modality",
+  "probe": "it needs labels, on records of split train as well",
+}
 
 
 class Evaluation:
@@ -43,13 +50,13 @@ class Evaluation:
     """All evaluators on the validation sets and, where `config.test` says so, the test sets."""
     return self._run(model, [s for s in self.task.evals if s.role == "val" or self.config.test], self._tasks)
 
-  def tables(self, model: Model, test: EvalSet) -> base.Table:
+  def table(self, model: Model, test: EvalSet) -> base.Table:
     """Embeddings of one set: one row an item for every modality but text, one row a distinct caption for text."""
-    return self._table(model, test.name, test.source)
+    return self._embed(model, test.name, test.source)
 
   def train_table(self, model: Model) -> base.Table:
     """Embeddings of the training rows (clean views)."""
-    return self._table(model, "train", self.task.train)
+    return self._embed(model, "train", self.task.train)
 
   def embed_text(self, model: Model, texts: Sequence[str]) -> np.ndarray:
     """`shared` embeddings of strings."""
@@ -59,7 +66,7 @@ class Evaluation:
     found: dict[str, float] = {}
     train = self.train_table(model) if self.task.train and "probe" in tasks else None
     for test in sets:
-      table = self.tables(model, test)
+      table = self.table(model, test)
       found |= base.run_evaluators(self._evaluators(model, test, table, tasks), table, prefix=f"eval/{test.name}")
       for probe, field in self._probes(test, train):
         found |= base.run_evaluators([probe], _told(table, train, probe.modality, field), prefix=f"eval/{test.name}")
@@ -100,7 +107,7 @@ class Evaluation:
         for field in test.probes:
           yield LinearProbe(name, train, field=field, group="label" if field != "label" else None), field
 
-  def _table(self, model: Model, name: str, source: Any) -> dict[str, dict[str, np.ndarray]]:
+  def _embed(self, model: Model, name: str, source: Any) -> dict[str, dict[str, np.ndarray]]:
     table = {}
     for modality in model.modalities:
       rows = [i for i in range(len(source)) if source.has(i, modality)]
@@ -154,3 +161,35 @@ def _told(table: base.Table, train: base.Table, modality: str, field: str) -> ba
   if not known.all():
     logging.info("%s of %s: %d of %d rows have a value that was trained on", field, modality, known.sum(), len(known))
   return {modality: dict(table[modality]) | {"_mask": known}}
+
+
+def evaluate(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
+  """Mode `eval`: one task on a user's manifest with a trained model; writes `workdir/metrics.jsonl`.
+
+  Args:
+    config: `configs/eval.py`: `init_from`, `task` (zeroshot, retrieval or probe) and `data`.
+    workdir: where the metrics go.
+
+  Returns:
+    Metrics by name.
+
+  Raises:
+    ValueError: naming what is wrong with the checkpoint, the manifest, or what the task lacks in it.
+  """
+  model = load(config.init_from)
+  task = open_task(config.data, default_split="test")
+  settings = model.config.unlock()
+  settings.test = True
+  settings.data.root, settings.data.eval_templates = config.data.root, config.data.eval_templates
+  evaluation = Evaluation(settings, task, Featurizer(settings, model.trunks), (config.task,))
+  model.trunks = evaluation.trunks
+  found = evaluation.everything(model)
+  if not found:
+    raise ValueError(f"task {config.task!r}: {task.name} has nothing to measure; {NEEDS[config.task]}")
+  folder = pathlib.Path(workdir).expanduser().absolute()
+  with MetricsWriter(folder) as writer:
+    writer.truncate(-1)
+    writer.write(0, "eval", found)
+  width = max(map(len, found))
+  sys.stdout.write("".join(f"{name:{width}} {value:8.2f}\n" for name, value in found.items()))
+  return found

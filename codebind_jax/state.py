@@ -8,7 +8,6 @@ from typing import Any
 import flax.struct
 import jax
 import optax
-from jaxtyping import Array, Int
 from jax.sharding import Mesh
 
 from codebind_jax.sharding import replicated
@@ -19,7 +18,7 @@ class TrainState:
   """All that a step reads and writes; a checkpoint holds it whole.
 
   Attributes:
-    step: optimizer steps done, over all stages.
+    step: int32 [], optimizer steps done, over all stages.
     params: parameters of towers, heads and logit scales.
     codebooks: name -> CodebookState; outside `params`, so no optimizer, decay or LoRA pattern reaches them.
     opt_state: optax state of the current stage.
@@ -27,11 +26,11 @@ class TrainState:
     rng: typed PRNG key; a step folds its number into it.
   """
 
-  step: Int[Array, ""]
+  step: Any
   params: Any
-  codebooks: dict[str, Any]
+  codebooks: Any
   opt_state: Any
-  aux: dict[str, Any]
+  aux: Any
   rng: Any
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,8 +16,9 @@ import ml_collections
 import tqdm
 from absl import logging
 
-from codebind_jax import build, checkpoint, optim, sharding, state as state_lib
+from codebind_jax import build, optim, sharding, summary
 from codebind_jax import config as config_lib
+from codebind_jax import state as state_lib
 from codebind_jax.api import Model
 from codebind_jax.checkpoint import Checkpoints, Position
 from codebind_jax.compositional import init_codebooks, new_codebooks
@@ -24,7 +27,7 @@ from codebind_jax.data.pipeline import make_iterator
 from codebind_jax.data.task import open_task
 from codebind_jax.evaluate import Evaluation
 from codebind_jax.metrics import MetricsWriter, Throughput
-#R from codebind_jax.report import write_report
+from codebind_jax.report import write_report
 from codebind_jax.stages import Stage, stages_of
 from codebind_jax.state import TrainState
 from codebind_jax.step import make_train_step
@@ -87,28 +90,30 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | pathlib
   tables, labels = featurizer.train_tables(task.train)
   evaluation = Evaluation(config, task, featurizer)
 
-  final = run_stages(config, folder, task, tables, labels, evaluation)
+  final, models = run_stages(config, folder, task, tables, labels, evaluation)
   if config.baseline:
     banner("baseline: the same heads by plain InfoNCE, without codebooks")
     plain = baseline_of(config)
     inner = claim_workdir(plain, folder / "baseline")
-    baseline = run_stages(plain, inner, task, tables, labels, Evaluation(plain, task, featurizer))
+    baseline, _ = run_stages(plain, inner, task, tables, labels, Evaluation(plain, task, featurizer))
     final |= {f"baseline/{name}": value for name, value in baseline.items()}
 
   if jax.process_index() == 0:
     banner("report")
-    pass  #R write_report(folder / "report.html", evaluation.report_data(folder, final, seconds=time.time() - started))
-    #R print_table(final, folder / "report.html")
+    seconds = {"this command": time.time() - started}
+    data = summary.report_data(config, folder, task, evaluation, final, models, seconds)
+    write_report(folder / "report.html", data)
+    sys.stdout.write(summary.text_table(data) + f"\nreport: {folder / 'report.html'}\n")
   return final
 
 
 def run_stages(
-  config: ml_collections.ConfigDict, folder: pathlib.Path, task: Any, tables: Mapping[str, Any], labels: list,
-  evaluation: Evaluation,
-) -> dict[str, float]:
-  """Runs or continues the stages of one config and evaluates the result; returns the final metrics."""
+  config: ml_collections.ConfigDict, folder: pathlib.Path, task: Any, tables: Mapping[str, Any],
+  labels: Sequence[str | None], evaluation: Evaluation,
+) -> tuple[dict[str, float], dict[str, Model]]:
+  """Runs or continues the stages of one config; returns the final metrics and the model before and after training."""
   banner("model")
-  mesh = sharding.make_mesh(config.mesh)
+  mesh = sharding.make_mesh(config.mesh.to_dict())
   model, spec, stages = build.make_model(config), build.make_spec(config), stages_of(config)
   dummy = {name: jnp.zeros((1, *table.features.shape[2:]), jnp.float32) for name, table in tables.items()}
 
@@ -118,49 +123,49 @@ def run_stages(
     return model.init(head_rng, dummy)["params"], codebooks, {}
 
   state = state_lib.create(mesh, jax.random.key(config.seed), init)
+  untrained_params = jax.device_get(state.params)  # the step donates its state; the report shows the start as well
   optimizers = {
-    stage.name: optim.make_optimizer(state.params, stage.train, config.optim, stage.steps) for stage in stages
+    stage.name: optim.make_optimizer(state.params, stage.train, config.optim.to_dict(), stage.steps) for stage in stages
   }
   iterator = lambda stage: make_iterator(
     tables, labels, batch_size=stage.batch_size, seed=config.seed, unique_labels=config.data.unique_labels,
     name=task.name,
   )
 
-  # Order of initialisation: this run's own checkpoint, else random heads and k-means codebooks.
-  store = Checkpoints(folder, keep=config.keep_checkpoints)
-  by_name = {stage.name: stage for stage in stages}
-  restored = store.restore(
-    lambda at: (state_lib.abstract(state, optimizers[at.stage][0], mesh), {task.name: iterator(by_name[at.stage])})
-  )
-  position = Position(0, stages[0].name, False)
-  iterators: Mapping[str, Any] = {}
-  if restored is None:
-    logging.info("no checkpoint: starting from random heads")
-  else:
-    position, state, iterators = restored
-    logging.info("continuing from step %d of stage %r", position.step, position.stage)
-  writer = MetricsWriter(folder, active=jax.process_index() == 0)
-  writer.truncate(position.step)
+  with contextlib.closing(Checkpoints(folder, keep=config.keep_checkpoints)) as store, MetricsWriter(
+    folder, active=jax.process_index() == 0
+  ) as writer:
+    # Order of initialisation: this run's own checkpoint, else random heads and k-means codebooks.
+    by_name = {stage.name: stage for stage in stages}
+    restored = store.restore(
+      lambda at: (state_lib.abstract(state, optimizers[at.stage][0], mesh), {task.name: iterator(by_name[at.stage])})
+    )
+    position, iterators = Position(0, stages[0].name, False), {}
+    if restored is None:
+      logging.info("no checkpoint: starting from random heads")
+    else:
+      position, state, iterators = restored
+      logging.info("continuing from step %d of stage %r", position.step, position.stage)
+    writer.truncate(position.step)
 
-  for stage in stages:
-    if stage.last_step <= position.step:
-      continue
-    banner(f"stage {stage.name}: {stage.steps} steps on {' + '.join(stage.modalities)}")
-    tx, table = optimizers[stage.name]
-    optim.log_table(state.params, table)
-    if position.step <= stage.first_step:
-      iterators = {task.name: iterator(stage)}
-      state = state_lib.with_optimizer(state, tx, mesh)
-      if spec is not None:
-        state = start_codebooks(state, model, spec, next(iterator(stage)), mesh)
-    state = run_stage(config, stage, state, tx, iterators, mesh, model, spec, store, writer, evaluation)
-    position = Position(stage.last_step, stage.name, True)
+    for stage in stages:
+      if stage.last_step <= position.step:
+        continue
+      banner(f"stage {stage.name}: {stage.steps} steps on {' + '.join(stage.modalities)}")
+      tx, table = optimizers[stage.name]
+      optim.log_table(state.params, table)
+      if position.step <= stage.first_step:
+        iterators = {task.name: iterator(stage)}
+        state = state_lib.with_optimizer(state, tx, mesh)
+        if spec is not None:
+          state = start_codebooks(state, model, spec, next(iterator(stage)), mesh)
+      state = run_stage(config, stage, state, tx, iterators, mesh, model, spec, store, writer, evaluation)
+      position = Position(stage.last_step, stage.name, True)
 
-  banner("evaluation")
-  final = evaluation.finish(Model(config, state.params, state.codebooks, evaluation.trunks), int(state.step), writer)
-  writer.close()
-  store.close()
-  return final
+    banner("evaluation")
+    trained = Model(config, state.params, state.codebooks, evaluation.trunks)
+    untrained = Model(baseline_of(config), untrained_params, {}, evaluation.trunks)
+    return evaluation.finish(trained, int(state.step), writer), {"before": untrained, "after": trained}
 
 
 def run_stage(
@@ -176,7 +181,8 @@ def run_stage(
     with clock.waiting():
       batch = read()
     if compiled is None:
-      compiled = compile_step(make_train_step(model, spec, stage, tx, update=config.codebook.update_mode), state, batch, mesh)
+      train_step = make_train_step(model, spec, stage, tx, update=config.codebook.update_mode)
+      compiled = compile_step(train_step, state, batch, mesh)
       clock.restart()
     state, metrics = compiled(state, batch)
     step += 1
@@ -190,7 +196,8 @@ def run_stage(
       writer.write(step, stage.name, values | clock.report())
     if step % config.eval_steps == 0 and not last:
       bar.clear()
-      writer.write(step, stage.name, evaluation.validate(Model(config, state.params, state.codebooks, evaluation.trunks)))
+      current = Model(config, state.params, state.codebooks, evaluation.trunks)
+      writer.write(step, stage.name, evaluation.validate(current))
       clock.restart()
     if step % config.checkpoint_steps == 0 or last:
       writer.flush()

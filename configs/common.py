@@ -53,6 +53,7 @@ def get_config():
   config.data.world = "icons"
   config.data.profile = "auto"
   config.data.manifest = ""  # a JSONL manifest of your own instead of the world
+  config.data.classes = ""  # a text file with one class name a line; default: the labels that occur
   config.data.max_bad_records = 0
   config.data.unique_labels = True
   config.data.templates = ("{}",)

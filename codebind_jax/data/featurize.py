@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,13 +31,14 @@ class Featurizer:
     trunks: modality -> Trunk.
   """
 
-  def __init__(self, config: Any):
+  def __init__(self, config: Any, trunks: Mapping[str, Any] | None = None):
     self._config = config
     self._cache = fetch.data_dir(config.data.root or None) / "features"
     self._texts: dict[str, np.ndarray] = {}
-    self.trunks = {}
+    self.trunks = dict(trunks or {})
     for name, tower in config.model.towers.items():
-      self.trunks[name] = load_trunk(tower.trunk, **tower.options.to_dict())
+      if name not in self.trunks:
+        self.trunks[name] = load_trunk(tower.trunk, **tower.options.to_dict())
 
   def table(self, source: Any, modality: str, views: int = 1) -> FeatureTable:
     """Features of one modality for all rows of a source; rows without it have no items."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from absl import logging
 
-from codebind_jax.data.sources import open_source
+from codebind_jax.data.sources import class_names, open_source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,28 +42,32 @@ class Task:
     summary: one line a person can read: what it is and how much.
     train: rows to train on; None when only evaluating.
     evals: sets to evaluate on.
-    attribution: whose work the data is, to be shown in reports.
+    attributions: whose work the data is: (package, licence, credit), to be shown in reports.
   """
 
   name: str
   summary: str
   train: Any
   evals: tuple[EvalSet, ...]
-  attribution: str = ""
+  attributions: tuple[tuple[str, str, str], ...] = ()
 
 
-def open_task(data: Any) -> Task:
+def open_task(data: Any, *, default_split: str = "train") -> Task:
   """Opens the world or the manifest of `config.data`; builds the world where it is not built yet.
+
+  Args:
+    data: `config.data`.
+    default_split: of the rows of a manifest that names no splits.
 
   Raises:
     ValueError: naming what is wrong with the manifest or profile.
     OSError: if the data cannot be fetched or written.
   """
-  return _manifest_task(data) if data.manifest else _icons_task(data)
+  return _manifest_task(data, default_split) if data.manifest else _icons_task(data)
 
 
 def _icons_task(data: Any) -> Task:
-  from codebind_jax.data.worlds import icons
+  from codebind_jax.data.worlds import icons, names
   from codebind_jax.tools import prepare
 
   folder = prepare.ensure(data.world, data.profile, data.root or None)
@@ -83,24 +87,35 @@ def _icons_task(data: Any) -> Task:
     f"{e.name} {len(e.source)} of {len(e.candidates)}" for e in evals
   )
   logging.info("%s", summary)
-  return Task(data.world, summary, train, tuple(evals), (folder / "ATTRIBUTION.md").read_text())
+  packages = [p for p in names.table("packages")["packages"] if p["id"] in icons.package_ids(profile)]
+  credits = tuple((f"{p['name']} {p['version']}", p["licence"], p["attribution"]) for p in packages)
+  return Task(data.world, summary, train, tuple(evals), credits)
 
 
-def _manifest_task(data: Any) -> Task:
+def _manifest_task(data: Any, default_split: str) -> Task:
   path = pathlib.Path(data.manifest)
   whole = open_source({"manifest": data.manifest, "max_bad_records": data.max_bad_records})
-  splits = [row.get("split") or "train" for row in whole.rows]
+  splits = [row.get("split") or default_split for row in whole.rows]
   pick = lambda wanted: whole.select([i for i, split in enumerate(splits) if split == wanted])
   evals = []
   for split in dict.fromkeys(splits):
     if split.startswith(("val", "test")):
       source = pick(split)
-      labels = list(dict.fromkeys(row["label"] for row in source.rows if row.get("label")))
+      labels = _labels(data, source)
       evals.append(EvalSet(f"{path.stem}_{split}", split[: 3 + split.startswith("test")], source, labels,
                            ("label",) if labels else (), ("label",) if labels else ()))
+  if not evals and default_split != "train":
+    raise ValueError(f"{path}: nothing to evaluate, every record is of split 'train'; allowed: val, test, or no splits")
   train = pick("train") if "train" in splits else None
   summary = f"{path.name}: {len(train) if train else 0} training rows; " + ", ".join(
     f"{e.name} {len(e.source)}" for e in evals
   )
   logging.info("%s", summary)
   return Task(path.stem, summary, train, tuple(evals))
+
+
+def _labels(data: Any, source: Any) -> list[str]:
+  """Candidate labels: the class list of `config.data.classes`, else every label the rows have; none without labels."""
+  if data.classes:
+    return list(class_names(source, pathlib.Path(data.classes)))
+  return list(class_names(source)) if any(row.get("label") for row in source.rows) else []

@@ -1,0 +1,22 @@
+"""Evaluates a trained model on your own data: a JSONL manifest, one record a line, paths relative to it.
+
+Command: python -m codebind_jax.main --config=configs/eval.py --workdir=DIR --config.init_from=RUN \
+             --config.data.manifest=FILE.jsonl --config.task=zeroshot|retrieval|probe
+Time: seconds, plus the trunks' features of new items once.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+  config = ConfigDict()
+  config.mode = "eval"
+  config.task = "zeroshot"
+  config.init_from = ""  # workdir of a training run
+  config.data = ConfigDict()
+  config.data.root = ""  # default: $CODEBIND_DATA, else the user's cache folder
+  config.data.manifest = ""
+  config.data.classes = ""  # a text file with one class name a line; default: the labels that occur
+  config.data.max_bad_records = 0
+  config.data.eval_templates = ("{}", "an icon of a {}", "a drawing of a {}")
+  return config.lock()

@@ -1,0 +1,245 @@
+"""The trainer as users run it: a shipped config, shrunk; killed and resumed; on several devices; with bad input."""
+
+import dataclasses
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import codebind_jax
+from codebind_jax import config as config_lib
+from codebind_jax.stages import stages_of
+from codebind_jax.train import baseline_of, claim_workdir, train_and_evaluate
+from tests.train_fixtures import arrays_of, lines_of, tiny_config, write_manifest
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("data")
+  return write_manifest(folder / "squares"), folder / "root"
+
+
+@pytest.fixture(scope="module")
+def whole_run(data, tmp_path_factory):
+  """A run that nothing disturbs."""
+  workdir = tmp_path_factory.mktemp("whole")
+  final = train_and_evaluate(tiny_config(*data), workdir)
+  return workdir, final
+
+
+def start(data, workdir, *overrides, devices=1):
+  """The same run in a process of its own."""
+  env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+  command = [sys.executable, "-m", "tests.run_tiny", *map(str, data), str(workdir), *overrides]
+  return subprocess.Popen(command, cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(process, ready):
+  """Waits until `ready` says so or the process has ended."""
+  while process.poll() is None and not ready():
+    pass
+
+
+def finish(process):
+  out, err = process.communicate(timeout=300)
+  assert process.returncode == 0, out[-2000:] + err[-4000:]
+
+
+def assert_same_run(a, b):
+  first, second = arrays_of(a), arrays_of(b)
+  assert first.keys() == second.keys()
+  for path in first:
+    np.testing.assert_array_equal(first[path], second[path], err_msg=path)
+  assert lines_of(a) == lines_of(b)
+
+
+def test_run_writes_what_it_promises(whole_run):
+  workdir, final = whole_run
+  lines = lines_of(workdir)
+  assert [line["step"] for line in lines] == [1, 2, 3, 3, 4, 5, 6, 6]
+  assert lines[-1]["stage"] == "final"
+  assert {"train/info_nce", "train/commitment", "codebook/shared/perplexity", "codebook/image/dead"} <= lines[0].keys()
+  for name in ("eval/squares/zeroshot/image/top1", "eval/squares_test/retrieval/text_to_image/r1",
+               "eval/squares_test/ncm/image/full", "eval/squares_test/probe/label/image/shared",
+               "eval/train/codebook/shared/dead"):
+    assert name in final, sorted(final)
+  assert (workdir / "report.html").stat().st_size > 1000
+  assert list((workdir / "tensorboard").glob("events*"))
+
+
+def test_training_moves_heads_and_codebooks_but_only_what_the_stage_trains(data, whole_run, tmp_path):
+  first = tiny_config(*data, steps=1, checkpoint_steps=1)
+  train_and_evaluate(first, tmp_path / "all")
+  frozen = tiny_config(*data, steps=1, checkpoint_steps=1, **{"stages.bridges.train": ("image/.*",)})
+  train_and_evaluate(frozen, tmp_path / "image")
+  a, b = arrays_of(tmp_path / "all"), arrays_of(tmp_path / "image")
+  moved = {path for path in a if not np.array_equal(a[path], b[path])}
+  assert "params/text/shared/proj/kernel" in moved
+  assert not any(path.startswith("params/image/specific") for path in moved)
+
+
+def test_killed_run_resumes_bit_for_bit(data, whole_run, tmp_path):
+  workdir = tmp_path / "killed"
+  process = start(data, workdir)
+  try:
+    metrics = workdir / "metrics.jsonl"
+    wait_for(process, lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 5)
+  finally:
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+  assert 5 <= len(lines_of_partial(workdir)) < 8, "the kill came too late to test anything"
+  train_and_evaluate(tiny_config(*data), workdir)
+  assert_same_run(whole_run[0], workdir)
+
+
+def lines_of_partial(workdir):
+  return (workdir / "metrics.jsonl").read_bytes().split(b"\n")[:-1]
+
+
+def test_finished_run_is_only_reported_again(data, whole_run, tmp_path):
+  workdir = tmp_path / "copy"
+  shutil.copytree(whole_run[0], workdir)
+  (workdir / "report.html").unlink()
+  assert train_and_evaluate(tiny_config(*data), workdir) == whole_run[1]
+  assert_same_run(whole_run[0], workdir)
+  assert (workdir / "report.html").exists()
+
+
+def test_checkpoint_cut_short_falls_back_to_the_one_before(data, whole_run, tmp_path, caplog):
+  workdir = tmp_path / "cut"
+  shutil.copytree(whole_run[0], workdir)
+  newest = workdir / "checkpoints" / "6"
+  largest = max((f for f in newest.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+  largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+  train_and_evaluate(tiny_config(*data), workdir)
+  assert "checkpoints/6 cannot be read, trying the one before it" in caplog.text
+  assert (workdir / "checkpoints" / "6.damaged").is_dir()
+  assert_same_run(whole_run[0], workdir)
+
+
+def test_eight_devices_equal_one(data, whole_run, tmp_path):
+  process = start(data, tmp_path / "eight", devices=8)
+  finish(process)
+  one, eight = arrays_of(whole_run[0]), arrays_of(tmp_path / "eight")
+  for path in one:
+    np.testing.assert_allclose(one[path], eight[path], rtol=1e-4, atol=1e-5, err_msg=path)
+
+
+def test_baseline_has_no_codebooks_and_only_info_nce(data, tmp_path):
+  plain = baseline_of(tiny_config(*data))
+  assert not plain.model.quantize and list(plain.stages.bridges.losses) == ["info_nce"]
+  train_and_evaluate(tiny_config(*data, baseline=True, steps=2), tmp_path)
+  assert not any(path.startswith("codebooks") for path in arrays_of(tmp_path / "baseline"))
+
+
+def test_load_and_embed(data, whole_run):
+  model = codebind_jax.load(whole_run[0])
+  files = [data[0].parent / "red0.png", data[0].parent / "blue1.png"]
+  out = model.embed({"image": files, "text": ["red", "blue", "a blue square"]})
+  assert out["image"].shared.shape == (2, 16) and out["text"].shared.shape == (3, 16)
+  assert out["image"].codes.shape == (2, 4) and out["text"].specific.shape == (3, 0)
+  np.testing.assert_allclose(np.linalg.norm(out["image"].full, axis=1), 1.0, atol=1e-5)
+  alone = model.embed({"image": files[1:]})["image"]
+  np.testing.assert_allclose(alone.shared[0], out["image"].shared[1], atol=1e-5)
+  assert [label for label, _ in model.classify(files[:1], ["red", "blue"])[0]] in (["red", "blue"], ["blue", "red"])
+  with pytest.raises(ValueError, match=r"'audio' is not in this model; it has \['image', 'text'\]"):
+    model.embed({"audio": ["x.wav"]})
+  with pytest.raises(ValueError, match=r"image\[1\]"):
+    model.embed({"image": [files[0], data[0]]})
+  with pytest.raises(ValueError, match="not a run's folder"):
+    codebind_jax.load(data[0].parent)
+
+
+def test_workdir_of_another_config_is_refused(data, tmp_path):
+  claim_workdir(tiny_config(*data), tmp_path)
+  with pytest.raises(ValueError, match=r"batch_size: 8 -> 4"):
+    claim_workdir(tiny_config(*data, batch_size=4), tmp_path)
+
+
+def test_batch_larger_than_the_data(data, tmp_path):
+  with pytest.raises(ValueError, match="9 is larger than its 8 distinct labels"):
+    train_and_evaluate(tiny_config(*data, batch_size=9), tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "message"),
+  [
+    ("mode", "fly", "'fly' is not allowed; allowed: .'train', 'eval'"),
+    ("steps", 0, "config.steps: got 0; allowed: any number above 0"),
+    ("codebook.distance", "manhattan", "config.codebook.distance: 'manhattan' is not allowed"),
+    ("codebook.decay", 1.5, "config.codebook.decay: got 1.5; allowed: 0 to 1"),
+    ("model.shared_dim", 12, "multiple of codebook.dim"),
+    ("model.towers.image.trunk", "resnet", "config.model.towers.image.trunk: 'resnet' is not allowed"),
+    ("model.towers.image.dropout", 1.0, "config.model.towers.image.dropout: got 1.0"),
+    ("stages.bridges.pairs", (("image", "smell"),), "config.stages.bridges.pairs: 'smell' is not allowed"),
+    ("stage_order", ("first",), "config.stage_order: 'first' is not allowed; allowed: .'bridges'"),
+  ],
+)
+def test_bad_values_are_named_before_anything_is_built(data, tmp_path, key, value, message):
+  with pytest.raises(ValueError, match=message):
+    train_and_evaluate(tiny_config(*data, **{key: value}), tmp_path / "never")
+  assert not (tmp_path / "never").exists()
+
+
+def test_unknown_loss_is_named(data):
+  config = tiny_config(*data).unlock()
+  config.stages.bridges.losses.info_ncee = 1.0
+  with pytest.raises(ValueError, match=r"stages.bridges.losses: 'info_ncee' is not allowed; allowed: \['info_nce'"):
+    config_lib.validate(config)
+
+
+@pytest.mark.parametrize(
+  ("argument", "message"),
+  [
+    ("--config.stepz=3", "unknown key 'stepz'; allowed: ['baseline', 'batch_size'"),
+    ("--config.codebook.dimm=3", "unknown key 'dimm'; allowed: ['codebook.alarm_share'"),
+    ("--config.steps=many", "--config.steps=many"),
+  ],
+)
+def test_command_line_names_unknown_keys_and_bad_values(argument, message, tmp_path):
+  command = [sys.executable, "-m", "codebind_jax.main", "--config=configs/stage1.py", f"--workdir={tmp_path / 'w'}"]
+  done = subprocess.run([*command, argument], cwd=REPOSITORY, capture_output=True, text=True)
+  assert done.returncode != 0 and message in done.stderr, done.stderr
+  assert "Traceback" not in done.stderr
+  assert not (tmp_path / "w").exists()
+
+
+def test_unwritable_workdir(data, tmp_path):
+  (tmp_path / "file").write_text("in the way")
+  with pytest.raises(OSError, match="file"):
+    train_and_evaluate(tiny_config(*data), tmp_path / "file" / "run")
+
+
+def test_steps_follow_the_top_level_and_stages_add_up(data):
+  config = tiny_config(*data).unlock()
+  config.stages.more = config.stages.bridges.copy_and_resolve_references()
+  config.stage_order = ("bridges", "more")
+  config.steps = 9
+  first, second = stages_of(config)
+  assert (first.steps, first.last_step, second.first_step, second.last_step) == (9, 9, 9, 15)
+  assert first.modalities == ("image", "text")
+  assert dataclasses.replace(first, steps=1).last_step == 1
+
+
+def test_import_is_light():
+  code = "import codebind_jax, sys; print([m for m in ('torch', 'tensorflow', 'jax') if m in sys.modules])"
+  done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+  assert done.stdout.strip() == "[]"
+
+
+def test_training_imports_neither_torch_nor_tensorflow():
+  code = "import codebind_jax.train, sys; print([m for m in ('torch', 'tensorflow') if m in sys.modules])"
+  done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+  assert done.stdout.strip().endswith("[]")
+
+
+def test_jax_runs_on_cpu_in_tests():
+  assert jax.default_backend() == "cpu"
