@@ -142,28 +142,19 @@ def plan(profile: str) -> tuple[Item, ...]:
 def _icon_items(profile: str) -> Iterator[Item]:
   table = names.table("emoji")
   role = {family: role for role, families in table["families"].items() for family in families}
-  done = set()
   for emoji in table["emoji"]:
     concept = names.concepts()[emoji["concept"]]
     for set_name, icon in emoji["icons"].items():
-      # One silhouette may stand for several emoji of a concept: it is one picture.
-      if (set_name, icon) in done or (profile != "full" and set_name == "fluent-3d"):
+      if profile != "full" and set_name == "fluent-3d":
         continue
-      done.add((set_name, icon))
       about = table["sets"][set_name]
       split = _artist_split(role[about["family"]]) if concept["split"] == "train" else f"{concept['split']}_concept"
-      yield Item(f"{set_name}:{icon}", split, about["package"], icon, emoji["concept"], _safe_name(emoji), set_name,
+      yield Item(f"{set_name}:{icon}", split, about["package"], icon, emoji["concept"], emoji["label"], set_name,
                  about["family"], about["style"], "icon")
 
 
 def _artist_split(role: str) -> str:
   return "train" if role == "train" else f"{role}_artist"
-
-
-def _safe_name(emoji: dict[str, Any]) -> str:
-  """The emoji's own name, or its concept's label where the name would speak of an unseen concept."""
-  other = names.to_concept(emoji["label"])
-  return names.concepts()[emoji["concept"]]["label"] if other in unseen() - {emoji["concept"]} else emoji["label"]
 
 
 def _picture_items(sources: tuple[str, ...]) -> Iterator[Item]:
@@ -182,7 +173,7 @@ def _tiny_items(profile: str) -> Iterator[Item]:
       continue
     stem = row["inner"].rsplit("/", 1)[1].removesuffix(".svg")
     emoji = by_code.get(stem.lower().replace("-fe0f", ""))
-    name = _safe_name(emoji) if emoji else names.concepts()[row["concept"]]["label"]
+    name = emoji["label"] if emoji else names.concepts()[row["concept"]]["label"]
     yield Item(f"{row['set']}:{stem}", row["split"], TINY_PACKAGE[row["set"]], row["inner"], row["concept"], name,
                row["set"], row["set"], row["style"], "icon")
 
