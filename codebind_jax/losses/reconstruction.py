@@ -47,7 +47,7 @@ def reconstruction(
     ValueError: as `resize_target`.
   """
   target = resize_target(x.mean(1) if clips > 1 else x, prediction.shape)
-  error = jnp.square(prediction.astype(jnp.float32) - target).reshape(prediction.shape[0], -1).mean(1)
+  error = jnp.square(prediction - target).reshape(prediction.shape[0], -1).mean(1)
   if mask is None:
     return error.mean()
   weight = mask.astype(jnp.float32)
