@@ -47,14 +47,19 @@ def _same_padding(size: int, kernel: int, stride: int) -> tuple[int, int, int]:
   return total // 2, total - total // 2, out
 
 
-def _depthwise_convolution(x: jax.Array, kernel: jax.Array, *, stride: int) -> jax.Array:
+def grouped_convolution(
+  x: Float[Array, "b h w c"], kernel: Float[Array, "k k c"], *, stride: int
+) -> Float[Array, "b i j c"]:
+  """Depthwise convolution as XLA's grouped convolution."""
   return jax.lax.conv_general_dilated(
     x, kernel[:, :, None, :], (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
     feature_group_count=x.shape[-1],
   )  # fmt: skip
 
 
-def _depthwise_shifts(x: jax.Array, kernel: jax.Array, *, stride: int) -> jax.Array:
+def shifted_products(
+  x: Float[Array, "b h w c"], kernel: Float[Array, "k k c"], *, stride: int
+) -> Float[Array, "b i j c"]:
   """The same as k*k shifted multiply-adds: XLA's grouped convolution is about nine times slower than this on CPU."""
   size = kernel.shape[0]
   b, h, w, c = x.shape
@@ -74,8 +79,8 @@ def depthwise(x: Float[Array, "b h w c"], kernel: Float[Array, "k k c"], *, stri
   """Depthwise convolution with "same" padding, by the fastest form for the platform it is compiled for."""
   return jax.lax.platform_dependent(
     x, kernel,
-    cpu=lambda x, kernel: _depthwise_shifts(x, kernel, stride=stride),
-    default=lambda x, kernel: _depthwise_convolution(x, kernel, stride=stride),
+    cpu=lambda x, kernel: shifted_products(x, kernel, stride=stride),
+    default=lambda x, kernel: grouped_convolution(x, kernel, stride=stride),
   )  # fmt: skip
 
 
@@ -240,6 +245,8 @@ def make_trunk(
     raise ValueError(f"size: got {size}, at least 32 pixels are needed")
   if grid < 0:
     raise ValueError(f"grid: got {grid}, allowed are 0 and up")
+  if fit not in image_transforms.FITS:
+    raise ValueError(f"fit: got {fit!r}, allowed are {', '.join(image_transforms.FITS)}")
   for level in levels:
     if not 1 <= level <= len(stages):
       raise ValueError(f"levels: got {level}, allowed are 1 to {len(stages)}")

@@ -166,6 +166,14 @@ def _small_tokenizer() -> tokenizers.Tokenizer:
   return small
 
 
+def _read_tokenizer(path: str | Path) -> tokenizers.Tokenizer:
+  text = read_member(path, FOLDER + "tokenizer.json")
+  try:
+    return tokenizers.Tokenizer.from_str(text.decode())
+  except Exception as error:
+    raise ValueError(f"{path}: tokenizer.json is not a readable tokenizer ({error})") from error
+
+
 def make_trunk(
   *, weights: str | Path | None = None, max_length: int = 64, layers: int = 6, width: int = 384, heads: int = 12,
   dont_load: Sequence[str] = (),
@@ -191,7 +199,7 @@ def make_trunk(
     config = BertConfig(tokenizer.get_vocab_size(), 512, width, layers, heads, 4 * width)
   else:
     weights = fetch.fetch("minilm") if weights is None else weights
-    tokenizer = tokenizers.Tokenizer.from_str(read_member(weights, FOLDER + "tokenizer.json").decode())
+    tokenizer = _read_tokenizer(weights)
     config = BertConfig(layers=layers, width=width, heads=heads, mlp_width=4 * width)
   model = Bert(config)
   sample = jnp.ones((1, 8), jnp.int32)

@@ -14,7 +14,7 @@ import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -88,7 +88,7 @@ class _TensorUnpickler(pickle.Unpickler):
     return _Storage(str(pid[2]), pid[1].dtype, int(pid[4]))
 
 
-def _unpickle(stream: BinaryIO, name: str) -> Any:
+def _unpickle(stream: io.BytesIO, name: str) -> Any:
   try:
     return _TensorUnpickler(stream).load()
   except ValueError:
@@ -117,7 +117,7 @@ def _materialise(tree: Any, storage_of: Callable[[_Storage], np.ndarray], name: 
   return tree
 
 
-def _load_stream(stream: BinaryIO, name: str) -> Any:
+def _load_stream(stream: io.BytesIO, name: str) -> Any:
   magic, protocol, system = (_unpickle(stream, name) for _ in range(3))
   if magic != _MAGIC or protocol != _PROTOCOL:
     raise ValueError(f"{name}: not a torch checkpoint (magic {magic!r}, protocol {protocol!r})")
@@ -148,8 +148,12 @@ def _load_stream(stream: BinaryIO, name: str) -> Any:
   return _materialise(tree, storage_of, name)
 
 
-def _load_zip(stream: BinaryIO, name: str) -> Any:
-  with zipfile.ZipFile(stream) as archive:
+def _load_zip(stream: io.BytesIO, name: str) -> Any:
+  try:
+    archive = zipfile.ZipFile(stream)
+  except zipfile.BadZipFile as error:
+    raise ValueError(f"{name}: not a readable torch checkpoint ({error})") from error
+  with archive:
     pickles = [member for member in archive.namelist() if member.endswith("/data.pkl")]
     if len(pickles) != 1:
       raise ValueError(f"{name}: a torch zip checkpoint holds one data.pkl, this one {len(pickles)}")
