@@ -8,7 +8,7 @@ small codebooks.
 import dataclasses
 import zlib
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,13 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from codebind_jax import codebook as cb
+from codebind_jax.anchors import Revive, draw_anchors, sample_rows
 from codebind_jax.codebook import CodebookState
+from codebind_jax.kmeans import kmeans
 from codebind_jax.nearest import Distance
 from codebind_jax.norm import unit
+from codebind_jax.segments import Segments, statistics, straight_through
+from codebind_jax.segments import similarity as similarities
 
 SHARED = "shared"
 
@@ -66,7 +70,7 @@ class CompositionalSpec:
   ema: bool = True
   decay: float = 0.99
   eps: float = 1e-5
-  revive: cb.Revive = "random"
+  revive: Revive = "random"
   revive_mode: cb.ReviveMode = "survive"
   detach_similarity: bool = False
   first: tuple[str, ...] = ("text",)
@@ -124,14 +128,14 @@ class ModalityOutput:
     commitment: commitment loss, shared and specific parts added (with the codebook loss where codes are parameters).
   """
 
-  shared: jax.Array
-  specific: jax.Array
-  full: jax.Array
-  indices_shared: jax.Array
-  indices_specific: jax.Array
-  similarity_shared: jax.Array
-  similarity_specific: jax.Array
-  commitment: jax.Array
+  shared: Any
+  specific: Any
+  full: Any
+  indices_shared: Any
+  indices_specific: Any
+  similarity_shared: Any
+  similarity_specific: Any
+  commitment: Any
 
 
 def split_segments(x: Float[Array | np.ndarray, "*lead c"], dim: int) -> Float[Array, "*lead s d"]:
@@ -142,12 +146,12 @@ def split_segments(x: Float[Array | np.ndarray, "*lead c"], dim: int) -> Float[A
   """
   if dim < 1 or x.shape[-1] % dim:
     raise ValueError(f"the width {x.shape[-1]} is not a multiple of the segment width {dim}")
-  return jnp.reshape(x, (*x.shape[:-1], x.shape[-1] // dim, dim))
+  return jnp.asarray(x).reshape(*x.shape[:-1], x.shape[-1] // dim, dim)
 
 
 def merge_segments(x: Float[Array | np.ndarray, "*lead s d"]) -> Float[Array, "*lead c"]:
   """Inverse of `split_segments`."""
-  return jnp.reshape(x, (*x.shape[:-2], x.shape[-2] * x.shape[-1]))
+  return jnp.asarray(x).reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
 def split_parts(
@@ -227,7 +231,7 @@ def quantize_modalities(
     raise ValueError(f"update must be 'snapshot', 'sequential' or 'none', got {update!r}")
   codebooks, masks = dict(codebooks), dict(masks or {})
   rng = jax.random.key(0) if rng is None else rng
-  collected: dict[str, list[cb.Segments]] = {}
+  collected: dict[str, list[Segments]] = {}
   outputs = {}
   for modality in _ordered(features, spec):
     x, weights = _check(modality, features[modality], masks.get(modality), spec)
@@ -238,13 +242,13 @@ def quantize_modalities(
         continue
       if name not in codebooks:
         raise ValueError(f"codebooks lack {name!r}, which {modality!r} needs; they are {sorted(codebooks)}")
-      result, statistics = _quantize_part(segments, codebooks[name], weights, x, spec)
+      result, used = _quantize_part(segments, codebooks[name], weights, x, spec)
       quantised.append(result)
       if update == "sequential":
         key = _fold(rng, f"{modality}/{part}")
-        codebooks[name] = _advance(codebooks[name], [statistics], key, spec)
+        codebooks[name] = _advance(codebooks[name], [used], key, spec)
       elif update == "snapshot":
-        collected.setdefault(name, []).append(statistics)
+        collected.setdefault(name, []).append(used)
     outputs[modality] = _output(x, quantised, spec)
   for name, parts in collected.items():
     codebooks[name] = _advance(codebooks[name], parts, _fold(rng, name), spec)
@@ -279,7 +283,7 @@ def init_codebooks(
     masks: as in `quantize_modalities`.
   """
   codebooks, masks = dict(codebooks), dict(masks or {})
-  collected: dict[str, list[cb.Segments]] = {}
+  collected: dict[str, list[Segments]] = {}
   for modality in _ordered(features, spec):
     x, weights = features[modality], masks.get(modality)
     if first_token and x.ndim == 3:
@@ -289,14 +293,14 @@ def init_codebooks(
       if segments is not None:
         segments = unit(segments, axis=1) if spec.normalize or spec.distance == "cosine" else segments
         indices = jnp.zeros((segments.shape[0], segments.shape[2]), jnp.int32)
-        collected.setdefault(name, []).append(cb.Segments(segments, indices, weights))
+        collected.setdefault(name, []).append(Segments(segments, indices, weights))
   for name, parts in collected.items():
     if name not in codebooks:
       raise ValueError(f"codebooks lack {name!r}; they are {sorted(codebooks)}")
     sample_key, means_key = jax.random.split(_fold(rng, name))
-    rows, row_weights = cb.sample_rows(sample_key, parts, max_segments)
+    rows, row_weights = sample_rows(sample_key, parts, max_segments)
     state = codebooks[name]
-    means, counts = cb.kmeans(
+    means, counts = kmeans(
       means_key, rows, state.codes.shape[0], iterations=iterations, distance=spec.distance,
       normalize=spec.normalize, weights=row_weights,
     )  # fmt: skip
@@ -364,9 +368,9 @@ def _quantize_part(z, state, weights, x, spec):
   class_token = class_token[..., 0] if x.ndim == 3 else class_token
   if spec.detach_similarity:
     class_token = jax.lax.stop_gradient(class_token)
-  similarity = jnp.moveaxis(cb.similarity(class_token, codes, distance=spec.distance), 2, 0)
-  result = (cb.straight_through(z, vectors), indices, similarity, loss)
-  return result, cb.Segments(jax.lax.stop_gradient(direction), indices, weights)
+  similarity = jnp.moveaxis(similarities(class_token, codes, distance=spec.distance), 2, 0)
+  result = (straight_through(z, vectors), indices, similarity, loss)
+  return result, Segments(jax.lax.stop_gradient(direction), indices, weights)
 
 
 def _mean_square(x, weights):
@@ -378,8 +382,8 @@ def _mean_square(x, weights):
 
 
 def _advance(state, parts, rng, spec):
-  counts, sums = cb.statistics(parts, state.codes.shape[0])
-  anchors = cb.draw_anchors(spec.revive, rng, parts, jax.lax.stop_gradient(state.codes), distance=spec.distance)
+  counts, sums = statistics(parts, state.codes.shape[0])
+  anchors = draw_anchors(spec.revive, rng, parts, jax.lax.stop_gradient(state.codes), distance=spec.distance)
   frozen = jax.tree.map(jax.lax.stop_gradient, state)
   return cb.advance(
     frozen, counts, sums, anchors, decay=spec.decay, eps=spec.eps, revive_mode=spec.revive_mode, ema=spec.ema

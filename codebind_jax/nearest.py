@@ -70,6 +70,7 @@ def nearest_code(
   return search(jnp.asarray(z), jnp.asarray(codes), distance, block)
 
 
+@functools.partial(jax.jit, static_argnames="distance")
 def nearest_segments(
   z: Float[Array, "s d n"], codes: Float[Array, "k d"], *, distance: Distance = "cosine"
 ) -> Int[Array, "s n"]:

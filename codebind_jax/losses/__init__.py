@@ -1,5 +1,8 @@
 """Losses: pure functions of arrays, float32 inside whatever the compute type."""
 
+from codebind_jax.losses.balance import BalanceState as BalanceState
+from codebind_jax.losses.balance import balance_init as balance_init
+from codebind_jax.losses.balance import balance_update as balance_update
 from codebind_jax.losses.codes import code_contrast as code_contrast
 from codebind_jax.losses.codes import code_matching as code_matching
 from codebind_jax.losses.codes import code_uniform as code_uniform

@@ -49,12 +49,13 @@ def code_contrast(
     above = max(1, above)
   elif above == 0:
     above = k
-  if double_softmax:
-    root = jnp.sqrt(jnp.where(x > 0, x, 1.0)) * (x > 0)
-    x = jnp.where(jnp.any(x < 0), x, root)
   top, low = jax.lax.stop_gradient((largest_weights(x, above), largest_weights(-x, below)))
   positive = jnp.sum(top * x, axis=1) / above
-  shift = jax.lax.stop_gradient(jnp.max(jnp.where((top > 0) | (low > 0), x, -jnp.inf), axis=1))
+  if double_softmax:
+    negative = jnp.any(jnp.where(low > 0, x, positive[:, None]) < 0)
+    positive, x = jnp.where(negative, positive, _root(positive)), jnp.where(negative, x, _root(x))
+  largest = jnp.maximum(positive, jnp.max(jnp.where(low > 0, x, -jnp.inf), axis=1))
+  shift = jax.lax.stop_gradient(largest)
   exp_positive, exp_negative = jnp.exp(positive - shift), low * jnp.exp(jnp.where(low > 0, x - shift[:, None], 0.0))
   total = exp_positive + jnp.sum(exp_negative, axis=1)
   if double_softmax:
@@ -66,6 +67,11 @@ def code_contrast(
   else:
     terms = jnp.log(total) - (positive - shift)
   return _masked_mean(terms, mask)
+
+
+def _root(x):
+  """Square root of what is positive, 0 elsewhere, with a finite gradient."""
+  return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0)
 
 
 def largest_weights(x: Float[Array, "n k"], count: int) -> Float[Array, "n k"]:
@@ -125,7 +131,7 @@ def code_matching(
   p_a, p_b = jax.nn.softmax(a, axis=2), jax.nn.softmax(b, axis=2)
   if release_axis:
     wrong = ~(jnp.any(a < 0) | jnp.any(b < 0))
-    root = lambda x: jax.nn.softmax(jnp.sqrt(jnp.where(x > 0, x, 1.0)) * (x > 0), axis=1)
+    root = lambda x: jax.nn.softmax(_root(x), axis=1)
     p_a, p_b = jnp.where(wrong, root(a), p_a), jnp.where(wrong, root(b), p_b)
   log_a, log_b = jnp.log(p_a + 1e-10), jnp.log(p_b + 1e-10)
   high = jax.lax.Precision.HIGHEST

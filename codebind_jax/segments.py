@@ -1,0 +1,96 @@
+"""Segments with vectors on lanes: their codes, their similarities to codes and their statistics.
+
+A batch's segments are `[s, d, n]`: s segments of width d of each of n tokens (`nearest.py` says why in this order).
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from codebind_jax.nearest import Distance
+from codebind_jax.norm import unit
+
+
+class Segments(NamedTuple):
+  """Segments that one codebook has quantised, with vectors on the last axis (`nearest.py` says why).
+
+  Attributes:
+    vectors: [s, d, n] float32, s segments of each of n tokens.
+    indices: [s, n] int32 codes.
+    weights: [n] float32 weights of the tokens, or None for ones; a weight of 0 marks padding.
+  """
+
+  vectors: jax.Array
+  indices: jax.Array
+  weights: jax.Array | None = None
+
+
+def look_up(codes: Float[Array, "k d"], indices: Int[Array, "s n"]) -> Float[Array, "s d n"]:
+  """Code vectors by index, with vectors on lanes."""
+  return jnp.moveaxis(jnp.take(codes.T, indices, axis=1, mode="clip"), 0, 1)
+
+
+def straight_through(z: Float[Array, "..."], q: Float[Array, "..."]) -> Float[Array, "..."]:
+  """The value of q with the gradient of z."""
+  # q + (z - sg(z)) rather than z + sg(q - z): the value is q to the last bit.
+  return jax.lax.stop_gradient(q) + (z - jax.lax.stop_gradient(z))
+
+
+@functools.partial(jax.jit, static_argnames="distance")
+def similarity(
+  z: Float[Array, "s d n"], codes: Float[Array, "k d"], *, distance: Distance = "cosine"
+) -> Float[Array, "s k n"]:
+  """Similarity of segments and codes: z . unit(code) for "cosine" (z as given), minus the squared distance for "l2"."""
+  if distance == "cosine":
+    return jnp.einsum("kd,sdn->skn", unit(codes), z, precision=jax.lax.Precision.HIGHEST)
+  product = jnp.einsum("kd,sdn->skn", codes, z, precision=jax.lax.Precision.HIGHEST)
+  return 2 * product - jnp.sum(codes * codes, axis=1)[:, None] - jnp.sum(z * z, axis=1)[:, None]
+
+
+@functools.partial(jax.jit, static_argnames="num_codes")
+def statistics(parts: Sequence[Segments], num_codes: int) -> tuple[Float[Array, "k"], Float[Array, "k d"]]:
+  """Number n_k and sum s_k of the segments assigned to each code, over all parts and all devices.
+
+  Args:
+    parts: what the codebook has quantised in this step.
+    num_codes: k.
+  """
+  counts, sums = zip(*(_part_statistics(part, num_codes) for part in parts))
+  return sum(counts), sum(sums)
+
+
+def _part_statistics(part, num_codes):
+  vectors, indices, weights = part
+  s, _, n = vectors.shape
+  ones = jnp.ones((s, 1, n), jnp.float32)
+  if weights is not None:
+    # `where` and not a product alone, because padding may hold NaN.
+    vectors = jnp.where(weights > 0, vectors * weights, 0.0)
+    ones = ones * jnp.maximum(weights, 0.0)
+  sums = jax.lax.platform_dependent(
+    jax.lax.stop_gradient(jnp.concatenate([vectors, ones], axis=1)),
+    indices,
+    cpu=lambda v, i: _scatter_sums(v, i, num_codes),
+    default=lambda v, i: _one_hot_sums(v, i, num_codes),
+  )
+  return sums[:, -1], sums[:, :-1]
+
+
+def _scatter_sums(vectors, indices, num_codes):
+  rows = jnp.transpose(vectors, (0, 2, 1)).reshape(-1, vectors.shape[1])
+  return jax.ops.segment_sum(rows, indices.reshape(-1), num_codes)
+
+
+def _one_hot_sums(vectors, indices, num_codes, block=128):
+  """Sums by products with one-hot blocks of codes: scatters are slow on TPU and not reproducible on GPU."""
+
+  def sums(codes):
+    one_hot = (indices[None] == codes[:, None, None]).astype(jnp.float32)
+    return jnp.einsum("ksn,sdn->kd", one_hot, vectors, precision=jax.lax.Precision.HIGHEST)
+
+  blocks = jnp.arange(num_codes + -num_codes % block, dtype=jnp.int32).reshape(-1, block)
+  return jax.lax.map(sums, blocks).reshape(-1, vectors.shape[1])[:num_codes]
