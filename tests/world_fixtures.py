@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from codebind_jax.data.worlds import fetch
+from codebind_jax.data.worlds import fetch, names
 
 
 def tgz(files: dict[str, bytes]) -> bytes:
@@ -105,6 +105,14 @@ def put(root: Path, one: fetch.Package, data: bytes) -> Path:
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_bytes(data)
   return path
+
+
+def unseen_names() -> set[str]:
+  """Second reading of rule 8: slugs of labels of unseen concepts, the concepts themselves and all of their aliases."""
+  alias = names.table("aliases")["alias"]
+  unseen = {c for c, v in names.concepts().items() if v["split"] in ("val", "test")}
+  labels = {names.slug(names.concepts()[c]["label"]) for c in unseen}
+  return unseen | labels | {a for a, c in alias.items() if c in unseen}
 
 
 class FakeClients:
