@@ -18,6 +18,8 @@ def make_model(config: Any) -> CodeBind:
       dropout=tower.dropout,
       init=tower.init,
       logit_scale=tower.logit_scale,
+      meaning=tower.meaning,
+      meaning_dim=tower.meaning_dim,
     )
     for name, tower in config.model.towers.items()
   }

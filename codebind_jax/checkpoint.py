@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import grain
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
@@ -98,8 +100,11 @@ class Checkpoints:
     step = self._manager.latest_step()
     if step is None:
       raise FileNotFoundError(f"no checkpoint in {self.path}")
-    with ocp.PyTreeCheckpointer() as reader:
-      whole = reader.restore(self.path / str(step) / "state")
+    folder = self.path / str(step) / "state"
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+      tree = reader.metadata(folder).item_metadata.tree
+      restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+      whole = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=restore))
     return {key: whole[key] for key in keys}
 
   def wait(self) -> None:

@@ -105,6 +105,10 @@ def _validate_train(config: ml_collections.ConfigDict) -> None:
       )
     if not 0 <= tower.dropout < 1:
       raise ValueError(f"config.model.towers.{name}.dropout: got {tower.dropout}; allowed: 0 up to, not including, 1")
+    if tower.meaning:
+      check_keys([tower.meaning], [m for m in towers if m != name], f"model.towers.{name}.meaning")
+      if tower.meaning_dim < 1:
+        raise ValueError(f"config.model.towers.{name}.meaning_dim: got {tower.meaning_dim}; allowed: 1 and up")
     if tower.specific_dim and name not in config.codebook.codes:
       raise ValueError(f"config.codebook.codes: no entry for {name!r}, which has a specific part")
   if config.model.shared_dim % config.codebook.dim:

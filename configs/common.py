@@ -14,6 +14,8 @@ def tower(trunk, **overrides):
   config.dropout = 0.0
   config.init = "orthogonal"
   config.logit_scale = 1.0
+  config.meaning = ""  # a modality in whose trunk's space the last `meaning_dim` columns of the tokens lie
+  config.meaning_dim = 0
   config.update(overrides)
   return config
 

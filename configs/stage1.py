@@ -13,10 +13,14 @@ def get_config(arg=""):
   config.data.eval_templates = ("{}", "an icon of a {}", "a drawing of a {}")
 
   config.model.towers.image = common.tower(
-    "efficientnet_lite0", options={"size": 160, "grid": 2}, views=2, specific_dim=384
+    "efficientnet_lite0", options={"size": 160, "grid": 2, "levels": (5, 6, 7), "class_names": "minilm"},
+    meaning="text", meaning_dim=384, specific_dim=384, hidden=1024, dropout=0.3,
   )
   config.model.towers.text = common.tower("minilm")
   config.codebook.codes.image = 256
+
+  # The text head starts as a rotation of MiniLM's space and moves slowly, so that words never trained on keep their place.
+  config.optim.rules = ((r"text/.*", 0.1, 1.0), *config.optim.rules)
 
   config.stages.bridges = common.stage(
     config,

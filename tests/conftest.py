@@ -1,9 +1,14 @@
 """Test setup: offline, shapes checked at run time, eight fake CPU devices where a test asks for them in a subprocess."""
 
 import os
+import pathlib
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiled programs are kept between runs and shared with the processes that tests start.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 from absl import flags  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402

