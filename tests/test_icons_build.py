@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -94,6 +95,20 @@ def test_toy_world_is_built_whole(toy, monkeypatch):
   assert all(f"maker of {i}" in credits and f"licence of {i}" in credits for i in toy.packages)
   monkeypatch.setattr(store, "build", None)
   assert prepare.ensure("icons", "small", toy.root) == folder
+
+
+def test_world_source_selects_and_pickles(toy):
+  prepare.ensure("icons", "small", toy.root)
+  source = rows(toy, "test_concept")
+  colours = {row["set"]: row["image"][96, 96].tolist() for row in source}
+  assert colours == {"one": [255, 0, 0], "two": [0, 255, 0], "three": [0, 0, 255]}
+  part = source.select([2, 0])
+  assert part.keys == [source.keys[2], source.keys[0]]
+  again = pickle.loads(pickle.dumps(part))  # the open reader stays behind
+  assert [row["image"][96, 96].tolist() for row in again] == [colours[row["set"]] for row in part.rows]
+  hashes = [source.content_hash(i, "image") for i in range(3)]
+  assert len(set(hashes)) == 3 and part.content_hash(1, "image") == hashes[0]
+  assert source.has(0, "text") and not source.has(0, "audio")
 
 
 def test_toy_tiny_world_from_wheels(toy):

@@ -63,9 +63,7 @@ def _ensure_auto(world: str, module, root: Path, again: bool) -> Path:
   if not reason:
     try:
       logging.info("%s: profile small, as npm and apt-get are there", world)
-      folder = module.build("small", root)
-      note.unlink(missing_ok=True)
-      return folder
+      return module.build("small", root)
     except fetch.FetchError as error:
       if error.client not in ("npm", "apt-get"):
         raise
