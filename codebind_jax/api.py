@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -61,7 +62,8 @@ class Model:
   def __init__(self, config: Any, params: Any, codebooks: Any, trunks: dict | None = None, batch: int = 256):
     self.config = config if isinstance(config, ml_collections.ConfigDict) else ml_collections.ConfigDict(config)
     self.params, self.codebooks, self.trunks, self.batch = params, codebooks, dict(trunks or {}), batch
-    self._embed = jax.jit(make_embed_step(make_model(self.config), make_spec(self.config)))
+    self._embed = _embed_step(make_model(self.config), make_spec(self.config))
+    self._apply: dict[str, Any] = {}
 
   @property
   def modalities(self) -> tuple[str, ...]:
@@ -93,8 +95,6 @@ class Model:
   def tokens(self, modality: str, items: Sequence[Any]) -> Float[np.ndarray, "n t c"]:
     """Trunk tokens of raw items, float32 [N, T, C]."""
     trunk = self.trunk(modality)
-    if not hasattr(self, "_apply"):
-      self._apply = {}
     apply = self._apply.setdefault(modality, jax.jit(trunk.apply))
     done = []
     for start in range(0, len(items), 32):
@@ -148,6 +148,12 @@ class Model:
     for name in inputs:
       if name not in self.modalities:
         raise ValueError(f"modality {name!r} is not in this model; it has {list(self.modalities)}")
+
+
+@functools.lru_cache(maxsize=8)
+def _embed_step(model: Any, spec: Any) -> Any:
+  """The compiled embedding step, shared by all models of one architecture."""
+  return jax.jit(make_embed_step(model, spec))
 
 
 def _padded(rows: int, batch: int) -> int:

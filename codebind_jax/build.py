@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from flax.core import FrozenDict
+
 from codebind_jax.compositional import CompositionalSpec
 from codebind_jax.models.codebind import CodeBind, TowerSpec
 
@@ -23,7 +25,7 @@ def make_model(config: Any) -> CodeBind:
     )
     for name, tower in config.model.towers.items()
   }
-  return CodeBind(towers)
+  return CodeBind(FrozenDict(towers))  # hashable, so that compiled steps can be shared
 
 
 def make_spec(config: Any) -> CompositionalSpec | None:
