@@ -169,11 +169,10 @@ def _covered(ranges: list[tuple[int, int]], rows: int) -> np.ndarray:
 def _open_whole(folder: Path, shape: tuple[int, ...]) -> np.memmap | None:
   """A finished set; a damaged one is moved back to `.part`, so that only its bad chunks are computed again."""
   array = _open_array(folder, shape, "r")
-  bad = shape[0] if array is None else int((~_covered(_finished(folder, array), shape[0])).sum())
-  if not bad:
+  if array is not None and _covered(_finished(folder, array), shape[0]).all():
     logging.info("features: %s read from the cache, %d items", folder.name, shape[0])
     return array
-  logging.warning("features: %s is damaged, computing %d of its %d items again", folder, bad, shape[0])
+  logging.warning("features: %s is damaged, computing its bad chunks again", folder)
   part = folder.with_name(folder.name + ".part")
   if part.exists():
     shutil.rmtree(part)

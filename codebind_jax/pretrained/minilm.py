@@ -153,7 +153,7 @@ def load(
   return merge(params, convert(state, config or BertConfig()), dont_load, str(path))
 
 
-def _small_tokenizer() -> tokenizers.Tokenizer:
+def letter_tokenizer() -> tokenizers.Tokenizer:
   """A tokenizer of letters, for random weights without any download."""
   alphabet = "abcdefghijklmnopqrstuvwxyz0123456789"
   tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *alphabet, *("##" + letter for letter in alphabet)]
@@ -195,7 +195,7 @@ def make_trunk(
   if not 3 <= max_length <= 512:
     raise ValueError(f"max_length: got {max_length}, allowed are 3 to 512")
   if weights == "random":
-    tokenizer = _small_tokenizer()
+    tokenizer = letter_tokenizer()
     config = BertConfig(tokenizer.get_vocab_size(), 512, width, layers, heads, 4 * width)
   else:
     weights = fetch.fetch("minilm") if weights is None else weights

@@ -22,6 +22,7 @@ class Augment:
     scale: smallest and largest size, as a share of the original.
     shift: largest move, as a share of the side.
     shear: largest shear to either side.
+    stretch: largest change of the sides' proportion, as a logarithm.
     flip: probability of the mirror image.
     background: probability that the white around the drawing becomes a colour, a gradient or smooth noise.
     colour: strength in 0 to 1 of the change of hue, saturation, contrast and brightness.
@@ -35,6 +36,7 @@ class Augment:
   scale: tuple[float, float] = (0.7, 1.05)
   shift: float = 0.06
   shear: float = 0.1
+  stretch: float = 0.1
   flip: float = 0.5
   background: float = 0.4
   colour: float = 0.6
@@ -117,7 +119,7 @@ def _recolour(image: np.ndarray, rng: np.random.Generator, strength: float) -> n
 def _move(image: np.ndarray, rng: np.random.Generator, spec: Augment) -> np.ndarray:
   h, w, _ = image.shape
   angle = np.deg2rad(rng.uniform(-spec.rotate, spec.rotate))
-  scale = rng.uniform(*spec.scale) * np.exp(rng.uniform(-0.1, 0.1, 2))
+  scale = rng.uniform(*spec.scale) * np.exp(rng.uniform(-spec.stretch, spec.stretch, 2))
   shear = rng.uniform(-spec.shear, spec.shear)
   mirror = -1.0 if rng.random() < spec.flip else 1.0
   turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])

@@ -32,7 +32,7 @@ class Tokenize:
     self.tokenizer.no_truncation()
     self.tokenizer.no_padding()
 
-  def __call__(self, text: str) -> Int32[np.ndarray, "n"]:
+  def __call__(self, text: Any) -> Int32[np.ndarray, "n"]:
     """Ids of one text.
 
     Raises:
