@@ -125,6 +125,8 @@ def _validate_train(config: ml_collections.ConfigDict) -> None:
     for key in ("steps", "batch_size"):
       if getattr(stage, key) < 1:
         raise ValueError(f"config.{where}.{key}: got {getattr(stage, key)}; allowed: any number above 0")
+    if stage.code_rows < 0:
+      raise ValueError(f"config.{where}.code_rows: got {stage.code_rows}; allowed: 0 (all) and up")
     if not stage.temperature > 0:
       raise ValueError(f"config.{where}.temperature: got {stage.temperature}; allowed: any number above 0")
 

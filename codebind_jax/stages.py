@@ -19,6 +19,8 @@ class Stage:
     batch_size: rows of the global batch.
     temperature: of InfoNCE (tau).
     matching_temperature: of the softmax over codes in code matching.
+    code_rows: rows of a batch that code contrast and code matching look at; 0 for all. Their cost grows with rows times
+      segments times codes (matching: with the square of the rows), and is most of a step's if all rows take part.
     first_step: global step at which the stage begins.
   """
 
@@ -30,6 +32,7 @@ class Stage:
   batch_size: int
   temperature: float
   matching_temperature: float
+  code_rows: int
   first_step: int
 
   @property
@@ -58,6 +61,7 @@ def stages_of(config: Any) -> list[Stage]:
         batch_size=int(entry.batch_size),
         temperature=float(entry.temperature),
         matching_temperature=float(entry.matching_temperature),
+        code_rows=int(entry.code_rows),
         first_step=step,
       )
     )

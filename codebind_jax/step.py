@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float
 from codebind_jax import losses
 from codebind_jax.codebook import CodebookState, usage_stats
 from codebind_jax.compositional import CompositionalSpec, ModalityOutput, quantize_modalities
-from codebind_jax.norm import unit
 from codebind_jax.models.codebind import CodeBind
+from codebind_jax.norm import unit
 from codebind_jax.stages import Stage
 from codebind_jax.state import TrainState
 
@@ -68,11 +68,11 @@ def _commitment(c: Context) -> Float[Array, ""]:
 
 
 def _code_contrast(c: Context) -> Float[Array, ""]:
-  total = jnp.zeros((), jnp.float32)
+  total, rows = jnp.zeros((), jnp.float32), c.stage.code_rows or None
   for name, out in c.outputs.items():
-    for similarity in (out.similarity_shared, out.similarity_specific):
+    for similarity in (out.similarity_shared[:rows], out.similarity_specific[:rows]):
       if similarity.size:
-        mask = jnp.repeat(c.masks[name], similarity.shape[1])
+        mask = jnp.repeat(c.masks[name][:rows], similarity.shape[1])
         total += losses.code_contrast(similarity.reshape(-1, similarity.shape[-1]), mask=mask)
   return total
 
@@ -83,10 +83,11 @@ def _code_uniform(c: Context) -> Float[Array, ""]:
 
 
 def _code_matching(c: Context) -> Float[Array, ""]:
+  rows = c.stage.code_rows or None
   return _mean([
     losses.code_matching(
-      c.outputs[a].similarity_shared, c.outputs[b].similarity_shared, temperature=c.stage.matching_temperature,
-      mask=c.masks[a] & c.masks[b],
+      c.outputs[a].similarity_shared[:rows], c.outputs[b].similarity_shared[:rows],
+      temperature=c.stage.matching_temperature, mask=(c.masks[a] & c.masks[b])[:rows],
     )
     for a, b in c.pairs
   ])

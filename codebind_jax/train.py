@@ -210,7 +210,9 @@ def compile_step(step: Any, state: TrainState, batch: Any, mesh: Any) -> Any:
   """Compiles the step for these shapes once and for all (a later shape is an error, not a recompilation)."""
   started = time.time()
   jitted = jax.jit(step, donate_argnums=0, out_shardings=sharding.replicated(mesh))
-  compiled = jitted.lower(state, batch).compile()
+  # XLA keeps to 256 bits on CPU unless told otherwise; the code search is twice as fast with the whole register.
+  options = {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else None
+  compiled = jitted.lower(state, batch).compile(compiler_options=options)
   memory = compiled.memory_analysis()
   logging.info(
     "compiled the step in %.1f s: %.0f MB of arguments, %.0f MB of temporaries a device", time.time() - started,

@@ -29,6 +29,7 @@ def stage(config, **overrides):
   entry.train = (".*",)
   entry.temperature = 0.07
   entry.matching_temperature = 1.0
+  entry.code_rows = 0  # rows of a batch for code_contrast and code_matching; 0 for all
   entry.losses = ConfigDict()
   entry.update(overrides)
   return entry

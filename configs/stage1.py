@@ -25,6 +25,7 @@ def get_config(arg=""):
   config.stages.bridges = common.stage(
     config,
     pairs=(("image", "text"),),
+    code_rows=32,
     losses={
       "info_nce": 1.0,
       "commitment": 10.0,

@@ -36,7 +36,8 @@ def tiny_config(manifest: pathlib.Path, root: pathlib.Path, **overrides):
     "steps": 6, "batch_size": 8, "log_steps": 1, "eval_steps": 3, "checkpoint_steps": 2, "eval_batch": 8,
     "baseline": False, "data.manifest": str(manifest), "data.root": str(root), "model.shared_dim": 16,
     "codebook.shared_codes": 16, "codebook.codes.image": 8, "optim.warmup": 2,
-    "model.towers.image.views": 2, "model.towers.image.specific_dim": 16,
+    "model.towers.image.views": 2, "model.towers.image.specific_dim": 16, "model.towers.image.hidden": 16,
+    "model.towers.image.meaning": "", "model.towers.image.meaning_dim": 0,
   })
   config.model.towers.image.options = {
     "weights": "random", "size": 32, "grid": 2, "stages": ((1, 3, 1, 1, 8), (1, 3, 2, 2, 16)), "head_width": 32
