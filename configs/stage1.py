@@ -13,7 +13,7 @@ def get_config(arg=""):
   config.data.eval_templates = ("{}", "an icon of a {}", "a drawing of a {}")
 
   config.model.towers.image = common.tower(
-    "efficientnet_lite0", options={"size": 160, "grid": 2, "levels": (5, 6, 7), "class_names": "minilm"},
+    "efficientnet_lite0", options={"size": (160, 224), "crop": True, "grid": 2, "levels": (5, 6, 7), "class_names": "minilm"},
     meaning="text", meaning_dim=384, specific_dim=384, hidden=1024, dropout=0.3,
   )
   config.model.towers.text = common.tower("minilm")

@@ -23,7 +23,7 @@ class TowerSpec:
   Attributes:
     shared_dim: width d_s of the shared part.
     specific_dim: width d_p of the modality-specific part; 0 for none (text).
-    hidden: width of a hidden GELU layer in both heads; 0 is the published linear head.
+    hidden: width of a hidden GELU layer in the shared head; 0 is the published linear head.
     dropout: on the normalised trunk tokens, while training.
     init: `orthogonal` keeps the trunk's geometry (its inner products, where the head is not narrower), or `lecun`.
     logit_scale: multiplies the cosine of this modality (ImageBind's per-modality scale), clipped to 100.
@@ -69,8 +69,8 @@ class Tower(nn.Module):
 
   def setup(self):
     spec = self.spec
-    options = {"hidden": spec.hidden, "dropout": spec.dropout, "init": spec.init}
-    self.shared = Head(spec.shared_dim, **options)
+    options = {"dropout": spec.dropout, "init": spec.init}
+    self.shared = Head(spec.shared_dim, spec.hidden, **options)
     if spec.specific_dim:
       self.specific = Head(spec.specific_dim, **options)
 
