@@ -1,0 +1,112 @@
+"""Mode `eval` on a user's manifest, and the bad manifests a user may bring."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from codebind_jax.data.task import open_task
+from codebind_jax.evaluate import evaluate
+from codebind_jax.metrics import read_metrics
+from codebind_jax.train import train_and_evaluate
+from configs import eval as eval_config
+from tests.train_fixtures import COLOURS, tiny_config, write_manifest
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("trained")
+  manifest = write_manifest(folder / "squares")
+  config = tiny_config(manifest, folder / "root", steps=2)
+  train_and_evaluate(config, folder / "run")
+  return manifest, folder / "root", folder / "run"
+
+
+def config_of(trained, **overrides):
+  manifest, root, run = trained
+  config = eval_config.get_config().unlock()
+  config.update_from_flattened_dict({"init_from": str(run), "data.manifest": str(manifest), "data.root": str(root)})
+  config.update_from_flattened_dict(overrides)
+  return config.lock()
+
+
+@pytest.mark.parametrize(
+  ("task", "metric"),
+  [
+    ("zeroshot", "eval/squares_test/zeroshot/image/top1"),
+    ("retrieval", "eval/squares_test/retrieval/image_to_text/r5"),
+    ("probe", "eval/squares_val/probe/label/image/specific"),
+  ],
+)
+def test_each_task_measures_itself_and_nothing_else(trained, tmp_path, task, metric, capsys):
+  found = evaluate(config_of(trained, task=task), tmp_path)
+  assert metric in found and metric in capsys.readouterr().out
+  kinds = {name.split("/")[2] for name in found}
+  assert kinds <= ({"zeroshot"} if task == "zeroshot" else {"retrieval"} if task == "retrieval" else {"probe", "ncm"})
+  assert read_metrics(tmp_path)[0][metric] == found[metric]
+
+
+def test_command_line(trained, tmp_path):
+  manifest, root, run = trained
+  command = [sys.executable, "-m", "codebind_jax.main", "--config=configs/eval.py", f"--workdir={tmp_path}",
+             f"--config.init_from={run}", f"--config.data.manifest={manifest}", f"--config.data.root={root}",
+             "--config.task=retrieval"]
+  done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=os.environ)
+  assert done.returncode == 0, done.stderr
+  assert "eval/squares_test/retrieval/text_to_image/r1" in done.stdout
+
+
+def test_manifest_without_splits_is_all_evaluated(trained, tmp_path):
+  folder = tmp_path / "mine"
+  folder.mkdir()
+  for colour in COLOURS[:3]:
+    Image.new("RGB", (20, 20), colour).save(folder / f"{colour}.png")
+  path = folder / "mine.jsonl"
+  path.write_text("".join(json.dumps({"image": f"{c}.png", "label": c}) + "\n" for c in COLOURS[:3]))
+  found = evaluate(config_of(trained, **{"data.manifest": str(path)}), tmp_path / "out")
+  assert "eval/mine_test/zeroshot/image/top1" in found
+
+
+def test_classes_come_from_a_file_where_one_is_given(trained, tmp_path):
+  names = tmp_path / "classes.txt"
+  names.write_text("\n".join([*COLOURS, "pink", "white"]) + "\n")
+  task = open_task(config_of(trained, **{"data.classes": str(names)}).data)
+  assert len(task.evals[0].candidates) == 10
+  names.write_text("\n")
+  with pytest.raises(ValueError, match="empty class list"):
+    open_task(config_of(trained, **{"data.classes": str(names)}).data)
+
+
+@pytest.mark.parametrize(
+  ("line", "message"),
+  [
+    ("{not json", ":2: not JSON"),
+    ('{"image": "missing.png"}', ":2: image: no such file"),
+    ('{"smell": "rose"}', ":2: unknown modality 'smell'; allowed: .'image'"),
+    ('{"text": "a", "split": "dev"}', ":2: unknown split 'dev'; allowed"),
+  ],
+)
+def test_bad_manifest_lines_are_named(trained, tmp_path, line, message):
+  path = tmp_path / "bad.jsonl"
+  path.write_text('{"text": "fine"}\n' + line + "\n")
+  with pytest.raises(ValueError, match=message):
+    evaluate(config_of(trained, **{"data.manifest": str(path)}), tmp_path / "out")
+  assert not (tmp_path / "out").exists()
+
+
+def test_task_without_what_it_needs(trained, tmp_path):
+  path = tmp_path / "texts.jsonl"
+  path.write_text('{"text": "red"}\n{"text": "blue"}\n')
+  with pytest.raises(ValueError, match="task 'zeroshot': texts has nothing to measure; it needs labels"):
+    evaluate(config_of(trained, **{"data.manifest": str(path)}), tmp_path / "out")
+
+
+def test_eval_needs_a_checkpoint_and_a_manifest(trained, tmp_path):
+  with pytest.raises(ValueError, match="is not a run's folder"):
+    evaluate(config_of(trained, init_from=str(tmp_path)), tmp_path / "out")

@@ -1,0 +1,45 @@
+"""The README's Python runs as it stands, on a tiny run; its commands name files and keys that exist."""
+
+import pathlib
+import re
+
+import pytest
+from PIL import Image
+
+from codebind_jax import config as config_lib
+from codebind_jax.train import train_and_evaluate
+from configs import eval as eval_config
+from configs import stage1
+from tests.train_fixtures import tiny_config, write_manifest
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+def test_python_snippets_run(tmp_path, monkeypatch, capsys):
+  manifest = write_manifest(tmp_path / "squares")
+  train_and_evaluate(tiny_config(manifest, tmp_path / "root", steps=1), tmp_path / "runs" / "quickstart")
+  Image.new("RGB", (40, 40), "brown").save(tmp_path / "cow.png")
+  monkeypatch.chdir(tmp_path)
+  capsys.readouterr()
+  names: dict = {}
+  for snippet in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+    exec(compile(snippet, "README.md", "exec"), names)
+  assert names["similarity"].shape == (1, 2) and names["codes"].shape == (1, 4)
+  assert any(label in capsys.readouterr().out for label in ("cow", "violin", "train"))
+
+
+@pytest.mark.parametrize("config", [stage1.get_config(), eval_config.get_config()], ids=["stage1", "eval"])
+def test_config_keys_in_commands_exist(config):
+  name = "eval" if config.mode == "eval" else "stage1"
+  commands = [c.replace("\\\n", " ") for c in re.findall(r"python -m codebind_jax.main(?:[^\n]*\\\n)*[^\n]*", README)]
+  mine = [c for c in commands if f"configs/{name}.py" in c]
+  assert mine
+  for command in mine:
+    for key in re.findall(r"--config\.([\w.]+)=", command):
+      config_lib.get(config, key)
+
+
+def test_scripts_and_files_named_exist():
+  for path in re.findall(r"(?:launch|configs)/[\w./]+\.(?:sh|py)", README):
+    assert (REPOSITORY / path).is_file(), path
