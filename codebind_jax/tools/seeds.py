@@ -1,0 +1,62 @@
+"""One config over several seeds: mean and spread beside the baseline.
+
+Command: python -m codebind_jax.tools.seeds --config=configs/stage1.py --workdir=DIR --seeds=3 [--config.KEY=VALUE ...]
+Runs go to DIR/seed0, DIR/seed1, ...; finished ones are not run again. The table is printed and written to DIR/seeds.md.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all runs.")
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds: 0, 1, ...", lower_bound=1)
+BASELINE = "baseline/"
+
+
+def table(runs: Sequence[Mapping[str, float]], prefix: str = "eval/") -> str:
+  """Markdown table of mean and sample standard deviation over runs, the baseline in the last column.
+
+  Args:
+    runs: final metrics of each seed; the baseline's names begin with `baseline/`.
+    prefix: of the metrics shown.
+  """
+
+  def cell(name: str) -> str:
+    values = [run[name] for run in runs if name in run]
+    if not values:
+      return ""
+    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{spread}"
+
+  names = [name for name in runs[0] if name.startswith(prefix)]
+  lines = [f"| metric, {len(runs)} seeds | CodeBind | baseline |", "|---|---|---|"]
+  lines += [f"| {name} | {cell(name)} | {cell(BASELINE + name)} |" for name in names]
+  return "\n".join(lines) + "\n"
+
+
+def main(_: Sequence[str]) -> None:
+  """Runs every seed and writes the table."""
+  from codebind_jax.train import train_and_evaluate
+
+  if _CONFIG.value is None or not _WORKDIR.value:
+    sys.exit("error: --config=FILE.py and --workdir=DIR are both needed")
+  folder, runs = pathlib.Path(_WORKDIR.value), []
+  for seed in range(_SEEDS.value):
+    config = _CONFIG.value.copy_and_resolve_references().unlock()
+    config.seed = seed
+    runs.append(train_and_evaluate(config.lock(), folder / f"seed{seed}"))
+  text = table(runs)
+  (folder / "seeds.md").write_text(text, encoding="utf-8")
+  sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+  logging.set_verbosity(logging.WARNING)
+  app.run(main)
