@@ -52,20 +52,26 @@ def draw_anchors(
 
 
 def _random_segments(rng, parts, k):
-  """k segments drawn from all parts with probability proportional to their weight."""
-  place, which = jax.random.split(rng)
+  """k segments drawn from all parts with probability proportional to their weight.
+
+  One draw from each of k equal strata of the batch, in random order: each segment is as likely as in independent
+  draws, but two codes do not get the same one, of which the second would never be used.
+  """
+  place, order = jax.random.split(rng)
   cumulated = [None if part.weights is None else jnp.cumsum(jnp.maximum(part.weights, 0.0)) for part in parts]
   sizes = [part.vectors.shape[0] * (part.vectors.shape[2] if c is None else c[-1]) for part, c in zip(parts, cumulated)]
-  position = jax.random.uniform(place, (k,)) * sum(sizes)
+  stratum = jax.random.permutation(order, k)
+  position = (stratum + jax.random.uniform(place, (k,))) / k * sum(sizes)
   anchors = jnp.zeros((k, parts[0].vectors.shape[1]), jnp.float32)
   first = 0.0
   for part, size, cumulative in zip(parts, sizes, cumulated):
     s, _, n = part.vectors.shape
-    token = jnp.floor((position - first) / s)
+    token = (position - first) / s
+    segment = jnp.floor((token - jnp.floor(token)) * s)
     if cumulative is not None:
       token = jnp.searchsorted(cumulative, token, side="right")
     token = jnp.clip(token.astype(jnp.int32), 0, n - 1)
-    segment = jax.random.randint(which, (k,), 0, s)
+    segment = jnp.clip(segment.astype(jnp.int32), 0, s - 1)
     here = (position >= first) & (position < first + size)
     if part is parts[-1]:
       here = position >= first

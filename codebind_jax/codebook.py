@@ -6,6 +6,7 @@ same code gives the same state on one device and under jit over a mesh whose `da
 """
 
 import functools
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -22,6 +23,16 @@ from codebind_jax.norm import unit
 from codebind_jax.segments import Segments, look_up, statistics, straight_through
 
 ReviveMode = Literal["survive", "codes_only"]
+
+# How "survive" recovers from a collapse; usage in units of a mean code's. While more than _DEAD_SHARE of the codes are
+# used less than _DEAD_USAGE, a code below _STALE_USAGE that the batch does not use is revived: the rate of the paper
+# alone waits until a code's usage has fallen a thousandfold, some 600 updates at a decay of 0.99.
+_DEAD_SHARE = 0.02
+_DEAD_USAGE = 0.3
+_STALE_USAGE = 0.45
+# A revived code starts with the usage of a mean one, or with this where the averages have only begun: either keeps
+# the next updates from reviving it again.
+_REVIVED_FLOOR = 0.02
 
 
 @struct.dataclass
@@ -81,7 +92,7 @@ def init_codebook(rng: jax.Array, num_codes: int, dim: int) -> CodebookState:
 
 def quantize(
   z: Float[Array | np.ndarray, "*lead d"],
-  codes: Float[Array | np.ndarray, "k d"],
+  codes: Float[Array | np.ndarray, "k _d"],
   *,
   distance: Distance = "cosine",
   normalize: bool = True,
@@ -181,8 +192,9 @@ def advance(
 
   EMA: N <- g N + (1-g) n, M <- g M + (1-g) s, code <- M / Nhat with Nhat_k = (N_k + eps) / (sum N + K eps) sum N.
   Revival: p <- g p + (1-g) n / sum n, a = exp(-10 K p / (1-g) - 1e-3), code <- (1 - a) code + a anchor.
-  With "survive" a revived code also takes a mean code's share of the count (N is then rescaled, so that its total is
-  what the EMA made it), M = N code, and a little usage, so that it is still in place after the next update.
+  With "survive" a revived code also takes a mean code's count (N is then rescaled, so that its total is what the EMA
+  made it), M = N code, and a mean code's usage, so that it is still in place after the next update; and in a collapse
+  (many codes hardly used) a is exp(-1e-3) for every code that is neither used by the batch nor much used before it.
 
   Args:
     state: the codebook before the batch.
@@ -193,7 +205,12 @@ def advance(
     eps: of the Laplace smoothing.
     revive_mode: "survive" or "codes_only".
     ema: False leaves codes and their averages to the optimizer and only revives.
+
+  Raises:
+    ValueError: for an unknown `revive_mode`, or a decay that is not in [0, 1).
   """
+  if not 0 <= decay < 1:
+    raise ValueError(f"decay must be in [0, 1), got {decay}")
   if revive_mode not in ("survive", "codes_only"):
     raise ValueError(f"revive_mode must be 'survive' or 'codes_only', got {revive_mode!r}")
   survive = revive_mode == "survive"
@@ -209,12 +226,17 @@ def advance(
     codes = ema_sum / jnp.maximum(smoothed, 1e-30)[:, None]
   if anchors is not None:
     rate = jnp.exp(-10.0 * k * usage / (1 - decay) - 1e-3)
+    if survive:
+      relative = usage * (k / jnp.maximum(jnp.sum(usage), 1e-30))
+      collapse = jnp.mean(relative < _DEAD_USAGE) > _DEAD_SHARE
+      stale = (relative < _STALE_USAGE) & (counts == 0) & collapse
+      rate = jnp.where(stale, math.exp(-1e-3), rate)
     if survive and ema:
       # A code without a count has no mean: the smoothing would inflate it, so it blends from where it was.
       codes = jnp.where((count < eps)[:, None], state.codes, codes)
     codes = codes * (1 - rate)[:, None] + anchors * rate[:, None]
     if survive:
-      usage = usage + rate * _REVIVED_USAGE / k
+      usage = usage + rate * jnp.maximum(jnp.sum(usage), _REVIVED_FLOOR) / k
     if survive and ema:
       mean = jnp.sum(count) / k
       blended = count + rate * (mean - count)
@@ -224,10 +246,6 @@ def advance(
       count = blended
   new = CodebookState(codes, count, ema_sum, usage, state.initialised)
   return jax.tree.map(lambda a, b: jnp.where(total > 0, a, b), new, state)
-
-
-# Usage, in units of a mean code's, that a revived code starts with: it keeps the next update from reviving it again.
-_REVIVED_USAGE = 0.3
 
 
 def usage_stats(counts: Float[Array | np.ndarray, "k"] | Int[Array | np.ndarray, "k"]) -> dict[str, jax.Array]:

@@ -20,7 +20,7 @@ def kmeans(
   *,
   iterations: int = 10,
   distance: Distance = "cosine",
-  init: Float[Array | np.ndarray, "k d"] | None = None,
+  init: Float[Array | np.ndarray, "_k _d"] | None = None,
   normalize: bool | None = None,
   weights: Float[Array | np.ndarray, "n"] | None = None,
 ) -> tuple[Float[Array, "k d"], Float[Array, "k"]]:

@@ -41,7 +41,7 @@ def check_distance(distance: str) -> None:
 
 def nearest_code(
   z: Float[Array | np.ndarray, "n d"],
-  codes: Float[Array | np.ndarray, "k d"],
+  codes: Float[Array | np.ndarray, "k _d"],
   *,
   distance: Distance = "cosine",
   block: int = 0,

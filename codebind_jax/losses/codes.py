@@ -103,7 +103,7 @@ def code_uniform(codes: Float[Array | np.ndarray, "k d"]) -> Float[Array, ""]:
 
 def code_matching(
   sim_a: Float[Array | np.ndarray, "b s k"],
-  sim_b: Float[Array | np.ndarray, "b s k"],
+  sim_b: Float[Array | np.ndarray, "_b _s _k"],
   *,
   temperature: float = 1.0,
   mask: Bool[Array | np.ndarray, "b"] | None = None,

@@ -7,12 +7,10 @@ from jaxtyping import Array, Bool, Float
 
 from codebind_jax.norm import unit
 
-Rows = Float[Array | np.ndarray, "b d"]
-
 
 def info_nce(
-  a: Rows,
-  b: Rows,
+  a: Float[Array | np.ndarray, "b d"],
+  b: Float[Array | np.ndarray, "_b _d"],
   *,
   temperature: float | jax.Array,
   logit_scale_a: float | jax.Array = 1.0,

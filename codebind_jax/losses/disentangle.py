@@ -10,7 +10,7 @@ from codebind_jax.losses.codes import _masked_mean, _uniformity
 
 def decomposition(
   shared: Float[Array | np.ndarray, "b t d"],
-  specific: Float[Array | np.ndarray, "b t d2"],
+  specific: Float[Array | np.ndarray, "_b _t _d"],
   *,
   mask: Bool[Array | np.ndarray, "..."] | None = None,
 ) -> Float[Array, ""]:
