@@ -34,8 +34,12 @@ def decomposition(
     tokens = mask[:, None, None] if mask.ndim == 1 else mask[:, :, None]
     shared, specific = jnp.where(tokens, shared, 0.0), jnp.where(tokens, specific, 0.0)
   product = jnp.einsum("btd,bud->btu", shared, specific, precision=jax.lax.Precision.HIGHEST)
-  square = jnp.sum(product * product, axis=(1, 2))
-  norm = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+  # Divided by the largest entry, so that the squares of huge features do not overflow.
+  largest = jax.lax.stop_gradient(jnp.max(jnp.abs(product), axis=(1, 2)))
+  zero = largest == 0
+  relative = product / jnp.where(zero, 1.0, largest)[:, None, None]
+  square = jnp.sum(relative * relative, axis=(1, 2))
+  norm = jnp.where(zero, 0.0, largest * jnp.sqrt(jnp.where(zero, 1.0, square)))
   return _masked_mean(norm, rows)
 
 
