@@ -10,7 +10,7 @@ from PIL import Image
 
 from codebind_jax.data.transforms import image as transforms
 from codebind_jax.data.transforms import text as text_transforms
-from codebind_jax.data.transforms.augment import Augment, augment, outside
+from codebind_jax.data.transforms.augment import Augment, LineDrawing, augment, line_drawing, outside
 from codebind_jax.pretrained import minilm
 
 RNG = np.random.default_rng(0)
@@ -167,6 +167,19 @@ def test_each_strength_changes_what_it_names():
   smaller = Augment(**STILL | {"scale": (0.5, 0.5)})(image, rng(0))
   ratio = (~outside(smaller)).sum() / (~outside(image)).sum()
   assert 0.15 < ratio < 0.4, "half the side is a quarter of the area"
+
+
+def test_a_line_drawing_is_dark_where_colours_change_and_only_there():
+  image = np.full((20, 24, 3), 200, np.uint8)
+  image[:, 12:] = (200, 40, 200)
+  lines = line_drawing(image, width=1)
+  assert (lines[..., 0] == lines[..., 1]).all() and (lines[..., 0] == lines[..., 2]).all()
+  assert (lines[:, 11:13] == 0).all() and (lines[:, :6] == 255).all() and (lines[:, 18:] == 255).all()
+  assert (line_drawing(image, width=3) < 255).sum() > (lines < 255).sum()
+  view = LineDrawing()(image, np.random.default_rng(0))
+  np.testing.assert_array_equal(view, line_drawing(image, 2))
+  assert repr(LineDrawing(1)) != repr(LineDrawing(2))
+  assert all("augment-" in repr(spec) for spec in (LineDrawing(), Augment())), "cached views follow the code's revision"
 
 
 def test_outside_is_the_white_around_and_not_the_white_within():
