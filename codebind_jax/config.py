@@ -27,6 +27,7 @@ _POSITIVE = (
   "steps", "batch_size", "log_steps", "eval_steps", "checkpoint_steps", "keep_checkpoints", "eval_batch",
   "model.shared_dim", "codebook.dim", "codebook.shared_codes", "optim.learning_rate", "optim.clip_norm",
 )
+_COUNTS = ("data.max_bad_records", "data.texts", "seed")
 _SHARES = ("codebook.decay", "codebook.alarm_share", "optim.b1", "optim.b2")
 
 
@@ -79,6 +80,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
   for path in _POSITIVE:
     if has(config, path) and not get(config, path) > 0:
       raise ValueError(f"config.{path}: got {get(config, path)!r}; allowed: any number above 0")
+  for path in _COUNTS:
+    if has(config, path) and get(config, path) < 0:
+      raise ValueError(f"config.{path}: got {get(config, path)!r}; allowed: 0 and up")
   for path in _SHARES:
     if has(config, path) and not 0 <= get(config, path) <= 1:
       raise ValueError(f"config.{path}: got {get(config, path)!r}; allowed: 0 to 1")

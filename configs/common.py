@@ -59,6 +59,7 @@ def get_config():
   config.data.classes = ""  # a text file with one class name a line; default: the labels that occur
   config.data.max_bad_records = 0
   config.data.unique_labels = True
+  config.data.texts = 0  # how many of a row's texts are captions to train on, from the first; 0 for all
   config.data.templates = ("{}",)
   config.data.eval_templates = ("{}",)
 

@@ -18,5 +18,5 @@ def get_config():
   config.data.manifest = ""
   config.data.classes = ""  # a text file with one class name a line; default: the labels that occur
   config.data.max_bad_records = 0
-  config.data.eval_templates = ("{}", "an icon of a {}", "a drawing of a {}")
+  config.data.eval_templates = ("{}", "an image of {}", "an icon of {}", "a drawing of {}", "a photo of {}")
   return config.lock()

@@ -9,8 +9,9 @@ from configs import common
 
 def get_config(arg=""):
   config = common.get_config()
-  config.data.templates = ("{}", "an icon of a {}", "a drawing of a {}")
-  config.data.eval_templates = ("{}", "an icon of a {}", "a drawing of a {}")
+  config.data.texts = 1  # tags such as "animal" fit too many icons to tell them apart
+  config.data.templates = ("{}", "an image of {}", "an icon of {}", "a drawing of {}", "a photo of {}")
+  config.data.eval_templates = config.data.templates
 
   config.model.towers.image = common.tower(
     "efficientnet_lite0", options={"size": (160, 224), "crop": True, "grid": 2, "levels": (5, 6, 7), "class_names": "minilm"},

@@ -76,8 +76,8 @@ class Featurizer:
     return np.stack([self._texts[text] for text in strings])
 
   def _text_table(self, source: Any, rows: Sequence[int]) -> FeatureTable:
-    templates = self._config.data.templates
-    by_row = {row: captions(source.rows[row]["text"], templates) for row in rows}
+    data = self._config.data
+    by_row = {row: captions(source.rows[row]["text"][: data.texts or None], data.templates) for row in rows}
     strings = sorted({caption for own in by_row.values() for caption in own})
     number = {caption: n for n, caption in enumerate(strings)}
     logging.info("%s: %d distinct captions of %d rows", source.name, len(strings), len(rows))
