@@ -95,6 +95,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 
 def _validate_train(config: ml_collections.ConfigDict) -> None:
+  from codebind_jax.data.featurize import AUGMENTS
   from codebind_jax.pretrained import trunk_names
   from codebind_jax.stages import stages_of
   from codebind_jax.step import TERMS
@@ -109,6 +110,11 @@ def _validate_train(config: ml_collections.ConfigDict) -> None:
       )
     if not 0 <= tower.dropout < 1:
       raise ValueError(f"config.model.towers.{name}.dropout: got {tower.dropout}; allowed: 0 up to, not including, 1")
+    check_keys([tower.augment], AUGMENTS, f"model.towers.{name}.augment")
+    if tower.views < 1 or not 0 <= tower.augmented <= 1:
+      raise ValueError(
+        f"config.model.towers.{name}: got views {tower.views} and augmented {tower.augmented}; allowed: 1 and up, 0 to 1"
+      )
     if tower.meaning:
       check_keys([tower.meaning], [m for m in towers if m != name], f"model.towers.{name}.meaning")
       if tower.meaning_dim < 1:

@@ -89,7 +89,7 @@ class Evaluation:
     items = [name for name in table if name != "text"]
     if "zeroshot" in tasks and test.candidates and "text" in model.modalities:
       for name in items:
-        slices = tuple(field for field in ("style", "kind") if field in table[name] and test.role == "test")
+        slices = tuple(field for field in ("style", "kind", "imagenet") if field in table[name] and test.role == "test")
         yield ZeroShot(
           name, test.candidates, lambda texts: self.embed_text(model, texts), self.config.data.eval_templates,
           slices=slices,
@@ -126,8 +126,7 @@ class Evaluation:
   def _class_tokens(self, name: str, source: Any, modality: str) -> np.ndarray:
     """Token 0 of the clean view, [N, 1, C]; read once from the feature cache."""
     if (name, modality) not in self._tokens:
-      views = self.config.model.towers[modality].views if name == "train" else 1
-      features = self._featurizer.table(source, modality, views).features
+      features = self._featurizer.table(source, modality, augmented=name == "train").features
       self._tokens[name, modality] = np.asarray(features[:, 0, :1])
     return self._tokens[name, modality]
 

@@ -81,8 +81,9 @@ def _part_statistics(part, num_codes):
 
 
 def _scatter_sums(vectors, indices, num_codes):
-  rows = jnp.transpose(vectors, (0, 2, 1)).reshape(-1, vectors.shape[1])
-  return jax.ops.segment_sum(rows, indices.reshape(-1), num_codes)
+  # Tokens first, because the axis that is split over devices must be the major one of those that are merged.
+  rows = jnp.transpose(vectors, (2, 0, 1)).reshape(-1, vectors.shape[1])
+  return jax.ops.segment_sum(rows, indices.T.reshape(-1), num_codes)
 
 
 def _one_hot_sums(vectors, indices, num_codes, block=128):

@@ -9,6 +9,8 @@ def tower(trunk, **overrides):
   config.trunk = trunk
   config.options = ConfigDict()  # passed to the trunk's loader
   config.views = 1  # cached views of a training item: the clean one and views-1 augmented ones
+  config.augment = "mixed"  # how those are made: mixed (colours, styles, moves) or line (line drawings)
+  config.augmented = 0.5  # how often an augmented view is drawn
   config.specific_dim = 0
   config.hidden = 0
   config.dropout = 0.0

@@ -14,8 +14,9 @@ def get_config(arg=""):
   config.data.eval_templates = config.data.templates
 
   config.model.towers.image = common.tower(
-    "efficientnet_lite0", options={"size": (160, 224), "crop": True, "grid": 2, "levels": (5, 6, 7), "class_names": "minilm"},
-    meaning="text", meaning_dim=384, specific_dim=384, hidden=1024, dropout=0.3,
+    "efficientnet_lite0",
+    options={"size": (160, 224), "crop": True, "grid": 2, "levels": (3, 4, 5, 6, 7), "class_names": "minilm"},
+    meaning="text", meaning_dim=384, specific_dim=384, dropout=0.1, views=2, augment="line", augmented=0.25,
   )
   config.model.towers.text = common.tower("minilm")
   config.codebook.codes.image = 256

@@ -10,9 +10,13 @@ from absl import logging
 
 from codebind_jax.data.features import cached_features
 from codebind_jax.data.pipeline import FeatureTable
-from codebind_jax.data.transforms.augment import Augment
+from codebind_jax.data.transforms.augment import Augment, LineDrawing
 from codebind_jax.data.worlds import fetch
 from codebind_jax.pretrained import load_trunk
+
+
+# What `config.model.towers.*.augment` may name.
+AUGMENTS = {"mixed": Augment(), "line": LineDrawing()}
 
 
 def captions(texts: Sequence[str], templates: Sequence[str]) -> list[str]:
@@ -40,20 +44,30 @@ class Featurizer:
       if name not in self.trunks:
         self.trunks[name] = load_trunk(tower.trunk, **tower.options.to_dict())
 
-  def table(self, source: Any, modality: str, views: int = 1) -> FeatureTable:
-    """Features of one modality for all rows of a source; rows without it have no items."""
+  def table(self, source: Any, modality: str, augmented: bool = False) -> FeatureTable:
+    """Features of one modality for all rows of a source; rows without it have no items.
+
+    Args:
+      source: the rows.
+      modality: one of the towers'.
+      augmented: the clean view and the tower's augmented ones, for training; else the clean one alone.
+    """
     rows = [i for i in range(len(source)) if source.has(i, modality)]
     if not rows:
       raise ValueError(f"{source.name}: no row has modality {modality!r}")
     if modality == "text":
       return self._text_table(source, rows)
     present = source if len(rows) == len(source) else source.select(rows)
+    tower = self._config.model.towers[modality]
+    views = tower.views if augmented else 1
     features = cached_features(
       self.trunks[modality], present.keys, lambda i: present[i][modality], cache_dir=self._cache, views=views,
-      augment=Augment() if views > 1 else None, hashes=[present.content_hash(i, modality) for i in range(len(present))],
+      augment=AUGMENTS[tower.augment] if views > 1 else None,
+      hashes=[present.content_hash(i, modality) for i in range(len(present))],
     )  # fmt: skip
     item = {row: number for number, row in enumerate(rows)}
-    return FeatureTable(features, [(item[i],) if i in item else () for i in range(len(source))])
+    choices = [(item[i],) if i in item else () for i in range(len(source))]
+    return FeatureTable(features, choices, tower.augmented if views > 1 else 0.0)
 
   def train_tables(self, source: Any) -> tuple[dict[str, FeatureTable], list[str | None]]:
     """Features of every modality the source has, with augmented views, and the rows' labels.
@@ -64,7 +78,7 @@ class Featurizer:
     if source is None or not len(source):
       raise ValueError("data: there are no training rows (split 'train')")
     towers = self._config.model.towers
-    tables = {name: self.table(source, name, views=tower.views) for name, tower in towers.items()}
+    tables = {name: self.table(source, name, augmented=True) for name in towers}
     return tables, [row.get("label") for row in source.rows]
 
   def texts(self, strings: Sequence[str]) -> np.ndarray:

@@ -18,10 +18,12 @@ class FeatureTable:
   Attributes:
     features: [items, views, tokens, width]; may be a memory map.
     choices: per row the items it may draw from (captions of a text row; one item for an image); empty = missing.
+    augmented: how often one of the views after the first, which is clean, is drawn.
   """
 
   features: Float16[np.ndarray, "items views n d"]
   choices: Sequence[Sequence[int]]
+  augmented: float = 0.0
 
 
 class _Pick(grain.transforms.RandomMap):
@@ -38,7 +40,8 @@ class _Pick(grain.transforms.RandomMap):
       items, (_, views, *shape) = table.choices[row], table.features.shape
       out["_mask"][name] = np.bool_(bool(items))
       if items:
-        out[name] = np.asarray(table.features[items[rng.integers(len(items))], rng.integers(views)])
+        view = 1 + rng.integers(views - 1) if views > 1 and rng.random() < table.augmented else 0
+        out[name] = np.asarray(table.features[items[rng.integers(len(items))], view])
       else:
         out[name] = np.zeros(shape, table.features.dtype)
     return out

@@ -68,16 +68,21 @@ def open_task(data: Any, *, default_split: str = "train") -> Task:
 
 def _icons_task(data: Any) -> Task:
   from codebind_jax.data.worlds import icons, names
+  from codebind_jax.pretrained.class_names import imagenet_names
   from codebind_jax.tools import prepare
 
   folder = prepare.ensure(data.world, data.profile, data.root or None)
   profile = folder.parent.name
   spec = {"name": data.world, "profile": profile, "data_dir": data.root or None}
   train = open_source(spec | {"split": "train"})
+  # The image trunk knows ImageNet's classes by name; numbers on concepts it knows and does not know are kept apart.
+  in_imagenet = {names.to_concept(lemma) for name in imagenet_names() for lemma in name.split(", ")}
   evals = []
   for name, test in icons.eval_sets(profile).items():
     source = open_source(spec | {"split": test.split})
     source = source.select([i for i, row in enumerate(source.rows) if test.keep(row)])
+    for row in source.rows:
+      row["imagenet"] = "yes" if row["concept"] in in_imagenet else "no"
     # The artist family is asked of unseen concepts, so that it cannot be told from the subject; the concept's mean is
     # asked of unseen artists.
     probes = ("family",) if name.endswith("_concept") else ()
