@@ -10,8 +10,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).pa
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
-from absl import flags  # noqa: E402
-from jaxtyping import install_import_hook  # noqa: E402
+from absl import flags
+from jaxtyping import install_import_hook
 
 install_import_hook("codebind_jax", "beartype.beartype")
 

@@ -14,7 +14,6 @@ from codebind_jax.data.transforms.augment import Augment, LineDrawing
 from codebind_jax.data.worlds import fetch
 from codebind_jax.pretrained import load_trunk
 
-
 # What `config.model.towers.*.augment` may name.
 AUGMENTS = {"mixed": Augment(), "line": LineDrawing()}
 
