@@ -24,7 +24,7 @@ _CHOICES = {
   "codebook.revive_mode": ("survive", "codes_only"),
 }
 _POSITIVE = (
-  "steps", "batch_size", "log_steps", "eval_steps", "checkpoint_steps", "keep_checkpoints", "eval_batch",
+  "steps", "batch_size", "log_steps", "eval_steps", "checkpoint_steps", "keep_checkpoints",
   "model.shared_dim", "codebook.dim", "codebook.shared_codes", "optim.learning_rate", "optim.clip_norm",
 )
 _COUNTS = ("data.max_bad_records", "data.texts", "seed")
@@ -113,7 +113,7 @@ def _validate_train(config: ml_collections.ConfigDict) -> None:
     check_keys([tower.augment], AUGMENTS, f"model.towers.{name}.augment")
     if tower.views < 1 or not 0 <= tower.augmented <= 1:
       raise ValueError(
-        f"config.model.towers.{name}: got views {tower.views} and augmented {tower.augmented}; allowed: 1 and up, 0 to 1"
+        f"config.model.towers.{name}: got views {tower.views}, augmented {tower.augmented}; allowed: 1 and up, 0 to 1"
       )
     if tower.meaning:
       check_keys([tower.meaning], [m for m in towers if m != name], f"model.towers.{name}.meaning")

@@ -119,10 +119,12 @@ def _gallery(evaluation: Evaluation, model: Model, shown: EvalSet) -> tuple[list
   pick = lambda n: np.unique(np.linspace(0, n - 1, min(GALLERY, n)).round().astype(int))
   t, i = pick(len(captions)), pick(len(rows))
   by_text = build_queries(
-    [captions[int(k)] for k in t], texts["caption"][t], texts["shared"][t], pictures, images["caption"], images["shared"]
+    [captions[int(k)] for k in t], texts["caption"][t], texts["shared"][t],
+    pictures, images["caption"], images["shared"],
   )
   by_image = build_queries(
-    [pictures[int(k)] for k in i], images["caption"][i], images["shared"][i], captions, texts["caption"], texts["shared"]
+    [pictures[int(k)] for k in i], images["caption"][i], images["shared"][i],
+    captions, texts["caption"], texts["shared"],
   )
   return by_text, by_image
 

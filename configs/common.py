@@ -46,7 +46,6 @@ def get_config():
   config.batch_size = 256
   config.log_steps = 20
   config.eval_steps = 250  # validation sets only; the end of the run is always evaluated
-  config.eval_batch = 256
   config.checkpoint_steps = 100
   config.keep_checkpoints = 2
   config.baseline = True  # train the same heads by plain InfoNCE, without codebooks, and report both

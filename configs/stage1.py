@@ -21,7 +21,7 @@ def get_config(arg=""):
   config.model.towers.text = common.tower("minilm")
   config.codebook.codes.image = 256
 
-  # The text head starts as a rotation of MiniLM's space and moves slowly, so that words never trained on keep their place.
+  # The text head starts as a rotation of MiniLM's space and moves slowly: words never trained on keep their place.
   config.optim.rules = ((r"text/.*", 0.1, 1.0), *config.optim.rules)
 
   config.stages.bridges = common.stage(

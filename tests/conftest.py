@@ -1,4 +1,4 @@
-"""Test setup: offline, shapes checked at run time, eight fake CPU devices where a test asks for them in a subprocess."""
+"""Test setup: offline, on CPU, shapes checked at run time, compiled programs cached between runs."""
 
 import os
 import pathlib

@@ -68,6 +68,7 @@ class Tower(nn.Module):
   spec: TowerSpec
 
   def setup(self):
+    """Makes the heads."""
     spec = self.spec
     options = {"dropout": spec.dropout, "init": spec.init}
     self.shared = Head(spec.shared_dim, spec.hidden, **options)
