@@ -12,6 +12,8 @@ from codebind_jax.nearest import Distance, check_distance
 from codebind_jax.norm import unit
 from codebind_jax.segments import Segments, similarity
 
+_COMPARE_ALL = 2**25
+
 Revive = Literal["random", "closest", "probrandom", "disturbance", "none"]
 
 
@@ -69,7 +71,9 @@ def _random_segments(rng, parts, k):
     token = (position - first) / s
     segment = jnp.floor((token - jnp.floor(token)) * s)
     if cumulative is not None:
-      token = jnp.searchsorted(cumulative, token, side="right")
+      # One comparison with all, which is a plain sum over devices, unless it is large.
+      method = "compare_all" if k * n <= _COMPARE_ALL else "scan"
+      token = jnp.searchsorted(cumulative, token, side="right", method=method)
     token = jnp.clip(token.astype(jnp.int32), 0, n - 1)
     segment = jnp.clip(segment.astype(jnp.int32), 0, s - 1)
     here = (position >= first) & (position < first + size)
@@ -87,12 +91,13 @@ def sample_rows(
   size = sum(part.vectors.shape[0] * part.vectors.shape[2] for part in parts)
   if size > limit:
     return _random_segments(rng, parts, limit), None
-  rows = jnp.concatenate([jnp.moveaxis(part.vectors, 1, 2).reshape(-1, part.vectors.shape[1]) for part in parts])
+  # Tokens first, as in `segments.statistics`.
+  rows = jnp.concatenate([jnp.moveaxis(part.vectors, 2, 0).reshape(-1, part.vectors.shape[1]) for part in parts])
   if all(part.weights is None for part in parts):
     return rows, None
-  shapes = [(part.vectors.shape[0], part.vectors.shape[2]) for part in parts]
-  weights = [jnp.ones(shape[1]) if part.weights is None else part.weights for part, shape in zip(parts, shapes)]
-  return rows, jnp.concatenate([jnp.broadcast_to(w, shape).reshape(-1) for w, shape in zip(weights, shapes)])
+  shapes = [(part.vectors.shape[2], part.vectors.shape[0]) for part in parts]
+  weights = [jnp.ones(shape[0]) if part.weights is None else part.weights for part, shape in zip(parts, shapes)]
+  return rows, jnp.concatenate([jnp.broadcast_to(w[:, None], s).reshape(-1) for w, s in zip(weights, shapes)])
 
 
 def _best_segments(parts, codes, distance, rng):

@@ -78,8 +78,9 @@ def nearest_segments(
   check_distance(distance)
   s, d, n = z.shape
   if d > _NARROW:
-    rows = jnp.transpose(z, (0, 2, 1)).reshape(s * n, d)
-    return _search_rows(rows, codes, distance, 0).reshape(s, n)
+    # Tokens first: the axis that is split over devices must be the major one of those that are merged.
+    rows = jnp.transpose(z, (2, 0, 1)).reshape(n * s, d)
+    return _search_rows(rows, codes, distance, 0).reshape(n, s).T
   z, codes, bias = _prepare(z, codes, distance)
   return jax.lax.platform_dependent(z, codes, bias, tpu=_argmax_lanes, default=_scan_codes)
 
