@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from codebind_jax.segments import Segments, similarity
 
 _COMPARE_ALL = 2**25
 
-Revive = Literal["random", "closest", "probrandom", "disturbance", "none"]
+Revive = str
 
 
 @functools.partial(jax.jit, static_argnames=("revive", "distance"))

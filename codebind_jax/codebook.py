@@ -7,7 +7,7 @@ same code gives the same state on one device and under jit over a mesh whose `da
 
 import functools
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from codebind_jax.nearest import nearest_code as nearest_code
 from codebind_jax.norm import unit
 from codebind_jax.segments import Segments, look_up, statistics, straight_through
 
-ReviveMode = Literal["survive", "codes_only"]
+ReviveMode = str
 
 # How "survive" recovers from a collapse; usage in units of a mean code's. While more than _DEAD_SHARE of the codes are
 # used less than _DEAD_USAGE, a code below _STALE_USAGE that the batch does not use is revived: the rate of the paper

@@ -8,7 +8,7 @@ small codebooks.
 import dataclasses
 import zlib
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,8 @@ from codebind_jax.segments import similarity as similarities
 
 SHARED = "shared"
 
-Layout = Literal["parts", "interleaved"]
-Update = Literal["snapshot", "sequential", "none"]
+Layout = str
+Update = str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class CompositionalSpec:
   num_codes: tuple[int, int] = (1024, 256)
   num_specific_codes: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
   layout: Layout = "parts"
-  sharing: Literal["parts", "one", "separate"] = "parts"
+  sharing: str = "parts"
   distance: Distance = "cosine"
   normalize: bool = True
   beta: float = 0.25

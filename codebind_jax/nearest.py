@@ -11,7 +11,6 @@ the scan when codes are narrow, an argmax by blocks when they are wide (not fuse
 
 import functools
 import math
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,8 @@ from jaxtyping import Array, Float, Int
 
 from codebind_jax.norm import unit
 
-Distance = Literal["cosine", "l2"]
+# Options are plain strings to the type checker, so that a wrong one is a ValueError that names what is allowed.
+Distance = str
 
 # Widest code for which the scan over codes is used, and the products unrolled in one of its steps.
 _NARROW = 32

@@ -292,6 +292,11 @@ def test_alarm_fires_below_the_share():
     (lambda: codebook.init_codebook(jax.random.key(0), 0, 8), "num_codes.*0"),
     (lambda: codebook.kmeans(jax.random.key(0), normal(0, 3, 4), 2, init=normal(0, 3, 4)), r"init.*\(2, 4\)"),
     (lambda: codebook.collapsed(np.ones(3), 2.0), "share.*2"),
+    (lambda: codebook.nearest_code(normal(0, 3, 4), normal(0, 3, 4), distance="l3"), "cosine.*l2.*l3"),
+    (
+      lambda: codebook.update(warm_state(0, 12, 8), normal(0, 5, 8), np.zeros(5, int), revive="often"),
+      "random, closest, probrandom, disturbance or none.*often",
+    ),
     (
       lambda: codebook.update(warm_state(0, 12, 8), normal(0, 5, 8), np.zeros(5, int), decay=1.0),
       "decay.*1.0",
