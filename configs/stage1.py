@@ -9,14 +9,18 @@ from configs import common
 
 def get_config(arg=""):
   config = common.get_config()
+  config.steps = 300
+  config.eval_steps = 150
+  config.optim.learning_rate = 2e-3
+  config.optim.warmup = 30
   config.data.texts = 1  # tags such as "animal" fit too many icons to tell them apart
   config.data.templates = ("{}", "an image of {}", "an icon of {}", "a drawing of {}", "a photo of {}")
   config.data.eval_templates = config.data.templates
 
   config.model.towers.image = common.tower(
     "efficientnet_lite0",
-    options={"size": (160, 224), "crop": True, "grid": 2, "levels": (3, 4, 5, 6, 7), "class_names": "minilm"},
-    meaning="text", meaning_dim=384, specific_dim=384, dropout=0.1, views=2, augment="line", augmented=0.25,
+    options={"size": (160, 224), "crop": True, "grid": 2, "levels": (5, 6, 7), "class_names": "minilm"},
+    meaning="text", meaning_dim=384, specific_dim=384, dropout=0.1,
   )
   config.model.towers.text = common.tower("minilm")
   config.codebook.codes.image = 256
