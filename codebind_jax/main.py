@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging as standard_logging
 import os
 import sys
@@ -18,6 +19,15 @@ _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, w
 _PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, with --coordinator.")
 
 
+def _read_config(path: str) -> Any:
+  """The config of FILE.py or FILE.py:ARGUMENT as the file makes it, without overrides."""
+  file, _, argument = path.partition(":")
+  spec = importlib.util.spec_from_file_location("_config", file)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(argument) if argument else module.get_config()
+
+
 def _parse(argv: Sequence[str]) -> list[str]:
   """absl's parsing, with one clear line where a config key is unknown or a value has the wrong type."""
   from codebind_jax.config import get
@@ -25,18 +35,12 @@ def _parse(argv: Sequence[str]) -> list[str]:
   try:
     return flags.FLAGS(list(argv))
   except (AttributeError, KeyError) as error:
-    config = next((arg.split("=", 1)[1] for arg in argv if arg.startswith("--config=")), None)
-    module, _, arg = (config or "").partition(":")
-    overrides = [a[len("--config.") :].split("=")[0] for a in argv if a.startswith("--config.")]
-    if module and overrides:
-      fresh = flags.FlagValues()
-      holder = config_flags.DEFINE_config_file("config", None, "", flag_values=fresh)
-      fresh([argv[0], f"--config={config}"])
-      for path in overrides:
-        try:
-          get(holder.value, path)
-        except ValueError as known:
-          sys.exit(f"error: {known}")
+    path = next((arg.removeprefix("--config=") for arg in argv if arg.startswith("--config=")), "")
+    try:
+      for key in (arg.removeprefix("--config.").split("=")[0] for arg in argv if arg.startswith("--config.")):
+        get(_read_config(path), key)
+    except ValueError as unknown:
+      sys.exit(f"error: {unknown}")
     sys.exit(f"error: {error}")
   except flags.Error as error:
     sys.exit(f"error: {error}")
