@@ -32,10 +32,12 @@ def _parse(argv: Sequence[str]) -> list[str]:
   """absl's parsing, with one clear line where a config key is unknown or a value has the wrong type."""
   from codebind_jax.config import get
 
+  path = ([arg.removeprefix("--config=") for arg in argv if arg.startswith("--config=")] or [""])[-1]
+  if path and not os.path.isfile(path.partition(":")[0]):
+    sys.exit(f"error: --config={path}: there is no such file")
   try:
     return flags.FLAGS(list(argv))
   except (AttributeError, KeyError) as error:
-    path = next((arg.removeprefix("--config=") for arg in argv if arg.startswith("--config=")), "")
     try:
       for key in (arg.removeprefix("--config.").split("=")[0] for arg in argv if arg.startswith("--config.")):
         get(_read_config(path), key)

@@ -202,6 +202,7 @@ def test_unknown_loss_is_named(data):
     ("--config.stepz=3", "unknown key 'stepz'; allowed: ['baseline', 'batch_size'"),
     ("--config.codebook.dimm=3", "unknown key 'dimm'; allowed: ['codebook.alarm_share'"),
     ("--config.steps=many", "--config.steps=many"),
+    ("--config=configs/stage9.py", "--config=configs/stage9.py: there is no such file"),
   ],
 )
 def test_command_line_names_unknown_keys_and_bad_values(argument, message, tmp_path):
