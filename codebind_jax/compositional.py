@@ -5,7 +5,6 @@ part, cut into segments that the modality's own codebook quantises. A vector is 
 small codebooks.
 """
 
-import dataclasses
 import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -17,100 +16,17 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from codebind_jax import codebook as cb
-from codebind_jax.anchors import Revive, draw_anchors, sample_rows
+from codebind_jax.anchors import draw_anchors, sample_rows
 from codebind_jax.codebook import CodebookState
+from codebind_jax.compositional_spec import SHARED, Layout
+from codebind_jax.compositional_spec import CompositionalSpec as CompositionalSpec
 from codebind_jax.kmeans import kmeans
-from codebind_jax.nearest import Distance
+from codebind_jax.losses.code_contrast import code_contrast_segments
 from codebind_jax.norm import unit
 from codebind_jax.segments import Segments, statistics, straight_through
 from codebind_jax.segments import similarity as similarities
 
-SHARED = "shared"
-
-Layout = str
 Update = str
-
-
-@dataclasses.dataclass(frozen=True)
-class CompositionalSpec:
-  """How features are cut and quantised. Hashable, so that it can be a static argument of jit.
-
-  Attributes:
-    shared_dim: width of the shared part, the first of the features.
-    specific_dim: width of the specific part.
-    specific_dims: exceptions to `specific_dim` by modality, a mapping; text has no specific part.
-    code_dims: widths (Ds, Dp) of shared and specific codes.
-    num_codes: sizes (Ks, Kp) of the shared codebook and of each specific one.
-    num_specific_codes: exceptions to Kp by modality, a mapping.
-    layout: "parts" (shared features first, then specific) or "interleaved" (each chunk holds a shared and a specific
-      segment).
-    sharing: "parts" (one shared codebook, and one for each modality's specific part), "one" (a single codebook for
-      everything) or "separate" (each modality but those of `first` has its own codebook for both parts; the release's
-      option).
-    distance: "cosine" or "l2".
-    normalize: L2-normalise segments before quantising.
-    beta: weight of the commitment loss.
-    ema: codes follow moving averages; False makes them parameters with a codebook loss.
-    decay, eps, revive, revive_mode: as in `codebook.update`.
-    detach_similarity: similarities give no gradient to the features, as in the release.
-    first: modalities that a sequential update takes first.
-  """
-
-  shared_dim: int = 1024
-  specific_dim: int = 1024
-  specific_dims: Mapping[str, int] | tuple[tuple[str, int], ...] = (("text", 0),)
-  code_dims: tuple[int, int] = (8, 8)
-  num_codes: tuple[int, int] = (1024, 256)
-  num_specific_codes: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
-  layout: Layout = "parts"
-  sharing: str = "parts"
-  distance: Distance = "cosine"
-  normalize: bool = True
-  beta: float = 0.25
-  ema: bool = True
-  decay: float = 0.99
-  eps: float = 1e-5
-  revive: Revive = "random"
-  revive_mode: cb.ReviveMode = "survive"
-  detach_similarity: bool = False
-  first: tuple[str, ...] = ("text",)
-
-  def __post_init__(self):
-    for field in ("specific_dims", "num_specific_codes"):
-      object.__setattr__(self, field, tuple(sorted(dict(getattr(self, field)).items())))
-    for field in ("code_dims", "num_codes", "first"):
-      object.__setattr__(self, field, tuple(getattr(self, field)))
-    for field, allowed in (
-      ("layout", ("parts", "interleaved")),
-      ("sharing", ("parts", "one", "separate")),
-      ("distance", ("cosine", "l2")),
-      ("revive", ("random", "closest", "probrandom", "disturbance", "none")),
-      ("revive_mode", ("survive", "codes_only")),
-    ):
-      if getattr(self, field) not in allowed:
-        raise ValueError(f"{field} must be one of {allowed}, got {getattr(self, field)!r}")
-    if self.sharing == "one" and self.code_dims[0] != self.code_dims[1]:
-      raise ValueError(f"sharing='one' needs equal code_dims, got {self.code_dims}")
-    if self.shared_dim < 1 or self.shared_dim % self.code_dims[0]:
-      raise ValueError(f"shared_dim must be a positive multiple of {self.code_dims[0]}, got {self.shared_dim}")
-    for name, width in (("*", self.specific_dim), *self.specific_dims):
-      if width < 0 or width % self.code_dims[1]:
-        raise ValueError(f"specific_dim of {name!r} must be a multiple of {self.code_dims[1]}, got {width}")
-      chunks = self.shared_dim // self.code_dims[0]
-      if self.layout == "interleaved" and width not in (0, chunks * self.code_dims[1]):
-        raise ValueError(f"layout='interleaved' needs {chunks} specific segments of {name!r}, got width {width}")
-
-  def specific_width(self, modality: str) -> int:
-    """Width of a modality's specific part."""
-    return dict(self.specific_dims).get(modality, self.specific_dim)
-
-  def codebook_names(self, modality: str) -> tuple[str, str]:
-    """Names of the codebooks of a modality's shared and specific part."""
-    if self.sharing == "one":
-      return SHARED, SHARED
-    if self.sharing == "separate":
-      return (SHARED, SHARED) if modality in self.first else (modality, modality)
-    return SHARED, modality
 
 
 @struct.dataclass
@@ -253,6 +169,42 @@ def quantize_modalities(
   for name, parts in collected.items():
     codebooks[name] = _advance(codebooks[name], parts, _fold(rng, name), spec)
   return outputs, codebooks
+
+
+def contrast_all_tokens(
+  features: Mapping[str, Float[Array | np.ndarray, "..."]],
+  codebooks: Mapping[str, CodebookState],
+  spec: CompositionalSpec,
+  *,
+  double_softmax: bool = False,
+  masks: Mapping[str, Bool[Array | np.ndarray, "..."]] | None = None,
+) -> dict[str, Float[Array, ""]]:
+  """`code_contrast` over every segment of every token, shared and specific parts added, by modality.
+
+  The release's form of the loss. It costs more than quantising does, so leave the call out where its weight is 0;
+  over the class token alone, `losses.code_contrast` of the outputs' similarities is nearly free.
+
+  Args:
+    features: as in `quantize_modalities`.
+    codebooks: those the features are quantised with; they get a gradient only where `spec.ema` is off.
+    spec: how to cut.
+    double_softmax: as in `losses.code_contrast`.
+    masks: as in `quantize_modalities`.
+  """
+  masks, found = dict(masks or {}), {}
+  for modality in features:
+    x, weights = _check(modality, features[modality], masks.get(modality), spec)
+    total = jnp.zeros((), jnp.float32)
+    for name, segments in zip(spec.codebook_names(modality), _segments(x, modality, spec)):
+      if segments is not None:
+        segments = unit(segments, axis=1) if spec.normalize or spec.distance == "cosine" else segments
+        segments = jax.lax.stop_gradient(segments) if spec.detach_similarity else segments
+        codes = jax.lax.stop_gradient(codebooks[name].codes) if spec.ema else codebooks[name].codes
+        total += code_contrast_segments(
+          segments, codes, distance=spec.distance, double_softmax=double_softmax, weights=weights
+        )
+    found[modality] = total
+  return found
 
 
 def init_codebooks(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from codebind_jax import codebook, compositional
+from codebind_jax import codebook, compositional, losses
 from codebind_jax.compositional import CompositionalSpec
 
 SPEC = CompositionalSpec(shared_dim=32, specific_dim=16, num_codes=(12, 6), revive="none")
@@ -154,6 +154,22 @@ def test_similarities_reach_the_features_unless_detached():
 
   assert np.any(gradient(SPEC)[:, 0] != 0) and np.all(gradient(SPEC)[:, 1:] == 0)
   assert np.all(gradient(dataclasses.replace(SPEC, detach_similarity=True)) == 0)
+
+
+def test_contrast_of_all_tokens_is_that_of_the_segments():
+  x, states = features(), books()
+  got = compositional.contrast_all_tokens(x, states, SPEC)
+  for name in x:
+    want = 0.0
+    for part, book in zip(compositional.split_parts(x[name], 32, SPEC.specific_width(name)), SPEC.codebook_names(name)):
+      if part.shape[-1]:
+        rows = np.asarray(compositional.split_segments(part, 8)).reshape(-1, 8)
+        rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        want += losses.code_contrast(rows @ np.asarray(states[book].codes).T)
+    np.testing.assert_allclose(got[name], want, rtol=1e-4)
+  total = lambda spec: lambda x: sum(compositional.contrast_all_tokens(x, books(), spec).values())
+  assert np.all(np.any(jax.grad(total(SPEC))(x)["image"] != 0, axis=-1))
+  assert np.all(jax.grad(total(dataclasses.replace(SPEC, detach_similarity=True)))(x)["image"] == 0)
 
 
 def test_kmeans_start_has_no_transient():

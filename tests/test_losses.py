@@ -10,7 +10,8 @@ import pytest
 from hypothesis import strategies as st
 
 from codebind_jax import losses
-from codebind_jax.losses.codes import largest_weights
+from codebind_jax.losses.code_contrast import largest_bound, selected
+from codebind_jax.segments import similarity
 
 hypothesis.settings.register_profile("few", max_examples=12, deadline=None, derandomize=True, database=None)
 few = hypothesis.settings.get_profile("few")
@@ -105,11 +106,28 @@ def test_code_contrast_with_ties_and_without_a_sort():
     assert "sort" not in text and "top_k" not in text
 
 
+@pytest.mark.parametrize("distance", ["cosine", "l2"])
+@pytest.mark.parametrize("double", [False, True])
+def test_contrast_of_all_segments_in_blocks(distance, double):
+  z, codes, weights = normal(0, 3, 8, 22), normal(1, 40, 8), jnp.asarray(np.arange(22) % 3 > 0, jnp.float32)
+
+  def blocks(z, codes):
+    return losses.code_contrast_segments(z, codes, distance=distance, double_softmax=double, weights=weights, block=18)
+
+  def whole(z, codes):
+    x = jnp.moveaxis(similarity(z, codes, distance=distance), 1, 2).reshape(-1, 40)
+    return losses.code_contrast(x, double_softmax=double, mask=jnp.tile(weights > 0, 3))
+
+  a, b = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(z, codes) for f in (blocks, whole))
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-6), a, b)
+  assert np.all(a[1][0][:, :, np.asarray(weights) == 0] == 0)
+
+
 @few
 @hypothesis.given(seeds, st.integers(1, 30))
-def test_largest_weights_select(seed, count):
+def test_bounds_select(seed, count):
   x = np.round(normal(seed, 8, 30), 1)
-  weights = np.asarray(largest_weights(jnp.asarray(x), count))
+  weights = np.asarray(selected(jnp.asarray(x), largest_bound(jnp.asarray(x), count, axis=1)))
   np.testing.assert_allclose(weights.sum(axis=1), count, rtol=1e-5)
   np.testing.assert_allclose((weights * x).sum(axis=1), np.sort(x, axis=1)[:, -count:].sum(axis=1), atol=1e-4)
 

@@ -3,7 +3,8 @@
 from codebind_jax.losses.balance import BalanceState as BalanceState
 from codebind_jax.losses.balance import balance_init as balance_init
 from codebind_jax.losses.balance import balance_update as balance_update
-from codebind_jax.losses.codes import code_contrast as code_contrast
+from codebind_jax.losses.code_contrast import code_contrast as code_contrast
+from codebind_jax.losses.code_contrast import code_contrast_segments as code_contrast_segments
 from codebind_jax.losses.codes import code_matching as code_matching
 from codebind_jax.losses.codes import code_uniform as code_uniform
 from codebind_jax.losses.codes import commitment as commitment

@@ -1,13 +1,12 @@
-"""Losses on codes: commitment, contrast, uniformity, and matching of code distributions across modalities."""
+"""Losses on codes: commitment, uniformity, and matching of code distributions across modalities."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from codebind_jax.losses.code_contrast import _root
 from codebind_jax.norm import unit
-
-_BISECTIONS = 26
 
 
 def commitment(
@@ -22,78 +21,6 @@ def commitment(
   """
   difference = jax.lax.stop_gradient(jnp.asarray(q, jnp.float32)) - jnp.asarray(z, jnp.float32)
   return beta * jnp.mean(difference * difference)
-
-
-def code_contrast(
-  similarity: Float[Array | np.ndarray, "n k"],
-  *,
-  double_softmax: bool = False,
-  mask: Bool[Array | np.ndarray, "n"] | None = None,
-) -> Float[Array, ""]:
-  """Contrast of the nearest codes of a segment against the farthest (CVQ-VAE's contrastive loss).
-
-  The positive is the mean of a row's int(k / 10) largest similarities (at least one), the negatives are its k // 2
-  smallest; the loss is the cross-entropy of [positive, negatives] with target 0. The two thresholds are found by
-  bisection, without a sort.
-
-  Args:
-    similarity: of segments and codes.
-    double_softmax: the release's form: a softmax (of square roots if no similarity is negative) before the
-      cross-entropy's own, and the whole row as positive where k < 10.
-    mask: True for rows that count.
-  """
-  x = jnp.asarray(similarity, jnp.float32)
-  k = x.shape[1]
-  above, below = k // 10, k // 2
-  if not double_softmax:
-    above = max(1, above)
-  elif above == 0:
-    above = k
-  top, low = jax.lax.stop_gradient((largest_weights(x, above), largest_weights(-x, below)))
-  positive = jnp.sum(top * x, axis=1) / above
-  if double_softmax:
-    negative = jnp.any(jnp.where(low > 0, x, positive[:, None]) < 0)
-    positive, x = jnp.where(negative, positive, _root(positive)), jnp.where(negative, x, _root(x))
-  largest = jnp.maximum(positive, jnp.max(jnp.where(low > 0, x, -jnp.inf), axis=1))
-  shift = jax.lax.stop_gradient(largest)
-  exp_positive, exp_negative = jnp.exp(positive - shift), low * jnp.exp(jnp.where(low > 0, x - shift[:, None], 0.0))
-  total = exp_positive + jnp.sum(exp_negative, axis=1)
-  if double_softmax:
-    positive = exp_positive / total
-    negative = exp_negative / total[:, None]
-    # A negative that a tie takes in part counts as that part of a class.
-    negative = jnp.where(low > 0, negative / jnp.where(low > 0, low, 1.0), 0.0)
-    terms = jnp.log(jnp.exp(positive) + jnp.sum(low * jnp.exp(negative), axis=1)) - positive
-  else:
-    terms = jnp.log(total) - (positive - shift)
-  return _masked_mean(terms, mask)
-
-
-def _root(x):
-  """Square root of what is positive, 0 elsewhere, with a finite gradient."""
-  return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0)
-
-
-def largest_weights(x: Float[Array, "n k"], count: int) -> Float[Array, "n k"]:
-  """Weights in [0, 1] that select the `count` largest entries of each row; they add up to `count`.
-
-  Bisection for the value of the smallest selected entry; entries that are equal to it (or closer than the bisection
-  resolves, 2^-26 of the row's range) share what is left.
-  """
-  low, high = jnp.min(x, axis=1), jnp.max(x, axis=1)
-
-  def halve(_, bounds):
-    low, high = bounds
-    middle = low + 0.5 * (high - low)
-    enough = jnp.sum(x > middle[:, None], axis=1) >= count
-    return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-
-  # Fewer than `count` entries exceed `high`; at least `count` are >= `low`.
-  low, high = jax.lax.fori_loop(0, _BISECTIONS, halve, (low, high))
-  sure = x > high[:, None]
-  tied = (x >= low[:, None]) & ~sure
-  left = count - jnp.sum(sure, axis=1)
-  return sure + tied * (left / jnp.maximum(jnp.sum(tied, axis=1), 1))[:, None]
 
 
 def code_uniform(codes: Float[Array | np.ndarray, "k d"]) -> Float[Array, ""]:

@@ -1,0 +1,216 @@
+"""Contrast of near against far codes, without a sort, over given similarities or over all segments of a batch."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from codebind_jax.nearest import Distance
+from codebind_jax.segments import similarity as similarities
+
+# Halvings of a row's range. What is left is far below what a mean over the selected entries resolves.
+_EXACT, _FAST = 26, 16
+_STRIPES = 64
+
+
+class Bound(NamedTuple):
+  """Selects a number of largest entries: all above `high`, and of those from `low` to `high` each by `share`."""
+
+  low: jax.Array
+  high: jax.Array
+  share: jax.Array
+
+
+def code_contrast(
+  similarity: Float[Array | np.ndarray, "n k"],
+  *,
+  double_softmax: bool = False,
+  mask: Bool[Array | np.ndarray, "n"] | None = None,
+) -> Float[Array, ""]:
+  """Contrast of the nearest codes of a segment against the farthest (CVQ-VAE's contrastive loss).
+
+  The positive is the mean of a row's int(k / 10) largest similarities (at least one), the negatives are its k // 2
+  smallest; the loss is the cross-entropy of [positive, negatives] with target 0. The two thresholds are found by
+  bisection, without a sort.
+
+  Args:
+    similarity: of segments and codes.
+    double_softmax: the release's form: a softmax (of square roots if no similarity is negative) before the
+      cross-entropy's own, and the whole row as positive where k < 10.
+    mask: True for rows that count.
+  """
+  x = jnp.asarray(similarity, jnp.float32)
+  bounds = _bounds(jax.lax.stop_gradient(x), double_softmax, axis=1, steps=_EXACT)
+  terms = _terms(x, *bounds, double_softmax, axis=1)
+  if mask is None:
+    return jnp.mean(terms)
+  mask = jnp.asarray(mask, jnp.bool_)
+  return jnp.sum(jnp.where(mask, terms, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def code_contrast_segments(
+  z: Float[Array, "s d n"],
+  codes: Float[Array, "k d"],
+  *,
+  distance: Distance = "cosine",
+  double_softmax: bool = False,
+  weights: Float[Array, "n"] | None = None,
+  block: int = 2048,
+) -> Float[Array, ""]:
+  """`code_contrast` of all segments against all codes, whose similarities are never held at once.
+
+  The backward pass computes the similarities again and takes the thresholds of the forward pass. The release's square
+  roots (no similarity negative anywhere) are taken by a block.
+
+  Args:
+    z: segments as quantised, with tokens on the last axis.
+    codes: the codebook; gets a gradient.
+    distance: "cosine" or "l2".
+    double_softmax: as in `code_contrast`.
+    weights: of the tokens; 0 masks.
+    block: segments worked on at once.
+  """
+  terms = _all_terms(z, codes, distance, double_softmax, block)
+  if weights is None:
+    return jnp.mean(terms)
+  total = jnp.sum(jnp.where(weights > 0, terms * weights, 0.0))
+  return total / jnp.maximum(z.shape[0] * jnp.sum(weights), 1.0)
+
+
+def largest_bound(x: Float[Array, "..."], count: int, axis: int, steps: int = _EXACT) -> Bound:
+  """The bound that selects the `count` largest entries along an axis.
+
+  Bisection for the value of the smallest selected entry; entries that are equal to it, or closer than the bisection
+  resolves, share what is left.
+  """
+  low, high = jnp.min(x, axis=axis, keepdims=True), jnp.max(x, axis=axis, keepdims=True)
+
+  def halve(_, bounds):
+    low, high = bounds
+    middle = low + 0.5 * (high - low)
+    enough = jnp.sum(x > middle, axis=axis, keepdims=True, dtype=jnp.int32) >= count
+    return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+  # Fewer than `count` entries exceed `high`; at least `count` are >= `low`.
+  low, high = jax.lax.fori_loop(0, steps, halve, (low, high))
+  sure = jnp.sum(x > high, axis=axis, keepdims=True, dtype=jnp.int32)
+  some = jnp.sum(x >= low, axis=axis, keepdims=True, dtype=jnp.int32)
+  return Bound(low, high, (count - sure) / jnp.maximum(some - sure, 1))
+
+
+def selected(x: Float[Array, "..."], bound: Bound) -> Float[Array, "..."]:
+  """Weights in [0, 1] of the selected entries; they add up to the number asked for."""
+  return jnp.where(x > bound.high, 1.0, jnp.where(x >= bound.low, bound.share, 0.0))
+
+
+def _numbers(k, double_softmax):
+  above = k // 10
+  return above or (k if double_softmax else 1), k // 2
+
+
+def _bounds(x, double_softmax, axis, steps):
+  above, below = _numbers(x.shape[axis], double_softmax)
+  return largest_bound(x, above, axis, steps), largest_bound(-x, below, axis, steps)
+
+
+def _terms(x, top_bound, low_bound, double_softmax, axis):
+  """Cross-entropy of each row, given what to select."""
+  above, _ = _numbers(x.shape[axis], double_softmax)
+  constant = jax.lax.stop_gradient(x)
+  top, low = selected(constant, top_bound), selected(-constant, low_bound)
+  positive = jnp.sum(top * x, axis=axis, keepdims=True) / above
+  if double_softmax:
+    negative = jnp.any(jnp.where(low > 0, x, positive) < 0)
+    positive, x = jnp.where(negative, positive, _root(positive)), jnp.where(negative, x, _root(x))
+  largest = jnp.max(jnp.where(low > 0, x, -jnp.inf), axis=axis, keepdims=True)
+  shift = jax.lax.stop_gradient(jnp.maximum(positive, largest))
+  exp_positive, exp_negative = jnp.exp(positive - shift), low * jnp.exp(jnp.where(low > 0, x - shift, 0.0))
+  total = exp_positive + jnp.sum(exp_negative, axis=axis, keepdims=True)
+  if double_softmax:
+    positive = exp_positive / total
+    # A negative that a tie takes in part counts as that part of a class.
+    negative = jnp.where(low > 0, exp_negative / (total * jnp.where(low > 0, low, 1.0)), 0.0)
+    every = jnp.exp(positive) + jnp.sum(low * jnp.exp(negative), axis=axis, keepdims=True)
+    return jnp.squeeze(jnp.log(every) - positive, axis)
+  return jnp.squeeze(jnp.log(total) - (positive - shift), axis)
+
+
+def _root(x):
+  """Square root of what is positive, 0 elsewhere, with a finite gradient."""
+  return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0)
+
+
+# All segments, in blocks of tokens. A block takes a stripe from each of several equal parts of the batch, so that a
+# batch that is sharded over devices is worked on in place; the last block overlaps the one before it.
+
+
+def _blocks(z, block):
+  s, d, n = z.shape
+  stripes = math.gcd(n, _STRIPES)
+  length = n // stripes
+  size = max(1, min(length, block // (s * stripes)))
+  starts = jnp.minimum(jnp.arange(-(-length // size)) * size, length - size)
+  return z.reshape(s, d, stripes, length), starts, size
+
+
+def _cut(x, start, size):
+  return jax.lax.dynamic_slice_in_dim(x, start, size, axis=x.ndim - 1)
+
+
+def _block_similarity(z, codes, distance):
+  """[s, d, stripes, size] -> [s, k, stripes * size]."""
+  s, d = z.shape[:2]
+  return similarities(z.reshape(s, d, -1), codes, distance=distance)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _all_terms(z, codes, distance, double_softmax, block):
+  return _all_terms_forward(z, codes, distance, double_softmax, block)[0]
+
+
+def _all_terms_forward(z, codes, distance, double_softmax, block):
+  parts, starts, size = _blocks(z, block)
+  s, _, stripes, length = parts.shape
+
+  def step(stored, start):
+    x = _block_similarity(_cut(parts, start, size), codes, distance)
+    bounds = _bounds(x, double_softmax, axis=1, steps=_FAST)
+    terms = _terms(x, *bounds, double_softmax, axis=1)
+    flat = [terms, *(b[:, 0] for bound in bounds for b in bound)]
+    values = jnp.stack(flat).reshape(7, s, stripes, size)
+    return jax.lax.dynamic_update_slice_in_dim(stored, values, start, axis=3), None
+
+  stored, _ = jax.lax.scan(step, jnp.zeros((7, s, stripes, length)), starts)
+  return stored[0].reshape(s, -1), (z, codes, stored[1:])
+
+
+def _all_terms_backward(distance, double_softmax, block, residuals, cotangent):
+  z, codes, stored = residuals
+  parts, starts, size = _blocks(z, block)
+  s, _, stripes, length = parts.shape
+  cotangent = cotangent.reshape(s, stripes, length)
+  done = jnp.concatenate([jnp.zeros(1, starts.dtype), starts[:-1] + size])
+
+  def step(carry, at):
+    grad_z, grad_codes = carry
+    start, first_new = at
+    bounds = _cut(stored, start, size).reshape(6, s, 1, stripes * size)
+    bounds = Bound(*bounds[:3]), Bound(*bounds[3:])
+    # What the block before has done gets no second cotangent.
+    new = start + jnp.arange(size) >= first_new
+    given = jnp.where(new, _cut(cotangent, start, size), 0.0).reshape(s, -1)
+    terms = lambda z, codes: _terms(_block_similarity(z, codes, distance), *bounds, double_softmax, axis=1)
+    block_z, block_codes = jax.vjp(terms, _cut(parts, start, size), codes)[1](given)
+    kept = jnp.where(new, block_z, _cut(grad_z, start, size))
+    return (jax.lax.dynamic_update_slice_in_dim(grad_z, kept, start, axis=3), grad_codes + block_codes), None
+
+  zero = jnp.zeros_like(parts), jnp.zeros_like(codes)
+  (grad_z, grad_codes), _ = jax.lax.scan(step, zero, (starts, done))
+  return grad_z.reshape(z.shape), grad_codes
+
+
+_all_terms.defvjp(_all_terms_forward, _all_terms_backward)
