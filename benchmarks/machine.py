@@ -1,0 +1,30 @@
+"""What the numbers were taken on, and a clock that takes contenders in turn."""
+
+import os
+import statistics
+import time
+
+
+def describe():
+  """Prints processor, load, versions and the kernel each BLAS has chosen."""
+  import threadpoolctl
+
+  with open("/proc/cpuinfo") as file:
+    model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "unknown")
+  print(f"processor: {model}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+  for pool in threadpoolctl.threadpool_info():
+    name = os.path.basename(pool["filepath"])
+    print(f"  {pool['internal_api']} {pool.get('version')} kernel {pool.get('architecture')} "
+          f"threads {pool['num_threads']} ({name})")
+
+
+def in_turn(contenders, repeats):
+  """Median seconds of each of {name: function}, one call of each per round after one that is not counted."""
+  times = {name: [] for name in contenders}
+  for turn in range(repeats + 1):
+    for name, run in contenders.items():
+      start = time.perf_counter()
+      run()
+      if turn:
+        times[name].append(time.perf_counter() - start)
+  return {name: statistics.median(values) for name, values in times.items()}

@@ -1,0 +1,97 @@
+"""What the quantiser becomes on TPU and GPU: segments stay on lanes, and no matrix of similarities is written."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from codebind_jax import compositional
+from codebind_jax.nearest import nearest_code, nearest_segments
+
+SPEC = compositional.CompositionalSpec(shared_dim=64, specific_dim=32, num_codes=(48, 24))
+B, T = 32, 9
+SEGMENTS = B * T * 8
+
+
+def training_call():
+  """A jitted call with gradients, and the shapes of its arguments."""
+
+  def loss(features, codebooks):
+    outputs, new = compositional.quantize_modalities(features, codebooks, SPEC, rng=jax.random.key(0))
+    return sum(jnp.sum(out.full**3) + out.commitment for out in outputs.values()), new
+
+  states = jax.eval_shape(lambda: compositional.new_codebooks(jax.random.key(0), SPEC, ["text", "image"]))
+  shapes = {"text": (B, 64), "image": (B, T, 96)}
+  features = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+  return jax.jit(jax.value_and_grad(loss, has_aux=True)), (features, states)
+
+
+def narrow_arrays(text, pattern):
+  """Shapes of float32 arrays of at least a modality's segments whose last axis is as narrow as a code."""
+  shapes = [tuple(int(n) for n in re.split("[x,]", match)) for match in re.findall(pattern, text)]
+  return {s for s in shapes if s[-1] <= 16 and np.prod(s[:-1]) >= SEGMENTS // 2}
+
+
+def test_no_narrow_array_of_segments_is_lowered_for_tpu():
+  step, arguments = training_call()
+  pattern = r"tensor<((?:\d+x)+\d+)xf32>"
+  found = {
+    platform: narrow_arrays(step.trace(*arguments).lower(lowering_platforms=(platform,)).as_text(), pattern)
+    for platform in ("tpu", "cpu")
+  }
+  assert not found["tpu"]
+  # On CPU the scatter takes rows, which shows that the search for them works.
+  assert found["cpu"]
+
+
+def test_each_platform_gets_its_own_search():
+  def text(platform, d):
+    shapes = jax.ShapeDtypeStruct((3, d, 512), jnp.float32), jax.ShapeDtypeStruct((64, d), jnp.float32)
+    return jax.jit(nearest_segments).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+
+  assert "stablehlo.while" in text("cpu", 8) and "dot_general" not in text("cpu", 8)
+  assert "dot_general" in text("tpu", 8) and "stablehlo.while" not in text("tpu", 8)
+  assert "stablehlo.while" in text("cuda", 8)
+
+
+def tpu_devices():
+  pytest.importorskip("libtpu")
+  from jax.experimental import topologies
+
+  return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+
+
+def compiled_for(device, function, *shapes):
+  sharding = jax.sharding.SingleDeviceSharding(device)
+  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+  return jax.jit(function).lower(*jax.tree.map(place, shapes)).compile()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n, k, d", [(1_048_576, 1024, 8), (65_536, 8192, 256)])
+def test_tpu_search_writes_no_matrix(n, k, d, monkeypatch):
+  monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  device = tpu_devices()[0]
+  codes = jax.ShapeDtypeStruct((k, d), jnp.float32)
+  if d <= 32:
+    compiled = compiled_for(device, nearest_segments, jax.ShapeDtypeStruct((1, d, n), jnp.float32), codes)
+  else:
+    compiled = compiled_for(device, nearest_code, jax.ShapeDtypeStruct((n, d), jnp.float32), codes)
+  assert compiled.memory_analysis().temp_size_in_bytes < n * k * 4 / 50
+
+
+@pytest.mark.slow
+def test_tpu_step_holds_no_narrow_array(monkeypatch):
+  monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  _, (features, states) = training_call()
+  step, _ = training_call()
+  text = compiled_for(tpu_devices()[0], step, features, states).as_text()
+  # Logical shapes in an order of axes given by the layout: the first number in braces is the minor axis.
+  minor = []
+  for shape, layout in re.findall(r"f32\[([\d,]+)\]\{([\d,]+)", text):
+    sizes = [int(n) for n in shape.split(",")]
+    if sizes[int(layout.split(",")[0])] <= 16 and np.prod(sizes) >= SEGMENTS * 4:
+      minor.append(shape)
+  assert not minor
