@@ -11,3 +11,5 @@ from codebind_jax.losses.codes import commitment as commitment
 from codebind_jax.losses.contrastive import info_nce as info_nce
 from codebind_jax.losses.disentangle import decomposition as decomposition
 from codebind_jax.losses.disentangle import specific_uniform as specific_uniform
+from codebind_jax.losses.reconstruction import reconstruction as reconstruction
+from codebind_jax.losses.reconstruction import resize_target as resize_target
