@@ -284,7 +284,7 @@ def test_load_lists_everything_that_does_not_fit():
 
 def test_load_names_the_modalities_it_leaves_out(caplog):
   logging.get_absl_logger().propagate = True
-  with caplog.at_level("INFO"):
+  with caplog.at_level("INFO", logger="absl"):
     load(abstract("eeg"), state_dict() | {"modality_preprocessors.text.mask": np.zeros(1)},
          ("modality_(heads|postprocessors).*",))
   assert "'audio'" in caplog.text and "'eeg'" not in caplog.text

@@ -21,7 +21,7 @@ class TowerSpec:
   """One modality's tower after its trunk.
 
   Attributes:
-    shared_dim: width d_s of the shared part.
+    shared_dim: width d_s of the shared part; 0 for a head that is specific alone (the release's single head).
     specific_dim: width d_p of the modality-specific part; 0 for none (text).
     hidden: width of a hidden GELU layer in the shared head; 0 is the published linear head.
     dropout: on the normalised trunk tokens, while training.
@@ -71,7 +71,8 @@ class Tower(nn.Module):
     """Makes the heads."""
     spec = self.spec
     options = {"dropout": spec.dropout, "init": spec.init}
-    self.shared = Head(spec.shared_dim, spec.hidden, **options)
+    if spec.shared_dim:
+      self.shared = Head(spec.shared_dim, spec.hidden, **options)
     if spec.specific_dim:
       self.specific = Head(spec.specific_dim, **options)
 
@@ -79,9 +80,13 @@ class Tower(nn.Module):
     self, tokens: Float[Array, "b n c"], train: bool = False, added: Float[Array, "b n s"] | None = None
   ) -> Float[Array, "b n d"]:
     """Trunk tokens to [b, n, shared_dim + specific_dim]; `added` is added to the shared part."""
-    shared = self.shared(tokens, train)
-    shared = shared if added is None else shared + added
-    return jnp.concatenate([shared, self.specific(tokens, train)], axis=-1) if self.spec.specific_dim else shared
+    parts = []
+    if self.spec.shared_dim:
+      shared = self.shared(tokens, train)
+      parts.append(shared if added is None else shared + added)
+    if self.spec.specific_dim:
+      parts.append(self.specific(tokens, train))
+    return jnp.concatenate(parts, axis=-1)
 
 
 class CodeBind(nn.Module):
