@@ -41,6 +41,7 @@ def make_spec(config: Any) -> CompositionalSpec | None:
     num_specific_codes=book.codes.to_dict(),
     layout=book.layout,
     distance=book.distance,
+    normalize=book.normalize,
     decay=book.decay,
     revive=book.revive,
     revive_mode=book.revive_mode,

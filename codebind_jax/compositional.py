@@ -39,7 +39,8 @@ class ModalityOutput:
     full: [*lead, shared_dim + specific_dim], likewise.
     indices_shared: [*lead, s] int32 codes.
     indices_specific: [*lead, s'] int32 codes.
-    similarity_shared: [b, s, k] similarities of the class token's shared segments to the codes.
+    similarity_shared: [b, s, k] similarities of the class token's shared segments to the codes, or of the first rows'
+      alone where `similarity_rows` says so.
     similarity_specific: [b, s', k'] likewise.
     commitment: commitment loss, shared and specific parts added (with the codebook loss where codes are parameters).
   """
@@ -124,6 +125,7 @@ def quantize_modalities(
   update: Update = "snapshot",
   rng: jax.Array | None = None,
   masks: Mapping[str, Bool[Array | np.ndarray, "..."]] | None = None,
+  similarity_rows: int = 0,
 ) -> tuple[dict[str, ModalityOutput], dict[str, CodebookState]]:
   """Quantises all modalities and updates the codebooks.
 
@@ -136,6 +138,8 @@ def quantize_modalities(
       statistics; "sequential" updates after each call, as the release does; "none" leaves the codebooks alone.
     rng: key of the revival; a fixed one is used if it is None.
     masks: by modality, [b] or [b, t], True for real rows; masked ones touch neither the state nor the losses.
+    similarity_rows: of how many rows, from the first, the similarities are computed; 0 for all. They are [b, s, k] and
+      with their gradient cost many times what the search does.
 
   Returns:
     Outputs by modality, and the codebooks after the update.
@@ -158,7 +162,7 @@ def quantize_modalities(
         continue
       if name not in codebooks:
         raise ValueError(f"codebooks lack {name!r}, which {modality!r} needs; they are {sorted(codebooks)}")
-      result, used = _quantize_part(segments, codebooks[name], weights, x, spec)
+      result, used = _quantize_part(segments, codebooks[name], weights, x, spec, similarity_rows)
       quantised.append(result)
       if update == "sequential":
         key = _fold(rng, f"{modality}/{part}")
@@ -303,7 +307,7 @@ def _segments(x, modality, spec):
   return parts[0].reshape(-1, ds, lanes.shape[1]), parts[1].reshape(-1, dp, lanes.shape[1])
 
 
-def _quantize_part(z, state, weights, x, spec):
+def _quantize_part(z, state, weights, x, spec, similarity_rows):
   """Quantises segments z of features x with one codebook.
 
   Returns:
@@ -318,6 +322,7 @@ def _quantize_part(z, state, weights, x, spec):
     loss = loss + _mean_square(vectors - jax.lax.stop_gradient(z), weights)
   class_token = direction.reshape(*direction.shape[:2], *x.shape[:-1])
   class_token = class_token[..., 0] if x.ndim == 3 else class_token
+  class_token = class_token[..., :similarity_rows] if similarity_rows else class_token
   if spec.detach_similarity:
     class_token = jax.lax.stop_gradient(class_token)
   similarity = jnp.moveaxis(similarities(class_token, codes, distance=spec.distance), 2, 0)

@@ -27,7 +27,7 @@ _POSITIVE = (
   "steps", "batch_size", "log_steps", "eval_steps", "checkpoint_steps", "keep_checkpoints",
   "model.shared_dim", "codebook.dim", "codebook.shared_codes", "optim.learning_rate", "optim.clip_norm",
 )
-_COUNTS = ("data.max_bad_records", "data.texts", "seed")
+_COUNTS = ("data.max_bad_records", "seed")
 _SHARES = ("codebook.decay", "codebook.alarm_share", "optim.b1", "optim.b2")
 
 
@@ -95,11 +95,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 
 def _validate_train(config: ml_collections.ConfigDict) -> None:
-  from codebind_jax.data.featurize import AUGMENTS
+  from codebind_jax.data.featurize import CAPTION_MODES
   from codebind_jax.pretrained import trunk_names
   from codebind_jax.stages import stages_of
   from codebind_jax.step import TERMS
 
+  check_keys([config.data.captions], CAPTION_MODES, "data.captions")
   towers = config.model.towers
   for name, tower in towers.items():
     check_keys([tower.trunk], trunk_names(), f"model.towers.{name}.trunk")
@@ -110,7 +111,8 @@ def _validate_train(config: ml_collections.ConfigDict) -> None:
       )
     if not 0 <= tower.dropout < 1:
       raise ValueError(f"config.model.towers.{name}.dropout: got {tower.dropout}; allowed: 0 up to, not including, 1")
-    check_keys([tower.augment], AUGMENTS, f"model.towers.{name}.augment")
+    if not 0 <= tower.whiten <= 1:
+      raise ValueError(f"config.model.towers.{name}.whiten: got {tower.whiten}; allowed: 0 (off) to 1")
     if tower.views < 1 or not 0 <= tower.augmented <= 1:
       raise ValueError(
         f"config.model.towers.{name}: got views {tower.views}, augmented {tower.augmented}; allowed: 1 and up, 0 to 1"
@@ -137,6 +139,8 @@ def _validate_train(config: ml_collections.ConfigDict) -> None:
         raise ValueError(f"config.{where}.{key}: got {getattr(stage, key)}; allowed: any number above 0")
     if stage.code_rows < 0:
       raise ValueError(f"config.{where}.code_rows: got {stage.code_rows}; allowed: 0 (all) and up")
+    if stage.mixup < 0:
+      raise ValueError(f"config.{where}.mixup: got {stage.mixup}; allowed: 0 (off) and up")
     if not stage.temperature > 0:
       raise ValueError(f"config.{where}.temperature: got {stage.temperature}; allowed: any number above 0")
 

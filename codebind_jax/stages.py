@@ -21,6 +21,8 @@ class Stage:
     matching_temperature: of the softmax over codes in code matching.
     code_rows: rows of a batch that code contrast and code matching look at; 0 for all. Their cost grows with rows times
       segments times codes (matching: with the square of the rows), and is most of a step's if all rows take part.
+    mixup: rows are mixed with their neighbours in the batch, all modalities by the same share, drawn from Beta(mixup,
+      mixup) (Zhang et al., 2018, arXiv 1710.09412); 0 for none.
     first_step: global step at which the stage begins.
   """
 
@@ -33,6 +35,7 @@ class Stage:
   temperature: float
   matching_temperature: float
   code_rows: int
+  mixup: float
   first_step: int
 
   @property
@@ -62,6 +65,7 @@ def stages_of(config: Any) -> list[Stage]:
         temperature=float(entry.temperature),
         matching_temperature=float(entry.matching_temperature),
         code_rows=int(entry.code_rows),
+        mixup=float(entry.mixup),
         first_step=step,
       )
     )

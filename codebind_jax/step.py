@@ -132,17 +132,21 @@ def make_train_step(
   quantised together against one snapshot of the codebooks, the terms are taken per source and averaged.
   """
   active = {name: weight for name, weight in stage.losses.items() if weight}
+  similarity_rows = stage.code_rows if {"code_contrast", "code_matching"} & set(active) else 1
 
   def loss_fn(params: Any, state: TrainState, batch: Mapping[str, Any], rng: Any):
     tokens, masks, owners = _merge(batch)
     drop_rng, code_rng = jax.random.split(rng)
+    if stage.mixup:
+      tokens = mixed(jax.random.fold_in(rng, 1), tokens, masks, owners, stage.mixup)
     features, scales = model.apply({"params": params}, tokens, train=True, rngs={"dropout": drop_rng})
     if spec is None:
       outputs, codebooks = plain_outputs(features, model), state.codebooks
     else:
       outputs, codebooks = quantize_modalities(
-        features, state.codebooks, spec, update=update, rng=code_rng, masks=masks
-      )
+        features, state.codebooks, spec, update=update, rng=code_rng, masks=masks,
+        similarity_rows=similarity_rows if len(batch) == 1 else 0,
+      )  # fmt: skip
     terms = {name: jnp.zeros((), jnp.float32) for name in active}
     for source in batch:
       mine = {m: _rows(outputs[m], rows) for (s, m), rows in owners.items() if s == source}
@@ -169,6 +173,39 @@ def make_train_step(
     return state, metrics
 
   return step
+
+
+def mixed(
+  rng: Array, tokens: Mapping[str, Array], masks: Mapping[str, Array], owners: Mapping[tuple[str, str], slice],
+  alpha: float,
+) -> dict[str, Array]:
+  """Mixup of trunk tokens: row i becomes w x_i + (1 - w) x_(i-1), with one w in [1/2, 1] for all of its modalities.
+
+  What lies between two items is bound to what lies between their captions, which asks the heads to be linear between
+  the concepts they were trained on. A row whose neighbour lacks one of its modalities stays as it is.
+
+  Args:
+    rng: key of the shares.
+    tokens: modality -> [n, t, c], the sources one after the other.
+    masks: modality -> bool [n].
+    owners: (source, modality) -> its rows.
+    alpha: shares are drawn from Beta(alpha, alpha).
+  """
+  out = dict(tokens)
+  for number, source in enumerate(dict.fromkeys(source for source, _ in owners)):
+    mine = {name: rows for (owner, name), rows in owners.items() if owner == source}
+    count = next(rows.stop - rows.start for rows in mine.values())
+    weight = jax.random.beta(jax.random.fold_in(rng, number), alpha, alpha, (count,))
+    weight = jnp.maximum(weight, 1.0 - weight)
+    for name, rows in mine.items():
+      has = masks[name][rows]
+      weight = jnp.where(has & ~jnp.roll(has, 1), 1.0, weight)
+    for name, rows in mine.items():
+      x, share = tokens[name][rows].astype(jnp.float32), weight[:, None, None]
+      blend = share * x + (1.0 - share) * jnp.roll(x, 1, axis=0)
+      whole = rows == slice(0, out[name].shape[0])
+      out[name] = blend if whole else out[name].astype(jnp.float32).at[rows].set(blend)
+  return out
 
 
 def plain_outputs(features: Mapping[str, Float[Array, "b n d"]], model: CodeBind) -> dict[str, ModalityOutput]:

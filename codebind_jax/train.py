@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import tqdm
 from absl import logging
 
@@ -27,6 +28,7 @@ from codebind_jax.data.pipeline import make_iterator
 from codebind_jax.data.task import open_task
 from codebind_jax.evaluate import Evaluation
 from codebind_jax.metrics import MetricsWriter, Throughput
+from codebind_jax.models.codebind import whitened
 from codebind_jax.report import write_report
 from codebind_jax.stages import Stage, stages_of
 from codebind_jax.state import TrainState
@@ -123,6 +125,7 @@ def run_stages(
     return model.init(head_rng, dummy)["params"], codebooks, {}
 
   state = state_lib.create(mesh, jax.random.key(config.seed), init)
+  state = state.replace(params=whiten_heads(state.params, config, tables))
   untrained_params = jax.device_get(state.params)  # the step donates its state; the report shows the start as well
   optimizers = {
     stage.name: optim.make_optimizer(state.params, stage.train, config.optim.to_dict(), stage.steps) for stage in stages
@@ -219,6 +222,18 @@ def compile_step(step: Any, state: TrainState, batch: Any, mesh: Any) -> Any:
     memory.argument_size_in_bytes / 2**20, memory.temp_size_in_bytes / 2**20,
   )
   return compiled
+
+
+def whiten_heads(params: Any, config: Any, tables: Mapping[str, Any]) -> Any:
+  """The random start of the shared heads, with `config.model.towers.*.whiten` folded in where it is set."""
+  params = dict(params)
+  for name, tower in config.model.towers.items():
+    if tower.whiten:
+      tokens = np.asarray(tables[name].features[:, 0, 0], np.float32)
+      head = whitened(jax.device_get(params[name]["shared"]), tokens, tower.whiten)
+      placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), head, params[name]["shared"])
+      params[name] = dict(params[name]) | {"shared": placed}
+  return params
 
 
 def start_codebooks(state: TrainState, model: Any, spec: Any, batch: Any, mesh: Any) -> TrainState:

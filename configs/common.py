@@ -9,12 +9,12 @@ def tower(trunk, **overrides):
   config.trunk = trunk
   config.options = ConfigDict()  # passed to the trunk's loader
   config.views = 1  # cached views of a training item: the clean one and views-1 augmented ones
-  config.augment = "mixed"  # how those are made: mixed (colours, styles, moves) or line (line drawings)
   config.augmented = 0.5  # how often an augmented view is drawn
   config.specific_dim = 0
   config.hidden = 0
   config.dropout = 0.0
   config.init = "orthogonal"
+  config.whiten = 0.0  # the shared head starts with the training tokens' covariance to this negative power in it
   config.logit_scale = 1.0
   config.meaning = ""  # a modality in whose trunk's space the last `meaning_dim` columns of the tokens lie
   config.meaning_dim = 0
@@ -32,6 +32,7 @@ def stage(config, **overrides):
   entry.temperature = 0.07
   entry.matching_temperature = 1.0
   entry.code_rows = 0  # rows of a batch for code_contrast and code_matching; 0 for all
+  entry.mixup = 0.0  # share of another row mixed into every row: Beta(mixup, mixup); 0 for none
   entry.losses = ConfigDict()
   entry.update(overrides)
   return entry
@@ -60,7 +61,7 @@ def get_config():
   config.data.classes = ""  # a text file with one class name a line; default: the labels that occur
   config.data.max_bad_records = 0
   config.data.unique_labels = True
-  config.data.texts = 0  # how many of a row's texts are captions to train on, from the first; 0 for all
+  config.data.captions = "each"  # texts after a row's first: main (none), each (a caption by itself) or joined (one list)
   config.data.templates = ("{}",)
   config.data.eval_templates = ("{}",)
 
@@ -74,6 +75,7 @@ def get_config():
   config.codebook.shared_codes = 1024
   config.codebook.codes = ConfigDict()
   config.codebook.distance = "cosine"
+  config.codebook.normalize = True  # quantise directions of segments only
   config.codebook.layout = "parts"
   config.codebook.update_mode = "snapshot"  # "sequential" updates after each modality, as the release does
   config.codebook.decay = 0.99

@@ -11,19 +11,24 @@ def get_config(arg=""):
   config = common.get_config()
   config.steps = 300
   config.eval_steps = 150
-  config.optim.learning_rate = 2e-3
+  config.optim.learning_rate = 1e-3
   config.optim.warmup = 30
-  config.data.texts = 1  # tags such as "animal" fit too many icons to tell them apart
+  config.data.captions = "joined"  # a tag alone, such as "animal", fits too many icons
   config.data.templates = ("{}", "an image of {}", "an icon of {}", "a drawing of {}", "a photo of {}")
   config.data.eval_templates = config.data.templates
 
   config.model.towers.image = common.tower(
     "efficientnet_lite0",
-    options={"size": (160, 224), "crop": True, "grid": 2, "levels": (5, 6, 7), "class_names": "minilm"},
-    meaning="text", meaning_dim=384, specific_dim=384, dropout=0.1,
+    options={
+      "size": (160, 224), "crop": True, "grid": 0, "levels": (5, 6, 7), "lines": 160, "class_names": "minilm"
+    },
+    meaning="text", meaning_dim=384, specific_dim=384,
   )
-  config.model.towers.text = common.tower("minilm")
+  config.model.towers.text = common.tower("minilm", whiten=0.25)
   config.codebook.codes.image = 256
+  config.codebook.dim = 4
+  config.codebook.distance = "l2"
+  config.codebook.normalize = False
 
   # The text head starts as a rotation of MiniLM's space and moves slowly: words never trained on keep their place.
   config.optim.rules = ((r"text/.*", 0.1, 1.0), *config.optim.rules)
@@ -31,7 +36,9 @@ def get_config(arg=""):
   config.stages.bridges = common.stage(
     config,
     pairs=(("image", "text"),),
-    code_rows=32,
+    temperature=0.1,
+    mixup=1.0,
+    code_rows=8,
     losses={
       "info_nce": 1.0,
       "commitment": 10.0,

@@ -228,3 +228,16 @@ def test_bad_specs_are_named(change, message):
 def test_bad_input_is_named(x, options, message):
   with pytest.raises(ValueError, match=message):
     compositional.quantize_modalities(x, books(), SPEC, **options)
+
+
+def test_similarities_of_the_first_rows_alone_change_nothing_else():
+  whole, after = compositional.quantize_modalities(features(), books(), SPEC)
+  some, again = compositional.quantize_modalities(features(), books(), SPEC, similarity_rows=2)
+  for name, out in whole.items():
+    part = some[name]
+    assert part.similarity_shared.shape[0] == 2
+    assert_close(part.similarity_shared, out.similarity_shared[:2])
+    if out.similarity_specific.size:
+      assert_close(part.similarity_specific, out.similarity_specific[:2])
+    assert_close(part.full, out.full)
+  assert_close(after, again)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from codebind_jax.data.transforms import image as image_transforms
 from codebind_jax.pretrained import efficientnet_lite0, load_trunk, minilm
+from codebind_jax.pretrained.line_drawing import line_drawing
 from codebind_jax.pretrained.loading import merge
 from codebind_jax.pretrained.trunk import fingerprint
 from tests.pretrained_fixtures import TINY_STAGES, package, tiny_image_trunk, tiny_text_trunk
@@ -175,6 +176,19 @@ def test_several_sizes_are_averaged_block_by_block():
   np.testing.assert_allclose(trunk.compiled(trunk.params, large[None]), expected, atol=1e-4)
 
 
+def test_lines_append_what_the_network_sees_in_a_line_drawing():
+  options = {"weights": "random", "stages": TINY_STAGES, "head_width": 24, "size": 48, "grid": 1, "levels": (2,)}
+  plain, lines = load_trunk("efficientnet_lite0", **options), load_trunk("efficientnet_lite0", **options, lines=48)
+  images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 48, 48, 3)), jnp.uint8)
+  both = lines.compiled(lines.params, images)
+  assert (lines.width, both.shape) == (72, (2, 2, 72)) and lines.fingerprint != plain.fingerprint
+  np.testing.assert_allclose(both[..., :36], plain.compiled(plain.params, images), atol=1e-4)
+  np.testing.assert_allclose(both[..., 36:], plain.apply(plain.params, line_drawing(images)), atol=1e-4)
+  small = load_trunk("efficientnet_lite0", **options, lines=32)
+  drawn = line_drawing(efficientnet_lite0.shrink(images, 32))
+  np.testing.assert_allclose(small.compiled(small.params, images)[..., 36:], plain.apply(plain.params, drawn), atol=1e-4)
+
+
 def test_image_trunk_preprocess_brings_any_image_to_size():
   trunk = tiny_image_trunk(grid=2, crop=True)
   image = np.full((50, 80, 3), 255, np.uint8)
@@ -220,6 +234,7 @@ def test_dont_load_keeps_the_random_start(tmp_path):
     ("efficientnet_lite0", {"size": 8}, "size: got 8"),
     ("efficientnet_lite0", {"grid": -1}, "grid: got -1"),
     ("efficientnet_lite0", {"levels": (8,)}, "levels: got 8, allowed are 1 to 7"),
+    ("efficientnet_lite0", {"lines": 16}, "lines: got 16"),
     ("efficientnet_lite0", {"fit": "squash"}, "fit: got 'squash', allowed are pad, crop, stretch"),
     ("efficientnet_lite0", {"weights": "/no/such.pth"}, "'/no/such.pth' does not exist"),
     ("minilm", {"max_length": 1}, "max_length: got 1"),

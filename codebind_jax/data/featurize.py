@@ -10,21 +10,30 @@ from absl import logging
 
 from codebind_jax.data.features import cached_features
 from codebind_jax.data.pipeline import FeatureTable
-from codebind_jax.data.transforms.augment import Augment, LineDrawing
+from codebind_jax.data.transforms.augment import Augment
 from codebind_jax.data.worlds import fetch
 from codebind_jax.pretrained import load_trunk
 
-# What `config.model.towers.*.augment` may name.
-AUGMENTS = {"mixed": Augment(), "line": LineDrawing()}
+def captions(texts: Sequence[str], templates: Sequence[str], mode: str = "each") -> list[str]:
+  """Captions to train on, without repeats: every template filled with the main text, and what `mode` makes of the rest.
 
+  Args:
+    texts: of one row, the main text first.
+    templates: strings with one `{}` each.
+    mode: "main" leaves the further texts out, "each" makes every one a caption, "joined" adds one caption that lists
+      all texts (a further text alone, such as "animal", may fit many other rows).
 
-def captions(texts: Sequence[str], templates: Sequence[str]) -> list[str]:
-  """Every template filled with the main text, and the further texts as they are; without repeats.
-
-  >>> captions(["cow", "calf"], ["{}", "an icon of a {}"])
-  ['cow', 'an icon of a cow', 'calf']
+  >>> captions(["cow", "calf", "ox"], ["{}", "an icon of a {}"])
+  ['cow', 'an icon of a cow', 'calf', 'ox']
+  >>> captions(["cow", "calf", "ox"], ["{}", "an icon of a {}"], "joined")
+  ['cow', 'an icon of a cow', 'cow, calf, ox']
   """
-  return list(dict.fromkeys([template.format(texts[0]) for template in templates] + list(texts[1:])))
+  main = [template.format(texts[0]) for template in templates]
+  rest = {"main": [], "each": texts[1:], "joined": [", ".join(texts)]}[mode]
+  return list(dict.fromkeys([*main, *rest]))
+
+
+CAPTION_MODES = ("main", "each", "joined")
 
 
 class Featurizer:
@@ -61,7 +70,7 @@ class Featurizer:
     views = tower.views if augmented else 1
     features = cached_features(
       self.trunks[modality], present.keys, lambda i: present[i][modality], cache_dir=self._cache, views=views,
-      augment=AUGMENTS[tower.augment] if views > 1 else None,
+      augment=Augment() if views > 1 else None,
       hashes=[present.content_hash(i, modality) for i in range(len(present))],
     )  # fmt: skip
     item = {row: number for number, row in enumerate(rows)}
@@ -90,7 +99,7 @@ class Featurizer:
 
   def _text_table(self, source: Any, rows: Sequence[int]) -> FeatureTable:
     data = self._config.data
-    by_row = {row: captions(source.rows[row]["text"][: data.texts or None], data.templates) for row in rows}
+    by_row = {row: captions(source.rows[row]["text"], data.templates, data.captions) for row in rows}
     strings = sorted({caption for own in by_row.values() for caption in own})
     number = {caption: n for n, caption in enumerate(strings)}
     logging.info("%s: %d distinct captions of %d rows", source.name, len(strings), len(rows))

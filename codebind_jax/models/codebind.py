@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 INITS = {
@@ -49,7 +50,7 @@ class Head(nn.Module):
   width: int
   hidden: int = 0
   dropout: float = 0.0
-  init: str = "orthogonal"
+  start: str = "orthogonal"
 
   @nn.compact
   def __call__(self, tokens: Float[Array, "b n c"], train: bool = False) -> Float[Array, "b n d"]:
@@ -59,7 +60,35 @@ class Head(nn.Module):
     if self.hidden:
       x = nn.gelu(nn.Dense(self.hidden, name="hidden")(x))
       x = nn.Dropout(self.dropout)(x, deterministic=not train)
-    return nn.Dense(self.width, use_bias=False, kernel_init=INITS[self.init], name="proj")(x)
+    return nn.Dense(self.width, use_bias=False, kernel_init=INITS[self.start], name="proj")(x)
+
+
+def whitened(
+  head: Mapping[str, Mapping[str, Array | np.ndarray]], tokens: Float[Array | np.ndarray, "n c"], power: float, shrink: float = 0.1
+) -> dict[str, dict[str, Array | np.ndarray]]:
+  """Parameters of a linear `Head` that start from the training tokens' statistics.
+
+  Normalised tokens x become (x - mean) C^-power P, with C their covariance, its eigenvalues raised by `shrink` of their
+  mean, P the head's projection, and a scale that keeps the size of the output. A frozen encoder crowds its directions
+  (in a text encoder, what all short captions share); power 1/2 whitens, smaller ones go part of the way.
+
+  Args:
+    head: parameters `norm` and `proj`.
+    tokens: of the training items.
+    power: 0 only centres.
+    shrink: keeps directions that hardly occur from being blown up.
+  """
+  x = np.asarray(tokens, np.float64)
+  x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-6)
+  mean, kernel = x.mean(0), np.asarray(head["proj"]["kernel"], np.float64)
+  values, vectors = np.linalg.eigh(np.cov((x - mean).T))
+  values = np.maximum(values, 0.0)
+  new = (vectors * (values + shrink * values.mean()) ** -power) @ vectors.T @ kernel
+  new *= np.sqrt(np.mean(((x - mean) @ kernel) ** 2) / np.mean(((x - mean) @ new) ** 2))
+  return {
+    "norm": {"scale": head["norm"]["scale"], "bias": jnp.asarray(-mean, jnp.float32)},
+    "proj": {"kernel": jnp.asarray(new, jnp.float32)},
+  }
 
 
 class Tower(nn.Module):
@@ -70,7 +99,7 @@ class Tower(nn.Module):
   def setup(self):
     """Makes the heads."""
     spec = self.spec
-    options = {"dropout": spec.dropout, "init": spec.init}
+    options = {"dropout": spec.dropout, "start": spec.init}
     if spec.shared_dim:
       self.shared = Head(spec.shared_dim, spec.hidden, **options)
     if spec.specific_dim:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Num
 from codebind_jax.data.transforms import image as image_transforms
 from codebind_jax.data.worlds import fetch
 from codebind_jax.pretrained.class_names import class_meaning, named_classes
+from codebind_jax.pretrained.line_drawing import line_drawing
 from codebind_jax.pretrained.loading import initial_params, merge, read_member
 from codebind_jax.pretrained.torch_pickle import load_torch_pickle
 from codebind_jax.pretrained.trunk import Trunk, fingerprint
@@ -229,6 +230,7 @@ def make_trunk(
   size: int | Sequence[int] = 160,
   grid: int = 2,
   levels: Sequence[int] = (),
+  lines: int = 0,
   fit: str = "pad",
   crop: bool = False,
   flip: bool = False,
@@ -245,6 +247,8 @@ def make_trunk(
       the tokens are averaged after each block was standardised.
     grid: cells per side of the pooled map; 0 leaves the class token alone.
     levels: stages (1 to 7) whose pooled maps are appended to the width of every token; each block is then standardised.
+    lines: side at which the network also looks at a line drawing of the image (shape without colour, so that artists
+      who draw in black and white look less foreign); its standardised blocks are appended. 0 for none.
     fit: how an image that is not square is brought to one, see `transforms.image.fit_square`.
     crop: cut white margins first, so that the drawing fills the frame.
     flip: average the maps of the image and of its mirror image (twice the time).
@@ -262,6 +266,8 @@ def make_trunk(
   sizes = (size,) if isinstance(size, int) else tuple(size)
   if not sizes or min(sizes) < 32 or len(set(sizes)) < len(sizes):
     raise ValueError(f"size: got {size}, needed are one or more different sides of at least 32 pixels")
+  if lines and lines < 32:
+    raise ValueError(f"lines: got {lines}, allowed are 0 (none) and sides of at least 32 pixels")
   if grid < 0:
     raise ValueError(f"grid: got {grid}, allowed are 0 and up")
   if fit not in image_transforms.FITS:
@@ -283,17 +289,23 @@ def make_trunk(
       "classes": named_classes(classifier["_fc.weight"], classifier["_fc.bias"], class_names),
     }
 
+  standardise = bool(levels or lines or len(sizes) > 1)
+
   def apply(params: Any, images: jax.Array | np.ndarray) -> jax.Array:
     images = jnp.asarray(images)
     scaled = [images if side == max(sizes) else shrink(images, side) for side in sizes]
-    scales = [pooled(params["features"] if class_names else params, one) for one in scaled]
+    network = params["features"] if class_names else params
+    scales = [pooled(network, one) for one in scaled]
     meaning = []
     if class_names:
       meaning = [class_meaning(params["classes"], sum(blocks[0] for blocks in scales) / len(scales))]
-    if levels or len(sizes) > 1:
+    if standardise:
       # Stages and sizes differ in scale; each counts the same once it is standardised by itself.
       scales = [[_standardised(block) for block in blocks] for blocks in scales]
     means = [sum(blocks) / len(scales) for blocks in zip(*scales, strict=True)]
+    if lines:
+      drawn = line_drawing(images if lines == max(sizes) else shrink(images, lines))
+      means += [_standardised(block) for block in pooled(network, drawn)]
     return jnp.concatenate(means + meaning, axis=-1)
 
   def pooled(params: Any, images: jax.Array | np.ndarray) -> list[jax.Array]:
@@ -310,12 +322,15 @@ def make_trunk(
     return image_transforms.resize(image_transforms.fit_square(image, fit), max(sizes))
 
   size = sizes if len(sizes) > 1 else sizes[0]
-  options = {"size": size, "grid": grid, "levels": levels, "fit": fit, "crop": crop, "flip": flip, "stages": stages}
+  options = {
+    "size": size, "grid": grid, "levels": levels, "lines": lines, "fit": fit, "crop": crop, "flip": flip,
+    "stages": stages,
+  }  # fmt: skip
   meaning = params["classes"]["names"].shape[1] if class_names else 0
   return Trunk(
     name="efficientnet_lite0",
     modality="image",
-    width=head_width + sum(stages[level - 1][-1] for level in levels) + meaning,
+    width=(head_width + sum(stages[level - 1][-1] for level in levels)) * (2 if lines else 1) + meaning,
     num_tokens=1 + grid * grid,
     params=params,
     apply=apply,

@@ -94,19 +94,6 @@ def line_drawing(image: UInt8[np.ndarray, "h w 3"], width: int = 2) -> UInt8[np.
   return np.repeat(grey[..., None], 3, axis=-1)
 
 
-@dataclasses.dataclass(frozen=True)
-class LineDrawing:
-  """The image as a line drawing, always the same: a view that teaches shape without colour."""
-
-  width: int = 2
-  revision: str = dataclasses.field(default=REVISION, init=False)
-
-  def __call__(self, image: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
-    """The line drawing; `rng` is not used."""
-    del rng
-    return line_drawing(image, self.width)
-
-
 def outside(image: UInt8[np.ndarray, "h w 3"], threshold: int = 10) -> Bool[np.ndarray, "h w"]:
   """White that touches the border: what surrounds a drawing, not the white inside it."""
   white = image.min(axis=-1) >= 255 - threshold

@@ -1,0 +1,36 @@
+"""The heads of the towers: their start from training tokens."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from codebind_jax.models.codebind import Head, whitened
+
+
+def crowded_tokens(width=12):
+  """Tokens with a common part and directions of very different size."""
+  rng = np.random.default_rng(0)
+  return jnp.asarray(rng.normal(size=(400, width)) * np.geomspace(0.05, 2.0, width) + 3.0, jnp.float32)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.15, 0.5])
+def test_a_whitened_start_turns_the_covariance_to_the_power_one_minus_twice(power):
+  head, tokens = Head(12), crowded_tokens()
+  params = head.init(jax.random.key(0), tokens[:, None])["params"]
+  before = np.asarray(head.apply({"params": params}, tokens[:, None])[:, 0])
+  start = whitened(params, tokens, power, shrink=1e-6)
+  # LayerNorm takes the tokens' mean over the width away, so one direction of the twelve is empty.
+  after = np.asarray(head.apply({"params": start}, tokens[:, None])[:, 0])
+  np.testing.assert_allclose(after.mean(0), 0.0, atol=1e-3)
+  spread = lambda x: np.linalg.eigvalsh(np.cov(x.T))[1:]
+  expected = spread(before) ** (1 - 2 * power)
+  np.testing.assert_allclose(spread(after) / spread(after).sum(), expected / expected.sum(), rtol=2e-3)
+  size = lambda x: np.square(x - x.mean(0)).mean()
+  np.testing.assert_allclose(size(after), size(before), rtol=1e-4)
+
+
+def test_shrinking_holds_back_directions_that_hardly_occur():
+  params = Head(12).init(jax.random.key(0), jnp.zeros((1, 1, 12)))["params"]
+  gain = lambda shrink: np.linalg.norm(whitened(params, crowded_tokens(), 0.5, shrink)["proj"]["kernel"], 2)
+  assert gain(0.1) < 0.5 * gain(0.001)
