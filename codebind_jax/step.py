@@ -30,6 +30,7 @@ class Context:
     scales: modality -> logit scale.
     codebooks: name -> state before the step's update.
     stage: the stage.
+    segment: width of the codes.
   """
 
   outputs: Mapping[str, Any]
@@ -37,6 +38,7 @@ class Context:
   scales: Mapping[str, Float[Array, ""]]
   codebooks: Mapping[str, CodebookState]
   stage: Stage
+  segment: int
 
   @property
   def pairs(self) -> list[tuple[str, str]]:
@@ -95,7 +97,11 @@ def _code_matching(c: Context) -> Float[Array, ""]:
 
 def _decomposition(c: Context) -> Float[Array, ""]:
   return _mean([
-    losses.decomposition(c.outputs[m].shared, c.outputs[m].specific, mask=c.masks[m]) for m in c.with_specific
+    losses.decomposition(
+      (out := c.outputs[m]).shared, out.specific, mask=c.masks[m],
+      segment=0 if out.shared.shape == out.specific.shape else c.segment,
+    )
+    for m in c.with_specific
   ])
 
 
@@ -151,7 +157,7 @@ def make_train_step(
     for source in batch:
       mine = {m: _rows(outputs[m], rows) for (s, m), rows in owners.items() if s == source}
       mine_masks = {m: masks[m][rows] for (s, m), rows in owners.items() if s == source}
-      context = Context(mine, mine_masks, scales, state.codebooks, stage)
+      context = Context(mine, mine_masks, scales, state.codebooks, stage, spec.code_dims[0] if spec else 0)
       for name in active:
         terms[name] += TERMS[name](context) / len(batch)
     total = sum(active[name] * terms[name] for name in active)

@@ -162,6 +162,19 @@ def test_commitment_and_decomposition_by_hand():
   np.testing.assert_allclose(losses.decomposition(shared, specific), np.sqrt(16 + 16) / 2, rtol=1e-6)
 
 
+def test_decomposition_of_parts_of_different_widths_compares_segments():
+  shared, specific = normal(0, 3, 2, 8), normal(1, 3, 2, 4)
+  total = 0.0
+  for a, b in zip(shared, specific):
+    cosines = [[p @ q / np.linalg.norm(p) / np.linalg.norm(q) for p in t.reshape(4, 2) for q in u.reshape(2, 2)]
+               for t in a for u in b]
+    total += np.sqrt(np.square(cosines).mean(1).sum()) / 3
+  np.testing.assert_allclose(losses.decomposition(shared, specific, segment=2), total, rtol=1e-5)
+  one = specific / np.linalg.norm(specific, axis=2, keepdims=True)
+  two = shared[..., :4] / np.linalg.norm(shared[..., :4], axis=2, keepdims=True)
+  np.testing.assert_allclose(losses.decomposition(one, two, segment=4), losses.decomposition(one, two), rtol=1e-5)
+
+
 masked = {
   "info_nce": lambda x, y, m: losses.info_nce(x[:, 0], y[:, 0], temperature=0.2, mask=m),
   "code_contrast": lambda x, y, m: losses.code_contrast(x[:, 0], mask=m),
@@ -228,6 +241,7 @@ def test_bfloat16_features_are_computed_in_float32(name):
     (lambda: losses.info_nce(normal(0, 3, 4), normal(0, 3, 4), temperature=1.0, chunk=-1), "-1"),
     (lambda: losses.code_matching(normal(0, 3, 2, 4), normal(0, 3, 2, 5)), "one shape"),
     (lambda: losses.decomposition(normal(0, 3, 2, 4), normal(0, 3, 2, 5)), r"\(3, 2, 4\).*\(3, 2, 5\)"),
+    (lambda: losses.decomposition(normal(0, 3, 2, 4), normal(0, 3, 2, 6), segment=4), "4 and 6 must be multiples"),
     (lambda: losses.balance_init(["info_nce", "mystery"]), "mystery"),
     (lambda: losses.balance_init(["commitment"]), "info_nce"),
     (lambda: losses.balance_update(losses.balance_init(["info_nce"]), {"mystery": 1.0}), "mystery"),

@@ -35,10 +35,12 @@ def whole_run(data, tmp_path_factory):
   return workdir, final
 
 
-def start(data, workdir, *overrides, devices=1):
-  """The same run in a process of its own."""
+def start(data, workdir, *overrides, devices=1, largest_file=None):
+  """The same run in a process of its own, perhaps one that may not write a file beyond a size."""
   env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
   command = [sys.executable, "-m", "tests.run_tiny", *map(str, data), str(workdir), *overrides]
+  if largest_file:
+    command = ["bash", "-c", 'ulimit -f "$0" && exec "$@"', str(largest_file // 1024), *command]
   return subprocess.Popen(command, cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -125,6 +127,15 @@ def test_checkpoint_cut_short_falls_back_to_the_one_before(data, whole_run, tmp_
   assert_same_run(whole_run[0], workdir)
 
 
+def test_no_space_for_a_checkpoint_is_an_error_and_the_run_can_be_continued(data, whole_run, tmp_path):
+  files = [f for f in (whole_run[0] / "checkpoints").rglob("*") if f.is_file()]
+  process = start(data, tmp_path / "full", largest_file=max(f.stat().st_size for f in files) // 2)
+  _, err = process.communicate(timeout=300)
+  assert process.returncode != 0 and "File too large" in err, err[-4000:]
+  train_and_evaluate(tiny_config(*data), tmp_path / "full")
+  assert_same_run(whole_run[0], tmp_path / "full")
+
+
 def test_eight_devices_equal_one(data, whole_run, tmp_path):
   process = start(data, tmp_path / "eight", devices=8)
   finish(process)
@@ -176,7 +187,10 @@ def test_batch_larger_than_the_data(data, tmp_path):
     ("steps", 0, "config.steps: got 0; allowed: any number above 0"),
     ("codebook.distance", "manhattan", "config.codebook.distance: 'manhattan' is not allowed"),
     ("codebook.decay", 1.5, "config.codebook.decay: got 1.5; allowed: 0 to 1"),
-    ("model.shared_dim", 12, "multiple of codebook.dim"),
+    ("data.captions", "some", "config.data.captions: .some. is not allowed; allowed: .*joined"),
+    ("model.towers.text.whiten", -0.1, "config.model.towers.text.whiten: got -0.1; allowed: 0 .off. to 1"),
+    ("stages.bridges.mixup", -1.0, "config.stages.bridges.mixup: got -1.0; allowed: 0 .off. and up"),
+    ("model.shared_dim", 10, "multiple of codebook.dim"),
     ("model.towers.image.trunk", "resnet", "config.model.towers.image.trunk: 'resnet' is not allowed"),
     ("model.towers.image.dropout", 1.0, "config.model.towers.image.dropout: got 1.0"),
     ("stages.bridges.pairs", (("image", "smell"),), "config.stages.bridges.pairs: 'smell' is not allowed"),

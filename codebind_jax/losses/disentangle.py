@@ -6,26 +6,34 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from codebind_jax.losses.codes import _masked_mean, _uniformity
+from codebind_jax.norm import unit
 
 
 def decomposition(
   shared: Float[Array | np.ndarray, "b t d"],
   specific: Float[Array | np.ndarray, "_b _t _d"],
   *,
+  segment: int = 0,
   mask: Bool[Array | np.ndarray, "..."] | None = None,
 ) -> Float[Array, ""]:
   """Frobenius norm of (shared tokens)(specific tokens)^T, mean over the batch: 0 if the parts are orthogonal.
 
   Args:
     shared: shared parts of the tokens, as `quantize_modalities` returns them.
-    specific: specific parts, of the same width.
+    specific: specific parts, of the same width unless `segment` is set.
+    segment: for parts of different widths: a token pair then counts with the root mean square of the cosines between
+      the segments of this width of the two tokens. (With the whole width and unit tokens, that is the plain form.)
     mask: [b] or [b, t], True for what counts.
 
   Raises:
-    ValueError: if the widths differ, for then no product of the two is defined.
+    ValueError: if the shapes differ (but for the width, with `segment`), for then no product of the two is defined, or
+      a width is no multiple of `segment`.
   """
-  if shared.shape != specific.shape:
-    raise ValueError(f"shared and specific must have one shape, got {shared.shape} and {specific.shape}")
+  if shared.shape[:2] != specific.shape[:2] or not segment and shared.shape != specific.shape:
+    raise ValueError(f"shared and specific must have one shape, got {shared.shape} and {specific.shape}; "
+                     "`segment` allows widths that differ")  # fmt: skip
+  if segment and (shared.shape[2] % segment or specific.shape[2] % segment):
+    raise ValueError(f"widths {shared.shape[2]} and {specific.shape[2]} must be multiples of the segment {segment}")
   shared, specific = jnp.asarray(shared, jnp.float32), jnp.asarray(specific, jnp.float32)
   rows = None
   if mask is not None:
@@ -33,6 +41,11 @@ def decomposition(
     rows = mask if mask.ndim == 1 else jnp.any(mask, axis=1)
     tokens = mask[:, None, None] if mask.ndim == 1 else mask[:, :, None]
     shared, specific = jnp.where(tokens, shared, 0.0), jnp.where(tokens, specific, 0.0)
+  if segment:
+    # Segments become tokens; the square root of their number makes the sum of squares a mean.
+    shared, specific = (
+      unit(x.reshape(x.shape[0], -1, segment)) / (x.shape[2] // segment) ** 0.5 for x in (shared, specific)
+    )
   product = jnp.einsum("btd,bud->btu", shared, specific, precision=jax.lax.Precision.HIGHEST)
   # Divided by the largest entry, so that the squares of huge features do not overflow.
   largest = jax.lax.stop_gradient(jnp.max(jnp.abs(product), axis=(1, 2)))
