@@ -186,7 +186,8 @@ def test_lines_append_what_the_network_sees_in_a_line_drawing():
   np.testing.assert_allclose(both[..., 36:], plain.apply(plain.params, line_drawing(images)), atol=1e-4)
   small = load_trunk("efficientnet_lite0", **options, lines=32)
   drawn = line_drawing(efficientnet_lite0.shrink(images, 32))
-  np.testing.assert_allclose(small.compiled(small.params, images)[..., 36:], plain.apply(plain.params, drawn), atol=1e-4)
+  seen = small.compiled(small.params, images)[..., 36:]
+  np.testing.assert_allclose(seen, plain.apply(plain.params, drawn), atol=1e-4)
 
 
 def test_image_trunk_preprocess_brings_any_image_to_size():

@@ -14,6 +14,7 @@ from codebind_jax.data.transforms.augment import Augment
 from codebind_jax.data.worlds import fetch
 from codebind_jax.pretrained import load_trunk
 
+
 def captions(texts: Sequence[str], templates: Sequence[str], mode: str = "each") -> list[str]:
   """Captions to train on, without repeats: every template filled with the main text, and what `mode` makes of the rest.
 

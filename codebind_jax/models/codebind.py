@@ -64,7 +64,8 @@ class Head(nn.Module):
 
 
 def whitened(
-  head: Mapping[str, Mapping[str, Array | np.ndarray]], tokens: Float[Array | np.ndarray, "n c"], power: float, shrink: float = 0.1
+  head: Mapping[str, Mapping[str, Array | np.ndarray]], tokens: Float[Array | np.ndarray, "n c"], power: float,
+  shrink: float = 0.1,
 ) -> dict[str, dict[str, Array | np.ndarray]]:
   """Parameters of a linear `Head` that start from the training tokens' statistics.
 
