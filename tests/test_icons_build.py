@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from codebind_jax.data.sources import open_source
-from codebind_jax.data.worlds import fetch, icons, names, render, store
-from codebind_jax.tools import prepare
+from codebind_jax.data.worlds import fetch, icons, names, registry, render, store
 from tests.world_fixtures import deb, package, png, put, rcc, svg, tgz, unseen_names, wheel
 
 
@@ -75,7 +74,7 @@ def rows(toy, split):
 
 
 def test_toy_world_is_built_whole(toy, monkeypatch):
-  folder = prepare.ensure("icons", "small", toy.root)
+  folder = registry.ensure("icons", "small", toy.root)
   manifest = json.loads((folder / "manifest.json").read_text())
   assert manifest["splits"] == {"train": 1, "val_artist": 1, "test_artist": 1, "val_concept": 3, "test_concept": 3,
                                 "gcompris": 1, "qabcs": 2}
@@ -94,11 +93,11 @@ def test_toy_world_is_built_whole(toy, monkeypatch):
   credits = (folder / "ATTRIBUTION.md").read_text()
   assert all(f"maker of {i}" in credits and f"licence of {i}" in credits for i in toy.packages)
   monkeypatch.setattr(store, "build", None)
-  assert prepare.ensure("icons", "small", toy.root) == folder
+  assert registry.ensure("icons", "small", toy.root) == folder
 
 
 def test_world_source_selects_and_pickles(toy):
-  prepare.ensure("icons", "small", toy.root)
+  registry.ensure("icons", "small", toy.root)
   source = rows(toy, "test_concept")
   colours = {row["set"]: row["image"][96, 96].tolist() for row in source}
   assert colours == {"one": [255, 0, 0], "two": [0, 255, 0], "three": [0, 0, 255]}
@@ -126,7 +125,7 @@ def test_toy_tiny_world_from_wheels(toy):
     data = wheel({f"{folder}/{concept}.svg": svg(colour) for concept in splits})
     toy.packages[name] = package(name, "pip", f"{name}.whl", data)
     put(toy.root, toy.packages[name], data)
-  folder = prepare.ensure("icons", "tiny", toy.root)
+  folder = registry.ensure("icons", "tiny", toy.root)
   manifest = json.loads((folder / "manifest.json").read_text())
   assert manifest["splits"] == {"train": 2, "val_artist": 1, "test_artist": 1, "val_concept": 2, "test_concept": 2}
   source = open_source({"name": "icons", "profile": "tiny", "split": "train", "data_dir": toy.root})
@@ -136,28 +135,28 @@ def test_toy_tiny_world_from_wheels(toy):
 
 
 def test_two_builds_give_the_same_pictures(toy, tmp_path):
-  first = prepare.ensure("icons", "small", toy.root)
+  first = registry.ensure("icons", "small", toy.root)
   held = [json.loads((first / "manifest.json").read_text()), store.read_index(first)]
   (first / "manifest.json").unlink()
-  second = prepare.ensure("icons", "small", toy.root)
+  second = registry.ensure("icons", "small", toy.root)
   assert [json.loads((second / "manifest.json").read_text()), store.read_index(second)] == held
 
 
 def test_changed_tables_are_built_anew(toy, monkeypatch):
-  folder = prepare.ensure("icons", "small", toy.root)
+  folder = registry.ensure("icons", "small", toy.root)
   toy.tables["concepts"]["concepts"]["cow"]["texts"] = ["moo"]
   icons.texts.cache_clear()
   assert rows(toy, "train")[0]["text"] == ["cow", "cow face", "milk"]
   real = names.table_hash
   monkeypatch.setattr(names, "table_hash", lambda name: real(name)[::-1])
-  assert prepare.ensure("icons", "small", toy.root) == folder
+  assert registry.ensure("icons", "small", toy.root) == folder
   assert rows(toy, "train")[0]["text"] == ["cow", "moo"]
 
 
 def test_other_debian_content_is_dropped_and_reported(toy, caplog):
   toy.tables["pictures"]["pictures"][0]["sha1"] = "0" * 40
   icons.plan.cache_clear()
-  folder = prepare.ensure("icons", "small", toy.root)
+  folder = registry.ensure("icons", "small", toy.root)
   manifest = json.loads((folder / "manifest.json").read_text())
   assert manifest["splits"]["qabcs"] == 1 and list(manifest["dropped"]) == ["qabcs:usr/cow.png"]
   assert "left out qabcs:usr/cow.png: usr/cow.png: expected SHA-1 0000" in caplog.text
@@ -168,21 +167,21 @@ def test_debian_package_without_any_recorded_content_is_an_error(toy):
     row["sha1"] = "0" * 40
   icons.plan.cache_clear()
   with pytest.raises(ValueError, match="none of its 1 pictures is as recorded; first: top/cow.svg: expected SHA-1 000"):
-    prepare.ensure("icons", "small", toy.root)
+    registry.ensure("icons", "small", toy.root)
 
 
 def test_icon_that_a_verified_package_lacks_is_an_error(toy):
   toy.tables["emoji"]["emoji"][0]["icons"]["one"] = "unicorn"
   icons.plan.cache_clear()
   with pytest.raises(ValueError, match="one.tgz: unicorn is not in one.tgz"):
-    prepare.ensure("icons", "small", toy.root)
+    registry.ensure("icons", "small", toy.root)
 
 
 def test_picture_that_cannot_be_drawn_is_reported(toy, caplog):
   archive = iconify({"cow": "#ff0000", "sun": "#ff0000", "owl": "#ff0000\"/><rect width='"})
   toy.packages["one"] = package("one", "npm", "one.tgz", archive)
   put(toy.root, toy.packages["one"], archive)
-  folder = prepare.ensure("icons", "small", toy.root)
+  folder = registry.ensure("icons", "small", toy.root)
   assert list(json.loads((folder / "manifest.json").read_text())["dropped"]) == ["one:owl"]
   assert "left out one:owl: cannot be drawn: resvg" in caplog.text
 
@@ -192,7 +191,7 @@ def test_split_without_any_picture_is_an_error(toy):
   toy.packages["one"] = package("one", "npm", "one.tgz", archive)
   put(toy.root, toy.packages["one"], archive)
   with pytest.raises(ValueError, match="no picture of split 'train' can be drawn; first: cannot be drawn: resvg"):
-    prepare.ensure("icons", "small", toy.root)
+    registry.ensure("icons", "small", toy.root)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
@@ -206,7 +205,7 @@ def test_interrupted_build_leaves_nothing_and_the_next_one_succeeds(toy, monkeyp
 
   monkeypatch.setattr(icons, "_row", stop)
   with pytest.raises(BaseException) as caught:
-    prepare.ensure("icons", "small", toy.root)
+    registry.ensure("icons", "small", toy.root)
   assert isinstance(caught.value, (KeyboardInterrupt, OSError))
   assert [p.name for p in (toy.root / "worlds" / "icons" / "small").iterdir()] == [".lock"]
   monkeypatch.setattr(icons, "_row", real)
@@ -218,7 +217,7 @@ def test_interrupted_build_leaves_nothing_and_the_next_one_succeeds(toy, monkeyp
 
 
 def test_record_that_is_not_the_one_of_the_index_is_an_error(toy):
-  folder = prepare.ensure("icons", "small", toy.root)
+  folder = registry.ensure("icons", "small", toy.root)
   index = json.loads((folder / "index.json").read_text())
   index["val_concept"].reverse()
   (folder / "index.json").write_text(json.dumps(index))
@@ -227,26 +226,26 @@ def test_record_that_is_not_the_one_of_the_index_is_an_error(toy):
 
 
 def test_damaged_manifest_of_a_world_is_named(toy):
-  folder = prepare.ensure("icons", "small", toy.root)
+  folder = registry.ensure("icons", "small", toy.root)
   (folder / "manifest.json").write_text('{"tables": ')
   with pytest.raises(ValueError, match="manifest.json: damaged .* run prepare again"):
-    prepare.ensure("icons", "small", toy.root)
+    registry.ensure("icons", "small", toy.root)
 
 
 def test_world_split_and_profile_that_do_not_exist(toy):
   with pytest.raises(ValueError, match="unknown split 'tuxpaint' of .*; allowed: .'train', 'val_artist'"):
     rows(toy, "tuxpaint")
   with pytest.raises(ValueError, match="unknown world 'cats'; allowed: .'icons'"):
-    prepare.ensure("cats")
+    registry.ensure("cats")
   with pytest.raises(ValueError, match="unknown profile 'big' of world 'icons'; allowed: .'auto', 'tiny'"):
-    prepare.ensure("icons", "big", toy.root)
+    registry.ensure("icons", "big", toy.root)
 
 
 def test_no_space_for_a_world_is_said_before_the_work(toy, monkeypatch):
   monkeypatch.setattr(icons, "read_items", None)
   monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: fetch.shutil._ntuple_diskusage(10, 10, 0))
   with pytest.raises(OSError, match="no space"):
-    prepare.ensure("icons", "small", toy.root)
+    registry.ensure("icons", "small", toy.root)
   assert not list((toy.root / "worlds" / "icons" / "small").iterdir())
 
 
@@ -270,36 +269,36 @@ def builds(monkeypatch, tmp_path):
     return folder
 
   monkeypatch.setattr(icons, "build", build)
-  monkeypatch.setattr(prepare.shutil, "which", lambda name: f"/bin/{name}")
+  monkeypatch.setattr(registry.shutil, "which", lambda name: f"/bin/{name}")
   return log
 
 
 def test_auto_is_small_where_clients_answer(builds, tmp_path):
-  assert prepare.ensure("icons", "auto", tmp_path).parent.name == "small"
-  assert prepare.ensure("icons", "auto", tmp_path).parent.name == "small"
+  assert registry.ensure("icons", "auto", tmp_path).parent.name == "small"
+  assert registry.ensure("icons", "auto", tmp_path).parent.name == "small"
   assert list(builds) == ["small"]
 
 
 def test_auto_is_tiny_without_npm_and_says_why(builds, tmp_path, monkeypatch, caplog):
-  monkeypatch.setattr(prepare.shutil, "which", lambda name: None)
-  assert prepare.ensure("icons", "auto", tmp_path).parent.name == "tiny"
+  monkeypatch.setattr(registry.shutil, "which", lambda name: None)
+  assert registry.ensure("icons", "auto", tmp_path).parent.name == "tiny"
   assert "icons: profile tiny, as small cannot be fetched: no npm and no apt-get on this machine" in caplog.text
-  monkeypatch.setattr(prepare.shutil, "which", lambda name: f"/bin/{name}")
-  assert prepare.ensure("icons", "auto", tmp_path).parent.name == "tiny"
-  assert prepare.ensure("icons", "auto", tmp_path, again=True).parent.name == "small"
-  assert prepare.ensure("icons", "auto", tmp_path).parent.name == "small"
+  monkeypatch.setattr(registry.shutil, "which", lambda name: f"/bin/{name}")
+  assert registry.ensure("icons", "auto", tmp_path).parent.name == "tiny"
+  assert registry.ensure("icons", "auto", tmp_path, again=True).parent.name == "small"
+  assert registry.ensure("icons", "auto", tmp_path).parent.name == "small"
 
 
 def test_auto_is_tiny_where_a_client_says_no(builds, tmp_path, caplog):
   builds.fail = fetch.FetchError("npm could not fetch x; it said:\nno route to the moon", "npm")
-  assert prepare.ensure("icons", "auto", tmp_path).parent.name == "tiny"
+  assert registry.ensure("icons", "auto", tmp_path).parent.name == "tiny"
   assert "no route to the moon" in caplog.text
 
 
 def test_auto_does_not_hide_a_wrong_checksum(builds, tmp_path):
   builds.fail = fetch.ChecksumError("x.tgz: expected a, got b")
   with pytest.raises(fetch.ChecksumError):
-    prepare.ensure("icons", "auto", tmp_path)
+    registry.ensure("icons", "auto", tmp_path)
 
 
 # Drawing.
@@ -344,7 +343,7 @@ def test_renderer_that_dies_is_one_failed_picture(monkeypatch):
 @pytest.mark.parametrize("profile", ["tiny", "small"])
 def test_real_world(profile):
   """Builds, or opens, the real data: counts, leakage and every picture."""
-  folder = prepare.ensure("icons", profile)
+  folder = registry.ensure("icons", profile)
   manifest = json.loads((folder / "manifest.json").read_text())
   assert manifest["dropped"] == {}
   assert manifest["splits"] == dict(collections.Counter(i.split for i in icons.plan(profile)))

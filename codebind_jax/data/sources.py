@@ -185,9 +185,9 @@ def open_source(spec: Any) -> Source:
   for key in ("name", "split"):
     if not options.get(key):
       raise ValueError(f"a source needs {key!r}; got {options}")
-  from codebind_jax.tools import prepare
+  from codebind_jax.data.worlds import registry
 
-  folder = prepare.ensure(options["name"], options.get("profile") or "auto", options.get("data_dir"))
+  folder = registry.ensure(options["name"], options.get("profile") or "auto", options.get("data_dir"))
   return WorldSource(folder, options["split"])
 
 

@@ -67,11 +67,10 @@ def open_task(data: Any, *, default_split: str = "train") -> Task:
 
 
 def _icons_task(data: Any) -> Task:
-  from codebind_jax.data.worlds import icons, names
+  from codebind_jax.data.worlds import icons, names, registry
   from codebind_jax.pretrained.class_names import imagenet_names
-  from codebind_jax.tools import prepare
 
-  folder = prepare.ensure(data.world, data.profile, data.root or None)
+  folder = registry.ensure(data.world, data.profile, data.root or None)
   profile = folder.parent.name
   spec = {"name": data.world, "profile": profile, "data_dir": data.root or None}
   train = open_source(spec | {"split": "train"})

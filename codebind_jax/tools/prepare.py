@@ -1,80 +1,14 @@
 """Fetches and builds packaged data: `python -m codebind_jax.tools.prepare icons [--profile=small] [--data_dir=DIR]`."""
 
-import importlib
-import json
-import shutil
 import sys
-from pathlib import Path
 
 from absl import app, flags, logging
 
-from codebind_jax.data.worlds import fetch, store
-
-WORLDS = {"icons": "codebind_jax.data.worlds.icons"}
+from codebind_jax.data.worlds import fetch
+from codebind_jax.data.worlds.registry import WORLDS, ensure
 
 _PROFILE = flags.DEFINE_string("profile", "auto", "auto, or a profile of the world: tiny, tiny-plus, small, full.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Data folder; default $CODEBIND_DATA, else the user's cache folder.")
-
-
-def ensure(
-    world: str = "icons", profile: str = "auto", data_dir: str | Path | None = None, *, again: bool = False
-) -> Path:
-  """Folder of a built world, building it first where needed; at once where it is built.
-
-  Profile "auto" is `small` where npm and apt-get answer, else `tiny`. A choice of `tiny` is remembered with its reason,
-  so that a machine without those clients is not asked every time.
-
-  Args:
-    world: a key of `WORLDS`.
-    profile: "auto" or a profile of the world.
-    data_dir: the data folder, see `fetch.data_dir`.
-    again: with "auto", try `small` again although an earlier run settled for `tiny`.
-
-  Returns:
-    `<data folder>/worlds/<world>/<profile>/<version>`.
-
-  Raises:
-    ValueError: for an unknown world or profile, or an archive that is not as recorded.
-    FetchError: if a client fails for a profile that was named.
-    OSError: if the data folder cannot be written or has too little space.
-  """
-  if world not in WORLDS:
-    raise ValueError(f"unknown world {world!r}; allowed: {sorted(WORLDS)}")
-  module = importlib.import_module(WORLDS[world])
-  if profile != "auto" and profile not in module.PROFILES:
-    raise ValueError(f"unknown profile {profile!r} of world {world!r}; allowed: {['auto', *module.PROFILES]}")
-  root = fetch.data_dir(data_dir)
-  if profile != "auto":
-    return module.build(profile, root)
-  return _ensure_auto(world, module, root, again)
-
-
-def _ensure_auto(world: str, module, root: Path, again: bool) -> Path:
-  small, tiny = (store.world_dir(root, world, profile, module.VERSION) for profile in ("small", "tiny"))
-  note = root / "worlds" / world / "auto.json"
-  if store.read_manifest(small) is not None:
-    logging.info("%s: profile small, built in %s", world, small)
-    return small
-  if not again and note.is_file() and store.read_manifest(tiny) is not None:
-    logging.info("%s: profile tiny, as before: %s", world, json.loads(note.read_text())["reason"])
-    return tiny
-  absent = [client for client in ("npm", "apt-get") if shutil.which(client) is None]
-  reason = f"no {' and no '.join(absent)} on this machine" if absent else ""
-  if not reason:
-    try:
-      logging.info("%s: profile small, as npm and apt-get are there", world)
-      return module.build("small", root)
-    except fetch.FetchError as error:
-      if error.client not in ("npm", "apt-get"):
-        raise
-      reason = str(error)
-  first, *more = reason.splitlines()
-  logging.warning("%s: profile tiny, as small cannot be fetched: %s", world, first)
-  for line in more:
-    logging.warning("  %s", line)
-  folder = module.build("tiny", root)
-  note.write_text(json.dumps({"profile": "tiny", "reason": first}))
-  return folder
 
 
 def main(argv: list[str]) -> None:
