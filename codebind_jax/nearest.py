@@ -151,9 +151,8 @@ def _argmax_lanes(z, codes, bias):
 
 
 def _argmax(score, axis=-1):
-  index = jnp.argmax(score, axis=axis).astype(jnp.int32)
-  # argmax returns the first NaN, which is column 0 only if the whole row is NaN.
-  return jnp.where(jnp.isnan(jnp.max(score, axis=axis)), 0, index)
+  # argmax would return the first NaN. One reader of the score alone: with a second, TPU's compiler writes it out.
+  return jnp.argmax(jnp.where(jnp.isnan(score), -jnp.inf, score), axis=axis).astype(jnp.int32)
 
 
 def _first_of_max(score):

@@ -56,8 +56,10 @@ def test_each_platform_gets_its_own_search():
   assert "stablehlo.while" in text("cuda", 8)
 
 
-def tpu_devices():
+def tpu_devices(monkeypatch):
   pytest.importorskip("libtpu")
+  for name, value in (("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"), ("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost")):
+    monkeypatch.setenv(name, value)
   from jax.experimental import topologies
 
   return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
@@ -72,8 +74,7 @@ def compiled_for(device, function, *shapes):
 @pytest.mark.slow
 @pytest.mark.parametrize("n, k, d", [(1_048_576, 1024, 8), (65_536, 8192, 256)])
 def test_tpu_search_writes_no_matrix(n, k, d, monkeypatch):
-  monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-  device = tpu_devices()[0]
+  device = tpu_devices(monkeypatch)[0]
   codes = jax.ShapeDtypeStruct((k, d), jnp.float32)
   if d <= 32:
     compiled = compiled_for(device, nearest_segments, jax.ShapeDtypeStruct((1, d, n), jnp.float32), codes)
@@ -84,10 +85,9 @@ def test_tpu_search_writes_no_matrix(n, k, d, monkeypatch):
 
 @pytest.mark.slow
 def test_tpu_step_holds_no_narrow_array(monkeypatch):
-  monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   _, (features, states) = training_call()
   step, _ = training_call()
-  text = compiled_for(tpu_devices()[0], step, features, states).as_text()
+  text = compiled_for(tpu_devices(monkeypatch)[0], step, features, states).as_text()
   # Logical shapes in an order of axes given by the layout: the first number in braces is the minor axis.
   minor = []
   for shape, layout in re.findall(r"f32\[([\d,]+)\]\{([\d,]+)", text):

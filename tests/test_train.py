@@ -156,7 +156,7 @@ def test_load_and_embed(data, whole_run):
   files = [data[0].parent / "red0.png", data[0].parent / "blue1.png"]
   out = model.embed({"image": files, "text": ["red", "blue", "a blue square"]})
   assert out["image"].shared.shape == (2, 16) and out["text"].shared.shape == (3, 16)
-  assert out["image"].codes.shape == (2, 4) and out["text"].specific.shape == (3, 0)
+  assert out["image"].codes.shape == (2, 8) and out["text"].specific.shape == (3, 0)
   np.testing.assert_allclose(np.linalg.norm(out["image"].full, axis=1), 1.0, atol=1e-5)
   alone = model.embed({"image": files[1:]})["image"]
   np.testing.assert_allclose(alone.shared[0], out["image"].shared[1], atol=1e-5)
