@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
-from codebind_jax import compositional
+from codebind_jax import anchors, compositional, segments
 from codebind_jax.nearest import nearest_code, nearest_segments
 
 SPEC = compositional.CompositionalSpec(shared_dim=64, specific_dim=32, num_codes=(48, 24))
@@ -56,10 +57,30 @@ def test_each_platform_gets_its_own_search():
   assert "stablehlo.while" in text("cuda", 8)
 
 
+def test_codes_are_looked_up_alike_by_index_and_by_product():
+  rng = np.random.default_rng(0)
+  codes = jnp.asarray(rng.normal(size=(24, 8)), jnp.float32)
+  indices = jnp.asarray(rng.integers(0, 24, (3, 40)), jnp.int32)
+  by_product = segments._one_hot_look_up(codes, indices)
+  np.testing.assert_array_equal(by_product, np.moveaxis(np.asarray(codes)[np.asarray(indices)], 2, 1))
+  np.testing.assert_array_equal(by_product, segments._take(codes, indices))
+  np.testing.assert_array_equal(by_product, segments.look_up(codes, indices))
+
+
+def test_anchors_are_drawn_alike_by_rows_and_by_lanes():
+  rng = np.random.default_rng(0)
+  vectors = jnp.asarray(rng.normal(size=(3, 8, 40)), jnp.float32)
+  segment, token = (jnp.asarray(rng.integers(0, high, 24), jnp.int32) for high in (3, 40))
+  expected = np.stack([np.asarray(vectors)[s, :, t] for s, t in zip(segment, token)])
+  np.testing.assert_array_equal(anchors._rows_by_lanes(vectors, segment, token), expected)
+  np.testing.assert_array_equal(anchors._rows(vectors, segment, token), expected)
+
+
 def tpu_devices(monkeypatch):
   pytest.importorskip("libtpu")
-  for name, value in (("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"), ("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost")):
-    monkeypatch.setenv(name, value)
+  for name in ("ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_SKIP_MDS_QUERY"):
+    monkeypatch.setenv(name, "1")
+  monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
   from jax.experimental import topologies
 
   return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
@@ -68,7 +89,17 @@ def tpu_devices(monkeypatch):
 def compiled_for(device, function, *shapes):
   sharding = jax.sharding.SingleDeviceSharding(device)
   place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-  return jax.jit(function).lower(*jax.tree.map(place, shapes)).compile()
+  folder = jax.config.jax_compilation_cache_dir
+  use_cache(None)  # a program for another platform cannot be read back here
+  try:
+    return jax.jit(function).lower(*jax.tree.map(place, shapes)).compile()
+  finally:
+    use_cache(folder)
+
+
+def use_cache(folder):
+  jax.config.update("jax_compilation_cache_dir", folder)
+  compilation_cache.reset_cache()
 
 
 @pytest.mark.slow

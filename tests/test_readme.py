@@ -25,7 +25,7 @@ def test_python_snippets_run(tmp_path, monkeypatch, capsys):
   names: dict = {}
   for snippet in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
     exec(compile(snippet, "README.md", "exec"), names)
-  assert names["similarity"].shape == (1, 2) and names["codes"].shape == (1, 4)
+  assert names["similarity"].shape == (1, 2) and names["codes"].shape == (1, 8)
   printed = capsys.readouterr().out
   assert any(label in printed for label in ("cow", "violin", "train"))
 
