@@ -10,9 +10,19 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).pa
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+import jax
+import pytest
 from absl import flags
 from jaxtyping import install_import_hook
 
 install_import_hook("codebind_jax", "beartype.beartype")
 
 flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope="module")
+def quick_compiler():
+  """For modules whose tests cost little but compile time."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)

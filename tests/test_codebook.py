@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from codebind_jax import codebook
 from codebind_jax.norm import unit
+from tests.arrays import normal
 
 # Shapes come from short lists, because every new one is compiled.
 hypothesis.settings.register_profile("few", max_examples=12, deadline=None, derandomize=True, database=None)
@@ -20,16 +21,7 @@ sizes = st.sampled_from([(40, 5, 3), (40, 33, 8), (30, 12, 40)])
 distances = st.sampled_from(["cosine", "l2"])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiler():
-  """Compile time is what these tests cost."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
-def normal(seed, *shape):
-  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
 def units(seed, *shape):

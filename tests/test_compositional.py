@@ -9,20 +9,12 @@ import pytest
 
 from codebind_jax import codebook, compositional, losses
 from codebind_jax.compositional import CompositionalSpec
+from tests.arrays import normal
 
 SPEC = CompositionalSpec(shared_dim=32, specific_dim=16, num_codes=(12, 6), revive="none")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiler():
-  """Compile time is what these tests cost."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
-def normal(seed, *shape):
-  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
 def features(seed=0):

@@ -12,22 +12,14 @@ from hypothesis import strategies as st
 from codebind_jax import losses
 from codebind_jax.losses.code_contrast import largest_bound, selected
 from codebind_jax.segments import similarity
+from tests.arrays import normal
 
 hypothesis.settings.register_profile("few", max_examples=12, deadline=None, derandomize=True, database=None)
 few = hypothesis.settings.get_profile("few")
 seeds = st.integers(0, 2**31 - 1)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiler():
-  """Compile time is what these tests cost."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
-def normal(seed, *shape):
-  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
 def log_softmax(x, axis):
