@@ -13,6 +13,7 @@ from absl import app, flags
 
 from codebind_jax.data.featurize import Featurizer
 from codebind_jax.data.task import open_task
+from codebind_jax.models.codebind import whitening
 from configs import stage1
 
 _PROFILE = flags.DEFINE_string("profile", "small", "Data profile of Icons.")
@@ -27,9 +28,7 @@ def unit(x):
 
 def half_whitened(text):
   """Function that centres texts, half-whitens them by the statistics of `text`, and normalises."""
-  mean = text.mean(0)
-  values, vectors = np.linalg.eigh(np.cov((text - mean).T))
-  matrix = (vectors * (values + 0.1 * values.mean()) ** -0.25) @ vectors.T
+  mean, matrix = text.mean(0), whitening(text, 0.25)
   return lambda x: unit((x - mean) @ matrix)
 
 

@@ -48,7 +48,6 @@ class CodebookState:
   """
 
   # `Any`, because trees of shardings, shapes and gradients take this form too.
-  # `Any`, because a pytree's leaves are also shapes, shardings or None.
   codes: Any
   ema_count: Any
   ema_sum: Any

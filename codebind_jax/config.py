@@ -113,6 +113,10 @@ def _validate_train(config: ml_collections.ConfigDict) -> None:
       raise ValueError(f"config.model.towers.{name}.dropout: got {tower.dropout}; allowed: 0 up to, not including, 1")
     if not 0 <= tower.whiten <= 1:
       raise ValueError(f"config.model.towers.{name}.whiten: got {tower.whiten}; allowed: 0 (off) to 1")
+    if tower.whiten and tower.hidden:
+      raise ValueError(
+        f"config.model.towers.{name}.whiten: got {tower.whiten} with hidden {tower.hidden}; allowed: 0, or hidden 0"
+      )
     if tower.views < 1 or not 0 <= tower.augmented <= 1:
       raise ValueError(
         f"config.model.towers.{name}: got views {tower.views}, augmented {tower.augmented}; allowed: 1 and up, 0 to 1"

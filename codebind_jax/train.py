@@ -22,6 +22,7 @@ from codebind_jax import config as config_lib
 from codebind_jax import state as state_lib
 from codebind_jax.api import Model
 from codebind_jax.checkpoint import Checkpoints, Position
+from codebind_jax.codebook import collapsed, usage_stats
 from codebind_jax.compositional import init_codebooks, new_codebooks
 from codebind_jax.data.featurize import Featurizer
 from codebind_jax.data.pipeline import make_iterator
@@ -195,7 +196,7 @@ def run_stage(
     if step % config.log_steps == 0 or last:
       values = {name: float(value) for name, value in jax.device_get(metrics).items()}
       check_finite(values, step, stage)
-      warn_of_collapse(values, state.codebooks, config.codebook.alarm_share, step)
+      warn_of_collapse(state.codebooks, config.codebook.alarm_share, step)
       writer.write(step, stage.name, values | clock.report())
     if step % config.eval_steps == 0 and not last:
       bar.clear()
@@ -252,11 +253,11 @@ def start_codebooks(state: TrainState, model: Any, spec: Any, batch: Any, mesh: 
   return state.replace(codebooks=jitted(state, batch["tokens"], batch["masks"]))
 
 
-def warn_of_collapse(values: Mapping[str, float], codebooks: Mapping[str, Any], share: float, step: int) -> None:
-  """Logs a warning for every codebook whose perplexity is under `share` of its size."""
+def warn_of_collapse(codebooks: Mapping[str, Any], share: float, step: int) -> None:
+  """Logs a warning for every codebook in use the perplexity of whose moving usage is under `share` of its size."""
   for name, book in codebooks.items():
-    perplexity = values.get(f"codebook/{name}/perplexity")
-    if perplexity is not None and perplexity < share * len(book.codes):
+    if book.initialised and collapsed(book.usage, share):
+      perplexity = float(usage_stats(book.usage)["perplexity"])
       logging.warning("step %d: codebook %r collapses: perplexity %.1f of %d", step, name, perplexity, len(book.codes))
 
 

@@ -203,6 +203,34 @@ def test_bad_values_are_named_before_anything_is_built(data, tmp_path, key, valu
   assert not (tmp_path / "never").exists()
 
 
+def test_a_whitened_start_needs_a_linear_head(data, tmp_path):
+  config = tiny_config(*data, **{"model.towers.text.whiten": 0.2, "model.towers.text.hidden": 8})
+  with pytest.raises(ValueError, match="text.whiten: got 0.2 with hidden 8; allowed: 0, or hidden 0"):
+    train_and_evaluate(config, tmp_path / "never")
+
+
+def test_a_run_starts_from_whitened_heads_and_its_baseline_from_the_same(data, tmp_path):
+  runs = {}
+  for whiten in (0.0, 0.3):
+    frozen_text = {"model.towers.text.whiten": whiten, "stages.bridges.train": ("image/.*",)}
+    config = tiny_config(*data, steps=1, baseline=True, **frozen_text)
+    train_and_evaluate(config, tmp_path / str(whiten))
+    runs[whiten] = arrays_of(tmp_path / str(whiten)), arrays_of(tmp_path / str(whiten) / "baseline")
+  path = "params/text/shared/norm/bias"
+  assert (runs[0.0][0][path] == 0).all() and (runs[0.3][0][path] != 0).any()
+  for arrays, baseline in runs.values():
+    np.testing.assert_array_equal(arrays[path], baseline[path])
+
+
+def test_a_collapse_is_in_the_log(data, tmp_path, caplog):
+  train_and_evaluate(tiny_config(*data, steps=1, **{"codebook.alarm_share": 1.0}), tmp_path / "alarm")
+  assert "step 1: codebook 'shared' collapses: perplexity" in caplog.text
+  assert "codebook 'image' collapses" in caplog.text
+  caplog.clear()
+  train_and_evaluate(tiny_config(*data, steps=1, **{"codebook.alarm_share": 0.01}), tmp_path / "quiet")
+  assert "collapses" not in caplog.text
+
+
 def test_unknown_loss_is_named(data):
   config = tiny_config(*data).unlock()
   config.stages.bridges.losses.info_ncee = 1.0

@@ -5,6 +5,7 @@ image is uint8 [h, w, 3] RGB with transparency on white; a text is the list of c
 first. A modality that a row lacks is an absent key.
 """
 
+import abc
 import copy
 import hashlib
 import io
@@ -24,7 +25,7 @@ SPLITS = ("train", "val", "test")
 _READABLE = ("image", "text")
 
 
-class Source:
+class Source(abc.ABC):
   """Rows of one split. `rows[i]` is row i without its arrays, so that rows can be chosen without decoding."""
 
   def __init__(self, name: str, rows: Sequence[dict[str, Any]]):
@@ -44,20 +45,21 @@ class Source:
     return [row["id"] for row in self.rows]
 
   @property
+  @abc.abstractmethod
   def modalities(self) -> tuple[str, ...]:
     """Modalities that at least one row has."""
-    raise NotImplementedError
 
   def has(self, index: int, modality: str) -> bool:
     """Whether a row has a modality, without decoding it."""
     return modality in self.rows[index]
 
+  @abc.abstractmethod
   def content_hash(self, index: int, modality: str) -> str:
     """Hex SHA-256 that changes when what a row holds of a modality changes."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def _arrays(self, index: int) -> dict[str, np.ndarray]:
-    raise NotImplementedError
+    """A row's decoded arrays by modality."""
 
   def select(self, indices: Iterable[int] | Int[np.ndarray, "n"]) -> "Source":
     """The rows at `indices`, in that order, as a source of its own.

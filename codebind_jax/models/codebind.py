@@ -63,15 +63,22 @@ class Head(nn.Module):
     return nn.Dense(self.width, use_bias=False, kernel_init=INITS[self.start], name="proj")(x)
 
 
+def whitening(x: Float[np.ndarray, "n c"], power: float, shrink: float = 0.1) -> Float[np.ndarray, "c c"]:
+  """Matrix C^-power of the covariance C of rows, its eigenvalues raised by `shrink` of their mean; 1/2 whitens."""
+  values, vectors = np.linalg.eigh(np.cov(x.T))
+  values = np.maximum(values, 0.0)
+  return (vectors * (values + shrink * values.mean()) ** -power) @ vectors.T
+
+
 def whitened(
   head: Mapping[str, Mapping[str, Array | np.ndarray]], tokens: Float[Array | np.ndarray, "n c"], power: float,
   shrink: float = 0.1,
 ) -> dict[str, dict[str, Array | np.ndarray]]:
   """Parameters of a linear `Head` that start from the training tokens' statistics.
 
-  Normalised tokens x become (x - mean) C^-power P, with C their covariance, its eigenvalues raised by `shrink` of their
-  mean, P the head's projection, and a scale that keeps the size of the output. A frozen encoder crowds its directions
-  (in a text encoder, what all short captions share); power 1/2 whitens, smaller ones go part of the way.
+  Normalised tokens x become (x - mean) C^-power P, with C^-power their `whitening`, P the head's projection, and a
+  scale that keeps the size of the output. A frozen encoder crowds its directions (in a text encoder, what all short
+  captions share); power 1/2 whitens, smaller ones go part of the way.
 
   Args:
     head: parameters `norm` and `proj`.
@@ -82,9 +89,7 @@ def whitened(
   x = np.asarray(tokens, np.float64)
   x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-6)
   mean, kernel = x.mean(0), np.asarray(head["proj"]["kernel"], np.float64)
-  values, vectors = np.linalg.eigh(np.cov((x - mean).T))
-  values = np.maximum(values, 0.0)
-  new = (vectors * (values + shrink * values.mean()) ** -power) @ vectors.T @ kernel
+  new = whitening(x, power, shrink) @ kernel
   new *= np.sqrt(np.mean(((x - mean) @ kernel) ** 2) / np.mean(((x - mean) @ new) ** 2))
   return {
     "norm": {"scale": head["norm"]["scale"], "bias": jnp.asarray(-mean, jnp.float32)},

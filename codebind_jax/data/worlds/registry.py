@@ -16,7 +16,7 @@ WORLDS = {"icons": "codebind_jax.data.worlds.icons"}
 
 
 def ensure(
-    world: str = "icons", profile: str = "auto", data_dir: str | Path | None = None, *, again: bool = False
+  world: str = "icons", profile: str = "auto", data_dir: str | Path | None = None, *, again: bool = False
 ) -> Path:
   """Folder of a built world, building it first where needed; at once where it is built.
 
