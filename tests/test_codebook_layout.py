@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from codebind_jax import anchors, compositional, segments
+from codebind_jax import anchors, compositional, nearest, segments
 from codebind_jax.nearest import nearest_code, nearest_segments
 
 SPEC = compositional.CompositionalSpec(shared_dim=64, specific_dim=32, num_codes=(48, 24))
@@ -55,6 +55,17 @@ def test_each_platform_gets_its_own_search():
   assert "stablehlo.while" in text("cpu", 8) and "dot_general" not in text("cpu", 8)
   assert "dot_general" in text("tpu", 8) and "stablehlo.while" not in text("tpu", 8)
   assert "stablehlo.while" in text("cuda", 8)
+
+
+def test_the_search_of_other_platforms_agrees_and_takes_nan_for_nothing():
+  rng = np.random.default_rng(0)
+  z, codes = rng.normal(size=(3, 8, 40)).astype(np.float32), jnp.asarray(rng.normal(size=(24, 8)), jnp.float32)
+  z[1, 2, 5] = np.nan
+  found = nearest._argmax_lanes(jnp.asarray(z), codes, jnp.zeros(24))
+  np.testing.assert_array_equal(found, nearest._scan_codes(jnp.asarray(z), codes, jnp.zeros(24)))
+  assert found[1, 5] == 0
+  some = jnp.asarray([[1.0, jnp.nan, 3.0], [jnp.nan] * 3])
+  np.testing.assert_array_equal(nearest._argmax(some), [2, 0])
 
 
 def test_codes_are_looked_up_alike_by_index_and_by_product():

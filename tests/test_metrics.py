@@ -13,6 +13,7 @@ from scipy.stats import binomtest
 from tensorboardX.proto import event_pb2
 
 from codebind_jax import metrics
+from codebind_jax.data import featurize
 from codebind_jax.evaluators import intervals
 
 
@@ -159,7 +160,7 @@ def test_throughput():
   assert rate.report() == {"examples_per_second": 5.0, "data_wait_share": 0.0}
 
 
-@pytest.mark.parametrize("module", [metrics, intervals])
+@pytest.mark.parametrize("module", [metrics, intervals, featurize])
 def test_docstring_examples(module):
   found = doctest.testmod(module)
   assert found.attempted and not found.failed
