@@ -83,7 +83,7 @@ def test_toy_world_is_built_whole(toy, monkeypatch):
   image = row.pop("image")
   assert row == {"id": "one:cow", "concept": "cow", "label": "cow", "text": ["cow", "cow face", "milk"], "name": "cow",
                  "group": "animals", "set": "one", "family": "one", "style": "colour", "kind": "icon", "source": "one",
-                 "seen": True}
+                 "seen": True, "has": ["image"]}
   assert image.shape == (192, 192, 3) and image.dtype == np.uint8
   assert image[96, 96].tolist() == [255, 0, 0] and image[5, 5].tolist() == [255, 255, 255]
   assert rows(toy, "gcompris")[0]["image"][96, 96].tolist() == [0, 255, 0]
@@ -313,9 +313,9 @@ def test_render_workers_and_this_process_draw_the_same():
 
 
 def test_transparent_pixels_are_white():
-  from codebind_jax.data.sources import read_image
+  from codebind_jax.data.transforms.image import read
 
-  image = read_image(render.to_square_png(png((0, 0, 0, 0)), vector=False, size=8))
+  image = read(render.to_square_png(png((0, 0, 0, 0)), vector=False, size=8))
   assert (image == 255).all()
 
 

@@ -38,7 +38,7 @@ def test_every_kind_of_input_gives_the_same_pixels(tmp_path):
   path = tmp_path / "a.png"
   path.write_bytes(png(Image.fromarray(PHOTO)))
   for value in (PHOTO, Image.fromarray(PHOTO), path, str(path), path.read_bytes(), PHOTO / 255.0):
-    np.testing.assert_array_equal(transforms.open_image(value), PHOTO)
+    np.testing.assert_array_equal(transforms.read(value), PHOTO)
 
 
 def test_transparency_is_laid_on_white():
@@ -46,18 +46,18 @@ def test_transparency_is_laid_on_white():
   colour = np.array([[[9, 9, 9], [10, 20, 30]], [[0, 0, 0], [255, 0, 0]]], np.uint8)
   rgba = np.concatenate([colour, alpha[..., None]], axis=-1)
   expected = np.array([[[255, 255, 255], [10, 20, 30]], [[127, 127, 127], [255, 0, 0]]])
-  np.testing.assert_allclose(transforms.open_image(rgba), expected, atol=1)
-  np.testing.assert_allclose(transforms.open_image(png(Image.fromarray(rgba))), expected, atol=1)
+  np.testing.assert_allclose(transforms.read(rgba), expected, atol=1)
+  np.testing.assert_allclose(transforms.read(png(Image.fromarray(rgba))), expected, atol=1)
   palette = Image.fromarray(colour).convert("P")
   palette.info["transparency"] = palette.getpixel((0, 0))
-  assert tuple(transforms.open_image(palette)[0, 0]) == (255, 255, 255)
+  assert tuple(transforms.read(palette)[0, 0]) == (255, 255, 255)
 
 
 def test_grey_and_deep_images_become_rgb():
   grey = np.array([[0, 100], [200, 255]], np.uint8)
   for value in (grey, grey[..., None], Image.fromarray(grey), Image.fromarray(grey.astype(np.uint16) * 257)):
-    np.testing.assert_array_equal(transforms.open_image(value), np.repeat(grey[..., None], 3, axis=-1))
-  np.testing.assert_array_equal(transforms.open_image(grey > 150)[..., 0], [[0, 0], [255, 255]])
+    np.testing.assert_array_equal(transforms.read(value), np.repeat(grey[..., None], 3, axis=-1))
+  np.testing.assert_array_equal(transforms.read(grey > 150)[..., 0], [[0, 0], [255, 255]])
 
 
 def test_the_camera_turn_is_applied():
@@ -65,7 +65,7 @@ def test_the_camera_turn_is_applied():
   exif[0x0112] = 6
   out = io.BytesIO()
   Image.fromarray(PHOTO).save(out, "PNG", exif=exif)
-  np.testing.assert_array_equal(transforms.open_image(out.getvalue()), np.rot90(PHOTO, -1))
+  np.testing.assert_array_equal(transforms.read(out.getvalue()), np.rot90(PHOTO, -1))
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_the_camera_turn_is_applied():
 )
 def test_what_is_no_image_is_refused(value, message):
   with pytest.raises(ValueError, match=message):
-    transforms.open_image(value)
+    transforms.read(value)
 
 
 def test_a_cut_file_is_refused_by_name(tmp_path):
@@ -91,7 +91,7 @@ def test_a_cut_file_is_refused_by_name(tmp_path):
   path = tmp_path / "half.png"
   path.write_bytes(whole[: len(whole) // 2])
   with pytest.raises(ValueError, match="half.png: not a readable image"):
-    transforms.open_image(path)
+    transforms.read(path)
 
 
 def test_crop_to_content():

@@ -70,7 +70,7 @@ class Featurizer:
     tower = self._config.model.towers[modality]
     views = tower.views if augmented else 1
     features = cached_features(
-      self.trunks[modality], present.keys, lambda i: present[i][modality], cache_dir=self._cache, views=views,
+      self.trunks[modality], present.keys, lambda i: present.read(i, modality), cache_dir=self._cache, views=views,
       augment=Augment() if views > 1 else None,
       hashes=[present.content_hash(i, modality) for i in range(len(present))],
     )  # fmt: skip

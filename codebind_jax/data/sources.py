@@ -1,14 +1,13 @@
 """Where rows come from: a packaged world, or a user's folder with a JSONL manifest.
 
 A source is a picklable random-access sequence of rows `{"id": str, "label": str | None, <modality>: value, ...}`. An
-image is uint8 [h, w, 3] RGB with transparency on white; a text is the list of captions the row may use, the main one
-first. A modality that a row lacks is an absent key.
+image is uint8 [h, w, 3] RGB with transparency on white, another sensor's array what its transform's `read` gives; a
+text is the list of captions the row may use, the main one first. A modality that a row lacks is an absent key.
 """
 
 import abc
 import copy
 import hashlib
-import io
 import json
 import threading
 from collections.abc import Iterable, Sequence
@@ -18,11 +17,12 @@ from typing import Any
 import numpy as np
 import tqdm
 from absl import logging
-from jaxtyping import Int, UInt8
+from jaxtyping import Int
+
+from codebind_jax.data import transforms
 
 MODALITIES = ("image", "text", "audio", "video", "depth", "points", "thermal", "tactile", "eeg")
 SPLITS = ("train", "val", "test")
-_READABLE = ("image", "text")
 
 
 class Source(abc.ABC):
@@ -37,7 +37,8 @@ class Source(abc.ABC):
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     index = range(len(self))[index]
-    return self.rows[index] | self._arrays(index)
+    held = [m for m in self.modalities if m != "text" and self.has(index, m)]
+    return self.rows[index] | {modality: self.read(index, modality) for modality in held}
 
   @property
   def keys(self) -> list[str]:
@@ -58,8 +59,8 @@ class Source(abc.ABC):
     """Hex SHA-256 that changes when what a row holds of a modality changes."""
 
   @abc.abstractmethod
-  def _arrays(self, index: int) -> dict[str, np.ndarray]:
-    """A row's decoded arrays by modality."""
+  def read(self, index: int, modality: str) -> np.ndarray:
+    """A row's array of one modality (not text), decoded."""
 
   def select(self, indices: Iterable[int] | Int[np.ndarray, "n"]) -> "Source":
     """The rows at `indices`, in that order, as a source of its own.
@@ -89,7 +90,9 @@ class WorldSource(Source):
     super().__init__("/".join([*folder.parts[-3:-1], split]), rows)
     self._folder, self._split = folder, split
     self._records = np.arange(len(rows))
-    self._fingerprint = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+    manifest = (folder / "manifest.json").read_bytes()
+    self._fingerprint = hashlib.sha256(manifest).hexdigest()
+    self._held = tuple(json.loads(manifest).get("modalities", ("image",)))
     self._reader, self._lock = None, threading.Lock()
 
   def __getstate__(self) -> dict[str, Any]:
@@ -102,11 +105,12 @@ class WorldSource(Source):
   @property
   def modalities(self) -> tuple[str, ...]:
     """Modalities of the world."""
-    return ("image", "text")
+    return (*self._held, "text")
 
   def has(self, index: int, modality: str) -> bool:
-    """Every row of a world has all of its modalities."""
-    return modality in self.modalities
+    """Whether the row's record holds the modality, by the world's index."""
+    row = self.rows[index]
+    return bool(row.get("text")) if modality == "text" else modality in row.get("has", self._held)
 
   def content_hash(self, index: int, modality: str) -> str:
     """From the world's manifest (package and table hashes, builder version) and the row's id: nothing is decoded."""
@@ -116,17 +120,18 @@ class WorldSource(Source):
     super()._choose(chosen)
     self._records = self._records[chosen]
 
-  def _arrays(self, index: int) -> dict[str, np.ndarray]:
+  def read(self, index: int, modality: str) -> np.ndarray:
+    """The row's array, decoded from its record."""
     from codebind_jax.data.worlds import store
 
     with self._lock:
       if self._reader is None:
-        self._reader = store.open_records(self._folder, self._split, ("image",))
+        self._reader = store.open_records(self._folder, self._split, self._held)
     record = self._reader[int(self._records[index])]
     if record["id"].decode() != self.rows[index]["id"]:
       raise ValueError(f"{self._folder}: record {self._records[index]} of split {self._split!r} is {record['id']!r}, "
                        f"its index says {self.rows[index]['id']!r}; remove the folder and run prepare again")
-    return {"image": read_image(record["image"])}
+    return store.decode(modality, record[modality])
 
 
 class ManifestSource(Source):
@@ -156,11 +161,12 @@ class ManifestSource(Source):
     super()._choose(chosen)
     self._files = [self._files[i] for i in chosen]
 
-  def _arrays(self, index: int) -> dict[str, np.ndarray]:
+  def read(self, index: int, modality: str) -> np.ndarray:
+    """The array in the file that the record names, by the modality's transform."""
     try:
-      return {modality: read_image(path) for modality, path in self._files[index].items()}
+      return transforms.of(modality).read(self._files[index][modality])
     except ValueError as error:
-      raise ValueError(f"{self._manifest}:{self.rows[index]['line']}: {error}") from error
+      raise ValueError(f"{self._manifest}:{self.rows[index]['line']}: {modality}: {error}") from error
 
 
 def open_source(spec: Any) -> Source:
@@ -234,7 +240,7 @@ def read_manifest(manifest: Path, *, split: str = "", max_bad_records: int = 0) 
     manifest: the .jsonl file.
     split: "" for all records, else train, val or test.
     max_bad_records: how many bad records are left out, each named in the log, before it is an error. If above 0,
-      images are decoded whole here, not only opened.
+      files are decoded whole here, not only opened.
 
   Raises:
     ValueError: naming file and line, for the first bad record if there are more than `max_bad_records`; or if no record
@@ -253,8 +259,8 @@ def read_manifest(manifest: Path, *, split: str = "", max_bad_records: int = 0) 
       row, paths = _record(line, manifest, number)
       if first.setdefault(row["id"], number) != number:
         raise ValueError(f"id {row['id']!r} is there twice, first in line {first[row['id']]}")
-      for path in paths.values():
-        check_image(path, whole=max_bad_records > 0)
+      for modality, path in paths.items():
+        check_file(modality, path, whole=max_bad_records > 0)
     except ValueError as error:
       bad.append(f"{manifest}:{number}: {error}")
       if len(bad) > max_bad_records:
@@ -313,7 +319,7 @@ def _record(line: bytes, manifest: Path, number: int) -> tuple[dict[str, Any], d
       path = manifest.parent / _text(key, value)
       if not path.is_file():
         raise ValueError(f"{key}: no such file: {path}")
-      if key in _READABLE:
+      if key in transforms.readable():
         paths[key] = path
       else:
         row.setdefault("unread", []).append(key)
@@ -335,51 +341,17 @@ def _log_unread(manifest: Path, rows: list[dict[str, Any]]) -> None:
     count = sum(modality in row.get("unread", ()) for row in rows)
     if count:
       logging.warning("%s: %d records have %s, which this version does not read from manifests; it reads %s", manifest,
-                      count, modality, list(_READABLE))
+                      count, modality, list(transforms.readable()))
 
 
-def check_image(path: Path, *, whole: bool = False) -> None:
-  """Opens an image file, and decodes it if `whole`.
-
-  Raises:
-    ValueError: naming the file, if it is not an image.
-  """
-  if whole:
-    read_image(path)
-    return
-  from PIL import Image, UnidentifiedImageError
-
-  try:
-    with Image.open(path):
-      pass
-  except UnidentifiedImageError as error:
-    raise ValueError(f"image: not an image that can be read: {path}") from error
-  except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-    raise ValueError(f"image: not an image that can be read: {path} ({error})") from error
-
-
-def read_image(source: Path | bytes) -> UInt8[np.ndarray, "h w 3"]:
-  """Decodes an image file to RGB: upright (EXIF), transparency on white, 16 bits a channel brought to 8.
-
-  Args:
-    source: path of an image file, or its content.
+def check_file(modality: str, path: Path, *, whole: bool = False) -> None:
+  """Looks at a user's file, or reads it if `whole` or where the modality has no cheaper check.
 
   Raises:
-    ValueError: naming the file, if it is not an image or is damaged.
+    ValueError: naming modality and file, if it cannot be read.
   """
-  from PIL import Image, ImageOps, UnidentifiedImageError
-
+  module = transforms.of(modality)
   try:
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-      image = ImageOps.exif_transpose(image)
-      if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-      if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        white.alpha_composite(image.convert("RGBA"))
-        image = white
-      return np.asarray(image.convert("RGB"))
-  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-    name = f"{len(source)} bytes" if isinstance(source, bytes) else source
-    reason = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
-    raise ValueError(f"image: not an image that can be read: {name}{reason}") from error
+    (module.read if whole or not hasattr(module, "check") else module.check)(path)
+  except ValueError as error:
+    raise ValueError(f"{modality}: {error}") from error

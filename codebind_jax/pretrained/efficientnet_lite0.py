@@ -316,7 +316,7 @@ def make_trunk(
     return [pool_tokens(feature_map, grid) for feature_map in [maps[-1], *(maps[level - 1] for level in levels)]]
 
   def preprocess(value: Any) -> np.ndarray:
-    image = image_transforms.open_image(value)
+    image = image_transforms.read(value)
     if crop:
       image = image_transforms.crop_to_content(image)
     return image_transforms.resize(image_transforms.fit_square(image, fit), max(sizes))

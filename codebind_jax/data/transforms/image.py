@@ -33,8 +33,8 @@ def _on_white(picture: Image.Image) -> Image.Image:
   if picture.mode == "RGB" and "transparency" not in picture.info:
     return picture
   if picture.mode in ("I;16", "I;16L", "I;16B", "I"):
-    values = np.asarray(picture).astype(np.float64)
-    return Image.fromarray(np.clip(values / 257.0, 0, 255).astype(np.uint8)).convert("RGB")
+    values = np.asarray(picture).astype(np.int64) >> 8
+    return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8)).convert("RGB")
   if not (picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info):
     return picture.convert("RGB")
   picture = picture.convert("RGBA")
@@ -42,7 +42,7 @@ def _on_white(picture: Image.Image) -> Image.Image:
   return Image.alpha_composite(white, picture).convert("RGB")
 
 
-def open_image(value: Any) -> UInt8[np.ndarray, "h w 3"]:
+def read(value: Any) -> UInt8[np.ndarray, "h w 3"]:
   """RGB pixels of a path, encoded bytes, PIL image or array; transparency is laid on white, the EXIF turn is applied.
 
   Raises:
@@ -66,6 +66,15 @@ def open_image(value: Any) -> UInt8[np.ndarray, "h w 3"]:
     raise ValueError(f"{name}: no such file") from error
   except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
     raise ValueError(f"{name}: not a readable image ({error})") from error
+
+
+def check(path: Path) -> None:
+  """Raises a ValueError naming the file if it is not an image; its pixels are not decoded."""
+  try:
+    with Image.open(path):
+      pass
+  except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    raise ValueError(f"{path}: not a readable image ({error})") from error
 
 
 def crop_to_content(

@@ -71,6 +71,21 @@ class EvalSet:
     wanted = ("train", "val", "test") if self.ways == "all" else (self.ways,)
     return tuple(table[c]["label"] for c in sorted(table) if table[c]["split"] in wanted)
 
+  @property
+  def probes(self) -> tuple[str, ...]:
+    """The artist family is asked of unseen concepts, so that it cannot be told from the subject."""
+    return ("family",) if self.split.endswith("_concept") else ()
+
+  @property
+  def means(self) -> tuple[str, ...]:
+    """The concept's mean is asked of unseen artists."""
+    return ("label",) if self.split.endswith("_artist") else ()
+
+  @property
+  def pairs(self) -> tuple[tuple[str, str, str], ...]:
+    """No retrieval but that between texts and pictures."""
+    return ()
+
   def keep(self, row: dict[str, Any]) -> bool:
     """Whether a row of the split belongs to the test."""
     return ((row["seen"] or not self.seen_only) and self.kind in ("", row["kind"])
@@ -94,6 +109,18 @@ def eval_sets(profile: str) -> dict[str, EvalSet]:
   """The tests whose split the profile holds."""
   held = split_names(profile)
   return {name: test for name, test in EVAL_SETS.items() if test.split in held}
+
+
+def annotate(row: dict[str, Any]) -> dict[str, Any]:
+  """`imagenet`: whether the image trunk knows the concept from ImageNet; numbers on those it knows are kept apart."""
+  return row | {"imagenet": "yes" if row["concept"] in _in_imagenet() else "no"}
+
+
+@functools.cache
+def _in_imagenet() -> frozenset[str]:
+  from codebind_jax.pretrained.class_names import imagenet_names
+
+  return frozenset(names.to_concept(lemma) for name in imagenet_names() for lemma in name.split(", "))
 
 
 def split_names(profile: str) -> tuple[str, ...]:

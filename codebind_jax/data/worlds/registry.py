@@ -1,4 +1,9 @@
-"""Which worlds there are, and how one is found built or gets built."""
+"""Which worlds there are, and how one is found built or gets built.
+
+A world is a module with `VERSION`, `PROFILES`, `build(profile, root) -> folder`, `package_ids(profile)`,
+`eval_sets(profile)`: name -> an object with `split`, `role`, `candidates`, `probes`, `means`, `pairs` and `keep(row)`
+(see `data.task.EvalSet`), and where rows get fields at reading time `annotate(row) -> row`. It trains on split `train`.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +18,17 @@ from absl import logging
 from codebind_jax.data.worlds import fetch, store
 
 WORLDS = {"icons": "codebind_jax.data.worlds.icons"}
+
+
+def world_module(world: str) -> Any:
+  """The builder of a world.
+
+  Raises:
+    ValueError: for an unknown world.
+  """
+  if world not in WORLDS:
+    raise ValueError(f"unknown world {world!r}; allowed: {sorted(WORLDS)}")
+  return importlib.import_module(WORLDS[world])
 
 
 def ensure(
@@ -37,9 +53,7 @@ def ensure(
     FetchError: if a client fails for a profile that was named.
     OSError: if the data folder cannot be written or has too little space.
   """
-  if world not in WORLDS:
-    raise ValueError(f"unknown world {world!r}; allowed: {sorted(WORLDS)}")
-  module = importlib.import_module(WORLDS[world])
+  module = world_module(world)
   if profile != "auto" and profile not in module.PROFILES:
     raise ValueError(f"unknown profile {profile!r} of world {world!r}; allowed: {['auto', *module.PROFILES]}")
   root = fetch.data_dir(data_dir)

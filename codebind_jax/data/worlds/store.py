@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import logging
 
+from codebind_jax.data import transforms
 from codebind_jax.data.worlds import fetch, names
 
 
@@ -50,6 +52,27 @@ def open_records(folder: Path, split: str, encoded: Iterable[str]) -> Sequence[d
     return tfds.builder_from_directory(folder).as_data_source(split, decoders=raw)
 
 
+def blob() -> Any:
+  """The tfds feature of an array modality that not every row has: an encoded file's bytes, b"" where it is missing."""
+  import tensorflow_datasets as tfds
+
+  return tfds.features.Text()
+
+
+def encode(array: np.ndarray) -> bytes:
+  """An array as the bytes of an .npy file."""
+  out = io.BytesIO()
+  np.save(out, array, allow_pickle=False)
+  return out.getvalue()
+
+
+def decode(modality: str, content: bytes) -> np.ndarray:
+  """A record's field: an .npy file as it is, any other file by the modality's transform."""
+  if content[:6] == b"\x93NUMPY":
+    return np.load(io.BytesIO(content), allow_pickle=False)
+  return transforms.of(modality).read(content)
+
+
 def build(
     root: Path,
     world: str,
@@ -71,7 +94,7 @@ def build(
     version: version of the builder, such as "1.0.0".
     splits: split name -> generator of (id, row).
     features: gives the tfds features of a row.
-    arrays: fields kept out of the index.
+    arrays: the array modalities: fields kept out of the index, which says under `has` which of them a row has.
     finish: called when all rows are written; gives the manifest and the text of ATTRIBUTION.md.
     need_bytes: free space that must be there before the work starts.
 
@@ -92,6 +115,7 @@ def build(
       made = _write_records(Path(scratch), world, profile, version, splits, features)
       _write_index(made, splits, arrays)
       manifest, attribution = finish()
+      manifest["modalities"] = list(arrays)
       (made / "ATTRIBUTION.md").write_text(attribution)
       (made / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
       if final.exists():
@@ -153,11 +177,16 @@ def _verbosity(limit: int) -> Iterator[None]:
 
 def _write_index(folder: Path, splits: Iterable[str], arrays: Iterable[str]) -> None:
   """Collects the small fields of every record, so that rows can be listed and chosen without decoding."""
-  arrays, index = set(arrays), {}
+  arrays, index = tuple(arrays), {}
   for split in splits:
     records = open_records(folder, split, arrays)
-    index[split] = [{k: _plain(v) for k, v in records[i].items() if k not in arrays} for i in range(len(records))]
+    index[split] = [_index_row(records[i], arrays) for i in range(len(records))]
   (folder / "index.json").write_text(json.dumps(index, ensure_ascii=False))
+
+
+def _index_row(record: dict[str, Any], arrays: tuple[str, ...]) -> dict[str, Any]:
+  fields = {key: _plain(value) for key, value in record.items() if key not in arrays}
+  return fields | {"has": [name for name in arrays if len(record[name])]}
 
 
 def _plain(value: Any) -> Any:
