@@ -57,18 +57,23 @@ class Model:
     codebooks: name -> CodebookState.
     trunks: modality -> Trunk, loaded when first needed if not given.
     batch: rows embedded at once; smaller inputs are padded to a power of two.
+    modalities: those that have been trained; all of the config's unless given.
   """
 
-  def __init__(self, config: Any, params: Any, codebooks: Any, trunks: dict | None = None, batch: int = 256):
+  def __init__(
+    self, config: Any, params: Any, codebooks: Any, trunks: dict | None = None, batch: int = 256,
+    modalities: Sequence[str] | None = None,
+  ):
     self.config = config if isinstance(config, ml_collections.ConfigDict) else ml_collections.ConfigDict(config)
     self.params, self.codebooks, self.trunks, self.batch = params, codebooks, dict(trunks or {}), batch
     self._embed = _embed_step(make_model(self.config), make_spec(self.config))
     self._apply: dict[str, Any] = {}
+    self._modalities = tuple(sorted(self.config.model.towers if modalities is None else modalities))
 
   @property
   def modalities(self) -> tuple[str, ...]:
     """What the model can embed."""
-    return tuple(sorted(self.config.model.towers))
+    return self._modalities
 
   def trunk(self, modality: str) -> Any:
     """The trunk of a modality, fetched and loaded at first use."""
@@ -109,13 +114,17 @@ class Model:
       done.append(np.asarray(apply(trunk.params, trunk.collate(part)))[:rows])
     return np.concatenate(done) if done else np.zeros((0, trunk.num_tokens, trunk.width), np.float32)
 
+  def tokens_seen(self, modality: str) -> int | None:
+    """How many of the trunk's tokens decide an embedding: the class token alone, or with a body all (None)."""
+    return None if self.config.model.towers[modality].body else 1
+
   def embed_tokens(self, modality: str, tokens: Float[np.ndarray, "n t c"]) -> Embeddings:
-    """Embeds precomputed trunk tokens; only token 0 (the class token) is looked at."""
+    """Embeds precomputed trunk tokens; only the first `tokens_seen` are looked at."""
     if not len(tokens):
       raise ValueError(f"{modality}: nothing to embed, got 0 items")
     parts = []
     for start in range(0, len(tokens), self.batch):
-      chunk = np.asarray(tokens[start : start + self.batch, :1], np.float32)
+      chunk = np.asarray(tokens[start : start + self.batch, : self.tokens_seen(modality)], np.float32)
       rows = len(chunk)
       chunk = np.pad(chunk, ((0, _padded(rows, self.batch) - rows), (0, 0), (0, 0)))
       out = self._embed(self.params, self.codebooks, {modality: chunk})[modality]
@@ -175,10 +184,13 @@ def load(path: str | pathlib.Path) -> Model:
     raise ValueError(f"{str(path)!r} is not a run's folder: it has no {checkpoint.FOLDER!r} (pass a --workdir of main)")
   store = checkpoint.Checkpoints(folder)
   try:
-    config, arrays = store.read_meta()["config"], store.read_arrays()
+    meta, arrays = store.read_meta(), store.read_arrays()
+    config, position = meta["config"], meta["position"]
   finally:
     store.close()
   from codebind_jax.codebook import CodebookState
+  from codebind_jax.stages import introduced, stages_of
 
   codebooks = {name: CodebookState(**state) for name, state in arrays["codebooks"].items()}
-  return Model(config, arrays["params"], codebooks)
+  trained = introduced(stages_of(ml_collections.ConfigDict(config)), position["stage"])
+  return Model(config, arrays["params"], codebooks, modalities=trained)

@@ -22,6 +22,8 @@ def make_model(config: Any) -> CodeBind:
       logit_scale=tower.logit_scale,
       meaning=tower.meaning,
       meaning_dim=tower.meaning_dim,
+      body=tower.body,
+      body_options=FrozenDict(tower.body_options.to_dict()),
     )
     for name, tower in config.model.towers.items()
   }

@@ -125,7 +125,7 @@ def quantize_modalities(
   update: Update = "snapshot",
   rng: jax.Array | None = None,
   masks: Mapping[str, Bool[Array | np.ndarray, "..."]] | None = None,
-  similarity_rows: int = 0,
+  similarity_rows: int | Mapping[str, tuple[tuple[int, int], ...]] = 0,
 ) -> tuple[dict[str, ModalityOutput], dict[str, CodebookState]]:
   """Quantises all modalities and updates the codebooks.
 
@@ -138,8 +138,9 @@ def quantize_modalities(
       statistics; "sequential" updates after each call, as the release does; "none" leaves the codebooks alone.
     rng: key of the revival; a fixed one is used if it is None.
     masks: by modality, [b] or [b, t], True for real rows; masked ones touch neither the state nor the losses.
-    similarity_rows: of how many rows, from the first, the similarities are computed; 0 for all. They are [b, s, k] and
-      with their gradient cost many times what the search does.
+    similarity_rows: of how many rows, from the first, the similarities are computed; 0 for all; or by modality the
+      ranges [start, stop) of rows, joined in that order. They are [b, s, k] and with their gradient cost many times
+      what the search does.
 
   Returns:
     Outputs by modality, and the codebooks after the update.
@@ -162,7 +163,8 @@ def quantize_modalities(
         continue
       if name not in codebooks:
         raise ValueError(f"codebooks lack {name!r}, which {modality!r} needs; they are {sorted(codebooks)}")
-      result, used = _quantize_part(segments, codebooks[name], weights, x, spec, similarity_rows)
+      looked = similarity_rows.get(modality) if isinstance(similarity_rows, Mapping) else ((0, similarity_rows),)
+      result, used = _quantize_part(segments, codebooks[name], weights, x, spec, looked)
       quantised.append(result)
       if update == "sequential":
         key = _fold(rng, f"{modality}/{part}")
@@ -307,7 +309,7 @@ def _segments(x, modality, spec):
   return parts[0].reshape(-1, ds, lanes.shape[1]), parts[1].reshape(-1, dp, lanes.shape[1])
 
 
-def _quantize_part(z, state, weights, x, spec, similarity_rows):
+def _quantize_part(z, state, weights, x, spec, looked):
   """Quantises segments z of features x with one codebook.
 
   Returns:
@@ -322,7 +324,9 @@ def _quantize_part(z, state, weights, x, spec, similarity_rows):
     loss = loss + _mean_square(vectors - jax.lax.stop_gradient(z), weights)
   class_token = direction.reshape(*direction.shape[:2], *x.shape[:-1])
   class_token = class_token[..., 0] if x.ndim == 3 else class_token
-  class_token = class_token[..., :similarity_rows] if similarity_rows else class_token
+  if looked and looked != ((0, 0),):
+    parts = [class_token[..., start:stop] for start, stop in looked]
+    class_token = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
   if spec.detach_similarity:
     class_token = jax.lax.stop_gradient(class_token)
   similarity = jnp.moveaxis(similarities(class_token, codes, distance=spec.distance), 2, 0)

@@ -10,12 +10,10 @@ import ml_collections
 
 MODES = ("train", "eval")
 TASKS = ("zeroshot", "retrieval", "probe")
-WORLDS = ("icons",)
 PROFILES = ("auto", "tiny", "tiny-plus", "small", "full")
 _CHOICES = {
   "mode": MODES,
   "task": TASKS,
-  "data.world": WORLDS,
   "data.profile": PROFILES,
   "codebook.distance": ("cosine", "l2"),
   "codebook.layout": ("parts", "interleaved"),
@@ -96,11 +94,16 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 def _validate_train(config: ml_collections.ConfigDict) -> None:
   from codebind_jax.data.featurize import CAPTION_MODES
+  from codebind_jax.data.worlds.registry import WORLDS
+  from codebind_jax.models.bodies import make_body
   from codebind_jax.pretrained import trunk_names
   from codebind_jax.stages import stages_of
   from codebind_jax.step import TERMS
 
   check_keys([config.data.captions], CAPTION_MODES, "data.captions")
+  check_keys([world.split("-")[0] for world in config.data.worlds], WORLDS, "data.worlds")
+  if not config.data.worlds and not config.data.manifest:
+    raise ValueError(f"config.data.worlds: is empty; allowed: some of {sorted(WORLDS)}, or data.manifest set")
   towers = config.model.towers
   for name, tower in towers.items():
     check_keys([tower.trunk], trunk_names(), f"model.towers.{name}.trunk")
@@ -121,6 +124,12 @@ def _validate_train(config: ml_collections.ConfigDict) -> None:
       raise ValueError(
         f"config.model.towers.{name}: got views {tower.views}, augmented {tower.augmented}; allowed: 1 and up, 0 to 1"
       )
+    if tower.body:
+      make_body(tower.body, tower.body_options.to_dict())
+      if tower.meaning or tower.whiten:
+        raise ValueError(f"config.model.towers.{name}.body: {tower.body!r} goes with neither meaning nor whiten")
+    if tower.starts_from:
+      check_keys([tower.starts_from], [m for m in towers if m != name], f"model.towers.{name}.starts_from")
     if tower.meaning:
       check_keys([tower.meaning], [m for m in towers if m != name], f"model.towers.{name}.meaning")
       if tower.meaning_dim < 1:
@@ -143,6 +152,16 @@ def _validate_train(config: ml_collections.ConfigDict) -> None:
         raise ValueError(f"config.{where}.{key}: got {getattr(stage, key)}; allowed: any number above 0")
     if stage.code_rows < 0:
       raise ValueError(f"config.{where}.code_rows: got {stage.code_rows}; allowed: 0 (all) and up")
+    if not config.data.manifest:
+      check_keys([*stage.sources, *stage.weights], config.data.worlds, f"{where}.sources")
+    for source, rows in stage.sources.items():
+      if rows < 1:
+        raise ValueError(f"config.{where}.sources.{source}: got {rows}; allowed: any number above 0")
+    for source, weight in stage.weights.items():
+      if not weight > 0:
+        raise ValueError(f"config.{where}.weights.{source}: got {weight}; allowed: any number above 0")
+    if stage.learning_rate < 0:
+      raise ValueError(f"config.{where}.learning_rate: got {stage.learning_rate}; allowed: 0 (config.optim's) and up")
     if stage.mixup < 0:
       raise ValueError(f"config.{where}.mixup: got {stage.mixup}; allowed: 0 (off) and up")
     if not stage.temperature > 0:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import ml_collections
 import numpy as np
 from absl import logging
 
@@ -14,13 +15,14 @@ from codebind_jax.api import Model, load
 from codebind_jax.data.featurize import Featurizer
 from codebind_jax.data.task import EvalSet, Task, open_task
 from codebind_jax.evaluators import base
-from codebind_jax.evaluators.codes import CodebookUsage
+from codebind_jax.evaluators.codes import CodebookUsage, table_counts
 from codebind_jax.evaluators.probe import LinearProbe, NearestClassMean
-from codebind_jax.evaluators.retrieval import Retrieval
+from codebind_jax.evaluators.retrieval import Emergent, Retrieval
 from codebind_jax.evaluators.zeroshot import ZeroShot
 from codebind_jax.metrics import MetricsWriter, read_metrics
 
 FINAL = "final"  # the stage under which the last evaluation is written to metrics.jsonl
+STAGE_DONE = "eval/stage_done"  # marks the line that a finished stage's evaluation wrote
 TASKS = ("zeroshot", "retrieval", "probe", "codes")
 NEEDS = {
   "zeroshot": "it needs labels, and a model with a text tower",
@@ -48,64 +50,115 @@ class Evaluation:
 
   def everything(self, model: Model) -> dict[str, float]:
     """All evaluators on the validation sets and, where `config.test` says so, the test sets."""
-    return self._run(model, [s for s in self.task.evals if s.role == "val" or self.config.test], self._tasks)
+    return self._run(model, self._sets(), self._tasks, means="probe" in self._tasks)
+
+  def after_stage(self, model: Model, step: int, stage: str, writer: Any) -> None:
+    """Writes zero-shot, retrieval and class means of all sets once a stage is done: what later stages must not harm.
+
+    A run that was stopped after its last step and before this gets it when it goes on.
+    """
+    done = read_metrics(writer.path) if writer.path.exists() else []
+    if any(line["stage"] == stage and line["step"] == step and STAGE_DONE in line for line in done):
+      return
+    logging.info("---- evaluation after stage %s ----", stage)
+    found = self._run(model, self._sets(), [t for t in self._tasks if t != "probe"], means=True)
+    writer.write(step, stage, found | {STAGE_DONE: 1.0})
+    writer.flush()
+
+  def _sets(self) -> list[EvalSet]:
+    return [s for s in self.task.evals if s.role == "val" or self.config.test]
 
   def table(self, model: Model, test: EvalSet) -> base.Table:
     """Embeddings of one set: one row an item for every modality but text, one row a distinct caption for text."""
     return self._embed(model, test.name, test.source)
 
-  def train_table(self, model: Model) -> base.Table:
-    """Embeddings of the training rows (clean views)."""
-    return self._embed(model, "train", self.task.train)
+  def train_table(self, model: Model, world: str) -> base.Table:
+    """Embeddings of a source's training rows (clean views)."""
+    return self._embed(model, f"{world}/train", self.task.train[world])
 
   def embed_text(self, model: Model, texts: Sequence[str]) -> np.ndarray:
     """`shared` embeddings of strings."""
     return model.embed_tokens("text", self._featurizer.texts(texts)).shared
 
-  def _run(self, model: Model, sets: Sequence[EvalSet], tasks: Sequence[str]) -> dict[str, float]:
+  def _run(
+    self, model: Model, sets: Sequence[EvalSet], tasks: Sequence[str], means: bool = False
+  ) -> dict[str, float]:
     found: dict[str, float] = {}
-    train = self.train_table(model) if self.task.train and "probe" in tasks else None
+    fitted = means or "codes" in tasks
+    train = {world: self.train_table(model, world) for world in self.task.train} if fitted else {}
+    tables = {test.name: self.table(model, test) for test in sets}
     for test in sets:
-      table = self.table(model, test)
-      found |= base.run_evaluators(self._evaluators(model, test, table, tasks), table, prefix=f"eval/{test.name}")
-      for probe, field in self._probes(test, train):
-        found |= base.run_evaluators([probe], _told(table, train, probe.modality, field), prefix=f"eval/{test.name}")
-    if self.config.model.quantize and "codes" in tasks and train is not None:
-      book = self.config.codebook
-      sizes = {"shared": book.shared_codes} | {m: book.codes[m] for m in book.codes if m in train}
-      found |= base.run_evaluators([CodebookUsage(sizes)], train, prefix="eval/train")
-    val = [s.name for s in sets if s.role == "val"]
-    for metric in ("top1", "top5"):
-      for modality in model.modalities:
-        values = [found[key] for s in val if (key := f"eval/{s}/zeroshot/{modality}/{metric}") in found]
-        if values:
-          found[f"eval/{self.task.name}/zeroshot/{modality}/{metric}"] = float(np.mean(values))
+      table, prefix = tables[test.name], f"eval/{test.name}"
+      found |= base.run_evaluators(self._evaluators(model, test, table, tasks), table, prefix=prefix)
+      for probe, field in self._probes(test, table, train.get(test.world) or {}, means, "probe" in tasks):
+        told = _told(table, train[test.world], probe.modality, field)
+        found |= base.run_evaluators([probe], told, prefix=prefix)
+    if self.config.model.quantize and "codes" in tasks and train:
+      found |= base.run_evaluators([self._usage(train)], _stacked(train.values()), prefix="eval/train")
+    if "retrieval" in tasks:
+      found |= self._emergent(sets, tables)
+    return found | dict(self._means_over_validation(model, sets, found))
+
+  def code_counts(self, model: Model) -> dict[str, np.ndarray]:
+    """How often each code of each codebook is used by the training rows of all sources."""
+    train = {world: self.train_table(model, world) for world in self.task.train}
+    return table_counts(_stacked(train.values()), self._usage(train).sizes)
+
+  def _usage(self, train: Mapping[str, base.Table]) -> CodebookUsage:
+    book, held = self.config.codebook, {m for table in train.values() for m in table}
+    return CodebookUsage({"shared": book.shared_codes} | {m: book.codes[m] for m in book.codes if m in held})
+
+  def _emergent(self, sets: Sequence[EvalSet], tables: Mapping[str, base.Table]) -> dict[str, float]:
+    """Pairs of modalities that no stage binds, joined by concept over all sets of one role."""
+    found: dict[str, float] = {}
+    for role in dict.fromkeys(test.role for test in sets):
+      whole = _stacked(tables[test.name] for test in sets if test.role == role)
+      pairs = [tuple(pair) for pair in self.config.emergent if all(m in whole for m in pair)]
+      evaluators = [evaluator for a, b in pairs if (evaluator := Emergent(a, b)).overlap(whole)]
+      found |= base.run_evaluators(evaluators, whole, prefix=f"eval/{role}")
     return found
+
+  def _means_over_validation(
+    self, model: Model, sets: Sequence[EvalSet], found: Mapping[str, float]
+  ) -> Iterator[tuple[str, float]]:
+    for world in self.task.train or [self.task.name]:
+      val = [s.name for s in sets if s.role == "val" and s.world == world]
+      for metric in ("top1", "top5"):
+        for modality in model.modalities:
+          values = [found[key] for s in val if (key := f"eval/{s}/zeroshot/{modality}/{metric}") in found]
+          if values:
+            yield f"eval/{world}/zeroshot/{modality}/{metric}", float(np.mean(values))
 
   def _evaluators(
     self, model: Model, test: EvalSet, table: base.Table, tasks: Sequence[str]
   ) -> Iterator[base.Evaluator]:
     """What can be asked of a set: zero-shot where there are labels and texts, retrieval where there are captions."""
     items = [name for name in table if name != "text"]
+    templates = self.config.data.templates_of.get(test.world, self.config.data.eval_templates)
     if "zeroshot" in tasks and test.candidates and "text" in model.modalities:
       for name in items:
-        slices = tuple(field for field in ("style", "kind", "imagenet") if field in table[name] and test.role == "test")
+        slices = tuple(field for field in test.slices if field in table[name] and test.role == "test")
         yield ZeroShot(
-          name, test.candidates, lambda texts: self.embed_text(model, texts), self.config.data.eval_templates,
-          slices=slices,
-        )  # fmt: skip
-    if "retrieval" in tasks and "text" in table:
-      for name in items:
+          name, test.candidates, lambda texts: self.embed_text(model, texts), templates, slices=slices
+        )
+    if "retrieval" in tasks:
+      for name in items if "text" in table else ():
         yield Retrieval("text", name, match="caption")
+      for a, b, field in test.pairs:
+        if a in table and b in table:
+          yield Retrieval(a, b, match=field)
 
-  def _probes(self, test: EvalSet, train: base.Table | None) -> Iterator[tuple[base.Evaluator, str]]:
+  def _probes(
+    self, test: EvalSet, table: base.Table, train: base.Table, means: bool, probes: bool
+  ) -> Iterator[tuple[base.Evaluator, str]]:
     """Probes that are fitted on the training rows, and the field each tells."""
-    for name in train or ():
-      if name != "text":
-        for field in test.means:
+    for name in table:
+      if name != "text" and name in train:
+        own = lambda fields, name=name: [f for field in fields if (f := field.format(modality=name)) in train[name]]
+        for field in own(test.means) if means else ():
           yield NearestClassMean(name, train, field=field), field
-        for field in test.probes:
-          yield LinearProbe(name, train, field=field, group="label" if field != "label" else None), field
+        for field in own(test.probes) if probes else ():
+          yield LinearProbe(name, train, field=field, group=test.probe_group if field != "label" else None), field
 
   def _embed(self, model: Model, name: str, source: Any) -> dict[str, dict[str, np.ndarray]]:
     table = {}
@@ -119,15 +172,15 @@ class Evaluation:
         fields = {field: values[keep] for field, values in fields.items()}
         tokens = self._featurizer.texts(list(fields["caption"]))
       else:
-        tokens = self._class_tokens(name, source, modality)
+        tokens = self._class_tokens(name, source, modality, model.tokens_seen(modality))
       table[modality] = model.embed_tokens(modality, tokens).asdict() | fields
     return table
 
-  def _class_tokens(self, name: str, source: Any, modality: str) -> np.ndarray:
-    """Token 0 of the clean view, [N, 1, C]; read once from the feature cache."""
+  def _class_tokens(self, name: str, source: Any, modality: str, seen: int | None) -> np.ndarray:
+    """The first tokens of the clean view, [N, seen, C]; read once from the feature cache."""
     if (name, modality) not in self._tokens:
-      features = self._featurizer.table(source, modality, augmented=name == "train").features
-      self._tokens[name, modality] = np.asarray(features[:, 0, :1])
+      features = self._featurizer.table(source, modality, augmented=name.endswith("/train")).features
+      self._tokens[name, modality] = np.asarray(features[:, 0, :seen])
     return self._tokens[name, modality]
 
 
@@ -138,9 +191,37 @@ class Evaluation:
         logging.info("the final evaluation was done before; its numbers are in %s", writer.path)
         return {name: value for name, value in line.items() if name not in ("step", "stage", "warning")}
     found = self.everything(model)
+    found |= retention(found, read_metrics(writer.path) if writer.path.exists() else [])
     writer.write(step, FINAL, found)
     writer.flush()
     return found
+
+
+def retention(final: Mapping[str, float], lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+  """`retention/<metric>`: zero-shot top-1 now minus what it was at the end of the stage that brought the modality in.
+
+  Args:
+    final: metrics of the finished run.
+    lines: of metrics.jsonl, in order.
+  """
+  first: dict[str, float] = {}
+  for line in (line for line in lines if STAGE_DONE in line):
+    for name, value in line.items():
+      if name.endswith("/top1") and name.startswith("eval/") and "=" not in name:
+        first.setdefault(name, value)
+  return {f"retention/{name.removeprefix('eval/')}": final[name] - first[name] for name in first if name in final}
+
+
+def _stacked(tables: Iterable[base.Table]) -> base.Table:
+  """Rows of several tables under one another, by modality; columns that not all have are left out."""
+  parts: dict[str, list[base.Columns]] = {}
+  for table in tables:
+    for modality, columns in table.items():
+      parts.setdefault(modality, []).append(columns)
+  return {
+    modality: {field: np.concatenate([c[field] for c in found]) for field in found[0] if all(field in c for c in found)}
+    for modality, found in parts.items()
+  }
 
 
 def _fields(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
@@ -180,6 +261,7 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
   settings = model.config.unlock()
   settings.test = True
   settings.data.root, settings.data.eval_templates = config.data.root, config.data.eval_templates
+  settings.data.templates_of, settings.emergent = ml_collections.ConfigDict(), ()
   evaluation = Evaluation(settings, task, Featurizer(settings, model.trunks), (config.task,))
   model.trunks = evaluation.trunks
   found = evaluation.everything(model)

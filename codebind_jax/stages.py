@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 
@@ -13,10 +14,15 @@ class Stage:
   Attributes:
     name: of the stage; metrics carry it.
     pairs: active pairs (modality, bridge) that InfoNCE and code matching bind.
+    sources: source name -> rows of it in a global batch; empty until `on` fills it in.
+    weights: source name -> weight of its losses; 1 where not named.
+    unique_labels: at most one row of a label in a batch; else rows of equal labels do not count as each other's
+      negatives where one side of the pair is text.
     train: regexes of the parameter paths that train; everything else is frozen.
     losses: term name -> weight.
     steps: optimizer steps.
-    batch_size: rows of the global batch.
+    batch_size: rows of the global batch where there is one source.
+    learning_rate: of this stage; 0 for that of `config.optim`.
     temperature: of InfoNCE (tau).
     matching_temperature: of the softmax over codes in code matching.
     code_rows: rows of a batch that code contrast and code matching look at; 0 for all. Their cost grows with rows times
@@ -28,6 +34,10 @@ class Stage:
 
   name: str
   pairs: tuple[tuple[str, str], ...]
+  sources: dict[str, int]
+  weights: dict[str, float]
+  unique_labels: bool
+  learning_rate: float
   train: tuple[str, ...]
   losses: dict[str, float]
   steps: int
@@ -48,6 +58,32 @@ class Stage:
     """Modalities that take part, in order of first appearance."""
     return tuple(dict.fromkeys(m for pair in self.pairs for m in pair))
 
+  def on(self, held: Mapping[str, Collection[str]]) -> Stage:
+    """The stage with its sources settled.
+
+    Args:
+      held: source name -> modalities it has.
+
+    Raises:
+      ValueError: if a source is unknown, several could be meant, or no source has both sides of a pair.
+    """
+    if not self.sources and len(held) > 1:
+      raise ValueError(f"config.stages.{self.name}.sources: must say which of {sorted(held)} and how many rows of each")
+    sources = self.sources or dict.fromkeys(held, self.batch_size)
+    for name in [*sources, *self.weights]:
+      if name not in held:
+        raise ValueError(f"config.stages.{self.name}.sources: {name!r} is not allowed; allowed: {sorted(held)}")
+    for a, b in self.pairs:
+      if not any(a in held[name] and b in held[name] for name in sources):
+        raise ValueError(f"config.stages.{self.name}.pairs: none of {sorted(sources)} has both {a!r} and {b!r}")
+    return dataclasses.replace(self, sources=sources)
+
+
+def introduced(stages: Sequence[Stage], last: str) -> tuple[str, ...]:
+  """Modalities of all stages up to the one named `last`, in order of first appearance."""
+  names = [stage.name for stage in stages]
+  return tuple(dict.fromkeys(m for stage in stages[: names.index(last) + 1] for m in stage.modalities))
+
 
 def stages_of(config: Any) -> list[Stage]:
   """The stages of a config in order, with their global steps."""
@@ -58,6 +94,10 @@ def stages_of(config: Any) -> list[Stage]:
       Stage(
         name=name,
         pairs=tuple(tuple(pair) for pair in entry.pairs),
+        sources={source: int(rows) for source, rows in entry.sources.items()},
+        weights={source: float(weight) for source, weight in entry.weights.items()},
+        unique_labels=bool(entry.unique_labels),
+        learning_rate=float(entry.learning_rate),
         train=tuple(entry.train),
         losses={term: float(weight) for term, weight in entry.losses.items()},
         steps=int(entry.steps),

@@ -31,6 +31,7 @@ class Context:
     codebooks: name -> state before the step's update.
     stage: the stage.
     segment: width of the codes.
+    groups: int [b], equal for rows of one label; None where no two rows of a batch share a label.
   """
 
   outputs: Mapping[str, Any]
@@ -39,6 +40,7 @@ class Context:
   codebooks: Mapping[str, CodebookState]
   stage: Stage
   segment: int
+  groups: Any = None
 
   @property
   def pairs(self) -> list[tuple[str, str]]:
@@ -60,6 +62,7 @@ def _info_nce(c: Context) -> Float[Array, ""]:
     losses.info_nce(
       c.outputs[a].shared[:, 0], c.outputs[b].shared[:, 0], temperature=c.stage.temperature,
       logit_scale_a=c.scales[a], logit_scale_b=c.scales[b], mask=c.masks[a] & c.masks[b],
+      groups=c.groups if "text" in (a, b) else None,
     )
     for a, b in c.pairs
   ])
@@ -134,14 +137,15 @@ def make_train_step(
     tx: optimizer of the stage.
     update: how the codebooks are updated, `snapshot` or `sequential` (the release).
 
-  A batch is `{source: {modality: [b, n, d], "_mask": {modality: bool [b]}}}`; modalities of several sources are
-  quantised together against one snapshot of the codebooks, the terms are taken per source and averaged.
+  A batch is `{source: {modality: [b, n, d], "_mask": {modality: bool [b]}, "_group": int [b]}}`; modalities of several
+  sources are quantised together against one snapshot of the codebooks; the terms are taken per source and averaged by
+  the sources' weights.
   """
   active = {name: weight for name, weight in stage.losses.items() if weight}
-  similarity_rows = stage.code_rows if {"code_contrast", "code_matching"} & set(active) else 1
+  code_rows = stage.code_rows if {"code_contrast", "code_matching"} & set(active) else 1
 
   def loss_fn(params: Any, state: TrainState, batch: Mapping[str, Any], rng: Any):
-    tokens, masks, owners = _merge(batch)
+    tokens, masks, owners = merge_sources(batch)
     drop_rng, code_rng = jax.random.split(rng)
     if stage.mixup:
       tokens = mixed(jax.random.fold_in(rng, 1), tokens, masks, owners, stage.mixup)
@@ -151,15 +155,19 @@ def make_train_step(
     else:
       outputs, codebooks = quantize_modalities(
         features, state.codebooks, spec, update=update, rng=code_rng, masks=masks,
-        similarity_rows=similarity_rows if len(batch) == 1 else 0,
+        similarity_rows=_looked_at(owners, code_rows),
       )  # fmt: skip
     terms = {name: jnp.zeros((), jnp.float32) for name in active}
-    for source in batch:
-      mine = {m: _rows(outputs[m], rows) for (s, m), rows in owners.items() if s == source}
+    weights = {source: stage.weights.get(source, 1.0) for source in batch}
+    for source, content in batch.items():
+      mine = _of_source(outputs, owners, source, code_rows)
       mine_masks = {m: masks[m][rows] for (s, m), rows in owners.items() if s == source}
-      context = Context(mine, mine_masks, scales, state.codebooks, stage, spec.code_dims[0] if spec else 0)
+      context = Context(
+        mine, mine_masks, scales, state.codebooks, stage, spec.code_dims[0] if spec else 0,
+        None if stage.unique_labels else content["_group"],
+      )  # fmt: skip
       for name in active:
-        terms[name] += TERMS[name](context) / len(batch)
+        terms[name] += TERMS[name](context) * (weights[source] / sum(weights.values()))
     total = sum(active[name] * terms[name] for name in active)
     return total, (terms, outputs, codebooks)
 
@@ -254,7 +262,7 @@ def make_embed_step(model: CodeBind, spec: CompositionalSpec | None) -> Callable
   return embed
 
 
-def _merge(batch: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Array], dict[tuple[str, str], slice]]:
+def merge_sources(batch: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Array], dict[tuple[str, str], slice]]:
   """Concatenates each modality over the sources that have it; says which rows are whose."""
   tokens: dict[str, list[Array]] = {}
   masks: dict[str, list[Array]] = {}
@@ -269,6 +277,28 @@ def _merge(batch: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Array]
   return {m: join(p) for m, p in tokens.items()}, {m: join(p) for m, p in masks.items()}, owners
 
 
-def _rows(output: Any, rows: slice) -> Any:
-  """Rows of one source; scalars (commitment) stay as they are."""
-  return jax.tree.map(lambda x: x[rows] if x.ndim else x, output)
+def _looked_at(owners: Mapping[tuple[str, str], slice], code_rows: int) -> dict[str, tuple[tuple[int, int], ...]]:
+  """By modality the rows whose similarities to the codes are computed: the first `code_rows` of each source, 0: all."""
+  found: dict[str, tuple[tuple[int, int], ...]] = {}
+  for (_, name), rows in owners.items():
+    stop = min(rows.start + code_rows, rows.stop) if code_rows else rows.stop
+    found[name] = (*found.get(name, ()), (rows.start, stop))
+  return found
+
+
+def _of_source(
+  outputs: Mapping[str, ModalityOutput], owners: Mapping[tuple[str, str], slice], source: str, code_rows: int
+) -> dict[str, ModalityOutput]:
+  """The rows of one source; scalars (commitment) stay as they are, similarities are those of its looked-at rows."""
+  found, passed = {}, dict.fromkeys(outputs, 0)
+  for (owner, name), rows in owners.items():
+    count = min(code_rows or rows.stop, rows.stop - rows.start)
+    at = slice(passed[name], passed[name] + count)
+    passed[name] += count
+    if owner == source:
+      whole = outputs[name]
+      part = jax.tree.map(lambda x, rows=rows: x[rows] if x.ndim else x, whole)
+      found[name] = part.replace(
+        similarity_shared=whole.similarity_shared[at], similarity_specific=whole.similarity_specific[at]
+      )
+  return found

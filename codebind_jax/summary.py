@@ -15,7 +15,6 @@ from codebind_jax import config as config_lib
 from codebind_jax.api import Model
 from codebind_jax.data.task import EvalSet, Task
 from codebind_jax.evaluate import Evaluation
-from codebind_jax.evaluators.codes import table_counts
 from codebind_jax.metrics import read_metrics
 from codebind_jax.report_data import (
   Attribution,
@@ -50,6 +49,8 @@ def headline(config: Any, task: Task, final: Mapping[str, float]) -> list[Score]
         chance |= {f"{s.name}/zeroshot/{modality}/top{k}": 100.0 * k / max(len(s.candidates), k) for s in sets}
       metrics[f"retrieval/text_to_{modality}/r5"] = f"Text to {modality}, recall@5"
       metrics[f"retrieval/{modality}_to_text/r5"] = f"{modality.capitalize()} to text, recall@5"
+      for a, b in sorted({(a, b) for s in sets for a, b, _ in s.pairs if a == modality}):
+        metrics[f"retrieval/{a}_to_{b}/r10"] = f"{a.capitalize()} to {b}, recall@10"
       for field in sorted({field for s in sets for field in s.probes}):
         for part in ("shared", "specific", "full"):
           metrics[f"probe/{field}/{modality}/{part}"] = f"Linear probe of {field}, {part}"
@@ -66,7 +67,7 @@ def report_data(
   gallery = _gallery(evaluation, models["after"], shown) if shown else ((), ())
   book = config.codebook
   sizes = {"shared": book.shared_codes} | book.codes.to_dict() if config.model.quantize else {}
-  has_codes = config.model.quantize and task.train is not None
+  has_codes = config.model.quantize and bool(task.train)
   return ReportData(
     title=f"{' + '.join(sorted(config.model.towers))}: {', '.join(config.stage_order)}",
     run=Run("CodeBind" if config.model.quantize else "InfoNCE", read_metrics(folder)),
@@ -76,11 +77,12 @@ def report_data(
     environment=_environment(),
     seconds=dict(seconds),
     data_profile=task.name,
-    data_counts=({"train": len(task.train)} if task.train else {}) | {s.name: len(s.source) for s in task.evals},
+    data_counts={f"{name} train": len(rows) for name, rows in task.train.items()}
+    | {s.name: len(s.source) for s in task.evals},
     baseline=Run("InfoNCE without codebooks", read_metrics(plain)) if (plain / "metrics.jsonl").exists() else None,
     scores=headline(config, task, final),
     codebook_sizes=sizes,
-    code_counts=table_counts(evaluation.train_table(models["after"]), sizes) if has_codes else {},
+    code_counts=evaluation.code_counts(models["after"]) if has_codes else {},
     text_queries=gallery[0],
     image_queries=gallery[1],
     maps=_maps(evaluation, models, shown) if shown else (),
@@ -114,6 +116,8 @@ def _gallery(evaluation: Evaluation, model: Model, shown: EvalSet) -> tuple[list
     return [], []
   images, texts = table[modality], table["text"]
   rows = [i for i in range(len(shown.source)) if shown.source.has(i, modality)]
+  if shown.source.read(rows[0], modality).ndim != 3:  # vectors of the synthetic world
+    return [], []
   pictures = _Pictures(shown.source, rows, images["caption"])
   captions = [Item(text=str(caption)) for caption in texts["caption"]]
   pick = lambda n: np.unique(np.linspace(0, n - 1, min(GALLERY, n)).round().astype(int))
@@ -139,7 +143,7 @@ class _Pictures(Sequence):
     return len(self._rows)
 
   def __getitem__(self, index: int) -> Item:
-    return Item(text=str(self._captions[index]), image=self._source[self._rows[index]]["image"])
+    return Item(text=str(self._captions[index]), image=self._source.read(self._rows[index], "image"))
 
 
 def _maps(evaluation: Evaluation, models: Mapping[str, Model], shown: EvalSet) -> list[EmbeddingMap]:

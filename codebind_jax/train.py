@@ -7,7 +7,7 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from absl import logging
 from codebind_jax import build, optim, sharding, summary
 from codebind_jax import config as config_lib
 from codebind_jax import state as state_lib
-from codebind_jax.api import Model
+from codebind_jax.api import Model, load
 from codebind_jax.checkpoint import Checkpoints, Position
 from codebind_jax.codebook import collapsed, usage_stats
 from codebind_jax.compositional import init_codebooks, new_codebooks
@@ -31,9 +31,9 @@ from codebind_jax.evaluate import Evaluation
 from codebind_jax.metrics import MetricsWriter, Throughput
 from codebind_jax.models.codebind import whitened
 from codebind_jax.report import write_report
-from codebind_jax.stages import Stage, stages_of
+from codebind_jax.stages import Stage, introduced, stages_of
 from codebind_jax.state import TrainState
-from codebind_jax.step import make_train_step
+from codebind_jax.step import make_train_step, merge_sources
 
 
 def banner(text: str) -> None:
@@ -90,15 +90,15 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | pathlib
   banner("data")
   task = open_task(config.data)
   featurizer = Featurizer(config)
-  tables, labels = featurizer.train_tables(task.train)
+  tables, labels = featurizer.train_tables(task.train, task.unique)
   evaluation = Evaluation(config, task, featurizer)
 
-  final, models = run_stages(config, folder, task, tables, labels, evaluation)
+  final, models = run_stages(config, folder, tables, labels, evaluation)
   if config.baseline:
     banner("baseline: the same heads by plain InfoNCE, without codebooks")
     plain = baseline_of(config)
     inner = claim_workdir(plain, folder / "baseline")
-    baseline, _ = run_stages(plain, inner, task, tables, labels, Evaluation(plain, task, featurizer))
+    baseline, _ = run_stages(plain, inner, tables, labels, Evaluation(plain, task, featurizer))
     final |= {f"baseline/{name}": value for name, value in baseline.items()}
 
   if jax.process_index() == 0:
@@ -111,14 +111,27 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | pathlib
 
 
 def run_stages(
-  config: ml_collections.ConfigDict, folder: pathlib.Path, task: Any, tables: Mapping[str, Any],
-  labels: Sequence[str | None], evaluation: Evaluation,
+  config: ml_collections.ConfigDict, folder: pathlib.Path, tables: Mapping[str, Mapping[str, Any]],
+  labels: Mapping[str, Sequence[str | None]], evaluation: Evaluation,
 ) -> tuple[dict[str, float], dict[str, Model]]:
-  """Runs or continues the stages of one config; returns the final metrics and the model before and after training."""
+  """Runs or continues the stages of one config.
+
+  Args:
+    config: of the run.
+    folder: its folder.
+    tables: source -> modality -> FeatureTable of the training rows.
+    labels: source -> per training row what tells it apart.
+    evaluation: of this config.
+
+  Returns:
+    The final metrics, and the model before and after training.
+  """
   banner("model")
   mesh = sharding.make_mesh(config.mesh.to_dict())
-  model, spec, stages = build.make_model(config), build.make_spec(config), stages_of(config)
-  dummy = {name: jnp.zeros((1, *table.features.shape[2:]), jnp.float32) for name, table in tables.items()}
+  model, spec = build.make_model(config), build.make_spec(config)
+  stages = [stage.on({name: set(found) for name, found in tables.items()}) for stage in stages_of(config)]
+  first_of = {m: table for found in reversed(tables.values()) for m, table in found.items()}
+  dummy = {name: jnp.zeros((1, *table.features.shape[2:]), jnp.float32) for name, table in first_of.items()}
 
   def init(rng: Any) -> tuple[Any, Any, Any]:
     head_rng, code_rng = jax.random.split(rng)
@@ -126,15 +139,24 @@ def run_stages(
     return model.init(head_rng, dummy)["params"], codebooks, {}
 
   state = state_lib.create(mesh, jax.random.key(config.seed), init)
-  state = state.replace(params=whiten_heads(state.params, config, tables))
+  state = state.replace(params=whiten_heads(state.params, config, first_of))
+  if config.init_from:
+    state = start_from(state, config.init_from, mesh)
   untrained_params = jax.device_get(state.params)  # the step donates its state; the report shows the start as well
   optimizers = {
-    stage.name: optim.make_optimizer(state.params, stage.train, config.optim.to_dict(), stage.steps) for stage in stages
+    stage.name: optim.make_optimizer(
+      state.params, stage.train,
+      config.optim.to_dict() | ({"learning_rate": stage.learning_rate} if stage.learning_rate else {}), stage.steps,
+    )
+    for stage in stages
+  }  # fmt: skip
+  make_iterators = lambda stage: {
+    name: make_iterator(
+      {m: table for m, table in tables[name].items() if m in stage.modalities}, labels[name], batch_size=rows,
+      seed=config.seed, unique_labels=stage.unique_labels, name=name,
+    )
+    for name, rows in stage.sources.items()
   }
-  iterator = lambda stage: make_iterator(
-    tables, labels, batch_size=stage.batch_size, seed=config.seed, unique_labels=config.data.unique_labels,
-    name=task.name,
-  )
 
   with contextlib.closing(Checkpoints(folder, keep=config.keep_checkpoints)) as store, MetricsWriter(
     folder, active=jax.process_index() == 0
@@ -142,7 +164,7 @@ def run_stages(
     # Order of initialisation: this run's own checkpoint, else random heads and k-means codebooks.
     by_name = {stage.name: stage for stage in stages}
     restored = store.restore(
-      lambda at: (state_lib.abstract(state, optimizers[at.stage][0], mesh), {task.name: iterator(by_name[at.stage])})
+      lambda at: (state_lib.abstract(state, optimizers[at.stage][0], mesh), make_iterators(by_name[at.stage]))
     )
     position, iterators = Position(0, stages[0].name, False), {}
     if restored is None:
@@ -153,18 +175,26 @@ def run_stages(
     writer.truncate(position.step)
 
     for stage in stages:
-      if stage.last_step <= position.step:
+      held = introduced(stages, stage.name)
+      if stage.last_step < position.step:
+        continue
+      if stage.last_step == position.step:
+        evaluate_stage(config, state, stage, stages, evaluation, writer)
         continue
       banner(f"stage {stage.name}: {stage.steps} steps on {' + '.join(stage.modalities)}")
       tx, table = optimizers[stage.name]
       optim.log_table(state.params, table)
       if position.step <= stage.first_step:
-        iterators = {task.name: iterator(stage)}
+        iterators = make_iterators(stage)
+        earlier = {m for before in stages[: stages.index(stage)] for m in before.modalities}
+        state = state.replace(params=copy_heads(state.params, config, set(stage.modalities) - earlier))
         state = state_lib.with_optimizer(state, tx, mesh)
         if spec is not None:
-          state = start_codebooks(state, model, spec, next(iterator(stage)), mesh)
-      state = run_stage(config, stage, state, tx, iterators, mesh, model, spec, store, writer, evaluation)
+          first = {name: next(it) for name, it in make_iterators(stage).items()}
+          state = start_codebooks(state, model, spec, first, mesh)
+      state = run_stage(config, stage, state, tx, iterators, mesh, model, spec, store, writer, evaluation, held)
       position = Position(stage.last_step, stage.name, True)
+      evaluate_stage(config, state, stage, stages, evaluation, writer)
 
     banner("evaluation")
     trained = Model(config, state.params, state.codebooks, evaluation.trunks)
@@ -172,9 +202,19 @@ def run_stages(
     return evaluation.finish(trained, int(state.step), writer), {"before": untrained, "after": trained}
 
 
+def evaluate_stage(
+  config: Any, state: TrainState, stage: Stage, stages: Sequence[Stage], evaluation: Evaluation, writer: MetricsWriter
+) -> None:
+  """What the modalities brought in so far reach once a stage is done; the last stage's is the final evaluation."""
+  if stage is not stages[-1]:
+    held = introduced(stages, stage.name)
+    model = Model(config, state.params, state.codebooks, evaluation.trunks, modalities=held)
+    evaluation.after_stage(model, stage.last_step, stage.name, writer)
+
+
 def run_stage(
   config: Any, stage: Stage, state: TrainState, tx: Any, iterators: Mapping[str, Any], mesh: Any, model: Any, spec: Any,
-  store: Checkpoints, writer: MetricsWriter, evaluation: Evaluation,
+  store: Checkpoints, writer: MetricsWriter, evaluation: Evaluation, held: Sequence[str],
 ) -> TrainState:
   """The loop of one stage, from wherever `state` stands to the stage's last step."""
   read = lambda: {name: sharding.put_batch(next(it), mesh) for name, it in iterators.items()}
@@ -190,7 +230,7 @@ def run_stage(
       clock.restart()
     state, metrics = compiled(state, batch)
     step += 1
-    clock.add(stage.batch_size)
+    clock.add(sum(stage.sources.values()))
     bar.update()
     last = step == stage.last_step
     if step % config.log_steps == 0 or last:
@@ -200,7 +240,7 @@ def run_stage(
       writer.write(step, stage.name, values | clock.report())
     if step % config.eval_steps == 0 and not last:
       bar.clear()
-      current = Model(config, state.params, state.codebooks, evaluation.trunks)
+      current = Model(config, state.params, state.codebooks, evaluation.trunks, modalities=held)
       writer.write(step, stage.name, evaluation.validate(current))
       clock.restart()
     if step % config.checkpoint_steps == 0 or last:
@@ -237,20 +277,58 @@ def whiten_heads(params: Any, config: Any, tables: Mapping[str, Any]) -> Any:
   return params
 
 
-def start_codebooks(state: TrainState, model: Any, spec: Any, batch: Any, mesh: Any) -> TrainState:
-  """k-means start, from all tokens of the first batch, of the codebooks that no earlier stage has filled."""
+def copy_heads(params: Any, config: Any, new: Collection[str]) -> Any:
+  """Heads of modalities that begin to train, copied from those they start from (`config.model.towers.*.starts_from`).
 
-  def start(state: TrainState, tokens: Any, masks: Any) -> Any:
+  Raises:
+    ValueError: if the two modalities' heads differ in shape.
+  """
+  params = dict(params)
+  for name in sorted(new):
+    source = config.model.towers[name].starts_from
+    if source:
+      shapes = [jax.tree.map(lambda x: x.shape, params[m]) for m in (name, source)]
+      if shapes[0] != shapes[1]:
+        raise ValueError(f"config.model.towers.{name}.starts_from: heads of {source!r} have shapes {shapes[1]}, "
+                         f"those of {name!r} {shapes[0]}")
+      params[name] = jax.tree.map(jnp.copy, params[source])
+  return params
+
+
+def start_from(state: TrainState, workdir: str, mesh: Any) -> TrainState:
+  """The state with the parameters and codebooks of a finished run, for all modalities that run had.
+
+  Raises:
+    ValueError: if the folder holds no run, or a parameter of it has another shape here.
+  """
+  before = load(workdir)
+  here = optim.param_paths({"params": state.params, "codebooks": state.codebooks})
+  there = optim.param_paths({"params": before.params, "codebooks": before.codebooks})
+  for path, value in there.items():
+    if path in here and here[path].shape != np.shape(value):
+      raise ValueError(f"config.init_from: {workdir!r} has {path} of shape {np.shape(value)}, here {here[path].shape}")
+  logging.info("starting from %s: %s; new: %s", workdir, ", ".join(before.modalities),
+               ", ".join(sorted({path.split("/")[1] for path in set(here) - set(there)})) or "nothing")
+  pick = lambda prefix, tree: jax.tree_util.tree_map_with_path(
+    lambda path, x: jax.device_put(there.get(prefix + jax.tree_util.keystr(path, simple=True, separator="/"), x),
+                                   sharding.replicated(mesh)), tree,
+  )  # fmt: skip
+  return state.replace(params=pick("params/", state.params), codebooks=pick("codebooks/", state.codebooks))
+
+
+def start_codebooks(state: TrainState, model: Any, spec: Any, batch: Any, mesh: Any) -> TrainState:
+  """k-means start, from all tokens of the sources' first batches, of the codebooks that no earlier stage has filled."""
+
+  def start(state: TrainState, batch: Any) -> Any:
+    tokens, masks, _ = merge_sources(batch)
     features, _ = model.apply({"params": state.params}, tokens)
     rng = jax.random.fold_in(state.rng, 2**31 - 1)
     started = init_codebooks(rng, features, state.codebooks, spec, masks=masks)
     keep = lambda old, new: jax.tree.map(lambda a, b: jnp.where(old.initialised, a, b), old, new)
     return {name: keep(old, started[name]) for name, old in state.codebooks.items()}
 
-  masks = batch["_mask"]
-  batch = sharding.put_batch({"tokens": {name: batch[name] for name in masks}, "masks": masks}, mesh)
   jitted = jax.jit(start, out_shardings=sharding.replicated(mesh))
-  return state.replace(codebooks=jitted(state, batch["tokens"], batch["masks"]))
+  return state.replace(codebooks=jitted(state, sharding.put_batch(batch, mesh)))
 
 
 def warn_of_collapse(codebooks: Mapping[str, Any], share: float, step: int) -> None:

@@ -16,6 +16,9 @@ def tower(trunk, **overrides):
   config.init = "orthogonal"
   config.whiten = 0.0  # the shared head starts with the training tokens' covariance to this negative power in it
   config.logit_scale = 1.0
+  config.body = ""  # a module of models/bodies.py that trains between the trunk's tokens and the heads
+  config.body_options = ConfigDict()
+  config.starts_from = ""  # a modality whose heads this one's are copied from when its first stage begins
   config.meaning = ""  # a modality in whose trunk's space the last `meaning_dim` columns of the tokens lie
   config.meaning_dim = 0
   config.update(overrides)
@@ -28,6 +31,10 @@ def stage(config, **overrides):
   entry.steps = config.get_ref("steps")
   entry.batch_size = config.get_ref("batch_size")
   entry.pairs = (("image", "text"),)
+  entry.sources = ConfigDict()  # source -> rows of a batch; empty: the only source, with the stage's batch_size
+  entry.weights = ConfigDict()  # source -> weight of its losses; 1 unless set
+  entry.unique_labels = True  # at most one row of a label in a batch
+  entry.learning_rate = 0.0  # 0: config.optim's
   entry.train = (".*",)
   entry.temperature = 0.07
   entry.matching_temperature = 1.0
@@ -49,20 +56,22 @@ def get_config():
   config.eval_steps = 250  # validation sets only; the end of the run is always evaluated
   config.checkpoint_steps = 100
   config.keep_checkpoints = 2
+  config.init_from = ""  # workdir of a finished run whose modalities this one starts with
   config.baseline = True  # train the same heads by plain InfoNCE, without codebooks, and report both
   config.test = True  # read the test sets once, at the end
+  config.emergent = ()  # pairs of modalities that no stage binds, to be retrieved from each other by concept
   config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
 
   config.data = ConfigDict()
   config.data.root = ""  # default: $CODEBIND_DATA, else the user's cache folder
-  config.data.world = "icons"
+  config.data.worlds = ("icons",)
   config.data.profile = "auto"
   config.data.manifest = ""  # a JSONL manifest of your own instead of the world
   config.data.classes = ""  # a text file with one class name a line; default: the labels that occur
   config.data.max_bad_records = 0
-  config.data.unique_labels = True
   config.data.captions = "each"  # a row's further texts: main (left out), each (captions) or joined (one list)
   config.data.templates = ("{}",)
+  config.data.templates_of = ConfigDict()  # source -> templates of its captions and classes, where others suit it
   config.data.eval_templates = ("{}",)
 
   config.model = ConfigDict()

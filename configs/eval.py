@@ -16,6 +16,7 @@ def get_config():
   config.data = ConfigDict()
   config.data.root = ""  # default: $CODEBIND_DATA, else the user's cache folder
   config.data.manifest = ""
+  config.data.worlds = ()
   config.data.classes = ""  # a text file with one class name a line; default: the labels that occur
   config.data.max_bad_records = 0
   config.data.eval_templates = ("{}", "an image of {}", "an icon of {}", "a drawing of {}", "a photo of {}")

@@ -53,19 +53,22 @@ class Featurizer:
       if name not in self.trunks:
         self.trunks[name] = load_trunk(tower.trunk, **tower.options.to_dict())
 
-  def table(self, source: Any, modality: str, augmented: bool = False) -> FeatureTable:
+  def table(
+    self, source: Any, modality: str, augmented: bool = False, templates: Sequence[str] = ()
+  ) -> FeatureTable:
     """Features of one modality for all rows of a source; rows without it have no items.
 
     Args:
       source: the rows.
       modality: one of the towers'.
       augmented: the clean view and the tower's augmented ones, for training; else the clean one alone.
+      templates: of captions, `config.data.templates` unless given.
     """
     rows = [i for i in range(len(source)) if source.has(i, modality)]
     if not rows:
       raise ValueError(f"{source.name}: no row has modality {modality!r}")
     if modality == "text":
-      return self._text_table(source, rows)
+      return self._text_table(source, rows, templates or self._config.data.templates)
     present = source if len(rows) == len(source) else source.select(rows)
     tower = self._config.model.towers[modality]
     views = tower.views if augmented else 1
@@ -78,17 +81,35 @@ class Featurizer:
     choices = [(item[i],) if i in item else () for i in range(len(source))]
     return FeatureTable(features, choices, tower.augmented if views > 1 else 0.0)
 
-  def train_tables(self, source: Any) -> tuple[dict[str, FeatureTable], list[str | None]]:
-    """Features of every modality the source has, with augmented views, and the rows' labels.
+  def train_tables(
+    self, train: Mapping[str, Any], unique: Mapping[str, str]
+  ) -> tuple[dict[str, dict[str, FeatureTable]], dict[str, list[str | None]]]:
+    """Features of the towers' modalities that each source has, with augmented views, and what tells its rows apart.
+
+    Args:
+      train: source name -> training rows.
+      unique: source name -> the field that tells rows apart.
+
+    Returns:
+      (source -> modality -> table, source -> value of the field per row).
 
     Raises:
-      ValueError: if the source is missing or lacks one of the towers' modalities.
+      ValueError: if there are no training rows, or no source has one of the towers' modalities.
     """
-    if source is None or not len(source):
+    if not train or not all(map(len, train.values())):
       raise ValueError("data: there are no training rows (split 'train')")
-    towers = self._config.model.towers
-    tables = {name: self.table(source, name, augmented=True) for name in towers}
-    return tables, [row.get("label") for row in source.rows]
+    towers, data = self._config.model.towers, self._config.data
+    tables = {
+      name: {
+        m: self.table(source, m, augmented=True, templates=data.templates_of.get(name, ()))
+        for m in towers if m in source.modalities
+      }
+      for name, source in train.items()
+    }  # fmt: skip
+    for modality in towers:
+      if not any(modality in found for found in tables.values()):
+        raise ValueError(f"data: no row of {sorted(train)} has modality {modality!r}, which model.towers names")
+    return tables, {name: [row.get(unique[name]) or None for row in source.rows] for name, source in train.items()}
 
   def texts(self, strings: Sequence[str]) -> np.ndarray:
     """Token features float16 [N, T, C] of strings, kept in memory and on disk."""
@@ -98,9 +119,9 @@ class Featurizer:
       self._texts.update(zip(new, np.asarray(features[:, 0])))
     return np.stack([self._texts[text] for text in strings])
 
-  def _text_table(self, source: Any, rows: Sequence[int]) -> FeatureTable:
-    data = self._config.data
-    by_row = {row: captions(source.rows[row]["text"], data.templates, data.captions) for row in rows}
+  def _text_table(self, source: Any, rows: Sequence[int], templates: Sequence[str]) -> FeatureTable:
+    mode = self._config.data.captions
+    by_row = {row: captions(source.rows[row]["text"], templates, mode) for row in rows}
     strings = sorted({caption for own in by_row.values() for caption in own})
     number = {caption: n for n, caption in enumerate(strings)}
     logging.info("%s: %d distinct captions of %d rows", source.name, len(strings), len(rows))

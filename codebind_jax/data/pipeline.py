@@ -29,13 +29,13 @@ class FeatureTable:
 class _Pick(grain.transforms.RandomMap):
   """Group number -> one row's features: draws the member, the caption and the augmented view."""
 
-  def __init__(self, tables: Mapping[str, FeatureTable], members: Sequence[Sequence[int]]):
-    self._tables, self._members = dict(tables), members
+  def __init__(self, tables: Mapping[str, FeatureTable], members: Sequence[Sequence[int]], groups: np.ndarray):
+    self._tables, self._members, self._groups = dict(tables), members, groups
 
   def random_map(self, group: int, rng: np.random.Generator) -> dict:
     members = self._members[group]
     row = members[rng.integers(len(members))]
-    out: dict = {"_mask": {}, "_row": np.int32(row)}
+    out: dict = {"_mask": {}, "_row": np.int32(row), "_group": self._groups[row]}
     for name, table in self._tables.items():
       items, (_, views, *shape) = table.choices[row], table.features.shape
       out["_mask"][name] = np.bool_(bool(items))
@@ -64,7 +64,9 @@ def make_iterator(
   unique_labels: bool = True,
   name: str = "source",
 ) -> grain.DatasetIterator:
-  """Endless shuffled batches `{modality: [b, n, d], _mask: {modality: bool [b]}, _row: int32 [b]}`.
+  """Endless shuffled batches `{modality: [b, n, d], _mask: {modality: bool [b]}, _row: int32 [b], _group: int32 [b]}`.
+
+  Rows of equal `_group` have the same label.
 
   With `unique_labels` an epoch visits every label once and draws one of its rows, so that no batch holds two rows
   that are each other's false negatives. Each process reads its own share of the groups and yields its own rows of the
@@ -81,7 +83,11 @@ def make_iterator(
   Raises:
     ValueError: if the batch is larger than the data or does not divide over the processes.
   """
-  members = group_rows(labels) if unique_labels else [[row] for row in range(len(labels))]
+  same = group_rows(labels)
+  groups = np.empty(len(labels), np.int32)
+  for number, rows in enumerate(same):
+    groups[rows] = number
+  members = same if unique_labels else [[row] for row in range(len(labels))]
   shards = jax.process_count()
   if batch_size < 1 or batch_size % shards:
     raise ValueError(f"batch_size of {name!r}: {batch_size} must be a positive multiple of the {shards} processes")
@@ -90,5 +96,5 @@ def make_iterator(
     raise ValueError(f"batch_size of {name!r}: {batch_size} is larger than its {len(members)} {what}")
   share = range(jax.process_index(), len(members) // shards * shards, shards)
   dataset = grain.MapDataset.source(share).seed(seed).shuffle()
-  dataset = dataset.random_map(_Pick(tables, members)).batch(batch_size // shards, drop_remainder=True).repeat()
+  dataset = dataset.random_map(_Pick(tables, members, groups)).batch(batch_size // shards, drop_remainder=True).repeat()
   return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))

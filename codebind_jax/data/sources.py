@@ -195,6 +195,9 @@ def open_source(spec: Any) -> Source:
       raise ValueError(f"a source needs {key!r}; got {options}")
   from codebind_jax.data.worlds import registry
 
+  module = registry.world_module(options["name"])
+  if hasattr(module, "open_split"):
+    return module.open_split(registry.resolve(options["name"], options.get("profile") or "auto"), options["split"])
   folder = registry.ensure(options["name"], options.get("profile") or "auto", options.get("data_dir"))
   return WorldSource(folder, options["split"])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import logging
@@ -18,19 +18,27 @@ class EvalSet:
 
   Attributes:
     name: metrics are called `eval/<name>/...`.
+    world: the source whose training rows belong to it.
     role: "val" to choose by, "test" to read once per reported model.
     source: its rows.
     candidates: labels to choose among in zero-shot classification; empty where rows have no labels.
     probes: fields that a linear probe tells, learned on the training rows and tested here.
     means: fields told by the nearest class mean of the training rows.
+    pairs: (modality, modality, field): retrieval beyond that with texts; rows of equal field answer each other.
+    slices: fields whose values get an accuracy of their own.
+    probe_group: field whose values the training and the test rows of a probe must not share; None where any may.
   """
 
   name: str
+  world: str
   role: str
   source: Any
   candidates: Sequence[str]
   probes: tuple[str, ...] = ()
   means: tuple[str, ...] = ()
+  pairs: tuple[tuple[str, str, str], ...] = ()
+  slices: tuple[str, ...] = ()
+  probe_group: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,22 +46,24 @@ class Task:
   """Everything a run needs to know of its data.
 
   Attributes:
-    name: of the world or manifest; metrics over all validation sets are called `eval/<name>/...`.
-    summary: one line a person can read: what it is and how much.
-    train: rows to train on; None when only evaluating.
+    name: of the worlds or the manifest.
+    summary: a line for each source that a person can read: what it is and how much.
+    train: source name -> rows to train on; empty when only evaluating.
+    unique: source name -> the field by which rows are told apart as each other's negatives.
     evals: sets to evaluate on.
     attributions: whose work the data is: (package, licence, credit), to be shown in reports.
   """
 
   name: str
   summary: str
-  train: Any
+  train: Mapping[str, Any]
+  unique: Mapping[str, str]
   evals: tuple[EvalSet, ...]
   attributions: tuple[tuple[str, str, str], ...] = ()
 
 
 def open_task(data: Any, *, default_split: str = "train") -> Task:
-  """Opens the world or the manifest of `config.data`; builds the world where it is not built yet.
+  """Opens the worlds or the manifest of `config.data`; builds a world where it is not built yet.
 
   Args:
     data: `config.data`.
@@ -63,37 +73,46 @@ def open_task(data: Any, *, default_split: str = "train") -> Task:
     ValueError: naming what is wrong with the manifest or profile.
     OSError: if the data cannot be fetched or written.
   """
-  return _manifest_task(data, default_split) if data.manifest else _icons_task(data)
+  parts = [_manifest_task(data, default_split)] if data.manifest else [_world_task(w, data) for w in data.worlds]
+  for part in parts:
+    logging.info("%s", part.summary)
+  join = lambda maps: {key: value for one in maps for key, value in one.items()}
+  return Task(
+    "+".join(p.name for p in parts), "\n".join(p.summary for p in parts), join(p.train for p in parts),
+    join(p.unique for p in parts), tuple(e for p in parts for e in p.evals),
+    tuple(dict.fromkeys(credit for p in parts for credit in p.attributions)),
+  )  # fmt: skip
 
 
-def _icons_task(data: Any) -> Task:
-  from codebind_jax.data.worlds import icons, names, registry
-  from codebind_jax.pretrained.class_names import imagenet_names
+def _world_task(world: str, data: Any) -> Task:
+  from codebind_jax.data.worlds import names, registry
 
-  folder = registry.ensure(data.world, data.profile, data.root or None)
-  profile = folder.parent.name
-  spec = {"name": data.world, "profile": profile, "data_dir": data.root or None}
+  module = registry.world_module(world)
+  profile = registry.resolve(world, data.profile, data.root or None)
+  spec = {"name": world, "profile": profile, "data_dir": data.root or None}
   train = open_source(spec | {"split": "train"})
-  # The image trunk knows ImageNet's classes by name; numbers on concepts it knows and does not know are kept apart.
-  in_imagenet = {names.to_concept(lemma) for name in imagenet_names() for lemma in name.split(", ")}
-  evals = []
-  for name, test in icons.eval_sets(profile).items():
-    source = open_source(spec | {"split": test.split})
+  annotate = getattr(module, "annotate", lambda row: row)
+  opened, evals = {}, []
+  for name, test in module.eval_sets(profile).items():
+    if test.split not in opened:
+      opened[test.split] = open_source(spec | {"split": test.split})
+    source = opened[test.split]
     source = source.select([i for i, row in enumerate(source.rows) if test.keep(row)])
-    for row in source.rows:
-      row["imagenet"] = "yes" if row["concept"] in in_imagenet else "no"
-    # The artist family is asked of unseen concepts, so that it cannot be told from the subject; the concept's mean is
-    # asked of unseen artists.
-    probes = ("family",) if name.endswith("_concept") else ()
-    means = ("label",) if name.endswith("_artist") else ()
-    evals.append(EvalSet(f"{data.world}_{name}", test.role, source, list(test.candidates), probes, means))
-  summary = f"{data.world}, profile {profile}: {len(train)} training rows; " + ", ".join(
+    if not len(source):
+      continue
+    source.rows = [annotate(row) for row in source.rows]
+    evals.append(EvalSet(
+      f"{world}_{name}", world, test.role, source, list(test.candidates), tuple(test.probes), tuple(test.means),
+      tuple(test.pairs), tuple(getattr(module, "SLICES", ())),
+      getattr(module, "PROBE_GROUP", None),
+    ))  # fmt: skip
+  summary = f"{world}, profile {profile}: {len(train)} training rows; " + ", ".join(
     f"{e.name} {len(e.source)} of {len(e.candidates)}" for e in evals
   )
-  logging.info("%s", summary)
-  packages = [p for p in names.table("packages")["packages"] if p["id"] in icons.package_ids(profile)]
+  used = set(module.package_ids(profile))
+  packages = [p for p in names.table("packages")["packages"] if p["id"] in used]
   credits = tuple((f"{p['name']} {p['version']}", p["licence"], p["attribution"]) for p in packages)
-  return Task(data.world, summary, train, tuple(evals), credits)
+  return Task(world, summary, {world: train}, {world: getattr(module, "UNIQUE", "label")}, tuple(evals), credits)
 
 
 def _manifest_task(data: Any, default_split: str) -> Task:
@@ -106,16 +125,15 @@ def _manifest_task(data: Any, default_split: str) -> Task:
     if split.startswith(("val", "test")):
       source = pick(split)
       labels = _labels(data, source)
-      evals.append(EvalSet(f"{path.stem}_{split}", split[: 3 + split.startswith("test")], source, labels,
-                           ("label",) if labels else (), ("label",) if labels else ()))
+      told = ("label",) if labels else ()
+      role = split[: 3 + split.startswith("test")]
+      evals.append(EvalSet(f"{path.stem}_{split}", path.stem, role, source, labels, told, told))
   if not evals and default_split != "train":
     raise ValueError(f"{path}: nothing to evaluate, every record is of split 'train'; allowed: val, test, or no splits")
-  train = pick("train") if "train" in splits else None
-  summary = f"{path.name}: {len(train) if train else 0} training rows; " + ", ".join(
-    f"{e.name} {len(e.source)}" for e in evals
-  )
-  logging.info("%s", summary)
-  return Task(path.stem, summary, train, tuple(evals))
+  train = {path.stem: pick("train")} if "train" in splits else {}
+  rows = sum(map(len, train.values()))
+  summary = f"{path.name}: {rows} training rows; " + ", ".join(f"{e.name} {len(e.source)}" for e in evals)
+  return Task(path.stem, summary, train, dict.fromkeys(train, "label"), tuple(evals))
 
 
 def _labels(data: Any, source: Any) -> list[str]:

@@ -143,6 +143,56 @@ class Retrieval:
 
 
 @dataclasses.dataclass(frozen=True)
+class Emergent:
+  """Two modalities that were never trained together, by concept: `emergent/<a>_to_<b>/r5` and `.../chance5`.
+
+  Only rows whose concept the other modality has as well take part.
+
+  Attributes:
+    a: one modality.
+    b: the other.
+    match: column both have; "" stands for none.
+    part: embedding column compared.
+    k: of recall.
+  """
+
+  a: str
+  b: str
+  match: str = "concept"
+  part: str = "shared"
+  k: int = 5
+  name: str = "emergent"
+
+  def overlap(self, table: base.Table) -> set[str]:
+    """Values of `match` that both modalities have."""
+    sides = [set(map(str, table[m].get(self.match, ()))) for m in (self.a, self.b)]
+    return (sides[0] & sides[1]) - {""}
+
+  def __call__(self, table: base.Table) -> Iterator[tuple[str, float]]:
+    """Yields recall of both directions and what drawing at random would give, in percent."""
+    both = sorted(self.overlap(table))
+    sides = {}
+    for modality in (self.a, self.b):
+      x, values = base.columns(table, modality, [self.part, self.match])
+      keep = np.isin(values, both)
+      sides[modality] = x[keep], values[keep]
+    for source, target in ((self.a, self.b), (self.b, self.a)):
+      (query, of_query), (gallery, of_item) = sides[source], sides[target]
+      recall = recall_at_k(query, gallery, (of_query, of_item), (self.k,))[f"r{self.k}"]
+      yield f"{self.name}/{source}_to_{target}/r{self.k}", recall
+      right = np.array([(of_item == value).sum() for value in of_query])
+      chance = 100.0 * float(np.mean(_chance(right, len(gallery), self.k)))
+      yield f"{self.name}/{source}_to_{target}/chance{self.k}", chance
+
+
+def _chance(right: Int[np.ndarray, "n"], items: int, k: int) -> Float[np.ndarray, "n"]:
+  """Probability that k of `items` drawn without replacement hold one of the `right`."""
+  drawn = np.arange(min(k, items))
+  miss = np.clip(items - right[:, None] - drawn, 0, None) / (items - drawn)
+  return 1.0 - miss.prod(axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
 class WithinRetrieval:
   """Finds items of the same label inside one modality: `retrieval/<modality>_to_<modality>/<field>/<part>/r1`.
 

@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from codebind_jax.norm import unit
 
@@ -24,6 +24,7 @@ def info_nce(
   mask: Bool[Array | np.ndarray, "b"] | None = None,
   chunk: int = 0,
   scale_inside_cosine: bool = False,
+  groups: Int[Array | np.ndarray, "b"] | None = None,
 ) -> Float[Array, ""]:
   """InfoNCE over cosines: cross-entropy of the diagonal in both directions, summed, mean over the batch.
 
@@ -36,6 +37,7 @@ def info_nce(
     mask: True for rows that count; others are neither positives nor negatives.
     chunk: rows of the [b, b] logits held at once in both passes; 0 for all.
     scale_inside_cosine: the release's order, in which the cosine cancels the scales and they get no gradient.
+    groups: rows of one number are not each other's negatives (several items of one caption in a batch); not chunked.
 
   Raises:
     ValueError: if shapes differ or `chunk` is negative.
@@ -47,10 +49,15 @@ def info_nce(
   valid = jnp.ones(a.shape[0], jnp.bool_) if mask is None else jnp.asarray(mask, jnp.bool_)
   # Masked rows may hold anything; zeros keep their gradient finite.
   a, b = (unit(jnp.where(valid[:, None], jnp.asarray(x, jnp.float32), 0.0)) for x in (a, b))
+  if groups is not None and chunk:
+    raise ValueError(f"groups need whole logits, got chunk {chunk}; allowed: 0")
   if chunk and chunk < a.shape[0]:
     total = _chunked(a, b, scale, valid, chunk)
   else:
     logits = _logits(a, b, scale, valid, valid)
+    if groups is not None:
+      same = jnp.asarray(groups)[:, None] == jnp.asarray(groups)
+      logits = jnp.where(same & ~jnp.eye(a.shape[0], dtype=bool), _NEGATIVE, logits)
     positive = scale * jnp.sum(a * b, axis=1)
     terms = jax.nn.logsumexp(logits, axis=1) + jax.nn.logsumexp(logits, axis=0) - 2 * positive
     total = jnp.sum(jnp.where(valid, terms, 0.0))

@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from flax.core import FrozenDict
 from jaxtyping import Array, Float
+
+from codebind_jax.models.bodies import make_body
 
 INITS = {
   "orthogonal": nn.initializers.orthogonal(),
@@ -32,6 +36,8 @@ class TowerSpec:
       of what a classifier sees, in text space): they go through that modality's shared head and are added to the
       output of this one's, which sees the other columns.
     meaning_dim: how many columns.
+    body: name of a module of `models.bodies` that trains between the trunk's tokens and the heads; "" for none.
+    body_options: its attributes.
   """
 
   shared_dim: int
@@ -42,6 +48,8 @@ class TowerSpec:
   logit_scale: float = 1.0
   meaning: str = ""
   meaning_dim: int = 0
+  body: str = ""
+  body_options: Mapping[str, Any] = FrozenDict()
 
 
 class Head(nn.Module):
@@ -106,6 +114,8 @@ class Tower(nn.Module):
     """Makes the heads."""
     spec = self.spec
     options = {"dropout": spec.dropout, "start": spec.init}
+    if spec.body:
+      self.body = make_body(spec.body, spec.body_options)
     if spec.shared_dim:
       self.shared = Head(spec.shared_dim, spec.hidden, **options)
     if spec.specific_dim:
@@ -116,6 +126,8 @@ class Tower(nn.Module):
   ) -> Float[Array, "b n d"]:
     """Trunk tokens to [b, n, shared_dim + specific_dim]; `added` is added to the shared part."""
     parts = []
+    if self.spec.body:
+      tokens = self.body(tokens, train)
     if self.spec.shared_dim:
       shared = self.shared(tokens, train)
       parts.append(shared if added is None else shared + added)
@@ -125,7 +137,10 @@ class Tower(nn.Module):
 
 
 class CodeBind(nn.Module):
-  """Towers of all modalities. Parameters live under `<modality>/{shared,specific}` and `<modality>_log_logit_scale`."""
+  """Towers of all modalities.
+
+  Parameters live under `<modality>/{body,shared,specific}` and `<modality>_log_logit_scale`.
+  """
 
   towers: Mapping[str, TowerSpec]
 

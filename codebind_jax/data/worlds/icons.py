@@ -111,6 +111,10 @@ def eval_sets(profile: str) -> dict[str, EvalSet]:
   return {name: test for name, test in EVAL_SETS.items() if test.split in held}
 
 
+SLICES = ("style", "kind", "imagenet")
+PROBE_GROUP = "label"  # concepts are held out, so that a family cannot be told from the subject
+
+
 def annotate(row: dict[str, Any]) -> dict[str, Any]:
   """`imagenet`: whether the image trunk knows the concept from ImageNet; numbers on those it knows are kept apart."""
   return row | {"imagenet": "yes" if row["concept"] in _in_imagenet() else "no"}

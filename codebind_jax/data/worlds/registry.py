@@ -2,7 +2,9 @@
 
 A world is a module with `VERSION`, `PROFILES`, `build(profile, root) -> folder`, `package_ids(profile)`,
 `eval_sets(profile)`: name -> an object with `split`, `role`, `candidates`, `probes`, `means`, `pairs` and `keep(row)`
-(see `data.task.EvalSet`), and where rows get fields at reading time `annotate(row) -> row`. It trains on split `train`.
+(see `data.task.EvalSet`), and where rows get fields at reading time `annotate(row) -> row`. It may say `UNIQUE`, the
+field that tells training rows apart ("label" unless set), `SLICES` and `PROBE_GROUP` (see `EvalSet`). It trains on
+split `train`. A class `World` instead of these functions stands for worlds that are drawn and not built.
 """
 
 from __future__ import annotations
@@ -17,18 +19,27 @@ from absl import logging
 
 from codebind_jax.data.worlds import fetch, store
 
-WORLDS = {"icons": "codebind_jax.data.worlds.icons"}
+WORLDS = {
+  "icons": "codebind_jax.data.worlds.icons",
+  "synthetic": "codebind_jax.data.synthetic",
+}
 
 
 def world_module(world: str) -> Any:
-  """The builder of a world.
+  """The builder of a world; a world that is drawn and not built may carry its modalities in its name.
 
   Raises:
     ValueError: for an unknown world.
   """
-  if world not in WORLDS:
+  base, *options = world.split("-")
+  if base not in WORLDS:
     raise ValueError(f"unknown world {world!r}; allowed: {sorted(WORLDS)}")
-  return importlib.import_module(WORLDS[world])
+  module = importlib.import_module(WORLDS[base])
+  if hasattr(module, "World"):
+    return module.World.named(world)
+  if options:
+    raise ValueError(f"unknown world {world!r}; allowed: {sorted(WORLDS)}")
+  return module
 
 
 def ensure(
@@ -60,6 +71,14 @@ def ensure(
   if profile != "auto":
     return module.build(profile, root)
   return _ensure_auto(world, module, root, again)
+
+
+def resolve(world: str, profile: str, data_dir: str | Path | None = None) -> str:
+  """The profile that "auto" stands for, the world built; a world that is not built at all takes its smallest."""
+  module = world_module(world)
+  if hasattr(module, "open_split"):
+    return module.PROFILES[0] if profile == "auto" else profile
+  return ensure(world, profile, data_dir).parent.name
 
 
 def _ensure_auto(world: str, module: Any, root: Path, again: bool) -> Path:

@@ -1,0 +1,205 @@
+"""A nine-modality world with known latent factors: instant, of any size, for tests and smoke runs.
+
+Every item has a class and a style that all modalities show, and for each modality a private factor that only it shows.
+A sensor's vector is a fixed random two-layer network of the factors' codes plus noise; text names class and style in
+words. World "synthetic" has all modalities in every row; "synthetic-image-depth" has those named, and text where named.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from codebind_jax.data.sources import MODALITIES, Source
+
+NAME = "synthetic"
+SENSORS = tuple(m for m in MODALITIES if m != "text")
+_CODE = 8  # width of a factor's code
+
+
+@dataclasses.dataclass(frozen=True)
+class Factors:
+  """What the world is made of.
+
+  Attributes:
+    classes, styles, private: how many values each factor has.
+    width: of a sensor's vector.
+    noise: standard deviation of what is added to it, whose own is 1.
+    quality: sensor -> share of the class's code that it shows; 1 where not named, 0 is a sensor blind to the class.
+    missing: sensor -> share of rows that lack it; 0 where not named.
+    seed: of the mixing networks and of every draw.
+  """
+
+  classes: int = 32
+  styles: int = 4
+  private: int = 6
+  width: int = 64
+  noise: float = 0.15
+  quality: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  missing: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  seed: int = 0
+
+
+def _rng(*key: Any) -> np.random.Generator:
+  return np.random.default_rng(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+  """n items.
+
+  Attributes:
+    label, style: value of the shared factors.
+    private: sensor -> value of its private factor.
+    arrays: sensor -> vectors [n, width].
+    held: sensor -> which rows have it.
+  """
+
+  label: Int[np.ndarray, "n"]
+  style: Int[np.ndarray, "n"]
+  private: Mapping[str, Int[np.ndarray, "n"]]
+  arrays: Mapping[str, Float[np.ndarray, "n d"]]
+  held: Mapping[str, Any]
+
+
+def draw(factors: Factors, split: str, count: int, sensors: Sequence[str] = SENSORS) -> Draw:
+  """Items of a split; a larger `count` begins with the items of a smaller one only where the split's draws agree.
+
+  Args:
+    factors: the world.
+    split: items of different splits are independent.
+    count: n.
+    sensors: which modalities, of `SENSORS`.
+  """
+  codes = {name: _rng(factors.seed, name).standard_normal((size, _CODE)) for name, size in (
+    ("class", factors.classes), ("style", factors.styles), *((f"private {m}", factors.private) for m in sensors))}
+  pick = lambda name, size: _rng(factors.seed, split, name).integers(size, size=count)
+  label, style = pick("class", factors.classes), pick("style", factors.styles)
+  private, arrays, held = {}, {}, {}
+  for sensor in sensors:
+    private[sensor] = pick(f"private {sensor}", factors.private)
+    quality = factors.quality.get(sensor, 1.0)
+    parts = [quality * codes["class"][label], codes["style"][style], codes[f"private {sensor}"][private[sensor]]]
+    weights = _rng(factors.seed, "mixing", sensor)
+    first = weights.standard_normal((3 * _CODE, 4 * factors.width)) / np.sqrt(3 * _CODE)
+    second = weights.standard_normal((4 * factors.width, factors.width)) / np.sqrt(2 * factors.width)
+    clean = np.tanh(np.concatenate(parts, axis=1) @ first) @ second
+    noise = _rng(factors.seed, split, "noise", sensor)
+    arrays[sensor] = (clean / clean.std() + factors.noise * noise.standard_normal(clean.shape)).astype(np.float32)
+    held[sensor] = noise.random(count) >= factors.missing.get(sensor, 0.0)
+  return Draw(label, style, private, arrays, held)
+
+
+def label_name(number: int | np.integer) -> str:
+  """Class 7 is called "kind7"."""
+  return f"kind{number}"
+
+
+class SyntheticSource(Source):
+  """Rows of one split; a sensor's array is a float32 vector [width]."""
+
+  def __init__(self, factors: Factors, split: str, count: int, modalities: Sequence[str]):
+    self._sensors = tuple(m for m in modalities if m != "text")
+    self._factors, self._split = factors, split
+    self._draw = draw(factors, split, count, self._sensors)
+    self._records = np.arange(count)
+    self._modalities = tuple(modalities)
+    d = self._draw
+    super().__init__(f"{NAME}/{split}", [
+      {"id": f"{split}{i}", "label": label_name(d.label[i]), "concept": label_name(d.label[i]),
+       "style": f"style{d.style[i]}"}
+      | {f"private_{m}": f"p{d.private[m][i]}" for m in self._sensors}
+      | ({"text": [label_name(d.label[i]), f"{label_name(d.label[i])} style{d.style[i]}"]} if "text" in modalities
+         else {})
+      for i in range(count)
+    ])  # fmt: skip
+
+  @property
+  def modalities(self) -> tuple[str, ...]:
+    """Those asked for."""
+    return self._modalities
+
+  def has(self, index: int, modality: str) -> bool:
+    """Whether the row was drawn with the modality."""
+    return super().has(index, modality) or bool(
+      modality in self._sensors and self._draw.held[modality][self._records[index]]
+    )
+
+  def content_hash(self, index: int, modality: str) -> str:
+    """From the world's factors, the split and the row's number."""
+    key = (self._factors, self._split, int(self._records[index]), modality)
+    return hashlib.sha256(repr(key).encode()).hexdigest()
+
+  def read(self, index: int, modality: str) -> np.ndarray:
+    """The sensor's vector."""
+    return self._draw.arrays[modality][self._records[index]]
+
+  def _choose(self, chosen: list[int]) -> None:
+    super()._choose(chosen)
+    self._records = self._records[chosen]
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticSet:
+  """One evaluation set, as `data.worlds.registry` describes it; `probes` ask every modality for its private factor."""
+
+  split: str
+  role: str
+  candidates: tuple[str, ...]
+  probes: tuple[str, ...] = ("label", "style", "private_{modality}")
+  means: tuple[str, ...] = ("label",)
+  pairs: tuple[tuple[str, str, str], ...] = ()
+
+  def keep(self, row: Mapping[str, Any]) -> bool:
+    """Every row."""
+    return True
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+  """The builder's side of the world, as `data.worlds.registry` describes it.
+
+  Attributes:
+    modalities: what rows have.
+    factors: what it is made of.
+  """
+
+  modalities: tuple[str, ...] = MODALITIES
+  factors: Factors = Factors()
+
+  PROFILES = ("tiny", "small", "full")
+  ROWS = {"tiny": 512, "small": 4096, "full": 32768}
+
+  @classmethod
+  def named(cls, world: str) -> World:
+    """The world that "synthetic" or "synthetic-image-depth" names.
+
+    Raises:
+      ValueError: for a modality that does not exist.
+    """
+    asked = tuple(world.split("-")[1:])
+    for modality in asked:
+      if modality not in MODALITIES:
+        raise ValueError(f"world {world!r}: unknown modality {modality!r}; allowed: {list(MODALITIES)}")
+    return cls(asked or MODALITIES)
+
+  def open_split(self, profile: str, split: str) -> SyntheticSource:
+    """The rows of a split: train as many as the profile says, val and test a quarter of that."""
+    if profile not in self.PROFILES:
+      raise ValueError(f"unknown profile {profile!r} of world {NAME!r}; allowed: {list(self.PROFILES)}")
+    rows = self.ROWS[profile] if split == "train" else min(self.ROWS[profile] // 4, 2048)
+    return SyntheticSource(self.factors, split, rows, self.modalities)
+
+  def eval_sets(self, profile: str) -> dict[str, SyntheticSet]:
+    """Validation and test; linear probes, which take long, on test alone."""
+    labels = tuple(label_name(k) for k in range(self.factors.classes)) if "text" in self.modalities else ()
+    return {"val": SyntheticSet("val", "val", labels, probes=()), "test": SyntheticSet("test", "test", labels)}
+
+  def package_ids(self, profile: str) -> list[str]:
+    """It is built from nothing."""
+    return []

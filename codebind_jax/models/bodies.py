@@ -1,0 +1,54 @@
+"""Trainable modules between a trunk's tokens and the heads, by name.
+
+A body is a flax module with `__call__(tokens [b, n, c], train=False) -> [b, m, d]`, class token first. A trunk that
+only cuts a raw signal into tokens (point groups, EEG patches) leaves the learning to it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+from jaxtyping import Array, Float
+
+BODIES = {
+  "mlp": "codebind_jax.models.bodies.Mlp",
+}
+
+
+def make_body(name: str, options: Mapping[str, Any]) -> nn.Module:
+  """The module that `config.model.towers.*.body` names.
+
+  Raises:
+    ValueError: if there is none, or it refuses an option.
+  """
+  if name not in BODIES:
+    raise ValueError(f"body: got {name!r}, allowed are {sorted(BODIES)}")
+  module, kind = BODIES[name].rsplit(".", 1)
+  made = getattr(importlib.import_module(module), kind)
+  allowed = sorted(field for field in made.__dataclass_fields__ if field not in ("parent", "name"))
+  for option in options:
+    if option not in allowed:
+      raise ValueError(f"body {name!r}: unknown option {option!r}, allowed are {allowed}")
+  return made(**options)
+
+
+class Mlp(nn.Module):
+  """Two GELU layers with a residual, token by token.
+
+  Attributes:
+    width: of hidden layers and output.
+    dropout: after each.
+  """
+
+  width: int = 256
+  dropout: float = 0.0
+
+  @nn.compact
+  def __call__(self, tokens: Float[Array, "b n c"], train: bool = False) -> Float[Array, "b n d"]:
+    """Maps tokens to `width`."""
+    drop = nn.Dropout(self.dropout, deterministic=not train)
+    x = drop(nn.gelu(nn.Dense(self.width, name="first")(tokens)))
+    return x + drop(nn.gelu(nn.Dense(self.width, name="second")(nn.LayerNorm(name="norm")(x))))
