@@ -17,7 +17,7 @@ from absl import logging
 
 from codebind_jax.data.worlds import fetch, store
 
-WORLDS = {"icons": "codebind_jax.data.worlds.icons"}
+WORLDS = {name: f"codebind_jax.data.worlds.{name}" for name in ("evoked", "icons", "menagerie")}
 
 
 def world_module(world: str) -> Any:
