@@ -11,5 +11,8 @@ stamp="$venv/.installed-${EXTRAS:-core}"
 if [ ! -e "$stamp" ] || [ requirements.txt -nt "$stamp" ] || [ setup.cfg -nt "$stamp" ]; then
   echo "installing into $venv (once; about a minute)" >&2
   python -m pip install --quiet --disable-pip-version-check -e ".${EXTRAS:+[$EXTRAS]}"
+  # Renders instrument notes. The package pyaudio that it names is needed to play sounds alone, and hard to build.
+  python -m pip install --quiet --disable-pip-version-check --no-deps tinysoundfont==0.3.7 ||
+    echo "no tinysoundfont for this Python and system: world Menagerie will have no instrument notes" >&2
   touch "$stamp"
 fi

@@ -1,9 +1,9 @@
 """Reads the tensors of a torch checkpoint without torch and without running anything the file asks for.
 
 Both containers are understood: the old stream (three header pickles, the object, then raw storages) and the zip of
-newer releases. The unpickler knows four kinds of name: an ordered dictionary, a storage type, and the two functions
-that rebuild a tensor or a parameter, which here only record where the values lie. Any other name in the file is refused
-before it is looked up.
+newer releases. The unpickler knows five kinds of name: an ordered dictionary, a storage type, the two functions that
+rebuild a tensor or a parameter, which here only record where the values lie, and those by which a numpy number beside
+the tensors is written, which here make a Python number. Any other name in the file is refused before it is looked up.
 """
 
 import collections
@@ -63,10 +63,39 @@ def _record_parameter(data: _TensorRecord, *_: Any) -> _TensorRecord:
   return data
 
 
+class _NumpyType:
+  """A number type as numpy pickles it: `dtype("i8", False, True)`, then a state that begins with version and order."""
+
+  def __init__(self, code: str, *_: Any):
+    self._code, self._order = code, "<"
+
+  def __setstate__(self, state: tuple) -> None:
+    self._order = state[1]
+
+  def number(self, raw: bytes) -> int | float | bool:
+    if self._order not in "<|" or self._code not in ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f4", "f8"):
+      raise ValueError(f"refused a numpy number of type {self._order + self._code!r}")
+    return np.frombuffer(raw, "<" + self._code)[0].item()
+
+
+def _encoded(text: str, encoding: str) -> bytes:
+  if encoding != "latin1":
+    raise ValueError(f"refused bytes written in encoding {encoding!r}, allowed is 'latin1'")
+  return text.encode(encoding)
+
+
+def _number(kind: _NumpyType, raw: bytes) -> int | float | bool:
+  return kind.number(raw)
+
+
 _ALLOWED: dict[tuple[str, str], Any] = {
   ("collections", "OrderedDict"): collections.OrderedDict,
   ("torch._utils", "_rebuild_tensor_v2"): _record_tensor,
   ("torch._utils", "_rebuild_parameter"): _record_parameter,
+  ("numpy", "dtype"): _NumpyType,
+  ("numpy.core.multiarray", "scalar"): _number,
+  ("numpy._core.multiarray", "scalar"): _number,
+  ("_codecs", "encode"): _encoded,
   **{("torch", name): _StorageType(dtype) for name, dtype in _STORAGE_TYPES.items()},
 }
 

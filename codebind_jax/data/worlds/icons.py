@@ -302,11 +302,11 @@ def _is_vector(item: Item) -> bool:
   return item.inner.endswith(".svg") or "." not in item.inner
 
 
-def read_items(items: Sequence[Item], paths: dict[str, Path], dropped: dict[str, str]) -> dict[str, bytes]:
-  """Content of each picture, compared with its SHA-1 where the tables record one.
+def read_items(items: Sequence[Any], paths: dict[str, Path], dropped: dict[str, str]) -> dict[str, bytes]:
+  """Content of each picture (or other file), compared with its SHA-1 where the tables record one.
 
   Args:
-    items: the pictures.
+    items: the pictures, with the fields `id`, `package`, `inner`, `container` and `sha1` of `Item`.
     paths: archive of each package.
     dropped: is filled with the reason for each picture of a Debian package that is missing or differs, as a release
       other than the recorded one may have other files.
@@ -339,7 +339,7 @@ def read_items(items: Sequence[Item], paths: dict[str, Path], dropped: dict[str,
   return contents
 
 
-def _read_package(items: list[Item], path: Path) -> dict[str, bytes]:
+def _read_package(items: list[Any], path: Path) -> dict[str, bytes]:
   package_id = items[0].package
   if package_id == "fluent-3d":
     found = archives.read_members(path, [f"package/assets/{item.inner}" for item in items])

@@ -19,10 +19,8 @@ from absl import logging
 
 from codebind_jax.data.worlds import fetch, store
 
-WORLDS = {
-  "icons": "codebind_jax.data.worlds.icons",
-  "synthetic": "codebind_jax.data.synthetic",
-}
+WORLDS = {name: f"codebind_jax.data.worlds.{name}" for name in ("icons", "menagerie", "evoked")}
+WORLDS["synthetic"] = "codebind_jax.data.synthetic"
 
 
 def world_module(world: str) -> Any:

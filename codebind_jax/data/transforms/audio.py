@@ -1,0 +1,204 @@
+"""Audio: anything libsndfile reads, or an array, to mono at 44,100 Hz; and the two log-mel spectrograms trunks want."""
+
+import functools
+import io
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import soxr
+from jaxtyping import Float, Float32
+
+# Changes whenever the same input would give other samples: it is part of the key of cached features.
+REVISION = "audio-1"
+RATE = 44_100
+RATES = (1_000, 768_000)
+_LOUDEST = 8.0  # full scale is 1; lossy decoders overshoot a little, integer samples that were not scaled do a lot
+
+IMAGEBIND_RATE = 16_000
+IMAGEBIND_MEAN, IMAGEBIND_STD = -4.268, 9.138
+_TINY = np.finfo(np.float32).eps
+
+
+def read(value: Any) -> Float32[np.ndarray, " n"]:
+  """Mono samples at 44,100 Hz of a path, encoded bytes or an array; channels are averaged, other rates resampled.
+
+  Args:
+    value: wav, ogg, flac, mp3 or whatever else libsndfile reads; or an array [n] or [n, channels] at 44,100 Hz, float
+      with full scale 1 or int16 (bring other rates to it with `resample`).
+
+  Raises:
+    ValueError: naming the file, if it cannot be read, is empty, or has samples that are not finite or far beyond 1.
+  """
+  if isinstance(value, (str, Path, bytes)):
+    name = "audio bytes" if isinstance(value, bytes) else str(value)
+    try:
+      samples, rate = _decoded(value)
+    except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
+      raise ValueError(f"{name}: not a readable sound ({error})") from error
+    return resample(_mono(samples, name), rate, RATE, name)
+  if not hasattr(value, "__array__"):
+    raise ValueError(f"audio: got {type(value).__name__}, allowed are a path, bytes or an array")
+  return _mono(np.asarray(value), "audio")
+
+
+def _decoded(value: str | Path | bytes) -> tuple[np.ndarray, int]:
+  if not isinstance(value, bytes):
+    return soundfile.read(value, dtype="float32", always_2d=True)
+  try:
+    return soundfile.read(io.BytesIO(value), dtype="float32", always_2d=True)
+  except soundfile.LibsndfileError:
+    if value[:3] != b"ID3":
+      raise
+    # libsndfile knows some MP3 files, those with an odd tag in front, by the ending of their name alone.
+    with tempfile.NamedTemporaryFile(suffix=".mp3") as file:
+      file.write(value)
+      file.flush()
+      return soundfile.read(file.name, dtype="float32", always_2d=True)
+
+
+def check(path: Path) -> None:
+  """Raises a ValueError naming the file if it is not a sound; its samples are not decoded."""
+  try:
+    soundfile.info(path)
+  except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
+    raise ValueError(f"{path}: not a readable sound ({error})") from error
+
+
+def _mono(samples: np.ndarray, name: str) -> np.ndarray:
+  if samples.dtype == np.int16:
+    samples = samples.astype(np.float32) / 32768.0
+  if not np.issubdtype(samples.dtype, np.floating) or samples.ndim not in (1, 2) or 0 in samples.shape:
+    raise ValueError(
+      f"{name}: got samples of type {samples.dtype} and shape {samples.shape}, allowed are float or int16 [n] or"
+      " [n, channels] that are not empty"
+    )
+  if samples.ndim == 2 and samples.shape[1] > 32:
+    raise ValueError(f"{name}: got {samples.shape[1]} channels, allowed are 1 to 32; is the array transposed?")
+  mono = samples.mean(axis=1) if samples.ndim == 2 else samples
+  if not np.isfinite(mono).all() or np.abs(mono).max() > _LOUDEST:
+    raise ValueError(
+      f"{name}: samples must be finite with full scale 1 (up to {_LOUDEST:g} is let pass), got "
+      f"{mono.min():g} to {mono.max():g}"
+    )
+  return np.ascontiguousarray(mono, np.float32)
+
+
+def resample(
+  samples: Float[np.ndarray, " n"], rate: float, new_rate: float, name: str = "audio"
+) -> Float32[np.ndarray, " m"]:
+  """Samples at another rate, by soxr's band-limited resampler.
+
+  Raises:
+    ValueError: if a rate is out of range.
+  """
+  for one in (rate, new_rate):
+    if not RATES[0] <= one <= RATES[1]:
+      raise ValueError(f"{name}: got a rate of {one} Hz, allowed are {RATES[0]} to {RATES[1]}")
+  if rate == new_rate:
+    return samples.astype(np.float32, copy=False)
+  resampled = soxr.resample(samples.astype(np.float32, copy=False), rate, new_rate)
+  return resampled if resampled.size else np.zeros(1, np.float32)
+
+
+def loop_to(samples: Float[np.ndarray, " n"], length: int) -> Float[np.ndarray, " m"]:
+  """The samples, repeated until there are at least `length`, then cut there; longer ones come back whole."""
+  if len(samples) >= length:
+    return samples
+  return np.tile(samples, -(-length // len(samples)))[:length]
+
+
+def _triangles(frequencies: np.ndarray, bands: int, low: float, high: float, to_mel: Any) -> np.ndarray:
+  """Weights [bands, frequencies] of overlapping triangles, straight on the mel axis and equally spaced there."""
+  mel = to_mel(frequencies)
+  edges = np.linspace(to_mel(np.float64(low)), to_mel(np.float64(high)), bands + 2)
+  rise = (mel - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
+  fall = (edges[2:, None] - mel) / (edges[2:] - edges[1:-1])[:, None]
+  return np.maximum(0.0, np.minimum(rise, fall))
+
+
+@functools.cache
+def _sfx_bank() -> np.ndarray:
+  """Weights [96, 1025] that sum to 1 in each band: HTK mel scale, 0 to 22,050 Hz."""
+  weights = _triangles(np.linspace(0, RATE / 2, 1025), 96, 0.0, RATE / 2, lambda f: 2595.0 * np.log10(1.0 + f / 700.0))
+  return (weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-10)).astype(np.float32)
+
+
+@functools.cache
+def _kaldi_bank() -> np.ndarray:
+  """Weights [128, 257]: Kaldi's mel scale, 20 to 8,000 Hz; the bin at 8,000 Hz counts nowhere."""
+  weights = _triangles(np.arange(256) * IMAGEBIND_RATE / 512, 128, 20.0, 8000.0, lambda f: 1127.0 * np.log1p(f / 700.0))
+  return np.pad(weights, ((0, 0), (0, 1))).astype(np.float32)
+
+
+def _power(frames: np.ndarray, size: int) -> np.ndarray:
+  spectrum = np.fft.rfft(frames, size, axis=1)
+  return (spectrum.real**2 + spectrum.imag**2).astype(np.float32)
+
+
+def sfx_log_mel(samples: Float[np.ndarray, " n"]) -> Float32[np.ndarray, "frames 96"]:
+  """aiSFX's input (Kim et al., ISMIR 2022): log10(1 + 10^4 mel) of the peak-normalised sound, brought to about 0 to 1.
+
+  Window 2,048 (Hann), hop 1,024, frames centred on multiples of the hop with zeros outside, power spectrum, 96 bands
+  whose weights sum to 1; divided by 9.4578, the largest value in the training data of the network.
+
+  Args:
+    samples: mono at 44,100 Hz.
+  """
+  samples = samples / max(float(np.abs(samples).max()), 1e-9)
+  padded = np.pad(samples.astype(np.float32), 1024)
+  padded = np.pad(padded, (0, max(0, 2048 - len(padded))))
+  frames = np.lib.stride_tricks.sliding_window_view(padded, 2048)[::1024]
+  window = (0.5 - 0.5 * np.cos(2.0 * np.pi * np.arange(2048) / 2048)).astype(np.float32)
+  return np.log10(1.0 + 1e4 * (_power(frames * window, 2048) @ _sfx_bank().T)) / np.float32(9.457798957824707)
+
+
+def kaldi_log_mel(samples: Float[np.ndarray, " n"]) -> Float32[np.ndarray, "frames 128"]:
+  """Kaldi's filter bank as ImageBind calls it: 25 ms every 10 ms, Hann, 128 bands, natural logarithm, no dither.
+
+  Per frame: mean taken off, pre-emphasis 0.97, window, power of a 512-point spectrum. A sound shorter than one frame
+  gives no frames.
+
+  Args:
+    samples: mono at 16,000 Hz.
+  """
+  if len(samples) < 400:
+    return np.zeros((0, 128), np.float32)
+  centred = samples.astype(np.float64) - samples.mean(dtype=np.float64)
+  frames = np.lib.stride_tricks.sliding_window_view(centred, 400)[::160]
+  frames = frames - frames.mean(axis=1, keepdims=True)
+  frames = frames - 0.97 * np.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
+  window = 0.5 - 0.5 * np.cos(2.0 * np.pi * np.arange(400) / 399)
+  return np.log(np.maximum(_power(frames * window, 512) @ _kaldi_bank().T, _TINY))
+
+
+def imagebind_log_mel(
+  samples: Float[np.ndarray, " n"], *, clips: int = 3, seconds: float = 2.0, frames: int = 204
+) -> Float32[np.ndarray, "clips 128 frames 1"]:
+  """ImageBind's audio input: clips of 2 s, evenly spaced, as spectrograms with mean -4.268 and deviation 9.138 removed.
+
+  A clip's spectrogram is filled with zeros or cut to `frames` before it is normalised; a sound shorter than a clip is
+  taken whole, as in the release.
+
+  Args:
+    samples: mono at 44,100 Hz, as `read` gives.
+    clips: how many, from the beginning to the end of the sound.
+    seconds: length of a clip.
+    frames: spectrogram frames of a clip.
+
+  Raises:
+    ValueError: if there is no clip.
+  """
+  if clips < 1:
+    raise ValueError(f"clips: got {clips}, allowed are 1 and up")
+  samples = resample(samples, RATE, IMAGEBIND_RATE)
+  length = int(seconds * IMAGEBIND_RATE)
+  last = max(len(samples) - length, 0)
+  starts = [last * i // max(clips - 1, 1) for i in range(clips)]
+  out = np.zeros((clips, frames, 128), np.float32)
+  for row, start in zip(out, starts, strict=True):
+    mel = kaldi_log_mel(samples[start : start + length])[:frames]
+    row[: len(mel)] = mel
+  return ((out - IMAGEBIND_MEAN) / IMAGEBIND_STD).astype(np.float32).transpose(0, 2, 1)[..., None]

@@ -1,0 +1,155 @@
+"""Video: 16 evenly spaced frames of a film, an animated picture, a folder of frames or an array."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, UnidentifiedImageError
+
+from codebind_jax.data.transforms import image
+
+# Changes whenever the same input would give other pixels: it is part of the key of cached features.
+REVISION = f"video-1 {image.REVISION}"
+FRAMES = 16
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+_NEEDS_AV = "needs the package av (PyAV): pip install av"
+
+
+def spaced(count: int, wanted: int) -> list[int]:
+  """Up to `wanted` of `count` frames, at the middles of equal parts.
+
+  >>> spaced(72, 4)
+  [9, 27, 45, 63]
+  """
+  return sorted({int((k + 0.5) * count / wanted) for k in range(wanted)})
+
+
+def read(value: Any, frames: int = FRAMES) -> UInt8[np.ndarray, "t h w 3"]:
+  """RGB frames of a video, at most `frames` of them, evenly spaced; transparency is laid on white.
+
+  Args:
+    value: a path or the bytes of a film (mp4, webm, mov, ... through PyAV) or of an animated WebP, GIF or PNG; a folder
+      of pictures, taken by name; or an array [t, h, w, 3] (uint8, or float in 0 to 1).
+    frames: the most that are kept.
+
+  Raises:
+    ValueError: naming the file, if it cannot be read, has no frames, or frames differ in size.
+    ImportError: for a film, where PyAV is not installed.
+  """
+  if isinstance(value, (str, Path)) and Path(value).is_dir():
+    return _from_folder(Path(value), frames)
+  if isinstance(value, (str, Path, bytes)):
+    name = "video bytes" if isinstance(value, bytes) else str(value)
+    if not isinstance(value, bytes) and not Path(value).is_file():
+      raise ValueError(f"{name}: no such file or folder")
+    source = io.BytesIO(value) if isinstance(value, bytes) else value
+    if _is_picture(source):
+      return _from_picture(source, name, frames)
+    return _from_film(source, name, frames)
+  if not hasattr(value, "__array__"):
+    raise ValueError(f"video: got {type(value).__name__}, allowed are a path, bytes or an array")
+  array = np.asarray(value)
+  if array.ndim != 4 or array.shape[-1] != 3 or 0 in array.shape:
+    raise ValueError(f"video: got an array of shape {array.shape}, allowed is [t, h, w, 3] that is not empty")
+  return np.stack([image.read(array[i]) for i in spaced(len(array), frames)])
+
+
+def check(path: Path) -> None:
+  """Raises a ValueError naming the file if it is no video; one frame is decoded at most."""
+  if Path(path).is_dir():
+    _pictures(Path(path))
+  elif not Path(path).is_file():
+    raise ValueError(f"{path}: no such file or folder")
+  elif not _is_picture(path):
+    with _open_film(path, str(path)):
+      pass
+
+
+def _is_picture(source: Any) -> bool:
+  try:
+    with Image.open(source):
+      return True
+  except (UnidentifiedImageError, OSError, SyntaxError):
+    return False
+  finally:
+    if isinstance(source, io.BytesIO):
+      source.seek(0)
+
+
+def _pictures(folder: Path) -> list[Path]:
+  found = sorted(path for path in folder.iterdir() if path.suffix.lower() in _PICTURES)
+  if not found:
+    raise ValueError(f"{folder}: no frames; allowed are files ending in {', '.join(_PICTURES)}")
+  return found
+
+
+def _stack(pictures: Sequence[np.ndarray], name: str) -> np.ndarray:
+  sizes = {picture.shape for picture in pictures}
+  if len(sizes) != 1:
+    raise ValueError(f"{name}: frames differ in size: {sorted(sizes)}")
+  return np.stack(pictures)
+
+
+def _from_folder(folder: Path, frames: int) -> np.ndarray:
+  found = _pictures(folder)
+  return _stack([image.read(found[i]) for i in spaced(len(found), frames)], str(folder))
+
+
+def _from_picture(source: Any, name: str, frames: int) -> np.ndarray:
+  try:
+    with Image.open(source) as picture:
+      kept = []
+      for index in spaced(getattr(picture, "n_frames", 1), frames):
+        picture.seek(index)
+        kept.append(image.read(picture.convert("RGBA")))
+      return _stack(kept, name)
+  except (OSError, EOFError, SyntaxError, Image.DecompressionBombError) as error:
+    raise ValueError(f"{name}: not a readable animation ({error})") from error
+
+
+def _open_film(source: Any, name: str) -> Any:
+  try:
+    import av
+  except ImportError as error:
+    raise ImportError(f"{name}: reading films {_NEEDS_AV}") from error
+  try:
+    film = av.open(source)
+  except (av.error.FFmpegError, OSError) as error:
+    raise ValueError(f"{name}: not a readable video ({error})") from error
+  if not film.streams.video:
+    film.close()
+    raise ValueError(f"{name}: has no video stream")
+  return film
+
+
+def _from_film(source: Any, name: str, frames: int) -> np.ndarray:
+  """Decodes twice where the file does not say how many frames it has: once to count, once to keep."""
+  with _open_film(source, name) as film:
+    count = film.streams.video[0].frames
+  count = count or sum(1 for _ in _decoded(source, name))
+  if not count:
+    raise ValueError(f"{name}: has no frames")
+  wanted, kept = set(spaced(count, frames)), []
+  for index, frame in enumerate(_decoded(source, name)):
+    if index in wanted:
+      kept.append(frame.to_ndarray(format="rgb24"))
+    if len(kept) == len(wanted):
+      break
+  if not kept:
+    raise ValueError(f"{name}: has no frames")
+  return _stack(kept, name)
+
+
+def _decoded(source: Any, name: str) -> Any:
+  import av
+
+  if isinstance(source, io.BytesIO):
+    source.seek(0)
+  with _open_film(source, name) as film:
+    try:
+      yield from film.decode(video=0)
+    except av.error.FFmpegError as error:
+      raise ValueError(f"{name}: damaged video ({error})") from error
