@@ -17,7 +17,10 @@ from absl import logging
 
 from codebind_jax.data.worlds import fetch, store
 
-WORLDS = {"icons": "codebind_jax.data.worlds.icons"}
+WORLDS = {
+  "household": "codebind_jax.data.worlds.household",
+  "icons": "codebind_jax.data.worlds.icons",
+}
 
 
 def world_module(world: str) -> Any:
