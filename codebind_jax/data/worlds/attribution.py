@@ -5,12 +5,13 @@ from collections.abc import Iterable
 from codebind_jax.data.worlds.fetch import Package
 
 
-def text(world: str, packages: Iterable[Package]) -> str:
+def text(world: str, packages: Iterable[Package], works: Iterable[str] = ()) -> str:
   """Text of ATTRIBUTION.md.
 
   Args:
     world: name of the world, for the heading.
     packages: the packages it was built from.
+    works: credits within the packages, a line each.
   """
   rows = [f"| {p.name} {p.version} | {_registry(p)} | {p.attribution} | {p.licence} |" for p in packages]
   return "\n".join([
@@ -25,7 +26,8 @@ def text(world: str, packages: Iterable[Package]) -> str:
       "|---|---|---|---|",
       *rows,
       "",
-  ])
+      *(f"- {line}" for line in works),
+  ]).rstrip() + "\n"
 
 
 def _registry(package: Package) -> str:

@@ -19,7 +19,7 @@ from absl import logging
 
 from codebind_jax.data.worlds import fetch, store
 
-WORLDS = {name: f"codebind_jax.data.worlds.{name}" for name in ("icons", "menagerie", "evoked")}
+WORLDS = {name: f"codebind_jax.data.worlds.{name}" for name in ("icons", "household", "menagerie", "evoked")}
 WORLDS["synthetic"] = "codebind_jax.data.synthetic"
 
 

@@ -1,0 +1,244 @@
+"""World "Household": depth, simulated infrared, colour and points of 905 catalogued objects, and their names.
+
+One row is one view of one object. Geometry and real size are the catalogues'; pictures and points are rendered from
+them, and the infrared is simulated (`infrared.py`). All objects of one shape share a split, which the tables say.
+"""
+
+import functools
+import hashlib
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import tqdm
+from absl import logging
+
+from codebind_jax.data.worlds import attribution, fetch, furniture, names, store, views
+from codebind_jax.data.worlds.evalset import EvalSet
+
+VERSION = "1.0.0"
+TABLES = ("aliases", "concepts", "mesh_rules", "meshes", "packages", "thermal")
+PROFILES = ("tiny", "small", "full")
+SPLITS = ("train", "val", "test")
+ARRAYS = ("image", "depth", "thermal", "points")
+UNIQUE = "object"
+_ROW_BYTES = 80_000
+
+
+def _check_profile(profile: str) -> None:
+  if profile not in PROFILES:
+    raise ValueError(f"unknown profile {profile!r} of world 'household'; allowed: {list(PROFILES)}")
+
+
+@functools.cache
+def plan(profile: str) -> tuple[dict[str, Any], ...]:
+  """Objects of a profile as `tables/meshes.json` lists them: tiny has the default library's alone.
+
+  Raises:
+    ValueError: for an unknown profile.
+  """
+  _check_profile(profile)
+  return tuple(o for o in names.table("meshes")["objects"] if profile != "tiny" or o["lib"] == "default")
+
+
+def package_ids(profile: str) -> list[str]:
+  """Packages that a profile is built from."""
+  return sorted({furniture.DEFAULT if o["lib"] == "default" else furniture.MORE for o in plan(profile)})
+
+
+def label(entry: dict[str, Any]) -> str:
+  """Class of an object if it is one of the classes with enough objects, else ""."""
+  return entry["cls"] if entry["cls"] in {c["cls"] for c in names.table("mesh_rules")["classes"]} else ""
+
+
+@functools.cache
+def _concepts() -> dict[str, str]:
+  return {key: name for name, concept in names.concepts().items() for key in concept["meshes"]}
+
+
+def texts(entry: dict[str, Any]) -> list[str]:
+  """Captions of an object: its catalogue name, its class, its concept's label; none twice."""
+  concept = names.concepts().get(_concepts().get(entry["key"], ""), {})
+  found: dict[str, str] = {}
+  for text in (entry["name"], entry["cls"], concept.get("label")):
+    if text:
+      found.setdefault(text.lower(), text)
+  return list(found.values())
+
+
+def eval_sets(profile: str) -> dict[str, EvalSet]:
+  """Classes by name on labelled objects, and retrieval among the modalities on all objects.
+
+  The candidates are the classes that the profile holds: 32, but 20 in tiny, most of them with one to three objects.
+  """
+  ways = tuple(sorted({label(entry) for entry in plan(profile)} - {""}))
+  pairs = (("depth", "points", "object"), ("thermal", "depth", "object"), ("image", "depth", "object"))
+  sets = {}
+  for split in ("val", "test"):
+    sets[split] = EvalSet(split, split, ways, labelled=True, probes=("label",), means=("label",))
+    sets[f"{split}_objects"] = EvalSet(split, split, pairs=pairs)
+  return sets
+
+
+def build(profile: str, root: Path) -> Path:
+  """Fetches what the profile needs and builds it; returns at once where that is done.
+
+  Args:
+    profile: one of `PROFILES`.
+    root: the data folder.
+
+  Returns:
+    Folder of the built world.
+
+  Raises:
+    ValueError: for an unknown profile, or an archive whose content is not what the tables name.
+    FetchError, ChecksumError, OSError: see `fetch.fetch_all`.
+  """
+  _check_profile(profile)
+  folder = store.world_dir(root, "household", profile, VERSION)
+  if store.read_manifest(folder) is not None:
+    return folder
+  paths = fetch.fetch_all(package_ids(profile), root=root)
+  dropped: dict[str, str] = {}
+  kept = dict.fromkeys(SPLITS, 0)
+  digest = hashlib.sha256()
+  bar = tqdm.tqdm(total=len(plan(profile)), unit="object", desc=f"rendering household ({profile})", disable=None)
+  fetch.make_folder(folder.parent)
+  scratch = tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacked-")
+
+  @functools.cache
+  def unpacked() -> list[tuple[dict[str, Any], Path]]:
+    return unpack(plan(profile), paths, Path(scratch.name), dropped)
+
+  def rows(split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    ready = [(entry, path) for entry, path in unpacked() if entry["split"] == split]
+    work = joblib.Parallel(n_jobs=min(2, joblib.cpu_count()), return_as="generator")
+    made = work(joblib.delayed(views.sense)(path, entry["key"], entry["name"], entry["cls"], metres(entry))
+                for entry, path in ready)  # fmt: skip
+    for (entry, _), sensed in zip(ready, made, strict=True):
+      bar.update()
+      if isinstance(sensed, str):
+        dropped[entry["key"]] = sensed
+        continue
+      for view, fields in zip(views.AZIMUTHS, sensed, strict=True):
+        kept[split] += 1
+        digest.update(b"".join(hashlib.sha256(fields[name]).digest() for name in ARRAYS))
+        yield f"{entry['key']}:{view}", _row(entry, view) | fields
+    if not kept[split]:
+      raise ValueError(f"world 'household', profile {profile!r}: no object of split {split!r} can be rendered; first: "
+                       f"{next(iter(dropped.values()), 'the tables list none')}")
+
+  def finish() -> tuple[dict[str, Any], str]:
+    for key, reason in dropped.items():
+      logging.warning("household: left out %s: %s", key, reason)
+    used = {i: fetch.packages()[i] for i in paths}
+    manifest = {
+      "world": "household", "profile": profile, "version": VERSION, "splits": kept, "dropped": dropped,
+      "arrays_sha256": digest.hexdigest(), "simulated": ["thermal"], "rendered": ["image", "depth", "points"],
+      "packages": {i: {"name": p.name, "version": p.version, "sha256": fetch.sha256_file(paths[i])}
+                   for i, p in used.items()},
+      "tables": {name: names.table_hash(name) for name in TABLES},
+    }  # fmt: skip
+    return manifest, attribution.text("Household", used.values(), _creators(profile))
+
+  with bar, scratch:
+    return store.build(
+      root, "household", profile, VERSION, arrays=ARRAYS, features=_features, finish=finish,
+      splits={split: functools.partial(rows, split) for split in SPLITS},
+      need_bytes=_ROW_BYTES * len(views.AZIMUTHS) * len(plan(profile)),
+    )  # fmt: skip
+
+
+def unpack(
+  objects: tuple[dict[str, Any], ...], paths: dict[str, Path], folder: Path, dropped: dict[str, str]
+) -> list[tuple[dict[str, Any], Path]]:
+  """Writes the folders of the objects' models to disk and compares each OBJ file with its recorded SHA-1.
+
+  Args:
+    objects: rows of `tables/meshes.json`.
+    paths: archive of each package.
+    folder: where to unpack.
+    dropped: is filled with the reason for each object of the Debian package whose file is missing or differs, as
+      another release may have other files.
+
+  Returns:
+    Objects and their OBJ files.
+
+  Raises:
+    ValueError: if a file of the package from PyPI is missing or differs, or no object of a package is as recorded.
+  """
+  boxes = furniture.open_models(paths, {_stem(entry) for entry in objects if entry["lib"] == "default"})
+  boxes |= furniture.open_libraries(paths, sorted({entry["lib"] for entry in objects} - {"default"}))
+  found = []
+  for entry in objects:
+    default = entry["lib"] == "default"
+    box = boxes.get(_stem(entry) if default else entry["lib"])
+    inner = entry["model"].split("/", 1)[1] if default else entry["model"]
+    target = folder / hashlib.sha256(entry["key"].encode()).hexdigest()[:16]
+    reason = "no such archive" if box is None else _extract(box, inner, entry["sha1"], target)
+    if not reason:
+      found.append((entry, target / inner))
+    elif default:
+      raise ValueError(f"{paths[furniture.DEFAULT]}: {entry['key']}: {reason}")
+    else:
+      dropped[entry["key"]] = reason
+  for package in paths:
+    mine = [e["key"] for e in objects if (e["lib"] == "default") == (package == furniture.DEFAULT)]
+    if mine and all(key in dropped for key in mine):
+      raise ValueError(f"{paths[package]}: none of its {len(mine)} objects is as recorded; first: {dropped[mine[0]]}")
+  return found
+
+
+def _stem(entry: dict[str, Any]) -> str:
+  return entry["model"].split("/", 1)[0]
+
+
+def _extract(box: zipfile.ZipFile, inner: str, sha1: str, target: Path) -> str:
+  """Unpacks the folder of a model; why not, if it cannot be used."""
+  try:
+    got = hashlib.sha1(box.read(inner)).hexdigest()
+  except (KeyError, zipfile.BadZipFile) as error:
+    return f"{inner}: {error}"
+  if got != sha1:
+    return f"{inner}: expected SHA-1 {sha1}, got {got}"
+  above = inner.rpartition("/")[0]
+  box.extractall(target, [name for name in box.namelist() if name.startswith(f"{above}/" if above else "")])
+  return ""
+
+
+def metres(entry: dict[str, Any]) -> float:
+  """Real length of half the diagonal of an object's box, which is the unit that meshes are read in."""
+  return float(np.linalg.norm([float(side) for side in entry["cm"]])) / 200.0
+
+
+def _features() -> dict[str, Any]:
+  import tensorflow_datasets as tfds
+
+  words = ("id", "label", "concept", "name", "group", "object", "library", "view", "source")
+  return {
+    **{name: store.blob() for name in ARRAYS},
+    "texts": tfds.features.Sequence(tfds.features.Text()),
+    **{word: tfds.features.Text() for word in words},
+  }
+
+
+def _row(entry: dict[str, Any], view: int) -> dict[str, Any]:
+  package = furniture.DEFAULT if entry["lib"] == "default" else furniture.MORE
+  return {
+    "id": f"{entry['key']}:{view}", "label": label(entry), "texts": texts(entry), "name": entry["name"],
+    "concept": _concepts().get(entry["key"], ""), "group": entry["group"], "object": entry["key"],
+    "library": entry["lib"], "view": str(view), "source": package,
+  }  # fmt: skip
+
+
+def _creators(profile: str) -> list[str]:
+  """Who made which models under which licence, a line each: some licences ask for the artists' names."""
+  made: dict[tuple[str, str, str], int] = {}
+  for entry in plan(profile):
+    by = (entry["lib"], entry["creator"], entry["licence"])
+    made[by] = made.get(by, 0) + 1
+  return [f"{lib}: {count} models by {creator} ({licence})" for (lib, creator, licence), count in sorted(made.items())]
