@@ -189,8 +189,6 @@ def load(path: str | pathlib.Path) -> Model:
   finally:
     store.close()
   from codebind_jax.codebook import CodebookState
-  from codebind_jax.stages import introduced, stages_of
 
   codebooks = {name: CodebookState(**state) for name, state in arrays["codebooks"].items()}
-  trained = introduced(stages_of(ml_collections.ConfigDict(config)), position["stage"])
-  return Model(config, arrays["params"], codebooks, modalities=trained)
+  return Model(config, arrays["params"], codebooks, modalities=position["held"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -19,11 +19,19 @@ FOLDER = "checkpoints"
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-  """Where a run stands: the global `step`, the `stage` it is in, and whether that stage is finished."""
+  """Where a run stands.
+
+  Attributes:
+    step: global, over all stages.
+    stage: the one it is in.
+    done: whether that stage is finished.
+    held: modalities that have been trained, by this run and those it started from.
+  """
 
   step: int
   stage: str
   done: bool
+  held: Sequence[str] = ()
 
 
 class Checkpoints:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -43,17 +43,17 @@ class Evaluation:
     self._featurizer, self._tasks = featurizer, tasks
     self._tokens: dict[tuple[str, str], np.ndarray] = {}
 
-  def validate(self, model: Model) -> dict[str, float]:
-    """Zero-shot and retrieval on the validation sets, and their mean top-1: cheap enough to run while training."""
-    sets = [s for s in self.task.evals if s.role == "val"]
+  def validate(self, model: Model, worlds: Collection[str]) -> dict[str, float]:
+    """Zero-shot and retrieval on the worlds' validation sets, and their mean top-1: cheap enough while training."""
+    sets = [s for s in self.task.evals if s.role == "val" and s.world in worlds]
     return self._run(model, sets, [t for t in self._tasks if t in ("zeroshot", "retrieval")])
 
   def everything(self, model: Model) -> dict[str, float]:
     """All evaluators on the validation sets and, where `config.test` says so, the test sets."""
     return self._run(model, self._sets(), self._tasks, means="probe" in self._tasks)
 
-  def after_stage(self, model: Model, step: int, stage: str, writer: Any) -> None:
-    """Writes zero-shot, retrieval and class means of all sets once a stage is done: what later stages must not harm.
+  def after_stage(self, model: Model, step: int, stage: str, writer: Any, worlds: Collection[str]) -> None:
+    """Writes zero-shot, retrieval and class means of the worlds once a stage is done: what later ones must not harm.
 
     A run that was stopped after its last step and before this gets it when it goes on.
     """
@@ -61,7 +61,8 @@ class Evaluation:
     if any(line["stage"] == stage and line["step"] == step and STAGE_DONE in line for line in done):
       return
     logging.info("---- evaluation after stage %s ----", stage)
-    found = self._run(model, self._sets(), [t for t in self._tasks if t != "probe"], means=True)
+    sets = [s for s in self._sets() if s.world in worlds]
+    found = self._run(model, sets, [t for t in self._tasks if t != "probe"], means=True)
     writer.write(step, stage, found | {STAGE_DONE: 1.0})
     writer.flush()
 
@@ -85,11 +86,16 @@ class Evaluation:
   ) -> dict[str, float]:
     found: dict[str, float] = {}
     fitted = means or "codes" in tasks
-    train = {world: self.train_table(model, world) for world in self.task.train} if fitted else {}
+    worlds = {test.world for test in sets} if sets else self.task.train
+    train = {world: self.train_table(model, world) for world in self.task.train if world in worlds} if fitted else {}
     tables = {test.name: self.table(model, test) for test in sets}
     for test in sets:
       table, prefix = tables[test.name], f"eval/{test.name}"
       found |= base.run_evaluators(self._evaluators(model, test, table, tasks), table, prefix=prefix)
+      by_text = [("text", name, "caption") for name in table if name != "text"]
+      for a, b, field in [*by_text, *test.pairs] if "retrieval" in tasks else ():
+        if (both := paired(table, a, b, field)) is not None:
+          found |= base.run_evaluators([Retrieval(a, b, match=field)], both, prefix=prefix)
       for probe, field in self._probes(test, table, train.get(test.world) or {}, means, "probe" in tasks):
         told = _told(table, train[test.world], probe.modality, field)
         found |= base.run_evaluators([probe], told, prefix=prefix)
@@ -132,7 +138,7 @@ class Evaluation:
   def _evaluators(
     self, model: Model, test: EvalSet, table: base.Table, tasks: Sequence[str]
   ) -> Iterator[base.Evaluator]:
-    """What can be asked of a set: zero-shot where there are labels and texts, retrieval where there are captions."""
+    """Zero-shot classification of every modality, where there are labels and texts."""
     items = [name for name in table if name != "text"]
     templates = self.config.data.templates_of.get(test.world, self.config.data.eval_templates)
     if "zeroshot" in tasks and test.candidates and "text" in model.modalities:
@@ -141,12 +147,6 @@ class Evaluation:
         yield ZeroShot(
           name, test.candidates, lambda texts: self.embed_text(model, texts), templates, slices=slices
         )
-    if "retrieval" in tasks:
-      for name in items if "text" in table else ():
-        yield Retrieval("text", name, match="caption")
-      for a, b, field in test.pairs:
-        if a in table and b in table:
-          yield Retrieval(a, b, match=field)
 
   def _probes(
     self, test: EvalSet, table: base.Table, train: base.Table, means: bool, probes: bool
@@ -154,7 +154,9 @@ class Evaluation:
     """Probes that are fitted on the training rows, and the field each tells."""
     for name in table:
       if name != "text" and name in train:
-        own = lambda fields, name=name: [f for field in fields if (f := field.format(modality=name)) in train[name]]
+        # A field that is one value throughout the modality (the sense of a sound) asks nothing of it.
+        asks = lambda field, name=name: field in train[name] and len(np.unique(train[name][field])) > 1
+        own = lambda fields, name=name: [f for field in fields if asks(f := field.format(modality=name))]
         for field in own(test.means) if means else ():
           yield NearestClassMean(name, train, field=field), field
         for field in own(test.probes) if probes else ():
@@ -210,6 +212,16 @@ def retention(final: Mapping[str, float], lines: Sequence[Mapping[str, Any]]) ->
       if name.endswith("/top1") and name.startswith("eval/") and "=" not in name:
         first.setdefault(name, value)
   return {f"retention/{name.removeprefix('eval/')}": final[name] - first[name] for name in first if name in final}
+
+
+def paired(table: base.Table, a: str, b: str, field: str) -> base.Table | None:
+  """The rows of two modalities whose field has a value that both have, by `_mask`; None where there are none."""
+  if a not in table or b not in table:
+    return None
+  both = np.intersect1d(table[a][field], table[b][field])
+  both = both[both != ""] if both.dtype.kind in "US" else both
+  keep = {m: dict(table[m]) | {"_mask": np.isin(table[m][field], both)} for m in (a, b)}
+  return keep if len(both) else None
 
 
 def _stacked(tables: Iterable[base.Table]) -> base.Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 
@@ -77,12 +77,6 @@ class Stage:
       if not any(a in held[name] and b in held[name] for name in sources):
         raise ValueError(f"config.stages.{self.name}.pairs: none of {sorted(sources)} has both {a!r} and {b!r}")
     return dataclasses.replace(self, sources=sources)
-
-
-def introduced(stages: Sequence[Stage], last: str) -> tuple[str, ...]:
-  """Modalities of all stages up to the one named `last`, in order of first appearance."""
-  names = [stage.name for stage in stages]
-  return tuple(dict.fromkeys(m for stage in stages[: names.index(last) + 1] for m in stage.modalities))
 
 
 def stages_of(config: Any) -> list[Stage]:

@@ -31,7 +31,7 @@ from codebind_jax.evaluate import Evaluation
 from codebind_jax.metrics import MetricsWriter, Throughput
 from codebind_jax.models.codebind import whitened
 from codebind_jax.report import write_report
-from codebind_jax.stages import Stage, introduced, stages_of
+from codebind_jax.stages import Stage, stages_of
 from codebind_jax.state import TrainState
 from codebind_jax.step import make_train_step, merge_sources
 
@@ -66,6 +66,8 @@ def baseline_of(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """The hard-alignment baseline: same towers, data and steps, plain InfoNCE, no codebooks."""
   plain = ml_collections.ConfigDict(config.to_dict())
   plain.baseline = False
+  if plain.init_from:
+    plain.init_from = str(pathlib.Path(plain.init_from) / "baseline")
   plain.model.quantize = False
   for entry in plain.stages.values():
     entry.losses = ml_collections.ConfigDict({"info_nce": 1.0})
@@ -131,7 +133,9 @@ def run_stages(
   model, spec = build.make_model(config), build.make_spec(config)
   stages = [stage.on({name: set(found) for name, found in tables.items()}) for stage in stages_of(config)]
   first_of = {m: table for found in reversed(tables.values()) for m, table in found.items()}
-  dummy = {name: jnp.zeros((1, *table.features.shape[2:]), jnp.float32) for name, table in first_of.items()}
+  dummy = {
+    name: jnp.zeros((1, trunk.num_tokens, trunk.width), jnp.float32) for name, trunk in evaluation.trunks.items()
+  }
 
   def init(rng: Any) -> tuple[Any, Any, Any]:
     head_rng, code_rng = jax.random.split(rng)
@@ -140,8 +144,12 @@ def run_stages(
 
   state = state_lib.create(mesh, jax.random.key(config.seed), init)
   state = state.replace(params=whiten_heads(state.params, config, first_of))
+  held: dict[str, tuple[str, ...]] = {}
   if config.init_from:
-    state = start_from(state, config.init_from, mesh)
+    state, held[""] = start_from(state, config.init_from, mesh)
+  for number, stage in enumerate(stages):
+    before = held.get(stages[number - 1].name if number else "", ())
+    held[stage.name] = tuple(dict.fromkeys((*before, *stage.modalities)))
   untrained_params = jax.device_get(state.params)  # the step donates its state; the report shows the start as well
   optimizers = {
     stage.name: optim.make_optimizer(
@@ -166,7 +174,7 @@ def run_stages(
     restored = store.restore(
       lambda at: (state_lib.abstract(state, optimizers[at.stage][0], mesh), make_iterators(by_name[at.stage]))
     )
-    position, iterators = Position(0, stages[0].name, False), {}
+    position, iterators = Position(0, stages[0].name, False), {}  # until something is restored
     if restored is None:
       logging.info("no checkpoint: starting from random heads")
     else:
@@ -175,46 +183,55 @@ def run_stages(
     writer.truncate(position.step)
 
     for stage in stages:
-      held = introduced(stages, stage.name)
       if stage.last_step < position.step:
         continue
       if stage.last_step == position.step:
-        evaluate_stage(config, state, stage, stages, evaluation, writer)
+        evaluate_stage(config, state, stage, stages, evaluation, writer, held[stage.name])
         continue
       banner(f"stage {stage.name}: {stage.steps} steps on {' + '.join(stage.modalities)}")
       tx, table = optimizers[stage.name]
       optim.log_table(state.params, table)
       if position.step <= stage.first_step:
         iterators = make_iterators(stage)
-        earlier = {m for before in stages[: stages.index(stage)] for m in before.modalities}
-        state = state.replace(params=copy_heads(state.params, config, set(stage.modalities) - earlier))
+        earlier = held.get(stages[stages.index(stage) - 1].name if stage is not stages[0] else "", ())
+        state = state.replace(params=copy_heads(state.params, config, set(stage.modalities) - set(earlier)))
         state = state_lib.with_optimizer(state, tx, mesh)
         if spec is not None:
           first = {name: next(it) for name, it in make_iterators(stage).items()}
           state = start_codebooks(state, model, spec, first, mesh)
-      state = run_stage(config, stage, state, tx, iterators, mesh, model, spec, store, writer, evaluation, held)
+      state = run_stage(
+        config, stage, state, tx, iterators, mesh, model, spec, store, writer, evaluation, held[stage.name],
+        worlds_until(stages, stage),
+      )
       position = Position(stage.last_step, stage.name, True)
-      evaluate_stage(config, state, stage, stages, evaluation, writer)
+      evaluate_stage(config, state, stage, stages, evaluation, writer, held[stage.name])
 
     banner("evaluation")
-    trained = Model(config, state.params, state.codebooks, evaluation.trunks)
-    untrained = Model(baseline_of(config), untrained_params, {}, evaluation.trunks)
+    last = held[stages[-1].name]
+    trained = Model(config, state.params, state.codebooks, evaluation.trunks, modalities=last)
+    untrained = Model(baseline_of(config), untrained_params, {}, evaluation.trunks, modalities=last)
     return evaluation.finish(trained, int(state.step), writer), {"before": untrained, "after": trained}
 
 
 def evaluate_stage(
-  config: Any, state: TrainState, stage: Stage, stages: Sequence[Stage], evaluation: Evaluation, writer: MetricsWriter
+  config: Any, state: TrainState, stage: Stage, stages: Sequence[Stage], evaluation: Evaluation, writer: MetricsWriter,
+  held: Sequence[str],
 ) -> None:
   """What the modalities brought in so far reach once a stage is done; the last stage's is the final evaluation."""
   if stage is not stages[-1]:
-    held = introduced(stages, stage.name)
     model = Model(config, state.params, state.codebooks, evaluation.trunks, modalities=held)
-    evaluation.after_stage(model, stage.last_step, stage.name, writer)
+    evaluation.after_stage(model, stage.last_step, stage.name, writer, worlds_until(stages, stage))
+
+
+def worlds_until(stages: Sequence[Stage], stage: Stage) -> set[str]:
+  """Sources of all stages up to this one."""
+  return {name for one in stages[: stages.index(stage) + 1] for name in one.sources}
 
 
 def run_stage(
   config: Any, stage: Stage, state: TrainState, tx: Any, iterators: Mapping[str, Any], mesh: Any, model: Any, spec: Any,
   store: Checkpoints, writer: MetricsWriter, evaluation: Evaluation, held: Sequence[str],
+  worlds: Collection[str],
 ) -> TrainState:
   """The loop of one stage, from wherever `state` stands to the stage's last step."""
   read = lambda: {name: sharding.put_batch(next(it), mesh) for name, it in iterators.items()}
@@ -241,11 +258,11 @@ def run_stage(
     if step % config.eval_steps == 0 and not last:
       bar.clear()
       current = Model(config, state.params, state.codebooks, evaluation.trunks, modalities=held)
-      writer.write(step, stage.name, evaluation.validate(current))
+      writer.write(step, stage.name, evaluation.validate(current, worlds))
       clock.restart()
     if step % config.checkpoint_steps == 0 or last:
       writer.flush()
-      store.save(Position(step, stage.name, last), state, iterators, config_lib.to_plain(config))
+      store.save(Position(step, stage.name, last, tuple(held)), state, iterators, config_lib.to_plain(config))
   bar.close()
   return state
 
@@ -269,7 +286,7 @@ def whiten_heads(params: Any, config: Any, tables: Mapping[str, Any]) -> Any:
   """The random start of the shared heads, with `config.model.towers.*.whiten` folded in where it is set."""
   params = dict(params)
   for name, tower in config.model.towers.items():
-    if tower.whiten:
+    if tower.whiten and name in tables:
       tokens = np.asarray(tables[name].features[:, 0, 0], np.float32)
       head = whitened(jax.device_get(params[name]["shared"]), tokens, tower.whiten)
       placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), head, params[name]["shared"])
@@ -295,8 +312,8 @@ def copy_heads(params: Any, config: Any, new: Collection[str]) -> Any:
   return params
 
 
-def start_from(state: TrainState, workdir: str, mesh: Any) -> TrainState:
-  """The state with the parameters and codebooks of a finished run, for all modalities that run had.
+def start_from(state: TrainState, workdir: str, mesh: Any) -> tuple[TrainState, tuple[str, ...]]:
+  """The state with the parameters and codebooks of a finished run, for all modalities that run had, and their names.
 
   Raises:
     ValueError: if the folder holds no run, or a parameter of it has another shape here.
@@ -313,7 +330,8 @@ def start_from(state: TrainState, workdir: str, mesh: Any) -> TrainState:
     lambda path, x: jax.device_put(there.get(prefix + jax.tree_util.keystr(path, simple=True, separator="/"), x),
                                    sharding.replicated(mesh)), tree,
   )  # fmt: skip
-  return state.replace(params=pick("params/", state.params), codebooks=pick("codebooks/", state.codebooks))
+  state = state.replace(params=pick("params/", state.params), codebooks=pick("codebooks/", state.codebooks))
+  return state, before.modalities
 
 
 def start_codebooks(state: TrainState, model: Any, spec: Any, batch: Any, mesh: Any) -> TrainState:

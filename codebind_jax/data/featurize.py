@@ -94,7 +94,7 @@ class Featurizer:
       (source -> modality -> table, source -> value of the field per row).
 
     Raises:
-      ValueError: if there are no training rows, or no source has one of the towers' modalities.
+      ValueError: if there are no training rows.
     """
     if not train or not all(map(len, train.values())):
       raise ValueError("data: there are no training rows (split 'train')")
@@ -106,9 +106,6 @@ class Featurizer:
       }
       for name, source in train.items()
     }  # fmt: skip
-    for modality in towers:
-      if not any(modality in found for found in tables.values()):
-        raise ValueError(f"data: no row of {sorted(train)} has modality {modality!r}, which model.towers names")
     return tables, {name: [row.get(unique[name]) or None for row in source.rows] for name, source in train.items()}
 
   def texts(self, strings: Sequence[str]) -> np.ndarray:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 BODIES = {
   "mlp": "codebind_jax.models.bodies.Mlp",
+  "series": "codebind_jax.models.series.Series",
 }
 
 

@@ -1,0 +1,123 @@
+"""What each packaged world adds to a config: its modalities' towers, its stage, its templates. Not run by itself.
+
+Simulated modalities: thermal (long-wave infrared of catalogue meshes) and tactile (touch relief of photographs); depth,
+points and Household's images are rendered. Numbers on them say so.
+"""
+
+from configs import common, stage1
+
+LOSSES = {
+  "info_nce": 1.0,
+  "commitment": 10.0,
+  "code_contrast": 0.01,
+  "code_uniform": 0.01,
+  "code_matching": 0.05,
+  "decomposition": 0.1,
+  "specific_uniform": 1.0,
+}
+
+
+def trains(*modalities):
+  """Patterns of everything that belongs to the modalities."""
+  return tuple(rf"{name}(/.*|_log_logit_scale)" for name in modalities)
+
+
+def add(config, world, towers, pairs, *, templates, rows=128, **stage):
+  """A world's towers and the stage that binds them; the bridges' heads stay frozen."""
+  config.model.towers.update(towers)
+  for name in towers:
+    config.codebook.codes[name] = 256
+  config.data.worlds = (*config.data.worlds, world)
+  config.data.templates_of[world] = templates
+  config.stages[world] = common.stage(
+    config, **({"pairs": pairs, "train": trains(*towers), "temperature": 0.1, "code_rows": 8, "losses": LOSSES,
+                "sources": {world: rows}, "batch_size": rows} | stage)
+  )
+  config.stage_order = (*config.stage_order, world)
+
+
+def household(config):
+  """Depth and points (rendered) and thermal (simulated) of catalogue objects, bound to their colour views and names."""
+  sensor = lambda modality: common.tower(
+    "efficientnet_lite0", options={"modality": modality, "size": 128, "levels": (5, 6, 7)}, specific_dim=384
+  )
+  towers = {"depth": sensor("depth"), "thermal": sensor("thermal")}
+  towers["points"] = common.tower("point_groups", body="points", specific_dim=384)
+  bridges = ("text", "image")
+  add(config, "household", towers, tuple((m, b) for m in towers for b in bridges),
+      templates=("{}", "a {}", "a 3D model of a {}"))
+
+
+def materials(config):
+  """Touch (simulated) of surfaces, bound to photographs of the same place."""
+  towers = {"tactile": common.tower(
+    "efficientnet_lite0", options={"modality": "tactile", "size": 128, "levels": (5, 6, 7)}, specific_dim=384
+  )}
+  add(config, "materials", towers, (("tactile", "image"), ("tactile", "text")),
+      templates=("{}", "a surface of {}"), unique_labels=False)
+
+
+def menagerie(config):
+  """Sounds and, in profile full, animated clips, bound to what they are called."""
+  towers = {"audio": common.tower("aisfx", specific_dim=384)}
+  pairs = [("audio", "text")]
+  if config.data.profile == "full":
+    image = config.model.towers.image
+    towers["video"] = image.copy_and_resolve_references()
+    options = image.options.to_dict() | {"frames": 8}
+    towers["video"].update({"trunk": "frames", "starts_from": "image", "options": options})
+    pairs.append(("video", "text"))
+  add(config, "menagerie", towers, tuple(pairs), templates=("{}", "the sound of a {}", "a {}"))
+
+
+def evoked(config):
+  """EEG of one person who hears tones or sees checkerboards, bound to what the stimulus was."""
+  towers = {"eeg": common.tower("eeg_patches", body="series", body_options={"width": 64}, specific_dim=64)}
+  add(config, "evoked", towers, (("eeg", "text"),), templates=("{}",), unique_labels=False)
+
+
+STAGES = {"household": household, "materials": materials, "menagerie": menagerie, "evoked": evoked}
+EMERGENT = (("audio", "video"), ("audio", "depth"), ("audio", "points"), ("thermal", "points"))
+FORMS = ("runlocal", "full")
+
+
+def parse(arg):
+  """Words after the config's colon: (runlocal, full or "", names of worlds)."""
+  words = [word for word in arg.split(",") if word]
+  for word in words:
+    if word not in (*FORMS, *STAGES):
+      raise ValueError(f"config argument {word!r} is not allowed; allowed: {', '.join((*FORMS, *STAGES))}")
+  return next((word for word in words if word in FORMS), ""), [word for word in words if word in STAGES]
+
+
+def bridges(form):
+  """The config of stage 1, as the first of several."""
+  config = stage1.get_config("runlocal" if form == "runlocal" else "").unlock()
+  if form == "full":
+    config.data.profile = "full"
+  return config
+
+
+def build(config, chosen):
+  """Adds the stages of the chosen worlds to a stage 1 config."""
+  icons = config.stage_order[0]
+  config.stages[icons].sources = {"icons": config.get_ref("batch_size")}
+  config.data.templates_of.icons = config.data.templates
+  config.data.templates = config.data.eval_templates = ("{}",)
+  for name in chosen:
+    STAGES[name](config)
+  present = set(config.model.towers)
+  config.emergent = tuple(pair for pair in EMERGENT if present.issuperset(pair))
+
+
+def single(world, arg=""):
+  """The config of one stage alone: the towers of all stages up to it, the data and the stage of its own world."""
+  form, chosen = parse(arg)
+  if chosen:
+    raise ValueError(f"config argument {chosen[0]!r} is not allowed; allowed: {', '.join(FORMS)}")
+  config = bridges(form)
+  build(config, list(STAGES)[: list(STAGES).index(world) + 1])
+  for name in [name for name in config.stages if name != world]:
+    del config.stages[name]
+  config.stage_order, config.data.worlds, config.emergent = (world,), (world,), ()
+  return config.lock()
