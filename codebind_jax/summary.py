@@ -67,6 +67,7 @@ def report_data(
   book = config.codebook
   sizes = {"shared": book.shared_codes} | book.codes.to_dict() if config.model.quantize else {}
   has_codes = config.model.quantize and task.train is not None
+  counts = {name: len(rows) for name, rows in (("train", task.train), ("extra", task.extra)) if rows}
   return ReportData(
     title=f"{' + '.join(sorted(config.model.towers))}: {', '.join(config.stage_order)}",
     run=Run("CodeBind" if config.model.quantize else "InfoNCE", read_metrics(folder)),
@@ -76,7 +77,7 @@ def report_data(
     environment=_environment(),
     seconds=dict(seconds),
     data_profile=task.name,
-    data_counts=({"train": len(task.train)} if task.train else {}) | {s.name: len(s.source) for s in task.evals},
+    data_counts=counts | {s.name: len(s.source) for s in task.evals},
     baseline=Run("InfoNCE without codebooks", read_metrics(plain)) if (plain / "metrics.jsonl").exists() else None,
     scores=headline(config, task, final),
     codebook_sizes=sizes,

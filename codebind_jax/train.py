@@ -90,7 +90,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | pathlib
   banner("data")
   task = open_task(config.data)
   featurizer = Featurizer(config)
-  tables, labels = featurizer.train_tables(task.train)
+  tables, labels = featurizer.train_tables(task.train, task.extra)
   evaluation = Evaluation(config, task, featurizer)
 
   final, models = run_stages(config, folder, task, tables, labels, evaluation)
@@ -133,7 +133,7 @@ def run_stages(
   }
   iterator = lambda stage: make_iterator(
     tables, labels, batch_size=stage.batch_size, seed=config.seed, unique_labels=config.data.unique_labels,
-    name=task.name,
+    extra=len(task.extra) if task.extra else 0, extra_share=config.data.extra, name=task.name,
   )
 
   with contextlib.closing(Checkpoints(folder, keep=config.keep_checkpoints)) as store, MetricsWriter(

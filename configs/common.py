@@ -61,6 +61,7 @@ def get_config():
   config.data.classes = ""  # a text file with one class name a line; default: the labels that occur
   config.data.max_bad_records = 0
   config.data.unique_labels = True
+  config.data.extra = 0.0  # share of a batch drawn from the world's further named pictures; 0 leaves them out
   config.data.captions = "each"  # a row's further texts: main (left out), each (captions) or joined (one list)
   config.data.templates = ("{}",)
   config.data.eval_templates = ("{}",)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,15 @@ def captions(texts: Sequence[str], templates: Sequence[str], mode: str = "each")
   main = [template.format(texts[0]) for template in templates]
   rest = {"main": [], "each": texts[1:], "joined": [", ".join(texts)]}[mode]
   return list(dict.fromkeys([*main, *rest]))
+
+
+def joined(tables: Sequence[FeatureTable]) -> FeatureTable:
+  """The rows of several tables of one modality, one table after the other."""
+  if len(tables) == 1:
+    return tables[0]
+  starts = [0, *itertools.accumulate(len(table.features) for table in tables)]
+  choices = [tuple(start + item for item in own) for start, table in zip(starts, tables) for own in table.choices]
+  return FeatureTable(np.concatenate([table.features for table in tables]), choices, tables[0].augmented)
 
 
 CAPTION_MODES = ("main", "each", "joined")
@@ -78,8 +88,12 @@ class Featurizer:
     choices = [(item[i],) if i in item else () for i in range(len(source))]
     return FeatureTable(features, choices, tower.augmented if views > 1 else 0.0)
 
-  def train_tables(self, source: Any) -> tuple[dict[str, FeatureTable], list[str | None]]:
+  def train_tables(self, source: Any, extra: Any = None) -> tuple[dict[str, FeatureTable], list[str | None]]:
     """Features of every modality the source has, with augmented views, and the rows' labels.
+
+    Args:
+      source: the training rows.
+      extra: further rows, which come after those of `source`; None for none.
 
     Raises:
       ValueError: if the source is missing or lacks one of the towers' modalities.
@@ -87,8 +101,9 @@ class Featurizer:
     if source is None or not len(source):
       raise ValueError("data: there are no training rows (split 'train')")
     towers = self._config.model.towers
-    tables = {name: self.table(source, name, augmented=True) for name in towers}
-    return tables, [row.get("label") for row in source.rows]
+    parts = [source] if extra is None else [source, extra]
+    tables = {name: joined([self.table(part, name, augmented=True) for part in parts]) for name in towers}
+    return tables, [row.get("label") for part in parts for row in part.rows]
 
   def texts(self, strings: Sequence[str]) -> np.ndarray:
     """Token features float16 [N, T, C] of strings, kept in memory and on disk."""

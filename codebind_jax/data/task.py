@@ -43,6 +43,7 @@ class Task:
     train: rows to train on; None when only evaluating.
     evals: sets to evaluate on.
     attributions: whose work the data is: (package, licence, credit), to be shown in reports.
+    extra: further rows to train on, that no probe or class mean looks at; None for none.
   """
 
   name: str
@@ -50,6 +51,7 @@ class Task:
   train: Any
   evals: tuple[EvalSet, ...]
   attributions: tuple[tuple[str, str, str], ...] = ()
+  extra: Any = None
 
 
 def open_task(data: Any, *, default_split: str = "train") -> Task:
@@ -87,13 +89,15 @@ def _icons_task(data: Any) -> Task:
     probes = ("family",) if name.endswith("_concept") else ()
     means = ("label",) if name.endswith("_artist") else ()
     evals.append(EvalSet(f"{data.world}_{name}", test.role, source, list(test.candidates), probes, means))
-  summary = f"{data.world}, profile {profile}: {len(train)} training rows; " + ", ".join(
+  extra = open_source(spec | {"split": "extra"}) if data.extra else None
+  more = f" and {len(extra)} further named pictures" if extra else ""
+  summary = f"{data.world}, profile {profile}: {len(train)} training rows{more}; " + ", ".join(
     f"{e.name} {len(e.source)} of {len(e.candidates)}" for e in evals
   )
   logging.info("%s", summary)
   packages = [p for p in names.table("packages")["packages"] if p["id"] in icons.package_ids(profile)]
   credits = tuple((f"{p['name']} {p['version']}", p["licence"], p["attribution"]) for p in packages)
-  return Task(data.world, summary, train, tuple(evals), credits)
+  return Task(data.world, summary, train, tuple(evals), credits, extra)
 
 
 def _manifest_task(data: Any, default_split: str) -> Task:
