@@ -2,8 +2,9 @@
 
 Command: python -m benchmarks.unseen_concepts [--profile=small]
 Ridge regression of the image trunk's features onto half-whitened text, on training rows alone: nine folds of held-out
-concepts (about 61 each). Prints the accuracy for a growing share of the other concepts, and that of telling the same
-held-out concepts from pictures of them by other artists in the same embedding (mean and standard error over folds).
+concepts (about 61 each). Prints the accuracy for a growing share of the other concepts; with all of them and the
+world's further named pictures (split "extra", without names that hold one of a held-out concept); and that of telling
+the same held-out concepts from pictures of them by other artists (mean and standard error over folds).
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from absl import app, flags
 
 from codebind_jax.data.featurize import Featurizer
 from codebind_jax.data.task import open_task
+from codebind_jax.data.worlds import extra
 from codebind_jax.models.codebind import whitening
 from configs import stage1
 
@@ -41,26 +43,42 @@ def ridge(x, y):
   return lambda q: (q - mean) @ weights + target
 
 
+def without(names, held):
+  """Which of the names have no words in a row that are one of `held`."""
+  held = {extra.words(name) for name in held}
+  spans = lambda own: {own[a:b] for a in range(len(own)) for b in range(a + 1, len(own) + 1)}
+  return np.array([not spans(extra.words(name)) & held for name in names])
+
+
 def main(_):
   """Prints the table."""
   config = stage1.get_config().unlock()
   config.data.profile = _PROFILE.value
-  source, featurizer = open_task(config.data).train, Featurizer(config)
+  config.data.extra = 0.25
+  task, featurizer = open_task(config.data), Featurizer(config)
+  source, further = task.train, task.extra
   images = np.asarray(featurizer.table(source, "image").features[:, 0, 0], np.float64)
   field = lambda name: np.array([row[name] for row in source.rows])
   concept, family, label = field("concept"), field("family"), field("label")
   embed = lambda texts: featurizer.texts(list(texts))[:, 0].astype(np.float64)
   words = embed(label)
+  more_names = np.array([row["name"] for row in further.rows])
+  more_images = np.asarray(featurizer.table(further, "image").features[:, 0, 0], np.float64)
+  more_words = embed(more_names)
   fold = np.array([int(hashlib.sha256(name.encode()).hexdigest(), 16) % _FOLDS for name in concept])
-  rng, found, others = np.random.default_rng(0), {share: [] for share in _SHARES}, []
+  rng, found, others = np.random.default_rng(0), {share: [] for share in ("more", *_SHARES)}, []
   for held in range(_FOLDS):
     test, names = np.flatnonzero(fold == held), np.unique(concept[fold != held])
     candidates = np.unique(label[test])
     order = rng.permutation(names)
-    for share in _SHARES:
-      train = np.flatnonzero(np.isin(concept, order[: int(share * len(names))]))
-      space = half_whitened(words[train])
-      predicted = unit(ridge(images[train], space(words[train]))(images[test]))
+    for share in found:
+      train = np.flatnonzero(np.isin(concept, order[: int((1.0 if share == "more" else share) * len(names))]))
+      x, y = images[train], words[train]
+      if share == "more":
+        allowed = without(more_names, [*np.unique(concept[test]), *candidates])
+        x, y = np.concatenate([x, more_images[allowed]]), np.concatenate([y, more_words[allowed]])
+      space = half_whitened(y)
+      predicted = unit(ridge(x, space(y))(images[test]))
       classes = unit(sum(space(embed([t.format(name) for name in candidates])) for t in config.data.eval_templates))
       found[share].append(100 * np.mean(candidates[(predicted @ classes.T).argmax(1)] == label[test]))
     hits = []
@@ -74,6 +92,7 @@ def main(_):
   show = lambda values: f"{np.mean(values):5.1f} ± {np.std(values, ddof=1) / len(values) ** 0.5:.1f}"
   for share in _SHARES:
     print(f"text, trained on {share:5.1%} of {len(names)} concepts: {show(found[share])}")
+  print(f"text, and {len(more_names)} further named pictures: {show(found['more'])}")
   print(f"nearest mean of other artists' pictures:        {show(others)}")
 
 

@@ -26,7 +26,7 @@ _POSITIVE = (
   "model.shared_dim", "codebook.dim", "codebook.shared_codes", "optim.learning_rate", "optim.clip_norm",
 )
 _COUNTS = ("data.max_bad_records", "seed")
-_SHARES = ("codebook.decay", "codebook.alarm_share", "optim.b1", "optim.b2")
+_SHARES = ("data.extra", "codebook.decay", "codebook.alarm_share", "optim.b1", "optim.b2")
 
 
 def get(config: Any, path: str) -> Any:

@@ -154,12 +154,9 @@ class Evaluation:
     """Probes that are fitted on the training rows, and the field each tells."""
     for name in table:
       if name != "text" and name in train:
-        # A field that is one value throughout the modality (the sense of a sound) asks nothing of it.
-        asks = lambda field, name=name: field in train[name] and len(np.unique(train[name][field])) > 1
-        own = lambda fields, name=name: [f for field in fields if asks(f := field.format(modality=name))]
-        for field in own(test.means) if means else ():
+        for field in _told_apart(test.means, name, train[name]) if means else ():
           yield NearestClassMean(name, train, field=field), field
-        for field in own(test.probes) if probes else ():
+        for field in _told_apart(test.probes, name, train[name]) if probes else ():
           yield LinearProbe(name, train, field=field, group=test.probe_group if field != "label" else None), field
 
   def _embed(self, model: Model, name: str, source: Any) -> dict[str, dict[str, np.ndarray]]:
@@ -212,6 +209,12 @@ def retention(final: Mapping[str, float], lines: Sequence[Mapping[str, Any]]) ->
       if name.endswith("/top1") and name.startswith("eval/") and "=" not in name:
         first.setdefault(name, value)
   return {f"retention/{name.removeprefix('eval/')}": final[name] - first[name] for name in first if name in final}
+
+
+def _told_apart(fields: Sequence[str], modality: str, columns: base.Columns) -> list[str]:
+  """Those fields that a modality's training rows have with several values: one value (a sound's sense) asks nothing."""
+  named = [field.format(modality=modality) for field in fields]
+  return [field for field in named if field in columns and len(np.unique(columns[field])) > 1]
 
 
 def paired(table: base.Table, a: str, b: str, field: str) -> base.Table | None:

@@ -26,6 +26,7 @@ class Context:
 
   Attributes:
     outputs: modality -> quantiser outputs.
+    plain: modality -> the same of the features as they were before the quantiser.
     masks: modality -> rows that have it, bool [b].
     scales: modality -> logit scale.
     codebooks: name -> state before the step's update.
@@ -35,6 +36,7 @@ class Context:
   """
 
   outputs: Mapping[str, Any]
+  plain: Mapping[str, Any]
   masks: Mapping[str, Bool[Array, "b"]]
   scales: Mapping[str, Float[Array, ""]]
   codebooks: Mapping[str, CodebookState]
@@ -58,9 +60,18 @@ def _mean(values: list[Float[Array, ""]]) -> Float[Array, ""]:
 
 
 def _info_nce(c: Context) -> Float[Array, ""]:
+  return _align(c, c.outputs)
+
+
+def _info_nce_plain(c: Context) -> Float[Array, ""]:
+  """InfoNCE before the quantiser, whose gradient does not pass straight through it."""
+  return _align(c, c.plain)
+
+
+def _align(c: Context, outputs: Mapping[str, Any]) -> Float[Array, ""]:
   return _mean([
     losses.info_nce(
-      c.outputs[a].shared[:, 0], c.outputs[b].shared[:, 0], temperature=c.stage.temperature,
+      outputs[a].shared[:, 0], outputs[b].shared[:, 0], temperature=c.stage.temperature,
       logit_scale_a=c.scales[a], logit_scale_b=c.scales[b], mask=c.masks[a] & c.masks[b],
       groups=c.groups if "text" in (a, b) else None,
     )
@@ -115,6 +126,7 @@ def _specific_uniform(c: Context) -> Float[Array, ""]:
 # Name in config.stages.*.losses -> pure function of a Context (spec section 3).
 TERMS: dict[str, Callable[[Context], Float[Array, ""]]] = {
   "info_nce": _info_nce,
+  "info_nce_plain": _info_nce_plain,
   "commitment": _commitment,
   "code_contrast": _code_contrast,
   "code_uniform": _code_uniform,
@@ -150,8 +162,9 @@ def make_train_step(
     if stage.mixup:
       tokens = mixed(jax.random.fold_in(rng, 1), tokens, masks, owners, stage.mixup)
     features, scales = model.apply({"params": params}, tokens, train=True, rngs={"dropout": drop_rng})
+    plain = plain_outputs(features, model)
     if spec is None:
-      outputs, codebooks = plain_outputs(features, model), state.codebooks
+      outputs, codebooks = plain, state.codebooks
     else:
       outputs, codebooks = quantize_modalities(
         features, state.codebooks, spec, update=update, rng=code_rng, masks=masks,
@@ -160,10 +173,10 @@ def make_train_step(
     terms = {name: jnp.zeros((), jnp.float32) for name in active}
     weights = {source: stage.weights.get(source, 1.0) for source in batch}
     for source, content in batch.items():
-      mine = _of_source(outputs, owners, source, code_rows)
+      mine, mine_plain = (_of_source(out, owners, source, code_rows) for out in (outputs, plain))
       mine_masks = {m: masks[m][rows] for (s, m), rows in owners.items() if s == source}
       context = Context(
-        mine, mine_masks, scales, state.codebooks, stage, spec.code_dims[0] if spec else 0,
+        mine, mine_plain, mine_masks, scales, state.codebooks, stage, spec.code_dims[0] if spec else 0,
         None if stage.unique_labels else content["_group"],
       )  # fmt: skip
       for name in active:

@@ -78,6 +78,7 @@ def report_data(
     seconds=dict(seconds),
     data_profile=task.name,
     data_counts={f"{name} train": len(rows) for name, rows in task.train.items()}
+    | {f"{name} extra": len(rows) for name, rows in task.extra.items()}
     | {s.name: len(s.source) for s in task.evals},
     baseline=Run("InfoNCE without codebooks", read_metrics(plain)) if (plain / "metrics.jsonl").exists() else None,
     scores=headline(config, task, final),

@@ -92,7 +92,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | pathlib
   banner("data")
   task = open_task(config.data)
   featurizer = Featurizer(config)
-  tables, labels = featurizer.train_tables(task.train, task.unique)
+  tables, labels = featurizer.train_tables(task.train, task.unique, task.extra)
   evaluation = Evaluation(config, task, featurizer)
 
   final, models = run_stages(config, folder, tables, labels, evaluation)
@@ -162,6 +162,7 @@ def run_stages(
     name: make_iterator(
       {m: table for m, table in tables[name].items() if m in stage.modalities}, labels[name], batch_size=rows,
       seed=config.seed, unique_labels=stage.unique_labels, name=name,
+      extra=len(evaluation.task.extra.get(name, ())), extra_share=config.data.extra,
     )
     for name, rows in stage.sources.items()
   }

@@ -41,6 +41,7 @@ def get_config(arg=""):
     code_rows=8,
     losses={
       "info_nce": 1.0,
+      "info_nce_plain": 0.0,
       "commitment": 10.0,
       "code_contrast": 0.01,
       "code_uniform": 0.01,

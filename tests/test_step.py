@@ -1,10 +1,16 @@
-"""The training step: mixup."""
+"""The training step: mixup, alignment before the quantiser."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from codebind_jax.step import mixed
+from codebind_jax import build
+from codebind_jax.compositional import new_codebooks
+from codebind_jax.optim import make_optimizer
+from codebind_jax.stages import stages_of
+from codebind_jax.state import TrainState
+from codebind_jax.step import make_train_step, mixed
+from configs import stage1
 
 ROWS = slice(0, 6)
 
@@ -46,3 +52,28 @@ def test_mixup_stays_within_a_source():
   )
   np.testing.assert_array_equal(first["image"][2:], second["image"][2:])
   np.testing.assert_array_equal(first["text"], tokens["text"])
+
+
+def test_info_nce_before_the_quantiser_is_that_of_a_model_without_one():
+  config = stage1.get_config().unlock()
+  config.update_from_flattened_dict({
+    "model.shared_dim": 8, "codebook.shared_codes": 4, "codebook.codes.image": 4, "steps": 2, "batch_size": 6,
+    "model.towers.image.specific_dim": 8, "model.towers.image.meaning": "", "stages.bridges.mixup": 0.0,
+  })
+  rng = np.random.default_rng(0)
+  batch = {name: jnp.asarray(rng.normal(size=(6, 1, 12)), jnp.float32) for name in ("image", "text")}
+  params = build.make_model(config).init(jax.random.key(0), batch)["params"]
+  batch["_mask"] = {name: jnp.ones(6, bool) for name in ("image", "text")}
+  found = {}
+  for quantize in (True, False):
+    config.model.quantize = quantize
+    config.stages.bridges.losses = {"info_nce": 1.0, "info_nce_plain": 0.5}
+    model, spec, stage = build.make_model(config), build.make_spec(config), stages_of(config)[0]
+    books = new_codebooks(jax.random.key(1), spec, config.model.towers) if spec else {}
+    tx, _ = make_optimizer(params, stage.train, config.optim.to_dict(), 2)
+    state = TrainState(jnp.zeros((), jnp.int32), params, books, tx.init(params), {}, jax.random.key(2))
+    _, found[quantize] = jax.jit(make_train_step(model, spec, stage, tx))(state, {"rows": batch})
+  quantised, plain = found[True], found[False]
+  np.testing.assert_allclose(quantised["train/info_nce_plain"], plain["train/info_nce"], rtol=1e-5)
+  np.testing.assert_allclose(plain["train/total"], 1.5 * plain["train/info_nce"], rtol=1e-5)
+  assert abs(quantised["train/info_nce"] - quantised["train/info_nce_plain"]) > 1e-3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,15 @@ def captions(texts: Sequence[str], templates: Sequence[str], mode: str = "each")
   main = [template.format(texts[0]) for template in templates]
   rest = {"main": [], "each": texts[1:], "joined": [", ".join(texts)]}[mode]
   return list(dict.fromkeys([*main, *rest]))
+
+
+def joined(tables: Sequence[FeatureTable]) -> FeatureTable:
+  """The rows of several tables of one modality, one table after the other."""
+  if len(tables) == 1:
+    return tables[0]
+  starts = [0, *itertools.accumulate(len(table.features) for table in tables)]
+  choices = [tuple(start + item for item in own) for start, table in zip(starts, tables) for own in table.choices]
+  return FeatureTable(np.concatenate([table.features for table in tables]), choices, tables[0].augmented)
 
 
 CAPTION_MODES = ("main", "each", "joined")
@@ -82,13 +92,14 @@ class Featurizer:
     return FeatureTable(features, choices, tower.augmented if views > 1 else 0.0)
 
   def train_tables(
-    self, train: Mapping[str, Any], unique: Mapping[str, str]
+    self, train: Mapping[str, Any], unique: Mapping[str, str], extra: Mapping[str, Any] | None = None
   ) -> tuple[dict[str, dict[str, FeatureTable]], dict[str, list[str | None]]]:
     """Features of the towers' modalities that each source has, with augmented views, and what tells its rows apart.
 
     Args:
       train: source name -> training rows.
       unique: source name -> the field that tells rows apart.
+      extra: source name -> further rows, which come after those of `train`.
 
     Returns:
       (source -> modality -> table, source -> value of the field per row).
@@ -99,14 +110,16 @@ class Featurizer:
     if not train or not all(map(len, train.values())):
       raise ValueError("data: there are no training rows (split 'train')")
     towers, data = self._config.model.towers, self._config.data
+    parts = {name: [source, *([extra[name]] if extra and name in extra else [])] for name, source in train.items()}
+    table = lambda name, part, m: self.table(part, m, augmented=True, templates=data.templates_of.get(name, ()))
     tables = {
-      name: {
-        m: self.table(source, m, augmented=True, templates=data.templates_of.get(name, ()))
-        for m in towers if m in source.modalities
-      }
-      for name, source in train.items()
-    }  # fmt: skip
-    return tables, {name: [row.get(unique[name]) or None for row in source.rows] for name, source in train.items()}
+      name: {m: joined([table(name, part, m) for part in own]) for m in towers if m in own[0].modalities}
+      for name, own in parts.items()
+    }
+    labels = {
+      name: [row.get(unique[name]) or None for part in own for row in part.rows] for name, own in parts.items()
+    }
+    return tables, labels
 
   def texts(self, strings: Sequence[str]) -> np.ndarray:
     """Token features float16 [N, T, C] of strings, kept in memory and on disk."""

@@ -47,6 +47,14 @@ class _Pick(grain.transforms.RandomMap):
     return out
 
 
+class _Join(grain.transforms.RandomMap):
+  """Parts of a batch -> one batch in random order, so that mixup also mixes rows of different parts."""
+
+  def random_map(self, parts: tuple[dict, ...], rng: np.random.Generator) -> dict:
+    order = rng.permutation(sum(len(part["_row"]) for part in parts))
+    return jax.tree.map(lambda *columns: np.concatenate(columns)[order], *parts)
+
+
 def group_rows(labels: Sequence[str | None]) -> list[list[int]]:
   """Rows that share a label form one group, in order of first appearance; a row without label is its own group."""
   groups: dict = {}
@@ -62,6 +70,8 @@ def make_iterator(
   batch_size: int,
   seed: int,
   unique_labels: bool = True,
+  extra: int = 0,
+  extra_share: float = 0.0,
   name: str = "source",
 ) -> grain.DatasetIterator:
   """Endless shuffled batches `{modality: [b, n, d], _mask: {modality: bool [b]}, _row: int32 [b], _group: int32 [b]}`.
@@ -72,29 +82,43 @@ def make_iterator(
   that are each other's false negatives. Each process reads its own share of the groups and yields its own rows of the
   global batch. The iterator's state goes into the checkpoint.
 
+  The last `extra` rows are further data, which may be many more labels than the others: `extra_share` of a batch is
+  drawn from those of their labels that no other row has, so that both kinds keep their own epochs.
+
   Args:
     tables: modality -> FeatureTable, all over the same rows.
     labels: per row its label, or None.
     batch_size: rows of the global batch.
     seed: of the order and of every draw.
     unique_labels: at most one row of a label in a batch.
+    extra: how many of the rows, the last ones, are further data.
+    extra_share: their share of a batch, rounded to whole rows a process.
     name: of the source, for errors.
 
   Raises:
-    ValueError: if the batch is larger than the data or does not divide over the processes.
+    ValueError: if a part of the batch is larger than its data, or the batch does not divide over the processes.
   """
   same = group_rows(labels)
-  groups = np.empty(len(labels), np.int32)
-  for number, rows in enumerate(same):
-    groups[rows] = number
+  numbers = np.empty(len(labels), np.int32)
+  for number, group in enumerate(same):
+    numbers[group] = number
   members = same if unique_labels else [[row] for row in range(len(labels))]
   shards = jax.process_count()
   if batch_size < 1 or batch_size % shards:
     raise ValueError(f"batch_size of {name!r}: {batch_size} must be a positive multiple of the {shards} processes")
-  if batch_size > len(members):
-    what = "distinct labels (unique_labels is on)" if unique_labels else "rows"
-    raise ValueError(f"batch_size of {name!r}: {batch_size} is larger than its {len(members)} {what}")
-  share = range(jax.process_index(), len(members) // shards * shards, shards)
-  dataset = grain.MapDataset.source(share).seed(seed).shuffle()
-  dataset = dataset.random_map(_Pick(tables, members, groups)).batch(batch_size // shards, drop_remainder=True).repeat()
+  rows, first = batch_size // shards, len(labels) - extra
+  extra_rows = round(extra_share * rows) if extra else 0
+
+  def batches(groups: Sequence[Sequence[int]], size: int, seed: int) -> grain.MapDataset:
+    if size * shards > len(groups):
+      what = "distinct labels (unique_labels is on)" if unique_labels else "rows"
+      raise ValueError(f"batch_size of {name!r}: {size * shards} is larger than its {len(groups)} {what}")
+    share = range(jax.process_index(), len(groups) // shards * shards, shards)
+    dataset = grain.MapDataset.source(share).seed(seed).shuffle()
+    return dataset.random_map(_Pick(tables, groups, numbers)).batch(size, drop_remainder=True).repeat()
+
+  dataset = batches([group for group in members if group[0] < first], rows - extra_rows, seed)
+  if extra_rows:
+    further = batches([group for group in members if group[0] >= first], extra_rows, seed + 1)
+    dataset = grain.experimental.ZipMapDataset([dataset, further]).seed(seed).random_map(_Join())
   return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))

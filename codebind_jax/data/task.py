@@ -52,6 +52,7 @@ class Task:
     unique: source name -> the field by which rows are told apart as each other's negatives.
     evals: sets to evaluate on.
     attributions: whose work the data is: (package, licence, credit), to be shown in reports.
+    extra: source name -> further rows to train on, that no probe or class mean looks at.
   """
 
   name: str
@@ -60,6 +61,7 @@ class Task:
   unique: Mapping[str, str]
   evals: tuple[EvalSet, ...]
   attributions: tuple[tuple[str, str, str], ...] = ()
+  extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def open_task(data: Any, *, default_split: str = "train") -> Task:
@@ -80,7 +82,7 @@ def open_task(data: Any, *, default_split: str = "train") -> Task:
   return Task(
     "+".join(p.name for p in parts), "\n".join(p.summary for p in parts), join(p.train for p in parts),
     join(p.unique for p in parts), tuple(e for p in parts for e in p.evals),
-    tuple(dict.fromkeys(credit for p in parts for credit in p.attributions)),
+    tuple(dict.fromkeys(credit for p in parts for credit in p.attributions)), join(p.extra for p in parts),
   )  # fmt: skip
 
 
@@ -106,13 +108,15 @@ def _world_task(world: str, data: Any) -> Task:
       tuple(test.pairs), tuple(getattr(module, "SLICES", ())),
       getattr(module, "PROBE_GROUP", None),
     ))  # fmt: skip
-  summary = f"{world}, profile {profile}: {len(train)} training rows; " + ", ".join(
+  extra = {world: open_source(spec | {"split": "extra"})} if data.extra and hasattr(module, "EXTRA") else {}
+  more = f" and {len(extra[world])} further named pictures" if extra else ""
+  summary = f"{world}, profile {profile}: {len(train)} training rows{more}; " + ", ".join(
     f"{e.name} {len(e.source)} of {len(e.candidates)}" for e in evals
   )
   used = set(module.package_ids(profile))
   packages = [p for p in names.table("packages")["packages"] if p["id"] in used]
   credits = tuple((f"{p['name']} {p['version']}", p["licence"], p["attribution"]) for p in packages)
-  return Task(world, summary, {world: train}, {world: getattr(module, "UNIQUE", "label")}, tuple(evals), credits)
+  return Task(world, summary, {world: train}, {world: getattr(module, "UNIQUE", "label")}, tuple(evals), credits, extra)
 
 
 def _manifest_task(data: Any, default_split: str) -> Task:

@@ -39,6 +39,19 @@ def read_members(path: Path, names: Iterable[str]) -> dict[str, bytes]:
   raise ValueError(f"{path}: unknown kind of archive; allowed: .tgz .tar.gz .whl .zip .deb")
 
 
+def member_names(path: Path) -> list[str]:
+  """Names of the files of a wheel or zip archive.
+
+  Raises:
+    ValueError: if the archive is damaged.
+  """
+  try:
+    with zipfile.ZipFile(path) as archive:
+      return archive.namelist()
+  except _BROKEN as error:
+    raise ValueError(f"{path}: damaged archive ({error}); remove it and run again to fetch it anew") from error
+
+
 def _tar_members(archive: tarfile.TarFile, wanted: set[str]) -> dict[str, bytes]:
   found = {}
   for member in archive:

