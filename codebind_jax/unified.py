@@ -35,14 +35,23 @@ class UnifiedState:
     codes: [k, d].
     ema_count: [k], moving average of how many vectors a code gets in a batch.
     ema_sum: [k, d], moving average of their sum.
-    idle: int32 [m, k], modalities in the alphabet's order: batches since each last used a code; -1 at the start, as in
-      the release.
+    idle: modality -> int32 [k], batches since it last used a code; -1 at the start, as in the release.
   """
 
   codes: Any
   ema_count: Any
   ema_sum: Any
   idle: Any
+
+  @property
+  def usage(self) -> Any:
+    """How much each code is used; the unit is vectors a batch."""
+    return self.ema_count
+
+  @property
+  def initialised(self) -> bool:
+    """Always."""
+    return True
 
 
 class UnifiedQuantized(NamedTuple):
@@ -53,18 +62,20 @@ class UnifiedQuantized(NamedTuple):
   indices: Int[Array, "b t"]
 
 
-def new_unified(codes: Float[Array | np.ndarray, "k d"], modalities: int, *, count: float = 1.0) -> UnifiedState:
+def new_unified(
+  codes: Float[Array | np.ndarray, "k d"], modalities: Sequence[str], *, count: float = 1.0
+) -> UnifiedState:
   """A state that starts from given codes.
 
   Args:
     codes: e.g. U(-1/k, 1/k), as the release starts, or k-means means.
-    modalities: how many there are.
+    modalities: their names.
     count: initial `ema_count`; `ema_sum` is count * codes. The release has 0 and codes, whose first updates throw codes
       that are not used far out: pass 0 for that.
   """
   codes = wide(codes)
   total = codes * (count if count else 1.0)
-  idle = jnp.full((modalities, codes.shape[0]), -1, jnp.int32)
+  idle = {name: jnp.full(codes.shape[0], -1, jnp.int32) for name in modalities}
   return UnifiedState(codes, jnp.full(codes.shape[0], count, codes.dtype), jnp.array(total, copy=True), idle)
 
 
@@ -177,12 +188,14 @@ def update_unified(
       total = decay * total + (1 - decay) * sums[name]
   # A code that has never had any weight stays where it is.
   codes = jnp.where((count > 0)[:, None], total / jnp.where(count > 0, count, 1.0)[:, None], state.codes)
-  return UnifiedState(codes, count, total, tick(state.idle, [counts[name] for name in sorted(counts)]))
+  return UnifiedState(codes, count, total, state.idle | tick(state.idle, counts))
 
 
-def tick(idle: Int[Array, "m k"], counts: Sequence[Float[Array, "k"] | Int[np.ndarray, "k"]]) -> Int[Array, "m k"]:
-  """One more batch of idleness, 0 for the codes that a modality used. (The release ticks in evaluation, too.)"""
-  return jnp.where(jnp.stack(counts) > 0, 0, idle + 1)
+def tick(
+  idle: Mapping[str, Int[Array, "k"]], counts: Mapping[str, Float[Array, "k"] | Int[np.ndarray, "k"]]
+) -> dict[str, Int[Array, "k"]]:
+  """One more batch of idleness for the modalities in it, 0 for the codes used (the release ticks in evaluation too)."""
+  return {name: jnp.where(jnp.asarray(count) > 0, 0, idle[name] + 1) for name, count in counts.items()}
 
 
 @functools.partial(jax.jit, static_argnames=("after", "used_by", "keep", "noise", "active_within"))
@@ -217,8 +230,9 @@ def reset_unified(
   if used_by not in ("all", "any") or keep not in ("survive", "codes_only"):
     raise ValueError(f"used_by must be 'all' or 'any', keep 'survive' or 'codes_only', got {used_by!r}, {keep!r}")
   k, d = state.codes.shape
-  anyone = jnp.min(state.idle, axis=0)
-  expired = (anyone if used_by == "any" else jnp.max(state.idle, axis=0)) > after
+  idle = jnp.stack(list(state.idle.values()))
+  anyone = jnp.min(idle, axis=0)
+  expired = (anyone if used_by == "any" else jnp.max(idle, axis=0)) > after
   active = (anyone >= 0) & (anyone < active_within)
   pick_rng, noise_rng = jax.random.split(rng)
   picks = jax.random.categorical(pick_rng, jnp.where(active, 0.0, -jnp.inf), shape=(k,))
@@ -231,7 +245,7 @@ def put_codes(
 ) -> UnifiedState:
   """Replaces the codes of `which`, and clears their idleness; `keep` as for `reset_unified`."""
   codes = jnp.where(which[:, None], new, state.codes)
-  idle = jnp.where(which[None], 0, state.idle)
+  idle = {name: jnp.where(which, 0, batches) for name, batches in state.idle.items()}
   if keep == "codes_only":
     return state.replace(codes=codes, idle=idle)
   count = jnp.where(which, jnp.mean(state.ema_count), state.ema_count)

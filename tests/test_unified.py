@@ -18,16 +18,16 @@ def double():
 
 
 def release_state(data, prefix, modalities):
-  idle = np.tile(np.asarray(data[f"{prefix}/unactivated_count"], np.int32), (modalities, 1))
+  idle = {m: jnp.asarray(data[f"{prefix}/unactivated_count"], jnp.int32) for m in modalities}
   arrays = (jnp.asarray(data[f"{prefix}/{name}"]) for name in ("embedding", "ema_count", "ema_weight"))
-  return unified.UnifiedState(*arrays, jnp.asarray(idle))
+  return unified.UnifiedState(*arrays, idle)
 
 
 def check_state(state, data, prefix, tolerance=1e-9):
   close(state.codes, data[f"{prefix}/embedding"], tolerance)
   close(state.ema_count, data[f"{prefix}/ema_count"], tolerance)
   close(state.ema_sum, data[f"{prefix}/ema_weight"], tolerance)
-  assert np.array_equal(np.min(state.idle, axis=0), data[f"{prefix}/unactivated_count"].astype(int))
+  assert np.array_equal(np.min(list(state.idle.values()), axis=0), data[f"{prefix}/unactivated_count"].astype(int))
 
 
 def release_commitment(features, quantized, modalities):
@@ -46,7 +46,7 @@ def release_matching(features, codes):
 def test_recorded_steps_of_the_release(name, start):
   data = load(name)
   modalities = [str(m) for m in data["meta/modalities"]]
-  state = release_state(data, f"{start}/init", len(modalities))
+  state = release_state(data, f"{start}/init", modalities)
 
   def losses(features, cotangents, codes):
     quantized = unified.quantize_unified(features, codes)
@@ -71,14 +71,14 @@ def test_recorded_steps_of_the_release(name, start):
       state = unified.update_unified(state, features, {m: q.indices for m, q in quantized.items()}, form="sequential",
                                      order=tuple(modalities))  # fmt: skip
     else:
-      counts = [np.bincount(np.asarray(quantized[m].indices).ravel(), minlength=24) for m in sorted(quantized)]
+      counts = {m: np.bincount(np.asarray(q.indices).ravel(), minlength=24) for m, q in quantized.items()}
       state = state.replace(idle=unified.tick(state.idle, counts))
     check_state(state, data, f"{prefix}/after")
 
 
 def test_recorded_resets_of_the_release():
   data = load("cmg_vq_reset")
-  state = release_state(data, "dcid/init", 3)
+  state = release_state(data, "dcid/init", "avt")
   for step in range(3):
     prefix = f"dcid/step{step}"
     features = {m: data[f"{prefix}/{m}/z"] for m in ("a", "v", "t")}
@@ -87,7 +87,7 @@ def test_recorded_resets_of_the_release():
     for m in indices:
       assert np.array_equal(np.ravel(indices[m]), data[f"{prefix}/{m}/indices"])
     state = unified.update_unified(state, features, indices, form="sequential", order=("a", "v", "t"))
-    anyone = np.min(state.idle, axis=0)
+    anyone = np.min(list(state.idle.values()), axis=0)
     expired = anyone > 300
     assert expired.sum() == data[f"{prefix}/n_reset"]
     if expired.any():
@@ -130,7 +130,7 @@ def assigned(features, codes):
 
 def test_joint_form_without_memory_is_the_mean_of_vectors_and_partners():
   features, rng = random_features(), np.random.default_rng(1)
-  state = unified.new_unified(rng.normal(size=(6, 4)), 2)
+  state = unified.new_unified(rng.normal(size=(6, 4)), "av")
   indices = assigned(features, state.codes)
   new = unified.update_unified(state, features, indices, decay=0.0)
   mixed = (features["a"] + features["v"]) / 2
@@ -141,7 +141,7 @@ def test_joint_form_without_memory_is_the_mean_of_vectors_and_partners():
 
 def test_one_modality_is_ordinary_ema():
   features, rng = random_features(names=("a",)), np.random.default_rng(1)
-  state = unified.new_unified(rng.normal(size=(6, 4)), 1)
+  state = unified.new_unified(rng.normal(size=(6, 4)), "a")
   index = np.asarray(assigned(features, state.codes)["a"]).ravel()
   new = unified.update_unified(state, features, {"a": index.reshape(5, 3)}, decay=0.9)
   onehot = np.eye(6)[index]
@@ -153,7 +153,7 @@ def test_one_modality_is_ordinary_ema():
 
 def test_joint_form_is_symmetric_and_the_sequential_one_is_not():
   features, rng = random_features(), np.random.default_rng(1)
-  state = unified.new_unified(rng.normal(size=(6, 4)), 2)
+  state = unified.new_unified(rng.normal(size=(6, 4)), "av")
   swapped = {"a": features["v"], "v": features["a"]}
   after = lambda f, form: np.asarray(unified.update_unified(state, f, assigned(f, state.codes), form=form).codes)
   close(after(features, "joint"), after(swapped, "joint"), 1e-12)
@@ -165,7 +165,7 @@ def test_joint_form_is_symmetric_and_the_sequential_one_is_not():
 
 def test_count_after_sequential_updates():
   features = random_features(b=4, t=2)
-  state = unified.new_unified(np.random.default_rng(1).normal(size=(6, 4)), 2, count=0.0)
+  state = unified.new_unified(np.random.default_rng(1).normal(size=(6, 4)), "av", count=0.0)
   for _ in range(3):
     state = unified.update_unified(state, features, assigned(features, state.codes), form="sequential")
   # Smoothing keeps the sum; every one of two modalities a batch is an update.
@@ -176,7 +176,7 @@ def test_codes_never_used_stay_where_they_are_and_with_the_release_s_start_are_t
   features = random_features()
   codes = np.concatenate([np.random.default_rng(1).normal(size=(5, 4)), np.full((1, 4), 50.0)])
   steps = lambda count, form: unified.update_unified(
-    (s := unified.new_unified(codes, 2, count=count)), features, assigned(features, s.codes), form=form
+    (s := unified.new_unified(codes, "av", count=count)), features, assigned(features, s.codes), form=form
   )
   close(steps(1.0, "joint").codes[5], codes[5], 1e-12)
   assert np.all(steps(0.0, "sequential").codes[5] > 1000 * codes[5])
@@ -198,7 +198,7 @@ def test_missing_modalities_have_no_part():
   masks = {"a": np.ones(5, bool), "v": np.array([1, 1, 1, 0, 0], bool), "t": np.zeros(5, bool)}
   features["t"][:] = np.nan
   features["v"][3:] = np.nan
-  state = unified.new_unified(rng.normal(size=(6, 4)), 3)
+  state = unified.new_unified(rng.normal(size=(6, 4)), "avt")
   indices = assigned(features, state.codes)
   new = unified.update_unified(state, features, indices, decay=0.0, masks=masks)
   values = {m: np.array(features[m]) for m in "av"}
@@ -231,8 +231,8 @@ def test_commitment_forms_and_straight_through():
 
 @pytest.mark.parametrize("used_by, replaced", [("all", True), ("any", False)])
 def test_a_code_only_one_modality_uses_is_reset_in_the_paper_s_sense(used_by, replaced):
-  state = unified.new_unified(np.arange(12.0).reshape(3, 4), 2)
-  state = state.replace(idle=jnp.array([[0, 0, 500], [0, 500, 500]]))
+  state = unified.new_unified(np.arange(12.0).reshape(3, 4), "av")
+  state = state.replace(idle={"a": jnp.array([0, 0, 500]), "v": jnp.array([0, 500, 500])})
   for seed in range(5):
     new = unified.reset_unified(state, jax.random.key(seed), used_by=used_by)
     assert bool(np.any(new.codes[1] != state.codes[1])) == replaced
@@ -243,7 +243,7 @@ def test_a_code_only_one_modality_uses_is_reset_in_the_paper_s_sense(used_by, re
 def test_a_never_used_code_is_first_replaced_at_forward_302_and_survives_the_next_update():
   features = {m: np.zeros((1, 2, 4)) for m in ("a", "v")}
   codes = np.stack([np.zeros(4), np.full(4, 9.0)])
-  state = unified.new_unified(codes, 2)
+  state = unified.new_unified(codes, "av")
   indices = assigned(features, codes)
 
   @jax.jit
@@ -261,8 +261,9 @@ def test_a_never_used_code_is_first_replaced_at_forward_302_and_survives_the_nex
 
 def test_the_release_s_reset_is_undone_by_the_next_update():
   features = random_features()
-  state = unified.new_unified(np.concatenate([np.random.default_rng(1).normal(size=(5, 4)), np.full((1, 4), 9.0)]), 2)
-  state = state.replace(idle=jnp.array([[0] * 5 + [400]] * 2))
+  codes = np.concatenate([np.random.default_rng(1).normal(size=(5, 4)), np.full((1, 4), 9.0)])
+  state = unified.new_unified(codes, "av")
+  state = state.replace(idle=dict.fromkeys("av", jnp.array([0] * 5 + [400])))
   reset = unified.reset_unified(state, jax.random.key(0), keep="codes_only")
   assert np.max(np.abs(reset.codes[5] - 9.0)) > 1
   back = unified.update_unified(reset, features, {m: jnp.zeros((5, 3), int) for m in features})
@@ -287,7 +288,7 @@ def test_code_matching_limits_and_symmetry():
 
 
 def test_errors():
-  state = unified.new_unified(np.ones((2, 3)), 1)
+  state = unified.new_unified(np.ones((2, 3)), "a")
   z = {"a": np.ones((1, 1, 3))}
   for call in (
     lambda: unified.update_unified(state, z, {"a": np.zeros((1, 1), int)}, form="both"),

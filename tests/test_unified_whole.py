@@ -34,7 +34,7 @@ def test_dcid():
   z = {m: data[f"out/{m}_semantic_result"] for m in names}
   own = {"audio": data["out/audio_encoder_result"], "text": data["out/text_encoder_result"],
          "video": data["out/video_club_feature"]}  # fmt: skip
-  state = release_state(data, "quantizer/init", 3)
+  state = release_state(data, "quantizer/init", ("audio", "video", "text"))
   quantized = unified.quantize_unified(z, state.codes)
   for m in names:
     assert np.array_equal(np.ravel(quantized[m].indices), data[f"out/indices_{m}"])
@@ -90,7 +90,7 @@ def test_fcid():
   text = {part: data[f"out/coarse_t_{part}result"][:, None] for part in ("", "gen_", "spe_")}
   general = {m: coarse[m].general for m in fine} | {"text": text["gen_"]}
 
-  state = release_state(data, "quantizer/init", 3)
+  state = release_state(data, "quantizer/init", ("audio", "video", "text"))
   quantized = unified.quantize_unified(general, state.codes)
   for m, letter in letters.items():
     assert np.array_equal(np.ravel(quantized[m].indices), data[f"out/indices_{letter}"])

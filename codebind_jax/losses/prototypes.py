@@ -15,7 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from codebind_jax.norm import unit, wide
 from codebind_jax.transport import ipot
@@ -107,6 +107,7 @@ def swapped_prediction(
   *,
   temperature: float,
   mask: Bool[Array | np.ndarray, "n"] | None = None,
+  rows: Float[Array, ""] | Int[Array, ""] | None = None,
 ) -> Float[Array, ""]:
   """Cross-entropy of a student's code distribution against the *other* view's plan, times n so that rows sum to 1.
 
@@ -116,13 +117,14 @@ def swapped_prediction(
     codes: cluster centres.
     temperature: gamma of the softmax over codes.
     mask: True for rows that count.
+    rows: how many rows of the plan have mass, where that is not the number of those that count.
   """
   plan = jax.lax.stop_gradient(wide(plan))
-  rows = jnp.ones(plan.shape[0], jnp.bool_) if mask is None else jnp.asarray(mask, jnp.bool_)
-  target = plan * jnp.sum(rows)
+  counts = jnp.ones(plan.shape[0], jnp.bool_) if mask is None else jnp.asarray(mask, jnp.bool_)
+  target = plan * (jnp.sum(counts) if rows is None else rows)
   logs = jax.nn.log_softmax(_cosine(student, codes) / temperature, axis=1)
   terms = -jnp.sum(target * logs, axis=1)
-  return jnp.sum(jnp.where(rows, terms, 0.0)) / jnp.maximum(jnp.sum(rows), 1)
+  return jnp.sum(jnp.where(counts, terms, 0.0)) / jnp.maximum(jnp.sum(counts), 1)
 
 
 def momentum_contrast(

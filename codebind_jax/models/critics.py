@@ -1,11 +1,17 @@
-"""Small networks that only a loss needs: the Gaussian of CLUB and the predictor of CPC."""
+"""Small networks that only a loss needs: the Gaussian of CLUB, with its own training, and the predictor of CPC."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+import optax
+from jaxtyping import Array, Bool, Float
+
+from codebind_jax.losses.mutual_information import club_likelihood
 
 
 class ConditionalGaussian(nn.Module):
@@ -30,6 +36,28 @@ class ConditionalGaussian(nn.Module):
       return nn.Dense(self.width, name=f"{name}3")(h)
 
     return network("mean"), jnp.tanh(network("logvar"))
+
+
+def club_start(net: ConditionalGaussian, rng: Any, x: Float[Array, "*lead c"]) -> dict[str, Any]:
+  """Parameters of the network and its Adam state, to be kept in `TrainState.aux`."""
+  params = net.init(rng, x)["params"]
+  return {"params": params, "adam": optax.adam(0.0).init(params)}
+
+
+def club_fit(
+  net: ConditionalGaussian, state: dict[str, Any], x: Float[Array, "*lead c"], y: Float[Array, "*lead d"], *,
+  steps: int = 5, learning_rate: float = 1e-3, mask: Bool[Array, "b"] | None = None,
+) -> dict[str, Any]:
+  """The inner steps of a batch: Adam on the likelihood of y given x; no gradient reaches x, y or the main loss."""
+  x, y, state = jax.lax.stop_gradient((x, y, state))
+  tx = optax.adam(learning_rate)
+
+  def step(_: Any, state: dict[str, Any]) -> dict[str, Any]:
+    loss = lambda p: -club_likelihood(*net.apply({"params": p}, x), y, mask=mask)
+    updates, adam = tx.update(jax.grad(loss)(state["params"]), state["adam"])
+    return {"params": optax.apply_updates(state["params"], updates), "adam": adam}
+
+  return jax.lax.stop_gradient(jax.lax.fori_loop(0, steps, step, state))
 
 
 class FuturePredictor(nn.Module):

@@ -48,7 +48,9 @@ class CoarseLevel(nn.Module):
   width: int
 
   @nn.compact
-  def __call__(self, features: Mapping[str, Float[Array | np.ndarray, "b t _"]], per_step: bool = False) -> dict[str, Coarse]:
+  def __call__(
+    self, features: Mapping[str, Float[Array | np.ndarray, "b t _"]], per_step: bool = False
+  ) -> dict[str, Coarse]:
     """The coarse level of each modality.
 
     Args:
