@@ -8,7 +8,7 @@ from typing import Any
 
 import ml_collections
 
-MODES = ("train", "eval")
+MODES = ("train", "eval", "compare")
 TASKS = ("zeroshot", "retrieval", "probe")
 PROFILES = ("auto", "tiny", "tiny-plus", "small", "full")
 _CHOICES = {

@@ -239,6 +239,7 @@ def run_stage(
       values = {name: float(value) for name, value in jax.device_get(metrics).items()}
       check_finite(values, step, stage)
       warn_of_collapse(state.codebooks, config.codebook.alarm_share, step)
+      values["compiled_megabytes"] = compiled.memory_analysis().temp_size_in_bytes / 2**20
       writer.write(step, stage.name, values | clock.report())
     if step % config.eval_steps == 0 and not last:
       bar.clear()

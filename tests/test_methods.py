@@ -256,6 +256,20 @@ def test_a_stopped_run_goes_on_bit_for_bit(name, tmp_path, monkeypatch):
     assert np.array_equal(value, found[1][path]), path
   assert any(path.startswith("aux/") for path in found[0])
 
+  # The finished run can be loaded, and its codebook's channels chosen.
+  from codebind_jax.api import load
+  from codebind_jax.tools import toc
+
+  model = load(tmp_path / "whole")
+  codes = toc.codes_of(model)
+  assert codes.shape == (12, 8)
+  chosen = toc.select(codes, 6, (1, 0))
+  tokens = np.random.default_rng(0).normal(size=(5, 1, 64)).astype(np.float32)
+  whole = model.embed_tokens("audio", tokens).shared
+  sliced = toc.Sliced(model, np.array(chosen["channels"]), 8).embed_tokens("audio", tokens).shared
+  kept = whole[:, chosen["channels"]]
+  np.testing.assert_allclose(sliced, kept / np.linalg.norm(kept, axis=1, keepdims=True), atol=1e-6)
+
 
 def test_optax_state_of_club_is_adam_s():
   _, state, *_ = run("dcid", steps=1)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from codebind_jax.methods import toc
+from codebind_jax.tools.toc import codes_of, keep_channels
 from tests.golden_fixtures import close, load
 
 DATA = load("cmg_toc")
@@ -67,6 +68,25 @@ def test_redundancy_by_hand():
   unit = codes / np.linalg.norm(codes, axis=1, keepdims=True)
   cosines = unit @ unit.T
   assert float(toc.redundancy(codes)) == pytest.approx((cosines.sum() - 5) / 20)
+
+
+def test_channels_of_compositional_codes_are_those_of_every_segment():
+  x = np.arange(1.0, 13).reshape(2, 6)
+  kept = keep_channels(x, np.array([2, 0]), 3)
+  want = x[:, [2, 0, 5, 3]]
+  np.testing.assert_allclose(kept, want / np.linalg.norm(want, axis=1, keepdims=True))
+  np.testing.assert_allclose(keep_channels(x, np.arange(6), 6), x / np.linalg.norm(x, axis=1, keepdims=True))
+  with pytest.raises(ValueError, match="width 6 are not made of codes of width 4"):
+    keep_channels(x, np.array([0]), 4)
+
+
+def test_a_method_without_codebook_is_named():
+  class Fake:
+    codebooks, params = {}, {}
+    config = type("Config", (), {"method": "centrobind"})
+
+  with pytest.raises(ValueError, match="'centrobind' has no shared codebook"):
+    codes_of(Fake)
 
 
 def test_errors():

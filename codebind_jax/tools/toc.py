@@ -28,7 +28,7 @@ _RATIO = flags.DEFINE_string("ratio", "1:0", "Parts of best and of worst channel
 _EVALUATE = flags.DEFINE_bool("evaluate", False, "Evaluate the run on its validation sets before and after.")
 
 
-def codes_of(model: Model) -> Float[np.ndarray, "k d"]:
+def codes_of(model: Any) -> Float[np.ndarray, "k d"]:
   """The shared codebook of a trained model.
 
   Raises:
