@@ -183,6 +183,8 @@ def test_club_s_own_steps_change_its_networks_and_nothing_else():
   moved, _ = step(first, batch)
   change = jax.tree.map(lambda a, b: float(np.max(np.abs(a - b))), first.aux["club"], moved.aux["club"])
   assert max(jax.tree.leaves(change["image"]["params"])) > 1e-4
+  assert isinstance(moved.aux["club"]["image"]["adam"][0], optax.ScaleByAdamState)
+  assert int(moved.aux["club"]["image"]["adam"][0].count) == 5
   still = make_method(small_config("dcid", club=0.0, club_steps=0))
   frozen, step = started(still, config, batch)
   frozen, _ = step(frozen, batch)
@@ -205,13 +207,15 @@ def test_sequences_are_coded_predictively(name, options):
     assert "predict2_image" in state.params[EXTRA]
 
 
-def test_the_release_s_options_are_accepted_and_change_the_run():
-  from codebind_jax.methods import dcid, fcid
+@pytest.mark.parametrize("name", ["dcid", "fcid"])
+def test_the_release_s_options_are_accepted(name):
+  import importlib
 
-  for name, release in (("dcid", dcid.RELEASE), ("fcid", fcid.RELEASE)):
-    ours, theirs = run(name, steps=2)[2], run(name, steps=2, **release)[2]
-    assert ours[-1]["train/commitment"] != theirs[-1]["train/commitment"]
-    assert np.isfinite(theirs[-1]["train/total"])
+  release = importlib.import_module(f"codebind_jax.methods.{name}").RELEASE
+  _, state, history, *_ = run(name, steps=2, **release)
+  assert np.isfinite(history[-1]["train/total"])
+  # Small uniform codes with a count of nothing: what the first batch does not use is thrown far out.
+  assert np.abs(state.codebooks["shared"].codes).max() > 10
 
 
 @pytest.mark.parametrize("name", ["codis", "dcid"])
@@ -269,9 +273,3 @@ def test_a_stopped_run_goes_on_bit_for_bit(name, tmp_path, monkeypatch):
   sliced = toc.Sliced(model, np.array(chosen["channels"]), 8).embed_tokens("audio", tokens).shared
   kept = whole[:, chosen["channels"]]
   np.testing.assert_allclose(sliced, kept / np.linalg.norm(kept, axis=1, keepdims=True), atol=1e-6)
-
-
-def test_optax_state_of_club_is_adam_s():
-  _, state, *_ = run("dcid", steps=1)
-  assert isinstance(state.aux["club"]["image"]["adam"][0], optax.ScaleByAdamState)
-  assert int(state.aux["club"]["image"]["adam"][0].count) == 5
