@@ -14,10 +14,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from codebind_jax import checkpoint
-from codebind_jax.build import make_model, make_spec
 from codebind_jax.evaluators.zeroshot import class_embeddings
+from codebind_jax.methods.base import Recipe, make_method
 from codebind_jax.pretrained import load_trunk
-from codebind_jax.step import make_embed_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +65,8 @@ class Model:
   ):
     self.config = config if isinstance(config, ml_collections.ConfigDict) else ml_collections.ConfigDict(config)
     self.params, self.codebooks, self.trunks, self.batch = params, codebooks, dict(trunks or {}), batch
-    self._embed = _embed_step(make_model(self.config), make_spec(self.config))
+    self.method = make_method(self.config)
+    self._embed = _embed_step(self.method)
     self._apply: dict[str, Any] = {}
     self._modalities = tuple(sorted(self.config.model.towers if modalities is None else modalities))
 
@@ -160,9 +160,9 @@ class Model:
 
 
 @functools.lru_cache(maxsize=8)
-def _embed_step(model: Any, spec: Any) -> Any:
-  """The compiled embedding step, shared by all models of one architecture."""
-  return jax.jit(make_embed_step(model, spec))
+def _embed_step(method: Recipe) -> Any:
+  """The compiled embedding step, shared by all models of one architecture and method."""
+  return jax.jit(method.embed_step())
 
 
 def _padded(rows: int, batch: int) -> int:
@@ -188,7 +188,6 @@ def load(path: str | pathlib.Path) -> Model:
     config, position = meta["config"], meta["position"]
   finally:
     store.close()
-  from codebind_jax.codebook import CodebookState
-
-  codebooks = {name: CodebookState(**state) for name, state in arrays["codebooks"].items()}
+  config = ml_collections.ConfigDict(config)
+  codebooks = make_method(config).restore(arrays["codebooks"])
   return Model(config, arrays["params"], codebooks, modalities=position["held"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import ml_collections
 
-MODES = ("train", "eval")
+MODES = ("train", "eval", "compare")
 TASKS = ("zeroshot", "retrieval", "probe")
 PROFILES = ("auto", "tiny", "tiny-plus", "small", "full")
 _CHOICES = {
@@ -95,6 +95,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
 def _validate_train(config: ml_collections.ConfigDict) -> None:
   from codebind_jax.data.featurize import CAPTION_MODES
   from codebind_jax.data.worlds.registry import WORLDS
+  from codebind_jax.methods.base import make_method
   from codebind_jax.models.bodies import make_body
   from codebind_jax.pretrained import trunk_names
   from codebind_jax.stages import stages_of
@@ -142,6 +143,7 @@ def _validate_train(config: ml_collections.ConfigDict) -> None:
       f"({config.codebook.dim})"
     )
   check_keys(config.codebook.codes, towers, "codebook.codes")
+  make_method(config)
   check_keys(config.stage_order, config.stages, "stage_order")
   for stage in stages_of(config):
     where = f"stages.{stage.name}"

@@ -99,8 +99,8 @@ class Evaluation:
       for probe, field in self._probes(test, table, train.get(test.world) or {}, means, "probe" in tasks):
         told = _told(table, train[test.world], probe.modality, field)
         found |= base.run_evaluators([probe], told, prefix=prefix)
-    if self.config.model.quantize and "codes" in tasks and train:
-      found |= base.run_evaluators([self._usage(train)], _stacked(train.values()), prefix="eval/train")
+    if model.method.codebook_sizes and "codes" in tasks and train:
+      found |= base.run_evaluators([self._usage(model, train)], _stacked(train.values()), prefix="eval/train")
     if "retrieval" in tasks:
       found |= self._emergent(sets, tables)
     return found | dict(self._means_over_validation(model, sets, found))
@@ -108,11 +108,11 @@ class Evaluation:
   def code_counts(self, model: Model) -> dict[str, np.ndarray]:
     """How often each code of each codebook is used by the training rows of all sources."""
     train = {world: self.train_table(model, world) for world in self.task.train}
-    return table_counts(_stacked(train.values()), self._usage(train).sizes)
+    return table_counts(_stacked(train.values()), self._usage(model, train).sizes)
 
-  def _usage(self, train: Mapping[str, base.Table]) -> CodebookUsage:
-    book, held = self.config.codebook, {m for table in train.values() for m in table}
-    return CodebookUsage({"shared": book.shared_codes} | {m: book.codes[m] for m in book.codes if m in held})
+  def _usage(self, model: Model, train: Mapping[str, base.Table]) -> CodebookUsage:
+    held = {"shared", *(m for table in train.values() for m in table)}
+    return CodebookUsage({name: size for name, size in model.method.codebook_sizes.items() if name in held})
 
   def _emergent(self, sets: Sequence[EvalSet], tables: Mapping[str, base.Table]) -> dict[str, float]:
     """Pairs of modalities that no stage binds, joined by concept over all sets of one role."""

@@ -65,6 +65,10 @@ def main(_: Sequence[str]) -> None:
       from codebind_jax.train import train_and_evaluate
 
       train_and_evaluate(config, _WORKDIR.value)
+    elif config.mode == "compare":
+      from codebind_jax.compare import compare
+
+      compare(config, _WORKDIR.value)
     else:
       from codebind_jax.evaluate import evaluate
 

@@ -9,8 +9,14 @@ from jaxtyping import Array, Float
 _ZERO = 1e-12
 
 
+def wide(x: Float[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
+  """x in float32, or in float64 where it is given so and jax is told to keep it (`jax.enable_x64`)."""
+  x = jnp.asarray(x)
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def unit(x: Float[Array | np.ndarray, "..."], axis: int = -1) -> Float[Array, "..."]:
-  """L2-normalises along one axis, in float32.
+  """L2-normalises along one axis, in float32 (or `wide`r).
 
   A zero vector stays zero and gets a zero gradient; huge vectors do not overflow, because each is first divided by its
   largest entry (a constant for the gradient, to which the result does not react).
@@ -22,7 +28,7 @@ def unit(x: Float[Array | np.ndarray, "..."], axis: int = -1) -> Float[Array, ".
   Returns:
     float32 vectors of norm one, or zero.
   """
-  x = jnp.asarray(x, jnp.float32)
+  x = wide(x)
   if x.shape[axis] == 0:
     return x
   largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, keepdims=True))

@@ -65,12 +65,10 @@ def report_data(
   plain = folder / "baseline"
   shown = next((s for s in task.evals if s.role == "val" and s.candidates), None)
   gallery = _gallery(evaluation, models["after"], shown) if shown else ((), ())
-  book = config.codebook
-  sizes = {"shared": book.shared_codes} | book.codes.to_dict() if config.model.quantize else {}
-  has_codes = config.model.quantize and bool(task.train)
+  sizes = dict(models["after"].method.codebook_sizes)
   return ReportData(
     title=f"{' + '.join(sorted(config.model.towers))}: {', '.join(config.stage_order)}",
-    run=Run("CodeBind" if config.model.quantize else "InfoNCE", read_metrics(folder)),
+    run=Run(title_of(config), read_metrics(folder)),
     summary=task.summary,
     command=f"python -m codebind_jax.main {' '.join(sys.argv[1:])}" if len(sys.argv) > 1 else "train_and_evaluate(...)",
     config=config_lib.to_plain(config),
@@ -83,12 +81,19 @@ def report_data(
     baseline=Run("InfoNCE without codebooks", read_metrics(plain)) if (plain / "metrics.jsonl").exists() else None,
     scores=headline(config, task, final),
     codebook_sizes=sizes,
-    code_counts=evaluation.code_counts(models["after"]) if has_codes else {},
+    code_counts=evaluation.code_counts(models["after"]) if sizes and task.train else {},
     text_queries=gallery[0],
     image_queries=gallery[1],
     maps=_maps(evaluation, models, shown) if shown else (),
     attributions=[Attribution(*credit) for credit in task.attributions],
   )
+
+
+def title_of(config: Any) -> str:
+  """What a run's method is called in tables and figures."""
+  if config.method != "codebind":
+    return config.method
+  return "CodeBind" if config.model.quantize else "InfoNCE"
 
 
 def text_table(data: ReportData) -> str:

@@ -17,23 +17,22 @@ import numpy as np
 import tqdm
 from absl import logging
 
-from codebind_jax import build, optim, sharding, summary
 from codebind_jax import config as config_lib
+from codebind_jax import optim, sharding, summary
 from codebind_jax import state as state_lib
 from codebind_jax.api import Model, load
 from codebind_jax.checkpoint import Checkpoints, Position
 from codebind_jax.codebook import collapsed, usage_stats
-from codebind_jax.compositional import init_codebooks, new_codebooks
 from codebind_jax.data.featurize import Featurizer
 from codebind_jax.data.pipeline import make_iterator
 from codebind_jax.data.task import open_task
 from codebind_jax.evaluate import Evaluation
+from codebind_jax.methods.base import EXTRA, Recipe, make_method
 from codebind_jax.metrics import MetricsWriter, Throughput
 from codebind_jax.models.codebind import whitened
 from codebind_jax.report import write_report
 from codebind_jax.stages import Stage, stages_of
 from codebind_jax.state import TrainState
-from codebind_jax.step import make_train_step, merge_sources
 
 
 def banner(text: str) -> None:
@@ -68,6 +67,7 @@ def baseline_of(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   plain.baseline = False
   if plain.init_from:
     plain.init_from = str(pathlib.Path(plain.init_from) / "baseline")
+  plain.method, plain.method_options = "codebind", ml_collections.ConfigDict()
   plain.model.quantize = False
   for entry in plain.stages.values():
     entry.losses = ml_collections.ConfigDict({"info_nce": 1.0})
@@ -130,7 +130,7 @@ def run_stages(
   """
   banner("model")
   mesh = sharding.make_mesh(config.mesh.to_dict())
-  model, spec = build.make_model(config), build.make_spec(config)
+  method = make_method(config)
   stages = [stage.on({name: set(found) for name, found in tables.items()}) for stage in stages_of(config)]
   first_of = {m: table for found in reversed(tables.values()) for m, table in found.items()}
   dummy = {
@@ -139,8 +139,10 @@ def run_stages(
 
   def init(rng: Any) -> tuple[Any, Any, Any]:
     head_rng, code_rng = jax.random.split(rng)
-    codebooks = new_codebooks(code_rng, spec, config.model.towers) if spec else {}
-    return model.init(head_rng, dummy)["params"], codebooks, {}
+    towers = method.model.init(head_rng, dummy)["params"]
+    features, _ = method.model.apply({"params": towers}, dummy)
+    extra, codebooks, aux = method.init(code_rng, features, dummy, towers)
+    return towers | ({EXTRA: extra} if extra else {}), codebooks, aux
 
   state = state_lib.create(mesh, jax.random.key(config.seed), init)
   state = state.replace(params=whiten_heads(state.params, config, first_of))
@@ -197,11 +199,12 @@ def run_stages(
         earlier = held.get(stages[stages.index(stage) - 1].name if stage is not stages[0] else "", ())
         state = state.replace(params=copy_heads(state.params, config, set(stage.modalities) - set(earlier)))
         state = state_lib.with_optimizer(state, tx, mesh)
-        if spec is not None:
+        if state.codebooks:
           first = {name: next(it) for name, it in make_iterators(stage).items()}
-          state = start_codebooks(state, model, spec, first, mesh)
+          start = jax.jit(method.start, out_shardings=sharding.replicated(mesh))
+          state = state.replace(codebooks=start(state, sharding.put_batch(first, mesh)))
       state = run_stage(
-        config, stage, state, tx, iterators, mesh, model, spec, store, writer, evaluation, held[stage.name],
+        config, stage, state, tx, iterators, mesh, method, store, writer, evaluation, held[stage.name],
         worlds_until(stages, stage),
       )
       position = Position(stage.last_step, stage.name, True)
@@ -230,7 +233,7 @@ def worlds_until(stages: Sequence[Stage], stage: Stage) -> set[str]:
 
 
 def run_stage(
-  config: Any, stage: Stage, state: TrainState, tx: Any, iterators: Mapping[str, Any], mesh: Any, model: Any, spec: Any,
+  config: Any, stage: Stage, state: TrainState, tx: Any, iterators: Mapping[str, Any], mesh: Any, method: Recipe,
   store: Checkpoints, writer: MetricsWriter, evaluation: Evaluation, held: Sequence[str],
   worlds: Collection[str],
 ) -> TrainState:
@@ -243,8 +246,7 @@ def run_stage(
     with clock.waiting():
       batch = read()
     if compiled is None:
-      train_step = make_train_step(model, spec, stage, tx, update=config.codebook.update_mode)
-      compiled = compile_step(train_step, state, batch, mesh)
+      compiled = compile_step(method.train_step(stage, tx), state, batch, mesh)
       clock.restart()
     state, metrics = compiled(state, batch)
     step += 1
@@ -255,6 +257,7 @@ def run_stage(
       values = {name: float(value) for name, value in jax.device_get(metrics).items()}
       check_finite(values, step, stage)
       warn_of_collapse(state.codebooks, config.codebook.alarm_share, step)
+      values["compiled_megabytes"] = compiled.memory_analysis().temp_size_in_bytes / 2**20
       writer.write(step, stage.name, values | clock.report())
     if step % config.eval_steps == 0 and not last:
       bar.clear()
@@ -333,21 +336,6 @@ def start_from(state: TrainState, workdir: str, mesh: Any) -> tuple[TrainState, 
   )  # fmt: skip
   state = state.replace(params=pick("params/", state.params), codebooks=pick("codebooks/", state.codebooks))
   return state, before.modalities
-
-
-def start_codebooks(state: TrainState, model: Any, spec: Any, batch: Any, mesh: Any) -> TrainState:
-  """k-means start, from all tokens of the sources' first batches, of the codebooks that no earlier stage has filled."""
-
-  def start(state: TrainState, batch: Any) -> Any:
-    tokens, masks, _ = merge_sources(batch)
-    features, _ = model.apply({"params": state.params}, tokens)
-    rng = jax.random.fold_in(state.rng, 2**31 - 1)
-    started = init_codebooks(rng, features, state.codebooks, spec, masks=masks)
-    keep = lambda old, new: jax.tree.map(lambda a, b: jnp.where(old.initialised, a, b), old, new)
-    return {name: keep(old, started[name]) for name, old in state.codebooks.items()}
-
-  jitted = jax.jit(start, out_shardings=sharding.replicated(mesh))
-  return state.replace(codebooks=jitted(state, sharding.put_batch(batch, mesh)))
 
 
 def warn_of_collapse(codebooks: Mapping[str, Any], share: float, step: int) -> None:

@@ -49,6 +49,8 @@ def get_config():
   """Everything but towers and stages."""
   config = ConfigDict()
   config.mode = "train"
+  config.method = "codebind"  # a module of codebind_jax/methods
+  config.method_options = ConfigDict()  # its fields
   config.seed = 0
   config.steps = 500
   config.batch_size = 256
@@ -103,7 +105,8 @@ def get_config():
   config.optim.weight_decay = 1e-4
   config.optim.clip_norm = 1.0
   # (path regex, learning-rate multiplier, weight-decay multiplier); the first match wins
-  config.optim.rules = ((r".*_log_logit_scale", 1.0, 0.0), (r".*(bias|scale)", 1.0, 0.0), (r".*kernel", 1.0, 1.0))
+  config.optim.rules = ((r".*_log_logit_scale", 1.0, 0.0), (r".*(bias|scale)", 1.0, 0.0), (r".*kernel", 1.0, 1.0),
+                        (r"method/codes", 1.0, 0.0))  # fmt: skip
 
   config.stages = ConfigDict()
   config.stage_order = ()

@@ -31,6 +31,7 @@ class Factors:
     width: of a sensor's vector.
     noise: standard deviation of what is added to it, whose own is 1.
     quality: sensor -> share of the class's code that it shows; 1 where not named, 0 is a sensor blind to the class.
+    style_quality: likewise of the style's code.
     missing: sensor -> share of rows that lack it; 0 where not named.
     seed: of the mixing networks and of every draw.
   """
@@ -41,6 +42,7 @@ class Factors:
   width: int = 64
   noise: float = 0.15
   quality: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  style_quality: Mapping[str, float] = dataclasses.field(default_factory=dict)
   missing: Mapping[str, float] = dataclasses.field(default_factory=dict)
   seed: int = 0
 
@@ -83,8 +85,9 @@ def draw(factors: Factors, split: str, count: int, sensors: Sequence[str] = SENS
   private, arrays, held = {}, {}, {}
   for sensor in sensors:
     private[sensor] = pick(f"private {sensor}", factors.private)
-    quality = factors.quality.get(sensor, 1.0)
-    parts = [quality * codes["class"][label], codes["style"][style], codes[f"private {sensor}"][private[sensor]]]
+    quality, style_quality = (shown.get(sensor, 1.0) for shown in (factors.quality, factors.style_quality))
+    own = codes[f"private {sensor}"][private[sensor]]
+    parts = [quality * codes["class"][label], style_quality * codes["style"][style], own]
     weights = _rng(factors.seed, "mixing", sensor)
     first = weights.standard_normal((3 * _CODE, 4 * factors.width)) / np.sqrt(3 * _CODE)
     second = weights.standard_normal((4 * factors.width, factors.width)) / np.sqrt(2 * factors.width)

@@ -1,0 +1,159 @@
+"""Binding several modalities at once: to a fixed anchor modality, or to the centroid of all of them.
+
+The objectives are those of Jeong et al., "Anchors Aweigh!" (arXiv 2410.02086): FABind and CentroBind. Its abstract and
+public reviews were read, its method section was not: that the anchor is the plain mean of the embeddings of all
+modalities, aligned with each by InfoNCE in both directions, is the paper's; that the mean is not normalised again, that
+gradient passes through it, and which view it is made of, is reconstructed (the paper's bounds need the first).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from codebind_jax.norm import unit, wide
+
+_NEGATIVE = -1e30
+Embeddings = Mapping[str, Float[Array | np.ndarray, "b d"]]
+Masks = Mapping[str, Bool[Array | np.ndarray, "b"] | bool] | Bool[Array | np.ndarray, "b"]
+Weights = Mapping[str, float] | Sequence[float] | Float[Array | np.ndarray, "m"]
+
+
+@jax.jit
+def directed_info_nce(
+  query: Float[Array | np.ndarray, "b d"],
+  key: Float[Array | np.ndarray, "b d"],
+  *,
+  temperature: float | jax.Array,
+  mask: Bool[Array | np.ndarray, "b"] | None = None,
+) -> Float[Array, ""]:
+  """L(U -> V) = mean_b [log sum_k exp(<u_b, v_k> / tau) - <u_b, v_b> / tau]: one direction, inner products as they are.
+
+  log B - L is a lower bound of the mutual information (van den Oord et al., 2018).
+
+  Args:
+    query: u; row b belongs to row b of `key`.
+    key: v, the candidates.
+    temperature: tau.
+    mask: True for rows that count, as queries and as keys.
+  """
+  query, key = wide(query), wide(key)
+  logits = jnp.einsum("bd,kd->bk", query, key, precision=jax.lax.Precision.HIGHEST) / temperature
+  if mask is None:
+    return jnp.mean(jax.nn.logsumexp(logits, axis=1) - jnp.diagonal(logits))
+  mask = jnp.asarray(mask, jnp.bool_)
+  terms = jax.nn.logsumexp(jnp.where(mask, logits, _NEGATIVE), axis=1) - jnp.diagonal(logits)
+  return jnp.sum(jnp.where(mask, terms, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def centroid(
+  anchors: Embeddings, *, weights: Weights | None = None, mask: Masks | None = None, normalize: bool = False
+) -> Float[Array, "b d"]:
+  """The anchor of every instance: the weighted mean of the embeddings of the modalities it has.
+
+  Its norm is 1 exactly where these coincide: 1 - |A|^2 is their mean squared distance to A, the alignment gap.
+
+  Args:
+    anchors: modality -> unit vectors.
+    weights: modality -> weight, or one for each in order, taken relative to the sum over what is present.
+    mask: modality -> rows that have it, or the rows that count for all; None for all rows.
+    normalize: L2-normalise the mean, with which the paper's bounds no longer hold.
+  """
+  total, mass, masks = 0.0, 0.0, _masks(anchors, mask)
+  weights = 1.0 if weights is None else weights
+  for i, (name, x) in enumerate(anchors.items()):
+    weight = weights[name] if isinstance(weights, Mapping) else weights if np.isscalar(weights) else weights[i]
+    share = masks[name] * weight
+    total += share[:, None] * jnp.where(masks[name][:, None], wide(x), 0.0)
+    mass += share
+  mean = total / jnp.where(mass > 0, mass, 1.0)[:, None]
+  return unit(mean) if normalize else mean
+
+
+def centroid_info_nce(
+  anchors: Embeddings,
+  features: Embeddings,
+  *,
+  temperature: float | jax.Array,
+  weights: Weights | None = None,
+  mask: Masks | None = None,
+  normalize_anchor: bool = False,
+  stop_anchor: bool = False,
+) -> Float[Array, ""]:
+  """CentroBind: sum over modalities i of L(A -> F_i) + L(F_i -> A), A the centroid of `anchors`.
+
+  Args:
+    anchors: modality -> unit embeddings [b, d] of one view of the instances; their mean is the anchor.
+    features: modality -> unit embeddings [b, d] of another view (the same one is allowed), aligned with the anchor.
+    temperature: of InfoNCE.
+    weights: of the mean; None for equal ones.
+    mask: modality -> bool [b], which instances have it (or one for all modalities): others are left out of the mean
+      and of its terms.
+    normalize_anchor: L2-normalise the centroid.
+    stop_anchor: no gradient through the centroid.
+
+  Returns:
+    Sum over modalities and both directions, mean over the batch.
+
+  Raises:
+    ValueError: if there is no modality, or the two views do not have the same ones.
+  """
+  _check(anchors, features)
+  anchor = centroid(anchors, weights=weights, mask=mask, normalize=normalize_anchor)
+  if stop_anchor:
+    anchor = jax.lax.stop_gradient(anchor)
+  masks = _masks(features, mask)
+  return sum(_both(anchor, x, temperature, masks[name]) for name, x in features.items())
+
+
+def fixed_anchor_info_nce(
+  anchors: Embeddings,
+  features: Embeddings,
+  *,
+  temperature: float | jax.Array,
+  anchor: str = "image",
+  mask: Masks | None = None,
+  stop_anchor: bool = True,
+) -> Float[Array, ""]:
+  """FABind: every other modality is aligned with one anchor modality, as in ImageBind; sum of both directions.
+
+  Args:
+    anchors: modality -> unit embeddings [b, d]; only the anchor modality's are used.
+    features: modality -> unit embeddings [b, d] to align.
+    temperature: of InfoNCE.
+    anchor: the anchor modality.
+    mask: modality -> bool [b], which instances have it.
+    stop_anchor: the anchor's encoder is frozen and gets no gradient.
+
+  Raises:
+    ValueError: if the anchor is not among the modalities.
+  """
+  _check(anchors, features)
+  if anchor not in anchors:
+    raise ValueError(f"anchor: {anchor!r} is not a modality given; allowed: {sorted(anchors)}")
+  fixed = jax.lax.stop_gradient(wide(anchors[anchor])) if stop_anchor else anchors[anchor]
+  masks = _masks(features, mask)
+  return sum(
+    (_both(fixed, x, temperature, masks[name] & masks[anchor]) for name, x in features.items() if name != anchor),
+    start=jnp.zeros((), jnp.float32),
+  )
+
+
+def _check(anchors, features):
+  if not features or set(anchors) != set(features):
+    raise ValueError(f"anchors and features must have the same modalities, got {sorted(anchors)}, {sorted(features)}")
+
+
+def _masks(features, mask):
+  """Modality -> bool [b]."""
+  pick = lambda name: True if mask is None else mask[name] if isinstance(mask, Mapping) else mask
+  return {name: jnp.broadcast_to(jnp.asarray(pick(name), jnp.bool_), x.shape[:1]) for name, x in features.items()}
+
+
+def _both(a, b, temperature, mask):
+  directions = ((a, b), (b, a))
+  return sum(directed_info_nce(u, v, temperature=temperature, mask=mask) for u, v in directions)

@@ -1,0 +1,1 @@
+"""Methods: the papers as recipes over shared parts."""

@@ -1,0 +1,311 @@
+"""DCID (Uni-Code, NeurIPS 2023) and H-DCID (arXiv 2403.05168 v1): one codebook in which all modalities meet.
+
+A modality's shared head gives what is general, its specific head (through a ReLU) what is its own; `unified` has the
+quantiser, `losses` the terms. Towers are those of every method here, so the papers' encoders are not ported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from codebind_jax import losses, unified
+from codebind_jax.codebook import kmeans
+from codebind_jax.compositional import ModalityOutput
+from codebind_jax.methods.base import EXTRA, Loss, Recipe, Rows, output, present
+from codebind_jax.models.critics import ConditionalGaussian, FuturePredictor, club_fit, club_start
+from codebind_jax.models.levels import TokenDecoder
+from codebind_jax.norm import unit
+
+# The released code's choices, as options (`config.method_options = dcid.RELEASE`).
+RELEASE = {
+  "first_codes": "uniform", "start_count": 0.0, "form": "sequential", "beta": 0.5, "reduce": "mean", "reset_by": "any",
+  "reset_keep": "codes_only", "club_input": "quantized", "club_per_step": False, "cpc_layers": 2,
+  "cpc_over": "predictions", "cpc_self": 0.1, "matching": 0.5,
+}
+MIN_STEPS = 3  # of a sequence for CPC: a context of two, and a future
+
+
+@dataclasses.dataclass(frozen=True)
+class Unified(Recipe):
+  """The parts that DCID and FCID share: the codebook and its losses, CLUB, and the contrast across modalities.
+
+  Attributes:
+    codes: size L of the codebook.
+    first_codes: "kmeans" of the first batch's vectors, or "uniform" U(-1/L, 1/L) (the release).
+    start_count: what a code is taken to have seen before (release: 0).
+    form: of the update, "joint" (paper) or "sequential" (release).
+    order: of the modalities in the sequential form; the alphabet's where empty.
+    decay: of the averages.
+    own: weight of a vector's own value in the update; 1 turns the multi-modal part off.
+    partner: "same" step, or "attention" over the partner's steps (paper; the authors say it makes no difference).
+    beta: of the commitment.
+    reduce: of the commitment over the width, "sum" (paper) or "mean" (release).
+    reset_after: idle batches before a code is reset; 0 for no reset.
+    reset_by: "all" modalities must use a code (paper), or "any" (release).
+    reset_keep: "survive", or "codes_only" (release).
+    commitment, matching, club, coding, reconstruction: weights of the terms.
+    club_input: "continuous" features (paper), or "quantized" ones (DCID's release).
+    club_per_step: mean over steps of the likelihood (eq. 5), or its parts' means (release).
+    club_steps: inner Adam steps a batch, of `club_rate`.
+    club_hidden: width of its networks.
+    cpc_layers: LSTM layers (paper 1, release 2).
+    cpc_over: softmax over "futures" (paper) or "predictions" (release).
+    cpc_self: weight of predicting oneself (release 0.1).
+    contrast_temperature: of the InfoNCE that takes CPC's place where there are fewer than three steps.
+  """
+
+  codes: int = 400
+  first_codes: str = "kmeans"
+  start_count: float = 1.0
+  form: str = "joint"
+  order: tuple[str, ...] = ()
+  decay: float = 0.99
+  own: float = 0.5
+  partner: str = "same"
+  beta: float = 0.25
+  reduce: str = "sum"
+  reset_after: int = 300
+  reset_by: str = "all"
+  reset_keep: str = "survive"
+  commitment: float = 1.0
+  matching: float = 1.0
+  club: float = 1.0
+  coding: float = 1.0
+  reconstruction: float = 1.0
+  club_input: str = "continuous"
+  club_per_step: bool = True
+  club_steps: int = 5
+  club_rate: float = 1e-3
+  club_hidden: int = 128
+  cpc_layers: int = 1
+  cpc_over: str = "futures"
+  cpc_self: float = 0.0
+  contrast_temperature: float = 0.1
+
+  def __post_init__(self):
+    for field, allowed in (
+      ("first_codes", ("kmeans", "uniform")), ("form", ("joint", "sequential")), ("partner", ("same", "attention")),
+      ("reduce", ("sum", "mean")), ("reset_by", ("all", "any")), ("reset_keep", ("survive", "codes_only")),
+      ("club_input", ("continuous", "quantized")), ("cpc_over", ("futures", "predictions")),
+    ):  # fmt: skip
+      if getattr(self, field) not in allowed:
+        raise ValueError(f"config.method_options.{field}: got {getattr(self, field)!r}; allowed: {list(allowed)}")
+
+  @property
+  def codebook_sizes(self) -> dict[str, int]:
+    """The one codebook."""
+    return {"shared": self.codes}
+
+  @property
+  def weights(self) -> dict[str, float]:
+    """Of the terms."""
+    return {name: getattr(self, name) for name in ("commitment", "matching", "club", "coding", "reconstruction")}
+
+  def new_codebook(self, rng: Any, width: int, modalities: Any) -> unified.UnifiedState:
+    """A codebook that starts from small uniform codes (k-means replaces them, see `started`)."""
+    limit = 1.0 / self.codes
+    codes = jax.random.uniform(rng, (self.codes, width), jnp.float32, -limit, limit)
+    return unified.new_unified(codes, sorted(modalities), count=self.start_count)
+
+  def started(self, book: unified.UnifiedState, z: Mapping[str, Array], masks: Any, rng: Any) -> unified.UnifiedState:
+    """The codebook after k-means of the vectors present, with counts as `start_count` says."""
+    if self.first_codes != "kmeans":
+      return book
+    flat = jnp.concatenate([jnp.where(masks[m][:, None, None], x, 0.0).reshape(-1, x.shape[-1]) for m, x in z.items()])
+    # Missing rows are drawn again from those present, so that they pull no mean to zero.
+    have = jnp.concatenate([jnp.repeat(masks[m], x.shape[1]) for m, x in z.items()])
+    pick = jax.random.categorical(rng, jnp.where(have, 0.0, -jnp.inf), shape=have.shape)
+    means, _ = kmeans(rng, jnp.where(have[:, None], flat, flat[pick]), self.codes, distance="l2")
+    return unified.new_unified(means, sorted(book.idle), count=self.start_count)
+
+  def code_losses(
+    self, z: Mapping[str, Array], book: unified.UnifiedState, masks: Any, rng: Any
+  ) -> tuple[dict[str, Any], dict[str, Array], unified.UnifiedState]:
+    """(quantised vectors, terms, the codebook after the batch)."""
+    quantized = unified.quantize_unified(z, book.codes)
+    commit = unified.unified_commitment(
+      z, {m: q.codes for m, q in quantized.items()}, beta=self.beta, reduce=self.reduce, masks=masks
+    )
+    spread = {m: unified.code_distribution(x, book.codes) for m, x in z.items()}
+    matching = [
+      unified.distribution_matching(spread[a], spread[b], mask=present(masks, a, b))
+      for a, b in itertools.combinations(sorted(z), 2)
+    ]
+    new = unified.update_unified(
+      book, z, {m: q.indices for m, q in quantized.items()}, form=self.form,
+      order=tuple(m for m in self.order if m in z) or None, decay=self.decay, own=self.own, how=self.partner,
+      masks=masks,
+    )  # fmt: skip
+    if self.reset_after:
+      new = unified.reset_unified(new, rng, after=self.reset_after, used_by=self.reset_by, keep=self.reset_keep)
+    return quantized, {"commitment": sum(commit.values()), "matching": sum(matching)}, new
+
+  def club_loss(self, name: str, x: Array, y: Array, aux: Any, rng: Any, mask: Array) -> tuple[Array, Any]:
+    """(CLUB's estimate after its inner steps, aux with the network that made them)."""
+    net = ConditionalGaussian(y.shape[-1], self.club_hidden)
+    fitted = club_fit(net, aux["club"][name], x, y, steps=self.club_steps, learning_rate=self.club_rate, mask=mask)
+    mu, logvar = net.apply({"params": fitted["params"]}, x)
+    shuffle = jax.random.permutation(rng, x.shape[0])
+    value = losses.club_estimate(mu, logvar, y, shuffle, per_step=self.club_per_step, mask=mask)
+    return value, aux | {"club": aux["club"] | {name: fitted}}
+
+  def cross_coding(self, z: Mapping[str, Array], params: Any, rng: Any, masks: Any, prefix: str = "predict_") -> Array:
+    """Cross-modal CPC; for sequences too short for it, InfoNCE between every two modalities."""
+    first = next(iter(z.values()))
+    if first.shape[1] < MIN_STEPS:
+      heads = {m: unit(x[:, 0]) for m, x in z.items()}
+      return sum((
+        losses.directed_info_nce(heads[a], heads[b], temperature=self.contrast_temperature,
+                                 mask=present(masks, a, b))
+        for a, b in itertools.permutations(sorted(z), 2)
+      ), start=jnp.zeros((), jnp.float32))  # fmt: skip
+    net = FuturePredictor(first.shape[-1], 1, self.cpc_layers)
+    ahead = {m: net.apply({"params": params[f"{prefix}{m}"]}, x) for m, x in z.items()}
+    at = jax.random.randint(rng, (), 1, first.shape[1] - 1)
+    return losses.cross_cpc(ahead, z, at, self_weight=self.cpc_self, over=self.cpc_over, masks=masks)
+
+  def predictors(self, rng: Any, z: Mapping[str, Array], prefix: str = "predict_") -> dict[str, Any]:
+    """Parameters of the CPC networks, where there are steps enough."""
+    return {
+      f"{prefix}{m}": FuturePredictor(x.shape[-1], 1, self.cpc_layers).init(jax.random.fold_in(rng, i), x)["params"]
+      for i, (m, x) in enumerate(sorted(z.items())) if x.shape[1] >= MIN_STEPS
+    }  # fmt: skip
+
+  def own_part(self, name: str, x: Array) -> Array:
+    """The specific features: the specific head through a ReLU."""
+    return nn.relu(self.specific(name, x))
+
+  def has_own(self, name: str) -> bool:
+    """Whether a modality has a specific part."""
+    return self.model.towers[name].specific_dim > 0
+
+  def restore(self, codebooks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """`UnifiedState`s."""
+    return {name: unified.UnifiedState(**state) for name, state in codebooks.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method(Unified):
+  """L = reconstruction + commitment + CPC + code matching + CLUB, unweighted; an embedding is the quantised vector.
+
+  Attributes:
+    levels: 2 adds H-DCID's: the specific features are split once more into general and specific, with a second
+      codebook; its terms count 0.3 after `second_after` steps. `specific` of an embedding is then its code.
+    second_weight: 0.3 in the release.
+    second_after: steps before the second level counts (the release: three epochs).
+  """
+
+  levels: int = 1
+  second_weight: float = 0.3
+  second_after: int = 100
+
+  def init(self, rng: Any, features: Mapping[str, Array], tokens: Mapping[str, Array], towers: Any) -> tuple:
+    """Decoders and predictors; the codebook; CLUB's networks."""
+    keys = iter(jax.random.split(rng, 6 * len(features) + 5))
+    z = {m: self.shared(m, x) for m, x in features.items()}
+    own = {m: self.own_part(m, x) for m, x in features.items()}
+    params = self.predictors(next(keys), z)
+    aux: dict[str, Any] = {"club": {}, "step": jnp.zeros((), jnp.int32)}
+    for m in sorted(z):
+      decoder = TokenDecoder(tokens[m].shape[-1], z[m].shape[-1])
+      params[f"decode_{m}"] = decoder.init(next(keys), z[m], own[m])["params"]
+      if self.has_own(m):
+        aux["club"][m] = club_start(ConditionalGaussian(own[m].shape[-1], self.club_hidden), next(keys), z[m])
+    books = {"shared": self.new_codebook(next(keys), z[sorted(z)[0]].shape[-1], z)}
+    if self.levels > 1:
+      second = {m: own[m] for m in sorted(own) if self.has_own(m)}
+      width = z[sorted(z)[0]].shape[-1]
+      books["second"] = self.new_codebook(next(keys), width, second)
+      steps = {m: jnp.zeros((*x.shape[:2], width)) for m, x in second.items()}
+      params |= self.predictors(next(keys), steps, "predict2_")
+      for m, x in second.items():
+        level = {part: nn.Dense(width).init(next(keys), x)["params"] for part in ("general", "specific")}
+        params[f"second_{m}"] = level
+        deeper = nn.Dense(width).apply({"params": level["general"]}, x)
+        params[f"decode2_{m}"] = TokenDecoder(x.shape[-1], width).init(next(keys), deeper, deeper)["params"]
+        aux["club"][f"second_{m}"] = club_start(ConditionalGaussian(width, self.club_hidden), next(keys), deeper)
+    return params, books, aux
+
+  def first(
+    self, params: Any, codebooks: Any, features: Mapping[str, Array], masks: Mapping[str, Array], rng: Any
+  ) -> Any:
+    """k-means of the first batch, at every level."""
+    z = {m: self.shared(m, x) for m, x in features.items()}
+    books = codebooks | {"shared": self.started(codebooks["shared"], z, masks, rng)}
+    if self.levels > 1:
+      own = {m: self.own_part(m, x) for m, x in features.items() if self.has_own(m)}
+      z2 = {m: self._second(params[EXTRA], "general", m, x) for m, x in own.items()}
+      books["second"] = self.started(codebooks["second"], z2, masks, rng)
+    return books
+
+  def before(self, params: Any, aux: Any) -> Any:
+    """Counts the steps."""
+    return aux | {"step": aux["step"] + 1}
+
+  def loss(self, rows: Rows, codebooks: Any, aux: Any) -> Loss:
+    """The terms of the first level, and of the second where there is one."""
+    z = {m: self.shared(m, x) for m, x in rows.features.items()}
+    own = {m: self.own_part(m, x) for m, x in rows.features.items()}
+    targets = {m: x.astype(jnp.float32) for m, x in rows.tokens.items()}
+    terms, book, aux, chosen = self._level(rows, z, own, targets, codebooks["shared"], aux, "", rows.rng)
+    books, indices = codebooks | {"shared": book}, {"shared": chosen}
+    if self.levels > 1:
+      z2 = {m: self._second(rows.params[EXTRA], "general", m, x) for m, x in own.items() if self.has_own(m)}
+      own2 = {m: nn.relu(self._second(rows.params[EXTRA], "specific", m, own[m])) for m in z2}
+      more, books["second"], aux, indices["second"] = self._level(
+        rows, z2, own2, {m: own[m] for m in z2}, codebooks["second"], aux, "second_", jax.random.fold_in(rows.rng, 9)
+      )
+      weight = jnp.where(aux["step"] > self.second_after, self.second_weight, 0.0)
+      # The release has no code matching at the second level.
+      terms |= {name: terms[name] + weight * value for name, value in more.items() if name != "matching"}
+    return Loss(terms, books, aux, indices)
+
+  def _second(self, extra: Any, part: str, name: str, x: Array) -> Array:
+    kernel = extra[f"second_{name}"][part]
+    return nn.Dense(kernel["bias"].shape[0]).apply({"params": kernel}, x)
+
+  def _level(
+    self, rows: Rows, z: Any, own: Any, targets: Any, book: Any, aux: Any, prefix: str, rng: Any
+  ) -> tuple[dict[str, Array], Any, Any, Array]:
+    masks, extra = {m: rows.masks[m] for m in z}, rows.params[EXTRA]
+    reset_rng, start_rng, club_rng = jax.random.split(rng, 3)
+    quantized, terms, book = self.code_losses(z, book, masks, reset_rng)
+    terms["coding"] = self.cross_coding(z, extra, start_rng, masks, f"predict{'2' if prefix else ''}_")
+    terms["club"] = terms["reconstruction"] = jnp.zeros((), jnp.float32)
+    for number, m in enumerate(sorted(z)):
+      if self.has_own(m):
+        x = quantized[m].vectors if self.club_input == "quantized" else z[m]
+        key = jax.random.fold_in(club_rng, number)
+        value, aux = self.club_loss(f"{prefix}{m}", x, own[m], aux, key, masks[m])
+        terms["club"] += value
+      decoder = TokenDecoder(targets[m].shape[-1], z[m].shape[-1])
+      made = decoder.apply({"params": extra[f"decode{'2' if prefix else ''}_{m}"]}, quantized[m].vectors, own[m])
+      terms["reconstruction"] += masked_mse(made, targets[m], masks[m])
+    return terms, book, aux, jnp.concatenate([q.indices.reshape(-1) for q in quantized.values()])
+
+  def embed(self, params: Any, codebooks: Any, features: Mapping[str, Array]) -> dict[str, ModalityOutput]:
+    """`shared` is the code of the general part; `specific` the own part, or the second level's code."""
+    found = {}
+    for m, x in features.items():
+      first = unified.quantize_unified({m: self.shared(m, x)}, codebooks["shared"].codes)[m]
+      own, second = self.own_part(m, x), None
+      if self.levels > 1 and self.has_own(m):
+        deeper = self._second(params[EXTRA], "general", m, own)
+        second = unified.quantize_unified({m: deeper}, codebooks["second"].codes)[m]
+        own, second = second.codes, second.indices[..., None]
+      found[m] = output(first.codes, own, first.indices[..., None], second)
+    return found
+
+
+def masked_mse(made: Array, target: Array, mask: Array) -> Array:
+  """Mean squared error over the rows that count."""
+  square = jnp.mean((made - target) ** 2, axis=(1, 2))
+  return jnp.sum(jnp.where(mask, square, 0.0)) / jnp.maximum(jnp.sum(mask), 1)

@@ -1,0 +1,67 @@
+"""Training-free optimisation of a codebook (TOC): which channels of the codes to keep.
+
+Huang et al., arXiv 2403.05168. The body of the paper was not read: score and selection follow the released code.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from codebind_jax.norm import unit, wide
+
+
+def channel_scores(
+  codes: Float[Array | np.ndarray, "k d"], *, similarity: float = 0.7, variance: float = 0.3
+) -> Float[Array, "d"]:
+  """C_d = -similarity S_d + variance V_d: high where a channel tells codes apart.
+
+  S_d is the mean over ordered pairs of different codes of e_id e_jd, V_d the unbiased variance over codes. In closed
+  form S_d = mean_d^2 - V_d / k, so the cost is that of a mean.
+
+  Args:
+    codes: the codebook, as stored.
+    similarity: weight of S. (Three of the release's scripts have 0.7 and leave out the variance.)
+    variance: weight of V.
+
+  Raises:
+    ValueError: for fewer than two codes.
+  """
+  codes = wide(codes)
+  if codes.shape[0] < 2:
+    raise ValueError(f"codes must be at least two, got {codes.shape[0]}")
+  mean, var = jnp.mean(codes, axis=0), jnp.var(codes, axis=0, ddof=1)
+  return -similarity * (mean * mean - var / codes.shape[0]) + variance * var
+
+
+def select_channels(
+  codes: Float[Array | np.ndarray, "k d"], q: int, ratio: tuple[int, int] = (1, 0), *, similarity: float = 0.7,
+  variance: float = 0.3,
+) -> Int[Array, "q"]:
+  """Channels to keep: the best by `channel_scores`, best first, then the worst, worst first; lowest index on ties.
+
+  Args:
+    codes: the codebook.
+    q: channels wanted.
+    ratio: parts of best and of worst; floor(q / (p + r)) times each are taken, so their number can be less than q.
+    similarity: as for `channel_scores`.
+    variance: likewise.
+
+  Raises:
+    ValueError: if q is not between 1 and the width, or no channel would be left.
+  """
+  best, worst = ratio
+  if not 1 <= q <= codes.shape[1] or min(ratio) < 0 or not 1 <= best + worst <= q:
+    raise ValueError(f"q must be 1 to {codes.shape[1]} and ratio two counts with a sum of 1 to q, got {q} and {ratio}")
+  scores, unit_size = channel_scores(codes, similarity=similarity, variance=variance), q // (best + worst)
+  highest = jnp.argsort(-scores, stable=True)[: unit_size * best]
+  lowest = jnp.argsort(scores, stable=True)[: unit_size * worst]
+  return jnp.concatenate([highest, lowest]).astype(jnp.int32)
+
+
+def redundancy(codes: Float[Array | np.ndarray, "k d"]) -> Float[Array, ""]:
+  """Mean cosine between different codes: what the selection is to lower."""
+  total = jnp.sum(unit(codes), axis=0)
+  count = codes.shape[0]
+  return (jnp.sum(total * total) - count) / (count * (count - 1))
