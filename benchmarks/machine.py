@@ -19,12 +19,16 @@ def describe():
 
 
 def in_turn(contenders, repeats):
-  """Median seconds of each of {name: function}, one call of each per round after one that is not counted."""
+  """Median wall and processor seconds of each of {name: function}.
+
+  One call of each per round, after one that is not counted. Processor seconds of all threads say less about waiting for
+  memory and for the other thread, but hardly change with what else runs on the machine.
+  """
   times = {name: [] for name in contenders}
   for turn in range(repeats + 1):
     for name, run in contenders.items():
-      start = time.perf_counter()
+      start = time.perf_counter(), time.process_time()
       run()
       if turn:
-        times[name].append(time.perf_counter() - start)
-  return {name: statistics.median(values) for name, values in times.items()}
+        times[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
+  return {name: tuple(map(statistics.median, zip(*values))) for name, values in times.items()}

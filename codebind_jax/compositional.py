@@ -23,7 +23,7 @@ from codebind_jax.compositional_spec import CompositionalSpec as CompositionalSp
 from codebind_jax.kmeans import kmeans
 from codebind_jax.losses.code_contrast import code_contrast_segments
 from codebind_jax.norm import unit
-from codebind_jax.segments import Segments, statistics, straight_through
+from codebind_jax.segments import Segments, statistics, straight_through, transposed
 from codebind_jax.segments import similarity as similarities
 
 Update = str
@@ -297,7 +297,7 @@ def _check(modality, x, mask, spec):
 
 def _segments(x, modality, spec):
   """Shared and specific segments [s, d, n] with tokens on lanes; None for a part without width."""
-  lanes = x.reshape(-1, x.shape[-1]).T
+  lanes = transposed(x.reshape(-1, x.shape[-1]))
   ds, dp = spec.code_dims
   specific = spec.specific_width(modality)
   if not specific:
@@ -363,15 +363,18 @@ def _output(x, quantised, spec):
     loss = loss + specific_loss
 
   def rows(segments):
-    return segments.reshape(-1, n).T.reshape(*lead, -1) if segments.size else jnp.zeros((*lead, 0), jnp.float32)
+    if not segments.size:
+      return jnp.zeros((*lead, 0), jnp.float32)
+    return transposed(segments.reshape(-1, n)).reshape(*lead, -1)
 
+  shared_rows, specific_rows = rows(shared), rows(specific)
   if spec.layout == "interleaved" and specific_part is not None:
     full = rows(jnp.concatenate([shared, specific], axis=1))
   else:
-    full = jnp.concatenate([rows(shared), rows(specific)], axis=-1)
+    full = jnp.concatenate([shared_rows, specific_rows], axis=-1)
   return ModalityOutput(
-    shared=unit(rows(shared)),
-    specific=unit(rows(specific)),
+    shared=unit(shared_rows),
+    specific=unit(specific_rows),
     full=unit(full),
     indices_shared=indices_shared.T.reshape(*lead, -1),
     indices_specific=indices_specific.T.reshape(*lead, indices_specific.shape[0]),

@@ -22,12 +22,14 @@ from codebind_jax.norm import unit
 # Options are plain strings to the type checker, so that a wrong one is a ValueError that names what is allowed.
 Distance = str
 
-# Widest code for which the scan over codes is used, and the products unrolled in one of its steps.
+# Widest code for which the scan over codes is used, the products unrolled in one of its steps, and the codes that are
+# compared one after the other.
 _NARROW = 32
 _UNROLLED_PRODUCTS = 256
-# Rows of the similarity matrix held at once.
+_CHAIN = 8
+# Rows of the similarity matrix held at once; on GPU as many as make so many similarities (64 MB).
 _CPU_BLOCK = 128
-_GPU_BLOCK = 16384
+_GPU_SCORES = 2**24
 # The row blocks take a stripe from each of this many equal parts of the batch, so that a batch sharded over as many
 # devices is worked on in place.
 _STRIPES = 64
@@ -114,7 +116,7 @@ def _search_rows(z, codes, distance, block):
     bias,
     cpu=functools.partial(_row_blocks, block=block or _CPU_BLOCK, pick=_first_of_max),
     tpu=functools.partial(_row_blocks, block=block or n, pick=_argmax),
-    default=functools.partial(_row_blocks, block=block or _GPU_BLOCK, pick=_argmax),
+    default=functools.partial(_row_blocks, block=block or max(1, _GPU_SCORES // len(codes)), pick=_argmax),
   )
 
 
@@ -130,18 +132,27 @@ def _scan_codes(z, codes, bias):
   rows = [z[:, j] for j in range(d)]
 
   def step(carry, block):
-    best, index, first = carry
-    for u in range(unroll):
-      score = block[u, 0] * rows[0] - block[u, d]
-      for j in range(1, d):
-        score = score + block[u, j] * rows[j]
-      better = score > best
-      best = jnp.where(better, score, best)
-      index = jnp.where(better, first + u, index)
-    return (best, index, first + unroll), None
+    found, first = carry
+    best, index = jnp.real(found), jnp.imag(found)
+    for start in range(0, unroll, _CHAIN):
+      # The best of a few codes first: each comparison waits for the one before it.
+      chain_best, chain_index = -jnp.inf, jnp.float32(0)
+      for u in range(start, min(start + _CHAIN, unroll)):
+        score = block[u, 0] * rows[0] - block[u, d]
+        for j in range(1, d):
+          score = score + block[u, j] * rows[j]
+        better = score > chain_best
+        chain_best = jnp.where(better, score, chain_best)
+        chain_index = jnp.where(better, jnp.float32(u), chain_index)
+      better = chain_best > best
+      best = jnp.where(better, chain_best, best)
+      index = jnp.where(better, first + chain_index, index)
+    return (jax.lax.complex(best, index), first + unroll), None
 
-  carry = (jnp.full((s, n), -jnp.inf), jnp.zeros((s, n), jnp.int32), jnp.int32(0))
-  return jax.lax.scan(step, carry, table)[0][1]
+  # Score and index as one complex number: a kernel of XLA's CPU backend writes one array, so that two would be two
+  # kernels, each of which computes every score. Float32 holds any index of up to 2^24 codes.
+  start = jax.lax.complex(jnp.full((s, n), -jnp.inf), jnp.zeros((s, n)))
+  return jnp.imag(jax.lax.scan(step, (start, jnp.float32(0)), table)[0][0]).astype(jnp.int32)
 
 
 def _argmax_lanes(z, codes, bias):

@@ -4,6 +4,7 @@ A batch's segments are `[s, d, n]`: s segments of width d of each of n tokens (`
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -27,6 +28,39 @@ class Segments(NamedTuple):
   vectors: jax.Array
   indices: jax.Array
   weights: jax.Array | None = None
+
+
+@jax.custom_vjp
+def transposed(x: Float[Array, "a b"]) -> Float[Array, "b a"]:
+  """The transpose of a large matrix: how features become segments with vectors on lanes, and back."""
+  return jax.lax.platform_dependent(x, cpu=_transposed_in_blocks, default=jnp.transpose)
+
+
+transposed.defvjp(lambda x: (transposed(x), None), lambda _, cotangent: (transposed(cotangent),))
+
+# Rows that are transposed at once on CPU, where a cache line that is fetched for one entry is still there for the next;
+# and the size of a matrix that stays in the cache as a whole.
+_ROWS = 16
+_CACHED = 2**17
+
+
+def _transposed_in_blocks(x):
+  """XLA fuses a plain transpose with its neighbours on CPU and walks over the whole matrix for each row it writes."""
+  a, b = x.shape
+  # A stripe for each device, so that rows which are split over devices are worked on in place.
+  stripes = math.gcd(a, jax.device_count())
+  length = a // stripes
+  size = max(1, _ROWS // stripes)
+  if length <= size or x.size <= _CACHED:
+    return x.T
+  x = x.reshape(stripes, length, b)
+
+  def block(i, out):
+    start = jnp.minimum(i * size, length - size)
+    part = jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(out, jnp.transpose(part, (2, 0, 1)), start, axis=2)
+
+  return jax.lax.fori_loop(0, -(-length // size), block, jnp.zeros((b, stripes, length), x.dtype)).reshape(b, a)
 
 
 def look_up(codes: Float[Array, "k d"], indices: Int[Array, "s n"]) -> Float[Array, "s d n"]:
@@ -96,7 +130,8 @@ def _part_statistics(part, num_codes):
 
 def _scatter_sums(vectors, indices, num_codes):
   # Tokens first, because the axis that is split over devices must be the major one of those that are merged.
-  rows = jnp.transpose(vectors, (2, 0, 1)).reshape(-1, vectors.shape[1])
+  s, d, n = vectors.shape
+  rows = transposed(vectors.reshape(s * d, n)).reshape(-1, d)
   return jax.ops.segment_sum(rows, indices.T.reshape(-1), num_codes)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from codebind_jax import compositional, losses
+from codebind_jax import compositional, losses, segments
 
 B, T = 32, 8
 SPECS = {
@@ -85,6 +85,7 @@ def main(devices, processes, process, port, output):
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", int(devices))
   jax.config.update("jax_disable_most_optimizations", True)
+  segments._CACHED = 0  # as with features that fill no cache
   if int(processes) > 1:
     jax.distributed.initialize(f"127.0.0.1:{port}", int(processes), int(process), initialization_timeout=60)
   talk = {}

@@ -248,6 +248,17 @@ def test_kmeans_finds_distinct_points(seed, distance):
   assert counts.sum() == 30
 
 
+@few
+@hypothesis.given(seeds, distances)
+def test_kmeans_of_as_many_points_as_codes_is_the_points(seed, distance):
+  points = units(seed, 12, 6)
+  means, counts = codebook.kmeans(jax.random.key(seed), points, 12, distance=distance)
+  order = np.argmin(np.linalg.norm(np.asarray(means)[:, None] - points[None], axis=-1), axis=1)
+  np.testing.assert_array_equal(np.sort(order), np.arange(12))
+  np.testing.assert_allclose(means, points[order], atol=1e-6)
+  np.testing.assert_array_equal(counts, 1)
+
+
 def test_kmeans_takes_weights_as_repeats_and_ignores_padding():
   z, weights = normal(0, 30, 6), np.random.default_rng(1).integers(0, 3, 30)
   z[weights == 0] = 1e9

@@ -1,5 +1,6 @@
 """What the quantiser becomes on TPU and GPU: segments stay on lanes, and no matrix of similarities is written."""
 
+import dataclasses
 import re
 
 import jax
@@ -16,14 +17,14 @@ B, T = 32, 9
 SEGMENTS = B * T * 8
 
 
-def training_call():
+def training_call(spec=SPEC):
   """A jitted call with gradients, and the shapes of its arguments."""
 
   def loss(features, codebooks):
-    outputs, new = compositional.quantize_modalities(features, codebooks, SPEC, rng=jax.random.key(0))
+    outputs, new = compositional.quantize_modalities(features, codebooks, spec, rng=jax.random.key(0))
     return sum(jnp.sum(out.full**3) + out.commitment for out in outputs.values()), new
 
-  states = jax.eval_shape(lambda: compositional.new_codebooks(jax.random.key(0), SPEC, ["text", "image"]))
+  states = jax.eval_shape(lambda: compositional.new_codebooks(jax.random.key(0), spec, ["text", "image"]))
   shapes = {"text": (B, 64), "image": (B, T, 96)}
   features = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
   return jax.jit(jax.value_and_grad(loss, has_aux=True)), (features, states)
@@ -66,6 +67,22 @@ def test_the_search_of_other_platforms_agrees_and_takes_nan_for_nothing():
   assert found[1, 5] == 0
   some = jnp.asarray([[1.0, jnp.nan, 3.0], [jnp.nan] * 3])
   np.testing.assert_array_equal(nearest._argmax(some), [2, 0])
+
+
+def test_the_scan_on_cpu_computes_each_score_once():
+  shapes = jax.ShapeDtypeStruct((1, 8, 4096), jnp.float32), jax.ShapeDtypeStruct((64, 8), jnp.float32)
+  text = jax.jit(nearest_segments).lower(*shapes).compile().as_text()
+  products = [computation.count(" multiply(") for computation in text.split("\n\n")]
+  assert [count for count in products if count >= 32] == [32 * 8], products
+
+
+@pytest.mark.parametrize("shape", [(5, 24), (16, 3), (17, 40), (100, 24), (128, 7)])
+def test_transposed_in_blocks(shape, monkeypatch):
+  monkeypatch.setattr(segments, "_CACHED", 0)
+  x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+  np.testing.assert_array_equal(segments.transposed(x), x.T)
+  value, pullback = jax.vjp(lambda x: segments.transposed(x) ** 2, x)
+  np.testing.assert_allclose(pullback(value)[0], 2 * x**3, rtol=1e-6)
 
 
 def test_codes_are_looked_up_alike_by_index_and_by_product():
@@ -113,8 +130,63 @@ def use_cache(folder):
   compilation_cache.reset_cache()
 
 
+LARGE = [(1_048_576, 1024, 8), (65_536, 8192, 256)]
+
+# What XLA's NVIDIA compiler asks of a device; the numbers are those of an H100.
+H100 = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132 fpus_per_core: 128 threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84942979072
+}
+"""
+
+
+def gpu_device():
+  """An NVIDIA GPU to compile for, which nothing needs to be there of but the compiler."""
+  pytest.importorskip("jax_plugins.xla_cuda12", reason="NVIDIA's compiler is not installed (CONTRIBUTING.md says how)")
+  from jax.experimental import topologies
+
+  return topologies.get_topology_desc(
+    platform="cuda", topology_name="one", topology="1x1x1", target_config=H100
+  ).devices[0]
+
+
+def temporaries(device, function, *shapes):
+  """Bytes beside arguments and results."""
+  return compiled_for(device, function, *shapes).memory_analysis().temp_size_in_bytes
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("n, k, d", [(1_048_576, 1024, 8), (65_536, 8192, 256)])
+@pytest.mark.parametrize("distance", ["cosine", "l2"])
+@pytest.mark.parametrize("n, k, d", LARGE)
+def test_gpu_search_writes_no_matrix(n, k, d, distance):
+  device = gpu_device()
+  shapes = jax.ShapeDtypeStruct((n, d), jnp.float32), jax.ShapeDtypeStruct((k, d), jnp.float32)
+  searches = [(lambda z, codes: nearest_code(z, codes, distance=distance), *shapes)]
+  if d <= 32:
+    lanes = jax.ShapeDtypeStruct((1, d, n), jnp.float32)
+    searches.append((lambda z, codes: nearest_segments(z, codes, distance=distance), lanes, shapes[1]))
+  for search in searches:
+    assert temporaries(device, *search) < n * k * 4 / 20
+  # Without blocks the compiler writes the whole matrix, which shows that the measurement sees it.
+  assert temporaries(device, lambda z, codes: jnp.argmax(z @ codes.T, axis=1), *shapes) >= n * k * 4
+
+
+@pytest.mark.slow
+def test_gpu_step_writes_no_matrix():
+  codes = 8192
+  step, arguments = training_call(dataclasses.replace(SPEC, num_codes=(codes, codes)))
+  assert temporaries(gpu_device(), step, *arguments) < SEGMENTS * codes * 4 / 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n, k, d", LARGE)
 def test_tpu_search_writes_no_matrix(n, k, d, monkeypatch):
   device = tpu_devices(monkeypatch)[0]
   codes = jax.ShapeDtypeStruct((k, d), jnp.float32)
