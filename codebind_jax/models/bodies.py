@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 BODIES = {
   "mlp": "codebind_jax.models.bodies.Mlp",
+  "points": "codebind_jax.models.points.Points",
 }
 
 
