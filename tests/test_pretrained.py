@@ -200,6 +200,25 @@ def test_image_trunk_preprocess_brings_any_image_to_size():
   assert trunk.collate([out, out]).shape == (2, 32, 32, 3)
 
 
+def test_sensor_arrays_are_shown_as_pictures():
+  ramp = np.linspace(1.0, 3.0, 32 * 48).reshape(32, 48)
+  hole = np.where(ramp < 1.2, 0.0, ramp)
+  shown = tiny_image_trunk(modality="depth").preprocess(hole)
+  assert shown.shape == (32, 32, 3) and shown.dtype == np.uint8
+  assert not shown[:4].any() and not shown[-4:].any(), "padded with what no return looks like"
+  np.testing.assert_array_equal(shown, tiny_image_trunk(modality="depth").preprocess(5 * hole))
+  heat = tiny_image_trunk(modality="thermal").preprocess(np.full((32, 32), 30.0))
+  assert (heat == 127).all()
+  felt = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+  np.testing.assert_array_equal(tiny_image_trunk(modality="tactile").preprocess(felt), felt)
+  trunks = [tiny_image_trunk(modality=name) for name in ("image", "depth", "thermal", "tactile")]
+  assert [trunk.modality for trunk in trunks] == ["image", "depth", "thermal", "tactile"]
+  assert len({trunk.fingerprint for trunk in trunks}) == 4
+  assert trunks[0].fingerprint == tiny_image_trunk().fingerprint
+  with pytest.raises(ValueError, match="uint8, which is a picture of depth"):
+    trunks[1].preprocess(felt[..., 0])
+
+
 def test_fingerprint_follows_weights_and_options():
   trunks = [tiny_image_trunk(grid=2), tiny_image_trunk(grid=1), tiny_image_trunk(grid=2, crop=True)]
   trunks += [tiny_text_trunk(), tiny_text_trunk(max_length=32)]
@@ -234,6 +253,8 @@ def test_dont_load_keeps_the_random_start(tmp_path):
     ("efficientnet_lite0", {"sise": 3}, "unknown option 'sise', allowed are .*size"),
     ("efficientnet_lite0", {"size": 8}, "size: got 8"),
     ("efficientnet_lite0", {"grid": -1}, "grid: got -1"),
+    ("efficientnet_lite0", {"modality": "radar"}, "modality: got 'radar', allowed are image, depth, thermal, tactile"),
+    ("efficientnet_lite0", {"modality": "depth", "lines": 64}, "class_names are for images, not for 'depth'"),
     ("efficientnet_lite0", {"levels": (8,)}, "levels: got 8, allowed are 1 to 7"),
     ("efficientnet_lite0", {"lines": 16}, "lines: got 16"),
     ("efficientnet_lite0", {"fit": "squash"}, "fit: got 'squash', allowed are pad, crop, stretch"),

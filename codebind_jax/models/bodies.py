@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 BODIES = {
   "mlp": "codebind_jax.models.bodies.Mlp",
   "series": "codebind_jax.models.series.Series",
+  "points": "codebind_jax.models.points.Points",
 }
 
 

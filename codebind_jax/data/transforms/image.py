@@ -97,8 +97,10 @@ def crop_to_content(
   return image[top:bottom, left:right]
 
 
-def fit_square(image: UInt8[np.ndarray, "h w 3"], fit: str = "pad") -> UInt8[np.ndarray, "n m 3"]:
-  """A square of the image: "pad" adds white, "crop" cuts the middle, "stretch" leaves the shape to the resize.
+def fit_square(
+  image: UInt8[np.ndarray, "h w 3"], fit: str = "pad", padding: int = 255
+) -> UInt8[np.ndarray, "n m 3"]:
+  """A square of the image: "pad" adds grey (255 is white), "crop" cuts the middle, "stretch" leaves it to the resize.
 
   Raises:
     ValueError: if `fit` is none of these.
@@ -113,7 +115,7 @@ def fit_square(image: UInt8[np.ndarray, "h w 3"], fit: str = "pad") -> UInt8[np.
     top, left = (h - side) // 2, (w - side) // 2
     return image[top : top + side, left : left + side]
   side = max(h, w)
-  square = np.full((side, side, 3), 255, np.uint8)
+  square = np.full((side, side, 3), padding, np.uint8)
   top, left = (side - h) // 2, (side - w) // 2
   square[top : top + h, left : left + w] = image
   return square

@@ -19,7 +19,8 @@ from absl import logging
 
 from codebind_jax.data.worlds import fetch, store
 
-WORLDS = {name: f"codebind_jax.data.worlds.{name}" for name in ("icons", "household", "menagerie", "evoked")}
+_PACKAGED = ("icons", "household", "materials", "menagerie", "evoked")
+WORLDS = {name: f"codebind_jax.data.worlds.{name}" for name in _PACKAGED}
 WORLDS["synthetic"] = "codebind_jax.data.synthetic"
 
 

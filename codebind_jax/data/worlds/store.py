@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from absl import logging
+from PIL import Image
 
 from codebind_jax.data import transforms
 from codebind_jax.data.worlds import fetch, names
@@ -63,6 +64,13 @@ def encode(array: np.ndarray) -> bytes:
   """An array as the bytes of an .npy file."""
   out = io.BytesIO()
   np.save(out, array, allow_pickle=False)
+  return out.getvalue()
+
+
+def encode_png(image: np.ndarray) -> bytes:
+  """Pixels uint8 [h, w, 3] as the bytes of a PNG file."""
+  out = io.BytesIO()
+  Image.fromarray(image).save(out, "png", compress_level=3)
   return out.getvalue()
 
 

@@ -1,12 +1,10 @@
 """What the sensors of world Household see of a mesh: colour, depth and simulated infrared of six views, and points."""
 
 import dataclasses
-import io
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image
 
 from codebind_jax.data.worlds import store
 from codebind_jax.data.worlds.infrared import infrared, rule
@@ -81,15 +79,9 @@ def sense(path: Path, key: str, name: str, cls: str | None, metres: float) -> li
     view = look(mesh, Camera(float(azimuth), size=SIZE))
     heat = infrared(key, number, warm, view.depth > 0, view.height, view.cosine, view.colour)
     views.append({
-      "image": _png(view.colour),
+      "image": store.encode_png(view.colour),
       "depth": store.encode((view.depth * metres).astype(np.float16)),
       "thermal": store.encode(heat.astype(np.float16)),
       "points": store.encode((sample_surface(mesh, POINTS, number) * metres).astype(np.float32)),
     })
   return views
-
-
-def _png(image: np.ndarray) -> bytes:
-  out = io.BytesIO()
-  Image.fromarray(image).save(out, "png", compress_level=3)
-  return out.getvalue()

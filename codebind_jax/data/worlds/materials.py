@@ -1,0 +1,224 @@
+"""World "Materials": photographs of surfaces of 12 materials, simulated touch of the same places, and their names.
+
+One row is one crop: a photograph and what a touch sensor would see there (`touch.py`, simulated). All crops of a
+texture and of its near-copies share a split, which the tables say.
+"""
+
+import functools
+import hashlib
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tqdm
+from absl import logging
+from jaxtyping import UInt8
+
+from codebind_jax.data.transforms import image as image_transforms
+from codebind_jax.data.worlds import archives, attribution, fetch, furniture, icons, names, store, touch
+from codebind_jax.data.worlds.evalset import EvalSet
+from codebind_jax.data.worlds.infrared import generator
+
+VERSION = "1.0.0"
+TABLES = ("aliases", "concepts", "materials", "packages")
+PROFILES = ("tiny", "small", "full")
+SPLITS = ("train", "val", "test")
+ARRAYS = ("image", "tactile")
+UNIQUE = "texture"
+CROPS = {"train": 24, "val": 12, "test": 12}
+_PACKAGES = {
+  "tiny": ("sh3d-pip",), "small": ("gimp-data", "sh3d-furniture", "sh3d-pip"),
+  "full": ("gimp-data", "metaworld", "sh3d-furniture", "sh3d-pip"),
+}  # fmt: skip
+_ROW_BYTES = 50_000
+
+
+def _package(entry: dict[str, Any]) -> str:
+  return entry["package"].partition(":")[0]
+
+
+def _key(entry: dict[str, Any]) -> str:
+  return f"{_package(entry)}:{entry['inner']}"
+
+
+def package_ids(profile: str) -> list[str]:
+  """Packages that a profile is built from.
+
+  Raises:
+    ValueError: for an unknown profile.
+  """
+  if profile not in PROFILES:
+    raise ValueError(f"unknown profile {profile!r} of world 'materials'; allowed: {list(PROFILES)}")
+  return list(_PACKAGES[profile])
+
+
+def leaks(entry: dict[str, Any]) -> bool:
+  """Whether a training texture is of a material whose concept stays unseen in training (leakage rule 2): brick is."""
+  return entry["split"] == "train" and names.to_concept(entry["cls"]) in icons.unseen()
+
+
+@functools.cache
+def plan(profile: str) -> tuple[dict[str, Any], ...]:
+  """Textures of a profile as `tables/materials.json` lists them, those of the 12 materials that do not leak."""
+  packages, table = package_ids(profile), names.table("materials")
+  classes = {c["cls"] for c in table["classes"]}
+  return tuple(
+    t for t in table["textures"] if _package(t) in packages and t["cls"] in classes and not leaks(t)
+  )  # fmt: skip
+
+
+def eval_sets(profile: str) -> dict[str, EvalSet]:
+  """Materials by name and by probe; touch to the photograph of the same crop, and to any of the same texture."""
+  ways = tuple(sorted({entry["cls"] for entry in plan(profile)}))
+  pairs = (("tactile", "image", "id"), ("tactile", "image", "texture"))
+  asked = {"probes": ("label", "roughness"), "means": ("label",), "pairs": pairs}
+  return {split: EvalSet(split, split, ways, **asked) for split in ("val", "test")}
+
+
+def build(profile: str, root: Path) -> Path:
+  """Fetches what the profile needs and builds it; returns at once where that is done.
+
+  Args:
+    profile: one of `PROFILES`.
+    root: the data folder.
+
+  Returns:
+    Folder of the built world.
+
+  Raises:
+    ValueError: for an unknown profile, or an archive whose content is not what the tables name.
+    FetchError, ChecksumError, OSError: see `fetch.fetch_all`.
+  """
+  textures = plan(profile)
+  folder = store.world_dir(root, "materials", profile, VERSION)
+  if store.read_manifest(folder) is not None:
+    return folder
+  paths = fetch.fetch_all(package_ids(profile), root=root)
+  dropped: dict[str, str] = {}
+  kept = dict.fromkeys(SPLITS, 0)
+  digest = hashlib.sha256()
+  total = sum(CROPS[entry["split"]] for entry in textures)
+  bar = tqdm.tqdm(total=total, unit="crop", desc=f"touching materials ({profile})", disable=None)
+  photos = functools.cache(lambda: read_photos(textures, paths, dropped))
+
+  def rows(split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for entry in textures:
+      photo = photos().get(_key(entry))
+      if entry["split"] != split or photo is None:
+        continue
+      for number in range(CROPS[split]):
+        row = _row(entry, photo, number)
+        digest.update(hashlib.sha256(row["image"] + row["tactile"]).digest())
+        kept[split] += 1
+        bar.update()
+        yield row["id"], row
+    if not kept[split]:
+      raise ValueError(f"world 'materials', profile {profile!r}: no texture of split {split!r} can be read; first: "
+                       f"{next(iter(dropped.values()), 'the tables list none')}")
+
+  def finish() -> tuple[dict[str, Any], str]:
+    for key, reason in dropped.items():
+      logging.warning("materials: left out %s: %s", key, reason)
+    used = {i: fetch.packages()[i] for i in paths}
+    manifest = {
+      "world": "materials", "profile": profile, "version": VERSION, "splits": kept, "dropped": dropped,
+      "arrays_sha256": digest.hexdigest(), "simulated": ["tactile"],
+      "packages": {i: {"name": p.name, "version": p.version, "sha256": fetch.sha256_file(paths[i])}
+                   for i, p in used.items()},
+      "tables": {name: names.table_hash(name) for name in TABLES},
+    }  # fmt: skip
+    return manifest, attribution.text("Materials", used.values())
+
+  with bar:
+    return store.build(
+      root, "materials", profile, VERSION, arrays=ARRAYS, features=_features, finish=finish,
+      splits={split: functools.partial(rows, split) for split in SPLITS}, need_bytes=_ROW_BYTES * total,
+    )  # fmt: skip
+
+
+def read_photos(
+  textures: tuple[dict[str, Any], ...], paths: dict[str, Path], dropped: dict[str, str]
+) -> dict[str, UInt8[np.ndarray, "h w 3"]]:
+  """Pixels of each texture by "package:inner path", compared with its SHA-1.
+
+  Args:
+    textures: rows of `tables/materials.json`.
+    paths: archive of each package.
+    dropped: is filled with the reason for each texture of a Debian package that is missing or differs, as another
+      release may have other files.
+
+  Raises:
+    ValueError: if a texture of a package from PyPI is missing or differs, or no texture of a package is as recorded.
+  """
+  photos: dict[str, np.ndarray] = {}
+  for package in sorted({_package(entry) for entry in textures}):
+    mine = [entry for entry in textures if _package(entry) == package]
+    contents = _contents(package, mine, paths)
+    for entry in mine:
+      content = contents.get(entry["inner"])
+      got = None if content is None else hashlib.sha1(content).hexdigest()
+      if got == entry["sha1"]:
+        photos[_key(entry)] = read_photo(content, entry["inner"])
+      elif fetch.packages()[package].kind == "apt":
+        dropped[_key(entry)] = f"expected SHA-1 {entry['sha1']}, got {got or 'no such file'}"
+      else:
+        raise ValueError(f"{paths[package]}: {entry['inner']}: expected SHA-1 {entry['sha1']}, got "
+                         f"{got or 'no such file'}")
+    if not any(_key(entry) in photos for entry in mine):
+      raise ValueError(f"{paths[package]}: none of its {len(mine)} textures is as recorded; first: "
+                       f"{dropped[_key(mine[0])]}")
+  return photos
+
+
+def _contents(package: str, textures: list[dict[str, Any]], paths: dict[str, Path]) -> dict[str, bytes]:
+  if package == furniture.DEFAULT:
+    return furniture.read_default(paths, [entry["inner"] for entry in textures])
+  if package != furniture.MORE:
+    return archives.read_members(paths[package], [entry["inner"] for entry in textures])
+  libraries = {entry["package"].partition(":")[2].removesuffix(".sh3f") for entry in textures}
+  boxes = furniture.open_libraries(paths, sorted(libraries))
+  held = {name: box for box in boxes.values() for name in box.namelist()}
+  return {entry["inner"]: held[entry["inner"]].read(entry["inner"]) for entry in textures if entry["inner"] in held}
+
+
+def read_photo(content: bytes, name: str) -> UInt8[np.ndarray, "h w 3"]:
+  """Pixels of a bitmap or of a GIMP pattern: five big-endian u32 (header size, version, sides, bytes a pixel), a name.
+
+  Raises:
+    ValueError: naming the file, if it cannot be read.
+  """
+  if not name.endswith(".pat"):
+    return image_transforms.read(content)
+  if len(content) < 20:
+    raise ValueError(f"{name}: not a GIMP pattern: {len(content)} bytes")
+  head, _, width, height, channels = struct.unpack(">5I", content[:20])
+  if channels not in (1, 3, 4) or len(content) < head + width * height * channels:
+    raise ValueError(f"{name}: not a GIMP pattern of {width} x {height} pixels with 1, 3 or 4 bytes")
+  pixels = np.frombuffer(content, np.uint8, width * height * channels, head)
+  return image_transforms.read(pixels.reshape(height, width, channels))
+
+
+def _features() -> dict[str, Any]:
+  import tensorflow_datasets as tfds
+
+  words = ("id", "label", "concept", "group", "texture", "roughness", "source")
+  return {
+    **{name: store.blob() for name in ARRAYS},
+    "texts": tfds.features.Sequence(tfds.features.Text()),
+    **{word: tfds.features.Text() for word in words},
+  }
+
+
+def _row(entry: dict[str, Any], photo: np.ndarray, number: int) -> dict[str, Any]:
+  rng = generator("touch", _key(entry), number)
+  piece = touch.crop(photo, rng)
+  concept = names.to_concept(entry["cls"])
+  rough = {c["cls"]: c["roughness"] for c in names.table("materials")["classes"]}
+  felt = touch.touch(piece, rng)
+  return {
+    "id": f"{_key(entry)}:{number}", "image": store.encode_png(piece), "tactile": store.encode_png(felt),
+    "label": entry["cls"], "texts": [entry["cls"]], "concept": concept if concept in names.concepts() else "",
+    "group": entry["group"], "texture": _key(entry), "roughness": rough[entry["cls"]], "source": _package(entry),
+  }  # fmt: skip

@@ -1,0 +1,112 @@
+"""Point groups by hand and against brute force, and the body that learns from them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from codebind_jax.models.bodies import make_body
+from codebind_jax.pretrained import load_trunk, point_groups
+
+LINE = np.array([[0, 0, 0], [1, 0, 0], [2, 0, 0], [3, 0, 0], [10, 0, 0]], float)
+
+
+def cloud(seed=0, count=200):
+  return np.random.default_rng(seed).normal(size=(count, 3)) * [1.0, 2.0, 0.5]
+
+
+def test_unit_sphere_by_hand():
+  unit, radius = point_groups.unit_sphere(LINE + [7, -3, 2])
+  assert radius == 5.0
+  np.testing.assert_allclose(unit[:, 0], [-1, -0.8, -0.6, -0.4, 1])
+  assert not unit[:, 1:].any()
+
+
+def test_farthest_points_by_hand():
+  # From 0 the farthest is 10; then 3 is 3 away from 0 and 7 from 10; then 1 and 2 are 1 away: the lower index wins.
+  assert point_groups.farthest_points(LINE, 5).tolist() == [0, 4, 3, 1, 2]
+  assert point_groups.farthest_points(LINE, 7).tolist() == [0, 4, 3, 1, 2, 0, 4]
+  assert point_groups.farthest_points(LINE[::-1], 2).tolist() == [4, 0]
+
+
+def test_groups_by_hand():
+  centres, relative = point_groups.group_points(LINE, 2, 3)
+  assert centres[:, 0].tolist() == [0, 10]
+  # Neighbours of 0: 0, 1, 2; of 10: 10, 3, 2; their mean distance is (0 + 1 + 2 + 0 + 7 + 8) / 6 = 3.
+  np.testing.assert_allclose(relative[..., 0], np.array([[0, 1, 2], [0, -7, -8]]) / 3)
+  few, _ = point_groups.group_points(LINE[:2], 3, 4)
+  assert few.shape == (3, 3)
+
+
+def test_histograms_are_shares():
+  unit, _ = point_groups.unit_sphere(cloud())
+  found = point_groups.histograms(unit)
+  parts = np.split(found, [32, 32 + 216, 32 + 216 + 128])
+  for part in parts[:3]:
+    assert (part**2).sum() == pytest.approx(1.0)
+  np.testing.assert_allclose(parts[3], np.ptp(unit, axis=0))
+  pole = np.stack([np.zeros(9), np.linspace(-1, 1, 9), np.zeros(9)], axis=1)
+  rings = point_groups.histograms(pole)[248:376].reshape(16, 8)
+  assert rings[:, 1:].sum() == 0 and (rings[:, 0] > 0).sum() == 9
+
+
+def test_trunk_forgets_place_and_size_but_not_shape():
+  trunk = load_trunk("point_groups", groups=8, neighbours=5)
+  tokens = trunk.preprocess(cloud())
+  assert tokens.shape == (9, trunk.width) == (trunk.num_tokens, 379)
+  moved = trunk.preprocess(3.0 * cloud() + [5.0, 0.0, 1.0])
+  np.testing.assert_allclose(tokens, moved, atol=1e-4)
+  assert np.abs(tokens - trunk.preprocess(cloud() * [1, 1, 4])).max() > 0.1
+  colours = np.c_[cloud(), np.full((200, 3), 0.5)]
+  np.testing.assert_array_equal(tokens, trunk.preprocess(colours))
+  assert not tokens[1:, 18:].any() and trunk.modality == "points"
+  np.testing.assert_array_equal(trunk.compiled(trunk.params, tokens[None])[0], tokens)
+
+
+def test_size_is_kept_where_asked_for():
+  sized = load_trunk("point_groups", groups=2, neighbours=2, size=True)
+  one, three = (sized.preprocess(scale * cloud())[0, 379] for scale in (1.0, 3.0))
+  assert three - one == pytest.approx(np.log(3.0), abs=1e-5)
+  assert sized.fingerprint != load_trunk("point_groups", groups=2, neighbours=2).fingerprint
+  with pytest.raises(ValueError, match="groups 0"):
+    load_trunk("point_groups", groups=0)
+
+
+@pytest.fixture
+def body():
+  made = make_body("points", {"width": 16, "neighbours": 5, "depth": 1, "heads": 2, "dropout": 0.5})
+  trunk = load_trunk("point_groups", groups=6, neighbours=5)
+  tokens = jnp.stack([trunk.preprocess(cloud(seed)) for seed in (0, 1)])
+  return made, tokens, made.init(jax.random.key(0), tokens)["params"]
+
+
+def test_body_does_not_care_for_the_order_of_points_and_groups(body):
+  made, tokens, params = body
+  out = made.apply({"params": params}, tokens)
+  assert out.shape == (2, 7, 16)
+  points = tokens[:, 1:, 3:18].reshape(2, 6, 5, 3)[:, :, ::-1].reshape(2, 6, 15)
+  shuffled = jnp.concatenate([tokens[:, :1], tokens.at[:, 1:, 3:18].set(points)[:, :0:-1]], axis=1)
+  again = made.apply({"params": params}, shuffled)
+  np.testing.assert_allclose(again[:, 0], out[:, 0], atol=1e-5)
+  np.testing.assert_allclose(again[:, :0:-1], out[:, 1:], atol=1e-5)
+
+
+def test_every_part_of_a_cloud_reaches_the_class_token(body):
+  made, tokens, params = body
+  slope = jax.grad(lambda t: made.apply({"params": params}, t)[:, 0].sum() ** 2)(tokens)
+  for part in (slope[:, :1], slope[:, 1:, :3], slope[:, 1:, 3:18]):
+    assert jnp.abs(part).max() > 0
+  assert not slope[:, 1:, 18:].any()
+
+
+def test_body_drops_in_training_alone(body):
+  made, tokens, params = body
+  run = lambda key: made.apply({"params": params}, tokens, True, rngs={"dropout": jax.random.key(key)})
+  assert jnp.abs(run(0) - run(1)).max() > 0
+  np.testing.assert_array_equal(made.apply({"params": params}, tokens), made.apply({"params": params}, tokens))
+
+
+def test_body_and_trunk_must_agree():
+  tokens = jnp.zeros((1, 3, 20))
+  with pytest.raises(ValueError, match="neighbours: 6 needs tokens of 21 values or more, got 20"):
+    make_body("points", {"neighbours": 6}).init(jax.random.key(0), tokens)
