@@ -175,3 +175,30 @@ def test_a_file_that_is_no_checkpoint():
     load_torch_pickle(b"hello there", name="notes.txt")
   with pytest.raises(ValueError, match="big-endian"):
     load_torch_pickle(old_stream(object_pickle([]), {}, {"little_endian": False}))
+
+
+def numpy_number_pickle(code, raw, module="numpy.core.multiarray"):
+  """What torch writes for a numpy number beside the tensors, in protocol 2."""
+  kind = opcodes_global("numpy", "dtype") + opcodes_string(code) + pickle.NEWFALSE + pickle.NEWTRUE + pickle.TUPLE3
+  state = opcodes_tuple([
+    opcodes_int(3), opcodes_string("<"), pickle.NONE, pickle.NONE, pickle.NONE, opcodes_int(-1), opcodes_int(-1),
+    opcodes_int(0),
+  ])  # fmt: skip
+  text = opcodes_string(raw.decode("latin1")) + opcodes_string("latin1") + pickle.TUPLE2
+  content = opcodes_global("_codecs", "encode") + text + pickle.REDUCE
+  number = opcodes_global(module, "scalar") + kind + pickle.REDUCE + state + pickle.BUILD + content + pickle.TUPLE2
+  return pickle.PROTO + b"\x02" + number + pickle.REDUCE + pickle.STOP
+
+
+@pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
+@pytest.mark.parametrize("number", [np.int64(-7), np.float32(0.5), np.bool_(True)])
+def test_a_numpy_number_beside_the_tensors(number, module):
+  code = number.dtype.str[1:]
+  got = load_torch_pickle(new_zip(numpy_number_pickle(code, number.tobytes(), module), {}))
+  assert got == number and type(got) is type(number.item())
+
+
+@pytest.mark.parametrize("code", ["O8", "V4", "i8,i8"])
+def test_a_numpy_number_of_another_kind_is_refused(code):
+  with pytest.raises(ValueError, match="refused a numpy number"):
+    load_torch_pickle(new_zip(numpy_number_pickle(code, bytes(8)), {}))

@@ -87,7 +87,7 @@ def _mono(samples: np.ndarray, name: str) -> np.ndarray:
 
 
 def resample(
-  samples: Float[np.ndarray, " n"], rate: float, new_rate: float, name: str = "audio"
+  samples: Float[np.ndarray, " n"], rate: int | float, new_rate: int | float, name: str = "audio"
 ) -> Float32[np.ndarray, " m"]:
   """Samples at another rate, by soxr's band-limited resampler.
 
