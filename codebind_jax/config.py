@@ -26,7 +26,7 @@ _POSITIVE = (
   "model.shared_dim", "codebook.dim", "codebook.shared_codes", "optim.learning_rate", "optim.clip_norm",
 )
 _COUNTS = ("data.max_bad_records", "seed")
-_SHARES = ("data.extra", "codebook.decay", "codebook.alarm_share", "optim.b1", "optim.b2")
+_SHARES = ("codebook.decay", "codebook.alarm_share", "optim.b1", "optim.b2")
 
 
 def get(config: Any, path: str) -> Any:
@@ -105,6 +105,8 @@ def _validate_train(config: ml_collections.ConfigDict) -> None:
   check_keys([world.split("-")[0] for world in config.data.worlds], WORLDS, "data.worlds")
   if not config.data.worlds and not config.data.manifest:
     raise ValueError(f"config.data.worlds: is empty; allowed: some of {sorted(WORLDS)}, or data.manifest set")
+  if not 0 <= config.data.extra < 1:
+    raise ValueError(f"config.data.extra: got {config.data.extra}; allowed: 0 (none) up to, not including, 1")
   towers = config.model.towers
   for name, tower in towers.items():
     check_keys([tower.trunk], trunk_names(), f"model.towers.{name}.trunk")

@@ -186,6 +186,7 @@ def test_batch_larger_than_the_data(data, tmp_path):
     ("mode", "fly", "'fly' is not allowed; allowed: .'train', 'eval'"),
     ("steps", 0, "config.steps: got 0; allowed: any number above 0"),
     ("codebook.distance", "manhattan", "config.codebook.distance: 'manhattan' is not allowed"),
+    ("data.extra", 1.0, "config.data.extra: got 1.0; allowed: 0 .none. up to, not including, 1"),
     ("codebook.decay", 1.5, "config.codebook.decay: got 1.5; allowed: 0 to 1"),
     ("data.captions", "some", "config.data.captions: .some. is not allowed; allowed: .*joined"),
     ("model.towers.text.whiten", -0.1, "config.model.towers.text.whiten: got -0.1; allowed: 0 .off. to 1"),
