@@ -145,6 +145,8 @@ def _validate_train(config: ml_collections.ConfigDict) -> None:
       raise ValueError(f"config.{where}.code_rows: got {stage.code_rows}; allowed: 0 (all) and up")
     if stage.mixup < 0:
       raise ValueError(f"config.{where}.mixup: got {stage.mixup}; allowed: 0 (off) and up")
+    if stage.balance and not stage.losses.get("info_nce"):
+      raise ValueError(f"config.{where}.balance: got True without the loss 'info_nce', which the others are held to")
     if not stage.temperature > 0:
       raise ValueError(f"config.{where}.temperature: got {stage.temperature}; allowed: any number above 0")
 

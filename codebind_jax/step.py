@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -121,6 +121,12 @@ TERMS: dict[str, Callable[[Context], Float[Array, ""]]] = {
 }
 
 
+def new_aux(stages: Sequence[Stage]) -> dict[str, Any]:
+  """`TrainState.aux` at the start of a stage: one loss balancer for the terms of all stages that ask for it."""
+  names = {name for stage in stages if stage.balance for name, weight in stage.losses.items() if weight}
+  return {"balance": losses.balance_init(sorted(names))} if names else {}
+
+
 def make_train_step(
   model: CodeBind, spec: CompositionalSpec | None, stage: Stage, tx: optax.GradientTransformation, *,
   update: str = "snapshot",
@@ -160,22 +166,29 @@ def make_train_step(
       context = Context(mine, mine_masks, scales, state.codebooks, stage, spec.code_dims[0] if spec else 0)
       for name in active:
         terms[name] += TERMS[name](context) / len(batch)
-    total = sum(active[name] * terms[name] for name in active)
-    return total, (terms, outputs, codebooks)
+    weights, aux = active, state.aux
+    if stage.balance:
+      balance = losses.balance_update(aux["balance"], terms)
+      weights, aux = balance.weight, {**aux, "balance": balance}
+    total = sum(weights[name] * terms[name] for name in active)
+    return total, (terms, outputs, codebooks, aux)
 
   def step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, dict[str, Array]]:
     rng = jax.random.fold_in(state.rng, state.step)
-    (total, (terms, outputs, codebooks)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+    (total, (terms, outputs, codebooks, aux)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
       state.params, state, batch, rng
     )
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     metrics = {f"train/{name}": value for name, value in terms.items()}
     metrics |= {"train/total": total, "train/gradient_norm": optax.global_norm(grads)}
+    if stage.balance:
+      metrics |= {f"train/weight/{name}": aux["balance"].weight[name] for name in active}
     if spec is not None:
       metrics |= usage_metrics(outputs, codebooks)
     state = state.replace(
-      step=state.step + 1, params=optax.apply_updates(state.params, updates), codebooks=codebooks, opt_state=opt_state
-    )
+      step=state.step + 1, params=optax.apply_updates(state.params, updates), codebooks=codebooks,
+      opt_state=opt_state, aux=aux,
+    )  # fmt: skip
     return state, metrics
 
   return step

@@ -33,7 +33,7 @@ from codebind_jax.models.codebind import whitened
 from codebind_jax.report import write_report
 from codebind_jax.stages import Stage, stages_of
 from codebind_jax.state import TrainState
-from codebind_jax.step import make_train_step
+from codebind_jax.step import make_train_step, new_aux
 
 
 def banner(text: str) -> None:
@@ -123,7 +123,7 @@ def run_stages(
   def init(rng: Any) -> tuple[Any, Any, Any]:
     head_rng, code_rng = jax.random.split(rng)
     codebooks = new_codebooks(code_rng, spec, config.model.towers) if spec else {}
-    return model.init(head_rng, dummy)["params"], codebooks, {}
+    return model.init(head_rng, dummy)["params"], codebooks, new_aux(stages)
 
   state = state_lib.create(mesh, jax.random.key(config.seed), init)
   state = state.replace(params=whiten_heads(state.params, config, tables))
@@ -161,6 +161,7 @@ def run_stages(
       if position.step <= stage.first_step:
         iterators = {task.name: iterator(stage)}
         state = state_lib.with_optimizer(state, tx, mesh)
+        state = state.replace(aux=jax.jit(lambda: new_aux(stages), out_shardings=sharding.replicated(mesh))())
         if spec is not None:
           state = start_codebooks(state, model, spec, next(iterator(stage)), mesh)
       state = run_stage(config, stage, state, tx, iterators, mesh, model, spec, store, writer, evaluation)
