@@ -168,6 +168,8 @@ def _validate_train(config: ml_collections.ConfigDict) -> None:
       raise ValueError(f"config.{where}.learning_rate: got {stage.learning_rate}; allowed: 0 (config.optim's) and up")
     if stage.mixup < 0:
       raise ValueError(f"config.{where}.mixup: got {stage.mixup}; allowed: 0 (off) and up")
+    if stage.balance and not stage.losses.get("info_nce"):
+      raise ValueError(f"config.{where}.balance: got True without the loss 'info_nce', which the others are held to")
     if not stage.temperature > 0:
       raise ValueError(f"config.{where}.temperature: got {stage.temperature}; allowed: any number above 0")
 

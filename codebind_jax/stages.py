@@ -29,6 +29,8 @@ class Stage:
       segments times codes (matching: with the square of the rows), and is most of a step's if all rows take part.
     mixup: rows are mixed with their neighbours in the batch, all modalities by the same share, drawn from Beta(mixup,
       mixup) (Zhang et al., 2018, arXiv 1710.09412); 0 for none.
+    balance: the loss balancer (`losses/balance.py`) sets the weights of the terms; `losses` then only says which take
+      part.
     first_step: global step at which the stage begins.
   """
 
@@ -46,6 +48,7 @@ class Stage:
   matching_temperature: float
   code_rows: int
   mixup: float
+  balance: bool
   first_step: int
 
   @property
@@ -100,6 +103,7 @@ def stages_of(config: Any) -> list[Stage]:
         matching_temperature=float(entry.matching_temperature),
         code_rows=int(entry.code_rows),
         mixup=float(entry.mixup),
+        balance=bool(entry.balance),
         first_step=step,
       )
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -136,6 +136,11 @@ TERMS: dict[str, Callable[[Context], Float[Array, ""]]] = {
 }
 
 
+def balanced_terms(stages: Sequence[Stage]) -> tuple[str, ...]:
+  """Terms of all stages that ask for the loss balancer: they share one."""
+  return tuple(sorted({name for s in stages if s.balance for name, weight in s.losses.items() if weight}))
+
+
 def make_train_step(
   model: CodeBind, spec: CompositionalSpec | None, stage: Stage, tx: optax.GradientTransformation, *,
   update: str = "snapshot",
@@ -171,7 +176,7 @@ def make_train_step(
         similarity_rows=_looked_at(owners, code_rows),
       )  # fmt: skip
     terms = {name: jnp.zeros((), jnp.float32) for name in active}
-    weights = {source: stage.weights.get(source, 1.0) for source in batch}
+    shares = {source: stage.weights.get(source, 1.0) for source in batch}
     for source, content in batch.items():
       mine, mine_plain = (_of_source(out, owners, source, code_rows) for out in (outputs, plain))
       mine_masks = {m: masks[m][rows] for (s, m), rows in owners.items() if s == source}
@@ -180,23 +185,30 @@ def make_train_step(
         None if stage.unique_labels else content["_group"],
       )  # fmt: skip
       for name in active:
-        terms[name] += TERMS[name](context) * (weights[source] / sum(weights.values()))
-    total = sum(active[name] * terms[name] for name in active)
-    return total, (terms, outputs, codebooks)
+        terms[name] += TERMS[name](context) * (shares[source] / sum(shares.values()))
+    weights, aux = active, state.aux
+    if stage.balance:
+      balance = losses.balance_update(aux["balance"], terms)
+      weights, aux = balance.weight, {**aux, "balance": balance}
+    total = sum(weights[name] * terms[name] for name in active)
+    return total, (terms, outputs, codebooks, aux)
 
   def step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, dict[str, Array]]:
     rng = jax.random.fold_in(state.rng, state.step)
-    (total, (terms, outputs, codebooks)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+    (total, (terms, outputs, codebooks, aux)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
       state.params, state, batch, rng
     )
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     metrics = {f"train/{name}": value for name, value in terms.items()}
     metrics |= {"train/total": total, "train/gradient_norm": optax.global_norm(grads)}
+    if stage.balance:
+      metrics |= {f"train/weight/{name}": aux["balance"].weight[name] for name in active}
     if spec is not None:
       metrics |= usage_metrics(outputs, codebooks)
     state = state.replace(
-      step=state.step + 1, params=optax.apply_updates(state.params, updates), codebooks=codebooks, opt_state=opt_state
-    )
+      step=state.step + 1, params=optax.apply_updates(state.params, updates), codebooks=codebooks,
+      opt_state=opt_state, aux=aux,
+    )  # fmt: skip
     return state, metrics
 
   return step

@@ -40,6 +40,7 @@ def stage(config, **overrides):
   entry.matching_temperature = 1.0
   entry.code_rows = 0  # rows of a batch for code_contrast and code_matching; 0 for all
   entry.mixup = 0.0  # share of another row mixed into every row: Beta(mixup, mixup); 0 for none
+  entry.balance = False  # weights follow the magnitude of info_nce; `losses` then only says which terms take part
   entry.losses = ConfigDict()
   entry.update(overrides)
   return entry

@@ -14,6 +14,8 @@ import pytest
 
 import codebind_jax
 from codebind_jax import config as config_lib
+from codebind_jax.checkpoint import Checkpoints
+from codebind_jax.optim import param_paths
 from codebind_jax.stages import stages_of
 from codebind_jax.train import baseline_of, claim_workdir, train_and_evaluate
 from tests.train_fixtures import arrays_of, lines_of, tiny_config, write_manifest
@@ -230,6 +232,49 @@ def test_a_collapse_is_in_the_log(data, tmp_path, caplog):
   caplog.clear()
   train_and_evaluate(tiny_config(*data, steps=1, **{"codebook.alarm_share": 0.01}), tmp_path / "quiet")
   assert "collapses" not in caplog.text
+
+
+def test_balanced_run_weighs_the_terms_and_resumes_bit_for_bit(data, tmp_path):
+  config = tiny_config(*data, **{"stages.bridges.balance": True})
+  train_and_evaluate(config, tmp_path / "whole")
+  lines = [line for line in lines_of(tmp_path / "whole") if "train/total" in line]
+  names = [name.removeprefix("train/weight/") for name in lines[0] if name.startswith("train/weight/")]
+  assert {"info_nce", "commitment", "decomposition"} <= set(names)
+  for line in lines:
+    assert line["train/weight/info_nce"] == 1.0
+    parts = [line[f"train/weight/{name}"] * line[f"train/{name}"] for name in names]
+    np.testing.assert_allclose(line["train/total"], sum(parts), rtol=1e-5)
+  first = lines[0]
+  np.testing.assert_allclose(
+    first["train/weight/decomposition"] * first["train/decomposition"], 0.1 * first["train/info_nce"], rtol=1e-4
+  )
+
+  # As after a kill between the checkpoints of step 4 and step 6.
+  shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+  shutil.rmtree(tmp_path / "cut" / "checkpoints" / "6")
+  train_and_evaluate(config, tmp_path / "cut")
+  assert_same_run(tmp_path / "whole", tmp_path / "cut")
+  assert_same_balance(tmp_path / "whole", tmp_path / "cut")
+
+
+def assert_same_balance(a, b):
+  def read(workdir):
+    store = Checkpoints(workdir)
+    try:
+      return param_paths(store.read_arrays(("aux",)))
+    finally:
+      store.close()
+
+  first, second = read(a), read(b)
+  assert int(first["aux/balance/count"]) == 6
+  for path in first:
+    np.testing.assert_array_equal(first[path], second[path], err_msg=path)
+
+
+def test_a_balancer_needs_the_loss_it_holds_the_others_to(data):
+  config = tiny_config(*data, **{"stages.bridges.balance": True, "stages.bridges.losses.info_nce": 0.0})
+  with pytest.raises(ValueError, match="stages.bridges.balance: got True without the loss 'info_nce'"):
+    config_lib.validate(config)
 
 
 def test_unknown_loss_is_named(data):

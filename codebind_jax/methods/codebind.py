@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from codebind_jax import build
 from codebind_jax.codebook import CodebookState
 from codebind_jax.compositional import CompositionalSpec, init_codebooks, new_codebooks
+from codebind_jax.losses import balance_init
 from codebind_jax.methods.base import Recipe
 from codebind_jax.models.codebind import CodeBind
-from codebind_jax.stages import Stage
+from codebind_jax.stages import Stage, stages_of
 from codebind_jax.state import TrainState
-from codebind_jax.step import make_embed_step, make_train_step, merge_sources
+from codebind_jax.step import balanced_terms, make_embed_step, make_train_step, merge_sources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +27,12 @@ class Method(Recipe):
   Attributes:
     spec: of the quantiser; None for none.
     update: of the codebooks, `snapshot` or `sequential`.
+    balanced: terms whose weights the loss balancer sets in some stage.
   """
 
   spec: CompositionalSpec | None = None
   update: str = "snapshot"
+  balanced: tuple[str, ...] = ()
 
   @classmethod
   def build(cls, config: Any, model: CodeBind, options: Mapping[str, Any]) -> Method:
@@ -40,7 +43,8 @@ class Method(Recipe):
     """
     if options:
       raise ValueError(f"config.method_options: 'codebind' has none, got {sorted(options)}; see config.codebook")
-    return cls(model, build.make_spec(config), config.codebook.update_mode)
+    terms = balanced_terms(stages_of(config))
+    return cls(model, build.make_spec(config), config.codebook.update_mode, terms)
 
   @property
   def codebook_sizes(self) -> dict[str, int]:
@@ -50,8 +54,9 @@ class Method(Recipe):
     return {"shared": self.spec.num_codes[0]} | dict(self.spec.num_specific_codes)
 
   def init(self, rng: Any, features: Any, tokens: Any, towers: Any) -> tuple:
-    """Codebooks of random codes."""
-    return {}, new_codebooks(rng, self.spec, self.model.towers) if self.spec else {}, {}
+    """Codebooks of random codes, and the loss balancer where a stage has it."""
+    aux = {"balance": balance_init(list(self.balanced))} if self.balanced else {}
+    return {}, new_codebooks(rng, self.spec, self.model.towers) if self.spec else {}, aux
 
   def start(self, state: TrainState, batch: Mapping[str, Any]) -> Any:
     """k-means start, from all tokens of the batch, of the codebooks that no earlier stage has filled."""
