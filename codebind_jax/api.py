@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from codebind_jax import checkpoint
+from codebind_jax.data import transforms
 from codebind_jax.evaluators.zeroshot import class_embeddings
 from codebind_jax.methods.base import Recipe, make_method
 from codebind_jax.pretrained import load_trunk
@@ -106,7 +107,7 @@ class Model:
       part = []
       for number, item in enumerate(items[start : start + 32], start):
         try:
-          part.append(trunk.preprocess(str(item) if isinstance(item, pathlib.Path) else item))
+          part.append(trunk.preprocess(_opened(modality, item)))
         except (ValueError, OSError) as error:
           raise ValueError(f"{modality}[{number}]: {error}") from error
       rows = len(part)
@@ -157,6 +158,13 @@ class Model:
     for name in inputs:
       if name not in self.modalities:
         raise ValueError(f"modality {name!r} is not in this model; it has {list(self.modalities)}")
+
+
+def _opened(modality: str, item: Any) -> Any:
+  """What a path or the bytes of a file hold, by the modality's transform; text and arrays as they are."""
+  if modality == "text" or not isinstance(item, str | bytes | pathlib.Path):
+    return item
+  return transforms.of(modality).read(item)
 
 
 @functools.lru_cache(maxsize=8)

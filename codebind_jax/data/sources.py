@@ -25,6 +25,11 @@ MODALITIES = ("image", "text", "audio", "video", "depth", "points", "thermal", "
 SPLITS = ("train", "val", "test")
 
 
+def known_modalities() -> tuple[str, ...]:
+  """`MODALITIES`, and any further one that has a module in `data.transforms`."""
+  return (*MODALITIES, *(m for m in transforms.readable() if m not in MODALITIES))
+
+
 class Source(abc.ABC):
   """Rows of one split. `rows[i]` is row i without its arrays, so that rows can be chosen without decoding."""
 
@@ -145,7 +150,7 @@ class ManifestSource(Source):
   def modalities(self) -> tuple[str, ...]:
     """Modalities that at least one row has."""
     held = {"text" for row in self.rows if "text" in row} | {m for files in self._files for m in files}
-    return tuple(m for m in MODALITIES if m in held)
+    return tuple(m for m in known_modalities() if m in held)
 
   def has(self, index: int, modality: str) -> bool:
     """Whether the record named a file or text of the modality."""
@@ -318,7 +323,7 @@ def _record(line: bytes, manifest: Path, number: int) -> tuple[dict[str, Any], d
       row["text"] = [_text(key, v) for v in (value if isinstance(value, list) else [value])]
       if not row["text"]:
         raise ValueError("text: an empty list")
-    elif key in MODALITIES:
+    elif key in known_modalities():
       path = manifest.parent / _text(key, value)
       if not path.is_file():
         raise ValueError(f"{key}: no such file: {path}")
@@ -327,9 +332,9 @@ def _record(line: bytes, manifest: Path, number: int) -> tuple[dict[str, Any], d
       else:
         row.setdefault("unread", []).append(key)
     else:
-      raise ValueError(f"unknown modality {key!r}; allowed: {list(MODALITIES)}, and id, label, split")
-  if not any(key in record for key in MODALITIES):
-    raise ValueError(f"no modality; at least one of {list(MODALITIES)} is needed")
+      raise ValueError(f"unknown modality {key!r}; allowed: {list(known_modalities())}, and id, label, split")
+  if not any(key in record for key in known_modalities()):
+    raise ValueError(f"no modality; at least one of {list(known_modalities())} is needed")
   return row, paths
 
 
@@ -340,7 +345,7 @@ def _text(key: str, value: Any) -> str:
 
 
 def _log_unread(manifest: Path, rows: list[dict[str, Any]]) -> None:
-  for modality in MODALITIES:
+  for modality in known_modalities():
     count = sum(modality in row.get("unread", ()) for row in rows)
     if count:
       logging.warning("%s: %d records have %s, which this version does not read from manifests; it reads %s", manifest,

@@ -123,8 +123,8 @@ class Tower(nn.Module):
 
   def __call__(
     self, tokens: Float[Array, "b n c"], train: bool = False, added: Float[Array, "b n s"] | None = None
-  ) -> Float[Array, "b n d"]:
-    """Trunk tokens to [b, n, shared_dim + specific_dim]; `added` is added to the shared part."""
+  ) -> Float[Array, "b m d"]:
+    """Trunk tokens (or the body's) to [b, m, shared_dim + specific_dim]; `added` is added to the shared part."""
     parts = []
     if self.spec.body:
       tokens = self.body(tokens, train)
@@ -147,7 +147,7 @@ class CodeBind(nn.Module):
   @nn.compact
   def __call__(
     self, tokens: Mapping[str, Float[Array, "..."]], train: bool = False
-  ) -> tuple[dict[str, Float[Array, "b n d"]], dict[str, Float[Array, ""]]]:
+  ) -> tuple[dict[str, Float[Array, "..."]], dict[str, Float[Array, ""]]]:
     """Runs the towers of the modalities present.
 
     Args:
