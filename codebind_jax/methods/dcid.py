@@ -120,10 +120,8 @@ class Unified(Recipe):
     if self.first_codes != "kmeans":
       return book
     flat = jnp.concatenate([jnp.where(masks[m][:, None, None], x, 0.0).reshape(-1, x.shape[-1]) for m, x in z.items()])
-    # Missing rows are drawn again from those present, so that they pull no mean to zero.
-    have = jnp.concatenate([jnp.repeat(masks[m], x.shape[1]) for m, x in z.items()])
-    pick = jax.random.categorical(rng, jnp.where(have, 0.0, -jnp.inf), shape=have.shape)
-    means, _ = kmeans(rng, jnp.where(have[:, None], flat, flat[pick]), self.codes, distance="l2")
+    here = jnp.concatenate([jnp.repeat(masks[m], x.shape[1]) for m, x in z.items()]).astype(jnp.float32)
+    means, _ = kmeans(rng, flat, self.codes, distance="l2", normalize=False, weights=here)
     return unified.new_unified(means, sorted(book.idle), count=self.start_count)
 
   def code_losses(
