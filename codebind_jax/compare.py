@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging as standard_logging
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -47,11 +47,11 @@ class CrossModal:
     self.config, self.task, self.trunks, self.fields = config, task, featurizer.trunks, tuple(fields)
     self._featurizer, self._tables = featurizer, {}
 
-  def validate(self, model: Model) -> dict[str, float]:
+  def validate(self, model: Model, worlds: Collection[str]) -> dict[str, float]:
     """On the validation sets."""
     return self._measure(model, ("val",))
 
-  def after_stage(self, model: Model, step: int, stage: str, writer: Any) -> None:
+  def after_stage(self, model: Model, step: int, stage: str, writer: Any, worlds: Collection[str]) -> None:
     """Nothing: comparisons have one stage."""
 
   def finish(self, model: Model, step: int, writer: Any) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import ml_collections
 import numpy as np
@@ -29,6 +29,28 @@ NEEDS = {
   "retrieval": "it needs records with a text and another modality",
   "probe": "it needs labels, on records of split train as well",
 }
+
+
+@runtime_checkable
+class StageEvaluation(Protocol):
+  """What `train.run_stages` asks of an evaluation; `Evaluation` is the usual one.
+
+  Attributes:
+    task: the data.
+    trunks: modality -> Trunk.
+  """
+
+  task: Task
+  trunks: Mapping[str, Any]
+
+  def validate(self, model: Model, worlds: Collection[str]) -> dict[str, float]:
+    """Metrics to choose by, while training."""
+
+  def after_stage(self, model: Model, step: int, stage: str, writer: Any, worlds: Collection[str]) -> None:
+    """Writes what a finished stage, not the last, has reached."""
+
+  def finish(self, model: Model, step: int, writer: Any) -> dict[str, float]:
+    """Evaluates a finished run once, and writes it."""
 
 
 class Evaluation:

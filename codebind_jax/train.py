@@ -26,7 +26,7 @@ from codebind_jax.codebook import collapsed, usage_stats
 from codebind_jax.data.featurize import Featurizer
 from codebind_jax.data.pipeline import make_iterator
 from codebind_jax.data.task import open_task
-from codebind_jax.evaluate import Evaluation
+from codebind_jax.evaluate import Evaluation, StageEvaluation
 from codebind_jax.methods.base import EXTRA, Recipe, make_method
 from codebind_jax.metrics import MetricsWriter, Throughput
 from codebind_jax.models.codebind import whitened
@@ -114,7 +114,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | pathlib
 
 def run_stages(
   config: ml_collections.ConfigDict, folder: pathlib.Path, tables: Mapping[str, Mapping[str, Any]],
-  labels: Mapping[str, Sequence[str | None]], evaluation: Evaluation,
+  labels: Mapping[str, Sequence[str | None]], evaluation: StageEvaluation,
 ) -> tuple[dict[str, float], dict[str, Model]]:
   """Runs or continues the stages of one config.
 
@@ -218,8 +218,8 @@ def run_stages(
 
 
 def evaluate_stage(
-  config: Any, state: TrainState, stage: Stage, stages: Sequence[Stage], evaluation: Evaluation, writer: MetricsWriter,
-  held: Sequence[str],
+  config: Any, state: TrainState, stage: Stage, stages: Sequence[Stage], evaluation: StageEvaluation,
+  writer: MetricsWriter, held: Sequence[str],
 ) -> None:
   """What the modalities brought in so far reach once a stage is done; the last stage's is the final evaluation."""
   if stage is not stages[-1]:
@@ -234,7 +234,7 @@ def worlds_until(stages: Sequence[Stage], stage: Stage) -> set[str]:
 
 def run_stage(
   config: Any, stage: Stage, state: TrainState, tx: Any, iterators: Mapping[str, Any], mesh: Any, method: Recipe,
-  store: Checkpoints, writer: MetricsWriter, evaluation: Evaluation, held: Sequence[str],
+  store: Checkpoints, writer: MetricsWriter, evaluation: StageEvaluation, held: Sequence[str],
   worlds: Collection[str],
 ) -> TrainState:
   """The loop of one stage, from wherever `state` stands to the stage's last step."""
