@@ -9,7 +9,7 @@ import pytest
 
 from codebind_jax.data.sources import open_source
 from codebind_jax.data.worlds import fetch, furniture, household, icons, infrared, names, registry, views
-from codebind_jax.data.worlds.meshes import Mesh, read_mesh, sample_surface
+from codebind_jax.data.worlds.meshes import Mesh, read_mesh
 from codebind_jax.data.worlds.raster import Camera
 from tests.world_fixtures import deb, package, png, put, tgz, wheel
 
@@ -162,12 +162,12 @@ def test_view_shows_red_side_under_green_top(model):
 
 
 def test_points_lie_on_the_surface(model):
-  points = sample_surface(model, 200, 0)
+  points = model.sample(200, 0)
   half = np.array([2, 1, 1]) / np.sqrt(6)
   assert points.shape == (200, 3)
   np.testing.assert_allclose(np.abs(points / half).max(axis=1), 1.0, atol=1e-6)
-  np.testing.assert_array_equal(points, sample_surface(model, 200, 0))
-  assert not np.array_equal(points, sample_surface(model, 200, 1))
+  np.testing.assert_array_equal(points, model.sample(200, 0))
+  assert not np.array_equal(points, model.sample(200, 1))
 
 
 def test_mesh_without_triangles_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Furniture meshes: OBJ files with their materials to triangles in one frame, and the colour of each triangle."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +26,25 @@ class Mesh:
   faces: Int[np.ndarray, "f 3"]
   colours: UInt8[np.ndarray, "f 3"]
 
-  @property
+  @functools.cached_property
   def normals(self) -> Float[np.ndarray, "f 3"]:
     """Unit normals of the faces; zero for a face without area."""
     a, b, c = (self.vertices[self.faces[:, i]] for i in range(3))
     normal = np.cross(b - a, c - a)
     length = np.linalg.norm(normal, axis=1, keepdims=True)
     return np.divide(normal, length, out=np.zeros_like(normal), where=length > 0)
+
+  def sample(self, count: int, seed: int) -> Float[np.ndarray, "p 3"]:
+    """Points drawn evenly from the surface."""
+    import trimesh
+
+    return np.asarray(trimesh.sample.sample_surface(self._surface, count, seed=seed)[0])
+
+  @functools.cached_property
+  def _surface(self):
+    import trimesh
+
+    return trimesh.Trimesh(self.vertices, self.faces, process=False)
 
 
 def read_mesh(path: Path) -> Mesh:
@@ -73,11 +86,3 @@ def _face_colours(part) -> np.ndarray:
   diffuse = getattr(material, "diffuse", None)
   colour = _GREY if diffuse is None else np.asarray(diffuse)[:3]
   return np.tile(np.asarray(colour, np.uint8), (len(part.faces), 1))
-
-
-def sample_surface(mesh: Mesh, count: int, seed: int) -> Float[np.ndarray, "p 3"]:
-  """Points drawn evenly from the surface of a mesh."""
-  import trimesh
-
-  whole = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False)
-  return np.asarray(trimesh.sample.sample_surface(whole, count, seed=seed)[0])

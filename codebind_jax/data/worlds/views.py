@@ -8,7 +8,7 @@ from jaxtyping import Float, UInt8
 
 from codebind_jax.data.worlds import store
 from codebind_jax.data.worlds.infrared import infrared, rule
-from codebind_jax.data.worlds.meshes import Mesh, read_mesh, sample_surface
+from codebind_jax.data.worlds.meshes import Mesh, read_mesh
 from codebind_jax.data.worlds.raster import Camera, z_buffer
 
 AZIMUTHS = (-60, -35, -10, 20, 45, 160)
@@ -82,6 +82,6 @@ def sense(path: Path, key: str, name: str, cls: str | None, metres: float) -> li
       "image": store.encode_png(view.colour),
       "depth": store.encode((view.depth * metres).astype(np.float16)),
       "thermal": store.encode(heat.astype(np.float16)),
-      "points": store.encode((sample_surface(mesh, POINTS, number) * metres).astype(np.float32)),
+      "points": store.encode((mesh.sample(POINTS, number) * metres).astype(np.float32)),
     })
   return views
