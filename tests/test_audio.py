@@ -198,7 +198,6 @@ def test_chunks_are_thinned_evenly_and_short_sounds_repeated():
   trunk = load_trunk("aisfx", weights="random", widths=(4, 4))
   prepared = trunk.preprocess(tone(0.2))
   assert prepared.shape == (6, 100, 96) and (prepared[0] >= 0).all() and (prepared[1:] == -1).all()
-  assert trunk.collate([prepared, prepared]).shape == (2, 1, 100, 96)
   assert trunk.preprocess(tone(9.0)).min() >= 0
 
 

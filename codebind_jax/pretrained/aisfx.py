@@ -18,7 +18,7 @@ from codebind_jax.data.transforms import audio as audio_transforms
 from codebind_jax.data.worlds import fetch
 from codebind_jax.pretrained.loading import initial_params, merge, read_member
 from codebind_jax.pretrained.torch_pickle import load_torch_pickle
-from codebind_jax.pretrained.trunk import Trunk, fingerprint, stack
+from codebind_jax.pretrained.trunk import Trunk, fingerprint
 
 MEMBER = "aisfx/models/checkpoint.pth"
 WIDTHS = (64, 128, 256, 512)
@@ -104,13 +104,6 @@ def chunks_of(mel: Float32[np.ndarray, "frames bands"], most: int) -> Float32[np
   return out
 
 
-def _present(chunks: Sequence[np.ndarray]) -> np.ndarray:
-  """A batch of chunked sounds without the chunks that none of them has."""
-  batch = stack(chunks)
-  used = int((batch[:, :, 0, 0] >= 0).sum(axis=1).max())
-  return batch[:, : max(used, 1)]
-
-
 def make_trunk(
   *,
   weights: str | Path | None = None,
@@ -139,11 +132,19 @@ def make_trunk(
     params = load(params, fetch.fetch("aisfx") if weights is None else weights, dont_load)
 
   def apply(params: Any, batch: jax.Array | np.ndarray) -> jax.Array:
-    b, n, *shape = batch.shape
     there = (jnp.asarray(batch)[:, :, 0, 0] >= 0).astype(jnp.float32)
-    last = model.apply({"params": params}, jnp.asarray(batch).reshape(b * n, *shape))[-1]
-    pooled = jnp.max(jnp.mean(last, axis=2), axis=1).reshape(b, n, -1)
-    return (jnp.einsum("bnc,bn->bc", pooled, there) / jnp.sum(there, axis=1, keepdims=True))[:, None]
+
+    def pooled(chunk: jax.Array) -> jax.Array:
+      last = model.apply({"params": params}, chunk)[-1]
+      return jnp.max(jnp.mean(last, axis=2), axis=1)
+
+    def of_some(chunk: jax.Array) -> jax.Array:
+      # Most sounds are short: a chunk that no sound of the batch has costs nothing.
+      nothing = jnp.zeros((len(chunk), widths[-1]))
+      return jax.lax.cond(jnp.any(chunk[:, 0, 0] >= 0), pooled, lambda _: nothing, chunk)
+
+    parts = jax.lax.map(of_some, jnp.swapaxes(jnp.asarray(batch), 0, 1))
+    return (jnp.einsum("nbc,bn->bc", parts, there) / jnp.sum(there, axis=1, keepdims=True))[:, None]
 
   def preprocess(value: Any) -> np.ndarray:
     samples = audio_transforms.loop_to(audio_transforms.read(value), (FRAMES - 1) * 1024)
@@ -158,7 +159,6 @@ def make_trunk(
     params=params,
     apply=apply,
     preprocess=preprocess,
-    collate=_present,
     fingerprint=fingerprint(params, options, f"{_REVISION} {audio_transforms.REVISION}"),
     options=options,
   )
