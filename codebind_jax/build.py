@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from flax.core import FrozenDict
 
 from codebind_jax.compositional import CompositionalSpec
+from codebind_jax.models.bodies import make_body
 from codebind_jax.models.codebind import CodeBind, TowerSpec
 
 
-def make_model(config: Any) -> CodeBind:
-  """The towers of `config.model`."""
+def make_model(config: Any, **body: Any) -> CodeBind:
+  """The towers of `config.model`; `body` overrides options of the bodies that have them."""
+  options = lambda given: given | {key: value for key, value in body.items() if key in given}
   towers = {
     name: TowerSpec(
       shared_dim=config.model.shared_dim,
@@ -23,7 +26,7 @@ def make_model(config: Any) -> CodeBind:
       meaning=tower.meaning,
       meaning_dim=tower.meaning_dim,
       body=tower.body,
-      body_options=FrozenDict(tower.body_options.to_dict()),
+      body_options=FrozenDict(options(tower.body_options.to_dict())),
     )
     for name, tower in config.model.towers.items()
   }
@@ -49,3 +52,19 @@ def make_spec(config: Any) -> CompositionalSpec | None:
     revive_mode=book.revive_mode,
     detach_similarity=book.detach_similarity,
   )
+
+
+def token_shapes(config: Any, modalities: Iterable[str]) -> dict[str, tuple[int, int]]:
+  """Modality -> shape of one item's tokens as the model is fed them; loads the trunk where the body does not say."""
+  from codebind_jax.pretrained import load_trunk
+
+  shapes = {}
+  for name in modalities:
+    tower = config.model.towers[name]
+    body = make_body(tower.body, tower.body_options.to_dict()) if tower.body else None
+    if hasattr(body, "token_shape"):
+      shapes[name] = body.token_shape()
+    else:
+      trunk = load_trunk(tower.trunk, **tower.options.to_dict())
+      shapes[name] = (trunk.num_tokens, trunk.width)
+  return shapes

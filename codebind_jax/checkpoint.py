@@ -8,11 +8,12 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+
+from codebind_jax import distributed
 
 FOLDER = "checkpoints"
 
@@ -47,12 +48,13 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(self.path, options=options)
 
   def save(self, position: Position, state: Any, iterators: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Starts writing a checkpoint; `iterators` are Grain iterators by source name."""
-    items: dict[str, Any] = {
-      "state": ocp.args.StandardSave(state),
-      "meta": ocp.args.JsonSave({"position": dataclasses.asdict(position), "config": dict(config)}),
-    }
-    items |= {f"data_{name}": grain.checkpoint.CheckpointSave(it) for name, it in iterators.items()}
+    """Starts writing a checkpoint; `iterators` are Grain iterators by source name.
+
+    Their states count global batches and are the same on every process, so that any number of processes can go on.
+    """
+    data = {name: it.get_state() for name, it in iterators.items()}
+    meta = {"position": dataclasses.asdict(position), "config": dict(config), "data": data}
+    items: dict[str, Any] = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(meta)}
     self._manager.save(position.step, args=ocp.args.Composite(**items), force=True)
 
   def restore(
@@ -74,18 +76,21 @@ class Checkpoints:
     steps = sorted(self._manager.all_steps(), reverse=True)
     for step in steps:
       try:
-        position = Position(**self.read_meta(step)["position"])
+        meta = self.read_meta(step)
+        position = Position(**meta["position"])
         state, iterators = target(position)
-        items = {"state": ocp.args.StandardRestore(state)}
-        items |= {f"data_{name}": grain.checkpoint.CheckpointRestore(it) for name, it in iterators.items()}
-        found = self._manager.restore(step, args=ocp.args.Composite(**items))
-        return position, found["state"], {name: found[f"data_{name}"] for name in iterators}
+        found = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(state)))
+        for name, it in iterators.items():
+          it.set_state(meta["data"][name])
+        return position, found["state"], iterators
       except Exception as error:  # orbax reports a truncated array as a bare Exception
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         logging.error("checkpoint %s cannot be read, trying the one before it: %s", self.path / str(step), reason)
         self._manager.close()
-        aside = next(p for n in itertools.count() if not (p := self.path / f"{step}.damaged{n or ''}").exists())
-        (self.path / str(step)).rename(aside)
+        if jax.process_index() == 0:
+          aside = next(p for n in itertools.count() if not (p := self.path / f"{step}.damaged{n or ''}").exists())
+          (self.path / str(step)).rename(aside)
+        distributed.wait_for_all(f"damaged checkpoint {step}")
         self._open()
     if steps:
       raise RuntimeError(f"none of the checkpoints {steps} in {self.path} can be read; they are kept as *.damaged")

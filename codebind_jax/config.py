@@ -8,7 +8,7 @@ from typing import Any
 
 import ml_collections
 
-MODES = ("train", "eval", "compare")
+MODES = ("train", "eval", "compare", "compile")
 TASKS = ("zeroshot", "retrieval", "probe")
 PROFILES = ("auto", "tiny", "tiny-plus", "small", "full")
 _CHOICES = {
@@ -93,6 +93,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 
 def _validate_train(config: ml_collections.ConfigDict) -> None:
+  if config.optim.accumulate != 1:
+    raise ValueError(
+      f"config.optim.accumulate: got {config.optim.accumulate}; allowed: 1. Gradients summed over small batches are "
+      "not those of a large one here: a row would see the negatives of its small batch alone, and the codebooks would "
+      "move in between. For a batch larger than memory set stages.*.parts, which gives exactly the large batch's step"
+    )
   from codebind_jax.data.featurize import CAPTION_MODES
   from codebind_jax.data.worlds.registry import WORLDS
   from codebind_jax.methods.base import make_method
@@ -166,6 +172,10 @@ def _validate_train(config: ml_collections.ConfigDict) -> None:
         raise ValueError(f"config.{where}.weights.{source}: got {weight}; allowed: any number above 0")
     if stage.learning_rate < 0:
       raise ValueError(f"config.{where}.learning_rate: got {stage.learning_rate}; allowed: 0 (config.optim's) and up")
+    if stage.parts < 1:
+      raise ValueError(f"config.{where}.parts: got {stage.parts}; allowed: 1 and up")
+    if stage.chunk < 0:
+      raise ValueError(f"config.{where}.chunk: got {stage.chunk}; allowed: 0 (the whole matrix) and up")
     if stage.mixup < 0:
       raise ValueError(f"config.{where}.mixup: got {stage.mixup}; allowed: 0 (off) and up")
     if stage.balance and not stage.losses.get("info_nce"):

@@ -14,7 +14,7 @@ from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, optionally with an argument: FILE.py:runlocal.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run: checkpoints, metrics, report.")
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0; unset on one host and on TPU pods.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0; unset on one host and on clusters.")
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator.")
 _PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, with --coordinator.")
 
@@ -50,21 +50,25 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 def main(_: Sequence[str]) -> None:
   """Checks the config and runs its mode."""
-  import jax
-
   from codebind_jax import config as config_lib
+  from codebind_jax import distributed
+  from codebind_jax.guard import Preempted
 
   config = _CONFIG.value
-  if config is None or not _WORKDIR.value:
+  if config is None or not (_WORKDIR.value or config.mode == "compile"):
     sys.exit("error: --config=FILE.py and --workdir=DIR are both needed")
   try:
     config_lib.validate(config)
-    if _COORDINATOR.value:
-      jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    if config.mode != "compile":
+      distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     if config.mode == "train":
       from codebind_jax.train import train_and_evaluate
 
       train_and_evaluate(config, _WORKDIR.value)
+    elif config.mode == "compile":
+      from codebind_jax.aot import compile_mode
+
+      sys.exit(0 if compile_mode(config) else 1)
     elif config.mode == "compare":
       from codebind_jax.compare import compare
 
@@ -73,7 +77,9 @@ def main(_: Sequence[str]) -> None:
       from codebind_jax.evaluate import evaluate
 
       evaluate(config, _WORKDIR.value)
-  except (ValueError, OSError, RuntimeError) as error:
+  except Preempted as stopped:
+    logging.info("%s", stopped)
+  except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
     logging.debug("traceback", exc_info=True)
     sys.exit(f"error: {error}")
 

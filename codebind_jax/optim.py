@@ -96,6 +96,20 @@ def make_optimizer(params: Any, trainable: Sequence[str], config: Mapping[str, A
   return tx, param_paths(labels)
 
 
+def frozen(table: Mapping[str, str]) -> frozenset[str]:
+  """Paths that do not train, from `make_optimizer`'s table."""
+  return frozenset(path for path, kind in table.items() if kind == FROZEN)
+
+
+def stop_frozen(params: Any, paths: frozenset[str]) -> Any:
+  """The parameters, with no gradient through those at `paths`: none is computed, and none counts in a norm."""
+
+  def stop(path: Any, x: Any) -> Any:
+    return jax.lax.stop_gradient(x) if jax.tree_util.keystr(path, simple=True, separator="/") in paths else x
+
+  return jax.tree_util.tree_map_with_path(stop, params) if paths else params
+
+
 def log_table(params: Any, table: Mapping[str, str]) -> None:
   """Logs the resolved table: path, shape, what happens to it."""
   shapes = {path: tuple(leaf.shape) for path, leaf in param_paths(params).items()}

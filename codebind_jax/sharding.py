@@ -1,45 +1,172 @@
-"""The device mesh and where arrays live on it: batches split over `data`, state replicated."""
+"""The device mesh and where arrays live on it: one regex table for parameters, optimizer state, codebooks and the rest.
+
+A rule gives a path's axes logical names (`embed`, `mlp`, `codes`), a second table says over which mesh axes a logical
+axis is split; model code names neither. An axis that does not divide stays whole, and the printed table shows it.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from absl import logging
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # fsdp splits the rows as well: each device gathers the weights it needs, layer by layer
+
+# Logical axis -> mesh axes.
+LOGICAL = {"embed": ("fsdp",), "mlp": ("tensor",), "vocab": ("tensor",), "codes": (), "": ()}
+
+# (path regex, logical names of the last axes); the first match wins. Optimizer state and moving averages carry their
+# parameter's path at the end of their own, so that one table serves all.
+RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
+  (r"codebooks/.*/(codes|ema_sum)", ("codes", "")),
+  (r"codebooks/.*/(ema_count|usage)", ("codes",)),
+  (r".*lora_[ab]", ()),
+  (r".*(attn/out|mlp/fc2|second)/kernel", ("mlp", "embed")),
+  (r".*patch/kernel", ("embed",)),
+  (r".*/kernel", ("embed", "mlp")),
+  (r".*/embedding", ("vocab", "embed")),
+  (r".*", ()),  # vectors, positions, counters: small, whole on every device
+)
 
 
-def make_mesh(shape: Mapping[str, int]) -> Mesh:
-  """Mesh over all devices with axes `data`, `fsdp`, `tensor`; one entry may be -1 and is filled.
+def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+  """Mesh with axes `data`, `fsdp`, `tensor`; one entry may be -1 and is filled.
+
+  Args:
+    shape: axis -> size.
+    devices: to use; all there are by default.
 
   Raises:
     ValueError: if the sizes do not multiply to the number of devices.
   """
   sizes = [int(shape[axis]) for axis in AXES]
-  count = jax.device_count()
+  count = jax.device_count() if devices is None else len(devices)
   known = math.prod(size for size in sizes if size != -1)
   if sizes.count(-1) > 1 or known < 1 or count % known or (-1 not in sizes and known != count):
     raise ValueError(f"mesh: {dict(zip(AXES, sizes))} does not fit {count} devices (one axis may be -1)")
   sizes = [count // known if size == -1 else size for size in sizes]
-  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-  """The same value on every device."""
-  return NamedSharding(mesh, P())
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """A mesh and the rules that place arrays on it.
+
+  Attributes:
+    mesh: devices.
+    rules: (path regex, logical names of the last axes), the first match wins.
+    logical: logical axis -> mesh axes.
+  """
+
+  mesh: Mesh | AbstractMesh
+  rules: tuple[tuple[str, tuple[str, ...]], ...] = RULES
+  logical: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: dict(LOGICAL))
+
+  @property
+  def replicated(self) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(self.mesh, P())
+
+  @property
+  def rows(self) -> NamedSharding:
+    """Leading axis split over the batch's mesh axes."""
+    return NamedSharding(self.mesh, P(BATCH))
+
+  @property
+  def row_devices(self) -> int:
+    """Over how many devices the rows of a batch are split."""
+    return math.prod(self.mesh.shape[axis] for axis in BATCH)
+
+  def spec(self, path: str, shape: tuple[int, ...]) -> P:
+    """How an array at `path` is split.
+
+    Raises:
+      ValueError: if no rule matches.
+    """
+    names = next((names for pattern, names in self.rules if re.fullmatch(pattern, path)), None)
+    if names is None:
+      raise ValueError(f"sharding.rules: {path!r} matches none of {[pattern for pattern, _ in self.rules]}")
+    names = names[len(names) - min(len(names), len(shape)) :]
+    parts: list[Any] = [None] * (len(shape) - len(names))
+    used: set[str] = set()
+    for size, name in zip(shape[len(parts) :], names, strict=True):
+      axes = tuple(a for a in self.logical[name] if self.mesh.shape[a] > 1 and a not in used)
+      fits = axes and size % math.prod(self.mesh.shape[a] for a in axes) == 0
+      used.update(axes if fits else ())
+      parts.append((axes if len(axes) > 1 else axes[0]) if fits else None)
+    while parts and parts[-1] is None:
+      parts.pop()
+    return P(*parts)
+
+  def of(self, tree: Any, prefix: str = "") -> Any:
+    """Tree of the shardings of a state, or of its part at `prefix`."""
+    place = lambda path, x: NamedSharding(self.mesh, self.spec(_name(prefix, path), np.shape(x)))
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+  def log(self, tree: Any, prefix: str = "") -> None:
+    """Logs what is split how, and the bytes a device holds of it."""
+    if self.mesh.size > 1:
+      for line in self.table(tree, prefix):
+        logging.info("  %s", line)
+
+  def table(self, tree: Any, prefix: str = "") -> list[str]:
+    """Lines of (part of the state, split, arrays, bytes in all, bytes a device), and one example of each."""
+    groups: dict[tuple[str, str], list[Any]] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+      name = _name(prefix, path)
+      spec = self.spec(name, np.shape(leaf))
+      split = math.prod(self.mesh.shape[a] for part in spec for a in ((part,) if isinstance(part, str) else part or ()))
+      entry = groups.setdefault((name.split("/")[0], str(tuple(spec)) if len(spec) else "whole"), [0, 0, 0, name])
+      size = leaf.size * leaf.dtype.itemsize
+      entry[:3] = entry[0] + 1, entry[1] + size, entry[2] + size // split
+    lines = [f"{'part':<10} {'split':<22} {'arrays':>6} {'MB':>10} {'MB/device':>10}  such as"]
+    for (part, split), (count, size, local, example) in groups.items():
+      lines.append(f"{part:<10} {split:<22} {count:6d} {size / 2**20:10.2f} {local / 2**20:10.2f}  {example}")
+    total, local = (sum(entry[i] for entry in groups.values()) for i in (1, 2))
+    count = sum(entry[0] for entry in groups.values())
+    return [*lines, f"{'all':<10} {'':<22} {count:6d} {total / 2**20:10.2f} {local / 2**20:10.2f}"]
+
+  def put_batch(self, batch: Any) -> Any:
+    """Moves a host batch to the mesh; every process passes its own rows of the global batch."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.rows, np.asarray(x)), batch)
+
+  def whole(self, tree: Any) -> Any:
+    """The tree with every array whole and readable by this process: as it is where it is so already, else numpy."""
+    if jax.process_count() == 1 and all(x.sharding.is_fully_replicated for x in jax.tree.leaves(tree)):
+      return tree
+    gathered = jax.jit(lambda x: x, out_shardings=self.replicated)(tree)
+    return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), gathered)
 
 
-def over_data(mesh: Mesh) -> NamedSharding:
-  """Leading axis split over `data`."""
-  return NamedSharding(mesh, P("data"))
+def make_layout(config: Any, devices: Sequence[Any] | None = None) -> Layout:
+  """The layout of `config.mesh` and `config.sharding` (`rules`, put before ours, and `codes`, a mesh axis or "").
+
+  Raises:
+    ValueError: for a mesh that does not fit the devices, or an unknown axis in `config.sharding`.
+  """
+  logical = dict(LOGICAL)
+  if config.sharding.codes:
+    if config.sharding.codes not in AXES:
+      raise ValueError(f"config.sharding.codes: got {config.sharding.codes!r}; allowed: '' (whole) or {list(AXES)}")
+    logical["codes"] = (config.sharding.codes,)
+  logical |= {axis: (axis,) for axis in AXES}  # a rule of the user's may name mesh axes
+  rules = tuple((pattern, tuple(names)) for pattern, names in config.sharding.rules)
+  for pattern, names in rules:
+    for name in names:
+      if name not in logical:
+        raise ValueError(f"config.sharding.rules: {pattern!r} names axis {name!r}; allowed: {sorted(logical)}")
+  return Layout(make_mesh(config.mesh.to_dict(), devices), rules + RULES, logical)
 
 
-def put_batch(batch: Any, mesh: Mesh) -> Any:
-  """Moves a host batch to the mesh; every process passes its own rows of the global batch."""
-  sharding = over_data(mesh)
-  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+def _name(prefix: str, path: Any) -> str:
+  name = jax.tree_util.keystr(path, simple=True, separator="/")
+  return f"{prefix}/{name}" if prefix and name else prefix or name

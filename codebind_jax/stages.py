@@ -27,6 +27,9 @@ class Stage:
     matching_temperature: of the softmax over codes in code matching.
     code_rows: rows of a batch that code contrast and code matching look at; 0 for all. Their cost grows with rows times
       segments times codes (matching: with the square of the rows), and is most of a step's if all rows take part.
+    chunk: rows and columns of the InfoNCE logits held at once; 0 for the whole matrix.
+    ring: InfoNCE passes rows from device to device, so that none holds the whole batch.
+    parts: the towers see the batch in so many parts, one after the other; losses and codebooks see it whole.
     mixup: rows are mixed with their neighbours in the batch, all modalities by the same share, drawn from Beta(mixup,
       mixup) (Zhang et al., 2018, arXiv 1710.09412); 0 for none.
     balance: the loss balancer (`losses/balance.py`) sets the weights of the terms; `losses` then only says which take
@@ -48,6 +51,9 @@ class Stage:
   matching_temperature: float
   code_rows: int
   mixup: float
+  chunk: int
+  ring: bool
+  parts: int
   balance: bool
   first_step: int
 
@@ -103,6 +109,9 @@ def stages_of(config: Any) -> list[Stage]:
         matching_temperature=float(entry.matching_temperature),
         code_rows=int(entry.code_rows),
         mixup=float(entry.mixup),
+        chunk=int(entry.chunk),
+        ring=bool(entry.ring),
+        parts=int(entry.parts),
         balance=bool(entry.balance),
         first_step=step,
       )

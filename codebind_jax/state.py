@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
-from codebind_jax.sharding import replicated
+from codebind_jax.sharding import Layout
 
 
 @flax.struct.dataclass
@@ -34,33 +35,71 @@ class TrainState:
   rng: Any
 
 
-def create(mesh: Mesh, rng: Any, init: Callable[[Any], tuple[Any, Any, Any]]) -> TrainState:
+Init = Callable[[Any], tuple[Any, Any, Any]]
+
+
+def _first(init: Init, rng: Any) -> TrainState:
+  params, codebooks, aux = init(jax.random.fold_in(rng, 0))
+  step = jnp.zeros((), jnp.int32)
+  return TrainState(step, params, codebooks, (), aux, jax.random.fold_in(rng, 1))
+
+
+def shapes(init: Init) -> TrainState:
+  """Shapes and types of what `create` makes."""
+  return jax.eval_shape(functools.partial(_first, init), jax.random.key(0))
+
+
+def create(layout: Layout, rng: Any, init: Init) -> TrainState:
   """Makes the first state already placed on the mesh; nothing is materialised on one device.
 
   Args:
-    mesh: device mesh.
+    layout: mesh and rules.
     rng: typed PRNG key.
     init: key -> (params, codebooks, aux); pure and jittable.
 
   Returns:
     A state at step 0 without optimizer state (see `with_optimizer`).
   """
-
-  def build(key: Any) -> TrainState:
-    params, codebooks, aux = init(jax.random.fold_in(key, 0))
-    step = jax.numpy.zeros((), jax.numpy.int32)
-    return TrainState(step, params, codebooks, (), aux, jax.random.fold_in(key, 1))
-
-  return jax.jit(build, out_shardings=replicated(mesh))(rng)
+  # The key is closed over: an argument would have to be one array of all processes.
+  return jax.jit(functools.partial(_first, init, rng), out_shardings=layout.of(shapes(init)))()
 
 
-def with_optimizer(state: TrainState, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def with_optimizer(state: TrainState, tx: optax.GradientTransformation, layout: Layout) -> TrainState:
   """The state with a fresh optimizer state of `tx`, as at the start of a stage."""
-  return state.replace(opt_state=jax.jit(tx.init, out_shardings=replicated(mesh))(state.params))
+  shardings = layout.of(jax.eval_shape(tx.init, state.params), "opt_state")
+  return state.replace(opt_state=jax.jit(tx.init, out_shardings=shardings)(state.params))
 
 
-def abstract(state: TrainState, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-  """Shapes, types and shardings of `state` under `tx`: the target a checkpoint is restored into."""
-  shapes = jax.eval_shape(lambda s: s.replace(opt_state=tx.init(s.params)), state)
-  sharding = replicated(mesh)
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+def abstract(state: TrainState, tx: optax.GradientTransformation, layout: Layout) -> TrainState:
+  """Shapes, types and shardings of `state` (or of its shapes) under `tx`: what a checkpoint is restored into."""
+  whole = jax.eval_shape(lambda s: s.replace(opt_state=tx.init(s.params)), state)
+  place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+  return jax.tree.map(place, whole, layout.of(whole))
+
+
+def advance(state: TrainState, new: TrainState, finite: Any) -> TrainState:
+  """The new state if the step was finite; else the old one with its step number inverted, which stops all later steps.
+
+  So the state before the bad step is kept on the device until the host looks, and no step has to wait for it.
+
+  Args:
+    state: before the step.
+    new: after it.
+    finite: bool [].
+  """
+  alive = state.step >= 0
+  stopped = state.replace(step=jnp.where(alive, ~state.step, state.step))
+  keys = lambda x: jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+  choose = lambda a, b: a if keys(a) else jnp.where(alive & finite, a, b)
+  return jax.tree.map(choose, new, stopped)
+
+
+def guarded(step: Callable[..., Any]) -> Callable[..., Any]:
+  """A training step that keeps the old state, stopped (see `advance`), where one of its metrics is not finite."""
+
+  def run(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+    new, metrics = step(state, batch)
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(value)) for value in metrics.values()]))
+    return advance(state, new, finite), metrics
+
+  return run

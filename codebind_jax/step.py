@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
-from codebind_jax import losses
+from codebind_jax import losses, optim
 from codebind_jax.codebook import CodebookState, usage_stats
 from codebind_jax.compositional import CompositionalSpec, ModalityOutput, quantize_modalities
+from codebind_jax.gradient_cache import in_parts
 from codebind_jax.models.codebind import CodeBind
 from codebind_jax.norm import unit
+from codebind_jax.sharding import BATCH
 from codebind_jax.stages import Stage
 from codebind_jax.state import TrainState
 
@@ -73,7 +75,7 @@ def _align(c: Context, outputs: Mapping[str, Any]) -> Float[Array, ""]:
     losses.info_nce(
       outputs[a].shared[:, 0], outputs[b].shared[:, 0], temperature=c.stage.temperature,
       logit_scale_a=c.scales[a], logit_scale_b=c.scales[b], mask=c.masks[a] & c.masks[b],
-      groups=c.groups if "text" in (a, b) else None,
+      chunk=c.stage.chunk, axes=BATCH if c.stage.ring else (), groups=c.groups if "text" in (a, b) else None,
     )
     for a, b in c.pairs
   ])
@@ -143,7 +145,7 @@ def balanced_terms(stages: Sequence[Stage]) -> tuple[str, ...]:
 
 def make_train_step(
   model: CodeBind, spec: CompositionalSpec | None, stage: Stage, tx: optax.GradientTransformation, *,
-  update: str = "snapshot",
+  update: str = "snapshot", frozen: frozenset[str] = frozenset(),
 ) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, dict[str, Array]]]:
   """The step of a stage: (state, batch) -> (state, metrics), to be jitted with the state donated.
 
@@ -153,6 +155,7 @@ def make_train_step(
     stage: pairs and weighted terms.
     tx: optimizer of the stage.
     update: how the codebooks are updated, `snapshot` or `sequential` (the release).
+    frozen: paths of parameters that do not train; no gradient is computed for them.
 
   A batch is `{source: {modality: [b, n, d], "_mask": {modality: bool [b]}, "_group": int [b]}}`; modalities of several
   sources are quantised together against one snapshot of the codebooks; the terms are taken per source and averaged by
@@ -162,11 +165,13 @@ def make_train_step(
   code_rows = stage.code_rows if {"code_contrast", "code_matching"} & set(active) else 1
 
   def loss_fn(params: Any, state: TrainState, batch: Mapping[str, Any], rng: Any):
+    params = optim.stop_frozen(params, frozen)
     tokens, masks, owners = merge_sources(batch)
     drop_rng, code_rng = jax.random.split(rng)
     if stage.mixup:
       tokens = mixed(jax.random.fold_in(rng, 1), tokens, masks, owners, stage.mixup)
-    features, scales = model.apply({"params": params}, tokens, train=True, rngs={"dropout": drop_rng})
+    apply = lambda params, tokens, rng: model.apply({"params": params}, tokens, train=True, rngs={"dropout": rng})
+    features, scales = in_parts(apply, params, tokens, drop_rng, stage.parts)
     plain = plain_outputs(features, model)
     if spec is None:
       outputs, codebooks = plain, state.codebooks

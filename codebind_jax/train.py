@@ -18,19 +18,22 @@ import tqdm
 from absl import logging
 
 from codebind_jax import config as config_lib
-from codebind_jax import optim, sharding, summary
+from codebind_jax import distributed, optim, summary
 from codebind_jax import state as state_lib
 from codebind_jax.api import Model, load
 from codebind_jax.checkpoint import Checkpoints, Position
 from codebind_jax.codebook import collapsed, usage_stats
+from codebind_jax.compile import compile_step
 from codebind_jax.data.featurize import Featurizer
 from codebind_jax.data.pipeline import make_iterator
 from codebind_jax.data.task import open_task
 from codebind_jax.evaluate import Evaluation, StageEvaluation
-from codebind_jax.methods.base import EXTRA, Recipe, make_method
+from codebind_jax.guard import Preempted, Preemption, Watch
+from codebind_jax.methods.base import Recipe, make_init, make_method
 from codebind_jax.metrics import MetricsWriter, Throughput
 from codebind_jax.models.codebind import whitened
 from codebind_jax.report import write_report
+from codebind_jax.sharding import Layout, make_layout
 from codebind_jax.stages import Stage, stages_of
 from codebind_jax.state import TrainState
 
@@ -90,9 +93,10 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | pathlib
   folder = claim_workdir(config, workdir)
 
   banner("data")
-  task = open_task(config.data)
-  featurizer = Featurizer(config)
-  tables, labels = featurizer.train_tables(task.train, task.unique, task.extra)
+  with distributed.first():  # fetches, builds and computes what is not cached yet
+    task = open_task(config.data)
+    featurizer = Featurizer(config)
+    tables, labels = featurizer.train_tables(task.train, task.unique, task.extra)
   evaluation = Evaluation(config, task, featurizer)
 
   final, models = run_stages(config, folder, tables, labels, evaluation)
@@ -126,33 +130,23 @@ def run_stages(
     evaluation: of this config.
 
   Returns:
-    The final metrics, and the model before and after training.
+    The final metrics (on process 0), and the model before and after training.
   """
   banner("model")
-  mesh = sharding.make_mesh(config.mesh.to_dict())
+  layout = make_layout(config)
   method = make_method(config)
   stages = [stage.on({name: set(found) for name, found in tables.items()}) for stage in stages_of(config)]
   first_of = {m: table for found in reversed(tables.values()) for m, table in found.items()}
-  dummy = {
-    name: jnp.zeros((1, trunk.num_tokens, trunk.width), jnp.float32) for name, trunk in evaluation.trunks.items()
-  }
-
-  def init(rng: Any) -> tuple[Any, Any, Any]:
-    head_rng, code_rng = jax.random.split(rng)
-    towers = method.model.init(head_rng, dummy)["params"]
-    features, _ = method.model.apply({"params": towers}, dummy)
-    extra, codebooks, aux = method.init(code_rng, features, dummy, towers)
-    return towers | ({EXTRA: extra} if extra else {}), codebooks, aux
-
-  state = state_lib.create(mesh, jax.random.key(config.seed), init)
-  state = state.replace(params=whiten_heads(state.params, config, first_of))
+  shapes = {name: (trunk.num_tokens, trunk.width) for name, trunk in evaluation.trunks.items()}
+  state = state_lib.create(layout, jax.random.key(config.seed), make_init(method, shapes, config.model.half))
+  state = state.replace(params=whiten_heads(state.params, config, first_of, layout))
   held: dict[str, tuple[str, ...]] = {}
   if config.init_from:
-    state, held[""] = start_from(state, config.init_from, mesh)
+    state, held[""] = start_from(state, config.init_from)
   for number, stage in enumerate(stages):
     before = held.get(stages[number - 1].name if number else "", ())
     held[stage.name] = tuple(dict.fromkeys((*before, *stage.modalities)))
-  untrained_params = jax.device_get(state.params)  # the step donates its state; the report shows the start as well
+  untrained_params = jax.device_get(layout.whole(state.params))  # the step donates its state
   optimizers = {
     stage.name: optim.make_optimizer(
       state.params, stage.train,
@@ -171,11 +165,11 @@ def run_stages(
 
   with contextlib.closing(Checkpoints(folder, keep=config.keep_checkpoints)) as store, MetricsWriter(
     folder, active=jax.process_index() == 0
-  ) as writer:
+  ) as writer, Preemption() as preemption:
     # Order of initialisation: this run's own checkpoint, else random heads and k-means codebooks.
     by_name = {stage.name: stage for stage in stages}
     restored = store.restore(
-      lambda at: (state_lib.abstract(state, optimizers[at.stage][0], mesh), make_iterators(by_name[at.stage]))
+      lambda at: (state_lib.abstract(state, optimizers[at.stage][0], layout), make_iterators(by_name[at.stage]))
     )
     position, iterators = Position(0, stages[0].name, False), {}  # until something is restored
     if restored is None:
@@ -189,7 +183,7 @@ def run_stages(
       if stage.last_step < position.step:
         continue
       if stage.last_step == position.step:
-        evaluate_stage(config, state, stage, stages, evaluation, writer, held[stage.name])
+        evaluate_stage(config, state, stage, stages, evaluation, writer, held[stage.name], layout)
         continue
       banner(f"stage {stage.name}: {stage.steps} steps on {' + '.join(stage.modalities)}")
       tx, table = optimizers[stage.name]
@@ -198,33 +192,37 @@ def run_stages(
         iterators = make_iterators(stage)
         earlier = held.get(stages[stages.index(stage) - 1].name if stage is not stages[0] else "", ())
         state = state.replace(params=copy_heads(state.params, config, set(stage.modalities) - set(earlier)))
-        state = state_lib.with_optimizer(state, tx, mesh)
+        state = state_lib.with_optimizer(state, tx, layout)
+        layout.log(state)
         if state.codebooks:
           first = {name: next(it) for name, it in make_iterators(stage).items()}
-          start = jax.jit(method.start, out_shardings=sharding.replicated(mesh))
-          state = state.replace(codebooks=start(state, sharding.put_batch(first, mesh)))
+          start = jax.jit(method.start, out_shardings=layout.of(state.codebooks, "codebooks"))
+          state = state.replace(codebooks=start(state, layout.put_batch(first)))
       state = run_stage(
-        config, stage, state, tx, iterators, mesh, method, store, writer, evaluation, held[stage.name],
-        worlds_until(stages, stage),
+        config, stage, state, tx, iterators, layout, method, store, writer, evaluation, held[stage.name],
+        worlds_until(stages, stage), optim.frozen(table), preemption,
       )
       position = Position(stage.last_step, stage.name, True)
-      evaluate_stage(config, state, stage, stages, evaluation, writer, held[stage.name])
+      evaluate_stage(config, state, stage, stages, evaluation, writer, held[stage.name], layout)
 
     banner("evaluation")
     last = held[stages[-1].name]
-    trained = Model(config, state.params, state.codebooks, evaluation.trunks, modalities=last)
+    trained = Model(config, *layout.whole((state.params, state.codebooks)), evaluation.trunks, modalities=last)
     untrained = Model(baseline_of(config), untrained_params, {}, evaluation.trunks, modalities=last)
-    return evaluation.finish(trained, int(state.step), writer), {"before": untrained, "after": trained}
+    final = evaluation.finish(trained, int(state.step), writer) if jax.process_index() == 0 else {}
+    distributed.wait_for_all("evaluation")
+    return final, {"before": untrained, "after": trained}
 
 
 def evaluate_stage(
   config: Any, state: TrainState, stage: Stage, stages: Sequence[Stage], evaluation: StageEvaluation,
-  writer: MetricsWriter, held: Sequence[str],
+  writer: MetricsWriter, held: Sequence[str], layout: Layout,
 ) -> None:
   """What the modalities brought in so far reach once a stage is done; the last stage's is the final evaluation."""
   if stage is not stages[-1]:
-    model = Model(config, state.params, state.codebooks, evaluation.trunks, modalities=held)
-    evaluation.after_stage(model, stage.last_step, stage.name, writer, worlds_until(stages, stage))
+    model = Model(config, *layout.whole((state.params, state.codebooks)), evaluation.trunks, modalities=held)
+    if jax.process_index() == 0:
+      evaluation.after_stage(model, stage.last_step, stage.name, writer, worlds_until(stages, stage))
 
 
 def worlds_until(stages: Sequence[Stage], stage: Stage) -> set[str]:
@@ -233,66 +231,59 @@ def worlds_until(stages: Sequence[Stage], stage: Stage) -> set[str]:
 
 
 def run_stage(
-  config: Any, stage: Stage, state: TrainState, tx: Any, iterators: Mapping[str, Any], mesh: Any, method: Recipe,
+  config: Any, stage: Stage, state: TrainState, tx: Any, iterators: Mapping[str, Any], layout: Layout, method: Recipe,
   store: Checkpoints, writer: MetricsWriter, evaluation: StageEvaluation, held: Sequence[str],
-  worlds: Collection[str],
+  worlds: Collection[str], frozen: frozenset[str], preemption: Preemption,
 ) -> TrainState:
   """The loop of one stage, from wherever `state` stands to the stage's last step."""
-  read = lambda: {name: sharding.put_batch(next(it), mesh) for name, it in iterators.items()}
+  read = lambda: {name: layout.put_batch(next(it)) for name, it in iterators.items()}
   step, compiled = int(state.step), None
-  clock = Throughput()
+  clock, watch = Throughput(), Watch(store.path.parent, config_lib.to_plain(config), stage.name)
   bar = tqdm.tqdm(total=stage.last_step, initial=step, desc=stage.name, unit="step", disable=None, mininterval=0.5)
   while step < stage.last_step:
     with clock.waiting():
+      watch.before(step, iterators)
       batch = read()
     if compiled is None:
-      compiled = compile_step(method.train_step(stage, tx), state, batch, mesh)
+      compiled = compile_step(state_lib.guarded(method.train_step(stage, tx, frozen)), state, batch, layout)
       clock.restart()
     state, metrics = compiled(state, batch)
     step += 1
     clock.add(sum(stage.sources.values()))
     bar.update()
     last = step == stage.last_step
+    stop = preemption.reached(step) and not last
+    save = step % config.checkpoint_steps == 0 or last or stop
+    if save or step % config.log_steps == 0:
+      watch.check(state, step, iterators, compiled, read, held)
     if step % config.log_steps == 0 or last:
       values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-      check_finite(values, step, stage)
       warn_of_collapse(state.codebooks, config.codebook.alarm_share, step)
       values["compiled_megabytes"] = compiled.memory_analysis().temp_size_in_bytes / 2**20
       writer.write(step, stage.name, values | clock.report())
     if step % config.eval_steps == 0 and not last:
       bar.clear()
-      current = Model(config, state.params, state.codebooks, evaluation.trunks, modalities=held)
-      writer.write(step, stage.name, evaluation.validate(current, worlds))
+      current = Model(config, *layout.whole((state.params, state.codebooks)), evaluation.trunks, modalities=held)
+      if jax.process_index() == 0:
+        writer.write(step, stage.name, evaluation.validate(current, worlds))
       clock.restart()
-    if step % config.checkpoint_steps == 0 or last:
+    if save:
       writer.flush()
       store.save(Position(step, stage.name, last, tuple(held)), state, iterators, config_lib.to_plain(config))
+    if stop:
+      store.wait()
+      raise Preempted(f"stopped after step {step} of stage {stage.name!r}, state saved; the same command goes on")
   bar.close()
   return state
 
 
-def compile_step(step: Any, state: TrainState, batch: Any, mesh: Any) -> Any:
-  """Compiles the step for these shapes once and for all (a later shape is an error, not a recompilation)."""
-  started = time.time()
-  jitted = jax.jit(step, donate_argnums=0, out_shardings=sharding.replicated(mesh))
-  # XLA keeps to 256 bits on CPU unless told otherwise; the code search is twice as fast with the whole register.
-  options = {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else None
-  compiled = jitted.lower(state, batch).compile(compiler_options=options)
-  memory = compiled.memory_analysis()
-  logging.info(
-    "compiled the step in %.1f s: %.0f MB of arguments, %.0f MB of temporaries a device", time.time() - started,
-    memory.argument_size_in_bytes / 2**20, memory.temp_size_in_bytes / 2**20,
-  )
-  return compiled
-
-
-def whiten_heads(params: Any, config: Any, tables: Mapping[str, Any]) -> Any:
+def whiten_heads(params: Any, config: Any, tables: Mapping[str, Any], layout: Layout) -> Any:
   """The random start of the shared heads, with `config.model.towers.*.whiten` folded in where it is set."""
   params = dict(params)
   for name, tower in config.model.towers.items():
     if tower.whiten and name in tables:
       tokens = np.asarray(tables[name].features[:, 0, 0], np.float32)
-      head = whitened(jax.device_get(params[name]["shared"]), tokens, tower.whiten)
+      head = whitened(layout.whole(params[name]["shared"]), tokens, tower.whiten)
       placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), head, params[name]["shared"])
       params[name] = dict(params[name]) | {"shared": placed}
   return params
@@ -316,7 +307,7 @@ def copy_heads(params: Any, config: Any, new: Collection[str]) -> Any:
   return params
 
 
-def start_from(state: TrainState, workdir: str, mesh: Any) -> tuple[TrainState, tuple[str, ...]]:
+def start_from(state: TrainState, workdir: str) -> tuple[TrainState, tuple[str, ...]]:
   """The state with the parameters and codebooks of a finished run, for all modalities that run had, and their names.
 
   Raises:
@@ -332,7 +323,7 @@ def start_from(state: TrainState, workdir: str, mesh: Any) -> tuple[TrainState, 
                ", ".join(sorted({path.split("/")[1] for path in set(here) - set(there)})) or "nothing")
   pick = lambda prefix, tree: jax.tree_util.tree_map_with_path(
     lambda path, x: jax.device_put(there.get(prefix + jax.tree_util.keystr(path, simple=True, separator="/"), x),
-                                   sharding.replicated(mesh)), tree,
+                                   x.sharding), tree,
   )  # fmt: skip
   state = state.replace(params=pick("params/", state.params), codebooks=pick("codebooks/", state.codebooks))
   return state, before.modalities
@@ -344,10 +335,3 @@ def warn_of_collapse(codebooks: Mapping[str, Any], share: float, step: int) -> N
     if book.initialised and collapsed(book.usage, share):
       perplexity = float(usage_stats(book.usage)["perplexity"])
       logging.warning("step %d: codebook %r collapses: perplexity %.1f of %d", step, name, perplexity, len(book.codes))
-
-
-def check_finite(values: Mapping[str, float], step: int, stage: Stage) -> None:
-  """Raises FloatingPointError naming the terms that are not finite."""
-  bad = [name for name, value in values.items() if not abs(value) < float("inf")]
-  if bad:
-    raise FloatingPointError(f"stage {stage.name!r}, step {step}: not finite: {', '.join(bad)}")

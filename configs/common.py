@@ -39,6 +39,9 @@ def stage(config, **overrides):
   entry.temperature = 0.07
   entry.matching_temperature = 1.0
   entry.code_rows = 0  # rows of a batch for code_contrast and code_matching; 0 for all
+  entry.chunk = 0  # rows and columns of the InfoNCE logits held at once; 0 for the whole matrix
+  entry.ring = False  # InfoNCE passes rows from device to device instead of gathering them (very large batches)
+  entry.parts = 1  # the towers see the batch in so many parts, for batches larger than memory; the rest sees it whole
   entry.mixup = 0.0  # share of another row mixed into every row: Beta(mixup, mixup); 0 for none
   entry.balance = False  # weights follow the magnitude of info_nce; `losses` then only says which terms take part
   entry.losses = ConfigDict()
@@ -50,6 +53,7 @@ def get_config():
   """Everything but towers and stages."""
   config = ConfigDict()
   config.mode = "train"
+  config.topology = ""  # mode compile: the TPU slice to compile for, such as v5e:16x16
   config.method = "codebind"  # a module of codebind_jax/methods
   config.method_options = ConfigDict()  # its fields
   config.seed = 0
@@ -64,6 +68,9 @@ def get_config():
   config.test = True  # read the test sets once, at the end
   config.emergent = ()  # pairs of modalities that no stage binds, to be retrieved from each other by concept
   config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+  config.sharding = ConfigDict()
+  config.sharding.rules = ()  # ((path regex, names of the last axes), ...) before those of sharding.py
+  config.sharding.codes = ""  # a mesh axis to split codebooks over; "" keeps them whole
 
   config.data = ConfigDict()
   config.data.root = ""  # default: $CODEBIND_DATA, else the user's cache folder
@@ -81,6 +88,7 @@ def get_config():
   config.model = ConfigDict()
   config.model.shared_dim = 384
   config.model.quantize = True
+  config.model.half = ()  # path regexes of parameters kept in bfloat16 (frozen trunks)
   config.model.towers = ConfigDict()
 
   config.codebook = ConfigDict()
@@ -105,6 +113,7 @@ def get_config():
   config.optim.b2 = 0.95
   config.optim.weight_decay = 1e-4
   config.optim.clip_norm = 1.0
+  config.optim.accumulate = 1  # more is refused: see stages.*.parts
   # (path regex, learning-rate multiplier, weight-decay multiplier); the first match wins
   config.optim.rules = ((r".*_log_logit_scale", 1.0, 0.0), (r".*(bias|scale)", 1.0, 0.0), (r".*kernel", 1.0, 1.0),
                         (r"method/codes", 1.0, 0.0))  # fmt: skip

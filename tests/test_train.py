@@ -185,13 +185,16 @@ def test_batch_larger_than_the_data(data, tmp_path):
 @pytest.mark.parametrize(
   ("key", "value", "message"),
   [
-    ("mode", "fly", "'fly' is not allowed; allowed: .'train', 'eval'"),
+    ("mode", "fly", "'fly' is not allowed; allowed: .'train', 'eval', 'compile'"),
     ("steps", 0, "config.steps: got 0; allowed: any number above 0"),
     ("codebook.distance", "manhattan", "config.codebook.distance: 'manhattan' is not allowed"),
     ("data.extra", 1.0, "config.data.extra: got 1.0; allowed: 0 .none. up to, not including, 1"),
     ("codebook.decay", 1.5, "config.codebook.decay: got 1.5; allowed: 0 to 1"),
     ("data.captions", "some", "config.data.captions: .some. is not allowed; allowed: .*joined"),
     ("model.towers.text.whiten", -0.1, "config.model.towers.text.whiten: got -0.1; allowed: 0 .off. to 1"),
+    ("stages.bridges.chunk", -1, "config.stages.bridges.chunk: got -1; allowed: 0 .the whole matrix. and up"),
+    ("stages.bridges.parts", 0, "config.stages.bridges.parts: got 0; allowed: 1 and up"),
+    ("optim.accumulate", 4, "config.optim.accumulate: got 4; allowed: 1. .* negatives of its small batch .*parts"),
     ("stages.bridges.mixup", -1.0, "config.stages.bridges.mixup: got -1.0; allowed: 0 .off. and up"),
     ("model.shared_dim", 10, "multiple of codebook.dim"),
     ("model.towers.image.trunk", "resnet", "config.model.towers.image.trunk: 'resnet' is not allowed"),

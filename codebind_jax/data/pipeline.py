@@ -79,8 +79,8 @@ def make_iterator(
   Rows of equal `_group` have the same label.
 
   With `unique_labels` an epoch visits every label once and draws one of its rows, so that no batch holds two rows
-  that are each other's false negatives. Each process reads its own share of the groups and yields its own rows of the
-  global batch. The iterator's state goes into the checkpoint.
+  that are each other's false negatives. Each process yields its own rows of the global batch, which is
+  the same for any number of them. The iterator's state goes into the checkpoint.
 
   The last `extra` rows are further data, which may be many more labels than the others: `extra_share` of a batch is
   drawn from those of their labels that no other row has, so that both kinds keep their own epochs.
@@ -113,9 +113,11 @@ def make_iterator(
     if size * shards > len(groups):
       what = "distinct labels (unique_labels is on)" if unique_labels else "rows"
       raise ValueError(f"batch_size of {name!r}: {size * shards} is larger than its {len(groups)} {what}")
-    share = range(jax.process_index(), len(groups) // shards * shards, shards)
-    dataset = grain.MapDataset.source(share).seed(seed).shuffle()
-    return dataset.random_map(_Pick(tables, groups, numbers)).batch(size, drop_remainder=True).repeat()
+    # Every process draws the same global batches and reads its own consecutive rows of each, so that the batches do
+    # not depend on how many processes there are.
+    dataset = grain.MapDataset.source(range(len(groups))).seed(seed).shuffle()
+    dataset = dataset.random_map(_Pick(tables, groups, numbers))[: len(groups) // (size * shards) * size * shards]
+    return dataset.batch(size, drop_remainder=True)[jax.process_index() :: shards].repeat()
 
   dataset = batches([group for group in members if group[0] < first], rows - extra_rows, seed)
   if extra_rows:

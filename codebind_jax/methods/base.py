@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from codebind_jax import methods
+from codebind_jax import methods, optim
 from codebind_jax.build import make_model
 from codebind_jax.codebook import usage_stats
 from codebind_jax.compositional import ModalityOutput
@@ -46,6 +47,33 @@ def make_method(config: Any) -> Recipe:
     raise ValueError(f"config.method: got {config.method!r}; allowed: {method_names()}")
   kind = importlib.import_module(f"codebind_jax.methods.{config.method}").Method
   return kind.build(config, make_model(config), _hashable(config.method_options.to_dict()))
+
+
+def make_init(
+  method: Recipe, shapes: Mapping[str, tuple[int, int]], half: Sequence[str] = ()
+) -> Callable[[Any], tuple]:
+  """Key -> (params, codebooks, aux), pure: the random start of a run, for `state.create`.
+
+  Args:
+    method: of the run.
+    shapes: modality -> (tokens, width) of one item.
+    half: regexes of paths of parameters that are kept in bfloat16 (frozen encoders).
+  """
+
+  def keep(path: Any, x: Any) -> Any:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return x.astype(jnp.bfloat16) if any(re.fullmatch(pattern, name) for pattern in half) else x
+
+  def init(rng: Any) -> tuple[Any, Any, Any]:
+    head_rng, code_rng = jax.random.split(rng)
+    dummy = {name: jnp.zeros((1, *shape), jnp.float32) for name, shape in shapes.items()}
+    towers = method.model.init(head_rng, dummy)["params"]
+    features, _ = method.model.apply({"params": towers}, dummy)
+    extra, codebooks, aux = method.init(code_rng, features, dummy, towers)
+    params = towers | ({EXTRA: extra} if extra else {})
+    return jax.tree_util.tree_map_with_path(keep, params), codebooks, aux
+
+  return init
 
 
 def _hashable(value: Any) -> Any:
@@ -179,15 +207,21 @@ class Recipe:
     return {m: unit(self.shared(m, x)[:, 0]) for m, x in rows.features.items()}
 
   def train_step(
-    self, stage: Stage, tx: optax.GradientTransformation
+    self, stage: Stage, tx: optax.GradientTransformation, frozen: frozenset[str] = frozenset()
   ) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, dict[str, Array]]]:
     """The step of a stage: (state, batch) -> (state, metrics), with batches as `step.make_train_step` has them.
 
     Each source is a batch of its own; their losses are averaged by the sources' weights, and what a source changes in
-    codebooks and aux is what the next one finds.
+    codebooks and aux is what the next one finds. No gradient is computed for parameters at the `frozen` paths.
+
+    Raises:
+      ValueError: if the stage asks for a batch in parts or a ring, which only `codebind` has.
     """
+    if stage.parts != 1 or stage.ring or stage.chunk:
+      raise ValueError(f"config.stages.{stage.name}: parts, ring and chunk are for method 'codebind' alone")
 
     def loss_fn(params: Any, state: TrainState, batch: Mapping[str, Any], rng: Any):
+      params = optim.stop_frozen(params, frozen)
       codebooks, aux = state.codebooks, self.before(params, state.aux)
       share = {source: stage.weights.get(source, 1.0) for source in batch}
       terms: dict[str, Array] = {}

@@ -69,9 +69,9 @@ class Method(Recipe):
     keep = lambda old, new: jax.tree.map(lambda a, b: jnp.where(old.initialised, a, b), old, new)
     return {name: keep(old, started[name]) for name, old in state.codebooks.items()}
 
-  def train_step(self, stage: Stage, tx: Any) -> Callable[..., Any]:
+  def train_step(self, stage: Stage, tx: Any, frozen: frozenset[str] = frozenset()) -> Callable[..., Any]:
     """`step.make_train_step`."""
-    return make_train_step(self.model, self.spec, stage, tx, update=self.update)
+    return make_train_step(self.model, self.spec, stage, tx, update=self.update, frozen=frozen)
 
   def embed_step(self) -> Callable[..., Any]:
     """`step.make_embed_step`."""

@@ -14,6 +14,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 BODIES = {
+  "encoder": "codebind_jax.models.encoder_body.EncoderBody",
   "mlp": "codebind_jax.models.bodies.Mlp",
   "series": "codebind_jax.models.series.Series",
   "points": "codebind_jax.models.points.Points",

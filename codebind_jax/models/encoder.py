@@ -94,12 +94,14 @@ class Encoder(nn.Module):
       parity only.
     remat: recompute activations in the backward pass.
     dtype: compute type; parameters stay float32.
+    lora_rank: of the adapters on the trunk's linear layers; 0 for none.
   """
 
   spec: EncoderSpec
   drop_text_mask: bool = False
   remat: bool = False
   dtype: Any = None
+  lora_rank: int = 0
 
   @nn.compact
   def __call__(self, x: Shaped[Array, "b ..."]) -> Encoded:
@@ -113,7 +115,8 @@ class Encoder(nn.Module):
       x, clips = fold_clips(x, len(spec.size) + (not spec.is_text))
     tokens, positions = spec.stem(dtype=self.dtype, name="stem")(x)
     causal = spec.is_text and not self.drop_text_mask
-    trunk = spec.trunk(causal=causal, remat=self.remat, dtype=self.dtype, name="trunk")(tokens)
+    options = {"remat": self.remat, "dtype": self.dtype, "lora_rank": self.lora_rank}
+    trunk = spec.trunk(causal=causal, name="trunk", **options)(tokens)
     return Encoded(trunk, pool_at_end(trunk, x) if spec.is_text else trunk, positions, clips)
 
 

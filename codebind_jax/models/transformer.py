@@ -17,6 +17,39 @@ def layer_norm(name: str, *, dtype: Any = None, eps: float = TRUNK_EPS) -> nn.La
   return nn.LayerNorm(epsilon=eps, dtype=dtype, use_fast_variance=False, name=name)
 
 
+class Linear(nn.Module):
+  """Dense layer that can carry a low-rank adapter: y = x W + b + (x A) B (LoRA, arXiv 2106.09685, equation 3).
+
+  The product with A comes first, so that no gradient of W's size is made where W is frozen.
+
+  Attributes:
+    features: width of the output.
+    use_bias: whether there is a bias b.
+    rank: of the adapter; 0 for none. B starts at 0, so that nothing changes at first.
+    dtype: compute type; parameters stay float32.
+  """
+
+  features: int
+  use_bias: bool = True
+  rank: int = 0
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b d"]:
+    """Applies the layer to the last axis."""
+    width = x.shape[-1]
+    kernel = self.param("kernel", nn.initializers.lecun_normal(), (width, self.features))
+    bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
+    cast = lambda value: value if self.dtype is None else jnp.asarray(value, self.dtype)
+    y = cast(x) @ cast(kernel)
+    if self.rank:
+      bound = width**-0.5
+      draw = lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+      a = self.param("lora_a", draw, (width, self.rank))
+      y = y + cast(x) @ cast(a) @ cast(self.param("lora_b", nn.initializers.zeros, (self.rank, self.features)))
+    return y if bias is None else y + cast(bias)
+
+
 class Attention(nn.Module):
   """Multi-head self-attention with a fused projection `qkv` [d, 3d]; softmax in float32.
 
@@ -25,12 +58,14 @@ class Attention(nn.Module):
     bias_kv: adds one learned key and value, appended last and seen by every token.
     qkv_bias: whether `qkv` has a bias (towers: yes, decoder: no).
     dtype: compute type; parameters stay float32.
+    lora_rank: of the adapters of `qkv` and `out`; 0 for none.
   """
 
   heads: int
   bias_kv: bool = False
   qkv_bias: bool = True
   dtype: Any = None
+  lora_rank: int = 0
 
   @nn.compact
   def __call__(self, x: Float[Array, "b n d"], mask: Bool[Array, "n n"] | None = None) -> Float[Array, "b n d"]:
@@ -42,14 +77,14 @@ class Attention(nn.Module):
     width = x.shape[-1]
     if width % self.heads:
       raise ValueError(f"heads: {self.heads} does not divide the width {width}")
-    qkv = nn.Dense(3 * width, use_bias=self.qkv_bias, dtype=self.dtype, name="qkv")(x)
+    qkv = Linear(3 * width, self.qkv_bias, self.lora_rank, self.dtype, name="qkv")(x)
     q, k, v = (part.reshape(*x.shape[:2], self.heads, -1) for part in jnp.split(qkv, 3, axis=-1))
     if self.bias_kv:
       k, v = (self._append(part, name) for part, name in ((k, "bias_k"), (v, "bias_v")))
       if mask is not None:
         mask = jnp.pad(mask, ((0, 0), (0, 1)), constant_values=True)
     out = jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else mask[None, None])
-    return nn.Dense(width, dtype=self.dtype, name="out")(out.reshape(x.shape))
+    return Linear(width, True, self.lora_rank, self.dtype, name="out")(out.reshape(x.shape))
 
   def _append(self, x: Array, name: str) -> Array:
     token = self.param(name, nn.initializers.normal(x[0, 0].size ** -0.5), (x[0, 0].size,))
@@ -62,12 +97,13 @@ class Mlp(nn.Module):
 
   ratio: int = 4
   dtype: Any = None
+  lora_rank: int = 0
 
   @nn.compact
   def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
     """Applies the layers to every token."""
-    hidden = nn.Dense(self.ratio * x.shape[-1], dtype=self.dtype, name="fc1")(x)
-    return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(nn.gelu(hidden, approximate=False))
+    hidden = Linear(self.ratio * x.shape[-1], True, self.lora_rank, self.dtype, name="fc1")(x)
+    return Linear(x.shape[-1], True, self.lora_rank, self.dtype, name="fc2")(nn.gelu(hidden, approximate=False))
 
 
 class Block(nn.Module):
@@ -77,13 +113,14 @@ class Block(nn.Module):
   bias_kv: bool = False
   qkv_bias: bool = True
   dtype: Any = None
+  lora_rank: int = 0
 
   @nn.compact
   def __call__(self, x: Float[Array, "b n d"], mask: Bool[Array, "n n"] | None = None) -> Float[Array, "b n d"]:
     """One block; see `Attention` for `mask`."""
-    attention = Attention(self.heads, self.bias_kv, self.qkv_bias, self.dtype, name="attn")
+    attention = Attention(self.heads, self.bias_kv, self.qkv_bias, self.dtype, self.lora_rank, name="attn")
     x = x + attention(layer_norm("norm1", dtype=self.dtype)(x), mask)
-    return x + Mlp(dtype=self.dtype, name="mlp")(layer_norm("norm2", dtype=self.dtype)(x))
+    return x + Mlp(dtype=self.dtype, lora_rank=self.lora_rank, name="mlp")(layer_norm("norm2", dtype=self.dtype)(x))
 
 
 class Transformer(nn.Module):
@@ -91,7 +128,7 @@ class Transformer(nn.Module):
 
   Attributes:
     depth: number of blocks.
-    heads, bias_kv, qkv_bias, dtype: as in `Attention`.
+    heads, bias_kv, qkv_bias, dtype, lora_rank: as in `Attention`.
     pre_norm: LayerNorm before the first block (vision).
     causal: a token sees itself and those before it (text).
     remat: recompute activations in the backward pass instead of keeping them.
@@ -105,6 +142,7 @@ class Transformer(nn.Module):
   causal: bool = False
   remat: bool = False
   dtype: Any = None
+  lora_rank: int = 0
 
   @nn.compact
   def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
@@ -115,5 +153,5 @@ class Transformer(nn.Module):
       x = layer_norm("pre_norm", dtype=self.dtype)(x)
     block = nn.remat(Block) if self.remat else Block
     for i in range(self.depth):
-      x = block(self.heads, self.bias_kv, self.qkv_bias, self.dtype, name=f"blocks_{i}")(x, mask)
+      x = block(self.heads, self.bias_kv, self.qkv_bias, self.dtype, self.lora_rank, name=f"blocks_{i}")(x, mask)
     return x

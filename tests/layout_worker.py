@@ -1,0 +1,89 @@
+"""Ten training steps in every layout of eight devices, and on one; see test_sharding.py."""
+
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from codebind_jax import build, optim
+from codebind_jax import state as state_lib
+from codebind_jax.compile import compile_step
+from codebind_jax.compositional import new_codebooks
+from codebind_jax.sharding import make_layout
+from codebind_jax.stages import stages_of
+from codebind_jax.step import make_train_step
+from tests.train_fixtures import tiny_config
+
+LAYOUTS = {"8x1x1": "", "1x8x1": "fsdp", "2x2x2": "", "1x1x8": "tensor"}  # and what the codes are split over
+ROWS, STEPS = 16, 10
+SHAPES = {"image": (ROWS, 3, 32), "text": (ROWS, 1, 32)}
+
+
+def config_of(name, **overrides):
+  """The tiny config on one mesh."""
+  mesh = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), map(int, name.split("x"))))
+  sizes = {"batch_size": ROWS, "steps": STEPS, "model.towers.image.hidden": 0, "stages.bridges.mixup": 0.0}
+  return tiny_config(pathlib.Path("none"), pathlib.Path("none"), **sizes, **mesh, **overrides)
+
+
+def batches():
+  """Ten batches as numpy; each row's text is like its image, some rows lack one."""
+  rng = np.random.default_rng(0)
+  for _ in range(STEPS):
+    common = rng.normal(size=(ROWS, 1, 32))
+    content = {m: (common + rng.normal(size=shape)).astype(np.float32) for m, shape in SHAPES.items()}
+    yield {"toy": content | {"_mask": {m: rng.random(ROWS) < 0.9 for m in SHAPES}}}
+
+
+def train(config, devices):
+  """The state after ten steps."""
+  layout = make_layout(config, devices)
+  model, spec, stage = build.make_model(config), build.make_spec(config), stages_of(config)[0]
+
+  def init(rng):
+    dummy = {name: jnp.zeros((1, *shape[1:])) for name, shape in SHAPES.items()}
+    return model.init(rng, dummy)["params"], new_codebooks(rng, spec, SHAPES), {}
+
+  state = state_lib.create(layout, jax.random.key(0), init)
+  tx, _ = optim.make_optimizer(state.params, stage.train, config.optim.to_dict(), stage.steps)
+  state = state_lib.with_optimizer(state, tx, layout)
+  compiled = None
+  for batch in batches():
+    batch = layout.put_batch(batch)
+    compiled = compiled or compile_step(make_train_step(model, spec, stage, tx), state, batch, layout)
+    state, _ = compiled(state, batch)
+  return layout, state
+
+
+def whole(layout, state):
+  """Parameters and codebooks as numpy by path."""
+  kept = layout.whole({"params": state.params, "codebooks": state.codebooks})
+  return {path: np.asarray(leaf) for path, leaf in optim.param_paths(kept).items()}
+
+
+def splits(state):
+  """Path -> how many devices hold a part of their own of a leaf."""
+  return {
+    path: len({str(shard.index) for shard in leaf.addressable_shards})
+    for path, leaf in optim.param_paths(state).items() if path != "rng"
+  }
+
+
+def main(folder):
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_num_cpu_devices", 8)
+  jax.config.update("jax_disable_most_optimizations", True)
+  found = {}
+  for name, codes in LAYOUTS.items():
+    layout, state = train(config_of(name, **{"sharding.codes": codes}), jax.devices())
+    np.savez(folder / f"{name}.npz", **whole(layout, state))
+    found[name] = {"splits": splits(state), "table": layout.table(state)}
+  (folder / "found.json").write_text(json.dumps(found))
+  np.savez(folder / "one.npz", **whole(*train(config_of("1x1x1"), jax.devices()[:1])))
+
+
+if __name__ == "__main__":
+  main(pathlib.Path(sys.argv[1]))

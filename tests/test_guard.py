@@ -1,0 +1,87 @@
+"""A step that is not finite, and SIGTERM."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from codebind_jax.guard import DUMP
+from codebind_jax.state import TrainState, advance
+from codebind_jax.train import train_and_evaluate
+from tests.train_fixtures import arrays_of, lines_of, tiny_config, write_manifest
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+TERMINATED_AT_3 = """
+import os, runpy, signal, sys
+from codebind_jax import guard
+asked = guard.Preemption.reached
+def reached(self, step):
+  if step == 3:
+    os.kill(os.getpid(), signal.SIGTERM)
+  return asked(self, step)
+guard.Preemption.reached = reached
+runpy.run_module("codebind_jax.main", run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("data")
+  return write_manifest(folder / "squares"), folder / "root"
+
+
+def test_terminated_run_saves_exits_with_0_and_resumes_bit_for_bit(data, tmp_path):
+  workdir = tmp_path / "terminated"
+  arguments = [f"--config=tests/tiny.py:{data[0]},{data[1]}", f"--workdir={workdir}"]
+  command = [sys.executable, "-c", TERMINATED_AT_3, *arguments]
+  done = subprocess.run(command, cwd=REPOSITORY, env=os.environ, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert "stopped after step 3 of stage 'bridges', state saved" in done.stderr
+  assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["2", "3"]
+  assert lines_of(workdir)[-1]["step"] == 3
+  train_and_evaluate(tiny_config(*data), workdir)
+  train_and_evaluate(tiny_config(*data), tmp_path / "whole")
+  first, second = arrays_of(workdir), arrays_of(tmp_path / "whole")
+  for path in first:
+    np.testing.assert_array_equal(first[path], second[path], err_msg=path)
+  assert lines_of(workdir) == lines_of(tmp_path / "whole")
+
+
+def test_a_step_that_is_not_finite_stops_the_run_and_can_be_done_again(data, tmp_path):
+  explode = {"optim.learning_rate": 1e38, "optim.warmup": 0, "log_steps": 4, "checkpoint_steps": 100, "eval_steps": 100}
+  config = tiny_config(*data, **explode)
+  found = r"stage 'bridges', step (\d+) \(found in steps 1 to 4\): not finite: .*train/total"
+  with pytest.raises(FloatingPointError, match=found) as first:
+    train_and_evaluate(config, tmp_path / "run")
+  step = int(str(first.value).split("step ")[1].split()[0])
+  assert step > 1
+  assert not list((tmp_path / "run" / "checkpoints").iterdir()), "a state that is not finite was saved"
+  dump = tmp_path / "again"
+  shutil.copytree(tmp_path / "run" / DUMP, dump)
+  assert [path.name for path in (dump / "checkpoints").iterdir()] == [str(step - 1)]
+  assert all(np.isfinite(leaf).all() for leaf in arrays_of(dump).values())
+  with pytest.raises(FloatingPointError) as second:
+    train_and_evaluate(config, dump)
+  terms = lambda error: str(error.value).split("not finite: ")[1].split(";")[0]
+  assert f"step {step} (found in steps {step} to" in str(second.value)
+  assert terms(first) == terms(second)
+  with np.load(tmp_path / "run" / DUMP / "batch.npz") as one, np.load(dump / DUMP / "batch.npz") as other:
+    assert "squares/image" in one.files
+    for name in one.files:
+      np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_advance_keeps_the_state_before_a_bad_step_whatever_follows():
+  state = TrainState(jnp.int32(7), {"w": jnp.float32(1.0)}, {}, (), {}, jnp.zeros(2))
+  after = lambda s, w: s.replace(step=s.step + 1, params={"w": jnp.float32(w)})
+  good = advance(state, after(state, 2.0), jnp.bool_(True))
+  assert (int(good.step), float(good.params["w"])) == (8, 2.0)
+  bad = advance(good, after(good, np.nan), jnp.bool_(False))
+  assert (~int(bad.step), float(bad.params["w"])) == (8, 2.0)
+  later = advance(bad, after(bad, 3.0), jnp.bool_(True))
+  assert (~int(later.step), float(later.params["w"])) == (8, 2.0)

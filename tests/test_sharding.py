@@ -1,0 +1,85 @@
+"""Training is the same however the state is split over eight devices; where arrays live is what the rules say."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+
+from codebind_jax.sharding import AXES, make_layout, make_mesh
+from tests import layout_worker
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("layouts")
+  command = [sys.executable, "-m", "tests.layout_worker", str(folder)]
+  done = subprocess.run(command, cwd=pathlib.Path(__file__).parents[1], env=os.environ, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  return folder
+
+
+@pytest.mark.parametrize("name", layout_worker.LAYOUTS)
+def test_ten_steps_in_every_layout_equal_one_device(eight, name):
+  with np.load(eight / "one.npz") as one, np.load(eight / f"{name}.npz") as many:
+    assert set(one.files) == set(many.files)
+    for path in one.files:
+      np.testing.assert_allclose(many[path], one[path], atol=1e-5, rtol=0, err_msg=path)
+
+
+@pytest.mark.parametrize(
+  ("name", "kernel", "codes", "bias"), [("8x1x1", 1, 1, 1), ("1x8x1", 8, 8, 1), ("2x2x2", 4, 1, 1), ("1x1x8", 8, 8, 1)]
+)
+def test_state_is_split_as_the_rules_say(eight, name, kernel, codes, bias):
+  splits = json.loads((eight / "found.json").read_text())[name]["splits"]
+  of = lambda ending: {n for path, n in splits.items() if path.endswith(ending)}
+  assert of("image/shared/proj/kernel") == {kernel}
+  assert sum(path.endswith("image/shared/proj/kernel") for path in splits) == 3, "parameter and both moments"
+  assert of("codebooks/shared/codes") == of("codebooks/shared/ema_count") == {codes}
+  assert of("text/shared/norm/bias") == {bias}
+
+
+def test_the_table_adds_up(eight):
+  table = json.loads((eight / "found.json").read_text())["2x2x2"]["table"]
+  numbers = lambda line: [float(x) for x in line[33:].split()[:3]]
+  parts = [numbers(line) for line in table[1:-1]]
+  np.testing.assert_allclose(np.sum(parts, axis=0), numbers(table[-1]), atol=0.01 * len(parts))
+  assert any("('fsdp', 'tensor')" in line and "kernel" in line for line in table)
+
+
+def test_what_does_not_divide_stays_whole_and_rules_come_first():
+  config = layout_worker.config_of("1x1x1", **{"sharding.rules": ((r"params/text/.*", ("fsdp", "")),)})
+  layout = make_layout(config)
+  layout = dataclasses.replace(layout, mesh=AbstractMesh((1, 4, 2), AXES))
+  spec = lambda path, *shape: tuple(layout.spec(path, shape))
+  assert spec("params/image/shared/proj/kernel", 8, 6) == ("fsdp", "tensor")
+  assert spec("params/image/shared/proj/kernel", 6, 6) == (None, "tensor")
+  assert spec("params/image/blocks/mlp/fc2/kernel", 12, 8, 8) == (None, "tensor", "fsdp")
+  assert spec("opt_state/0/mu/image/blocks_1/attn/out/kernel", 8, 8) == ("tensor", "fsdp")
+  assert spec("params/text/anything", 8, 8) == ("fsdp",)
+  assert spec("params/image/norm/scale", 8) == spec("step") == ()
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "message"),
+  [
+    ("sharding.codes", "model", "config.sharding.codes: got 'model'; allowed: '' .whole. or ..data', 'fsdp', 'tensor'"),
+    ("sharding.rules", ((".*", ("rows",)),), "config.sharding.rules: '.*' names axis 'rows'; allowed: "),
+    ("mesh.tensor", 3, "mesh: .* does not fit 1 devices"),
+  ],
+)
+def test_bad_layouts_are_named(key, value, message):
+  with pytest.raises(ValueError, match=message):
+    make_layout(layout_worker.config_of("1x1x1", **{key: value}))
+
+
+def test_a_mesh_of_some_devices():
+  assert dict(make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]).shape) == dict.fromkeys(
+    ("data", "fsdp", "tensor"), 1
+  )
