@@ -14,7 +14,7 @@ from scipy.spatial.distance import pdist
 from codebind_jax.data.transforms import points as point_transforms
 from codebind_jax.pretrained.trunk import Trunk, fingerprint
 
-_REVISION = "point_groups-1"
+_REVISION = "point_groups-2"
 CELLS, DISTANCES, ROUNDS = 6, 32, (16, 8)
 _PAIRED = 512  # points whose distances are counted
 
@@ -53,16 +53,16 @@ def group_points(
 
 
 def histograms(points: Float[np.ndarray, "p 3"]) -> Float[np.ndarray, "h"]:
-  """Shape of a cloud in the unit sphere: square roots of shares of points, so that no cell outweighs the others.
+  """Shape of a cloud in the unit sphere: square roots of counts, so that no cell outweighs the others.
 
-  Of distances between pairs of points, of cells of a grid, and of rings about the y axis by height; then the sides of
-  the box.
+  Of distances between pairs of points, of cells of a grid, and of rings about the y axis by height, each scaled to a
+  mean square of 1; then the sides of the box.
   """
-  shares = [np.histogram(pdist(points[:_PAIRED]), DISTANCES, (0.0, 2.0))[0]]
-  shares.append(np.histogramdd(points, CELLS, ((-1, 1),) * 3)[0].ravel())
+  counts = [np.histogram(pdist(points[:_PAIRED]), DISTANCES, (0.0, 2.0))[0]]
+  counts.append(np.histogramdd(points, CELLS, ((-1, 1),) * 3)[0].ravel())
   radius = np.hypot(points[:, 0], points[:, 2])
-  shares.append(np.histogram2d(points[:, 1], radius, ROUNDS, ((-1, 1), (0, 1)))[0].ravel())
-  return np.concatenate([*(np.sqrt(one / max(one.sum(), 1)) for one in shares), np.ptp(points, axis=0)])
+  counts.append(np.histogram2d(points[:, 1], radius, ROUNDS, ((-1, 1), (0, 1)))[0].ravel())
+  return np.concatenate([*(np.sqrt(one / max(one.mean(), 1e-9)) for one in counts), np.ptp(points, axis=0)])
 
 
 def make_trunk(*, groups: int = 32, neighbours: int = 32, size: bool = False, weights: str | None = None) -> Trunk:
