@@ -151,8 +151,8 @@ def _validate_train(config: ml_collections.ConfigDict) -> None:
       f"({config.codebook.dim})"
     )
   check_keys(config.codebook.codes, towers, "codebook.codes")
-  make_method(config)
   check_keys(config.stage_order, config.stages, "stage_order")
+  make_method(config)
   for stage in stages_of(config):
     where = f"stages.{stage.name}"
     check_keys([m for pair in stage.pairs for m in pair], towers, f"{where}.pairs")

@@ -39,10 +39,12 @@ def add(config, world, towers, pairs, *, templates, rows=128, **stage):
 def household(config):
   """Depth and points (rendered) and thermal (simulated) of catalogue objects, bound to their colour views and names."""
   sensor = lambda modality: common.tower(
-    "efficientnet_lite0", options={"modality": modality, "size": 128, "levels": (5, 6, 7)}, specific_dim=384
+    "efficientnet_lite0", options={"modality": modality, "size": 128, "grid": 0, "levels": (5, 6, 7)}, specific_dim=384
   )
   towers = {"depth": sensor("depth"), "thermal": sensor("thermal")}
-  towers["points"] = common.tower("point_groups", body="points", specific_dim=384)
+  towers["points"] = common.tower(
+    "point_groups", options={"size": True}, body="points", specific_dim=384
+  )
   bridges = ("text", "image")
   add(config, "household", towers, tuple((m, b) for m in towers for b in bridges),
       templates=("{}", "a {}", "a 3D model of a {}"))
@@ -51,7 +53,7 @@ def household(config):
 def materials(config):
   """Touch (simulated) of surfaces, bound to photographs of the same place."""
   towers = {"tactile": common.tower(
-    "efficientnet_lite0", options={"modality": "tactile", "size": 128, "levels": (5, 6, 7)}, specific_dim=384
+    "efficientnet_lite0", options={"modality": "tactile", "size": 128, "grid": 0, "levels": (5, 6, 7)}, specific_dim=384
   )}
   add(config, "materials", towers, (("tactile", "image"), ("tactile", "text")),
       templates=("{}", "a surface of {}"), unique_labels=False)

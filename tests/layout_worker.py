@@ -26,7 +26,7 @@ def config_of(name, **overrides):
   """The tiny config on one mesh."""
   mesh = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), map(int, name.split("x"))))
   sizes = {"batch_size": ROWS, "steps": STEPS, "model.towers.image.hidden": 0, "stages.bridges.mixup": 0.0}
-  return tiny_config(pathlib.Path("none"), pathlib.Path("none"), **sizes, **mesh, **overrides)
+  return tiny_config(pathlib.Path("none"), pathlib.Path("none"), **(sizes | mesh | overrides))
 
 
 def batches():
