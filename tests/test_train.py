@@ -185,7 +185,7 @@ def test_batch_larger_than_the_data(data, tmp_path):
 @pytest.mark.parametrize(
   ("key", "value", "message"),
   [
-    ("mode", "fly", "'fly' is not allowed; allowed: .'train', 'eval', 'compile'"),
+    ("mode", "fly", "'fly' is not allowed; allowed: .'train', 'eval', 'compare', 'compile'"),
     ("steps", 0, "config.steps: got 0; allowed: any number above 0"),
     ("codebook.distance", "manhattan", "config.codebook.distance: 'manhattan' is not allowed"),
     ("data.extra", 1.0, "config.data.extra: got 1.0; allowed: 0 .none. up to, not including, 1"),
