@@ -1,0 +1,47 @@
+"""Every shipped config is valid in each of its forms, and says in its head how it is run."""
+
+import importlib
+import pathlib
+
+import pytest
+
+from codebind_jax import config as config_lib
+from configs import progressive, stage3, worlds
+
+FOLDER = pathlib.Path(__file__).parents[1] / "configs"
+PARTS = ("__init__", "common", "worlds")
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in PARTS)
+FORMS = {"stage1": ("", "runlocal"), "progressive": ("", "runlocal", "full", "menagerie,evoked"),
+         "synthetic": ("", "runlocal"), **{f"stage{n}": ("", "runlocal", "full") for n in (2, 3, 4, 5)}}
+
+
+@pytest.mark.parametrize("name, form", [(name, form) for name in NAMES for form in FORMS.get(name, ("",))])
+def test_config_is_valid_and_locked(name, form):
+  module = importlib.import_module(f"configs.{name}")
+  config = module.get_config(form) if form else module.get_config()
+  assert config.is_locked and f"configs/{name}.py" in module.__doc__
+  if config.mode != "eval":  # which needs a run and a manifest
+    config_lib.validate(config)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "eval"])
+def test_unknown_form_is_named(name):
+  module = importlib.import_module(f"configs.{name}")
+  with pytest.raises(ValueError, match="nonsense"):
+    module.get_config("nonsense")
+
+
+def test_a_stage_of_its_own_has_the_towers_of_those_before_and_its_world_alone():
+  alone, whole = stage3.get_config(), progressive.get_config("household,materials")
+  assert alone.stage_order == ("materials",) and alone.data.worlds == ("materials",)
+  assert set(alone.model.towers) == set(whole.model.towers) == {
+    "text", "image", "depth", "points", "thermal", "tactile"
+  }
+  assert alone.stages.materials.to_dict() == whole.stages.materials.to_dict()
+
+
+def test_video_is_bound_where_the_data_has_it():
+  full, small = (progressive.get_config(form) for form in ("full,menagerie", "menagerie"))
+  assert ("video", "text") in full.stages.menagerie.pairs and "video" not in small.model.towers
+  assert full.model.towers.video.starts_from == "image" and full.emergent == (("audio", "video"),)
+  assert worlds.parse("full,evoked") == ("full", ["evoked"])
