@@ -43,7 +43,8 @@ def household(config):
   )
   towers = {"depth": sensor("depth"), "thermal": sensor("thermal")}
   towers["points"] = common.tower(
-    "point_groups", options={"size": True}, body="points", specific_dim=384
+    "point_groups", options={"groups": 16, "neighbours": 16, "size": True}, body="points",
+    body_options={"width": 64, "neighbours": 16}, specific_dim=384,
   )
   bridges = ("text", "image")
   add(config, "household", towers, tuple((m, b) for m in towers for b in bridges),
