@@ -52,6 +52,9 @@ def test_claims_are_told_from_the_numbers():
   found = claims(results_of(fixed_anchor_audio=60, fixed_anchor_image=40, centrobind=30), quality, "eval/test")
   assert {c["verdict"] for c in found} == {"did not hold"}
   assert "anchor audio (quality 0.1) 60.0, anchor image (quality 1) 40.0" in found[0]["numbers"]
+  one = {name: result | {"runs": result["runs"][:1]} for name, result in results_of(fixed_anchor_audio=40).items()}
+  one |= {"fixed_anchor_image": one["fixed_anchor_audio"]}
+  assert {c["verdict"] for c in claims(one, quality, "eval/test")} == {"undecided"}
   toc = {name: {"runs": [], "toc": {"before": before, "after": 0.1}} for name, before in (("x", 0.2), ("y", 0.0))}
   assert claims(toc, {}, "eval/test")[-1]["verdict"] == "undecided"
 
