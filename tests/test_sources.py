@@ -141,10 +141,9 @@ def test_manifest_that_is_not_there(tmp_path):
     open_source({"manifest": tmp_path / "no.jsonl"})
 
 
-def test_modality_not_read_yet_is_checked_and_logged(write, caplog):
-  path = write({"id": "a", "image": "red.png", "audio": "clip.wav"})
-  assert sources.modalities(open_source({"manifest": path})) == ("image",)
-  assert "1 records have audio, which this version does not read from manifests" in caplog.text
+def test_sound_that_is_none_or_not_there_is_named_with_its_line(write):
+  with pytest.raises(ValueError, match="data.jsonl:1: audio: .*clip.wav: not a readable sound"):
+    open_source({"manifest": write({"id": "a", "image": "red.png", "audio": "clip.wav"})})
   with pytest.raises(ValueError, match="data.jsonl:1: audio: no such file"):
     open_source({"manifest": write({"audio": "gone.wav"})})
 

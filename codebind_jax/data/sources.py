@@ -283,7 +283,6 @@ def read_manifest(manifest: Path, *, split: str = "", max_bad_records: int = 0) 
     logging.warning("%s: %d bad records left out, %d kept", manifest, len(bad), len(rows))
   if not rows:
     raise ValueError(f"{manifest}: no records")
-  _log_unread(manifest, rows)
   return ManifestSource(manifest, split, *_of_split(manifest, split, rows, files))
 
 
@@ -327,10 +326,7 @@ def _record(line: bytes, manifest: Path, number: int) -> tuple[dict[str, Any], d
       path = manifest.parent / _text(key, value)
       if not path.is_file():
         raise ValueError(f"{key}: no such file: {path}")
-      if key in transforms.readable():
-        paths[key] = path
-      else:
-        row.setdefault("unread", []).append(key)
+      paths[key] = path
     else:
       raise ValueError(f"unknown modality {key!r}; allowed: {list(known_modalities())}, and id, label, split")
   if not any(key in record for key in known_modalities()):
@@ -342,14 +338,6 @@ def _text(key: str, value: Any) -> str:
   if not isinstance(value, str) or not value.strip():
     raise ValueError(f"{key}: a string that is not empty is needed, got {value!r}")
   return value
-
-
-def _log_unread(manifest: Path, rows: list[dict[str, Any]]) -> None:
-  for modality in known_modalities():
-    count = sum(modality in row.get("unread", ()) for row in rows)
-    if count:
-      logging.warning("%s: %d records have %s, which this version does not read from manifests; it reads %s", manifest,
-                      count, modality, list(transforms.readable()))
 
 
 def check_file(modality: str, path: Path, *, whole: bool = False) -> None:

@@ -22,7 +22,8 @@ from codebind_jax.api import Embeddings, Model, load
 from codebind_jax.methods import toc
 from codebind_jax.methods.base import EXTRA
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run.")
+# Every tool has a workdir; one that is imported beside another must not clash with it.
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run.", allow_override=True)
 _CHANNELS = flags.DEFINE_integer("channels", 0, "Channels to keep; 0 keeps three quarters.", lower_bound=0)
 _RATIO = flags.DEFINE_string("ratio", "1:0", "Parts of best and of worst channels.")
 _EVALUATE = flags.DEFINE_bool("evaluate", False, "Evaluate the run on its validation sets before and after.")
