@@ -28,8 +28,9 @@ def tower(trunk, **overrides):
 def stage(config, **overrides):
   """One stage; steps and batch size follow the top-level ones unless set."""
   entry = ConfigDict()
-  entry.steps = config.get_ref("steps")
-  entry.batch_size = config.get_ref("batch_size")
+  for key in ("steps", "batch_size"):  # a value given here must not reach the top-level key through its reference
+    if key not in overrides:
+      entry[key] = config.get_ref(key)
   entry.pairs = (("image", "text"),)
   entry.sources = ConfigDict()  # source -> rows of a batch; empty: the only source, with the stage's batch_size
   entry.weights = ConfigDict()  # source -> weight of its losses; 1 unless set

@@ -31,7 +31,7 @@ def add(config, world, towers, pairs, *, templates, rows=128, **stage):
   config.data.templates_of[world] = templates
   config.stages[world] = common.stage(
     config, **({"pairs": pairs, "train": trains(*towers), "temperature": 0.1, "code_rows": 8, "losses": LOSSES,
-                "sources": {world: rows}, "batch_size": rows} | stage)
+                "sources": {world: rows}} | stage)
   )
   config.stage_order = (*config.stage_order, world)
 

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from codebind_jax import config as config_lib
-from configs import progressive, stage3, worlds
+from configs import common, progressive, stage3, worlds
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 PARTS = ("__init__", "common", "worlds")
@@ -38,6 +38,15 @@ def test_a_stage_of_its_own_has_the_towers_of_those_before_and_its_world_alone()
     "text", "image", "depth", "points", "thermal", "tactile"
   }
   assert alone.stages.materials.to_dict() == whole.stages.materials.to_dict()
+
+
+def test_a_stage_s_own_numbers_leave_the_other_stages_alone():
+  config = progressive.get_config()
+  assert config.batch_size == 256 and config.stages.bridges.sources.to_dict() == {"icons": 256}
+  assert config.stages.household.sources.to_dict() == {"household": 128}
+  config = common.get_config()
+  entry = common.stage(config, steps=7, batch_size=9)
+  assert (entry.steps, entry.batch_size) == (7, 9) and (config.steps, config.batch_size) == (500, 256)
 
 
 def test_video_is_bound_where_the_data_has_it():
