@@ -63,7 +63,7 @@ class Evaluation:
   def __init__(self, config: Any, task: Task, featurizer: Featurizer, tasks: Sequence[str] = TASKS):
     self.config, self.task, self.trunks = config, task, featurizer.trunks
     self._featurizer, self._tasks = featurizer, tasks
-    self._tokens: dict[tuple[str, str], np.ndarray] = {}
+    self._tokens: dict[tuple[int, str], tuple[np.ndarray, dict[int, int]]] = {}
 
   def validate(self, model: Model, worlds: Collection[str]) -> dict[str, float]:
     """Zero-shot and retrieval on the worlds' validation sets, and their mean top-1: cheap enough while training."""
@@ -93,11 +93,13 @@ class Evaluation:
 
   def table(self, model: Model, test: EvalSet) -> base.Table:
     """Embeddings of one set: one row an item for every modality but text, one row a distinct caption for text."""
-    return self._embed(model, test.name, test.source)
+    whole, picked = (test.source, range(len(test.source))) if test.whole is None else (test.whole, test.picked)
+    return self._embed(model, test.source, whole, picked)
 
   def train_table(self, model: Model, world: str) -> base.Table:
     """Embeddings of a source's training rows (clean views)."""
-    return self._embed(model, f"{world}/train", self.task.train[world])
+    train = self.task.train[world]
+    return self._embed(model, train, train, range(len(train)), augmented=True)
 
   def embed_text(self, model: Model, texts: Sequence[str]) -> np.ndarray:
     """`shared` embeddings of strings."""
@@ -181,7 +183,10 @@ class Evaluation:
         for field in _told_apart(test.probes, name, train[name]) if probes else ():
           yield LinearProbe(name, train, field=field, group=test.probe_group if field != "label" else None), field
 
-  def _embed(self, model: Model, name: str, source: Any) -> dict[str, dict[str, np.ndarray]]:
+  def _embed(
+    self, model: Model, source: Any, whole: Any, picked: Sequence[int], augmented: bool = False
+  ) -> dict[str, dict[str, np.ndarray]]:
+    """Embeddings and fields of a source's rows, which are those `picked` of `whole`."""
     table = {}
     for modality in model.modalities:
       rows = [i for i in range(len(source)) if source.has(i, modality)]
@@ -193,17 +198,21 @@ class Evaluation:
         fields = {field: values[keep] for field, values in fields.items()}
         tokens = self._featurizer.texts(list(fields["caption"]))
       else:
-        tokens = self._class_tokens(name, source, modality, model.tokens_seen(modality))
+        tokens, item = self._class_tokens(whole, modality, model.tokens_seen(modality), augmented)
+        tokens = tokens[[item[picked[row]] for row in rows]]
       table[modality] = model.embed_tokens(modality, tokens).asdict() | fields
     return table
 
-  def _class_tokens(self, name: str, source: Any, modality: str, seen: int | None) -> np.ndarray:
-    """The first tokens of the clean view, [N, seen, C]; read once from the feature cache."""
-    if (name, modality) not in self._tokens:
-      features = self._featurizer.table(source, modality, augmented=name.endswith("/train")).features
-      self._tokens[name, modality] = np.asarray(features[:, 0, :seen])
-    return self._tokens[name, modality]
-
+  def _class_tokens(
+    self, source: Any, modality: str, seen: int | None, augmented: bool
+  ) -> tuple[np.ndarray, dict[int, int]]:
+    """The first tokens of the clean view, [N, seen, C], and row -> item; read once from the feature cache."""
+    key = id(source), modality  # the task holds its sources as long as this lives
+    if key not in self._tokens:
+      table = self._featurizer.table(source, modality, augmented=augmented)
+      item = {row: items[0] for row, items in enumerate(table.choices) if items}
+      self._tokens[key] = np.asarray(table.features[:, 0, :seen]), item
+    return self._tokens[key]
 
   def finish(self, model: Model, step: int, writer: Any) -> dict[str, float]:
     """Evaluates a finished run once: a run that is opened again gets the numbers that were written."""

@@ -6,11 +6,14 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from codebind_jax.data.task import open_task
-from codebind_jax.evaluate import evaluate
+from codebind_jax.api import load
+from codebind_jax.data.featurize import Featurizer
+from codebind_jax.data.task import EvalSet, open_task
+from codebind_jax.evaluate import Evaluation, evaluate
 from codebind_jax.metrics import read_metrics
 from codebind_jax.train import train_and_evaluate
 from configs import eval as eval_config
@@ -110,3 +113,23 @@ def test_task_without_what_it_needs(trained, tmp_path):
 def test_eval_needs_a_checkpoint_and_a_manifest(trained, tmp_path):
   with pytest.raises(ValueError, match="is not a run's folder"):
     evaluate(config_of(trained, init_from=str(tmp_path)), tmp_path / "out")
+
+
+def test_sets_of_one_split_share_its_features_and_keep_their_rows(trained, tmp_path, monkeypatch):
+  manifest, root, run = trained
+  model = load(run)
+  task = open_task(config_of(trained).data)
+  whole = task.evals[0].source
+  picked = [5, 1, 2]
+  part = EvalSet("part", "squares", "val", whole.select(picked), (), whole=whole, picked=picked)
+  every = EvalSet("every", "squares", "val", whole, ())
+  settings = model.config.unlock()
+  settings.data.root = str(root)
+  evaluation = Evaluation(settings, task, Featurizer(settings, model.trunks))
+  read = []
+  real = evaluation._featurizer.table
+  monkeypatch.setattr(evaluation._featurizer, "table", lambda *a, **k: read.append(a) or real(*a, **k))
+  some, found = evaluation.table(model, part)["image"], evaluation.table(model, every)["image"]
+  assert len(read) == 1
+  np.testing.assert_array_equal(some["id"], found["id"][picked])
+  np.testing.assert_allclose(some["shared"], found["shared"][picked], atol=1e-6)

@@ -21,6 +21,8 @@ class EvalSet:
     world: the source whose training rows belong to it.
     role: "val" to choose by, "test" to read once per reported model.
     source: its rows.
+    whole: the split they are taken from, whose features several sets share; None where they are all of it.
+    picked: their numbers in it.
     candidates: labels to choose among in zero-shot classification; empty where rows have no labels.
     probes: fields that a linear probe tells, learned on the training rows and tested here.
     means: fields told by the nearest class mean of the training rows.
@@ -39,6 +41,8 @@ class EvalSet:
   pairs: tuple[tuple[str, str, str], ...] = ()
   slices: tuple[str, ...] = ()
   probe_group: str | None = None
+  whole: Any = None
+  picked: Sequence[int] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,15 +102,16 @@ def _world_task(world: str, data: Any) -> Task:
   for name, test in module.eval_sets(profile).items():
     if test.split not in opened:
       opened[test.split] = open_source(spec | {"split": test.split})
-    source = opened[test.split]
-    source = source.select([i for i, row in enumerate(source.rows) if test.keep(row)])
+    whole = opened[test.split]
+    picked = [i for i, row in enumerate(whole.rows) if test.keep(row)]
+    source = whole.select(picked)
     if not len(source):
       continue
     source.rows = [annotate(row) for row in source.rows]
     evals.append(EvalSet(
       f"{world}_{name}", world, test.role, source, list(test.candidates), tuple(test.probes), tuple(test.means),
       tuple(test.pairs), tuple(getattr(module, "SLICES", ())),
-      getattr(module, "PROBE_GROUP", None),
+      getattr(module, "PROBE_GROUP", None), whole, picked,
     ))  # fmt: skip
   extra = {world: open_source(spec | {"split": "extra"})} if data.extra and hasattr(module, "EXTRA") else {}
   more = f" and {len(extra[world])} further named pictures" if extra else ""

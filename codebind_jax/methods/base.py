@@ -1,11 +1,13 @@
 """What a method is: how its state begins, its loss on a batch, and what it gives as an embedding.
 
 A method is a frozen dataclass in a module of its own here, called `Method`; its fields are its options, and
-`config.method` names the module. Towers, data, optimizer, trainer, checkpoints and evaluation are everyone's.
+`config.method` names the module. Most are a `SourceRecipe`, which asks for a loss
+alone. Towers, data, optimizer, trainer, checkpoints and evaluation are everyone's.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import importlib
 import pkgutil
@@ -126,8 +128,8 @@ class Loss:
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-  """A method over the towers of `model`; hashable, so that compiled steps can be shared."""
+class Recipe(abc.ABC):
+  """What the trainer asks of a method over the towers of `model`; hashable, so that compiled steps can be shared."""
 
   model: CodeBind
 
@@ -149,11 +151,6 @@ class Recipe:
     """Codebook name -> codes, for the usage statistics; the shared one is called `shared`."""
     return {}
 
-  @property
-  def weights(self) -> Mapping[str, float]:
-    """Weight of each term; 1 where not named."""
-    return {}
-
   def init(self, rng: Any, features: Mapping[str, Array], tokens: Mapping[str, Array], towers: Any) -> tuple:
     """(extra parameters, codebooks, aux) at the start.
 
@@ -165,8 +162,36 @@ class Recipe:
     """
     return {}, {}, {}
 
+  @abc.abstractmethod
   def start(self, state: TrainState, batch: Mapping[str, Any]) -> Any:
-    """The codebooks as a stage begins, given its first batch; at the start of a run `first` makes them."""
+    """The codebooks as a stage begins, given its first batch."""
+
+  @abc.abstractmethod
+  def train_step(
+    self, stage: Stage, tx: optax.GradientTransformation, frozen: frozenset[str] = frozenset()
+  ) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, dict[str, Array]]]:
+    """The step of a stage: (state, batch) -> (state, metrics), with batches as `step.make_train_step` has them."""
+
+  @abc.abstractmethod
+  def embed_step(self) -> Callable[..., dict[str, ModalityOutput]]:
+    """(params, codebooks, tokens) -> modality -> outputs; changes no state."""
+
+  def restore(self, codebooks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Codebook states from the nested arrays of a checkpoint."""
+    return dict(codebooks)
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceRecipe(Recipe):
+  """A method whose loss is taken of each source's rows by themselves; what it says is that loss."""
+
+  @property
+  def weights(self) -> Mapping[str, float]:
+    """Weight of each term; 1 where not named."""
+    return {}
+
+  def start(self, state: TrainState, batch: Mapping[str, Any]) -> Any:
+    """The codebooks as a stage begins, given its first batch: at the start of a run those that `first` makes."""
     tokens, masks, _ = merge_sources(batch)
     features, _ = self.model.apply({"params": state.params}, tokens)
     made = self.first(state.params, state.codebooks, features, masks, jax.random.fold_in(state.rng, 2**31 - 1))
@@ -182,17 +207,14 @@ class Recipe:
     """`aux` at the beginning of a step, before any loss (a teacher's update)."""
     return aux
 
+  @abc.abstractmethod
+  @abc.abstractmethod
   def loss(self, rows: Rows, codebooks: Any, aux: Any) -> Loss:
     """The terms of one source's rows."""
-    raise NotImplementedError
 
   def embed(self, params: Any, codebooks: Any, features: Mapping[str, Array]) -> dict[str, ModalityOutput]:
     """What the method gives as embeddings: by default the heads' output, split and normalised."""
     return {m: output(self.shared(m, x), self.specific(m, x)) for m, x in features.items()}
-
-  def restore(self, codebooks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Codebook states from the nested arrays of a checkpoint."""
-    return dict(codebooks)
 
   def shared(self, modality: str, x: Float[Array, "b n d"]) -> Float[Array, "b n s"]:
     """The shared part of a modality's heads' output."""

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 
 from codebind_jax.losses import centroid_info_nce
 from codebind_jax.losses.centroid import centroid
-from codebind_jax.methods.base import Loss, Recipe, Rows
+from codebind_jax.methods.base import Loss, Rows, SourceRecipe
 from codebind_jax.norm import unit
 
 
 @dataclasses.dataclass(frozen=True)
-class Method(Recipe):
+class Method(SourceRecipe):
   """L = sum over modalities i of L(A -> F_i) + L(F_i -> A), A the mean over modalities of the other view.
 
   Attributes:

@@ -18,12 +18,12 @@ from jaxtyping import Array
 from codebind_jax import transport
 from codebind_jax.compositional import ModalityOutput
 from codebind_jax.losses import prototypes
-from codebind_jax.methods.base import EXTRA, Loss, Recipe, Rows, output, present
+from codebind_jax.methods.base import EXTRA, Loss, Rows, SourceRecipe, output, present
 from codebind_jax.norm import unit
 
 
 @dataclasses.dataclass(frozen=True)
-class Method(Recipe):
+class Method(SourceRecipe):
   """For each pair: <T, cost> for both views + swapped prediction both ways + four-term momentum contrast.
 
   Attributes:

@@ -19,7 +19,7 @@ from jaxtyping import Array
 from codebind_jax import losses, unified
 from codebind_jax.codebook import kmeans
 from codebind_jax.compositional import ModalityOutput
-from codebind_jax.methods.base import EXTRA, Loss, Recipe, Rows, output, present
+from codebind_jax.methods.base import EXTRA, Loss, Rows, SourceRecipe, output, present
 from codebind_jax.models.critics import ConditionalGaussian, FuturePredictor, club_fit, club_start
 from codebind_jax.models.levels import TokenDecoder
 from codebind_jax.norm import unit
@@ -34,7 +34,7 @@ MIN_STEPS = 3  # of a sequence for CPC: a context of two, and a future
 
 
 @dataclasses.dataclass(frozen=True)
-class Unified(Recipe):
+class Unified(SourceRecipe):
   """The parts that DCID and FCID share: the codebook and its losses, CLUB, and the contrast across modalities.
 
   Attributes:

@@ -6,11 +6,11 @@ import dataclasses
 from typing import Any
 
 from codebind_jax.losses import fixed_anchor_info_nce
-from codebind_jax.methods.base import Loss, Recipe, Rows
+from codebind_jax.methods.base import Loss, Rows, SourceRecipe
 
 
 @dataclasses.dataclass(frozen=True)
-class Method(Recipe):
+class Method(SourceRecipe):
   """L = sum over modalities i other than the anchor of L(A -> F_i) + L(F_i -> A).
 
   Attributes:

@@ -5,6 +5,7 @@ checked and passed on) and, where a look at the file's head is cheaper, `check(p
 names the file. A new modality needs no registry. Text has no module: its values are strings.
 """
 
+import functools
 import importlib
 import pkgutil
 from types import ModuleType
@@ -14,7 +15,12 @@ _NOT_MODALITIES = ("augment",)
 
 def readable() -> tuple[str, ...]:
   """Modalities that can be read from files, text included."""
-  found = [module.name for module in pkgutil.iter_modules(__path__) if module.name not in _NOT_MODALITIES]
+  return _readable(tuple(__path__))
+
+
+@functools.cache
+def _readable(folders: tuple[str, ...]) -> tuple[str, ...]:
+  found = [module.name for module in pkgutil.iter_modules(folders) if module.name not in _NOT_MODALITIES]
   return tuple(sorted([*found, "text"]))
 
 
