@@ -62,7 +62,9 @@ def toy(tmp_path, monkeypatch):
 def test_toy_world_is_built_whole(toy):
   root, _ = toy
   folder = registry.ensure("evoked", "small", root)
-  assert json.loads((folder / "manifest.json").read_text())["splits"] == {"train": 2, "val": 2, "test": 2}
+  assert json.loads((folder / "manifest.json").read_text())["splits"] == {
+    "train": 2, "val": 2, "test": 2, "val_sense": 2, "test_sense": 2
+  }
   read = lambda split: open_source({"name": "evoked", "profile": "small", "split": split, "data_dir": str(root)})
   rows = {row["id"]: row for row in read("train")}
   first, second = rows["evoked:000"], rows["evoked:001"]

@@ -199,7 +199,7 @@ def test_split_without_any_picture_is_an_error(toy):
   archive = iconify({"cow": "#ff0000\"/><rect width='", "sun": "#ff0000", "owl": "#ff0000", **FURTHER})
   toy.packages["one"] = package("one", "npm", "one.tgz", archive)
   put(toy.root, toy.packages["one"], archive)
-  with pytest.raises(ValueError, match="no picture of split 'train' can be drawn; first: cannot be drawn: resvg"):
+  with pytest.raises(ValueError, match="no picture of split 'train' can be made; first: cannot be drawn: resvg"):
     registry.ensure("icons", "small", toy.root)
 
 

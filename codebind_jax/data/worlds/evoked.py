@@ -5,6 +5,7 @@ the table. The pictures and tones are reconstructions from the description, not 
 """
 
 import csv
+import functools
 import hashlib
 import io
 from collections.abc import Iterator
@@ -16,8 +17,9 @@ import soundfile
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
-from codebind_jax.data.worlds import archives, attribution, fetch, names, store
+from codebind_jax.data.worlds import archives, fetch, names, store
 from codebind_jax.data.worlds.evalset import EvalSet
+from codebind_jax.data.worlds.tally import Tally, features
 
 VERSION = "1.0.0"
 TABLES = ("eeg", "packages")
@@ -73,29 +75,19 @@ def build(profile: str, root: Path) -> Path:
   path = fetch.fetch(PACKAGE, root=root)
   epochs = read_epochs(path)
   table = names.table("eeg")
-  digest = hashlib.sha256()
+  tally = Tally("evoked", profile, VERSION, {PACKAGE: path}, TABLES)
 
   def rows(split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for epoch in table["epochs"]:
       if epoch["split"] == split.removesuffix("_sense"):
         row = _row(epoch, epochs[epoch["label"]], by_sense=split.endswith("_sense"))
-        digest.update(row["id"].encode() + hashlib.sha256(row["eeg"]).digest())
+        tally.keep(split, row["id"].encode(), row["eeg"])
         yield row["id"], row
-
-  def finish() -> tuple[dict[str, Any], str]:
-    package = fetch.packages()[PACKAGE]
-    manifest = {
-        "world": "evoked", "profile": profile, "version": VERSION, "dropped": {},
-        "splits": {split: sum(e["split"] == split for e in table["epochs"]) for split in _SPLITS},
-        "contents_sha256": digest.hexdigest(),
-        "packages": {PACKAGE: {"name": package.name, "version": package.version, "sha256": fetch.sha256_file(path)}},
-        "tables": {name: names.table_hash(name) for name in TABLES},
-    }
-    return manifest, attribution.text("Evoked", [package])
 
   splits = [*_SPLITS, *(f"{split}_sense" for split in ("val", "test"))]
   return store.build(
-      root, "evoked", profile, VERSION, arrays=("eeg", "image", "audio"), features=_features, finish=finish,
+      root, "evoked", profile, VERSION, arrays=("eeg", "image", "audio"), features=_features,
+      finish=functools.partial(tally.finish, reconstructed=["image", "audio"]),
       splits={split: lambda split=split: rows(split) for split in splits}, need_bytes=20_000_000)
 
 
@@ -159,10 +151,5 @@ def _row(epoch: dict[str, Any], eeg: np.ndarray, by_sense: bool) -> dict[str, An
 
 
 def _features() -> dict[str, Any]:
-  import tensorflow_datasets as tfds
-
   words = ("id", "label", "concept", "group", "condition", "sense", "side", "source")
-  return {
-      **{modality: store.blob() for modality in ("eeg", "image", "audio")},
-      "texts": tfds.features.Sequence(tfds.features.Text()), **{word: tfds.features.Text() for word in words},
-  }
+  return features(("eeg", "image", "audio"), words)

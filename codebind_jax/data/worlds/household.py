@@ -15,10 +15,10 @@ from typing import Any
 import joblib
 import numpy as np
 import tqdm
-from absl import logging
 
-from codebind_jax.data.worlds import attribution, fetch, furniture, names, store, views
+from codebind_jax.data.worlds import fetch, furniture, names, store, views
 from codebind_jax.data.worlds.evalset import EvalSet
+from codebind_jax.data.worlds.tally import Tally, features
 
 VERSION = "1.0.0"
 TABLES = ("aliases", "concepts", "mesh_rules", "meshes", "packages", "thermal")
@@ -103,16 +103,14 @@ def build(profile: str, root: Path) -> Path:
   if store.read_manifest(folder) is not None:
     return folder
   paths = fetch.fetch_all(package_ids(profile), root=root)
-  dropped: dict[str, str] = {}
-  kept = dict.fromkeys(SPLITS, 0)
-  digest = hashlib.sha256()
+  tally = Tally("household", profile, VERSION, paths, TABLES)
   bar = tqdm.tqdm(total=len(plan(profile)), unit="object", desc=f"rendering household ({profile})", disable=None)
   fetch.make_folder(folder.parent)
   scratch = tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacked-")
 
   @functools.cache
   def unpacked() -> list[tuple[dict[str, Any], Path]]:
-    return unpack(plan(profile), paths, Path(scratch.name), dropped)
+    return unpack(plan(profile), paths, Path(scratch.name), tally.dropped)
 
   def rows(split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     ready = [(entry, path) for entry, path in unpacked() if entry["split"] == split]
@@ -122,28 +120,15 @@ def build(profile: str, root: Path) -> Path:
     for (entry, _), sensed in zip(ready, made, strict=True):
       bar.update()
       if isinstance(sensed, str):
-        dropped[entry["key"]] = sensed
+        tally.dropped[entry["key"]] = sensed
         continue
       for view, fields in zip(views.AZIMUTHS, sensed, strict=True):
-        kept[split] += 1
-        digest.update(b"".join(hashlib.sha256(fields[name]).digest() for name in ARRAYS))
+        tally.keep(split, *(fields[name] for name in ARRAYS))
         yield f"{entry['key']}:{view}", _row(entry, view) | fields
-    if not kept[split]:
-      raise ValueError(f"world 'household', profile {profile!r}: no object of split {split!r} can be rendered; first: "
-                       f"{next(iter(dropped.values()), 'the tables list none')}")
+    tally.check(split, "object")
 
   def finish() -> tuple[dict[str, Any], str]:
-    for key, reason in dropped.items():
-      logging.warning("household: left out %s: %s", key, reason)
-    used = {i: fetch.packages()[i] for i in paths}
-    manifest = {
-      "world": "household", "profile": profile, "version": VERSION, "splits": kept, "dropped": dropped,
-      "arrays_sha256": digest.hexdigest(), "simulated": ["thermal"], "rendered": ["image", "depth", "points"],
-      "packages": {i: {"name": p.name, "version": p.version, "sha256": fetch.sha256_file(paths[i])}
-                   for i, p in used.items()},
-      "tables": {name: names.table_hash(name) for name in TABLES},
-    }  # fmt: skip
-    return manifest, attribution.text("Household", used.values(), _creators(profile))
+    return tally.finish(_creators(profile), simulated=["thermal"], rendered=["image", "depth", "points"])
 
   with bar, scratch:
     return store.build(
@@ -216,14 +201,7 @@ def metres(entry: dict[str, Any]) -> float:
 
 
 def _features() -> dict[str, Any]:
-  import tensorflow_datasets as tfds
-
-  words = ("id", "label", "concept", "name", "group", "object", "library", "view", "source")
-  return {
-    **{name: store.blob() for name in ARRAYS},
-    "texts": tfds.features.Sequence(tfds.features.Text()),
-    **{word: tfds.features.Text() for word in words},
-  }
+  return features(ARRAYS, ("id", "label", "concept", "name", "group", "object", "library", "view", "source"))
 
 
 def _row(entry: dict[str, Any], view: int) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import tqdm
-from absl import logging
 
-from codebind_jax.data.worlds import archives, attribution, fetch, names, render, store
+from codebind_jax.data.worlds import archives, fetch, names, render, store
+from codebind_jax.data.worlds.tally import Tally, features
 
 VERSION = "1.1.0"
 EXTRA = "extra"  # split of further named pictures, for training alone
@@ -240,14 +240,12 @@ def build(profile: str, root: Path) -> Path:
   if store.read_manifest(folder) is not None:
     return folder
   paths = fetch.fetch_all(package_ids(profile), root=root)
-  dropped: dict[str, str] = {}
-  kept: dict[str, int] = {}
-  digest = hashlib.sha256()
+  tally = Tally("icons", profile, VERSION, paths, TABLES)
   bar = tqdm.tqdm(total=len(plan(profile)), unit="picture", desc=f"drawing icons ({profile})", disable=None)
 
   @functools.cache
   def contents() -> dict[str, bytes]:
-    return read_items(plan(profile), paths, dropped)
+    return read_items(plan(profile), paths, tally.dropped)
 
   def rows(split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     ready = [item for item in plan(profile) if item.split == split and item.id in contents()]
@@ -255,33 +253,16 @@ def build(profile: str, root: Path) -> Path:
     for item, png in zip(ready, pngs):
       bar.update()
       if isinstance(png, render.RenderError):
-        dropped[item.id] = f"cannot be drawn: {png}"
+        tally.dropped[item.id] = f"cannot be drawn: {png}"
         continue
-      kept[split] = kept.get(split, 0) + 1
-      digest.update(item.id.encode() + hashlib.sha256(png).digest())
+      tally.keep(split, item.id.encode(), png)
       yield item.id, _row(item, png)
-    if split not in kept:
-      reason = next(iter(dropped.values()), "the tables list none")
-      raise ValueError(f"world 'icons', profile {profile!r}: no picture of split {split!r} can be drawn; "
-                       f"first: {reason}")
-
-  def finish() -> tuple[dict[str, Any], str]:
-    for item_id, reason in dropped.items():
-      logging.warning("icons: left out %s: %s", item_id, reason)
-    used = {i: fetch.packages()[i] for i in paths}
-    manifest = {
-        "world": "icons", "profile": profile, "version": VERSION, "splits": kept, "dropped": dropped,
-        "pictures_sha256": digest.hexdigest(),
-        "packages": {i: {"name": p.name, "version": p.version, "sha256": fetch.sha256_file(paths[i])}
-                     for i, p in used.items()},
-        "tables": {name: names.table_hash(name) for name in TABLES},
-    }
-    return manifest, attribution.text("Icons", used.values())
+    tally.check(split, "picture")
 
   renderer = render.Renderer()
   with bar, renderer:
     return store.build(
-        root, "icons", profile, VERSION, arrays=("image",), features=_features, finish=finish,
+        root, "icons", profile, VERSION, arrays=("image",), features=_features, finish=tally.finish,
         splits={split: functools.partial(rows, split) for split in split_names(profile)},
         need_bytes=20_000 * len(plan(profile)))
 
@@ -291,12 +272,8 @@ def _features() -> dict[str, Any]:
   import tensorflow_datasets as tfds
 
   words = ("id", "concept", "label", "name", "group", "set", "family", "style", "kind", "source")
-  return {
-      "image": tfds.features.Image(shape=(render.SIZE, render.SIZE, 3), encoding_format="png"),
-      "texts": tfds.features.Sequence(tfds.features.Text()),
-      "seen": tfds.features.Scalar(np.bool_),
-      **{word: tfds.features.Text() for word in words},
-  }
+  image = tfds.features.Image(shape=(render.SIZE, render.SIZE, 3), encoding_format="png")
+  return features((), words, image=image, seen=tfds.features.Scalar(np.bool_))
 
 
 def _row(item: Item, png: bytes) -> dict[str, Any]:

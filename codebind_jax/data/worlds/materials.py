@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import tqdm
-from absl import logging
 from jaxtyping import UInt8
 
 from codebind_jax.data.transforms import image as image_transforms
-from codebind_jax.data.worlds import archives, attribution, fetch, furniture, icons, names, store, touch
+from codebind_jax.data.worlds import archives, fetch, furniture, icons, names, store, touch
 from codebind_jax.data.worlds.evalset import EvalSet
 from codebind_jax.data.worlds.infrared import generator
+from codebind_jax.data.worlds.tally import Tally, features
 
 VERSION = "1.0.0"
 TABLES = ("aliases", "concepts", "materials", "packages")
@@ -96,12 +96,10 @@ def build(profile: str, root: Path) -> Path:
   if store.read_manifest(folder) is not None:
     return folder
   paths = fetch.fetch_all(package_ids(profile), root=root)
-  dropped: dict[str, str] = {}
-  kept = dict.fromkeys(SPLITS, 0)
-  digest = hashlib.sha256()
+  tally = Tally("materials", profile, VERSION, paths, TABLES)
   total = sum(CROPS[entry["split"]] for entry in textures)
   bar = tqdm.tqdm(total=total, unit="crop", desc=f"touching materials ({profile})", disable=None)
-  photos = functools.cache(lambda: read_photos(textures, paths, dropped))
+  photos = functools.cache(lambda: read_photos(textures, paths, tally.dropped))
 
   def rows(split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for entry in textures:
@@ -110,30 +108,15 @@ def build(profile: str, root: Path) -> Path:
         continue
       for number in range(CROPS[split]):
         row = _row(entry, photo, number)
-        digest.update(hashlib.sha256(row["image"] + row["tactile"]).digest())
-        kept[split] += 1
+        tally.keep(split, row["image"], row["tactile"])
         bar.update()
         yield row["id"], row
-    if not kept[split]:
-      raise ValueError(f"world 'materials', profile {profile!r}: no texture of split {split!r} can be read; first: "
-                       f"{next(iter(dropped.values()), 'the tables list none')}")
-
-  def finish() -> tuple[dict[str, Any], str]:
-    for key, reason in dropped.items():
-      logging.warning("materials: left out %s: %s", key, reason)
-    used = {i: fetch.packages()[i] for i in paths}
-    manifest = {
-      "world": "materials", "profile": profile, "version": VERSION, "splits": kept, "dropped": dropped,
-      "arrays_sha256": digest.hexdigest(), "simulated": ["tactile"],
-      "packages": {i: {"name": p.name, "version": p.version, "sha256": fetch.sha256_file(paths[i])}
-                   for i, p in used.items()},
-      "tables": {name: names.table_hash(name) for name in TABLES},
-    }  # fmt: skip
-    return manifest, attribution.text("Materials", used.values())
+    tally.check(split, "texture")
 
   with bar:
     return store.build(
-      root, "materials", profile, VERSION, arrays=ARRAYS, features=_features, finish=finish,
+      root, "materials", profile, VERSION, arrays=ARRAYS, features=_features,
+      finish=functools.partial(tally.finish, simulated=["tactile"]),
       splits={split: functools.partial(rows, split) for split in SPLITS}, need_bytes=_ROW_BYTES * total,
     )  # fmt: skip
 
@@ -201,14 +184,7 @@ def read_photo(content: bytes, name: str) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def _features() -> dict[str, Any]:
-  import tensorflow_datasets as tfds
-
-  words = ("id", "label", "concept", "group", "texture", "roughness", "source")
-  return {
-    **{name: store.blob() for name in ARRAYS},
-    "texts": tfds.features.Sequence(tfds.features.Text()),
-    **{word: tfds.features.Text() for word in words},
-  }
+  return features(ARRAYS, ("id", "label", "concept", "group", "texture", "roughness", "source"))
 
 
 def _row(entry: dict[str, Any], photo: np.ndarray, number: int) -> dict[str, Any]:

@@ -6,7 +6,6 @@ and clips are written in the tables.
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ import tqdm
 from absl import logging
 
 from codebind_jax.data.transforms import audio, video
-from codebind_jax.data.worlds import archives, attribution, fetch, icons, names, notes, store
+from codebind_jax.data.worlds import archives, fetch, icons, names, notes, store
 from codebind_jax.data.worlds.evalset import EvalSet
+from codebind_jax.data.worlds.tally import Tally, features
 
 VERSION = "1.0.0"
 TABLES = ("aliases", "audio", "concepts", "instruments", "packages", "video")
@@ -211,9 +211,7 @@ class _Build:
 
   def __init__(self, profile: str, paths: dict[str, Path]):
     self.profile, self.paths = profile, paths
-    self.dropped: dict[str, str] = {}
-    self.kept: dict[str, int] = {}
-    self.digest = hashlib.sha256()
+    self.tally = Tally("menagerie", profile, VERSION, paths, TABLES)
     self.font = "", b""
 
   def run(self, root: Path) -> Path:
@@ -223,7 +221,8 @@ class _Build:
                          disable=None)
     with self.bar:
       return store.build(
-          root, "menagerie", self.profile, VERSION, arrays=("audio", "video"), features=_features, finish=self._finish,
+          root, "menagerie", self.profile, VERSION, arrays=("audio", "video"), features=_features,
+          finish=functools.partial(self.tally.finish, notes=notes.available()),
           splits={split: functools.partial(self._rows, items) for split, items in splits.items() if items},
           need_bytes=150_000 * len(plan(self.profile)))
 
@@ -231,7 +230,7 @@ class _Build:
   def _files(self) -> dict[str, bytes]:
     """Content of each recording and clip; a Debian file that is not as recorded is dropped."""
     once = {i.id: i for i in plan(self.profile) if i.form == "recording"}
-    found = icons.read_items(list(once.values()), self.paths, self.dropped)
+    found = icons.read_items(list(once.values()), self.paths, self.tally.dropped)
     for package in CLIPS:
       clips = {i.inner: i.id for i in plan(self.profile) if i.package == package}
       read = archives.read_members(self.paths[package], clips) if clips else {}
@@ -247,10 +246,9 @@ class _Build:
       try:
         length = _seconds(item, content)
       except ValueError as error:
-        self.dropped[item.id] = str(error)
+        self.tally.dropped[item.id] = str(error)
         continue
-      self.kept[item.split] = self.kept.get(item.split, 0) + 1
-      self.digest.update(item.id.encode() + hashlib.sha256(content).digest())
+      self.tally.keep(item.split, item.id.encode(), content)
       yield item.id, _row(item, content, length)
 
   def _contents(self, items: list[Item]) -> Iterator[tuple[Item, bytes]]:
@@ -271,19 +269,6 @@ class _Build:
         raise ValueError(f"{self.paths[package]}: {FONTS[package]} is not in it")
       self.font = package, found[FONTS[package]]
     return self.font[1]
-
-  def _finish(self) -> tuple[dict[str, Any], str]:
-    for item_id, reason in self.dropped.items():
-      logging.warning("menagerie: left out %s: %s", item_id, reason)
-    used = {i: fetch.packages()[i] for i in self.paths}
-    manifest = {
-        "world": "menagerie", "profile": self.profile, "version": VERSION, "splits": self.kept,
-        "dropped": self.dropped, "contents_sha256": self.digest.hexdigest(), "notes": notes.available(),
-        "packages": {i: {"name": p.name, "version": p.version, "sha256": fetch.sha256_file(self.paths[i])}
-                     for i, p in used.items()},
-        "tables": {name: names.table_hash(name) for name in TABLES},
-    }
-    return manifest, attribution.text("Menagerie", used.values())
 
 
 def _seconds(item: Item, content: bytes) -> float:
@@ -315,8 +300,5 @@ def _features() -> dict[str, Any]:
   import tensorflow_datasets as tfds
 
   words = ("id", "concept", "label", "form", "kind", "category", "source", "group")
-  return {
-      "audio": store.blob(), "video": store.blob(), "texts": tfds.features.Sequence(tfds.features.Text()),
-      "heard": tfds.features.Scalar(np.bool_), "seconds": tfds.features.Scalar(np.float32),
-      **{word: tfds.features.Text() for word in words},
-  }
+  heard, seconds = tfds.features.Scalar(np.bool_), tfds.features.Scalar(np.float32)
+  return features(("audio", "video"), words, heard=heard, seconds=seconds)
