@@ -11,6 +11,7 @@ import pytest
 
 from codebind_jax.data.sources import open_source
 from codebind_jax.data.worlds import fetch, icons, names, registry, render, store
+from codebind_jax.data.worlds.tally import Tally
 from tests.world_fixtures import deb, package, png, put, rcc, svg, tgz, unseen_names, wheel
 
 FURTHER = {"cow2": "#00ffff", "red-barn": "#ffff00"}
@@ -375,3 +376,17 @@ def test_tiny_reads_what_the_wheel_holds():
   paths = fetch.fetch_all(icons.package_ids("tiny"))
   contents = icons.read_items(icons.plan("tiny"), paths, {})
   assert len(contents) == 1285 + 1285 and all(data.lstrip().startswith(b"<") for data in contents.values())
+
+
+def test_digest_of_a_build_tells_content_and_order_apart():
+  def digest(*rows):
+    tally = Tally("icons", "small", "1.0.0", {}, ())
+    for row in rows:
+      tally.keep("train", *row)
+    manifest, _ = tally.finish(simulated=["touch"])
+    assert manifest["splits"] == {"train": len(rows)} and manifest["simulated"] == ["touch"]
+    return manifest["contents_sha256"]
+
+  rows = [(b"a", b"1"), (b"b", b"2")]
+  assert len({digest(*rows), digest(*rows[::-1]), digest((b"a", b"1"), (b"b", b"3")), digest(rows[0])}) == 4
+  assert digest(*rows) == digest(*rows) != digest((b"a1",), (b"b2",))

@@ -15,6 +15,7 @@ from codebind_jax.data import synthetic
 from codebind_jax.data.sources import open_source
 from codebind_jax.evaluate import retention
 from codebind_jax.evaluators.retrieval import Emergent
+from codebind_jax.methods.base import make_init, make_method
 from codebind_jax.stages import stages_of
 from codebind_jax.state import TrainState
 from codebind_jax.step import make_train_step
@@ -126,6 +127,23 @@ def test_terms_of_several_sources_are_the_weighted_mean_of_each_alone(parts):
     np.testing.assert_allclose(both[f"train/{term}"], expected, rtol=2e-5, err_msg=term)
 
 
+def test_other_methods_weigh_sources_alike(parts):
+  config, _, _, stage, _, _ = parts
+  config = config.copy_and_resolve_references().unlock()
+  config.method, config.method_options = "fixed_anchor", {"frozen": False}
+  method = make_method(config.lock())
+  stage = dataclasses.replace(stage, pairs=(("image", "text"),), weights={"a": 3.0}, unique_labels=True, train=(".*",))
+  init = make_init(method, {m: (1, 64) for m in config.model.towers})
+  params, books, aux = init(jax.random.key(0))
+  tx, _ = optim.make_optimizer(params, stage.train, config.optim.to_dict(), 4)
+  state = TrainState(jnp.zeros((), jnp.int32), params, books, tx.init(params), aux, jax.random.key(2))
+  step = jax.jit(method.train_step(stage, tx))
+  rng = np.random.default_rng(0)
+  a, b = batch_of(rng, 8, "image", "text"), batch_of(rng, 6, "image", "text")
+  both, only_a, only_b = (step(state, batch)[1]["train/total"] for batch in ({"a": a, "b": b}, {"a": a}, {"b": b}))
+  np.testing.assert_allclose(both, 0.75 * only_a + 0.25 * only_b, rtol=1e-5)
+
+
 def test_similarities_of_chosen_rows_are_rows_of_all(parts):
   _, model, spec, _, params, books = parts
   rng = np.random.default_rng(1)
@@ -201,4 +219,7 @@ def test_emergent_retrieval_counts_shared_concepts_alone_and_knows_its_chance():
   found = dict(Emergent("audio", "depth", k=1)(table))
   assert found["emergent/audio_to_depth/r1"] == 100.0 and found["emergent/depth_to_audio/r1"] == 100.0
   np.testing.assert_allclose(found["emergent/audio_to_depth/chance1"], 100 * (2 / 3 + 1 / 3) / 2)
+  # Of the three pairs among cow, cow, dog all have a cow and two a dog.
+  found = dict(Emergent("audio", "depth", k=2)(table))
+  np.testing.assert_allclose(found["emergent/audio_to_depth/chance2"], 100 * (1 + 2 / 3) / 2)
   assert not Emergent("audio", "depth").overlap({"audio": table["audio"], "depth": {"concept": np.array(["sofa"])}})
