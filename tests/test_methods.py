@@ -259,12 +259,12 @@ def test_a_stopped_run_goes_on_bit_for_bit(name, tmp_path, monkeypatch):
 
   # The finished run can be loaded, and its codebook's channels chosen.
   from codebind_jax.api import load
-  from codebind_jax.tools import toc
+  from codebind_jax.methods import toc
 
   model = load(tmp_path / "whole")
   codes = toc.codes_of(model)
   assert codes.shape == (12, 8)
-  chosen = toc.select(codes, 6, (1, 0))
+  chosen = toc.choose(codes, 6, (1, 0))
   tokens = np.random.default_rng(0).normal(size=(5, 1, 64)).astype(np.float32)
   whole = model.embed_tokens("audio", tokens).shared
   sliced = toc.Sliced(model, np.array(chosen["channels"]), 8).embed_tokens("audio", tokens).shared

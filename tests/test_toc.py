@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from codebind_jax.methods import toc
-from codebind_jax.tools.toc import codes_of, keep_channels
+from codebind_jax.methods.toc import codes_of, keep_channels
 from tests.golden_fixtures import close, load
 
 DATA = load("cmg_toc")

@@ -1,14 +1,20 @@
-"""Training-free optimisation of a codebook (TOC): which channels of the codes to keep.
+"""Training-free optimisation of a codebook (TOC): which channels of the codes to keep, of any trained run as well.
 
 Huang et al., arXiv 2403.05168. The body of the paper was not read: score and selection follow the released code.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from codebind_jax.api import Embeddings, Model
+from codebind_jax.methods.base import EXTRA
 from codebind_jax.norm import unit, wide
 
 
@@ -65,3 +71,65 @@ def redundancy(codes: Float[Array | np.ndarray, "k d"]) -> Float[Array, ""]:
   total = jnp.sum(unit(codes), axis=0)
   count = codes.shape[0]
   return (jnp.sum(total * total) - count) / (count * (count - 1))
+
+
+def codes_of(model: Any) -> Float[np.ndarray, "k d"]:
+  """The shared codebook of a trained model.
+
+  Raises:
+    ValueError: if its method has none.
+  """
+  if "shared" in model.codebooks:
+    return np.asarray(model.codebooks["shared"].codes, np.float32)
+  if "codes" in model.params.get(EXTRA, {}):
+    return np.asarray(model.params[EXTRA]["codes"], np.float32)
+  raise ValueError(f"method {model.config.method!r} has no shared codebook")
+
+
+def keep_channels(x: Float[np.ndarray, "n d"], channels: Int[np.ndarray, "q"], width: int) -> Float[np.ndarray, "n _"]:
+  """The chosen channels of embeddings made of segments of `width`, of every segment the same; normalised again.
+
+  Raises:
+    ValueError: if the embeddings are not made of such segments.
+  """
+  if x.shape[1] % width:
+    raise ValueError(f"embeddings of width {x.shape[1]} are not made of codes of width {width}")
+  kept = x.reshape(len(x), -1, width)[:, :, channels].reshape(len(x), -1)
+  return kept / np.maximum(np.linalg.norm(kept, axis=1, keepdims=True), 1e-12)
+
+
+class Sliced(Model):
+  """A trained model whose `shared` embeddings have the chosen channels only."""
+
+  def __init__(self, model: Model, channels: Int[np.ndarray, "q"], width: int):
+    super().__init__(model.config, model.params, model.codebooks, model.trunks, model.batch, model.modalities)
+    self._channels, self._width = channels, width
+
+  def embed_tokens(self, modality: str, tokens: Float[np.ndarray, "n t c"]) -> Embeddings:
+    """As `Model`, sliced."""
+    whole = super().embed_tokens(modality, tokens)
+    return dataclasses.replace(whole, shared=keep_channels(whole.shared, self._channels, self._width))
+
+
+def choose(codes: Float[np.ndarray, "k d"], count: int, ratio: tuple[int, int]) -> dict[str, Any]:
+  """Chosen channels, scores, and the mean cosine between codes before and after."""
+  channels = np.asarray(select_channels(codes, count or max(1, codes.shape[1] * 3 // 4), ratio))
+  return {
+    "channels": channels.tolist(), "of": codes.shape[1], "scores": np.asarray(channel_scores(codes)).tolist(),
+    "redundancy_before": float(redundancy(codes)), "redundancy_after": float(redundancy(codes[:, channels])),
+  }  # fmt: skip
+
+
+def evaluate(model: Model, channels: Sequence[int], width: int) -> dict[str, tuple[float, float]]:
+  """Metric -> (before, after) on the validation sets of the model's own data."""
+  from codebind_jax.data.featurize import Featurizer
+  from codebind_jax.data.task import open_task
+  from codebind_jax.evaluate import Evaluation
+
+  config = model.config.copy_and_resolve_references().unlock()
+  config.test = False
+  evaluation = Evaluation(config, open_task(config.data), Featurizer(config, model.trunks))
+  model.trunks = evaluation.trunks
+  before = evaluation.everything(model)
+  after = evaluation.everything(Sliced(model, np.asarray(channels), width))
+  return {name: (value, after[name]) for name, value in before.items() if name in after and "/train/" not in name}
