@@ -1,10 +1,11 @@
 """codebind_jax: bind any number of modalities into one space and keep what is unique to each."""
 
+import importlib
 from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "load", "search"]
 
 
 def __getattr__(name: str) -> Any:
@@ -13,4 +14,6 @@ def __getattr__(name: str) -> Any:
     from codebind_jax.api import load
 
     return load
+  if name == "search":
+    return importlib.import_module("codebind_jax.search")
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

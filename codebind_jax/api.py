@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import pathlib
@@ -11,13 +12,18 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from codebind_jax import checkpoint
+from codebind_jax import config as config_lib
 from codebind_jax.data import transforms
 from codebind_jax.evaluators.zeroshot import class_embeddings
 from codebind_jax.methods.base import Recipe, make_method
 from codebind_jax.pretrained import load_trunk
+from codebind_jax.pretrained.trunk import fingerprint
+
+_TRUNK_ROWS = 32  # items that a trunk sees at once, a device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +74,41 @@ class Model:
     self.params, self.codebooks, self.trunks, self.batch = params, codebooks, dict(trunks or {}), batch
     self.method = make_method(self.config)
     self._embed = _embed_step(self.method)
-    self._apply: dict[str, Any] = {}
+    self._weights: dict[str, Any] = {}  # of the trunks, where they are used
+    self._mesh: jax.sharding.Mesh | None = None
     self._modalities = tuple(sorted(self.config.model.towers if modalities is None else modalities))
 
   @property
   def modalities(self) -> tuple[str, ...]:
     """What the model can embed."""
     return self._modalities
+
+  @property
+  def trunk_rows(self) -> int:
+    """Items that a trunk is given at once."""
+    return _TRUNK_ROWS * self._devices
+
+  def on(self, devices: Sequence[jax.Device]) -> Model:
+    """This model with its arrays on every one of `devices`, over which all batches are split."""
+    moved = copy.copy(self)
+    moved._weights = {}
+    moved._mesh = jax.make_mesh((len(devices),), ("rows",), axis_types=(AxisType.Auto,), devices=devices)
+    moved.params, moved.codebooks = moved._placed((self.params, self.codebooks))
+    return moved
+
+  def fingerprint(self, modalities: Sequence[str]) -> str:
+    """Hex SHA-256 of what decides the embeddings of some modalities: weights, codebooks, trunks and their options."""
+    plain = config_lib.to_plain(self.config)
+    recipe = {key: plain.get(key) for key in ("method", "method_options", "model", "codebook")}
+    recipe |= {"trunks": {m: self.trunk(m).fingerprint for m in modalities}}
+    return fingerprint((self.params, self.codebooks), recipe, "model-1")
+
+  def widths(self, modality: str) -> dict[str, int]:
+    """Width of each field of `Embeddings`, without computing any."""
+    trunk = self.trunk(modality)
+    token = jax.ShapeDtypeStruct((1, self.tokens_seen(modality) or trunk.num_tokens, trunk.width), np.float32)
+    out = jax.eval_shape(self._embed, self.params, self.codebooks, {modality: token})[modality]
+    return {name: column.shape[-1] for name, column in zip(_FIELDS, _columns(out))}
 
   def trunk(self, modality: str) -> Any:
     """The trunk of a modality, fetched and loaded at first use."""
@@ -100,20 +134,41 @@ class Model:
 
   def tokens(self, modality: str, items: Sequence[Any]) -> Float[np.ndarray, "n t c"]:
     """Trunk tokens of raw items, float32 [N, T, C]."""
-    trunk = self.trunk(modality)
-    apply = self._apply.setdefault(modality, jax.jit(trunk.apply))
-    done = []
-    for start in range(0, len(items), 32):
-      part = []
-      for number, item in enumerate(items[start : start + 32], start):
+    trunk, done = self.trunk(modality), []
+    for start in range(0, len(items), self.trunk_rows):
+      prepared = []
+      for number, item in enumerate(items[start : start + self.trunk_rows], start):
         try:
-          part.append(trunk.preprocess(_opened(modality, item)))
-        except (ValueError, OSError) as error:
+          prepared.append(self.prepare(modality, item))
+        except ValueError as error:
           raise ValueError(f"{modality}[{number}]: {error}") from error
-      rows = len(part)
-      part += [part[-1]] * (_padded(rows, 32) - rows)
-      done.append(np.asarray(apply(trunk.params, trunk.collate(part)))[:rows])
+      done.append(self.trunk_tokens(modality, prepared))
     return np.concatenate(done) if done else np.zeros((0, trunk.num_tokens, trunk.width), np.float32)
+
+  def prepare(self, modality: str, item: Any) -> np.ndarray:
+    """One raw item as the trunk takes it; host work, which several threads may share once the trunk is loaded.
+
+    Raises:
+      ValueError: if it cannot be read.
+    """
+    try:
+      return self.trunk(modality).preprocess(_opened(modality, item))
+    except OSError as error:
+      raise ValueError(str(error)) from error
+
+  def trunk_tokens(self, modality: str, prepared: Sequence[np.ndarray]) -> Float[np.ndarray, "n t c"]:
+    """Trunk tokens of at most `trunk_rows` prepared items."""
+    trunk, rows = self.trunk(modality), len(prepared)
+    if modality not in self._weights:
+      self._weights[modality] = self._placed(trunk.params)
+    padded = [*prepared, *[prepared[-1]] * (self._padded(rows, self.trunk_rows) - rows)]
+    return np.asarray(trunk.compiled(self._weights[modality], self._split(trunk.collate(padded))))[:rows]
+
+  def embed_prepared(self, modality: str, prepared: Sequence[np.ndarray]) -> Embeddings:
+    """Embeds items that `prepare` has made; no more of their tokens is held than the heads look at."""
+    parts = (prepared[i : i + self.trunk_rows] for i in range(0, len(prepared), self.trunk_rows))
+    seen = self.tokens_seen(modality)
+    return self.embed_tokens(modality, np.concatenate([self.trunk_tokens(modality, part)[:, :seen] for part in parts]))
 
   def tokens_seen(self, modality: str) -> int | None:
     """How many of the trunk's tokens decide an embedding: the class token alone, or with a body all (None)."""
@@ -127,10 +182,9 @@ class Model:
     for start in range(0, len(tokens), self.batch):
       chunk = np.asarray(tokens[start : start + self.batch, : self.tokens_seen(modality)], np.float32)
       rows = len(chunk)
-      chunk = np.pad(chunk, ((0, _padded(rows, self.batch) - rows), (0, 0), (0, 0)))
-      out = self._embed(self.params, self.codebooks, {modality: chunk})[modality]
-      columns = (out.shared, out.specific, out.full, out.indices_shared, out.indices_specific)
-      parts.append([np.asarray(column)[:rows, 0] for column in columns])
+      chunk = np.pad(chunk, ((0, self._padded(rows, self.batch) - rows), (0, 0), (0, 0)))
+      out = self._embed(self.params, self.codebooks, {modality: self._split(chunk)})[modality]
+      parts.append([np.asarray(column)[:rows, 0] for column in _columns(out)])
     return Embeddings(*(np.concatenate(columns) for columns in zip(*parts)))
 
   def classify(
@@ -154,6 +208,22 @@ class Model:
     order = np.argsort(-scores, axis=1, kind="stable")
     return [[(labels[k], float(scores[row, k])) for k in ranking] for row, ranking in enumerate(order)]
 
+  @property
+  def _devices(self) -> int:
+    return self._mesh.size if self._mesh else 1
+
+  def _placed(self, tree: Any) -> Any:
+    """The arrays on every device of `on`; as they are without it."""
+    return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec())) if self._mesh else tree
+
+  def _split(self, batch: Any) -> Any:
+    """A batch's rows divided over the devices of `on`."""
+    return jax.device_put(batch, NamedSharding(self._mesh, PartitionSpec("rows"))) if self._mesh else batch
+
+  def _padded(self, rows: int, batch: int) -> int:
+    """Smallest power of two that holds `rows`, at most `batch`, for few compilations; as many on every device."""
+    return -(-min(batch, 1 << max(rows - 1, 0).bit_length()) // self._devices) * self._devices
+
   def _check(self, inputs: Mapping[str, Any]) -> None:
     for name in inputs:
       if name not in self.modalities:
@@ -173,9 +243,12 @@ def _embed_step(method: Recipe) -> Any:
   return jax.jit(method.embed_step())
 
 
-def _padded(rows: int, batch: int) -> int:
-  """Smallest power of two that holds `rows`, at most `batch`: few compilations whatever the input sizes."""
-  return min(batch, 1 << max(rows - 1, 0).bit_length())
+_FIELDS = tuple(field.name for field in dataclasses.fields(Embeddings))
+
+
+def _columns(out: Any) -> tuple[Any, ...]:
+  """The fields of `Embeddings` among a modality's outputs."""
+  return out.shared, out.specific, out.full, out.indices_shared, out.indices_specific
 
 
 def load(path: str | pathlib.Path) -> Model:

@@ -8,7 +8,7 @@ from typing import Any
 
 import ml_collections
 
-MODES = ("train", "eval", "compare", "compile")
+MODES = ("train", "eval", "embed", "compare", "compile")
 TASKS = ("zeroshot", "retrieval", "probe")
 PROFILES = ("auto", "tiny", "tiny-plus", "small", "full")
 _CHOICES = {
@@ -20,10 +20,12 @@ _CHOICES = {
   "codebook.update_mode": ("snapshot", "sequential"),
   "codebook.revive": ("random", "closest", "probrandom", "disturbance", "none"),
   "codebook.revive_mode": ("survive", "codes_only"),
+  "embed.dtype": ("float16", "float32"),
 }
 _POSITIVE = (
   "steps", "batch_size", "log_steps", "eval_steps", "checkpoint_steps", "keep_checkpoints",
   "model.shared_dim", "codebook.dim", "codebook.shared_codes", "optim.learning_rate", "optim.clip_norm",
+  "embed.shard_rows", "embed.batch_size", "embed.threads",
 )
 _COUNTS = ("data.max_bad_records", "seed")
 _SHARES = ("codebook.decay", "codebook.alarm_share", "optim.b1", "optim.b2")
@@ -84,10 +86,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
   for path in _SHARES:
     if has(config, path) and not 0 <= get(config, path) <= 1:
       raise ValueError(f"config.{path}: got {get(config, path)!r}; allowed: 0 to 1")
-  if config.mode == "eval":
+  if config.mode in ("eval", "embed"):
     for path in ("init_from", "data.manifest"):
       if not get(config, path):
-        raise ValueError(f"config.{path}: must be set for mode 'eval'")
+        raise ValueError(f"config.{path}: must be set for mode {config.mode!r}")
     return
   _validate_train(config)
 

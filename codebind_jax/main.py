@@ -73,6 +73,10 @@ def main(_: Sequence[str]) -> None:
       from codebind_jax.compare import compare
 
       compare(config, _WORKDIR.value)
+    elif config.mode == "embed":
+      from codebind_jax.embed import embed
+
+      embed(config, _WORKDIR.value)
     else:
       from codebind_jax.evaluate import evaluate
 

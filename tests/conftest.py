@@ -1,5 +1,6 @@
 """Test setup: offline, on CPU, shapes checked at run time, compiled programs cached between runs."""
 
+import fcntl
 import os
 import pathlib
 
@@ -26,3 +27,20 @@ def quick_compiler():
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+  """Manifest, data folder and workdir of a tiny finished run, to be read only; pytest's workers share one."""
+  from codebind_jax.train import train_and_evaluate
+  from tests.train_fixtures import tiny_config, write_manifest
+
+  base = tmp_path_factory.getbasetemp()
+  folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained"
+  with open(folder.with_suffix(".lock"), "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not (folder / "done").exists():
+      manifest = write_manifest(folder / "squares")
+      train_and_evaluate(tiny_config(manifest, folder / "root", steps=2), folder / "run")
+      (folder / "done").touch()
+  return folder / "squares" / "squares.jsonl", folder / "root", folder / "run"

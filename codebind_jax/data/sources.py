@@ -264,7 +264,7 @@ def read_manifest(manifest: Path, *, split: str = "", max_bad_records: int = 0) 
     if not line.strip():
       continue
     try:
-      row, paths = _record(line, manifest, number)
+      row, paths = parse_record(line, manifest, number)
       if first.setdefault(row["id"], number) != number:
         raise ValueError(f"id {row['id']!r} is there twice, first in line {first[row['id']]}")
       for modality, path in paths.items():
@@ -301,8 +301,12 @@ def _of_split(manifest: Path, split: str, rows: list, files: list) -> tuple[list
   return [rows[i] for i in chosen], [files[i] for i in chosen]
 
 
-def _record(line: bytes, manifest: Path, number: int) -> tuple[dict[str, Any], dict[str, Path]]:
-  """One line of a manifest as a row without arrays, and the files to read."""
+def parse_record(line: bytes, manifest: Path, number: int) -> tuple[dict[str, Any], dict[str, Path]]:
+  """Line `number` of a manifest as a row without arrays, and the files to read: modality -> path.
+
+  Raises:
+    ValueError: naming what is wrong with it, or the file that is not there.
+  """
   try:
     record = json.loads(line.decode("utf-8-sig"))
   except ValueError as error:

@@ -1,0 +1,161 @@
+"""The Parquet files of mode `embed`: their names, columns and metadata. Needs neither JAX nor a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Num
+
+FIELDS = ("id", "label", "split")
+PARTS = ("shared", "specific", "full")
+CODES = ("codes_shared", "codes_specific")
+SUMMARY = "summary.json"
+_PATTERN = "shard-*.parquet"
+_KEY = b"codebind_jax"
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardReport:
+  """What a finished shard says of itself, kept in its file.
+
+  Attributes:
+    digest: of the job it belongs to.
+    shards: how many that job has.
+    rows: records in it.
+    bad: a message for each record that was left out.
+    ignored: modality that was not asked for -> how many records had it.
+  """
+
+  digest: str
+  shards: int
+  rows: int
+  bad: Sequence[str] = ()
+  ignored: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+def shard_path(folder: pathlib.Path, number: int, count: int) -> pathlib.Path:
+  """Where shard `number` of `count` is, once finished."""
+  return folder / f"shard-{number:06d}-of-{count:06d}.parquet"
+
+
+def shard_files(folder: pathlib.Path) -> list[pathlib.Path]:
+  """All finished shards in a folder, in order."""
+  return sorted(folder.glob(_PATTERN))
+
+
+def column_name(modality: str, part: str) -> str:
+  """Such as `image_shared`, `text_codes_shared`."""
+  return f"{modality}_{part}"
+
+
+def make_schema(widths: Mapping[str, int], dtype: str) -> pa.Schema:
+  """Columns of a shard: id, label and split (null where not given), then vectors and codes as lists of fixed size.
+
+  Args:
+    widths: column -> width, all above 0; names that end in one of `CODES` hold int32, others floats.
+    dtype: of the floats, float16 or float32.
+  """
+  kind = lambda name: pa.int32() if name.endswith(CODES) else pa.from_numpy_dtype(np.dtype(dtype))
+  fields = [pa.field("id", pa.string(), nullable=False), pa.field("label", pa.string()), pa.field("split", pa.string())]
+  return pa.schema([*fields, *(pa.field(name, pa.list_(kind(name), width)) for name, width in widths.items())])
+
+
+def spread(
+  values: Num[np.ndarray, "n w"], at: Sequence[int], rows: int, kind: pa.FixedSizeListType
+) -> pa.FixedSizeListArray:
+  """A column of `rows` rows with `values` in the rows `at` and null in the others."""
+  dense, missing = np.zeros((rows, kind.list_size), kind.value_type.to_pandas_dtype()), np.ones(rows, bool)
+  dense[at], missing[at] = values, False
+  return pa.FixedSizeListArray.from_arrays(pa.array(dense.reshape(-1)), kind.list_size, mask=pa.array(missing))
+
+
+def write_shard(path: pathlib.Path, schema: pa.Schema, batches: Sequence[pa.RecordBatch], report: ShardReport) -> None:
+  """Writes a shard under a name of its own and renames it when it is whole: a shard is there or it is not."""
+  metadata = {_KEY: json.dumps(dataclasses.asdict(report)).encode()}
+  table = pa.Table.from_batches(batches, schema).replace_schema_metadata(metadata)
+  write_table(table, path)
+
+
+def write_table(table: pa.Table, path: pathlib.Path, row_group: int | None = None) -> None:
+  """Writes a Parquet file that appears whole; two that write the same one at once do not disturb each other."""
+  part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
+  try:
+    pq.write_table(table, part, compression="zstd", row_group_size=row_group)
+    os.replace(part, path)
+  finally:
+    part.unlink(missing_ok=True)
+
+
+def read_report(path: pathlib.Path) -> ShardReport:
+  """What a shard says of itself.
+
+  Raises:
+    ValueError: if the file is not a shard of mode `embed`, or damaged.
+  """
+  try:
+    return ShardReport(**json.loads(pq.read_schema(path).metadata[_KEY]))
+  except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+    raise ValueError(f"{path} is not a shard written by mode 'embed', or it is damaged ({error}); remove it") from error
+
+
+def finished_shards(folder: pathlib.Path, digest: str, count: int) -> dict[int, ShardReport]:
+  """Reports of the shards of a job that are finished, by number.
+
+  Raises:
+    ValueError: naming a file of another job: another run, manifest or setting.
+  """
+  names = {shard_path(folder, number, count): number for number in range(count)}
+  found = {}
+  for path in shard_files(folder):
+    report = read_report(path)
+    if report.digest != digest or path not in names:
+      raise ValueError(f"{path} belongs to another job (digest {report.digest[:12]}, {report.shards} shards; this one "
+                       f"is {digest[:12]}, {count} shards): the run, the manifest or a setting has changed since; use "
+                       "another workdir, or remove the old shards")  # fmt: skip
+    found[names[path]] = report
+  return found
+
+
+def read_column(folder: pathlib.Path, column: str) -> Iterator[tuple[list[str], Num[np.ndarray, "n w"]]]:
+  """Ids and vectors of a column of all shards of a finished job, in parts; rows without the modality are left out.
+
+  Raises:
+    ValueError: if shards are missing or belong to several jobs, or none has the column.
+  """
+  files = shard_files(folder)
+  if not files:
+    raise ValueError(f"{folder}: no shards ({_PATTERN}) in it; write some with mode 'embed'")
+  reports = [read_report(path) for path in files]
+  first = reports[0]
+  finished_shards(folder, first.digest, first.shards)
+  if len(files) < first.shards:
+    raise ValueError(f"{folder}: {len(files)} of {first.shards} shards are finished; run the same command again")
+  names = pq.read_schema(files[0]).names
+  if column not in names:
+    raise ValueError(f"{folder}: no column {column!r}; allowed: {[n for n in names if n.endswith(PARTS)]}")
+  for path in files:
+    for batch in pq.ParquetFile(path).iter_batches(columns=["id", column]):
+      kept = batch.filter(batch.column(column).is_valid())
+      if kept.num_rows:
+        yield kept.column("id").to_pylist(), vectors_of(kept.column(column))
+
+
+def vectors_of(column: pa.FixedSizeListArray) -> Num[np.ndarray, "n w"]:
+  """The lists of a column without nulls as rows."""
+  return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes a JSON file that appears whole."""
+  part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
+  part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+  os.replace(part, path)

@@ -1,0 +1,266 @@
+"""Mode `embed`: shards with ids that equal `Model.embed`, divided over processes, restarted, and bad records."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from codebind_jax import config as config_lib
+from codebind_jax import embed as embed_lib
+from codebind_jax import shards
+from codebind_jax.api import load
+from codebind_jax.search import Index
+from configs import embed as embed_config
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+ROWS = 40  # of the tiny manifest
+
+
+@pytest.fixture(scope="module")
+def model(trained):
+  return load(trained[2])
+
+
+def config_of(trained, **overrides):
+  config = embed_config.get_config().unlock()
+  config.update_from_flattened_dict({
+    "init_from": str(trained[2]), "data.manifest": str(trained[0]), "embed.shard_rows": 16, "embed.batch_size": 8,
+  })  # fmt: skip
+  config.update_from_flattened_dict(overrides)
+  return config.lock()
+
+
+def manifest_of(folder, trained, lines):
+  """A manifest of one's own beside the squares' files."""
+  path = folder / "mine.jsonl"
+  text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n"
+  path.write_text(text.replace("SQUARES", str(trained[0].parent)))
+  return path
+
+
+def run(plan, model, **processes):
+  embed_lib.embed_shards(plan, model, **processes)
+  return embed_lib.summarise(plan, "the run")
+
+
+def table_of(folder):
+  return {row["id"]: row for path in shards.shard_files(folder) for row in pq.read_table(path).to_pylist()}
+
+
+def test_rows_equal_the_model_s_embeddings(trained, model, tmp_path):
+  found = embed_lib.embed(config_of(trained, **{"embed.dtype": "float32"}), tmp_path / "out")
+  assert found["rows"] == ROWS and [shard["rows"] for shard in found["shards"]] == [16, 16, 8]
+  assert json.loads((tmp_path / "out" / "summary.json").read_text()) == json.loads(json.dumps(found))
+  rows = table_of(tmp_path / "out")
+  lines = [json.loads(line) for line in trained[0].read_text().splitlines()]
+  assert list(rows) == [line["id"] for line in lines]
+  assert all((rows[line["id"]]["label"], rows[line["id"]]["split"]) == (line["label"], line["split"]) for line in lines)
+  direct = model.embed({"image": [trained[0].parent / line["image"] for line in lines],
+                        "text": [line["text"][0] for line in lines]})  # fmt: skip
+  for modality, expected in direct.items():
+    for part, values in expected.asdict().items():
+      name = shards.column_name(modality, part)
+      if not values.shape[1]:
+        assert name not in rows[lines[0]["id"]]
+        continue
+      column = np.array([rows[line["id"]][name] for line in lines])
+      if part in shards.CODES:
+        np.testing.assert_array_equal(column, values)
+      else:
+        np.testing.assert_allclose(column, values, atol=1e-5)
+
+
+def test_command_line_on_two_devices_writes_what_one_device_does(trained, model, tmp_path):
+  plan = embed_lib.make_plan(config_of(trained), tmp_path / "here", model)
+  run(plan, model)
+  command = [sys.executable, "-m", "codebind_jax.main", "--config=configs/embed.py", f"--workdir={tmp_path / 'there'}",
+             f"--config.init_from={trained[2]}", f"--config.data.manifest={trained[0]}", "--config.embed.shard_rows=16",
+             "--config.embed.batch_size=8"]
+  env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+  done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=env)
+  assert done.returncode == 0, done.stderr
+  assert f"{ROWS} rows, 0 bad records left out" in done.stderr
+  here, there = table_of(tmp_path / "here"), table_of(tmp_path / "there")
+  assert list(here) == list(there)
+  for key in here:
+    assert here[key]["image_codes_shared"] == there[key]["image_codes_shared"]
+    np.testing.assert_allclose(here[key]["image_full"], there[key]["image_full"], atol=1e-3)
+  again = subprocess.run([*command, "--config.embed.dtype=float32"], cwd=REPOSITORY, capture_output=True, text=True)
+  assert again.returncode == 1 and "belongs to another job" in again.stderr
+
+
+def test_a_restart_computes_only_what_is_missing(trained, model, tmp_path, monkeypatch):
+  plan = embed_lib.make_plan(config_of(trained, **{"embed.shard_rows": 8}), tmp_path, model)
+  real, calls = embed_lib.embed_shard, []
+
+  def stopped(plan, number, model, **options):
+    if number == 2:
+      # What a kill in the middle of a shard leaves behind: a file under another name.
+      plan.path(number).with_suffix(".parquet.1234.part").write_bytes(b"half")
+      raise KeyboardInterrupt
+    return real(plan, number, model, **options)
+
+  monkeypatch.setattr(embed_lib, "embed_shard", stopped)
+  with pytest.raises(KeyboardInterrupt):
+    embed_lib.embed_shards(plan, model)
+  with pytest.raises(ValueError, match="3 of 5 shards are missing"):
+    embed_lib.summarise(plan, "the run")
+  with pytest.raises(ValueError, match="2 of 5 shards are finished"):
+    Index.from_parquet(tmp_path, "image")
+  before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in shards.shard_files(tmp_path)}
+  assert len(before) == 2
+
+  monkeypatch.setattr(embed_lib, "embed_shard", lambda plan, n, *a, **k: calls.append(n) or real(plan, n, *a, **k))
+  assert run(plan, model)["rows"] == ROWS
+  assert calls == [2, 3, 4]
+  assert all((path.stat().st_ino, path.stat().st_mtime_ns) == was for path, was in before.items())
+  run(plan, model)
+  assert calls == [2, 3, 4]
+  assert len(table_of(tmp_path)) == ROWS
+  assert not list(tmp_path.glob("*.part"))
+
+
+def test_processes_divide_the_shards_and_write_what_one_does(trained, model, tmp_path):
+  plans = [embed_lib.make_plan(config_of(trained, **{"embed.shard_rows": 8}), tmp_path / name, model)
+           for name in ("one", "two")]  # fmt: skip
+  run(plans[0], model)
+  embed_lib.embed_shards(plans[1], model, process=1, processes=2)
+  written = {path.name for path in shards.shard_files(tmp_path / "two")}
+  assert written == {f"shard-00000{n}-of-000005.parquet" for n in (1, 3)}
+  inodes = {path: path.stat().st_ino for path in shards.shard_files(tmp_path / "two")}
+  embed_lib.embed_shards(plans[1], model, process=0, processes=2)
+  assert all(path.stat().st_ino == inode for path, inode in inodes.items())
+  embed_lib.summarise(plans[1], "the run")
+  assert table_of(tmp_path / "one") == table_of(tmp_path / "two")
+
+
+def test_shards_of_another_run_manifest_or_setting_are_an_error(trained, model, tmp_path):
+  config = config_of(trained)
+  run(embed_lib.make_plan(config, tmp_path, model), model)
+  lines = trained[0].read_text().splitlines()[:20]
+  manifest = trained[0].with_name("fewer.jsonl")
+  manifest.write_text("\n".join(lines))
+  changed = load(trained[2])
+  shared = changed.codebooks["shared"]
+  changed.codebooks["shared"] = shared.replace(codes=np.asarray(shared.codes) + 1e-3)
+  plans = [
+    embed_lib.make_plan(config_of(trained, **{"data.manifest": str(manifest)}), tmp_path, model),
+    embed_lib.make_plan(config_of(trained, **{"embed.shard_rows": 20}), tmp_path, model),
+    embed_lib.make_plan(config_of(trained, **{"embed.parts": ("shared",)}), tmp_path, model),
+    embed_lib.make_plan(config, tmp_path, changed),
+  ]
+  for plan in plans:
+    with pytest.raises(ValueError, match="belongs to another job"):
+      embed_lib.embed_shards(plan, model)
+  shards.shard_path(tmp_path, 0, 3).write_bytes(b"PAR1 and then nothing")
+  with pytest.raises(ValueError, match="shard-000000-of-000003.parquet is not a shard"):
+    embed_lib.embed_shards(embed_lib.make_plan(config, tmp_path, model), model)
+
+
+BAD = ["{not json", {"image": "missing.png"}, {"image": "SQUARES/squares.jsonl"}, {"id": "a", "text": "twice"},
+       {"audio": "SQUARES/squares.jsonl"}]  # fmt: skip
+
+
+def test_bad_records_are_named_counted_and_bounded(trained, model, tmp_path):
+  good = [{"id": "a", "text": "red", "label": "red"}, {"id": "b", "image": "SQUARES/red0.png"},
+          {"id": "c", "text": "green", "audio": "SQUARES/squares.jsonl"}, {"text": "blue"}]  # fmt: skip
+  # Beside blank lines, which are no records.
+  path = manifest_of(tmp_path, trained, [good[0], "", *BAD, "   ", *good[1:]])
+  options = {"data.manifest": str(path), "embed.shard_rows": 4, "embed.batch_size": 2}
+  make = lambda allowed: embed_lib.make_plan(
+    config_of(trained, **options, **{"data.max_bad_records": allowed}), tmp_path / "out", model
+  )
+  with pytest.raises(ValueError, match="mine.jsonl:3: not JSON"):
+    embed_lib.embed_shards(make(0), model)
+  assert not shards.shard_files(tmp_path / "out")
+  with pytest.raises(ValueError, match=r"mine.jsonl:6: id 'a'|mine.jsonl:7: it has \['audio'\] alone"):
+    embed_lib.embed_shards(make(3), model)  # its first shard is written: three of them are there
+  assert len(shards.shard_files(tmp_path / "out")) == 1
+  found = run(make(5), model)
+  assert found["rows"] == 4 and found["ignored_modalities"] == {"audio": 1}
+  assert [message.split(": ")[0].rsplit(":", 1)[1] for message in found["bad_records"]] == ["3", "4", "5", "6", "7"]
+  with pytest.raises(ValueError, match="5 bad records in all shards, 4 allowed"):
+    embed_lib.summarise(make(4), "the run")
+
+  rows = table_of(tmp_path / "out")
+  assert set(rows) == {"a", "b", "c", "mine.jsonl:12"}
+  assert rows["a"]["image_shared"] is None and rows["a"]["image_codes_specific"] is None
+  assert rows["b"]["text_shared"] is None and rows["b"]["label"] is None and rows["a"]["label"] == "red"
+  expected = model.embed({"text": ["red"]})["text"]
+  np.testing.assert_allclose(rows["a"]["text_shared"], expected.shared[0], atol=1e-3)
+  assert rows["a"]["text_codes_shared"] == expected.codes_shared[0].tolist()
+
+
+def test_an_embedding_that_is_not_finite_is_a_bad_record(trained, model, tmp_path, monkeypatch):
+  real = type(model).embed_prepared
+
+  def broken(self, modality, prepared):
+    found = real(self, modality, prepared)
+    found.full[1] = np.nan
+    return found
+
+  monkeypatch.setattr(type(model), "embed_prepared", broken)
+  path = manifest_of(tmp_path, trained, [{"id": name, "text": name} for name in "abc"])
+  plan = embed_lib.make_plan(config_of(trained, **{"data.manifest": str(path), "data.max_bad_records": 1}),
+                             tmp_path / "out", model)  # fmt: skip
+  assert run(plan, model)["bad_records"] == [f"{path}:2: text: its embedding is not finite"]
+  assert list(table_of(tmp_path / "out")) == ["a", "c"]
+
+
+def test_bad_settings(trained, model, tmp_path):
+  for key, value, message in [
+    ("embed.modalities", ("smell",), "'smell' is not allowed; allowed: .'image', 'text'"),
+    ("embed.parts", ("codes", "whole"), "'whole' is not allowed; allowed"),
+  ]:
+    with pytest.raises(ValueError, match=message):
+      embed_lib.make_plan(config_of(trained, **{key: value}), tmp_path, model)
+  (tmp_path / "mine.jsonl").write_text("\n \n")
+  with pytest.raises(ValueError, match="no records"):
+    embed_lib.make_plan(config_of(trained, **{"data.manifest": str(tmp_path / "mine.jsonl")}), tmp_path, model)
+  with pytest.raises(ValueError, match="config.embed.dtype: 'int8' is not allowed"):
+    config_lib.validate(config_of(trained, **{"embed.dtype": "int8"}))
+  with pytest.raises(ValueError, match="config.data.manifest: must be set for mode 'embed'"):
+    config_lib.validate(embed_config.get_config())
+
+
+def test_index_of_the_shards_finds_what_brute_force_finds(trained, model, tmp_path):
+  run(embed_lib.make_plan(config_of(trained), tmp_path, model), model)
+  lines = [json.loads(line) for line in trained[0].read_text().splitlines()]
+  found = model.embed({"image": [trained[0].parent / line["image"] for line in lines], "text": ["red", "a cow"]})
+  for part, query in (("shared", found["text"].shared), ("specific", found["image"].specific[:3]),
+                      ("full", found["image"].full[:3])):  # fmt: skip
+    index = Index.from_parquet(tmp_path, "image", part)
+    assert len(index) == ROWS
+    ids, scores = index.search(query, 5)
+    cosine = dict(zip([line["id"] for line in lines], (query @ getattr(found["image"], part).T).T))
+    np.testing.assert_allclose(scores, -np.sort(-np.stack(list(cosine.values()), axis=1), axis=1)[:, :5], atol=2e-3)
+    np.testing.assert_allclose(scores, [[cosine[i][row] for i in own] for row, own in enumerate(ids)], atol=2e-3)
+  with pytest.raises(ValueError, match="no column 'text_specific'; allowed: .'image_shared', 'image_specific'"):
+    Index.from_parquet(tmp_path, "text", "specific")
+  with pytest.raises(ValueError, match="part: got 'codes'"):
+    Index.from_parquet(tmp_path, "image", "codes")
+  with pytest.raises(ValueError, match="no shards"):
+    Index.from_parquet(tmp_path / "nowhere", "image")
+
+
+@pytest.mark.slow
+def test_beam_s_local_runner_writes_what_the_mode_does(trained, model, tmp_path):
+  pytest.importorskip("apache_beam")
+  from codebind_jax.tools.embed_beam import embed_with_beam
+
+  config = config_of(trained)
+  plan = embed_lib.make_plan(config, tmp_path / "here", model)
+  run(plan, model)
+  beside = embed_lib.make_plan(config, tmp_path / "there", model)
+  beside.folder.mkdir()
+  embed_lib.embed_shard(beside, 1, model)
+  inode = beside.path(1).stat().st_ino
+  found = embed_with_beam(config, str(beside.folder), ["--runner=DirectRunner"])
+  assert beside.path(1).stat().st_ino == inode
+  assert found["rows"] == ROWS
+  assert table_of(tmp_path / "here") == table_of(tmp_path / "there")
