@@ -81,7 +81,7 @@ class Plan:
   @property
   def schema(self) -> pa.Schema:
     """Columns of a shard."""
-    columns = {shards.column_name(m, part): w for m, parts in self.widths.items() for part, w in parts.items()}
+    columns = [shards.column_name(m, part) for m, parts in self.widths.items() for part in parts]
     return shards.make_schema(columns, self.dtype)
 
 
@@ -224,7 +224,7 @@ def _batch(plan: Plan, model: Model, records: Sequence[_Record]) -> list[pa.Reco
   records = [record for record in records if not record.error]
   if not records:
     return []
-  row_of, schema = {record.line: row for row, record in enumerate(records)}, plan.schema
+  row_of = {record.line: row for row, record in enumerate(records)}
   columns = [pa.array([record.row.get(name) for record in records], pa.string()) for name in shards.FIELDS]
   for m, parts in plan.widths.items():
     have, embedded = found.get(m, ((), None))
@@ -232,8 +232,8 @@ def _batch(plan: Plan, model: Model, records: Sequence[_Record]) -> list[pa.Reco
     at = [row_of[have[i].line] for i in good]
     for part, width in parts.items():
       values = getattr(embedded, part)[good] if embedded is not None else np.zeros((0, width))
-      columns.append(shards.spread(values, at, len(records), schema.field(shards.column_name(m, part)).type))
-  return [pa.RecordBatch.from_arrays(columns, schema=schema)]
+      columns.append(shards.spread(values, at, len(records), np.int32 if part in shards.CODES else plan.dtype))
+  return [pa.RecordBatch.from_arrays(columns, schema=plan.schema)]
 
 
 def embed_shards(plan: Plan, model: Model, *, process: int = 0, processes: int = 1) -> None:

@@ -114,7 +114,7 @@ class Index:
       raise ValueError(f"k: got {k}; allowed: 1 and up")
     unit = _unit(queries, self.width, [f"query {number}" for number in range(len(queries))])
     numbers, scores = self._store.search(unit, min(k, len(self)))
-    return np.asarray(self._ids)[numbers], scores
+    return np.array([self._ids[number] for number in numbers.flat]).reshape(numbers.shape), scores
 
   def save(self, path: str | pathlib.Path) -> None:
     """Writes one Parquet file with the columns `id` and `vector`, whatever the backend.

@@ -57,25 +57,27 @@ def column_name(modality: str, part: str) -> str:
   return f"{modality}_{part}"
 
 
-def make_schema(widths: Mapping[str, int], dtype: str) -> pa.Schema:
-  """Columns of a shard: id, label and split (null where not given), then vectors and codes as lists of fixed size.
+def make_schema(columns: Sequence[str], dtype: str) -> pa.Schema:
+  """Columns of a shard: id, label and split (null where not given), then vectors and codes as lists.
+
+  All lists of a column are equally long, yet are no lists of fixed size in Arrow's sense: before version 26 Arrow could
+  not read such a column back if one of its rows was null.
 
   Args:
-    widths: column -> width, all above 0; names that end in one of `CODES` hold int32, others floats.
+    columns: names; those that end in one of `CODES` hold int32, others floats.
     dtype: of the floats, float16 or float32.
   """
   kind = lambda name: pa.int32() if name.endswith(CODES) else pa.from_numpy_dtype(np.dtype(dtype))
   fields = [pa.field("id", pa.string(), nullable=False), pa.field("label", pa.string()), pa.field("split", pa.string())]
-  return pa.schema([*fields, *(pa.field(name, pa.list_(kind(name), width)) for name, width in widths.items())])
+  return pa.schema([*fields, *(pa.field(name, pa.list_(kind(name))) for name in columns)])
 
 
-def spread(
-  values: Num[np.ndarray, "n w"], at: Sequence[int], rows: int, kind: pa.FixedSizeListType
-) -> pa.FixedSizeListArray:
-  """A column of `rows` rows with `values` in the rows `at` and null in the others."""
-  dense, missing = np.zeros((rows, kind.list_size), kind.value_type.to_pandas_dtype()), np.ones(rows, bool)
-  dense[at], missing[at] = values, False
-  return pa.FixedSizeListArray.from_arrays(pa.array(dense.reshape(-1)), kind.list_size, mask=pa.array(missing))
+def spread(values: Num[np.ndarray, "n w"], at: Sequence[int], rows: int, dtype: Any) -> pa.ListArray:
+  """A column of `rows` rows with `values` in the rows `at`, which ascend, and null in the others."""
+  length, missing = np.zeros(rows, np.int32), np.ones(rows, bool)
+  length[at], missing[at] = values.shape[1], False
+  offsets = np.concatenate([[0], np.cumsum(length)]).astype(np.int32)
+  return pa.ListArray.from_arrays(offsets, values.astype(dtype).reshape(-1), mask=pa.array(missing))
 
 
 def write_shard(path: pathlib.Path, schema: pa.Schema, batches: Sequence[pa.RecordBatch], report: ShardReport) -> None:
@@ -149,9 +151,9 @@ def read_column(folder: pathlib.Path, column: str) -> Iterator[tuple[list[str], 
         yield kept.column("id").to_pylist(), vectors_of(kept.column(column))
 
 
-def vectors_of(column: pa.FixedSizeListArray) -> Num[np.ndarray, "n w"]:
-  """The lists of a column without nulls as rows."""
-  return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
+def vectors_of(column: pa.ListArray | pa.FixedSizeListArray) -> Num[np.ndarray, "n w"]:
+  """The lists of a column without nulls, all equally long and at least one, as rows."""
+  return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

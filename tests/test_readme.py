@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 
 from codebind_jax import config as config_lib
+from codebind_jax.embed import embed
 from codebind_jax.train import train_and_evaluate
+from configs import embed as embed_config
 from configs import eval as eval_config
 from configs import stage1
 from tests.train_fixtures import tiny_config, write_manifest
@@ -21,18 +23,23 @@ def test_python_snippets_run(tmp_path, monkeypatch, capsys):
   train_and_evaluate(tiny_config(manifest, tmp_path / "root", steps=1), tmp_path / "runs" / "quickstart")
   Image.new("RGB", (40, 40), "brown").save(tmp_path / "cow.png")
   monkeypatch.chdir(tmp_path)
+  config = embed_config.get_config().unlock()
+  config.init_from, config.data.manifest = "runs/quickstart", str(manifest)
+  embed(config.lock(), "runs/embedded")
   capsys.readouterr()
   names: dict = {}
   for snippet in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
     exec(compile(snippet, "README.md", "exec"), names)
+  assert names["ids"].shape == names["scores"].shape == (2, 5) and (tmp_path / "images.parquet").is_file()
   assert names["similarity"].shape == (1, 2) and names["codes"].shape == (1, 8)
   printed = capsys.readouterr().out
   assert any(label in printed for label in ("cow", "violin", "train"))
 
 
-@pytest.mark.parametrize("config", [stage1.get_config(), eval_config.get_config()], ids=["stage1", "eval"])
+@pytest.mark.parametrize("config", [stage1.get_config(), eval_config.get_config(), embed_config.get_config()],
+                         ids=["stage1", "eval", "embed"])
 def test_config_keys_in_commands_exist(config):
-  name = "eval" if config.mode == "eval" else "stage1"
+  name = "stage1" if config.mode == "train" else config.mode
   commands = [c.replace("\\\n", " ") for c in re.findall(r"python -m codebind_jax.main(?:[^\n]*\\\n)*[^\n]*", README)]
   mine = [c for c in commands if f"configs/{name}.py" in c]
   assert mine
