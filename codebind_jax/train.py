@@ -241,7 +241,7 @@ def run_stage(
   clock, watch = Throughput(), Watch(store.path.parent, config_lib.to_plain(config), stage.name)
   bar = tqdm.tqdm(total=stage.last_step, initial=step, desc=stage.name, unit="step", disable=None, mininterval=0.5)
   while step < stage.last_step:
-    with clock.waiting():
+    with clock.waiting(state.step):
       watch.before(step, iterators)
       batch = read()
     if compiled is None:

@@ -4,7 +4,7 @@ Command: python -m codebind_jax.main --config=configs/embed.py --workdir=OUT --c
              --config.data.manifest=FILE.jsonl
 The same command goes on where it was stopped. On several hosts with a disk in common run it on each, with the flags
 --coordinator, --num_processes and --process_id where these are not known otherwise.
-Time: the trunks'; on two CPU cores about 40 images of stage 1 a second.
+Time: that of the trunks, as for the features of a training run; the bar shows the rate.
 """
 
 from ml_collections import ConfigDict

@@ -160,6 +160,29 @@ def test_throughput():
   assert rate.report() == {"examples_per_second": 5.0, "data_wait_share": 0.0}
 
 
+class _Output:
+  """An array of a step that is done once `ready`."""
+
+  def __init__(self):
+    self.ready = False
+
+  def is_ready(self):
+    return self.ready
+
+
+def test_reading_while_a_step_runs_is_no_wait():
+  now, last = [0.0], _Output()
+  rate = metrics.Throughput(clock=lambda: now[0])
+  with rate.waiting(last):  # the step runs all the time
+    now[0] += 3.0
+  with rate.waiting(last):  # it ends meanwhile: when is not known, so that all counts
+    now[0] += 1.0
+    last.ready = True
+  now[0] += 4.0
+  rate.add(8)
+  assert rate.report() == {"examples_per_second": 1.0, "data_wait_share": 0.125}
+
+
 @pytest.mark.parametrize("module", [metrics, intervals, featurize])
 def test_docstring_examples(module):
   found = doctest.testmod(module)
