@@ -1,7 +1,9 @@
 """Mode `embed`: embeddings and codes of a manifest of any size, as Parquet shards with ids.
 
 A shard is a run of `config.embed.shard_rows` records of the manifest. It is a pure function of the plan, its number and
-the model, so that processes, restarts and other runners (`tools.embed_beam`) may divide the shards as they like.
+the model, so that processes, restarts and other runners (`tools.embed_beam`) may divide the shards as they like. No
+more than a shard is held in memory: ids are told apart within it, and an id that two shards have is an error only when
+an index is made of them.
 """
 
 from __future__ import annotations
