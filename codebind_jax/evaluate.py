@@ -116,10 +116,9 @@ class Evaluation:
     for test in sets:
       table, prefix = tables[test.name], f"eval/{test.name}"
       found |= base.run_evaluators(self._evaluators(model, test, table, tasks, intervals), table, prefix=prefix)
-      by_text = [("text", name, "caption") for name in table if name != "text"]
-      for a, b, field in [*by_text, *test.pairs] if "retrieval" in tasks else ():
+      for a, b, field, by in named_pairs(test, table) if "retrieval" in tasks else ():
         if (both := paired(table, a, b, field)) is not None:
-          found |= base.run_evaluators([Retrieval(a, b, match=field)], both, prefix=prefix)
+          found |= base.run_evaluators([Retrieval(a, b, match=field, by=by)], both, prefix=prefix)
       for probe, field in self._probes(test, table, train.get(test.world) or {}, means, "probe" in tasks):
         told = _told(table, train[test.world], probe.modality, field)
         found |= base.run_evaluators([probe], told, prefix=prefix)
@@ -248,6 +247,20 @@ def _told_apart(fields: Sequence[str], modality: str, columns: base.Columns) -> 
   """Those fields that a modality's training rows have with several values: one value (a sound's sense) asks nothing."""
   named = [field.format(modality=modality) for field in fields]
   return [field for field in named if field in columns and len(np.unique(columns[field])) > 1]
+
+
+def named_pairs(test: EvalSet, modalities: Iterable[str]) -> list[tuple[str, str, str, str]]:
+  """(modality, modality, field, name): every modality with its text, then the set's own pairs.
+
+  The name is empty for the first field by which two modalities are compared, the field for any further one (touch to
+  the photograph of the same crop, and to one of the same texture).
+  """
+  first: dict[frozenset[str], str] = {}
+  by_text = [("text", name, "caption") for name in modalities if name != "text"]
+  return [
+    (a, b, field, "" if first.setdefault(frozenset((a, b)), field) == field else field)
+    for a, b, field in [*by_text, *test.pairs]
+  ]
 
 
 def paired(table: base.Table, a: str, b: str, field: str) -> base.Table | None:

@@ -14,7 +14,7 @@ import numpy as np
 from codebind_jax import config as config_lib
 from codebind_jax.api import Model
 from codebind_jax.data.task import EvalSet, Task
-from codebind_jax.evaluate import Evaluation
+from codebind_jax.evaluate import Evaluation, named_pairs
 from codebind_jax.metrics import read_metrics
 from codebind_jax.report_data import (
   Attribution,
@@ -49,8 +49,10 @@ def headline(config: Any, task: Task, final: Mapping[str, float]) -> list[Score]
         chance |= {f"{s.name}/zeroshot/{modality}/{metric}": 100.0 * k / max(len(s.candidates), k) for s in sets}
       metrics[f"retrieval/text_to_{modality}/r5"] = f"Text to {modality}, recall@5"
       metrics[f"retrieval/{modality}_to_text/r5"] = f"{modality.capitalize()} to text, recall@5"
-      for a, b in sorted({(a, b) for s in sets for a, b, _ in s.pairs if a == modality}):
-        metrics[f"retrieval/{a}_to_{b}/r10"] = f"{a.capitalize()} to {b}, recall@10"
+      named = {(a, b, by) for s in sets for a, b, _, by in named_pairs(s, ()) if a == modality}
+      for a, b, by in sorted(named):
+        title = f"{a.capitalize()} to {b}{f' of the same {by}' if by else ''}, recall@10"
+        metrics[f"retrieval/{a}_to_{b}/{f'{by}/' if by else ''}r10"] = title
       for field in sorted({field for s in sets for field in s.probes}):
         for part in ("shared", "specific", "full"):
           metrics[f"probe/{field}/{modality}/{part}"] = f"Linear probe of {field}, {part}"

@@ -255,6 +255,8 @@ def test_retrieval_evaluator_both_ways():
     "retrieval/image_to_text/r1": pytest.approx(200 / 3),
     "retrieval/image_to_text/median_rank": 1.0,
   }
+  named = dict(retrieval.Retrieval(ks=(1,), by="label")(table))
+  assert named["retrieval/image_to_text/label/r1"] == pytest.approx(200 / 3) and len(named) == 4
 
 
 def test_within_retrieval_leaves_out_the_query_and_the_lonely():
