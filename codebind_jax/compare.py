@@ -1,7 +1,9 @@
 """Mode `compare`: methods side by side, on the same towers, data and steps, each with its own learning rate.
 
 The rate is chosen for every method on the validation set, with seed 0; the other seeds are then trained with it and
-read the test set once. Finished runs are not run again, so a stopped comparison goes on where it was.
+read the test set once. Finished runs are not run again, so a stopped comparison goes on where it was, and several
+processes or machines can share one: each names its variants in `config.compare.only`, and a last call without it
+collects what they left in the folder. A variant belongs to one process at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import tqdm
 from absl import logging
 
 from codebind_jax import config as config_lib
-from codebind_jax.api import Model
+from codebind_jax.api import Model, load
 from codebind_jax.checkpoint import Checkpoints
 from codebind_jax.compare_report import write_comparison
 from codebind_jax.data.featurize import Featurizer
@@ -29,7 +31,7 @@ from codebind_jax.evaluate import FINAL
 from codebind_jax.evaluators.crossmodal import code_sharing, fit_head, recall_at_one, transfer
 from codebind_jax.methods.base import EXTRA
 from codebind_jax.methods.toc import redundancy, select_channels
-from codebind_jax.metrics import read_metrics
+from codebind_jax.metrics import FILE, read_metrics
 from codebind_jax.train import claim_workdir, run_stages
 
 SCORE = "eval/val/label/cross"  # what learning rates are chosen by
@@ -56,9 +58,8 @@ class CrossModal:
 
   def finish(self, model: Model, step: int, writer: Any) -> dict[str, float]:
     """All metrics of a finished run, measured once."""
-    for line in read_metrics(writer.path) if writer.path.exists() else []:
-      if line["stage"] == FINAL:
-        return {name: value for name, value in line.items() if name not in ("step", "stage", "warning")}
+    if (done := finished(writer.path.parent)) is not None:
+      return done
     found = self._measure(model, ("val", "test") if self.config.test else ("val",))
     writer.write(step, FINAL, found)
     writer.flush()
@@ -137,6 +138,33 @@ def graded_task(world: Any, modalities: Sequence[str]) -> Task:
   return Task(NAME, summary, {NAME: sources["train"]}, {NAME: "id"}, evals)
 
 
+def finished(folder: pathlib.Path) -> dict[str, float] | None:
+  """The final metrics of a run; None where it has not come to them."""
+  for line in read_metrics(folder) if (folder / FILE).exists() else []:
+    if line["stage"] == FINAL:
+      return {name: value for name, value in line.items() if name not in ("step", "stage", "warning")}
+  return None
+
+
+def chosen(settings: Any) -> list[str]:
+  """The variants that this call trains: all, or those that `config.compare.only` names.
+
+  Raises:
+    ValueError: if one of those is no variant.
+  """
+  names = [name for name in settings.get("only", "").split(",") if name]
+  config_lib.check_keys(names, settings.variants, "compare.only")
+  return names or list(settings.variants)
+
+
+def whole(config: Any) -> Any:
+  """The config of the comparison that a call is a part of: `only` does not tell comparisons apart."""
+  joined = ml_collections.ConfigDict(config.to_dict())
+  if "only" in joined.compare:
+    del joined.compare["only"]
+  return joined.lock()
+
+
 def run_config(config: Any, variant: Any, rate: float, seed: int, test: bool) -> Any:
   """The config of one run."""
   run = ml_collections.ConfigDict(config.to_dict())
@@ -151,7 +179,9 @@ def run_config(config: Any, variant: Any, rate: float, seed: int, test: bool) ->
 
 
 def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
-  """Tunes, trains and evaluates every variant of `config.compare`, and writes comparison.md, .json and .svg files.
+  """Tunes, trains and evaluates the variants of `config.compare`, and writes comparison.md, .json and .svg files.
+
+  With `config.compare.only` it trains what that names and writes nothing but the runs themselves.
 
   Returns:
     What comparison.json holds.
@@ -160,32 +190,36 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
     ValueError: for a bad config, before any work.
   """
   settings = config.compare
+  if jax.process_count() > 1:
+    raise ValueError(f"mode 'compare' runs in one process, got {jax.process_count()}; divide it by config.compare.only")
   for variant in settings.variants.values():
     config_lib.validate(run_config(config, variant, settings.learning_rates[0], 0, False))
-  folder = claim_workdir(config, workdir)
+  names = chosen(settings)
+  folder = claim_workdir(whole(config), workdir)
   task = graded_task(settings.world, sorted(config.model.towers)) if settings.world else open_task(config.data)
   featurizer = Featurizer(config)
   tables, labels = featurizer.train_tables(task.train, task.unique)
   tuned = len(settings.learning_rates) > 1
-  total = len(settings.variants) * (len(settings.learning_rates) * tuned + settings.seeds)
-  bar = tqdm.tqdm(total=total, unit="run", disable=None)
+  bar = tqdm.tqdm(total=len(names) * (len(settings.learning_rates) * tuned + settings.seeds), unit="run", disable=None)
 
-  def train(name: str, rate: float, seed: int, test: bool) -> tuple[dict[str, float], pathlib.Path, Any]:
+  def train(name: str, rate: float, seed: int, test: bool) -> tuple[dict[str, float], pathlib.Path]:
     bar.set_description(f"{name} {rate:g} seed {seed}")
     run = run_config(config, settings.variants[name], rate, seed, test)
     inner = claim_workdir(run, folder / name / (f"rate{rate:g}" if not test else f"seed{seed}"))
-    evaluation = CrossModal(run, task, featurizer, settings.fields)
-    level = standard_logging.getLogger("absl").level
-    logging.set_verbosity(logging.WARNING)
-    try:
-      final, models = run_stages(run, inner, tables, labels, evaluation)
-    finally:
-      logging.set_verbosity(logging.converter.standard_to_absl(level))
+    final = finished(inner)
+    if final is None:
+      evaluation = CrossModal(run, task, featurizer, settings.fields)
+      level = standard_logging.getLogger("absl").level
+      logging.set_verbosity(logging.WARNING)
+      try:
+        final, _ = run_stages(run, inner, tables, labels, evaluation)
+      finally:
+        logging.set_verbosity(logging.converter.standard_to_absl(level))
     bar.update()
-    return final, inner, models["after"]
+    return final, inner
 
   results: dict[str, Any] = {}
-  for name in settings.variants:
+  for name in names:
     rates = {}
     if tuned:
       rates = {rate: train(name, rate, 0, False)[0][SCORE] for rate in settings.learning_rates}
@@ -194,13 +228,21 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
     results[name] = {
       "method": settings.variants[name].method, "learning_rate": rate,
       "tuning": {f"{key:g}": value for key, value in rates.items()}, "runs": [run[0] for run in runs],
-      "cost": cost(runs[-1][1], runs[-1][2]), "toc": channels(runs[-1][2]),
-    }  # fmt: skip
+    } | measured(runs[-1][1])  # fmt: skip
   bar.close()
-  found = {"summary": task.summary, "config": config_lib.to_plain(config), "results": results}
-  if jax.process_index() == 0:
+  found = {"summary": task.summary, "config": config_lib.to_plain(whole(config)), "results": results}
+  if len(results) == len(settings.variants):
     sys.stdout.write(write_comparison(folder, found))
+  else:
+    sys.stdout.write(f"trained {', '.join(results)} of {len(settings.variants)} variants in {folder}; the same command "
+                     "without --config.compare.only collects all and writes comparison.md\n")  # fmt: skip
   return found
+
+
+def measured(workdir: pathlib.Path) -> dict[str, Any]:
+  """What a finished run's checkpoint tells beside its metrics."""
+  model = load(workdir)
+  return {"cost": cost(workdir, model), "toc": channels(model)}
 
 
 def cost(workdir: pathlib.Path, model: Model) -> dict[str, float]:

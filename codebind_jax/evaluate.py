@@ -15,7 +15,7 @@ from codebind_jax.api import Model, load
 from codebind_jax.data.featurize import Featurizer
 from codebind_jax.data.task import EvalSet, Task, open_task
 from codebind_jax.evaluators import base
-from codebind_jax.evaluators.codes import CodebookUsage, table_counts
+from codebind_jax.evaluators.codes import CodebookUsage, shared_counts, table_counts
 from codebind_jax.evaluators.probe import LinearProbe, NearestClassMean
 from codebind_jax.evaluators.retrieval import Emergent, Retrieval
 from codebind_jax.evaluators.zeroshot import ZeroShot
@@ -68,7 +68,7 @@ class Evaluation:
   def validate(self, model: Model, worlds: Collection[str]) -> dict[str, float]:
     """Zero-shot and retrieval on the worlds' validation sets, and their mean top-1: cheap enough while training."""
     sets = [s for s in self.task.evals if s.role == "val" and s.world in worlds]
-    return self._run(model, sets, [t for t in self._tasks if t in ("zeroshot", "retrieval")])
+    return self._run(model, sets, [t for t in self._tasks if t in ("zeroshot", "retrieval")], intervals=False)
 
   def everything(self, model: Model) -> dict[str, float]:
     """All evaluators on the validation sets and, where `config.test` says so, the test sets."""
@@ -106,7 +106,7 @@ class Evaluation:
     return model.embed_tokens("text", self._featurizer.texts(texts)).shared
 
   def _run(
-    self, model: Model, sets: Sequence[EvalSet], tasks: Sequence[str], means: bool = False
+    self, model: Model, sets: Sequence[EvalSet], tasks: Sequence[str], means: bool = False, intervals: bool = True
   ) -> dict[str, float]:
     found: dict[str, float] = {}
     fitted = means or "codes" in tasks
@@ -115,11 +115,10 @@ class Evaluation:
     tables = {test.name: self.table(model, test) for test in sets}
     for test in sets:
       table, prefix = tables[test.name], f"eval/{test.name}"
-      found |= base.run_evaluators(self._evaluators(model, test, table, tasks), table, prefix=prefix)
-      by_text = [("text", name, "caption") for name in table if name != "text"]
-      for a, b, field in [*by_text, *test.pairs] if "retrieval" in tasks else ():
+      found |= base.run_evaluators(self._evaluators(model, test, table, tasks, intervals), table, prefix=prefix)
+      for a, b, field, by in named_pairs(test, table) if "retrieval" in tasks else ():
         if (both := paired(table, a, b, field)) is not None:
-          found |= base.run_evaluators([Retrieval(a, b, match=field)], both, prefix=prefix)
+          found |= base.run_evaluators([Retrieval(a, b, match=field, by=by)], both, prefix=prefix)
       for probe, field in self._probes(test, table, train.get(test.world) or {}, means, "probe" in tasks):
         told = _told(table, train[test.world], probe.modality, field)
         found |= base.run_evaluators([probe], told, prefix=prefix)
@@ -129,10 +128,11 @@ class Evaluation:
       found |= self._emergent(sets, tables)
     return found | dict(self._means_over_validation(model, sets, found))
 
-  def code_counts(self, model: Model) -> dict[str, np.ndarray]:
-    """How often each code of each codebook is used by the training rows of all sources."""
+  def code_counts(self, model: Model) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """How often each code is used by the training rows of all sources: by codebook, and the shared ones by modality."""
     train = {world: self.train_table(model, world) for world in self.task.train}
-    return table_counts(_stacked(train.values()), self._usage(model, train).sizes)
+    table, sizes = _stacked(train.values()), self._usage(model, train).sizes
+    return table_counts(table, sizes), shared_counts(table, sizes["shared"]) if "shared" in sizes else {}
 
   def _usage(self, model: Model, train: Mapping[str, base.Table]) -> CodebookUsage:
     held = {"shared", *(m for table in train.values() for m in table)}
@@ -153,14 +153,14 @@ class Evaluation:
   ) -> Iterator[tuple[str, float]]:
     for world in self.task.train or [self.task.name]:
       val = [s.name for s in sets if s.role == "val" and s.world == world]
-      for metric in ("top1", "top5"):
+      for metric in ("top1", "top5", "balanced"):
         for modality in model.modalities:
           values = [found[key] for s in val if (key := f"eval/{s}/zeroshot/{modality}/{metric}") in found]
           if values:
             yield f"eval/{world}/zeroshot/{modality}/{metric}", float(np.mean(values))
 
   def _evaluators(
-    self, model: Model, test: EvalSet, table: base.Table, tasks: Sequence[str]
+    self, model: Model, test: EvalSet, table: base.Table, tasks: Sequence[str], intervals: bool
   ) -> Iterator[base.Evaluator]:
     """Zero-shot classification of every modality, where there are labels and texts."""
     items = [name for name in table if name != "text"]
@@ -169,7 +169,8 @@ class Evaluation:
       for name in items:
         slices = tuple(field for field in test.slices if field in table[name] and test.role == "test")
         yield ZeroShot(
-          name, test.candidates, lambda texts: self.embed_text(model, texts), templates, slices=slices
+          name, test.candidates, lambda texts: self.embed_text(model, texts), templates, slices=slices,
+          intervals=intervals,
         )
 
   def _probes(
@@ -246,6 +247,20 @@ def _told_apart(fields: Sequence[str], modality: str, columns: base.Columns) -> 
   """Those fields that a modality's training rows have with several values: one value (a sound's sense) asks nothing."""
   named = [field.format(modality=modality) for field in fields]
   return [field for field in named if field in columns and len(np.unique(columns[field])) > 1]
+
+
+def named_pairs(test: EvalSet, modalities: Iterable[str]) -> list[tuple[str, str, str, str]]:
+  """(modality, modality, field, name): every modality with its text, then the set's own pairs.
+
+  The name is empty for the first field by which two modalities are compared, the field for any further one (touch to
+  the photograph of the same crop, and to one of the same texture).
+  """
+  first: dict[frozenset[str], str] = {}
+  by_text = [("text", name, "caption") for name in modalities if name != "text"]
+  return [
+    (a, b, field, "" if first.setdefault(frozenset((a, b)), field) == field else field)
+    for a, b, field in [*by_text, *test.pairs]
+  ]
 
 
 def paired(table: base.Table, a: str, b: str, field: str) -> base.Table | None:

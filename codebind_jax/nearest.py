@@ -6,7 +6,7 @@ whose last axis is 8 is padded to 128 in TPU memory, while on CPU the lanes are 
 What is fast differs by backend. CPU: a scan over the codes with a running best for every lane when codes are narrow,
 blocks of a matrix product with `max`, then the first equal column, when they are wide (XLA's argmax is slow there).
 TPU: a plain argmax of a matrix product, which the compiler fuses, so that the similarities are never written. GPU:
-the scan when codes are narrow, an argmax by blocks when they are wide (not fused there).
+an argmax by blocks (not fused there); a program of our own when codes are narrow and the GPU is NVIDIA's.
 """
 
 import functools
@@ -78,13 +78,12 @@ def nearest_segments(
 ) -> Int[Array, "s n"]:
   """`nearest_code` for segments held with vectors on lanes."""
   check_distance(distance)
-  s, d, n = z.shape
-  if d > _NARROW:
-    # Tokens first: the axis that is split over devices must be the major one of those that are merged.
-    rows = jnp.transpose(z, (2, 0, 1)).reshape(n * s, d)
-    return _search_rows(rows, codes, distance, 0).reshape(n, s).T
   z, codes, bias = _prepare(z, codes, distance)
-  return jax.lax.platform_dependent(z, codes, bias, tpu=_argmax_lanes, default=_scan_codes)
+  if z.shape[1] > _NARROW:
+    return _lane_blocks(z, codes, bias)
+  return jax.lax.platform_dependent(
+    z, codes, bias, cpu=_scan_codes, tpu=_argmax_lanes, cuda=_by_triton, default=_lane_blocks
+  )
 
 
 @functools.cache
@@ -109,15 +108,32 @@ def _search_rows(z, codes, distance, block):
     return jnp.zeros(0, jnp.int32)
   if d <= _NARROW and not block:
     return nearest_segments(z.T[None], codes, distance=distance)[0]
-  z, codes, bias = _prepare(z, codes, distance)
+  return _blocks_for_backend(*_prepare(z, codes, distance), block)
+
+
+def _blocks_for_backend(z, codes, bias, block=0):
   return jax.lax.platform_dependent(
     z,
     codes,
     bias,
     cpu=functools.partial(_row_blocks, block=block or _CPU_BLOCK, pick=_first_of_max),
-    tpu=functools.partial(_row_blocks, block=block or n, pick=_argmax),
+    tpu=functools.partial(_row_blocks, block=block or len(z), pick=_argmax),
     default=functools.partial(_row_blocks, block=block or max(1, _GPU_SCORES // len(codes)), pick=_argmax),
   )
+
+
+def _lane_blocks(z, codes, bias):
+  """The search by blocks of rows for vectors on lanes. z [s, d, n] -> [s, n]."""
+  s, d, n = z.shape
+  # Tokens first: the axis that is split over devices must be the major one of those that are merged.
+  rows = jnp.transpose(z, (2, 0, 1)).reshape(n * s, d)
+  return _blocks_for_backend(rows, codes, bias).reshape(n, s).T
+
+
+def _by_triton(z, codes, bias):
+  from codebind_jax.nearest_triton import nearest_by_triton  # imports Pallas, which no other backend needs
+
+  return nearest_by_triton(z, codes, bias)
 
 
 def _scan_codes(z, codes, bias):

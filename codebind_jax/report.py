@@ -12,6 +12,7 @@ import numpy as np
 from absl import logging
 
 from codebind_jax import report_figures
+from codebind_jax.evaluators import codes
 from codebind_jax.report_data import ReportData, Score
 
 _LARGE = 3_000_000
@@ -37,7 +38,7 @@ def write_report(path: str | os.PathLike, data: ReportData) -> Path:
     "curves": ("Training curves", report_figures.curves(data)),
     "validation": ("Validation during training", report_figures.validation(data)),
     "codebooks": ("Codebook usage over time", report_figures.codebooks(data)),
-    "codes": ("Use of single codes", report_figures.codes(data)),
+    "codes": ("Use of single codes", report_figures.codes(data) + _shared_codes(data)),
     "text-queries": ("Text to image", report_figures.gallery(data.text_queries, "images")),
     "image-queries": ("Image to text", report_figures.gallery(data.image_queries, "texts")),
     "maps": ("Map of the embeddings", report_figures.maps(data.maps)),
@@ -225,6 +226,30 @@ def _marks(row, top):
     if value is not None and np.isfinite(value):
       marks.append(f'<i class="{kind}" style="left:{place(value):.1f}%"></i>')
   return "".join(marks)
+
+
+def _shared_codes(data):
+  """Who uses the shared codes."""
+  if not data.shared_counts:
+    return ""
+  rows = []
+  for modality, counts in data.shared_counts.items():
+    use = codes.usage(counts)
+    rows.append(
+      f'<tr><th scope="row">{escape(modality)}</th><td class="n">{100 * use["active_share"]:.1f}</td>'
+      f'<td class="n">{use["perplexity"]:,.0f}</td></tr>'
+    )
+  both = codes.overlap(data.shared_counts)
+  head = [("Modality", ""), ("Shared codes used, %", ' class="n"'), ("In effect (perplexity)", ' class="n"')]
+  return (
+    "<h3>Shared codes by modality</h3>"
+    + report_figures.look(
+      f"{100 * both['several_share']:.1f} % of the shared codes in use are used by several modalities; a code serves "
+      f"{both['modalities_per_code']:.1f} of {len(data.shared_counts)} in effect. Near 1, each modality has codes of "
+      "its own, and nothing is shared."
+    )
+    + _table(head, rows, "Shared codes by modality")
+  )
 
 
 # Setup and credits.

@@ -121,7 +121,8 @@ class ReportData:
     baseline: what it is compared with.
     scores: headline numbers.
     codebook_sizes: number of codes by codebook.
-    code_counts: how often each code was used on the evaluation data, [K] by codebook.
+    code_counts: how often each code was used on the training data, [K] by codebook.
+    shared_counts: how often each modality used each shared code, [K] by modality.
     text_queries: texts and the images found.
     image_queries: images and the texts found.
     maps: embedding maps, first before and then after training.
@@ -142,6 +143,7 @@ class ReportData:
   scores: Sequence[Score] = ()
   codebook_sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
   code_counts: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  shared_counts: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
   text_queries: Sequence[Query] = ()
   image_queries: Sequence[Query] = ()
   maps: Sequence[EmbeddingMap] = ()
@@ -165,7 +167,8 @@ def scores_from_metrics(
     baseline: metrics of the baseline under the same names.
     metrics: title by metric, such as `{"zeroshot/image/top1": "Zero-shot top-1"}`; percentages.
     sets: title by set, such as `{"test_artist": "unseen artists"}`.
-    counts: test items by set, for Wilson intervals.
+    counts: test items by `<set>/<metric>`, for the Wilson intervals of metrics that come without `<name>/low` and
+      `<name>/high` of their own.
     chance: percentage of a guess, by `<set>/<metric>`.
 
   Raises:
@@ -177,7 +180,11 @@ def scores_from_metrics(
       key = f"eval/{name}/{metric}"
       if key not in found:
         continue
-      interval = wilson_interval(float(found[key]), counts[name]) if counts and name in counts else None
+      interval, count = None, (counts or {}).get(f"{name}/{metric}")
+      if f"{key}/low" in found:
+        interval = float(found[f"{key}/low"]), float(found[f"{key}/high"])
+      elif count:
+        interval = wilson_interval(float(found[key]), count)
       other = None if baseline is None or key not in baseline else float(baseline[key])
       rows.append(Score(title, on, float(found[key]), other, (chance or {}).get(f"{name}/{metric}"), interval))
   if not rows:

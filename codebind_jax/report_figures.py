@@ -147,7 +147,7 @@ def codebooks(data: ReportData) -> str:
 
 
 def codes(data: ReportData) -> str:
-  """Share of uses of each code on the evaluation data, by codebook."""
+  """Share of uses of each code on the training data, by codebook."""
   drawn = []
   for book, counts in data.code_counts.items():
     counts = np.asarray(counts)
@@ -161,7 +161,7 @@ def codes(data: ReportData) -> str:
   if not drawn:
     return ""
   text = look(
-    "Share of all assignments on the evaluation data that fall to each code, codes sorted by use. The dashed line "
+    "Share of all assignments on the training data that fall to each code, codes sorted by use. The dashed line "
     "is equal use; a high left end means few codes carry most of the load."
   )
   return f'{text}<div class="charts">{"".join(drawn)}</div>'

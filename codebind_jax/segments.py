@@ -88,15 +88,21 @@ def straight_through(z: Float[Array, "..."], q: Float[Array, "..."]) -> Float[Ar
   return jax.lax.stop_gradient(q) + (z - jax.lax.stop_gradient(z))
 
 
-@functools.partial(jax.jit, static_argnames="distance")
+@functools.partial(jax.jit, static_argnames=("distance", "codes_last"))
 def similarity(
-  z: Float[Array, "s d n"], codes: Float[Array, "k d"], *, distance: Distance = "cosine"
-) -> Float[Array, "s k n"]:
-  """Similarity of segments and codes: z . unit(code) for "cosine" (z as given), minus the squared distance for "l2"."""
+  z: Float[Array, "s d n"], codes: Float[Array, "k d"], *, distance: Distance = "cosine", codes_last: bool = False
+) -> Float[Array, "s _ _"]:
+  """Similarity of segments and codes: z . unit(code) for "cosine" (z as given), minus the squared distance for "l2".
+
+  Returns:
+    [s, k, n], or [s, n, k] with `codes_last`.
+  """
+  form = "kd,sdn->snk" if codes_last else "kd,sdn->skn"
   if distance == "cosine":
-    return jnp.einsum("kd,sdn->skn", unit(codes), z, precision=jax.lax.Precision.HIGHEST)
-  product = jnp.einsum("kd,sdn->skn", codes, z, precision=jax.lax.Precision.HIGHEST)
-  return 2 * product - jnp.sum(codes * codes, axis=1)[:, None] - jnp.sum(z * z, axis=1)[:, None]
+    return jnp.einsum(form, unit(codes), z, precision=jax.lax.Precision.HIGHEST)
+  of_codes, of_segments = jnp.sum(codes * codes, axis=1), jnp.sum(z * z, axis=1)
+  norms = of_codes + of_segments[:, :, None] if codes_last else of_codes[:, None] + of_segments[:, None]
+  return 2 * jnp.einsum(form, codes, z, precision=jax.lax.Precision.HIGHEST) - norms
 
 
 @functools.partial(jax.jit, static_argnames="num_codes")
@@ -123,7 +129,8 @@ def _part_statistics(part, num_codes):
     jax.lax.stop_gradient(jnp.concatenate([vectors, ones], axis=1)),
     indices,
     cpu=lambda v, i: _scatter_sums(v, i, num_codes),
-    default=lambda v, i: _one_hot_sums(v, i, num_codes),
+    tpu=lambda v, i: _one_hot_sums(v, i, num_codes),
+    default=lambda v, i: _integer_sums(v, i, num_codes),
   )
   return sums[:, -1], sums[:, :-1]
 
@@ -136,7 +143,7 @@ def _scatter_sums(vectors, indices, num_codes):
 
 
 def _one_hot_sums(vectors, indices, num_codes, block=128):
-  """Sums by products with one-hot blocks of codes: scatters are slow on TPU and not reproducible on GPU."""
+  """Sums by products with one-hot blocks of codes: scatters are slow on TPU."""
 
   def sums(codes):
     one_hot = (indices[None] == codes[:, None, None]).astype(jnp.float32)
@@ -144,3 +151,30 @@ def _one_hot_sums(vectors, indices, num_codes, block=128):
 
   blocks = jnp.arange(num_codes + -num_codes % block, dtype=jnp.int32).reshape(-1, block)
   return jax.lax.map(sums, blocks).reshape(-1, vectors.shape[1])[:num_codes]
+
+
+_BITS = 26  # of a number that are added, relative to the largest one
+
+
+def _integer_sums(vectors, indices, num_codes):
+  """Sums by scatters of integers: on GPU these are added in any order, and only integers do not mind.
+
+  A number becomes an integer relative to the largest of its component, in parts so short that no sum overflows. A
+  number that is not finite makes all sums of its component NaN.
+  """
+  s, d, n = vectors.shape
+  values = jnp.moveaxis(vectors, 1, 0).reshape(d, s * n)
+  largest = jnp.max(jnp.abs(values), axis=1, keepdims=True)
+  # A power of two, so that to divide and to multiply by it is exact.
+  scale = jnp.where(largest > 0, 2.0 ** jnp.ceil(jnp.log2(jnp.where(largest > 0, largest, 1.0))), 1.0)
+  finite = jnp.isfinite(values)
+  left = jnp.where(finite, values / scale, 0.0)
+  bits = min(_BITS // 2, 30 - math.ceil(math.log2(s * n)))
+  total = 0.0
+  for part in range(1, math.ceil(_BITS / bits) + 1):
+    unit_of_part = 2.0 ** (-bits * part)
+    whole = jnp.round(left / unit_of_part)
+    left = left - whole * unit_of_part
+    sums = jax.vmap(lambda x: jax.ops.segment_sum(x, indices.reshape(-1), num_codes))(whole.astype(jnp.int32))
+    total = total + sums.astype(jnp.float32) * unit_of_part
+  return jnp.where(jnp.all(finite, axis=1, keepdims=True), total * scale, jnp.nan).T

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from codebind_jax import config as config_lib
 from codebind_jax.api import Model
 from codebind_jax.data.task import EvalSet, Task
-from codebind_jax.evaluate import Evaluation
+from codebind_jax.evaluate import Evaluation, named_pairs
 from codebind_jax.metrics import read_metrics
 from codebind_jax.report_data import (
   Attribution,
@@ -39,22 +39,38 @@ def headline(config: Any, task: Task, final: Mapping[str, float]) -> list[Score]
   own = {name: value for name, value in final.items() if not name.startswith("baseline/")}
   base = {name.removeprefix("baseline/"): value for name, value in final.items() if name.startswith("baseline/")}
   sets = [s for s in task.evals if s.role == "test" and config.test] or list(task.evals)
-  counts = {s.name: len(s.source) for s in sets}
   titles = {s.name: f"{s.name} ({len(s.source)} of {len(s.candidates)} ways)" for s in sets}
   metrics, chance = {}, {}
+  asked = {s.name: _asked(s, config.model.towers) for s in sets}
   for modality in config.model.towers:
     if modality != "text":
-      for k in (1, 5):
-        metrics[f"zeroshot/{modality}/top{k}"] = f"Zero-shot {modality}, top-{k}"
-        chance |= {f"{s.name}/zeroshot/{modality}/top{k}": 100.0 * k / max(len(s.candidates), k) for s in sets}
+      for metric, title, k in (("top1", "top-1", 1), ("top5", "top-5", 5), ("balanced", "balanced over classes", 1)):
+        metrics[f"zeroshot/{modality}/{metric}"] = f"Zero-shot {modality}, {title}"
+        chance |= {f"{s.name}/zeroshot/{modality}/{metric}": 100.0 * k / max(len(s.candidates), k) for s in sets}
       metrics[f"retrieval/text_to_{modality}/r5"] = f"Text to {modality}, recall@5"
       metrics[f"retrieval/{modality}_to_text/r5"] = f"{modality.capitalize()} to text, recall@5"
-      for a, b in sorted({(a, b) for s in sets for a, b, _ in s.pairs if a == modality}):
-        metrics[f"retrieval/{a}_to_{b}/r10"] = f"{a.capitalize()} to {b}, recall@10"
+      named = {(a, b, by) for s in sets for a, b, _, by in named_pairs(s, ()) if a == modality}
+      for a, b, by in sorted(named):
+        title = f"{a.capitalize()} to {b}{f' of the same {by}' if by else ''}, recall@10"
+        metrics[f"retrieval/{a}_to_{b}/{f'{by}/' if by else ''}r10"] = title
       for field in sorted({field for s in sets for field in s.probes}):
         for part in ("shared", "specific", "full"):
           metrics[f"probe/{field}/{modality}/{part}"] = f"Linear probe of {field}, {part}"
+  counts = {f"{name}/{metric}": rows[_asks(metric)] for name, rows in asked.items() for metric in metrics}
   return scores_from_metrics(own, base or None, metrics=metrics, sets=titles, counts=counts, chance=chance)
+
+
+def _asks(metric: str) -> str:
+  """The modality whose rows a metric counts: of `zeroshot/depth/top1`, `retrieval/depth_to_text/r5`, ... depth."""
+  kind, first, second, *_ = metric.split("/")
+  return {"zeroshot": first, "retrieval": first.split("_to_")[0], "probe": second}[kind]
+
+
+def _asked(test: EvalSet, modalities: Iterable[str]) -> dict[str, int]:
+  """How many rows of each modality a set asks for; of text its distinct main texts."""
+  rows = range(len(test.source))
+  found = {m: sum(test.source.has(i, m) for i in rows) for m in modalities}
+  return found | {"text": len({test.source.rows[i]["text"][0] for i in rows if test.source.has(i, "text")})}
 
 
 def report_data(
@@ -66,6 +82,7 @@ def report_data(
   shown = next((s for s in task.evals if s.role == "val" and s.candidates), None)
   gallery = _gallery(evaluation, models["after"], shown) if shown else ((), ())
   sizes = dict(models["after"].method.codebook_sizes)
+  code_counts, shared_counts = evaluation.code_counts(models["after"]) if sizes and task.train else ({}, {})
   return ReportData(
     title=f"{' + '.join(sorted(config.model.towers))}: {', '.join(config.stage_order)}",
     run=Run(title_of(config), read_metrics(folder)),
@@ -81,7 +98,8 @@ def report_data(
     baseline=Run("InfoNCE without codebooks", read_metrics(plain)) if (plain / "metrics.jsonl").exists() else None,
     scores=headline(config, task, final),
     codebook_sizes=sizes,
-    code_counts=evaluation.code_counts(models["after"]) if sizes and task.train else {},
+    code_counts=code_counts,
+    shared_counts=shared_counts,
     text_queries=gallery[0],
     image_queries=gallery[1],
     maps=_maps(evaluation, models, shown) if shown else (),
@@ -98,10 +116,12 @@ def title_of(config: Any) -> str:
 
 def text_table(data: ReportData) -> str:
   """The headline rows as plain text, one a line."""
-  lines = [f"{'':44} {'set':38} {data.run.name:>10} {'baseline':>10} {'chance':>8}"]
+  lines = [f"{'':44} {'set':38} {data.run.name:>10} {'95 %':>11} {'baseline':>10} {'chance':>8}"]
   number = lambda value: "" if value is None else f"{value:.1f}"
   for s in data.scores:
-    lines.append(f"{s.metric:44} {s.on:38} {number(s.value):>10} {number(s.baseline):>10} {number(s.chance):>8}")
+    interval = "" if s.interval is None else f"{s.interval[0]:.1f}-{s.interval[1]:.1f}"
+    numbers = f"{number(s.value):>10} {interval:>11} {number(s.baseline):>10} {number(s.chance):>8}"
+    lines.append(f"{s.metric:44} {s.on:38} {numbers}")
   return "\n".join(lines)
 
 

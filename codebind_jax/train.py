@@ -7,6 +7,7 @@ import json
 import pathlib
 import sys
 import time
+import uuid
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -58,7 +59,7 @@ def claim_workdir(config: ml_collections.ConfigDict, workdir: str | pathlib.Path
     if changed:
       raise ValueError(f"workdir {str(folder)!r} holds a run of another config: {'; '.join(changed)}; use another one")
   elif jax.process_index() == 0:
-    partial = path.with_suffix(".json.partial")
+    partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")  # several calls of a comparison can claim its folder
     partial.write_text(json.dumps(plain, indent=1, sort_keys=True) + "\n")
     partial.rename(path)
   return folder

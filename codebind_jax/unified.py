@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from codebind_jax.losses.code_contrast import _root
+from codebind_jax.losses.contrastive import distinct
 from codebind_jax.nearest import nearest_code
 from codebind_jax.norm import wide
 
@@ -312,6 +313,7 @@ def distribution_matching(
   *,
   symmetric: bool = False,
   mask: Bool[Array | np.ndarray, "b"] | None = None,
+  groups: Int[Array | np.ndarray, "b"] | None = None,
 ) -> Float[Array, ""]:
   """Code matching (L_cmcm) of DCID: paired sequences should use codes with the same probabilities.
 
@@ -323,13 +325,15 @@ def distribution_matching(
     q: those of the other.
     symmetric: <q_j, log p_i> in the second term, the negative symmetric cross-entropy (`losses.code_matching`).
     mask: True for rows that count.
+    groups: rows of one number are not each other's negatives.
   """
   p, q = wide(p), wide(q)
   cross = lambda a, b: jnp.einsum("ik,jk->ij", a, jnp.log(b + 1e-10), precision=_HIGH)
   second = cross(q, p)
   score = cross(p, q) + (second.T if symmetric else second)
   rows = jnp.ones(p.shape[0], jnp.bool_) if mask is None else jnp.asarray(mask, jnp.bool_)
+  keys = rows[None] if groups is None else rows & distinct(groups)
   # The release divides by a sum + 1e-5 after adding the largest of -S: the same, without its overflow.
   floor = np.log(1e-5) + jnp.min(jnp.where(rows[:, None] & rows, score, 0.0))
-  total = jnp.logaddexp(jax.nn.logsumexp(jnp.where(rows, score, -1e30), axis=1), floor)
+  total = jnp.logaddexp(jax.nn.logsumexp(jnp.where(keys, score, -1e30), axis=1), floor)
   return jnp.sum(jnp.where(rows, total - jnp.diagonal(score), 0.0)) / jnp.maximum(jnp.sum(rows), 1)

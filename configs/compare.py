@@ -3,6 +3,8 @@
 Command: python -m codebind_jax.main --config=configs/compare.py --workdir=runs/compare
          (:runlocal for a quick look: one seed, no tuning; :ablations leaves parts of DCID out)
 Writes comparison.md, comparison.json, bars.svg and anchors.svg; a second run of the command continues the first.
+Several processes, or machines that share the folder, can each take some variants; the plain command then collects:
+         ... --workdir=runs/compare --config.compare.only=dcid,fcid
 """
 
 from ml_collections import ConfigDict
@@ -44,6 +46,7 @@ def get_config(arg=""):
   config.stage_order = ("bind",)
 
   config.compare = ConfigDict()
+  config.compare.only = ""  # names of variants with commas between: this call trains these alone
   config.compare.seeds = 3
   config.compare.learning_rates = (3e-4, 1e-3, 3e-3)
   config.compare.fields = ("label", "style")

@@ -13,7 +13,7 @@ LORA = (r".*lora_[ab]", r".*/(shared|specific)/.*", r".*log_logit_scale", r"audi
 
 def encoder(modality, **overrides):
   """A tower whose body is ImageBind's encoder of a modality."""
-  body = {"modality": modality, "remat": True, "dtype": "bfloat16", "lora_rank": 0, "size": ()}
+  body = {"modality": modality, "remat": True, "scan": True, "dtype": "bfloat16", "lora_rank": 0, "size": ()}
   body |= {key: overrides.pop(key) for key in (*body, "width", "depth", "heads") if key in overrides}
   return common.tower("raw_input", options={"modality": modality}, body="encoder", body_options=body, **overrides)
 

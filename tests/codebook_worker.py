@@ -1,5 +1,6 @@
 """One quantised step over all devices there are, alone or as one of several processes; see test_codebook_sharded.py."""
 
+import functools
 import json
 import re
 import sys
@@ -10,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from codebind_jax import compositional, losses, segments
+from codebind_jax.nearest_triton import nearest_by_triton
 
 B, T = 32, 8
 SPECS = {
@@ -81,6 +83,20 @@ def run(case, with_losses):
   return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}, collectives(compiled.as_text())
 
 
+def search_by_triton():
+  """The search of NVIDIA's GPUs, interpreted, for segments that are split over the devices."""
+  rng = np.random.default_rng(0)
+  z, codes, bias = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 8, 1200), (24, 8), (24,)))
+  mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+  where = [NamedSharding(mesh, axes) for axes in (P(None, None, "data"), P(), P())]
+  placed = [jax.device_put(x, sharding) for x, sharding in zip((z, codes, bias), where)]
+  compiled = jax.jit(functools.partial(nearest_by_triton, interpret=True)).lower(*placed).compile()
+  found = compiled(*placed)
+  assert found.sharding.spec == P(None, "data"), found.sharding
+  best = np.argmax(np.einsum("kd,sdn->skn", codes, z) - bias[:, None], axis=1)
+  return {"found": np.asarray(found), "best": best}, collectives(compiled.as_text())
+
+
 def main(devices, processes, process, port, output):
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", int(devices))
@@ -92,6 +108,9 @@ def main(devices, processes, process, port, output):
   for case, with_losses in CASES if int(processes) == 1 else CASES[:1]:
     results, talk[f"{case}.{with_losses}"] = run(case, with_losses)
     np.savez(f"{output}.{case}.{with_losses}.{process}.npz", **results)
+  if int(processes) == 1:
+    results, talk["triton"] = search_by_triton()
+    np.savez(f"{output}.triton.npz", **results)
   with open(f"{output}.json", "w") as file:
     json.dump(talk, file)
 

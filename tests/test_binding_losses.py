@@ -217,6 +217,28 @@ def test_a_noise_anchor_tells_nothing():
   assert np.mean(losses) > math.log(32)
 
 
+def test_rows_of_one_group_are_not_each_other_s_negatives():
+  rng = np.random.default_rng(5)
+  u, v = (unit(rng.normal(size=(4, 3))) for _ in range(2))
+  groups, logits = np.array([7, 2, 7, 1]), u @ v.T / 0.3
+  keys = {0: [0, 1, 3], 1: [0, 1, 2, 3], 2: [1, 2, 3], 3: [0, 1, 2, 3]}
+  want = {b: np.log(np.exp(logits[b, kept]).sum()) - logits[b, b] for b, kept in keys.items()}
+  found = directed_info_nce(u, v, temperature=0.3, groups=groups)
+  assert float(found) == pytest.approx(np.mean(list(want.values())), rel=1e-6)
+  mask = np.array([True, True, True, False])
+  want = {b: np.log(np.exp(logits[b, [k for k in kept if k != 3]]).sum()) - logits[b, b]
+          for b, kept in keys.items() if b != 3}
+  found = directed_info_nce(u, v, temperature=0.3, groups=groups, mask=mask)
+  assert float(found) == pytest.approx(np.mean(list(want.values())), rel=1e-6)
+  both = lambda groups: float(directed_info_nce(u, v, temperature=0.3, groups=groups)
+                              + directed_info_nce(v, u, temperature=0.3, groups=groups))
+  fixed = fixed_anchor_info_nce({"a": u, "b": v}, {"a": u, "b": v}, temperature=0.3, anchor="a", groups={"b": groups})
+  assert float(fixed) == pytest.approx(both(groups), rel=1e-6) and both(groups) < both(None)
+  alone = {"a": u}
+  one = centroid_info_nce(alone, alone, temperature=0.3, groups=groups)
+  assert float(one) == pytest.approx(2 * float(directed_info_nce(u, u, temperature=0.3, groups=groups)), rel=1e-6)
+
+
 def test_errors():
   x = {"image": np.ones((2, 3))}
   with pytest.raises(ValueError, match="'audio'.*'image'"):

@@ -11,6 +11,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from codebind_jax import anchors, compositional, nearest, segments
 from codebind_jax.nearest import nearest_code, nearest_segments
+from codebind_jax.nearest_triton import nearest_by_triton
 
 SPEC = compositional.CompositionalSpec(shared_dim=64, specific_dim=32, num_codes=(48, 24))
 B, T = 32, 9
@@ -55,7 +56,9 @@ def test_each_platform_gets_its_own_search():
 
   assert "stablehlo.while" in text("cpu", 8) and "dot_general" not in text("cpu", 8)
   assert "dot_general" in text("tpu", 8) and "stablehlo.while" not in text("tpu", 8)
-  assert "stablehlo.while" in text("cuda", 8)
+  assert "triton" in text("cuda", 8) and "dot_general" not in text("cuda", 8)
+  assert "dot_general" in text("cuda", 40) and "triton" not in text("cuda", 40)
+  assert "dot_general" in text("rocm", 8) and "triton" not in text("rocm", 8)
 
 
 def test_the_search_of_other_platforms_agrees_and_takes_nan_for_nothing():
@@ -67,6 +70,34 @@ def test_the_search_of_other_platforms_agrees_and_takes_nan_for_nothing():
   assert found[1, 5] == 0
   some = jnp.asarray([[1.0, jnp.nan, 3.0], [jnp.nan] * 3])
   np.testing.assert_array_equal(nearest._argmax(some), [2, 0])
+
+
+def test_the_program_of_nvidia_agrees_with_ties_and_nan_and_any_number_of_codes():
+  rng = np.random.default_rng(0)
+  z, codes = (rng.integers(-2, 3, shape).astype(np.float32) for shape in ((3, 8, 700), (61, 8)))
+  bias = rng.integers(0, 3, 61).astype(np.float32)
+  z[1, 2, 5] = np.nan
+  found = nearest_by_triton(jnp.asarray(z), jnp.asarray(codes), jnp.asarray(bias), interpret=True)
+  np.testing.assert_array_equal(found, nearest._scan_codes(jnp.asarray(z), jnp.asarray(codes), jnp.asarray(bias)))
+
+
+def test_sums_by_integers_are_exact_in_any_order():
+  rng = np.random.default_rng(0)
+  vectors, indices = rng.normal(size=(3, 6, 400)).astype(np.float32), rng.integers(0, 32, (3, 400)).astype(np.int32)
+  vectors[:, 3] *= 1e-5
+  vectors[:, 4] = 0
+  want = np.zeros((32, 6))
+  np.add.at(want, indices.reshape(-1), np.moveaxis(vectors, 1, 2).reshape(-1, 6).astype(np.float64))
+  got = segments._integer_sums(jnp.asarray(vectors), jnp.asarray(indices), 32)
+  # An element is off by at most half of its last bit, 2^-26 of the largest; the largest sum is rounded to float32.
+  largest = np.abs(vectors).max(axis=(0, 2))
+  assert np.all(np.abs(got - want) <= largest * 400 * 3 / 32 * 2 * 2.0**-26 + np.abs(want) * 2.0**-23)
+  order = rng.permutation(400)
+  other = segments._integer_sums(jnp.asarray(vectors[:, :, order]), jnp.asarray(indices[:, order]), 32)
+  np.testing.assert_array_equal(got, other)
+  vectors[0, 2, 7] = np.nan
+  bad = segments._integer_sums(jnp.asarray(vectors), jnp.asarray(indices), 32)
+  np.testing.assert_array_equal(np.isnan(bad), np.broadcast_to(np.arange(6) == 2, (32, 6)))
 
 
 def test_the_scan_on_cpu_computes_each_score_once():

@@ -79,6 +79,14 @@ def test_only_statistics_cross_devices(eight, case):
   assert max(size for _, size in found) <= max(tokens, statistics), found
 
 
+def test_the_program_of_nvidia_searches_where_the_segments_are(eight):
+  """The compiler cannot split a program that it does not know: the package says how."""
+  with np.load(f"{eight}.triton.npz") as file:
+    np.testing.assert_array_equal(file["found"], file["best"])
+  with open(f"{eight}.json") as file:
+    assert json.load(file)["triton"] == []
+
+
 def test_two_processes_equal_one(alone, tmp_path):
   output = launch(tmp_path, devices=2, processes=2)
   for process in range(2):

@@ -59,12 +59,13 @@ def test_claims_are_told_from_the_numbers():
   assert claims(toc, {}, "eval/test")[-1]["verdict"] == "undecided"
 
 
-def small(tmp_path):
+def small(tmp_path, only=""):
   config = shipped.get_config("runlocal").unlock()
   config.steps, config.batch_size, config.log_steps, config.compare.seeds = 3, 16, 1, 1
   config.compare.learning_rates = (1e-3, 1e-2)
   config.compare.world.rows = 64
   config.data.root = str(tmp_path / "data")
+  config.compare.only = only
   for sensor in ("audio", "image"):
     config.model.towers[sensor].body_options.width = 16
   for sensor in ("depth", "video"):
@@ -79,24 +80,36 @@ def small(tmp_path):
 
 
 @pytest.mark.usefixtures("quick_compiler")
-def test_a_comparison_is_written_and_can_be_stopped_and_continued(tmp_path, monkeypatch, capsys):
+def test_a_comparison_can_be_divided_stopped_and_continued(tmp_path, monkeypatch, capsys):
   calls = []
   real = compare_lib.run_stages
 
   def counted(config, folder, *rest):
-    if len(calls) == 4:
-      calls.append("stop")
-      raise KeyboardInterrupt
     calls.append(folder.relative_to(tmp_path / "run").as_posix())
+    if len(calls) == 4:
+      raise KeyboardInterrupt
     return real(config, folder, *rest)
 
   monkeypatch.setattr(compare_lib, "run_stages", counted)
+  first = compare_lib.compare(small(tmp_path, "dcid"), tmp_path / "run")
+  assert calls == ["dcid/rate0.001", "dcid/rate0.01", "dcid/seed1"] and set(first["results"]) == {"dcid"}
+  assert "without --config.compare.only" in capsys.readouterr().out
+  assert not list((tmp_path / "run").glob("comparison.*"))
   with pytest.raises(KeyboardInterrupt):
-    compare_lib.compare(small(tmp_path), tmp_path / "run")
-  assert calls[:3] == ["dcid/rate0.001", "dcid/rate0.01", "dcid/seed1"]
+    compare_lib.compare(small(tmp_path, "fixed_anchor_image"), tmp_path / "run")
   before = (tmp_path / "run/dcid/seed1/metrics.jsonl").read_text()
+  # Another process trains the anchor's runs; the call without `only` then has nothing left to train.
+  compare_lib.compare(small(tmp_path, "fixed_anchor_image"), tmp_path / "run")
+  trained = list(calls)
   compare_lib.compare(small(tmp_path), tmp_path / "run")
+  assert calls == trained and trained.count("dcid/seed1") == 1
   assert (tmp_path / "run/dcid/seed1/metrics.jsonl").read_text() == before
+  other = small(tmp_path).unlock()
+  other.compare.seeds = 2
+  with pytest.raises(ValueError, match="compare.seeds: 1 -> 2"):
+    compare_lib.compare(other, tmp_path / "run")
+  with pytest.raises(ValueError, match="compare.only: 'fcid' is not allowed; allowed: .'dcid', 'fixed_anchor_image'"):
+    compare_lib.compare(small(tmp_path, "dcid,fcid"), tmp_path / "run")
 
   found = json.loads((tmp_path / "run/comparison.json").read_text())
   dcid, anchor = found["results"]["dcid"], found["results"]["fixed_anchor_image"]

@@ -13,7 +13,7 @@ from PIL import Image
 from codebind_jax.api import load
 from codebind_jax.data.featurize import Featurizer
 from codebind_jax.data.task import EvalSet, open_task
-from codebind_jax.evaluate import Evaluation, evaluate
+from codebind_jax.evaluate import Evaluation, evaluate, named_pairs
 from codebind_jax.metrics import read_metrics
 from configs import eval as eval_config
 from tests.train_fixtures import COLOURS
@@ -103,6 +103,15 @@ def test_task_without_what_it_needs(trained, tmp_path):
 def test_eval_needs_a_checkpoint_and_a_manifest(trained, tmp_path):
   with pytest.raises(ValueError, match="is not a run's folder"):
     evaluate(config_of(trained, init_from=str(tmp_path)), tmp_path / "out")
+
+
+def test_fields_of_one_pair_of_modalities_have_names_of_their_own():
+  pairs = (("tactile", "image", "id"), ("tactile", "image", "texture"), ("image", "text", "label"))
+  test = EvalSet("materials_test", "materials", "test", None, (), pairs=pairs)
+  assert named_pairs(test, ("image", "tactile", "text")) == [
+    ("text", "image", "caption", ""), ("text", "tactile", "caption", ""),
+    ("tactile", "image", "id", ""), ("tactile", "image", "texture", "texture"), ("image", "text", "label", "label"),
+  ]  # fmt: skip
 
 
 def test_sets_of_one_split_share_its_features_and_keep_their_rows(trained, tmp_path, monkeypatch):

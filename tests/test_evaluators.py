@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, recall_score
 
-from codebind_jax.evaluators import base, codes, probe, retrieval, zeroshot
+from codebind_jax.evaluators import base, codes, intervals, probe, retrieval, zeroshot
 
 
 def unit(*degrees):
@@ -141,12 +141,26 @@ def test_zeroshot_evaluator():
   evaluator = zeroshot.ZeroShot("image", list(texts), embed, slices=("style",))
   assert dict(base.run_evaluators([evaluator], table, prefix="eval/x")) == {
     "eval/x/zeroshot/image/top1": pytest.approx(200 / 3),
+    "eval/x/zeroshot/image/balanced": pytest.approx(200 / 3),
     "eval/x/zeroshot/image/style=colour/top1": 0.0,
     "eval/x/zeroshot/image/style=mono/top1": 100.0,
   }
   stranger = zeroshot.ZeroShot("image", ["east", "north"], embed)
   with pytest.raises(ValueError, match="evaluator 'zeroshot' on 'eval/x': label 'west'"):
     list(base.run_evaluators([stranger], table, prefix="eval/x"))
+
+
+def test_balanced_zeroshot_counts_every_class_alike_and_intervals_are_yielded_when_asked_for():
+  # East: 2 of 3 right, north: 0 of 1, west never occurs. Plain 2/4, balanced (2/3 + 0) / 2.
+  table = {"audio": {"shared": unit(0, 10, 95, 5), "label": np.array(["east", "east", "east", "north"])}}
+  embed = lambda names: unit(*[{"east": 0, "north": 90, "west": 180}[name] for name in names])
+  evaluator = zeroshot.ZeroShot("audio", ["east", "north", "west"], embed, ks=(1,), intervals=True)
+  found = dict(evaluator(table))
+  assert found["zeroshot/audio/top1"] == 50.0 and found["zeroshot/audio/balanced"] == pytest.approx(100 / 3)
+  ends = found["zeroshot/audio/top1/low"], found["zeroshot/audio/top1/high"]
+  assert ends == pytest.approx(intervals.wilson_interval(50.0, 4)) and ends[0] < 50 < ends[1]
+  assert found["zeroshot/audio/balanced/low"] < 100 / 3 < found["zeroshot/audio/balanced/high"]
+  assert len(found) == 6
 
 
 def test_zeroshot_evaluator_with_several_labels():
@@ -241,6 +255,8 @@ def test_retrieval_evaluator_both_ways():
     "retrieval/image_to_text/r1": pytest.approx(200 / 3),
     "retrieval/image_to_text/median_rank": 1.0,
   }
+  named = dict(retrieval.Retrieval(ks=(1,), by="label")(table))
+  assert named["retrieval/image_to_text/label/r1"] == pytest.approx(200 / 3) and len(named) == 4
 
 
 def test_within_retrieval_leaves_out_the_query_and_the_lonely():
@@ -431,8 +447,23 @@ def test_codebook_evaluator_counts_the_shared_book_over_modalities():
   found = dict(codes.CodebookUsage({"shared": 4, "image": 2})(table))
   assert found["codebook/shared/perplexity"] == pytest.approx(4.0) and found["codebook/shared/dead"] == 0
   assert found["codebook/image/active_share"] == 0.5 and found["codebook/image/max_share"] == 1.0
+  assert found["codebook/shared/image/active_share"] == 0.5 and found["codebook/shared/text/perplexity"] == 2.0
+  assert found["codebook/shared/several_share"] == 0.0 and found["codebook/shared/modalities_per_code"] == 1.0
   with pytest.raises(ValueError, match="text: no column 'codes_specific'"):
     list(codes.CodebookUsage({"text": 4})(table))
+
+
+def test_shared_codes_of_several_modalities_by_hand():
+  counts = {"image": np.array([6, 2, 0, 0, 0]), "text": np.array([3, 0, 1, 0, 0]), "eeg": np.array([1, 0, 1, 0, 2])}
+  found = codes.overlap(counts)
+  # Used at all: codes 0, 1, 2, 4; by at least two: 0 (all three) and 2 (text and EEG).
+  assert found["several_share"] == 0.5
+  # Shares of code 0: 0.75, 0.75, 0.25, so 3/7, 3/7, 1/7; code 2: 0.25 and 0.25; codes 1 and 4 have one user each.
+  of_zero = np.exp(-2 * 3 / 7 * np.log(3 / 7) - np.log(1 / 7) / 7)
+  assert found["modalities_per_code"] == pytest.approx((of_zero + 1 + 2 + 1) / 4)
+  assert codes.overlap({"image": np.array([1, 2])}) == {"several_share": 0.0, "modalities_per_code": 1.0}
+  with pytest.raises(ValueError, match="eeg: no code"):
+    codes.overlap(counts | {"eeg": np.zeros(5)})
 
 
 # Tables.

@@ -151,6 +151,9 @@ def test_cpc_of_unrelated_features_is_log_b_and_the_axes_differ():
   assert float(cpc(p, f)) == pytest.approx(want)
   rows = np.arange(8) < 5
   assert float(cpc(p, f, mask=rows)) == pytest.approx(float(cpc(p[:5], f[:5])))
+  # Two rows of one group are not compared: with them alone in a batch nothing is left to tell apart.
+  assert float(cpc(p[:2], f[:2], groups=np.zeros(2, int))) == pytest.approx(0.0, abs=1e-6)
+  assert float(cpc(p[:2], f[:2], groups=np.arange(2))) == pytest.approx(float(cpc(p[:2], f[:2])))
   with pytest.raises(ValueError, match="'futures'"):
     cpc(p, f, over="time")
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 from codebind_jax import losses
-from codebind_jax.losses.code_contrast import largest_bound, selected
+from codebind_jax.losses.code_contrast import extreme_bounds, selected
 from codebind_jax.segments import similarity
 from tests.arrays import normal
 
@@ -115,13 +115,22 @@ def test_contrast_of_all_segments_in_blocks(distance, double):
   assert np.all(a[1][0][:, :, np.asarray(weights) == 0] == 0)
 
 
+def check_bounds(x, above, below):
+  top, low = extreme_bounds(jnp.asarray(x), above, below)
+  for rows, bound, count in ((x, top, above), (-x, low, below)):
+    weights, rows = np.asarray(selected(jnp.asarray(rows), bound), np.float64), rows.astype(np.float64)
+    np.testing.assert_allclose(weights.sum(axis=1), count, rtol=1e-5)
+    np.testing.assert_allclose((weights * rows).sum(axis=1), np.sort(rows, axis=1)[:, -count:].sum(axis=1), atol=1e-4)
+
+
 @few
-@hypothesis.given(seeds, st.integers(1, 30))
-def test_bounds_select(seed, count):
-  x = np.round(normal(seed, 8, 30), 1)
-  weights = np.asarray(selected(jnp.asarray(x), largest_bound(jnp.asarray(x), count, axis=1)))
-  np.testing.assert_allclose(weights.sum(axis=1), count, rtol=1e-5)
-  np.testing.assert_allclose((weights * x).sum(axis=1), np.sort(x, axis=1)[:, -count:].sum(axis=1), atol=1e-4)
+@hypothesis.given(seeds, st.integers(1, 30), st.integers(1, 30))
+def test_bounds_select(seed, above, below):
+  check_bounds(np.round(normal(seed, 8, 30), 1), above, below)
+
+
+def test_bounds_where_two_counts_do_not_fit_into_one_number():
+  check_bounds(np.round(normal(0, 2, 2**15 + 30), 1), 5, 2**14)
 
 
 def test_code_matching_by_definition():

@@ -1,5 +1,6 @@
 """Methods as recipes: each trains, keeps its state where checkpoints find it, and is chosen by one config key."""
 
+import dataclasses
 import json
 
 import jax
@@ -62,6 +63,7 @@ def batch_of(seed=0, tokens=1):
 
 def started(method, config, batch):
   stage = stages_of(config)[0].on({"world": set(NAMES)})
+  stage = dataclasses.replace(stage, unique_labels=False)
   tokens = {m: jnp.asarray(batch["world"][m][:1]) for m in NAMES}
 
   @jax.jit
@@ -84,8 +86,12 @@ def run(name, steps=30, tokens=1, **options):
   state, step = started(method, config, batch)
   history = []
   for _ in range(steps):
+    before = state
     state, metrics = step(state, batch)
     history.append({key: float(value) for key, value in metrics.items()})
+  # Rows of one label are not each other's negatives: told apart by other groups, the last step has another loss.
+  apart = {"world": batch["world"] | {"_group": np.arange(ROWS)}}
+  assert steps < 2 or float(step(before, apart)[1]["train/total"]) > history[-1]["train/total"]
   return method, state, history, batch, label
 
 

@@ -208,6 +208,18 @@ def test_bootstrap_interval():
   assert intervals.bootstrap_interval(np.array([7.0])) == (7.0, 7.0)
 
 
+def test_weighted_bootstrap_is_that_of_the_weighted_mean():
+  values = np.array([100.0] * 300 + [0.0] * 100)
+  # A class of 300 rows, all right, and one of 100, all wrong, weighed alike: 50 whatever rows are drawn, nearly.
+  weights = np.array([1.0] * 300 + [3.0] * 100)
+  low, high = intervals.bootstrap_interval(values, weights=weights)
+  # Delta method for a ratio: the deviation is sqrt(sum((w (v - 50))^2)) / sum(w) = 50 sqrt(300 + 900) / 600 = 2.89.
+  assert low == pytest.approx(50 - 1.96 * 2.89, abs=0.6) and high == pytest.approx(50 + 1.96 * 2.89, abs=0.6)
+  assert intervals.bootstrap_interval(values, weights=np.full(400, 2.0)) == intervals.bootstrap_interval(values)
+  with pytest.raises(ValueError, match="weights: expected 400 numbers above 0"):
+    intervals.bootstrap_interval(values, weights=np.zeros(400))
+
+
 def test_intervals_reject():
   for percent, count in [(101.0, 5), (-1.0, 5), (50.0, 0)]:
     with pytest.raises(ValueError, match="percent|count"):

@@ -83,6 +83,7 @@ def full():
     ],
     codebook_sizes={"shared": 512},
     code_counts={"shared": np.append(np.arange(511), 0)},
+    shared_counts={"image": np.array([3, 1, 0, 0]), "depth": np.array([0, 2, 2, 0])},
     text_queries=[Query(Item("a cat"), [Item("cat", picture(0), True, 0.5), Item("dog", picture(9), False, -0.25)])],
     image_queries=[Query(Item("cat", picture(3)), [Item("a dog", None, False, 0.4)])],
     maps=[EmbeddingMap("Before training", points, np.array([[0, 1], [29, 9]]), "PCA.")],
@@ -130,6 +131,7 @@ def test_page_shows_what_it_was_given(page):
     "Stage 1 & <bridges>", "python -m codebind_jax.main --config='a b'", "model.codes.shared", "3 min 04 s", "12.3 s",
     "3 min 17 s", "3,587", "Apache-2.0", "1 of 120 values not finite", "512 codes, 2 never used", "shared (512 codes)",
     "half the codes", "stage2", "Before training", "−0.25", "val · zeroshot · image · top1",
+    "33.3 % of the shared codes in use", "serves 1.3 of 2 in effect", "depth 50.0 2",
   ]:  # fmt: skip
     assert expected in text, expected
   assert "Left out" not in text and "<bridges>" not in page
@@ -241,13 +243,16 @@ def test_scores_from_metrics():
   found = {"eval/a/top1": 50.0, "eval/b/top1": 20.0, "eval/a/r1": 10.0}
   made = report_data.scores_from_metrics(
     found, {"eval/a/top1": 40.0}, metrics={"top1": "Top-1", "r1": "R@1"}, sets={"a": "set A", "b": "set B"},
-    counts={"a": 100}, chance={"b/top1": 1.0},
+    counts={"a/top1": 100, "a/r1": 50}, chance={"b/top1": 1.0},
   )  # fmt: skip
   assert made == [
     Score("Top-1", "set A", 50.0, 40.0, None, wilson_interval(50.0, 100)),
     Score("Top-1", "set B", 20.0, None, 1.0),
-    Score("R@1", "set A", 10.0, None, None, wilson_interval(10.0, 100)),
+    Score("R@1", "set A", 10.0, None, None, wilson_interval(10.0, 50)),
   ]
+  found |= {"eval/a/top1/low": 30.0, "eval/a/top1/high": 70.0}
+  own = report_data.scores_from_metrics(found, metrics={"top1": "Top-1"}, sets={"a": "A"}, counts={"a/top1": 100})
+  assert own[0].interval == (30.0, 70.0)
   with pytest.raises(ValueError, match=r"none of \['top5'\] on \['a'\] was measured"):
     report_data.scores_from_metrics(found, metrics={"top5": "Top-5"}, sets={"a": "A"})
 

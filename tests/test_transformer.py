@@ -203,6 +203,23 @@ def test_remat_changes_nothing_but_memory():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *results)
 
 
+def test_scanned_blocks_equal_blocks_one_by_one():
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 16)), jnp.float32)
+  make = lambda scan: Transformer(3, 2, bias_kv=True, causal=True, remat=scan, scan=scan, lora_rank=2)
+  plain, scanned = make(False), make(True)
+  params = jit(plain.init)(jax.random.key(0), x)["params"]
+  params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), params)
+  blocks = lambda tree: [tree[f"blocks_{i}"] for i in range(3)]
+  stack = lambda tree: {"blocks": jax.tree.map(lambda *layers: jnp.stack(layers), *blocks(tree))}
+  shapes = jax.eval_shape(scanned.init, jax.random.key(0), x)["params"]
+  assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, stack(params))
+  loss = lambda p, module: jnp.sum(jnp.sin(module.apply({"params": p}, x)))
+  value, gradient = jit(jax.value_and_grad(loss), static_argnums=1)(params, plain)
+  found, of_stack = jit(jax.value_and_grad(loss), static_argnums=1)(stack(params), scanned)
+  np.testing.assert_allclose(found, value, rtol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), of_stack, stack(gradient))
+
+
 def test_bfloat16_compute_keeps_float32_parameters_and_stays_close():
   encoder = Encoder(spec("eeg"), dtype=jnp.bfloat16)
   tree = jax.eval_shape(encoder.init, jax.random.key(0), spec("eeg").example())["params"]
@@ -280,6 +297,20 @@ def test_load_lists_everything_that_does_not_fit():
     assert part in str(caught.value)
   with pytest.raises(ValueError, match="modality_heads.eeg"):
     load(abstract("eeg"), weights)
+
+
+def test_load_stacks_the_blocks_of_a_scanned_trunk():
+  heads = ("modality_(heads|postprocessors).*",)
+  weights = {name: value for name, value in state_dict().items() if ".eeg." in name}
+  scanned = Encoder(spec("eeg"), scan=True)
+  tree = jax.eval_shape(scanned.init, jax.random.key(0), spec("eeg").example())["params"]
+  params = load({"eeg": tree}, weights, heads)["eeg"]
+  assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, tree)
+  out = jit(scanned.apply)({"params": params}, inputs("eeg"))
+  np.testing.assert_allclose(out.trunk, encoded("eeg").trunk, atol=1e-5)
+  del weights["modality_trunks.eeg.blocks.1.attn.bias_k"]
+  with pytest.raises(ValueError, match=r"missing \['eeg/trunk/blocks_1/attn/bias_k'\]"):
+    load({"eeg": tree}, weights, heads)
 
 
 def test_load_names_the_modalities_it_leaves_out(caplog):

@@ -225,6 +225,12 @@ def test_momentum_contrast():
   soft = np.exp(np.concatenate([b @ c.T, b @ b.T], 1) / 0.3)
   target = 0.6 * np.eye(5, 10) + 0.4 * soft / soft.sum(1, keepdims=True)
   assert contrast(a, b, c, queue, alpha=0.4) == pytest.approx(-np.mean((target * logs).sum(1)), rel=1e-6)
+  # Rows of one group, in the batch or in the queue, are no negatives.
+  groups, older = np.array([3, 1, 3, 0, 8]), np.array([0, 5, 3, 9, 1])
+  queue = prototypes.enqueue(prototypes.new_queue(6, 4), b, groups=older)
+  apart = np.concatenate([(groups[:, None] != groups) | np.eye(5, dtype=bool), groups[:, None] != older], 1)
+  logs = scores - np.log((np.exp(scores) * apart).sum(1, keepdims=True))
+  assert contrast(a, b, c, queue, groups=groups) == pytest.approx(-np.mean(np.diagonal(logs)), rel=1e-6)
   rows = np.array([1, 1, 0, 1, 0], bool)
   assert contrast(a, b, c, mask=rows) == pytest.approx(contrast(a[rows], b[rows], c[rows]))
   four = prototypes.pair_loss({"x": a, "y": b}, {"x": a, "y": b}, None, ("x", "y"), temperature=0.3)

@@ -276,6 +276,9 @@ def test_code_matching_limits_and_symmetry():
   assert match(sharp, sharp) == pytest.approx(0.0, abs=1e-6)
   flat = np.tile(np.array([[0.5, 0.3, 0.2]]), (5, 1))
   assert match(flat, flat) == pytest.approx(np.log(5), abs=1e-5)
+  # Three groups of five equal rows: a row is told from those of the other groups alone (3, 3, 3, 3 and 4 of them).
+  want = (4 * np.log(1 + 3) + np.log(1 + 4)) / 5
+  assert match(flat, flat, groups=np.array([0, 0, 1, 1, 2])) == pytest.approx(want, abs=1e-5)
   rng = np.random.default_rng(0)
   p, q = (rng.dirichlet(np.ones(6), 5) for _ in range(2))
   assert match(p, q) == pytest.approx(match(q, p), abs=1e-12)

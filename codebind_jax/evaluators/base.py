@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Bool, Float, Float32, Shaped
 
 Columns = Mapping[str, np.ndarray]
 Table = Mapping[str, Columns]
@@ -159,6 +159,12 @@ def check_lengths(**named) -> None:
   lengths = {name: len(x) for name, x in named.items() if x is not None}
   if len(set(lengths.values())) > 1:
     raise ValueError(f"lengths must be equal, got {lengths}")
+
+
+def class_weights(targets: Shaped[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+  """Weight of each row, summing to 1, under which every class that occurs counts alike however many rows it has."""
+  _, numbers, counts = np.unique(targets, return_inverse=True, return_counts=True)
+  return 1.0 / (len(counts) * counts[numbers])
 
 
 def apply_mask(mask: Bool[np.ndarray, "n"] | None, *arrays: np.ndarray) -> list[np.ndarray]:

@@ -71,19 +71,62 @@ def table_counts(table: base.Table, sizes: Mapping[str, int]) -> dict[str, np.nd
   Raises:
     ValueError: if a codebook named in `sizes` has no codes in the table.
   """
-  counts = {}
-  for book, size in sizes.items():
-    field = "codes_shared" if book == "shared" else "codes_specific"
-    members = [m for m in table if field in table[m]] if book == "shared" else [book]
-    if not members:
-      raise ValueError(f"codebook {book!r}: no modality has a column {field!r}; modalities are {sorted(table)}")
-    counts[book] = sum(count_codes(base.columns(table, m, [field])[0], size) for m in members)
+  return {
+    book: sum(shared_counts(table, size).values()) if book == "shared" else _counts(table, book, "codes_specific", size)
+    for book, size in sizes.items()
+  }
+
+
+def shared_counts(table: base.Table, size: int) -> dict[str, Int[np.ndarray, "k"]]:
+  """Modality -> how often it uses each of the `size` shared codes.
+
+  Raises:
+    ValueError: if no modality has shared codes in the table.
+  """
+  counts = {m: _counts(table, m, "codes_shared", size) for m in table if "codes_shared" in table[m]}
+  if not counts:
+    raise ValueError(f"codebook 'shared': no modality has a column 'codes_shared'; modalities are {sorted(table)}")
   return counts
+
+
+def _counts(table: base.Table, modality: str, field: str, size: int) -> Int[np.ndarray, "k"]:
+  return count_codes(base.columns(table, modality, [field])[0], size)
+
+
+def overlap(counts: Mapping[str, Num[np.ndarray, "..."]]) -> dict[str, float]:
+  """How far modalities use the same codes.
+
+  Args:
+    counts: modality -> [K] how often it uses each code.
+
+  Returns:
+    `several_share` (0-1, share of the codes in use that at least two modalities use) and `modalities_per_code` (1 ...
+    M, mean over the codes in use of the number of modalities in effect: exp of the entropy of their shares of it, each
+    modality's uses summing to 1, so that one with many rows does not decide). The first counts a single use, and comes
+    near to 1 on large data; the second does not.
+
+  Raises:
+    ValueError: if a modality uses no code.
+  """
+  for modality, found in counts.items():
+    if not np.sum(found):
+      raise ValueError(f"counts: {modality}: no code was ever chosen")
+  shares = np.stack([np.asarray(found, np.float64) / np.sum(found) for found in counts.values()])
+  shares = shares[:, shares.any(axis=0)]
+  of_code = shares / shares.sum(axis=0)
+  entropy = -(of_code * np.log(np.where(of_code > 0, of_code, 1.0))).sum(axis=0)
+  return {
+    "several_share": float(np.mean((shares > 0).sum(axis=0) > 1)),
+    "modalities_per_code": float(np.exp(entropy).mean()),
+  }
 
 
 @dataclasses.dataclass(frozen=True)
 class CodebookUsage:
   """Usage of the shared codebook and of each modality's own: `codebook/<codebook>/perplexity` and so on.
+
+  Of the shared one also by modality, `codebook/shared/<modality>/perplexity`, and how far they use the same codes:
+  `codebook/shared/several_share`, `codebook/shared/modalities_per_code` (`overlap`).
 
   Attributes:
     sizes: number of codes by codebook: `shared` and names of modalities.
@@ -93,7 +136,14 @@ class CodebookUsage:
   name: str = "codebook"
 
   def __call__(self, table: base.Table) -> Iterator[tuple[str, float]]:
-    """Yields active share, perplexity, dead codes and largest share of each codebook."""
+    """Yields active share, perplexity, dead codes and largest share of each codebook, and of its modalities' part."""
     for book, counts in table_counts(table, self.sizes).items():
       for metric, value in usage(counts).items():
         yield f"{self.name}/{book}/{metric}", value
+    if "shared" in self.sizes:
+      by_modality = shared_counts(table, self.sizes["shared"])
+      for modality, counts in by_modality.items():
+        for metric, value in usage(counts).items():
+          yield f"{self.name}/shared/{modality}/{metric}", value
+      for metric, value in overlap(by_modality).items():
+        yield f"{self.name}/shared/{metric}", value

@@ -40,6 +40,7 @@ def bootstrap_interval(
   values: Num[np.ndarray, "..."],
   *,
   groups: Shaped[np.ndarray, "..."] | Sequence | None = None,
+  weights: Num[np.ndarray, "..."] | None = None,
   level: float = 0.95,
   samples: int = 1000,
   seed: int = 0,
@@ -49,6 +50,7 @@ def bootstrap_interval(
   Args:
     values: [N] per-row scores, such as 100 where right and 0 where wrong; or differences between two models.
     groups: [N], rows drawn together (icons of one concept); None draws rows.
+    weights: [N], above 0: the mean is a weighted one, also in every sample; None weighs all rows alike.
     level: coverage.
     samples: bootstrap samples.
     seed: of the draws.
@@ -57,17 +59,20 @@ def bootstrap_interval(
     Lower and upper end, in the unit of `values`.
 
   Raises:
-    ValueError: if `values` is empty, not a vector or not finite, or lengths differ.
+    ValueError: if `values` is empty, not a vector or not finite, lengths differ, or a weight is not above 0.
   """
   values = np.asarray(values, np.float64)
   if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
     raise ValueError(f"values: expected a non-empty finite vector, got shape {values.shape}")
-  sums, counts = values, np.ones(len(values))
+  counts = np.ones(len(values)) if weights is None else np.asarray(weights, np.float64)
+  if counts.shape != values.shape or not (counts > 0).all():
+    raise ValueError(f"weights: expected {len(values)} numbers above 0, got shape {counts.shape}")
+  sums = values * counts
   if groups is not None:
     if len(groups) != len(values):
       raise ValueError(f"lengths must be equal, got {len(values)} values and {len(groups)} groups")
     _, numbers = np.unique(groups, return_inverse=True)
-    sums, counts = np.bincount(numbers, weights=values), np.bincount(numbers)
+    sums, counts = np.bincount(numbers, weights=sums), np.bincount(numbers, weights=counts)
   rng = np.random.default_rng(seed)
   means = np.empty(samples)
   for i in range(samples):

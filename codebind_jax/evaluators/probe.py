@@ -42,9 +42,7 @@ class ProbeResult:
 
 def balanced_accuracy(predictions: Shaped[np.ndarray, "n"], targets: Shaped[np.ndarray, "n"]) -> float:
   """Mean over the classes among `targets` of the percentage predicted right."""
-  classes, numbers = np.unique(targets, return_inverse=True)
-  right = np.bincount(numbers, weights=predictions == targets, minlength=len(classes))
-  return 100.0 * float(np.mean(right / np.bincount(numbers)))
+  return 100.0 * float(np.sum(base.class_weights(targets) * (predictions == targets)))
 
 
 def _result(predictions, targets, **rest):

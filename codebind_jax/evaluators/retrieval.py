@@ -124,6 +124,7 @@ class Retrieval:
       come as one row a text (`base.unique_rows`), else frequent texts weigh more.
     part: embedding column compared.
     ks: which recall.
+    by: put into the names, `retrieval/<a>_to_<b>/<by>/r1`, where two modalities are compared by several fields.
   """
 
   a: str = "text"
@@ -131,6 +132,7 @@ class Retrieval:
   match: str = "label"
   part: str = "shared"
   ks: Sequence[int] = (1, 5, 10)
+  by: str = ""
   name: str = "retrieval"
 
   def __call__(self, table: base.Table) -> Iterator[tuple[str, float]]:
@@ -139,7 +141,7 @@ class Retrieval:
     for source, target in ((self.a, self.b), (self.b, self.a)):
       (query, of_query), (gallery, of_item) = sides[source], sides[target]
       for metric, value in recall_at_k(query, gallery, (of_query, of_item), self.ks).items():
-        yield f"{self.name}/{source}_to_{target}/{metric}", value
+        yield f"{self.name}/{source}_to_{target}/{f'{self.by}/' if self.by else ''}{metric}", value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from absl import logging
 from jaxtyping import Bool, Float, Float32, Int
 
 from codebind_jax.evaluators import base
+from codebind_jax.evaluators.intervals import bootstrap_interval, wilson_interval
 
 # Cosines closer than this count as equal: float32 sums of the same products differ by about 1e-7 with their order.
 TIE = 1e-6
@@ -186,6 +187,9 @@ def mean_average_precision(
 class ZeroShot:
   """Classifies one modality by text: `zeroshot/<modality>/top1`, `top5`, or `map` where rows have several labels.
 
+  `.../balanced` is the mean over the classes that occur of the share of their rows that are right, so that big classes
+  do not decide.
+
   Attributes:
     modality: what is classified.
     labels: the candidate classes, K names.
@@ -196,6 +200,8 @@ class ZeroShot:
       `labels`.
     slices: columns (`style`, `family`) whose values also get an accuracy of their own:
       `zeroshot/<modality>/<column>=<value>/top1`.
+    intervals: also yield the ends of 95 % intervals, `.../top1/low` and `.../top1/high` and so on: Wilson's of the
+      top-k accuracies, and by bootstrap over rows of the balanced one.
   """
 
   modality: str
@@ -205,6 +211,7 @@ class ZeroShot:
   ks: Sequence[int] = (1, 5)
   field: str = "label"
   slices: Sequence[str] = ()
+  intervals: bool = False
   name: str = "zeroshot"
 
   def __call__(self, table: base.Table) -> Iterator[tuple[str, float]]:
@@ -220,7 +227,18 @@ class ZeroShot:
     ranks = _ranks(shared, classes, label_indices(right, self.labels), None)
     ks = [k for k in self.ks if k == 1 or k < len(classes)]
     for k in ks:
-      yield f"{start}/top{k}", 100.0 * float(np.mean(ranks < k))
+      yield from self._with_interval(f"{start}/top{k}", 100.0 * (ranks < k))
+    yield from self._with_interval(f"{start}/balanced", 100.0 * (ranks < 1), base.class_weights(right))
     for column, values in zip(self.slices, slices):
       for value in np.unique(values):
         yield f"{start}/{column}={value}/top1", 100.0 * float(np.mean(ranks[values == value] < 1))
+
+  def _with_interval(self, name, values, weights=None):
+    mean = float(np.average(values, weights=weights))
+    yield name, mean
+    if self.intervals:
+      low, high = (
+        wilson_interval(mean, len(values)) if weights is None else bootstrap_interval(values, weights=weights)
+      )
+      yield f"{name}/low", low
+      yield f"{name}/high", high

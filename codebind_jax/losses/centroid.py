@@ -13,13 +13,15 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
+from codebind_jax.losses.contrastive import distinct
 from codebind_jax.norm import unit, wide
 
 _NEGATIVE = -1e30
 Embeddings = Mapping[str, Float[Array | np.ndarray, "b d"]]
 Masks = Mapping[str, Bool[Array | np.ndarray, "b"] | bool] | Bool[Array | np.ndarray, "b"]
+Groups = Int[Array | np.ndarray, "b"] | None
 Weights = Mapping[str, float] | Sequence[float] | Float[Array | np.ndarray, "m"]
 
 
@@ -30,6 +32,7 @@ def directed_info_nce(
   *,
   temperature: float | jax.Array,
   mask: Bool[Array | np.ndarray, "b"] | None = None,
+  groups: Groups = None,
 ) -> Float[Array, ""]:
   """L(U -> V) = mean_b [log sum_k exp(<u_b, v_k> / tau) - <u_b, v_b> / tau]: one direction, inner products as they are.
 
@@ -40,13 +43,17 @@ def directed_info_nce(
     key: v, the candidates.
     temperature: tau.
     mask: True for rows that count, as queries and as keys.
+    groups: rows of one number are not each other's negatives (several items of one caption in a batch).
   """
   query, key = wide(query), wide(key)
   logits = jnp.einsum("bd,kd->bk", query, key, precision=jax.lax.Precision.HIGHEST) / temperature
+  own = jnp.diagonal(logits)
+  if groups is not None:
+    logits = jnp.where(distinct(groups), logits, _NEGATIVE)
   if mask is None:
-    return jnp.mean(jax.nn.logsumexp(logits, axis=1) - jnp.diagonal(logits))
+    return jnp.mean(jax.nn.logsumexp(logits, axis=1) - own)
   mask = jnp.asarray(mask, jnp.bool_)
-  terms = jax.nn.logsumexp(jnp.where(mask, logits, _NEGATIVE), axis=1) - jnp.diagonal(logits)
+  terms = jax.nn.logsumexp(jnp.where(mask, logits, _NEGATIVE), axis=1) - own
   return jnp.sum(jnp.where(mask, terms, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
 
 
@@ -81,6 +88,7 @@ def centroid_info_nce(
   temperature: float | jax.Array,
   weights: Weights | None = None,
   mask: Masks | None = None,
+  groups: Groups = None,
   normalize_anchor: bool = False,
   stop_anchor: bool = False,
 ) -> Float[Array, ""]:
@@ -93,6 +101,7 @@ def centroid_info_nce(
     weights: of the mean; None for equal ones.
     mask: modality -> bool [b], which instances have it (or one for all modalities): others are left out of the mean
       and of its terms.
+    groups: as for `directed_info_nce`.
     normalize_anchor: L2-normalise the centroid.
     stop_anchor: no gradient through the centroid.
 
@@ -107,7 +116,7 @@ def centroid_info_nce(
   if stop_anchor:
     anchor = jax.lax.stop_gradient(anchor)
   masks = _masks(features, mask)
-  return sum(_both(anchor, x, temperature, masks[name]) for name, x in features.items())
+  return sum(_both(anchor, x, temperature, masks[name], groups) for name, x in features.items())
 
 
 def fixed_anchor_info_nce(
@@ -117,6 +126,7 @@ def fixed_anchor_info_nce(
   temperature: float | jax.Array,
   anchor: str = "image",
   mask: Masks | None = None,
+  groups: Mapping[str, Groups] | None = None,
   stop_anchor: bool = True,
 ) -> Float[Array, ""]:
   """FABind: every other modality is aligned with one anchor modality, as in ImageBind; sum of both directions.
@@ -127,6 +137,7 @@ def fixed_anchor_info_nce(
     temperature: of InfoNCE.
     anchor: the anchor modality.
     mask: modality -> bool [b], which instances have it.
+    groups: modality -> groups in its terms, as for `directed_info_nce`.
     stop_anchor: the anchor's encoder is frozen and gets no gradient.
 
   Raises:
@@ -136,9 +147,12 @@ def fixed_anchor_info_nce(
   if anchor not in anchors:
     raise ValueError(f"anchor: {anchor!r} is not a modality given; allowed: {sorted(anchors)}")
   fixed = jax.lax.stop_gradient(wide(anchors[anchor])) if stop_anchor else anchors[anchor]
-  masks = _masks(features, mask)
+  masks, groups = _masks(features, mask), groups or {}
   return sum(
-    (_both(fixed, x, temperature, masks[name] & masks[anchor]) for name, x in features.items() if name != anchor),
+    (
+      _both(fixed, x, temperature, masks[name] & masks[anchor], groups.get(name))
+      for name, x in features.items() if name != anchor
+    ),
     start=jnp.zeros((), jnp.float32),
   )
 
@@ -154,6 +168,6 @@ def _masks(features, mask):
   return {name: jnp.broadcast_to(jnp.asarray(pick(name), jnp.bool_), x.shape[:1]) for name, x in features.items()}
 
 
-def _both(a, b, temperature, mask):
+def _both(a, b, temperature, mask, groups):
   directions = ((a, b), (b, a))
-  return sum(directed_info_nce(u, v, temperature=temperature, mask=mask) for u, v in directions)
+  return sum(directed_info_nce(u, v, temperature=temperature, mask=mask, groups=groups) for u, v in directions)

@@ -15,6 +15,9 @@ from codebind_jax.segments import similarity as similarities
 # Halvings of a row's range. What is left is far below what a mean over the selected entries resolves.
 _EXACT, _FAST = 26, 16
 _STRIPES = 64
+# Segments worked on at once on CPU; elsewhere as many as make so many similarities (64 MB).
+_CPU_BLOCK = 256
+_SCORES = 2**24
 
 
 class Bound(NamedTuple):
@@ -44,8 +47,8 @@ def code_contrast(
     mask: True for rows that count.
   """
   x = jnp.asarray(similarity, jnp.float32)
-  bounds = _bounds(jax.lax.stop_gradient(x), double_softmax, axis=1, steps=_EXACT)
-  terms = _terms(x, *bounds, double_softmax, axis=1)
+  bounds = extreme_bounds(jax.lax.stop_gradient(x), *_numbers(x.shape[1], double_softmax))
+  terms = _terms(x, *bounds, double_softmax)
   if mask is None:
     return jnp.mean(terms)
   mask = jnp.asarray(mask, jnp.bool_)
@@ -59,7 +62,7 @@ def code_contrast_segments(
   distance: Distance = "cosine",
   double_softmax: bool = False,
   weights: Float[Array, "n"] | None = None,
-  block: int = 2048,
+  block: int = 0,
 ) -> Float[Array, ""]:
   """`code_contrast` of all segments against all codes, whose similarities are never held at once.
 
@@ -72,7 +75,7 @@ def code_contrast_segments(
     distance: "cosine" or "l2".
     double_softmax: as in `code_contrast`.
     weights: of the tokens; 0 masks.
-    block: segments worked on at once.
+    block: segments worked on at once; 0 chooses for the backend.
   """
   terms = _all_terms(z, codes, distance, double_softmax, block)
   if weights is None:
@@ -81,25 +84,37 @@ def code_contrast_segments(
   return total / jnp.maximum(z.shape[0] * jnp.sum(weights), 1.0)
 
 
-def largest_bound(x: Float[Array, "..."], count: int, axis: int, steps: int = _EXACT) -> Bound:
-  """The bound that selects the `count` largest entries along an axis.
+def extreme_bounds(x: Float[Array, "n k"], above: int, below: int, steps: int = _EXACT) -> tuple[Bound, Bound]:
+  """The bounds that select the `above` largest entries of each row of x, and the `below` largest of each row of -x.
 
-  Bisection for the value of the smallest selected entry; entries that are equal to it, or closer than the bisection
-  resolves, share what is left.
+  Bisection for the value of the last selected entry; entries that are equal to it, or closer than the bisection
+  resolves, share what is left. Both at once: what costs is to read the rows.
   """
-  low, high = jnp.min(x, axis=axis, keepdims=True), jnp.max(x, axis=axis, keepdims=True)
+  k = x.shape[1]
+  least, most = jnp.min(x, axis=1, keepdims=True), jnp.max(x, axis=1, keepdims=True)
+
+  def numbers(over, under):
+    over, under = over.astype(jnp.int32), under.astype(jnp.int32)
+    if k < 2**15:  # both counts in one number
+      both = jnp.sum(over + (under << 16), axis=1, keepdims=True)
+      return both & 0xFFFF, both >> 16
+    return jnp.sum(over, axis=1, keepdims=True), jnp.sum(under, axis=1, keepdims=True)
 
   def halve(_, bounds):
-    low, high = bounds
-    middle = low + 0.5 * (high - low)
-    enough = jnp.sum(x > middle, axis=axis, keepdims=True, dtype=jnp.int32) >= count
-    return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+    low, high, first, last = bounds
+    middle, centre = low + 0.5 * (high - low), first + 0.5 * (last - first)
+    over, under = numbers(x > middle, x < centre)
+    top, bottom = over >= above, under >= below
+    return (jnp.where(top, middle, low), jnp.where(top, high, middle),
+            jnp.where(bottom, first, centre), jnp.where(bottom, centre, last))  # fmt: skip
 
-  # Fewer than `count` entries exceed `high`; at least `count` are >= `low`.
-  low, high = jax.lax.fori_loop(0, steps, halve, (low, high))
-  sure = jnp.sum(x > high, axis=axis, keepdims=True, dtype=jnp.int32)
-  some = jnp.sum(x >= low, axis=axis, keepdims=True, dtype=jnp.int32)
-  return Bound(low, high, (count - sure) / jnp.maximum(some - sure, 1))
+  # Fewer than `above` entries exceed `high` and at least as many are >= `low`; likewise under `first` and <= `last`.
+  low, high, first, last = jax.lax.fori_loop(0, steps, halve, (least, most, least, most))
+  sure, sure_below = numbers(x > high, x < first)
+  some, some_below = numbers(x >= low, x <= last)
+  share = (above - sure) / jnp.maximum(some - sure, 1)
+  share_below = (below - sure_below) / jnp.maximum(some_below - sure_below, 1)
+  return Bound(low, high, share), Bound(-last, -first, share_below)
 
 
 def selected(x: Float[Array, "..."], bound: Bound) -> Float[Array, "..."]:
@@ -112,31 +127,26 @@ def _numbers(k, double_softmax):
   return above or (k if double_softmax else 1), k // 2
 
 
-def _bounds(x, double_softmax, axis, steps):
-  above, below = _numbers(x.shape[axis], double_softmax)
-  return largest_bound(x, above, axis, steps), largest_bound(-x, below, axis, steps)
-
-
-def _terms(x, top_bound, low_bound, double_softmax, axis):
-  """Cross-entropy of each row, given what to select."""
-  above, _ = _numbers(x.shape[axis], double_softmax)
+def _terms(x, top_bound, low_bound, double_softmax):
+  """Cross-entropy of each row, given what to select. x [n, k] -> [n]."""
+  above, _ = _numbers(x.shape[1], double_softmax)
   constant = jax.lax.stop_gradient(x)
   top, low = selected(constant, top_bound), selected(-constant, low_bound)
-  positive = jnp.sum(top * x, axis=axis, keepdims=True) / above
+  positive = jnp.sum(top * x, axis=1, keepdims=True) / above
   if double_softmax:
     negative = jnp.any(jnp.where(low > 0, x, positive) < 0)
     positive, x = jnp.where(negative, positive, _root(positive)), jnp.where(negative, x, _root(x))
-  largest = jnp.max(jnp.where(low > 0, x, -jnp.inf), axis=axis, keepdims=True)
+  largest = jnp.max(jnp.where(low > 0, x, -jnp.inf), axis=1, keepdims=True)
   shift = jax.lax.stop_gradient(jnp.maximum(positive, largest))
   exp_positive, exp_negative = jnp.exp(positive - shift), low * jnp.exp(jnp.where(low > 0, x - shift, 0.0))
-  total = exp_positive + jnp.sum(exp_negative, axis=axis, keepdims=True)
+  total = exp_positive + jnp.sum(exp_negative, axis=1, keepdims=True)
   if double_softmax:
     positive = exp_positive / total
     # A negative that a tie takes in part counts as that part of a class.
     negative = jnp.where(low > 0, exp_negative / (total * jnp.where(low > 0, low, 1.0)), 0.0)
-    every = jnp.exp(positive) + jnp.sum(low * jnp.exp(negative), axis=axis, keepdims=True)
-    return jnp.squeeze(jnp.log(every) - positive, axis)
-  return jnp.squeeze(jnp.log(total) - (positive - shift), axis)
+    every = jnp.exp(positive) + jnp.sum(low * jnp.exp(negative), axis=1, keepdims=True)
+    return (jnp.log(every) - positive)[:, 0]
+  return (jnp.log(total) - (positive - shift))[:, 0]
 
 
 def _root(x):
@@ -162,9 +172,19 @@ def _cut(x, start, size):
 
 
 def _block_similarity(z, codes, distance):
-  """[s, d, stripes, size] -> [s, k, stripes * size]."""
+  """[s, d, stripes, size] -> [s * stripes * size, k]."""
   s, d = z.shape[:2]
-  return similarities(z.reshape(s, d, -1), codes, distance=distance)
+  x = similarities(z.reshape(s, d, -1), codes, distance=distance, codes_last=True)
+  return x.reshape(-1, x.shape[-1])
+
+
+def _for_backend(run, block, codes, *arguments):
+  """Calls run(*arguments, block=...) with the block that suits the backend, unless one is given."""
+  if block:
+    return run(*arguments, block=block)
+  most = max(1, _SCORES // codes.shape[0])
+  cpu, default = functools.partial(run, block=_CPU_BLOCK), functools.partial(run, block=most)
+  return jax.lax.platform_dependent(*arguments, cpu=cpu, default=default)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -173,44 +193,49 @@ def _all_terms(z, codes, distance, double_softmax, block):
 
 
 def _all_terms_forward(z, codes, distance, double_softmax, block):
-  parts, starts, size = _blocks(z, block)
-  s, _, stripes, length = parts.shape
+  def run(z, codes, block):
+    parts, starts, size = _blocks(z, block)
+    s, _, stripes, length = parts.shape
 
-  def step(stored, start):
-    x = _block_similarity(_cut(parts, start, size), codes, distance)
-    bounds = _bounds(x, double_softmax, axis=1, steps=_FAST)
-    terms = _terms(x, *bounds, double_softmax, axis=1)
-    flat = [terms, *(b[:, 0] for bound in bounds for b in bound)]
-    values = jnp.stack(flat).reshape(7, s, stripes, size)
-    return jax.lax.dynamic_update_slice_in_dim(stored, values, start, axis=3), None
+    def step(stored, start):
+      x = _block_similarity(_cut(parts, start, size), codes, distance)
+      bounds = extreme_bounds(x, *_numbers(x.shape[1], double_softmax), steps=_FAST)
+      terms = _terms(x, *bounds, double_softmax)
+      flat = [terms, *(b[:, 0] for bound in bounds for b in bound)]
+      values = jnp.stack(flat).reshape(7, s, stripes, size)
+      return jax.lax.dynamic_update_slice_in_dim(stored, values, start, axis=3), None
 
-  stored, _ = jax.lax.scan(step, jnp.zeros((7, s, stripes, length)), starts)
-  return stored[0].reshape(s, -1), (z, codes, stored[1:])
+    return jax.lax.scan(step, jnp.zeros((7, s, stripes, length)), starts)[0].reshape(7, s, -1)
+
+  stored = _for_backend(run, block, codes, z, codes)
+  return stored[0], (z, codes, stored[1:])
 
 
 def _all_terms_backward(distance, double_softmax, block, residuals, cotangent):
-  z, codes, stored = residuals
-  parts, starts, size = _blocks(z, block)
-  s, _, stripes, length = parts.shape
-  cotangent = cotangent.reshape(s, stripes, length)
-  done = jnp.concatenate([jnp.zeros(1, starts.dtype), starts[:-1] + size])
+  def run(z, codes, stored, cotangent, block):
+    parts, starts, size = _blocks(z, block)
+    s, _, stripes, length = parts.shape
+    stored, cotangent = stored.reshape(6, s, stripes, length), cotangent.reshape(s, stripes, length)
+    done = jnp.concatenate([jnp.zeros(1, starts.dtype), starts[:-1] + size])
 
-  def step(carry, at):
-    grad_z, grad_codes = carry
-    start, first_new = at
-    bounds = _cut(stored, start, size).reshape(6, s, 1, stripes * size)
-    bounds = Bound(*bounds[:3]), Bound(*bounds[3:])
-    # What the block before has done gets no second cotangent.
-    new = start + jnp.arange(size) >= first_new
-    given = jnp.where(new, _cut(cotangent, start, size), 0.0).reshape(s, -1)
-    terms = lambda z, codes: _terms(_block_similarity(z, codes, distance), *bounds, double_softmax, axis=1)
-    block_z, block_codes = jax.vjp(terms, _cut(parts, start, size), codes)[1](given)
-    kept = jnp.where(new, block_z, _cut(grad_z, start, size))
-    return (jax.lax.dynamic_update_slice_in_dim(grad_z, kept, start, axis=3), grad_codes + block_codes), None
+    def step(carry, at):
+      grad_z, grad_codes = carry
+      start, first_new = at
+      bounds = _cut(stored, start, size).reshape(6, -1, 1)
+      bounds = Bound(*bounds[:3]), Bound(*bounds[3:])
+      # What the block before has done gets no second cotangent.
+      new = start + jnp.arange(size) >= first_new
+      given = jnp.where(new, _cut(cotangent, start, size), 0.0).reshape(-1)
+      terms = lambda z, codes: _terms(_block_similarity(z, codes, distance), *bounds, double_softmax)
+      block_z, block_codes = jax.vjp(terms, _cut(parts, start, size), codes)[1](given)
+      kept = jnp.where(new, block_z, _cut(grad_z, start, size))
+      return (jax.lax.dynamic_update_slice_in_dim(grad_z, kept, start, axis=3), grad_codes + block_codes), None
 
-  zero = jnp.zeros_like(parts), jnp.zeros_like(codes)
-  (grad_z, grad_codes), _ = jax.lax.scan(step, zero, (starts, done))
-  return grad_z.reshape(z.shape), grad_codes
+    zero = jnp.zeros_like(parts), jnp.zeros_like(codes)
+    (grad_z, grad_codes), _ = jax.lax.scan(step, zero, (starts, done))
+    return grad_z.reshape(z.shape), grad_codes
+
+  return _for_backend(run, block, residuals[1], *residuals, cotangent)
 
 
 _all_terms.defvjp(_all_terms_forward, _all_terms_backward)

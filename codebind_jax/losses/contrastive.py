@@ -11,6 +11,12 @@ from codebind_jax.norm import unit
 _NEGATIVE = -1e30
 
 
+def distinct(groups: Int[Array | np.ndarray, "b"]) -> Bool[Array, "b b"]:
+  """Which rows are each other's negatives: those of different groups; a row is its own positive in any case."""
+  groups = jnp.asarray(groups)
+  return (groups[:, None] != groups) | jnp.eye(groups.shape[0], dtype=bool)
+
+
 def info_nce(
   a: Float[Array | np.ndarray, "b d"],
   b: Float[Array | np.ndarray, "_b _d"],
@@ -59,7 +65,7 @@ def info_nce(
   logits = scale * jnp.dot(a, b.T, precision=jax.lax.Precision.HIGHEST)
   counts = valid[:, None] & valid
   if groups is not None:
-    counts &= (jnp.asarray(groups)[:, None] != jnp.asarray(groups)) | jnp.eye(a.shape[0], dtype=bool)
+    counts &= distinct(groups)
   logits = jnp.where(counts, logits, _NEGATIVE)
   positive = scale * jnp.sum(a * b, axis=1)
   terms = jax.nn.logsumexp(logits, axis=1) + jax.nn.logsumexp(logits, axis=0) - 2 * positive

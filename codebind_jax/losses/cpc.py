@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from codebind_jax.losses.contrastive import distinct
 from codebind_jax.norm import wide
 
 
@@ -18,6 +19,7 @@ def cpc(
   *,
   over: str = "futures",
   mask: Bool[Array | np.ndarray, "b"] | None = None,
+  groups: Int[Array | np.ndarray, "b"] | None = None,
 ) -> Float[Array, ""]:
   """-mean_{b, k} log softmax(<prediction_k, future_k>) of the sequence's own future among the batch's.
 
@@ -27,6 +29,7 @@ def cpc(
     over: "futures" compares candidate futures for a prediction, as the paper; "predictions" compares predictions for a
       future, as the release.
     mask: True for rows that count.
+    groups: rows of one number are not each other's negatives.
 
   Raises:
     ValueError: for an unknown `over`.
@@ -37,9 +40,12 @@ def cpc(
   scores = jnp.einsum("ikd,jkd->kij", futures, predictions, precision=jax.lax.Precision.HIGHEST)
   if over == "futures":
     scores = scores.swapaxes(1, 2)
+  own = jnp.diagonal(scores, axis1=1, axis2=2)
+  if groups is not None:
+    scores = jnp.where(distinct(groups), scores, -1e30)
   if mask is not None:
     scores = jnp.where(jnp.asarray(mask, jnp.bool_), scores, -1e30)
-  terms = jnp.mean(jax.nn.logsumexp(scores, axis=2) - jnp.diagonal(scores, axis1=1, axis2=2), axis=0)
+  terms = jnp.mean(jax.nn.logsumexp(scores, axis=2) - own, axis=0)
   if mask is None:
     return jnp.mean(terms)
   return jnp.sum(jnp.where(mask, terms, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
@@ -53,6 +59,7 @@ def cross_cpc(
   self_weight: float = 0.0,
   over: str = "futures",
   masks: Mapping[str, Bool[Array | np.ndarray, "b"]] | None = None,
+  groups_of: Callable[..., Int[Array | np.ndarray, "b"] | None] = lambda *_: None,
 ) -> Float[Array, ""]:
   """Sum of `cpc` over ordered pairs of modalities: the context of one, up to `start`, predicts the other's next steps.
 
@@ -63,6 +70,7 @@ def cross_cpc(
     self_weight: weight of a modality's prediction of itself (paper: 0; release: 0.1).
     over: as for `cpc`.
     masks: modality -> rows that have it.
+    groups_of: (modality, modality) -> groups of the rows in what is between them, as for `cpc`.
   """
   steps = next(iter(predictions.values())).shape[2]
   total = jnp.zeros((), jnp.float32)
@@ -73,5 +81,5 @@ def cross_cpc(
       if weight:
         future = jax.lax.dynamic_slice_in_dim(jnp.asarray(x), start + 1, steps, axis=1)
         mask = None if masks is None else masks[source] & masks[target]
-        total += weight * cpc(ahead, future, over=over, mask=mask)
+        total += weight * cpc(ahead, future, over=over, mask=mask, groups=groups_of(source, target))
   return total

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from codebind_jax.losses.contrastive import distinct
 from codebind_jax.norm import unit, wide
 from codebind_jax.transport import ipot
 
@@ -31,22 +32,26 @@ class Queue:
   Attributes:
     features: [q, d].
     valid: bool [q], slots that hold something. (ALBEF's queue starts with random directions instead.)
+    groups: int32 [q], what tells rows apart as negatives; -1 where nothing does.
     pointer: int32 [], the next slot to write.
   """
 
   features: Any
   valid: Any
+  groups: Any
   pointer: Any
 
 
 def new_queue(size: int, width: int) -> Queue:
   """An empty queue."""
   zero = jnp.zeros((), jnp.int32)
-  return Queue(jnp.zeros((size, width), jnp.float32), jnp.zeros(size, jnp.bool_), zero)
+  nothing = jnp.full(size, -1, jnp.int32)
+  return Queue(jnp.zeros((size, width), jnp.float32), jnp.zeros(size, jnp.bool_), nothing, zero)
 
 
 def enqueue(
-  queue: Queue, features: Float[Array | np.ndarray, "b d"], mask: Bool[Array | np.ndarray, "b"] | None = None
+  queue: Queue, features: Float[Array | np.ndarray, "b d"], mask: Bool[Array | np.ndarray, "b"] | None = None,
+  groups: Int[Array | np.ndarray, "b"] | None = None,
 ) -> Queue:
   """Writes a batch over the oldest slots; rows that are masked take a slot that counts as empty.
 
@@ -58,9 +63,11 @@ def enqueue(
     raise ValueError(f"a queue of shape {(size, width)} cannot take a batch of shape {features.shape}")
   slots = (queue.pointer + jnp.arange(features.shape[0])) % size
   valid = jnp.ones(features.shape[0], jnp.bool_) if mask is None else jnp.asarray(mask, jnp.bool_)
+  groups = jnp.full(features.shape[0], -1, jnp.int32) if groups is None else jnp.asarray(groups, jnp.int32)
   return Queue(
     queue.features.at[slots].set(jax.lax.stop_gradient(jnp.asarray(features, queue.features.dtype))),
     queue.valid.at[slots].set(valid),
+    queue.groups.at[slots].set(groups),
     (queue.pointer + features.shape[0]) % size,
   )
 
@@ -136,6 +143,7 @@ def momentum_contrast(
   temperature: float | jax.Array,
   alpha: float = 0.0,
   mask: Bool[Array | np.ndarray, "b"] | None = None,
+  groups: Int[Array | np.ndarray, "b"] | None = None,
 ) -> Float[Array, ""]:
   """Cross-entropy of the student's similarities to teacher keys, of the batch and the queue.
 
@@ -149,13 +157,20 @@ def momentum_contrast(
     temperature: divides the cosines.
     alpha: share of the soft targets.
     mask: True for rows that count, as queries and as keys.
+    groups: rows of one number are not each other's negatives, nor are such keys of the queue.
   """
   student, query_teacher, keys = wide(student), wide(query_teacher), wide(key_teacher)
   query_teacher, keys = jax.lax.stop_gradient((query_teacher, keys))
   rows = jnp.ones(student.shape[0], jnp.bool_) if mask is None else jnp.asarray(mask, jnp.bool_)
-  valid = rows
+  valid = rows[None]
+  if groups is not None:
+    valid = valid & distinct(groups)
   if queue is not None:
-    keys, valid = jnp.concatenate([keys, queue.features.astype(keys.dtype)]), jnp.concatenate([rows, queue.valid])
+    keys, older = jnp.concatenate([keys, queue.features.astype(keys.dtype)]), queue.valid[None]
+    if groups is not None:
+      older = older & (jnp.asarray(groups)[:, None] != queue.groups)
+    wide_as = lambda x: jnp.broadcast_to(x, (student.shape[0], x.shape[1]))
+    valid = jnp.concatenate([wide_as(valid), wide_as(older)], axis=1)
   scores = lambda q: jnp.where(valid, jnp.einsum("bd,kd->bk", q, keys, precision=_HIGH) / temperature, -1e30)
   target = (1.0 - alpha) * jnp.eye(student.shape[0], keys.shape[0], dtype=keys.dtype)
   if alpha:
@@ -173,12 +188,13 @@ def pair_loss(
   temperature: float | jax.Array,
   alpha: float = 0.0,
   mask: Bool[Array | np.ndarray, "b"] | None = None,
+  groups_of: Callable[..., Int[Array | np.ndarray, "b"] | None] = lambda *_: None,
 ) -> Float[Array, ""]:
-  """Mean of the four terms a -> b, b -> a, a -> a, b -> b of `momentum_contrast`."""
+  """Mean of the four terms a -> b, b -> a, a -> a, b -> b of `momentum_contrast`; groups_of(query, key): its groups."""
   return sum(
     momentum_contrast(
       students[query], teachers[query], teachers[key], None if queues is None else queues[key],
-      temperature=temperature, alpha=alpha, mask=mask,
+      temperature=temperature, alpha=alpha, mask=mask, groups=groups_of(query, key),
     )
     for query in pair for key in pair
   ) / 4  # fmt: skip

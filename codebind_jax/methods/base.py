@@ -93,7 +93,7 @@ class Rows:
     tokens: modality -> trunk tokens [b, n, c].
     features: modality -> heads' output [b, n, d]; the shared part first.
     masks: modality -> rows that have it.
-    groups: int [b], equal for rows of one label; None where no two rows of a batch share one.
+    groups: int [b], equal for rows of one label, in this and any other batch; different in every source.
     temperature: of InfoNCE, after the logit scales.
     params: all parameters; the method's own under `EXTRA`.
     stage: the stage.
@@ -103,11 +103,18 @@ class Rows:
   tokens: Mapping[str, Float[Array, "b n _"]]
   features: Mapping[str, Float[Array, "b n _"]]
   masks: Mapping[str, Bool[Array, "b"]]
-  groups: Int[Array, "b"] | None
+  groups: Int[Array, "b"]
   temperature: Float[Array, ""]
   params: Any
   stage: Stage
   rng: Any
+
+  def groups_of(self, *modalities: str) -> Int[Array, "b"] | None:
+    """The rows' groups where text is among the modalities, for one caption fits every row of a label; else None.
+
+    Two items of a label are told apart by their sensors, so that there they are each other's negatives.
+    """
+    return self.groups if "text" in modalities else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +215,6 @@ class SourceRecipe(Recipe):
     return aux
 
   @abc.abstractmethod
-  @abc.abstractmethod
   def loss(self, rows: Rows, codebooks: Any, aux: Any) -> Loss:
     """The terms of one source's rows."""
 
@@ -253,8 +259,8 @@ class SourceRecipe(Recipe):
         tokens = {m: content[m] for m in content["_mask"]}
         features, scales = self.model.apply({"params": params}, tokens, train=True, rngs={"dropout": drop_rng})
         scale = jnp.exp(2 * sum(jnp.log(scales[m]) for m in tokens) / len(tokens))
-        rows = Rows(tokens, features, content["_mask"], None if stage.unique_labels else content["_group"],
-                    stage.temperature / scale, params, stage, rows_rng)  # fmt: skip
+        groups = content["_group"] * len(batch) + number
+        rows = Rows(tokens, features, content["_mask"], groups, stage.temperature / scale, params, stage, rows_rng)
         found = self.loss(rows, codebooks, aux)
         codebooks, aux = found.codebooks, found.aux
         for name, value in found.terms.items():

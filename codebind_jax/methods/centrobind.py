@@ -42,7 +42,7 @@ class Method(SourceRecipe):
       anchors = self._second_view(rows)
     weights = {m: dict(self.weights_of).get(m, 1.0) for m in z} if self.weights_of else None
     value = centroid_info_nce(
-      anchors, z, temperature=rows.temperature, weights=weights, mask=dict(rows.masks),
+      anchors, z, temperature=rows.temperature, weights=weights, mask=dict(rows.masks), groups=rows.groups_of(*z),
       normalize_anchor=self.normalize_anchor, stop_anchor=self.stop_anchor,
     )  # fmt: skip
     # Not weighted: how far the modalities are from agreeing.

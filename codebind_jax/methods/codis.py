@@ -91,7 +91,8 @@ class Method(SourceRecipe):
     for a, b in pairs:
       both = present(rows.masks, a, b)
       terms["contrast"] += prototypes.pair_loss(
-        z, teacher, aux.get("queue"), (a, b), temperature=rows.temperature, alpha=self.alpha, mask=both
+        z, teacher, aux.get("queue"), (a, b), temperature=rows.temperature, alpha=self.alpha, mask=both,
+        groups_of=rows.groups_of,
       ) / len(pairs)  # fmt: skip
       for own, other in ((a, b), (b, a)):
         terms["transport"] += prototypes.transport_loss(plans[own], teacher[own], codes) / len(pairs)
@@ -100,7 +101,7 @@ class Method(SourceRecipe):
           plans[own], z[other], codes, temperature=self.gamma, mask=both, rows=jnp.sum(rows.masks[own])
         ) / len(pairs)  # fmt: skip
     if self.queue:
-      queues = {m: prototypes.enqueue(aux["queue"][m], x, rows.masks[m]) for m, x in teacher.items()}
+      queues = {m: prototypes.enqueue(aux["queue"][m], x, rows.masks[m], rows.groups) for m, x in teacher.items()}
       aux = aux | {"queue": aux["queue"] | queues}
     chosen = jnp.concatenate([jnp.argmax(plan, axis=1) for plan in plans.values()])
     return Loss(terms, codebooks, aux, {"shared": chosen})

@@ -125,16 +125,16 @@ class Unified(SourceRecipe):
     return unified.new_unified(means, sorted(book.idle), count=self.start_count)
 
   def code_losses(
-    self, z: Mapping[str, Array], book: unified.UnifiedState, masks: Any, rng: Any
+    self, z: Mapping[str, Array], book: unified.UnifiedState, rows: Rows, rng: Any
   ) -> tuple[dict[str, Any], dict[str, Array], unified.UnifiedState]:
     """(quantised vectors, terms, the codebook after the batch)."""
-    quantized = unified.quantize_unified(z, book.codes)
+    quantized, masks = unified.quantize_unified(z, book.codes), {m: rows.masks[m] for m in z}
     commit = unified.unified_commitment(
       z, {m: q.codes for m, q in quantized.items()}, beta=self.beta, reduce=self.reduce, masks=masks
     )
     spread = {m: unified.code_distribution(x, book.codes) for m, x in z.items()}
     matching = [
-      unified.distribution_matching(spread[a], spread[b], mask=present(masks, a, b))
+      unified.distribution_matching(spread[a], spread[b], mask=present(masks, a, b), groups=rows.groups_of(a, b))
       for a, b in itertools.combinations(sorted(z), 2)
     ]
     new = unified.update_unified(
@@ -155,23 +155,26 @@ class Unified(SourceRecipe):
     value = losses.club_estimate(mu, logvar, y, shuffle, per_step=self.club_per_step, mask=mask)
     return value, aux | {"club": aux["club"] | {name: fitted}}
 
-  def cross_coding(self, z: Mapping[str, Array], params: Any, rng: Any, masks: Any, prefix: str = "predict_") -> Array:
+  def cross_coding(self, z: Mapping[str, Array], rows: Rows, rng: Any, prefix: str = "predict_") -> Array:
     """Cross-modal CPC; for sequences too short for it, InfoNCE between every two modalities."""
+    z, masks = same_steps(z), {m: rows.masks[m] for m in z}
     first = next(iter(z.values()))
     if first.shape[1] < MIN_STEPS:
       heads = {m: unit(x[:, 0]) for m, x in z.items()}
       return sum((
         losses.directed_info_nce(heads[a], heads[b], temperature=self.contrast_temperature,
-                                 mask=present(masks, a, b))
+                                 mask=present(masks, a, b), groups=rows.groups_of(a, b))
         for a, b in itertools.permutations(sorted(z), 2)
       ), start=jnp.zeros((), jnp.float32))  # fmt: skip
     net = FuturePredictor(first.shape[-1], 1, self.cpc_layers)
-    ahead = {m: net.apply({"params": params[f"{prefix}{m}"]}, x) for m, x in z.items()}
+    ahead = {m: net.apply({"params": rows.params[EXTRA][f"{prefix}{m}"]}, x) for m, x in z.items()}
     at = jax.random.randint(rng, (), 1, first.shape[1] - 1)
-    return losses.cross_cpc(ahead, z, at, self_weight=self.cpc_self, over=self.cpc_over, masks=masks)
+    return losses.cross_cpc(ahead, z, at, self_weight=self.cpc_self, over=self.cpc_over, masks=masks,
+                            groups_of=rows.groups_of)  # fmt: skip
 
   def predictors(self, rng: Any, z: Mapping[str, Array], prefix: str = "predict_") -> dict[str, Any]:
     """Parameters of the CPC networks, where there are steps enough."""
+    z = same_steps(z)
     return {
       f"{prefix}{m}": FuturePredictor(x.shape[-1], 1, self.cpc_layers).init(jax.random.fold_in(rng, i), x)["params"]
       for i, (m, x) in enumerate(sorted(z.items())) if x.shape[1] >= MIN_STEPS
@@ -208,6 +211,7 @@ class Method(Unified):
   def init(self, rng: Any, features: Mapping[str, Array], tokens: Mapping[str, Array], towers: Any) -> tuple:
     """Decoders and predictors; the codebook; CLUB's networks."""
     keys = iter(jax.random.split(rng, 6 * len(features) + 5))
+    features = same_steps(features)
     z = {m: self.shared(m, x) for m, x in features.items()}
     own = {m: self.own_part(m, x) for m, x in features.items()}
     params = self.predictors(next(keys), z)
@@ -236,6 +240,7 @@ class Method(Unified):
     self, params: Any, codebooks: Any, features: Mapping[str, Array], masks: Mapping[str, Array], rng: Any
   ) -> Any:
     """k-means of the first batch, at every level."""
+    features = same_steps(features)
     z = {m: self.shared(m, x) for m, x in features.items()}
     books = codebooks | {"shared": self.started(codebooks["shared"], z, masks, rng)}
     if self.levels > 1:
@@ -250,9 +255,10 @@ class Method(Unified):
 
   def loss(self, rows: Rows, codebooks: Any, aux: Any) -> Loss:
     """The terms of the first level, and of the second where there is one."""
-    z = {m: self.shared(m, x) for m, x in rows.features.items()}
-    own = {m: self.own_part(m, x) for m, x in rows.features.items()}
-    targets = {m: x.astype(jnp.float32) for m, x in rows.tokens.items()}
+    features = same_steps(rows.features)
+    z = {m: self.shared(m, x) for m, x in features.items()}
+    own = {m: self.own_part(m, x) for m, x in features.items()}
+    targets = {m: x[:, : z[m].shape[1]].astype(jnp.float32) for m, x in rows.tokens.items()}
     terms, book, aux, chosen = self._level(rows, z, own, targets, codebooks["shared"], aux, "", rows.rng)
     books, indices = codebooks | {"shared": book}, {"shared": chosen}
     if self.levels > 1:
@@ -275,8 +281,8 @@ class Method(Unified):
   ) -> tuple[dict[str, Array], Any, Any, Array]:
     masks, extra = {m: rows.masks[m] for m in z}, rows.params[EXTRA]
     reset_rng, start_rng, club_rng = jax.random.split(rng, 3)
-    quantized, terms, book = self.code_losses(z, book, masks, reset_rng)
-    terms["coding"] = self.cross_coding(z, extra, start_rng, masks, f"predict{'2' if prefix else ''}_")
+    quantized, terms, book = self.code_losses(z, book, rows, reset_rng)
+    terms["coding"] = self.cross_coding(z, rows, start_rng, f"predict{'2' if prefix else ''}_")
     terms["club"] = terms["reconstruction"] = jnp.zeros((), jnp.float32)
     for number, m in enumerate(sorted(z)):
       if self.has_own(m):
@@ -301,6 +307,15 @@ class Method(Unified):
         own, second = second.codes, second.indices[..., None]
       found[m] = output(first.codes, own, first.indices[..., None], second)
     return found
+
+
+def same_steps(x: Mapping[str, Array]) -> dict[str, Array]:
+  """Sequences [b, t, d] as they are where all are of one length; else of each the first token, which stands for all.
+
+  The steps of two modalities are partners one by one, so that a cloud of point groups has none in one caption.
+  """
+  lengths = {value.shape[1] for value in x.values()}
+  return {name: value if len(lengths) == 1 else value[:, :1] for name, value in x.items()}
 
 
 def masked_mse(made: Array, target: Array, mask: Array) -> Array:

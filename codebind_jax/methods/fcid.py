@@ -95,12 +95,12 @@ class Method(Unified):
     reset_rng, start_rng, club_rng = jax.random.split(rows.rng, 3)
     coarse = self._levels(rows.params, z)
     general = {m: c.general for m, c in coarse.items()}
-    quantized, terms, book = self.code_losses(general, codebooks["shared"], dict(rows.masks), reset_rng)
-    terms["coding"] = self.cross_coding(fine, extra, start_rng, rows.masks)
+    quantized, terms, book = self.code_losses(general, codebooks["shared"], rows, reset_rng)
+    terms["coding"] = self.cross_coding(fine, rows, start_rng)
     terms["contrast"] = sum(
       losses.directed_info_nce(
         unit(general[m][:, 0]), unit(general[self.hub][:, 0]), temperature=self.contrast_temperature,
-        mask=present(rows.masks, m, self.hub),
+        mask=present(rows.masks, m, self.hub), groups=rows.groups_of(m, self.hub),
       )
       for m in fine
     )  # fmt: skip

@@ -28,6 +28,7 @@ class Method(SourceRecipe):
     if self.anchor not in z:
       raise ValueError(f"config.method_options.anchor: {self.anchor!r} is not in this source; it has {sorted(z)}")
     value = fixed_anchor_info_nce(
-      z, z, temperature=rows.temperature, anchor=self.anchor, mask=dict(rows.masks), stop_anchor=self.frozen
-    )
+      z, z, temperature=rows.temperature, anchor=self.anchor, mask=dict(rows.masks),
+      groups={m: rows.groups_of(self.anchor, m) for m in z}, stop_anchor=self.frozen,
+    )  # fmt: skip
     return Loss({"fixed_anchor": value}, codebooks, aux)

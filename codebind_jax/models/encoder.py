@@ -92,7 +92,7 @@ class Encoder(nn.Module):
     spec: the encoder's shape.
     drop_text_mask: text attends to what follows, as in the release once a text trunk has LoRA (spec section 7); for
       parity only.
-    remat: recompute activations in the backward pass.
+    remat, scan: as in `Transformer`.
     dtype: compute type; parameters stay float32.
     lora_rank: of the adapters on the trunk's linear layers; 0 for none.
   """
@@ -100,6 +100,7 @@ class Encoder(nn.Module):
   spec: EncoderSpec
   drop_text_mask: bool = False
   remat: bool = False
+  scan: bool = False
   dtype: Any = None
   lora_rank: int = 0
 
@@ -115,7 +116,7 @@ class Encoder(nn.Module):
       x, clips = fold_clips(x, len(spec.size) + (not spec.is_text))
     tokens, positions = spec.stem(dtype=self.dtype, name="stem")(x)
     causal = spec.is_text and not self.drop_text_mask
-    options = {"remat": self.remat, "dtype": self.dtype, "lora_rank": self.lora_rank}
+    options = {"remat": self.remat, "scan": self.scan, "dtype": self.dtype, "lora_rank": self.lora_rank}
     trunk = spec.trunk(causal=causal, name="trunk", **options)(tokens)
     return Encoded(trunk, pool_at_end(trunk, x) if spec.is_text else trunk, positions, clips)
 

@@ -27,7 +27,7 @@ class EncoderBody(nn.Module):
     width, depth, heads: other sizes; 0 for that encoder's.
     size: other input size without channels and frames; () for that encoder's.
     lora_rank: of the adapters on the trunk's linear layers; 0 for none.
-    remat: recompute activations in the backward pass.
+    remat, scan: as in `models.transformer.Transformer`.
     dtype: compute type, such as "bfloat16"; "" for float32.
   """
 
@@ -38,6 +38,7 @@ class EncoderBody(nn.Module):
   size: tuple[int, ...] = ()
   lora_rank: int = 0
   remat: bool = False
+  scan: bool = False
   dtype: str = ""
 
   def encoder_spec(self) -> EncoderSpec:
@@ -74,8 +75,8 @@ class EncoderBody(nn.Module):
       x = jnp.round(256 * tokens[:, 0] + tokens[:, 1]).astype(jnp.int32)
     else:
       x = tokens.reshape(tokens.shape[0], *self.item_shape())
-    options: dict[str, Any] = {"remat": self.remat, "dtype": self.dtype or None, "lora_rank": self.lora_rank}
-    return Encoder(spec, name="encoder", **options)(x).tokens.astype(jnp.float32)
+    options: dict[str, Any] = {"remat": self.remat, "scan": self.scan, "lora_rank": self.lora_rank}
+    return Encoder(spec, name="encoder", dtype=self.dtype or None, **options)(x).tokens.astype(jnp.float32)
 
 
 def split_ids(ids: Int32[np.ndarray, "b n"]) -> Float[np.ndarray, "b 2 n"]:

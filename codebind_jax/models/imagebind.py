@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from absl import logging
 
@@ -108,7 +109,7 @@ def load(params: Mapping[str, Any], state_dict: Mapping[str, Any], dont_load: Se
 
   Args:
     params: {modality: {stem, trunk, shared, specific, decoder, log_logit_scale}}; any part may be absent. The scale may
-      also stand beside the modality as `<modality>_log_logit_scale`.
+      also stand beside the modality as `<modality>_log_logit_scale`. A scanned trunk's blocks are stacked.
     state_dict: official names -> arrays.
     dont_load: regexes (full match) of our paths, such as `image/specific/.*`, that keep the value in `params`, or
       of official names, such as `decoder_.*`, that are not wanted.
@@ -124,6 +125,11 @@ def load(params: Mapping[str, Any], state_dict: Mapping[str, Any], dont_load: Se
   missing, shapes, used = [], [], set()
 
   def pick(modality: str, path: str, leaf: Any) -> Any:
+    if "/blocks/" in path:  # of a scanned trunk: one array for all blocks
+      one = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+      layers = [leaf[i] if skip(f"{modality}/{path}") else one for i in range(leaf.shape[0])]
+      layers = [pick(modality, path.replace("/blocks/", f"/blocks_{i}/"), layer) for i, layer in enumerate(layers)]
+      return leaf if any(layer is one for layer in layers) else np.stack(layers)
     names = [name for name in official_names(modality, path) if name in state_dict]
     used.update(names)
     if skip(f"{modality}/{path}"):

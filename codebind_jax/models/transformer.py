@@ -124,7 +124,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-  """Stack of `depth` blocks under the names `blocks_0`, `blocks_1`, ...; no norm at the end.
+  """Stack of `depth` blocks under the names `blocks_0`, `blocks_1`, ... (with `scan`: `blocks`); no norm at the end.
 
   Attributes:
     depth: number of blocks.
@@ -132,6 +132,7 @@ class Transformer(nn.Module):
     pre_norm: LayerNorm before the first block (vision).
     causal: a token sees itself and those before it (text).
     remat: recompute activations in the backward pass instead of keeping them.
+    scan: one block compiled once, its parameters [depth, ...] under `blocks`: deep trunks compile many times faster.
   """
 
   depth: int
@@ -141,6 +142,7 @@ class Transformer(nn.Module):
   pre_norm: bool = False
   causal: bool = False
   remat: bool = False
+  scan: bool = False
   dtype: Any = None
   lora_rank: int = 0
 
@@ -151,7 +153,14 @@ class Transformer(nn.Module):
     mask = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool)) if self.causal else None
     if self.pre_norm:
       x = layer_norm("pre_norm", dtype=self.dtype)(x)
+    options = (self.heads, self.bias_kv, self.qkv_bias, self.dtype, self.lora_rank)
+    if self.scan:
+      # A loop keeps what it recomputes apart by itself; the barrier against it would cost memory.
+      block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+      run = nn.scan(lambda block, x, mask: (block(x, mask), None), variable_axes={"params": 0},
+                    split_rngs={"params": True}, in_axes=nn.broadcast, length=self.depth)  # fmt: skip
+      return run(block(*options, name="blocks"), x, mask)[0]
     block = nn.remat(Block) if self.remat else Block
     for i in range(self.depth):
-      x = block(self.heads, self.bias_kv, self.qkv_bias, self.dtype, self.lora_rank, name=f"blocks_{i}")(x, mask)
+      x = block(*options, name=f"blocks_{i}")(x, mask)
     return x

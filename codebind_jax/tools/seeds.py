@@ -35,7 +35,8 @@ def table(runs: Sequence[Mapping[str, float]], prefix: str = "eval/") -> str:
     spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
     return f"{np.mean(values):.1f}{spread}"
 
-  names = [name for name in runs[0] if name.startswith(prefix)]
+  ends = ("/low", "/high")  # of one run's intervals; the spread over seeds says more
+  names = [name for name in runs[0] if name.startswith(prefix) and not name.endswith(ends)]
   lines = [f"| metric, {len(runs)} seeds | CodeBind | baseline |", "|---|---|---|"]
   lines += [f"| {name} | {cell(name)} | {cell(BASELINE + name)} |" for name in names]
   return "\n".join(lines) + "\n"

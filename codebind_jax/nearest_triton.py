@@ -1,0 +1,89 @@
+"""The search for narrow codes on NVIDIA GPUs: one Triton program, written with Pallas, that never writes a score.
+
+A program holds some segments in registers and walks over all codes. XLA's own forms there write the similarities, whole
+or by blocks, and are bound by memory (benchmarks/README.md has the times).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.experimental.pallas import triton
+from jaxtyping import Array, Float, Int
+
+# Segments of one program, codes compared in one step of its loop, and its threads in 32s.
+_ROWS = 512
+_UNROLL = 8
+_WARPS = 4
+
+
+def nearest_by_triton(
+  z: Float[Array, "s d n"], codes: Float[Array, "k d"], bias: Float[Array, "k"], *, interpret: bool = False
+) -> Int[Array, "s n"]:
+  """Index of the largest <z, code> - bias; the lowest wins ties, NaN gives 0. Batches split over devices stay so.
+
+  Args:
+    z: segments with vectors on lanes.
+    codes: any number of them, as narrow as z.
+    bias: of each code.
+    interpret: run it without a GPU, slowly, for tests.
+  """
+  return _partitioned(interpret)(z, codes, bias)
+
+
+@functools.cache
+def _partitioned(interpret):
+  def search(z, codes, bias):
+    return _search(z, codes, bias, interpret)
+
+  def partition(mesh, arguments, result):
+    return mesh, search, result.sharding, tuple(argument.sharding for argument in arguments)
+
+  # The compiler cannot look into the program: this tells it that every segment is searched for by itself.
+  found = custom_partitioning(search)
+  found.def_partition(partition, sharding_rule="s d n, k d, k -> s n", need_replication_factors=("d", "k"))
+  return found
+
+
+def _search(z, codes, bias, interpret):
+  s, d, n = z.shape
+  # A copy of code 0 fills the last step: it never beats the original, because a later equal score does not win.
+  fill = -len(codes) % _UNROLL
+  codes = jnp.concatenate([codes, jnp.broadcast_to(codes[:1], (fill, d))])
+  bias = jnp.concatenate([bias, jnp.broadcast_to(bias[:1], (fill,))])
+  k = len(codes)
+  pad = -n % _ROWS
+  found = pl.pallas_call(
+    functools.partial(_program, d=d, k=k),
+    grid=(s, (n + pad) // _ROWS),
+    in_specs=[
+      pl.BlockSpec((1, d, _ROWS), lambda i, j: (i, 0, j)),
+      pl.BlockSpec((k, d), lambda i, j: (0, 0)),
+      pl.BlockSpec((k,), lambda i, j: (0,)),
+    ],
+    out_specs=pl.BlockSpec((1, _ROWS), lambda i, j: (i, j)),
+    out_shape=jax.ShapeDtypeStruct((s, n + pad), jnp.int32),
+    compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=1),
+    interpret=interpret,
+  )(jnp.pad(z, ((0, 0), (0, 0), (0, pad))), codes, bias)
+  return found[:, :n]
+
+
+def _program(z, codes, bias, out, *, d, k):
+  rows = [z[0, j, :] for j in range(d)]
+
+  def step(i, carry):
+    best, index = carry
+    for u in range(_UNROLL):
+      code = i * _UNROLL + u
+      score = codes[code, 0] * rows[0] - bias[code]
+      for j in range(1, d):
+        score = score + codes[code, j] * rows[j]
+      better = score > best
+      best, index = jnp.where(better, score, best), jnp.where(better, code, index)
+    return best, index
+
+  start = jnp.full((_ROWS,), -jnp.inf, jnp.float32), jnp.zeros((_ROWS,), jnp.int32)
+  out[0, :] = jax.lax.fori_loop(0, k // _UNROLL, step, start)[1]
