@@ -3,7 +3,7 @@
 # Usage: bash launch/test.sh [pytest arguments]. Variables: PYTHON, VENV as in quickstart.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-EXTRAS=test
+EXTRAS="test"
 . launch/environment.sh
 export HF_HUB_OFFLINE=1 JAX_PLATFORMS=cpu
 ruff check .
