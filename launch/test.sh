@@ -7,4 +7,5 @@ EXTRAS="test"
 . launch/environment.sh
 export HF_HUB_OFFLINE=1 JAX_PLATFORMS=cpu
 ruff check .
-python -m pytest -n "${TEST_WORKERS:-2}" "$@"
+# A file's tests share runs and processes: they stay on one worker.
+python -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile "$@"

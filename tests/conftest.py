@@ -20,6 +20,29 @@ install_import_hook("codebind_jax", "beartype.beartype")
 flags.FLAGS.mark_as_parsed()
 
 
+def pytest_addoption(parser):
+  parser.addoption("--kill-seed", type=int, default=0, help="where the slow test of kill -9 kills")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+  """Manifest of the coloured squares, and where their features are kept."""
+  from tests.train_fixtures import write_manifest
+
+  folder = tmp_path_factory.mktemp("data")
+  return write_manifest(folder / "squares"), folder / "root"
+
+
+@pytest.fixture(scope="session")
+def whole_run(data, tmp_path_factory):
+  """Folder and final metrics of a tiny run that nothing disturbs; not for modules that change the compiler."""
+  from codebind_jax.train import train_and_evaluate
+  from tests.train_fixtures import tiny_config
+
+  workdir = tmp_path_factory.mktemp("whole")
+  return workdir, train_and_evaluate(tiny_config(*data), workdir)
+
+
 @pytest.fixture(scope="module")
 def quick_compiler():
   """For modules whose tests cost little but compile time."""
