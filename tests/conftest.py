@@ -35,10 +35,11 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def whole_run(data, tmp_path_factory):
-  """Folder and final metrics of a tiny run that nothing disturbs; not for modules that change the compiler."""
+  """Folder and final metrics of a tiny run that nothing disturbs, to be read only."""
   from codebind_jax.train import train_and_evaluate
   from tests.train_fixtures import tiny_config
 
+  assert not jax.config.values["jax_disable_most_optimizations"], "runs are compared bit for bit"
   workdir = tmp_path_factory.mktemp("whole")
   return workdir, train_and_evaluate(tiny_config(*data), workdir)
 

@@ -15,20 +15,15 @@ from codebind_jax.data.featurize import Featurizer
 from codebind_jax.data.task import EvalSet, open_task
 from codebind_jax.evaluate import Evaluation, evaluate
 from codebind_jax.metrics import read_metrics
-from codebind_jax.train import train_and_evaluate
 from configs import eval as eval_config
-from tests.train_fixtures import COLOURS, tiny_config, write_manifest
+from tests.train_fixtures import COLOURS
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("trained")
-  manifest = write_manifest(folder / "squares")
-  config = tiny_config(manifest, folder / "root", steps=2)
-  train_and_evaluate(config, folder / "run")
-  return manifest, folder / "root", folder / "run"
+@pytest.fixture
+def trained(data, whole_run):
+  return *data, whole_run[0]
 
 
 def config_of(trained, **overrides):
