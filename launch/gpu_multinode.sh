@@ -65,7 +65,7 @@ over_ssh() {
       --port=*) port=${1#*=} ;;
       --restarts=*) restarts=${1#*=} ;;
       --) shift; break ;;
-      *) fail "$1: unknown option; allowed: --dir, --port, --restarts, and -- before the arguments of codebind_jax.main" ;;
+      *) fail "$1: unknown option; allowed: --dir, --port, --restarts, -- before the arguments of main" ;;
     esac
     shift
   done

@@ -26,7 +26,7 @@ readonly TAKEN=75  # exit code of a run that was told to end and has saved its s
 
 fail() { echo "error: $1" >&2; exit 2; }
 
-[ $# -ge 2 ] || fail "usage: bash launch/tpu_pod.sh up|create|install|run|logs|state|delete NAME [OPTIONS] [-- ARGUMENTS]"
+[ $# -ge 2 ] || fail "usage: bash launch/tpu_pod.sh up|create|install|run|logs|state|delete NAME [OPTIONS] -- ..."
 command=$1 name=$2
 shift 2
 zone='' accelerator='' version=v2-alpha-tpuv5-lite nfs='' restarts=20 poll=30 keep='' dry=''
@@ -96,8 +96,8 @@ install() {
   local there code=0
   there=$(mktemp -d)
   git archive --format=tar.gz --output="$there/codebind_jax.tgz" HEAD &&
-    tpus tpu-vm scp "$there/codebind_jax.tgz" "$name:" "${place[@]}" --worker=all && on all "$mount" && on all "$unpack" ||
-    code=$?
+    tpus tpu-vm scp "$there/codebind_jax.tgz" "$name:" "${place[@]}" --worker=all &&
+    on all "$mount" && on all "$unpack" || code=$?
   rm -r "$there"
   return "$code"
 }
