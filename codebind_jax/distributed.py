@@ -48,7 +48,11 @@ def _number(value: int | None, variable: str) -> int | None:
 def _on_a_cluster() -> bool:
   """Whether the environment says that this process is one of several."""
   several = any(int(os.environ.get(name) or 1) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
-  return several or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+  # Importing JAX sets the first on a Cloud TPU VM, whose metadata, not environment, names the other workers; the second
+  # says that there is no metadata.
+  tpu_vm = os.environ.get("TPU_ML_PLATFORM") == "JAX" and "TPU_SKIP_MDS_QUERY" not in os.environ
+  pods = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+  return several or tpu_vm or pods
 
 
 def wait_for_all(name: str) -> None:

@@ -17,6 +17,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run: checkpoints
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0; unset on one host and on clusters.")
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator.")
 _PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, with --coordinator.")
+_STOPPED = flags.DEFINE_integer("stopped_exit_code", 0, "Exit code of a run that SIGTERM ended, its state saved.")
 
 
 def _read_config(path: str) -> Any:
@@ -83,6 +84,7 @@ def main(_: Sequence[str]) -> None:
       evaluate(config, _WORKDIR.value)
   except Preempted as stopped:
     logging.info("%s", stopped)
+    sys.exit(_STOPPED.value)
   except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
     logging.debug("traceback", exc_info=True)
     sys.exit(f"error: {error}")

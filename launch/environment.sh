@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes (once) and enters the virtual environment, installs this checkout and EXTRAS.
 python_bin=${PYTHON:-python3}
 venv=${VENV:-.venv}
@@ -6,6 +7,7 @@ if ! "$python_bin" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
   exit 1
 fi
 [ -x "$venv/bin/python" ] || "$python_bin" -m venv "$venv"
+# shellcheck disable=SC1091  # made by the line above
 . "$venv/bin/activate"
 stamp="$venv/.installed-${EXTRAS:-core}"
 if [ ! -e "$stamp" ] || [ requirements.txt -nt "$stamp" ] || [ setup.cfg -nt "$stamp" ]; then

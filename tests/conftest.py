@@ -1,6 +1,7 @@
 """Test setup: offline, on CPU, shapes checked at run time, compiled programs cached between runs."""
 
 import fcntl
+import json
 import os
 import pathlib
 
@@ -21,26 +22,61 @@ install_import_hook("codebind_jax", "beartype.beartype")
 flags.FLAGS.mark_as_parsed()
 
 
+def pytest_addoption(parser):
+  parser.addoption("--kill-seed", type=int, default=0, help="where the slow test of kill -9 kills")
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+  """Makes things once for all of pytest's workers: shared(name, make) is the folder that make(folder) has filled."""
+  base = tmp_path_factory.getbasetemp()
+  base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+  def get(name, make):
+    folder = base / name
+    with open(folder.with_suffix(".lock"), "w") as lock:
+      fcntl.flock(lock, fcntl.LOCK_EX)
+      if not (folder / "done").exists():
+        make(folder)
+        (folder / "done").touch()
+    return folder
+
+  return get
+
+
+@pytest.fixture(scope="session")
+def data(shared):
+  """Manifest of the coloured squares, and where their features are kept."""
+  from tests.train_fixtures import write_manifest
+
+  folder = shared("data", lambda folder: write_manifest(folder / "squares"))
+  return folder / "squares" / "squares.jsonl", folder / "root"
+
+
+@pytest.fixture(scope="session")
+def whole_run(data, shared):
+  """Folder and final metrics of a tiny run that nothing disturbs, to be read only."""
+  from codebind_jax.train import train_and_evaluate
+  from tests.train_fixtures import tiny_config
+
+  def make(folder):
+    assert not jax.config.values["jax_disable_most_optimizations"], "runs are compared bit for bit"
+    final = train_and_evaluate(tiny_config(*data), folder / "run")
+    (folder / "final.json").write_text(json.dumps(final))
+
+  folder = shared("whole", make)
+  return folder / "run", json.loads((folder / "final.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def trained(data, whole_run):
+  """Manifest, data folder and workdir of a finished run, to be read only."""
+  return *data, whole_run[0]
+
+
 @pytest.fixture(scope="module")
 def quick_compiler():
   """For modules whose tests cost little but compile time."""
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-  """Manifest, data folder and workdir of a tiny finished run, to be read only; pytest's workers share one."""
-  from codebind_jax.train import train_and_evaluate
-  from tests.train_fixtures import tiny_config, write_manifest
-
-  base = tmp_path_factory.getbasetemp()
-  folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained"
-  with open(folder.with_suffix(".lock"), "w") as lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    if not (folder / "done").exists():
-      manifest = write_manifest(folder / "squares")
-      train_and_evaluate(tiny_config(manifest, folder / "root", steps=2), folder / "run")
-      (folder / "done").touch()
-  return folder / "squares" / "squares.jsonl", folder / "root", folder / "run"

@@ -1,21 +1,20 @@
 """A step that is not finite, and SIGTERM."""
 
-import os
-import pathlib
 import shutil
-import subprocess
 import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 
-from codebind_jax.guard import DUMP
+from codebind_jax import main
+from codebind_jax.guard import DUMP, Preempted
 from codebind_jax.state import TrainState, advance
 from codebind_jax.train import train_and_evaluate
-from tests.train_fixtures import arrays_of, lines_of, tiny_config, write_manifest
+from tests.processes import assert_same_run, started
+from tests.train_fixtures import arrays_of, lines_of, tiny_config
 
-REPOSITORY = pathlib.Path(__file__).parents[1]
 TERMINATED_AT_3 = """
 import os, runpy, signal, sys
 from codebind_jax import guard
@@ -29,32 +28,35 @@ runpy.run_module("codebind_jax.main", run_name="__main__")
 """
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("data")
-  return write_manifest(folder / "squares"), folder / "root"
-
-
 def saved(workdir):
   """Steps there are checkpoints of."""
   return sorted(path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
 
 
-def test_terminated_run_saves_exits_with_0_and_resumes_bit_for_bit(data, tmp_path):
+def test_terminated_run_saves_exits_with_0_and_resumes_bit_for_bit(data, whole_run, tmp_path):
   workdir = tmp_path / "terminated"
   arguments = [f"--config=tests/tiny.py:{data[0]},{data[1]}", f"--workdir={workdir}"]
   command = [sys.executable, "-c", TERMINATED_AT_3, *arguments]
-  done = subprocess.run(command, cwd=REPOSITORY, env=os.environ, capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr
-  assert "stopped after step 3 of stage 'bridges', state saved" in done.stderr
+  process = started(command)
+  _, err = process.communicate(timeout=300)
+  assert process.returncode == 0, err
+  assert "stopped after step 3 of stage 'bridges', state saved" in err
   assert saved(workdir) == ["2", "3"]
   assert lines_of(workdir)[-1]["step"] == 3
   train_and_evaluate(tiny_config(*data), workdir)
-  train_and_evaluate(tiny_config(*data), tmp_path / "whole")
-  first, second = arrays_of(workdir), arrays_of(tmp_path / "whole")
-  for path in first:
-    np.testing.assert_array_equal(first[path], second[path], err_msg=path)
-  assert lines_of(workdir) == lines_of(tmp_path / "whole")
+  assert_same_run(workdir, whole_run[0])
+
+
+@pytest.mark.parametrize("code", [0, 75])
+def test_exit_code_of_a_run_that_was_stopped(data, monkeypatch, code):
+  def stopped(*_):
+    raise Preempted("stopped")
+
+  monkeypatch.setattr("codebind_jax.train.train_and_evaluate", stopped)
+  monkeypatch.setattr(main, "_CONFIG", type("Flag", (), {"value": tiny_config(*data)}))
+  with flagsaver.flagsaver(workdir="unused", stopped_exit_code=code), pytest.raises(SystemExit) as end:
+    main.main([])
+  assert end.value.code == code
 
 
 def test_a_step_that_is_not_finite_stops_the_run_and_can_be_done_again(data, tmp_path):

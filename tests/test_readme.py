@@ -46,6 +46,10 @@ def test_config_keys_in_commands_exist(config):
       config_lib.get(config, key)
 
 
-def test_scripts_and_files_named_exist():
-  for path in re.findall(r"(?:launch|configs)/[\w./]+\.(?:sh|py)", README):
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "launch/README.md"])
+def test_scripts_and_files_named_exist(page):
+  text = (REPOSITORY / page).read_text(encoding="utf-8")
+  paths = re.findall(r"(?:launch|configs|tests)/[\w./]+\.(?:sh|py|sbatch|ipynb|md)", text)
+  assert paths
+  for path in paths:
     assert (REPOSITORY / path).is_file(), path

@@ -15,7 +15,7 @@ from codebind_jax import pretrained
 from codebind_jax.data import transforms
 from codebind_jax.data.sources import open_source
 from codebind_jax.train import train_and_evaluate
-from tests.train_fixtures import arrays_of, lines_of, tiny_config, write_manifest
+from tests.train_fixtures import arrays_of, lines_of, tiny_config
 
 DOC = pathlib.Path(__file__).parent.parent / "docs" / "add_a_modality.md"
 
@@ -55,25 +55,23 @@ def walks(folder):
   return path
 
 
-def test_the_document_binds_a_sensor_to_a_finished_run_and_leaves_that_run_as_it_was(snippets, tmp_path):
+def test_the_document_binds_a_sensor_to_a_finished_run_and_leaves_it_as_it_was(snippets, data, whole_run, tmp_path):
   folder, motion = snippets
-  first = tiny_config(write_manifest(tmp_path / "squares"), tmp_path / "data", steps=2)
-  train_and_evaluate(first, tmp_path / "stage1")
 
   # The document's tower and stage on the tiny run's trunks.
-  added, config = motion.get_config(), first.copy_and_resolve_references().unlock()
+  added, config = motion.get_config(), tiny_config(*data).copy_and_resolve_references().unlock()
   config.model.towers.imu, config.codebook.codes.imu = added.model.towers.imu, added.codebook.codes.imu
   config.stages = ConfigDict({"motion": added.stages.motion.to_dict()})
   config.stage_order = added.stage_order
   config.update_from_flattened_dict({
-    "data.manifest": str(walks(folder)), "init_from": str(tmp_path / "stage1"), "stages.motion.steps": 4,
+    "data.manifest": str(walks(folder)), "init_from": str(whole_run[0]), "stages.motion.steps": 4,
     "stages.motion.batch_size": 12, "stages.motion.unique_labels": False,
   })
   final = train_and_evaluate(config.lock(), tmp_path / "motion")
   assert "eval/walks_test/zeroshot/imu/top1" in final
   assert lines_of(tmp_path / "motion")[0]["stage"] == "motion"
 
-  before, after = arrays_of(tmp_path / "stage1"), arrays_of(tmp_path / "motion")
+  before, after = arrays_of(whole_run[0]), arrays_of(tmp_path / "motion")
   for name, value in before.items():
     if name.startswith(("params/image", "params/text", "codebooks/image")):
       np.testing.assert_array_equal(after[name], value, err_msg=name)

@@ -1,8 +1,6 @@
 """The trainer as users run it: a shipped config, shrunk; killed and resumed; on several devices; with bad input."""
 
 import dataclasses
-import os
-import pathlib
 import shutil
 import signal
 import subprocess
@@ -17,52 +15,9 @@ from codebind_jax import config as config_lib
 from codebind_jax.checkpoint import Checkpoints
 from codebind_jax.optim import param_paths
 from codebind_jax.stages import stages_of
-from codebind_jax.train import baseline_of, claim_workdir, train_and_evaluate
-from tests.train_fixtures import arrays_of, lines_of, tiny_config, write_manifest
-
-REPOSITORY = pathlib.Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("data")
-  return write_manifest(folder / "squares"), folder / "root"
-
-
-@pytest.fixture(scope="module")
-def whole_run(data, tmp_path_factory):
-  """A run that nothing disturbs."""
-  workdir = tmp_path_factory.mktemp("whole")
-  final = train_and_evaluate(tiny_config(*data), workdir)
-  return workdir, final
-
-
-def start(data, workdir, *overrides, devices=1, largest_file=None):
-  """The same run in a process of its own, perhaps one that may not write a file beyond a size."""
-  env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
-  command = [sys.executable, "-m", "tests.run_tiny", *map(str, data), str(workdir), *overrides]
-  if largest_file:
-    command = ["bash", "-c", 'ulimit -f "$0" && exec "$@"', str(largest_file // 1024), *command]
-  return subprocess.Popen(command, cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(process, ready):
-  """Waits until `ready` says so or the process has ended."""
-  while process.poll() is None and not ready():
-    pass
-
-
-def finish(process):
-  out, err = process.communicate(timeout=300)
-  assert process.returncode == 0, out[-2000:] + err[-4000:]
-
-
-def assert_same_run(a, b):
-  first, second = arrays_of(a), arrays_of(b)
-  assert first.keys() == second.keys()
-  for path in first:
-    np.testing.assert_array_equal(first[path], second[path], err_msg=path)
-  assert lines_of(a) == lines_of(b)
+from codebind_jax.train import baseline_of, claim_workdir, train_and_evaluate, warn_of_collapse
+from tests.processes import REPOSITORY, assert_close, assert_same_run, finish, start, wait_for
+from tests.train_fixtures import arrays_of, lines_of, tiny_config
 
 
 def test_run_writes_what_it_promises(whole_run):
@@ -80,12 +35,12 @@ def test_run_writes_what_it_promises(whole_run):
 
 
 def test_training_moves_heads_and_codebooks_but_only_what_the_stage_trains(data, tmp_path):
-  runs = []
-  for steps in (1, 2):
-    config = tiny_config(*data, steps=steps, **{"stages.bridges.train": ("image/.*",), "optim.warmup": 0})
-    train_and_evaluate(config, tmp_path / str(steps))
-    runs.append(arrays_of(tmp_path / str(steps)))
-  moved = {path for path in runs[0] if not np.array_equal(runs[0][path], runs[1][path])}
+  once = {"steps": 2, "checkpoint_steps": 1, "eval_steps": 2, "optim.warmup": 0}
+  train_and_evaluate(tiny_config(*data, **once, **{"stages.bridges.train": ("image/.*",)}), tmp_path)
+  after = arrays_of(tmp_path)
+  shutil.rmtree(tmp_path / "checkpoints" / "2")
+  before = arrays_of(tmp_path)
+  moved = {path for path in before if not np.array_equal(before[path], after[path])}
   assert {"params/image/shared/proj/kernel", "params/image/specific/proj/kernel", "codebooks/shared/codes"} <= moved
   assert not any(path.startswith("params/text") for path in moved)
 
@@ -138,19 +93,15 @@ def test_no_space_for_a_checkpoint_is_an_error_and_the_run_can_be_continued(data
   assert_same_run(whole_run[0], tmp_path / "full")
 
 
+@pytest.mark.slow  # test_sharding.py has eight devices without the trainer, test_multiprocess.py the trainer on four
 def test_eight_devices_equal_one(data, whole_run, tmp_path):
-  process = start(data, tmp_path / "eight", devices=8)
-  finish(process)
-  one, eight = arrays_of(whole_run[0]), arrays_of(tmp_path / "eight")
-  for path in one:
-    np.testing.assert_allclose(one[path], eight[path], rtol=1e-4, atol=1e-5, err_msg=path)
+  finish(start(data, tmp_path / "eight", devices=8))
+  assert_close(whole_run[0], tmp_path / "eight")
 
 
-def test_baseline_has_no_codebooks_and_only_info_nce(data, tmp_path):
+def test_baseline_has_only_info_nce(data):
   plain = baseline_of(tiny_config(*data))
   assert not plain.model.quantize and list(plain.stages.bridges.losses) == ["info_nce"]
-  train_and_evaluate(tiny_config(*data, baseline=True, steps=2), tmp_path)
-  assert not any(path.startswith("codebooks") for path in arrays_of(tmp_path / "baseline"))
 
 
 def test_load_and_embed(data, whole_run):
@@ -215,25 +166,26 @@ def test_a_whitened_start_needs_a_linear_head(data, tmp_path):
     train_and_evaluate(config, tmp_path / "never")
 
 
-def test_a_run_starts_from_whitened_heads_and_its_baseline_from_the_same(data, tmp_path):
+def test_a_run_starts_from_whitened_heads_and_its_baseline_from_the_same_without_codebooks(data, tmp_path):
   runs = {}
   for whiten in (0.0, 0.3):
     frozen_text = {"model.towers.text.whiten": whiten, "stages.bridges.train": ("image/.*",)}
-    config = tiny_config(*data, steps=1, baseline=True, **frozen_text)
-    train_and_evaluate(config, tmp_path / str(whiten))
-    runs[whiten] = arrays_of(tmp_path / str(whiten)), arrays_of(tmp_path / str(whiten) / "baseline")
+    train_and_evaluate(tiny_config(*data, steps=1, baseline=bool(whiten), **frozen_text), tmp_path / str(whiten))
+    runs[whiten] = arrays_of(tmp_path / str(whiten))
   path = "params/text/shared/norm/bias"
-  assert (runs[0.0][0][path] == 0).all() and (runs[0.3][0][path] != 0).any()
-  for arrays, baseline in runs.values():
-    np.testing.assert_array_equal(arrays[path], baseline[path])
+  assert (runs[0.0][path] == 0).all() and (runs[0.3][path] != 0).any()
+  baseline = arrays_of(tmp_path / "0.3" / "baseline")
+  np.testing.assert_array_equal(runs[0.3][path], baseline[path])
+  assert any(path.startswith("codebooks") for path in runs[0.3])
+  assert not any(path.startswith("codebooks") for path in baseline)
 
 
 def test_a_collapse_is_in_the_log(data, tmp_path, caplog):
-  train_and_evaluate(tiny_config(*data, steps=1, **{"codebook.alarm_share": 1.0}), tmp_path / "alarm")
+  train_and_evaluate(tiny_config(*data, steps=1, **{"codebook.alarm_share": 1.0}), tmp_path)
   assert "step 1: codebook 'shared' collapses: perplexity" in caplog.text
   assert "codebook 'image' collapses" in caplog.text
   caplog.clear()
-  train_and_evaluate(tiny_config(*data, steps=1, **{"codebook.alarm_share": 0.01}), tmp_path / "quiet")
+  warn_of_collapse(codebind_jax.load(tmp_path).codebooks, 0.01, 1)
   assert "collapses" not in caplog.text
 
 
