@@ -23,20 +23,32 @@ def cell(runs: Sequence[Mapping[str, float]], name: str) -> str:
 def write_comparison(folder: pathlib.Path, found: Mapping[str, Any]) -> str:
   """Writes all files; returns the text of comparison.md."""
   results, settings = found["results"], found["config"]["compare"]
-  tested = claims(results, settings["world"], PREFIX)
-  told = {key for result in results.values() for key in result["runs"][0]}
-  columns = [c for c in settings.get("columns", COLUMNS) if f"{PREFIX}/{c}" in told]
-  drawn = draw(folder, results, settings, columns)
-  text = "\n".join([
-    "# Methods side by side", "", *_head(found), "", *_scores(results, columns), "",
-    "## Cost", "", *_costs(results), "",
-    "## Claims of the papers", "", RULE, "", *_claims(tested), "",
-    *(f"![{name}]({name}.svg)\n" for name in drawn),
-  ])  # fmt: skip
+  whole = dict(found) | {"rule": RULE, "claims": claims(results, settings["world"], PREFIX)}
+  drawn = draw(folder, results, settings, _columns(results, settings))
+  text = "\n".join(["# Methods side by side", "", *sections(whole), *(f"![{name}]({name}.svg)\n" for name in drawn)])
   (folder / "comparison.md").write_text(text, encoding="utf-8")
-  whole = dict(found) | {"rule": RULE, "claims": tested}
   (folder / "comparison.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
   return text
+
+
+def sections(whole: Mapping[str, Any], heading: str = "##") -> list[str]:
+  """Lines of the tables: scores, cost and claims.
+
+  Args:
+    whole: what comparison.json holds.
+    heading: of the parts after the first.
+  """
+  results, settings = whole["results"], whole["config"]["compare"]
+  return [
+    *_head(whole), "", *_scores(results, _columns(results, settings)), "",
+    f"{heading} Cost", "", *_costs(results), "",
+    f"{heading} Claims of the papers", "", whole["rule"], "", *_claims(whole["claims"]), "",
+  ]  # fmt: skip
+
+
+def _columns(results: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+  told = {key for result in results.values() for key in result["runs"][0]}
+  return [c for c in settings.get("columns", COLUMNS) if f"{PREFIX}/{c}" in told]
 
 
 def _head(found: Mapping[str, Any]) -> list[str]:

@@ -1,13 +1,19 @@
 """The claims' verdicts by hand, and the data behind the figures and the tables of a comparison."""
 
+import dataclasses
+import importlib
 import json
+import pathlib
 
 import numpy as np
 import pytest
 
 from codebind_jax import compare_figures as figures
 from codebind_jax.compare_claims import claims, verdict
-from codebind_jax.compare_report import write_comparison
+from codebind_jax.compare_report import sections, write_comparison
+from codebind_jax.methods.base import method_names
+from codebind_jax.methods.dcid import Unified
+from codebind_jax.tools import methods_page
 
 WORLD = {"quality": {"audio": 0.1, "depth": 0.5, "image": 1.0}, "style_quality": {"audio": 0.0}, "styles": 4}
 
@@ -127,3 +133,26 @@ def test_what_is_written(tmp_path):
   assert [c["verdict"] for c in found["claims"]] == ["held"] * 3 and "Student" in found["rule"]
   for name in ("bars", "anchors", "sharing", "redundancy", "plan_fixed_anchor_image"):
     assert (tmp_path / f"{name}.svg").stat().st_size and f"({name}.svg)" in text
+
+  # The same tables, entered into a page between marks, twice.
+  page = "a\n<!-- results x -->\nbefore\n<!-- end x -->\nb\n<!-- results y -->\n<!-- end y -->\n"
+  for _ in range(2):
+    page = methods_page.entered(page, "x", sections(found, "####"))
+  start, end = "a\n<!-- results x -->\na world.\n", "\n<!-- end x -->\nb\n<!-- results y -->\n<!-- end y -->\n"
+  assert page.startswith(start) and page.endswith(end) and "before" not in page
+  assert page.count("#### Cost") == 1 and "| fixed_anchor_image | 1234 | 5.2 |" in page
+  with pytest.raises(ValueError, match="no marks '<!-- results z -->' .* allowed: .'x', 'y'"):
+    methods_page.entered(page, "z", [])
+
+
+def test_the_page_of_methods_has_a_place_for_every_comparison_and_names_every_method_and_option():
+  page = (pathlib.Path(__file__).parents[1] / "docs/methods.md").read_text(encoding="utf-8")
+  for name in ("graded", "ablations", "real", "generalise"):
+    methods_page.entered(page, name, [])
+  for name in method_names():
+    section = page.split(f"(`{name}`)")[1].split("\n## ")[0]
+    kind = importlib.import_module(f"codebind_jax.methods.{name}").Method
+    shared = {f.name for f in dataclasses.fields(Unified)} if name == "fcid" else set()
+    for field in dataclasses.fields(kind):
+      if field.name not in ({"model", "spec", "update", "balanced"} | shared):  # not options
+        assert f"`{field.name}`" in section, (name, field.name)
