@@ -228,7 +228,7 @@ class CrossModal:
       starts = tuple(f"eval/{e.name}/" for e in self.task.evals if e.role == role)
       for kind, ending in (("zeroshot", "/top1"), ("retrieval", "/r1")):
         values = [v for key, v in found.items()
-                  if key.startswith(starts) and f"/{kind}/" in key and key.endswith(ending)]  # fmt: skip
+                  if key.startswith(starts) and f"/{kind}/" in key and key.endswith(ending) and "=" not in key]
         found |= {f"eval/{role}/{kind}": float(np.mean(values))} if values else {}
     return found
 
