@@ -93,16 +93,16 @@ def sharing(path: pathlib.Path, results: Mapping[str, Any]) -> None:
   probes = with_probe(results, "sharing")
   across = min(4, len(names))
   down = -(-len(names) // across)
-  figure = plt.figure(figsize=(2.4 * across + 1, 0.35 * len(names) + 1.5 + 2.4 * down))
-  above, below = figure.subfigures(2, 1, height_ratios=(0.35 * len(names) + 1.5, 2.4 * down))
+  figure = plt.figure(figsize=(2.4 * across + 1, 0.35 * len(names) + 1.5 + 2.8 * down))
+  above, below = figure.subfigures(2, 1, height_ratios=(0.35 * len(names) + 1.5, 2.8 * down))
   axis, left = above.subplots(), np.zeros(len(names))
   for count in range(table.shape[1]):
     axis.barh(names, table[:, count], left=left, label=str(count + 1), color=plt.cm.viridis(count / table.shape[1]))
     left += table[:, count]
   axis.invert_yaxis()
   axis.set_xlabel("% of the codes in use, by how many modalities use them")
-  axis.legend(fontsize=7, ncols=table.shape[1])
-  grid = below.subplots(down, across, squeeze=False)
+  axis.legend(fontsize=7, ncols=table.shape[1], loc="lower left", bbox_to_anchor=(0, 1))
+  grid = below.subplots(down, across, squeeze=False, gridspec_kw={"hspace": 0.6})
   for axis in grid.flat:
     axis.axis("off")
   for axis, (name, found) in zip(grid.flat, probes.items()):
