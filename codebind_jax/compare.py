@@ -83,7 +83,7 @@ def run_config(config: Any, variant: Any, rate: float, seed: int, test: bool) ->
 def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
   """Tunes, trains and evaluates the variants of `config.compare`, and writes comparison.md, .json and .svg files.
 
-  With `config.compare.only` it trains what that names and writes nothing but the runs themselves.
+  With `config.compare.only` it trains what that names and, unless that is all, writes nothing but the runs themselves.
 
   Returns:
     What comparison.json holds.
@@ -102,6 +102,12 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
   featurizer = Featurizer(config)
   transfers, tokens = transfers_of(settings, task), {}
   tables, labels = featurizer.train_tables(task.train, task.unique)
+  evaluations = {
+    test: CrossModal(
+      run_config(config, settings.variants[names[0]], settings.learning_rates[0], 0, test), task, featurizer,
+      transfers, stages=settings.get("stages", False), tokens=tokens,
+    ) for test in (False, True)
+  }  # fmt: skip
   tuned, score = len(settings.learning_rates) > 1, settings.get("score", SCORE)
   bar = tqdm.tqdm(total=len(names) * (len(settings.learning_rates) * tuned + settings.seeds), unit="run", disable=None)
 
@@ -109,10 +115,7 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
     bar.set_description(f"{name} {rate:g} seed {seed}")
     run = run_config(config, settings.variants[name], rate, seed, test)
     inner = claim_workdir(run, folder / name / (f"rate{rate:g}" if not test else f"seed{seed}"))
-    evaluation = CrossModal(
-      run, task, featurizer, transfers, stages=settings.get("stages", False), tokens=tokens
-    )
-    final = finished(inner)
+    final, evaluation = finished(inner), evaluations[test]
     if final is None:
       level = standard_logging.getLogger("absl").level
       logging.set_verbosity(logging.WARNING)

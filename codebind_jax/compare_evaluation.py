@@ -83,7 +83,7 @@ class CrossModal:
   `eval/r/zeroshot` (top-1) and `eval/r/retrieval` (recall at 1).
 
   Args:
-    config: of a run; `config.test` says whether the test sets are read.
+    config: of a run, of which the data and `test`, whether the test sets are read, are looked at.
     task: the data.
     featurizer: trunk features.
     transfers: see `Transfer`.
