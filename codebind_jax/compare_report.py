@@ -7,154 +7,122 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
-import numpy as np
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from codebind_jax import compare_figures as figures
+from codebind_jax.compare_claims import RULE, claims
 
 COLUMNS = ("label/cross", "label/within", "label/all", "style/cross", "recall")
-
-
-def spread(runs: Sequence[Mapping[str, float]], name: str) -> tuple[float, float] | None:
-  """Mean and sample standard deviation over runs; None where no run has the metric."""
-  values = [run[name] for run in runs if name in run]
-  return (float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0) if values else None
+PREFIX = "eval/test"
 
 
 def cell(runs: Sequence[Mapping[str, float]], name: str) -> str:
   """`mean ± deviation` for a table."""
-  found = spread(runs, name)
+  found = figures.spread(runs, name)
   return "" if found is None else f"{found[0]:.1f} ± {found[1]:.1f}" if len(runs) > 1 else f"{found[0]:.1f}"
-
-
-def claims(results: Mapping[str, Any], quality: Mapping[str, float], prefix: str) -> list[dict[str, Any]]:
-  """The papers' claims that a comparison on modalities of graded quality can test, each with numbers.
-
-  A difference counts where it is larger than two standard errors; with one seed there are none, and nothing is decided.
-
-  Args:
-    results: variant -> its runs.
-    quality: modality -> share of the class it shows.
-    prefix: of the metrics, `eval/test`.
-  """
-  anchors = {m: f"fixed_anchor_{m}" for m in quality if f"fixed_anchor_{m}" in results}
-  told = lambda name, metric: [run[f"{prefix}/{metric}"] for run in results[name]["runs"]]
-  found = []
-
-  def record(claim: str, better: Sequence[float], worse: Sequence[float], text: str) -> None:
-    error = np.sqrt(sum(np.var(x, ddof=1) / len(x) if len(x) > 1 else 0.0 for x in (better, worse)))
-    gap = float(np.mean(better) - np.mean(worse))
-    certain = min(len(better), len(worse)) > 1 and abs(gap) > 2 * error
-    verdict = "undecided" if not certain else "held" if gap > 0 else "did not hold"
-    found.append({"claim": claim, "verdict": verdict, "difference": gap, "error": float(error), "numbers": text})
-
-  number = lambda x: f"{np.mean(x):.1f}"
-  if len(anchors) > 1:
-    ranked = sorted(anchors, key=quality.get)
-    worst, best = anchors[ranked[0]], anchors[ranked[-1]]
-    record(
-      "fixed anchor: accuracy depends on the anchor's quality", told(best, "label/all"), told(worst, "label/all"),
-      ", ".join(f"anchor {m} (quality {quality[m]:g}) {number(told(anchors[m], 'label/all'))}" for m in ranked),
-    )
-    if "centrobind" in results:
-      top = max(anchors.values(), key=lambda name: np.mean(told(name, "label/all")))
-      for claim, metric, other in (
-        ("CentroBind is better than the worst anchor", "label/all", worst),
-        ("CentroBind is better than the best anchor", "label/all", top),
-        ("a factor that the anchor lacks: CentroBind learns it better", "style/cross", worst),
-      ):
-        mine, theirs = told("centrobind", metric), told(other, metric)
-        record(claim, mine, theirs, f"{metric}: centrobind {number(mine)}, {other} {number(theirs)}")
-  if "dcid" in results:
-    for name, what in (
-      ("dcid_no_coding", "the cross-modal contrast"), ("dcid_no_ema_no_reset", "MM-EMA and reset"),
-      ("dcid_no_club", "CLUB"), ("dcid_no_matching", "code matching"),
-    ):  # fmt: skip
-      if name in results:
-        mine, theirs = told("dcid", "label/cross"), told(name, "label/cross")
-        record(f"DCID: leaving out {what} hurts cross-modal generalisation", mine, theirs,
-               f"label/cross: dcid {number(mine)}, without {number(theirs)}")  # fmt: skip
-  reduced = {name: result["toc"] for name, result in results.items() if result.get("toc")}
-  if reduced:
-    lower = [toc["after"] < toc["before"] for toc in reduced.values()]
-    text = ", ".join(f"{name} {toc['before']:.3f} -> {toc['after']:.3f}" for name, toc in reduced.items())
-    found.append({"claim": "TOC lowers the redundancy of the codes", "numbers": text,
-                  "verdict": "held" if all(lower) else "did not hold" if not any(lower) else "undecided"})  # fmt: skip
-  return found
 
 
 def write_comparison(folder: pathlib.Path, found: Mapping[str, Any]) -> str:
   """Writes all files; returns the text of comparison.md."""
-  results, config = found["results"], found["config"]
-  prefix, settings = "eval/test", config["compare"]
-  seeds = settings["seeds"]
-  columns = [c for c in COLUMNS if any(f"{prefix}/{c}" in r["runs"][0] for r in results.values())]
-  lines = [
-    "# Methods side by side", "", f"{found['summary']}. {config['steps']} steps of {config['batch_size']} rows, "
-    f"{seeds} seeds, test set, %; learning rate chosen on the validation set for each method.", "",
-    "`A/cross`: head learned on one modality, tested on another, mean over ordered pairs; `within`: tested on its own; "
-    "`all`: one head on all modalities together; `recall`: at 1, mean over pairs.", "",
-    f"| variant | {' | '.join(columns)} | codes shared / single | rate |", "|---" * (len(columns) + 3) + "|",
-  ]  # fmt: skip
-  for name, result in results.items():
-    runs = result["runs"]
-    codes = f"{cell(runs, 'codes/shared')} / {cell(runs, 'codes/single')}" if "codes/shared" in runs[0] else ""
-    values = " | ".join(cell(runs, f"{prefix}/{column}") for column in columns)
-    lines.append(f"| {name} | {values} | {codes} | {result['learning_rate']:g} |")
-  lines += ["", "## Cost", "", "| variant | examples/s | temporaries, MB | extra parameters | codebooks | aux |",
-            "|---|---|---|---|---|---|"]  # fmt: skip
-  for name, result in results.items():
-    c = result["cost"]
-    lines.append(f"| {name} | {c['examples_per_second']:.0f} | {c['compiled_megabytes']:.1f} | "
-                 f"{c['extra_parameters']:,} | {c['codebooks']:,} | {c['aux']:,} |")  # fmt: skip
-  first = next(iter(results.values()))["cost"]
-  lines += ["", f"The towers have {first['towers']:,} parameters in every variant."]
-  quality = (settings["world"] or {}).get("quality", {})
-  tested = claims(results, quality, prefix)
-  lines += ["", "## Claims of the papers", ""]
-  lines += [f"- **{c['verdict']}**: {c['claim']} ({c['numbers']})" for c in tested]
-  lines += ["", "![accuracy](bars.svg)", "", "![anchors](anchors.svg)" if quality else "", ""]
-  text = "\n".join(lines)
+  results, settings = found["results"], found["config"]["compare"]
+  whole = dict(found) | {"rule": RULE, "claims": claims(results, settings["world"], PREFIX)}
+  drawn = draw(folder, results, settings, _columns(results, settings))
+  text = "\n".join(["# Methods side by side", "", *sections(whole), *(f"![{name}]({name}.svg)\n" for name in drawn)])
   (folder / "comparison.md").write_text(text, encoding="utf-8")
-  whole = dict(found) | {"claims": tested}
   (folder / "comparison.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-  bars(folder / "bars.svg", results, [f"{prefix}/{c}" for c in columns])
-  if quality:
-    anchor_curve(folder / "anchors.svg", results, quality, f"{prefix}/label/all")
   return text
 
 
-def bars(path: pathlib.Path, results: Mapping[str, Any], metrics: Sequence[str]) -> None:
-  """Every variant's mean with its spread, one panel a metric."""
-  figure, axes = plt.subplots(1, len(metrics), figsize=(2.6 * len(metrics), 0.35 * len(results) + 1.2), sharey=True)
-  for axis, metric in zip(np.atleast_1d(axes), metrics):
-    values = [spread(result["runs"], metric) or (0.0, 0.0) for result in results.values()]
-    axis.barh(list(results), [v[0] for v in values], xerr=[v[1] for v in values], color="#4c78a8")
-    axis.set_title(metric.split("/", 2)[-1], fontsize=9)
-    axis.invert_yaxis() if axis is np.atleast_1d(axes)[0] else None
-  figure.tight_layout()
-  figure.savefig(path)
-  plt.close(figure)
+def sections(whole: Mapping[str, Any], heading: str = "##") -> list[str]:
+  """Lines of the tables: scores, cost and claims.
+
+  Args:
+    whole: what comparison.json holds.
+    heading: of the parts after the first.
+  """
+  results, settings = whole["results"], whole["config"]["compare"]
+  return [
+    *_head(whole), "", *_scores(results, _columns(results, settings)), "",
+    f"{heading} Cost", "", *_costs(results), "",
+    f"{heading} Claims of the papers", "", whole["rule"], "", *_claims(whole["claims"]), "",
+  ]  # fmt: skip
 
 
-def anchor_curve(
-  path: pathlib.Path, results: Mapping[str, Any], quality: Mapping[str, float], metric: str
-) -> None:
-  """Accuracy of fixed-anchor binding against the anchor's quality, with the other methods as lines."""
-  figure, axis = plt.subplots(figsize=(5, 3.2))
-  anchors = [m for m in sorted(quality, key=quality.get) if f"fixed_anchor_{m}" in results]
-  points = [spread(results[f"fixed_anchor_{m}"]["runs"], metric) for m in anchors]
-  axis.errorbar([quality[m] for m in anchors], [p[0] for p in points], yerr=[p[1] for p in points], marker="o",
-                label="fixed anchor")  # fmt: skip
-  others = [name for name in results if not name.startswith(("fixed_anchor", "dcid_"))]
-  for number, name in enumerate(others):
-    found = spread(results[name]["runs"], metric)
-    if found:
-      axis.axhline(found[0], linestyle="--", color=f"C{number + 1}", label=name)
-  axis.set_xlabel("quality of the anchor")
-  axis.set_ylabel(metric.split("/", 2)[-1])
-  axis.legend(fontsize=7)
-  figure.tight_layout()
-  figure.savefig(path)
-  plt.close(figure)
+def _columns(results: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+  told = {key for result in results.values() for key in result["runs"][0]}
+  return [c for c in settings.get("columns", COLUMNS) if f"{PREFIX}/{c}" in told]
+
+
+def _head(found: Mapping[str, Any]) -> list[str]:
+  config = found["config"]
+  settings = config["compare"]
+  tuned = "learning rate chosen on the validation set for each method" if len(settings["learning_rates"]) > 1 else (
+    f"learning rate {settings['learning_rates'][0]:g} for all, not tuned"
+  )  # fmt: skip
+  sources = {name: rows for stage in config["stages"].values() for name, rows in stage["sources"].items()}
+  rows = " + ".join(f"{rows} ({name})" for name, rows in sources.items()) or str(config["batch_size"])
+  return [
+    f"{found['summary']}.", "",
+    f"{config['steps']} steps of {rows} rows, {settings['seeds']} seeds, test set, %, mean ± standard deviation; "
+    f"{tuned}.", "",
+    "`F/cross`: head that tells field F, learned on one modality's training rows, tested on another's test rows, mean "
+    "over ordered pairs; `within`: tested on its own; `all`: one head on all modalities together; `recall`: at 1, mean "
+    "over pairs; `zeroshot`: top-1 by name, `retrieval`: recall at 1, means over test sets, modalities and directions.",
+  ]  # fmt: skip
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+  line = lambda cells: f"| {' | '.join(cells)} |"
+  return [line(head), "|---" * len(head) + "|", *map(line, rows)]
+
+
+def _scores(results: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
+  rows = []
+  for name, result in results.items():
+    runs = result["runs"]
+    codes = f"{cell(runs, 'codes/shared')} / {cell(runs, 'codes/single')}" if "codes/shared" in runs[0] else ""
+    values = [cell(runs, f"{PREFIX}/{column}") for column in columns]
+    rows.append([name, *values, codes, f"{result['learning_rate']:g}"])
+  return _table(["variant", *columns, "codes shared / single", "rate"], rows)
+
+
+def _costs(results: Mapping[str, Any]) -> list[str]:
+  rows = []
+  for name, result in results.items():
+    c = result["cost"]
+    kept = [f"{c[part]:,}" for part in ("extra_parameters", "codebooks", "aux")]
+    rows.append([name, f"{c['examples_per_second']:.0f}", f"{c['compiled_megabytes']:.1f}", *kept])
+  towers = sorted({result["cost"]["towers"] for result in results.values()})
+  return [
+    *_table(["variant", "examples/s", "temporaries, MB", "extra parameters", "codebooks", "aux"], rows), "",
+    f"The towers have {' or '.join(f'{count:,}' for count in towers)} parameters in every variant. Examples a second "
+    "are of the machine that trained the variant, with whatever ran beside it; temporaries are those of the compiled "
+    "step; `extra parameters` are the method's own that gradient trains, `codebooks` codes and their statistics, `aux` "
+    "teacher, queue and CLUB's networks, all in numbers of 4 bytes.",
+  ]  # fmt: skip
+
+
+def _claims(tested: Sequence[Mapping[str, Any]]) -> list[str]:
+  if not tested:
+    return ["The variants of this comparison test none."]
+  show = lambda c: f"{c['difference']:.2f}" + ("" if c["error"] is None else f" ± {c['error']:.2f}")
+  rows = [[c["claim"], f"**{c['verdict']}**", show(c), str(c["seeds"]), c["numbers"]] for c in tested]
+  return _table(["claim", "", "difference ± standard error", "seeds", "numbers (mean ± standard deviation)"], rows)
+
+
+def draw(
+  folder: pathlib.Path, results: Mapping[str, Any], settings: Mapping[str, Any], columns: Sequence[str]
+) -> list[str]:
+  """Draws what the results have; returns the names of the files, without .svg."""
+  drawn = ["bars"]
+  figures.bars(folder / "bars.svg", results, [f"{PREFIX}/{c}" for c in columns])
+  quality = (settings["world"] or {}).get("quality", {})
+  if any(f"fixed_anchor_{m}" in results for m in quality):
+    figures.anchor_curve(folder / "anchors.svg", results, quality, f"{PREFIX}/label/all")
+    drawn.append("anchors")
+  if figures.with_probe(results, "sharing"):
+    figures.sharing(folder / "sharing.svg", results)
+    figures.redundancy(folder / "redundancy.svg", results)
+    drawn += ["sharing", "redundancy"]
+  for name, plans in figures.with_probe(results, "plan").items():
+    figures.transport_plan(folder / f"plan_{name}.svg", plans[0], name)
+    drawn.append(f"plan_{name}")
+  return drawn

@@ -1,18 +1,23 @@
-"""The methods side by side on the synthetic world, with modalities of graded quality: same towers, data and steps.
+"""The methods side by side: same towers, data and steps, a learning rate chosen for each on the validation sets.
 
 Command: python -m codebind_jax.main --config=configs/compare.py --workdir=runs/compare
-         (:runlocal for a quick look: one seed, no tuning; :ablations leaves parts of DCID out)
-Writes comparison.md, comparison.json, bars.svg and anchors.svg; a second run of the command continues the first.
+         configs/compare.py              the synthetic world, with modalities of graded quality
+         configs/compare.py:real         Household and Menagerie, rows of both in every step
+         configs/compare.py:generalise   heads carried between sounds, pictures and names (Icons and Menagerie)
+After a further comma: `ablations` for DCID without its parts, `runlocal` for a quick look (one seed, no tuning, little
+data), `full` (generalise alone) for that profile of the data, which has clips.
+Writes comparison.md, comparison.json and figures; a second run of the command continues the first.
 Several processes, or machines that share the folder, can each take some variants; the plain command then collects:
          ... --workdir=runs/compare --config.compare.only=dcid,fcid
 """
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, compare_worlds, worlds
 
 QUALITY = {"audio": 0.15, "depth": 0.35, "video": 0.6, "image": 1.0}
 CODEBIND = {"info_nce": 1.0, "commitment": 10.0, "code_matching": 0.05, "decomposition": 0.1, "specific_uniform": 1.0}
+WORLDS, FORMS = ("real", "generalise"), ("runlocal", "ablations", "full")
 
 
 def variant(method="codebind", quantize=True, losses=None, **options):
@@ -23,10 +28,33 @@ def variant(method="codebind", quantize=True, losses=None, **options):
   return entry
 
 
-def get_config(arg=""):
+def methods(anchors, hub, codebind, codes, codis, queue):
+  """Every method once, fixed anchors and CentroBind in their forms."""
+  unified = {"codes": codes, "reduce": "mean", "reset_after": 50}
+  return {
+    "info_nce": variant(quantize=False), "codebind": variant(losses=codebind),
+    **{f"fixed_anchor_{m}": variant("fixed_anchor", anchor=m, frozen=False) for m in anchors},
+    "centrobind": variant("centrobind"), "centrobind_views": variant("centrobind", noise=0.3),
+    "codis": variant("codis", codes=codis, queue=queue), "dcid": variant("dcid", **unified),
+    "fcid": variant("fcid", hub=hub, **unified),
+  }  # fmt: skip
+
+
+def without_parts(dcid):
+  """DCID and what is left of it when a part is taken out."""
+  off = {
+    "no_coding": {"coding": 0.0}, "no_club": {"club": 0.0}, "no_matching": {"matching": 0.0},
+    "no_ema": {"own": 1.0}, "no_reset": {"reset_after": 0}, "no_ema_no_reset": {"own": 1.0, "reset_after": 0},
+  }
+  options = dcid.options.to_dict()
+  return {"dcid": dcid} | {f"dcid_{name}": variant("dcid", **options | change) for name, change in off.items()}
+
+
+def graded(form):
+  """The synthetic world: four sensors that show the class by graded shares."""
   config = common.get_config()
   config.mode = "compare"
-  config.steps = 400
+  config.steps = 60 if form == "runlocal" else 400
   config.batch_size = 128
   config.log_steps = 50
   config.eval_steps = config.checkpoint_steps = 1000  # at the end
@@ -47,39 +75,36 @@ def get_config(arg=""):
 
   config.compare = ConfigDict()
   config.compare.only = ""  # names of variants with commas between: this call trains these alone
-  config.compare.seeds = 3
-  config.compare.learning_rates = (3e-4, 1e-3, 3e-3)
+  config.compare.seeds = 1 if form == "runlocal" else 3
+  config.compare.learning_rates = (2e-3,) if form == "runlocal" else (3e-4, 1e-3, 3e-3)
   config.compare.fields = ("label", "style")
   # The modality of lowest quality does not show the style at all: a factor that an anchor can lack.
   config.compare.world = ConfigDict({
-    "classes": 10, "styles": 4, "noise": 0.8, "rows": 2048, "seed": 0, "quality": QUALITY,
-    "style_quality": {"audio": 0.0},
+    "classes": 10, "styles": 4, "noise": 0.8, "rows": 512 if form == "runlocal" else 2048, "seed": 0,
+    "quality": QUALITY, "style_quality": {"audio": 0.0},
   })  # fmt: skip
-  unified = {"codes": 64, "reduce": "mean", "reset_after": 50}
-  variants = {
-    "info_nce": variant(quantize=False), "codebind": variant(losses=CODEBIND),
-    **{f"fixed_anchor_{m}": variant("fixed_anchor", anchor=m, frozen=False) for m in QUALITY},
-    "centrobind": variant("centrobind"), "centrobind_views": variant("centrobind", noise=0.3),
-    "codis": variant("codis", codes=64, queue=512), "dcid": variant("dcid", **unified),
-    "fcid": variant("fcid", hub="image", **unified),
-  }
-  if arg == "ablations":
-    off = {
-      "no_coding": {"coding": 0.0}, "no_club": {"club": 0.0}, "no_matching": {"matching": 0.0},
-      "no_ema": {"own": 1.0}, "no_reset": {"reset_after": 0}, "no_ema_no_reset": {"own": 1.0, "reset_after": 0},
-    }
-    variants = {"dcid": variants["dcid"]} | {
-      f"dcid_{name}": variant("dcid", **unified | options) for name, options in off.items()
-    }
-  config.compare.variants = ConfigDict(variants)
-
-  if arg == "runlocal":
-    config.steps = 60
-    config.compare.seeds = 1
-    config.compare.learning_rates = (2e-3,)
-    config.compare.world.rows = 512
+  variants = methods(QUALITY, "image", CODEBIND, 64, 64, 512)
+  if form == "runlocal":
     for name in ("fixed_anchor_depth", "fixed_anchor_video", "centrobind_views"):
-      del config.compare.variants[name]
-  elif arg not in ("", "ablations"):
-    raise ValueError(f"configs/compare.py:{arg}: unknown argument; allowed: runlocal, ablations")
+      del variants[name]
+  return config, variants
+
+
+def get_config(arg=""):
+  words = [word for word in arg.split(",") if word]
+  for word in words:
+    if word not in (*WORLDS, *FORMS):
+      raise ValueError(f"configs/compare.py:{arg}: unknown argument {word!r}; allowed: {', '.join((*WORLDS, *FORMS))}")
+  if "full" in words and ("generalise" not in words or "runlocal" in words):
+    raise ValueError(f"configs/compare.py:{arg}: 'full' goes with generalise alone, and not with runlocal")
+  form = next((word for word in ("runlocal", "full") if word in words), "")
+  if set(words) & set(WORLDS):
+    config = (compare_worlds.real if "real" in words else compare_worlds.generalise)(form)
+    sizes = (32, 32, 128) if form == "runlocal" else (256, 256, 1024)
+    variants = methods(("text",), "text", worlds.LOSSES, *sizes)
+  else:
+    config, variants = graded(form)
+  if "ablations" in words:
+    variants = without_parts(variants["dcid"])
+  config.compare.variants = ConfigDict(variants)
   return config.lock()

@@ -1,4 +1,4 @@
-"""Side by side: the evaluator by hand, the claims' verdicts, and the shipped comparison, shrunk and stopped."""
+"""Side by side: the evaluator by hand, and the shipped comparisons, shrunk and stopped."""
 
 import json
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from codebind_jax import compare as compare_lib
-from codebind_jax.compare_report import claims
-from codebind_jax.evaluators.crossmodal import code_sharing, recall_at_one, transfer
+from codebind_jax.evaluators.crossmodal import code_sharing, recall_at_one, sharing_sets, transfer
+from configs import common
 from configs import compare as shipped
 
 
@@ -21,6 +21,18 @@ def test_transfer_of_a_head_across_modalities():
   assert found["a", "a"] == found["b", "b"] == 100.0
   # The other modality shows every class where this one shows another: a head carries over to nothing.
   assert found["a", "b"] == found["b", "a"] == 0.0
+
+
+def test_transfer_asks_for_the_labels_that_both_sides_have():
+  one_hot, labels = np.eye(4), np.array(["a", "b", "c", "d"])
+  rows = {"x": np.repeat(one_hot[:3], 2, 0), "y": one_hot[1:]}
+  told = {"x": np.repeat(labels[:3], 2), "y": labels[1:]}
+  asked = {"x": one_hot[[0, 1]], "y": one_hot[[1, 2, 3]], "z": one_hot[[3, 3]]}
+  answers = {"x": labels[[0, 1]], "y": np.array(["b", "a", "d"]), "z": labels[[3, 3]]}
+  found = transfer(rows, asked, told, answers)
+  # A head of x has not learned d: of y's rows b is right, the row called a looks like c but c is not asked for.
+  assert set(found) == {("x", "x"), ("x", "y"), ("y", "y")} and found["x", "x"] == 100.0
+  assert found["y", "y"] == 100.0  # of b and d, all that y has learned of them
 
 
 def test_recall_at_one_by_hand():
@@ -40,23 +52,11 @@ def test_code_sharing_by_hand():
   assert code_sharing(a, b, 1) == (100.0, 0.0)
 
 
-def results_of(**means):
-  runs = lambda mean: [{"eval/test/label/all": mean + d, "eval/test/style/cross": mean + d} for d in (-1.0, 0.0, 1.0)]
-  return {name: {"runs": runs(mean), "toc": {}} for name, mean in means.items()}
-
-
-def test_claims_are_told_from_the_numbers():
-  quality = {"audio": 0.1, "image": 1.0}
-  found = claims(results_of(fixed_anchor_audio=40, fixed_anchor_image=60, centrobind=59), quality, "eval/test")
-  assert [c["verdict"] for c in found] == ["held", "held", "undecided", "held"]
-  found = claims(results_of(fixed_anchor_audio=60, fixed_anchor_image=40, centrobind=30), quality, "eval/test")
-  assert {c["verdict"] for c in found} == {"did not hold"}
-  assert "anchor audio (quality 0.1) 60.0, anchor image (quality 1) 40.0" in found[0]["numbers"]
-  one = {name: result | {"runs": result["runs"][:1]} for name, result in results_of(fixed_anchor_audio=40).items()}
-  one |= {"fixed_anchor_image": one["fixed_anchor_audio"]}
-  assert {c["verdict"] for c in claims(one, quality, "eval/test")} == {"undecided"}
-  toc = {name: {"runs": [], "toc": {"before": before, "after": 0.1}} for name, before in (("x", 0.2), ("y", 0.0))}
-  assert claims(toc, {}, "eval/test")[-1]["verdict"] == "undecided"
+def test_sets_of_modalities_that_use_a_code():
+  codes = {"a": np.array([0, 0, 1, 1]), "b": np.array([0, 1]), "c": np.array([2, 2, 2, 0, 0, 0])}
+  # Of 100 % each: code 0 has 50, 50, 50, code 1 50, 50, 0, code 2 0, 0, 50; one modality of three must make 13.3 %.
+  found = sharing_sets(codes, 4)
+  assert found == pytest.approx({"a+b+c": 100 / 3, "a+b": 100 / 3, "c": 100 / 3})
 
 
 def small(tmp_path, only=""):
@@ -124,5 +124,45 @@ def test_a_comparison_can_be_divided_stopped_and_continued(tmp_path, monkeypatch
   assert anchor["cost"]["aux"] == anchor["cost"]["extra_parameters"] == 0
   assert dcid["cost"]["codebooks"] == 8 * 32 * 2 + 8 + 2 * 8
   text = (tmp_path / "run/comparison.md").read_text()
-  assert text in capsys.readouterr().out and "| dcid |" in text and "TOC lowers" in text
-  assert all((tmp_path / "run" / name).stat().st_size for name in ("bars.svg", "anchors.svg"))
+  assert text in capsys.readouterr().out and "| dcid |" in text and "lowers the mean cosine" in text
+  assert all((tmp_path / "run" / name).stat().st_size for name in ("bars.svg", "anchors.svg", "sharing.svg"))
+  # What TOC's choice of channels does to the codes and to a head carried across.
+  probe = json.loads((tmp_path / "run/dcid/seed1/probe.json").read_text())
+  assert probe == dcid["probes"][0] and anchor["probes"] == [{}]
+  assert (probe["toc"]["kept"], probe["toc"]["of"]) == (24, 32) and "eval/test/label/cross" in probe["toc"]["metrics"]
+  assert sum(probe["sharing"]["sets"].values()) == pytest.approx(100.0)
+  assert probe["sharing"]["pairs"]["audio+image"][0] == pytest.approx(metrics["codes/shared"])
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_sounds_and_pictures_of_two_worlds_are_compared_by_name(tmp_path):
+  """The shipped form `generalise` on drawn worlds: no row has both a sound and a picture."""
+  config = shipped.get_config("generalise,runlocal").unlock()
+  worlds = ("synthetic-image-text", "synthetic-audio-text")
+  config.steps, config.log_steps, config.data.profile, config.data.root = 2, 1, "tiny", str(tmp_path / "data")
+  config.data.worlds, config.model.shared_dim = worlds, 16
+  config.model.towers.text = common.tower("words", options={"width": 16})
+  for sensor in ("audio", "image"):
+    config.model.towers[sensor] = common.tower("raw", options={"width": 64, "modality": sensor}, specific_dim=4)
+  config.stages.bind.sources = dict.fromkeys(worlds, 16)
+  sets = {role: tuple(f"{world}_{role}" for world in worlds) for role in ("val", "test")}
+  config.compare.transfers = {"concepts": {"worlds": worlds, "fields": ("concept",)} | sets}
+  for name in list(config.compare.variants):
+    if name != "codis":
+      del config.compare.variants[name]
+  config.compare.variants.codis.options.update({"codes": 8, "queue": 32, "iterations": 5})
+  found = compare_lib.compare(config.lock(), tmp_path / "run")["results"]["codis"]
+  metrics, plan = found["runs"][0], found["probes"][0]["plan"]
+  pairs = [f"eval/test/concept/{a}>{b}" for a in ("audio", "image", "text") for b in ("audio", "image", "text")]
+  assert all(0 <= metrics[name] <= 100 for name in pairs)
+  across = [metrics[name] for name in pairs if len(set(name.split("/")[-1].split(">"))) == 2]
+  assert metrics["eval/test/concept/cross"] == pytest.approx(np.mean(across))
+  assert {"eval/test/zeroshot", "eval/test/retrieval", f"eval/{worlds[0]}_test/zeroshot/image/top1"} <= set(metrics)
+  # The plan of rows that have both modalities of the first pair: rows have mass 1, codes share it evenly.
+  assert plan["modalities"] == ["image", "text"] and plan["rows"] == sorted(plan["rows"])
+  for rows in map(np.array, plan["plans"].values()):
+    assert rows.shape == (len(plan["rows"]), 8)
+    np.testing.assert_allclose(rows.sum(0), len(rows) / 8, rtol=1e-3)
+  config.unlock().compare.transfers.concepts.val = ("icons_val",)
+  with pytest.raises(ValueError, match="compare.transfers.concepts.val: the data has none of .'icons_val'"):
+    compare_lib.compare(config.lock(), tmp_path / "other")

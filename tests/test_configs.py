@@ -9,10 +9,12 @@ from codebind_jax import config as config_lib
 from configs import common, progressive, stage3, worlds
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
-PARTS = ("__init__", "common", "worlds")
+PARTS = ("__init__", "common", "compare_worlds", "worlds")
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in PARTS)
 FORMS = {"stage1": ("", "runlocal"), "progressive": ("", "runlocal", "full", "menagerie,evoked"),
-         "synthetic": ("", "runlocal"), **{f"stage{n}": ("", "runlocal", "full") for n in (2, 3, 4, 5)}}
+         "synthetic": ("", "runlocal"),
+         "compare": ("", "runlocal", "ablations", "real,runlocal", "real,ablations", "generalise,full"),
+         **{f"stage{n}": ("", "runlocal", "full") for n in (2, 3, 4, 5)}}
 
 
 @pytest.mark.parametrize("name, form", [(name, form) for name in NAMES for form in FORMS.get(name, ("",))])

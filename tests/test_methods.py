@@ -11,6 +11,7 @@ import pytest
 
 from codebind_jax import config as config_lib
 from codebind_jax.methods.base import EXTRA, make_method, method_names
+from codebind_jax.methods.dcid import same_steps
 from codebind_jax.optim import make_optimizer
 from codebind_jax.stages import stages_of
 from codebind_jax.state import TrainState
@@ -142,6 +143,26 @@ def test_a_source_without_the_modality_all_are_bound_to_is_an_error(name):
   key = {"fixed_anchor": "anchor", "fcid": "hub"}[name]
   with pytest.raises(ValueError, match="'eeg'"):
     run(name, steps=1, **{key: "eeg"})
+
+
+@pytest.mark.parametrize("name", ["dcid", "fcid"])
+def test_modalities_may_differ_in_how_many_tokens_they_have(name):
+  method, (batch, _) = make_method(config := small_config(name)), batch_of()
+  batch["world"]["audio"] = np.repeat(batch["world"]["audio"], 4, axis=1)  # as groups of points have
+
+  def whole(batch):
+    state, step = started(method, config, batch)
+    return step(state, batch)[1]
+
+  metrics = jax.eval_shape(whole, batch)
+  assert metrics["train/total"].shape == ()
+
+
+def test_steps_that_are_no_partners_leave_the_first_one():
+  ones, many = jnp.ones((2, 1, 3)), jnp.arange(24.0).reshape(2, 4, 3)
+  cut = same_steps({"a": ones, "b": many})
+  assert cut["a"].shape == cut["b"].shape == (2, 1, 3) and np.array_equal(cut["b"][:, 0], many[:, 0])
+  assert same_steps({"b": many})["b"] is many
 
 
 def test_a_frozen_anchor_stays():

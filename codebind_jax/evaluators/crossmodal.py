@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -20,17 +21,26 @@ def transfer(
 ) -> dict[tuple[str, str], float]:
   """Accuracy in % of a head fitted on modality a's training rows, on modality b's test rows, for all (a, b).
 
+  A head is asked of, and chooses among, the labels that a's training rows and b's test rows both have; pairs that have
+  fewer than two in common are left out.
+
   Args:
     train: modality -> embeddings, of one width wherever they are to be compared.
     test: likewise.
     train_labels: modality -> label of each row.
     test_labels: likewise.
   """
-  found = {}
+  found: dict[tuple[str, str], float] = {}
   for a, x in train.items():
-    head = fit_head(x, train_labels[a])
+    heads: dict[tuple[str, ...], RidgeClassifier] = {}
     for b, y in test.items():
-      found[a, b] = 100.0 * float(np.mean(head.predict(y) == test_labels[b]))
+      common = np.intersect1d(train_labels[a], test_labels[b])
+      if len(common) < 2:
+        continue
+      known, asked = np.isin(train_labels[a], common), np.isin(test_labels[b], common)
+      if (key := tuple(common)) not in heads:
+        heads[key] = fit_head(x[known], train_labels[a][known])
+      found[a, b] = 100.0 * float(np.mean(heads[key].predict(y[asked]) == test_labels[b][asked]))
   return found
 
 
@@ -41,20 +51,51 @@ def recall_at_one(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "n d"]) -> f
   return 50.0 * float(np.mean(scores.argmax(1) == own) + np.mean(scores.argmax(0) == own))
 
 
+def code_users(codes: Mapping[str, Int[np.ndarray, "..."]], size: int) -> Float[np.ndarray, "m _k"]:
+  """Share of each modality in the uses of every code that is used, as if all modalities had equally many rows.
+
+  Args:
+    codes: modality -> codes that it chose.
+    size: of the codebook.
+  """
+  counts = np.stack([np.bincount(np.ravel(x), minlength=size) / max(np.size(x), 1) for x in codes.values()])
+  total = counts.sum(0)
+  return counts[:, total > 0] / total[total > 0]
+
+
 def code_sharing(a: Int[np.ndarray, "..."], b: Int[np.ndarray, "..."], codes: int) -> tuple[float, float]:
   """(shared, single): shares in % of the codes in use that both modalities use, or one alone (DCID, figure 4).
 
   A code is shared if either modality makes more than 20 % of its assignments, single if one makes more than 80 %.
 
   Args:
-    a: codes that one modality chose, as many as `b`.
+    a: codes that one modality chose.
     b: codes of the other.
     codes: size of the codebook.
   """
-  counts = np.stack([np.bincount(np.ravel(x), minlength=codes) for x in (a, b)]).astype(float)
-  total = counts.sum(0)
-  used = total > 0
-  if not used.any():
+  share = code_users({"a": a, "b": b}, codes)
+  if not share.size:
     return 0.0, 0.0
-  share = counts[:, used] / total[used]
   return 100.0 * float(np.mean(share.min(0) > 0.2)), 100.0 * float(np.mean(share.max(0) > 0.8))
+
+
+def sharing_sets(codes: Mapping[str, Int[np.ndarray, "..."]], size: int) -> dict[str, float]:
+  """`a+b` -> share in % of the codes in use that just these modalities use.
+
+  A modality uses a code if it makes more than 0.4 / m of its assignments, m the number of modalities: with two, the
+  20 % of DCID's figure 4.
+
+  Args:
+    codes: modality -> codes that it chose.
+    size: of the codebook.
+  """
+  share = code_users(codes, size)
+  users = share > 0.4 / len(codes)
+  names = list(codes)
+  found = {}
+  for count in range(1, len(names) + 1):
+    for group in itertools.combinations(range(len(names)), count):
+      exactly = np.all(users == np.isin(np.arange(len(names)), group)[:, None], axis=0)
+      if exactly.any():
+        found["+".join(names[i] for i in group)] = 100.0 * float(np.mean(exactly))
+  return found

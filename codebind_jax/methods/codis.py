@@ -13,7 +13,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from codebind_jax import transport
 from codebind_jax.compositional import ModalityOutput
@@ -71,6 +72,17 @@ class Method(SourceRecipe):
       aux["queue"] = {m: prototypes.new_queue(self.queue, width) for m in features}
     return {"codes": codes}, {}, aux
 
+  def plan(
+    self, teacher: Float[Array | np.ndarray, "b d"], codes: Float[Array, "k d"],
+    mask: Bool[Array, "b"] | None = None,
+  ) -> Float[Array, "b k"]:
+    """The transport plan of a batch of teacher features to the codes."""
+    solve = {
+      "ipot": functools.partial(transport.ipot, beta=self.step, outer=self.iterations),
+      "sinkhorn": functools.partial(transport.sinkhorn, reg=self.step, iterations=self.iterations),
+    }[self.solver]
+    return prototypes.assign(teacher, codes, plan=solve, mask=mask)
+
   def before(self, params: Any, aux: Any) -> Any:
     """The teacher follows the student."""
     student = {name: value for name, value in params.items() if name != EXTRA}
@@ -81,11 +93,7 @@ class Method(SourceRecipe):
     z, codes = self.embeddings(rows), rows.params[EXTRA]["codes"]
     features, _ = self.model.apply({"params": jax.lax.stop_gradient(aux["teacher"])}, rows.tokens)
     teacher = {m: jax.lax.stop_gradient(unit(self.shared(m, x)[:, 0])) for m, x in features.items()}
-    solve = {
-      "ipot": functools.partial(transport.ipot, beta=self.step, outer=self.iterations),
-      "sinkhorn": functools.partial(transport.sinkhorn, reg=self.step, iterations=self.iterations),
-    }[self.solver]
-    plans = {m: prototypes.assign(x, codes, plan=solve, mask=rows.masks[m]) for m, x in teacher.items()}
+    plans = {m: self.plan(x, codes, rows.masks[m]) for m, x in teacher.items()}
     pairs = [(a, b) for a, b in rows.stage.pairs if a in z and b in z]
     terms = dict.fromkeys(("contrast", "transport", "swapped"), jnp.zeros((), jnp.float32))
     for a, b in pairs:

@@ -1,0 +1,154 @@
+"""The papers' claims, asked of a comparison's numbers: each held, did not hold or stays undecided, by one rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+HELD, NOT, OPEN = "held", "did not hold", "undecided"
+MARGIN = 1.0  # points that "does not hurt" and "no worse" allow
+BLIND = 5.0  # points above chance up to which a factor counts as not learned
+RULE = (
+  "Two variants' runs of one seed share data order and start, so they are compared seed by seed. A claim that one is "
+  "larger holds if the 95 % interval of the mean difference (Student's t over the seeds) lies above 0, does not hold "
+  "if it lies below 0, and is undecided otherwise. `no worse` and `does not hurt` allow "
+  f"{MARGIN:g} point: they hold if the interval lies above -{MARGIN:g} and do not if it lies below. With one seed "
+  "nothing is decided. A claim about several methods holds if it does for each, and does not if it does not for one."
+)
+
+
+def verdict(differences: Sequence[float], allowed: float = 0.0) -> dict[str, Any]:
+  """What the differences of paired runs say of "larger than minus `allowed`".
+
+  Returns:
+    `verdict`, the mean `difference`, its standard `error` and half the width of its 95 % `interval` (None for one run),
+    and the number of `seeds`.
+  """
+  mean, count = float(np.mean(differences)), len(differences)
+  if count < 2:
+    return {"verdict": OPEN, "difference": mean, "error": None, "interval": None, "seeds": count}
+  error = float(np.std(differences, ddof=1) / np.sqrt(count))
+  half = float(stats.t.ppf(0.975, count - 1) * error)
+  said = HELD if mean - half > -allowed else NOT if mean + half < -allowed else OPEN
+  return {"verdict": said, "difference": mean, "error": error, "interval": half, "seeds": count}
+
+
+def claims(
+  results: Mapping[str, Any], world: Mapping[str, Any] | None = None, prefix: str = "eval/test"
+) -> list[dict[str, Any]]:
+  """The claims that a comparison can test, each with the numbers it rests on.
+
+  Args:
+    results: variant -> `runs`, the metrics of each seed in order, and `probes`, likewise what `CrossModal.probe` found.
+    world: `config.compare.world` of a comparison on modalities of graded quality; None for another.
+    prefix: of the metrics.
+
+  Returns:
+    Per claim `claim`, `verdict`, `difference`, `error`, `interval`, `seeds` (see `verdict`) and `numbers`, a sentence;
+    where it is about several methods their own verdicts in `parts`.
+  """
+  found = [*_anchors(results, world, prefix)] if world else []
+  return [*found, *_ablations(results, prefix), *_channels(results, prefix)]
+
+
+def _told(results: Mapping[str, Any], name: str, metric: str | Callable[[Mapping[str, float]], float]) -> list[float]:
+  return [metric(run) if callable(metric) else run[metric] for run in results[name]["runs"]]
+
+
+def _paired(better: Sequence[float], worse: Sequence[float]) -> list[float]:
+  return [a - b for a, b in zip(better, worse)]
+
+
+def _spread(values: Sequence[float]) -> str:
+  return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else f"{np.mean(values):.1f}"
+
+
+def _anchors(results: Mapping[str, Any], world: Mapping[str, Any], prefix: str) -> list[dict[str, Any]]:
+  """Fixed anchors against each other and against CentroBind (arXiv 2410.02086)."""
+  quality, whole = world["quality"], f"{prefix}/label/all"
+  anchors = {m: f"fixed_anchor_{m}" for m in sorted(quality, key=quality.get) if f"fixed_anchor_{m}" in results}
+  if len(anchors) < 2:
+    return []
+  by_anchor = {m: _told(results, name, whole) for m, name in anchors.items()}
+  text = ", ".join(f"anchor {m} (quality {quality[m]:g}) {_spread(values)}" for m, values in by_anchor.items())
+  worst, best = list(anchors)[0], list(anchors)[-1]
+  found = [{"claim": "Fixed anchor: accuracy depends on the anchor's quality (best less worst anchor)",
+            "numbers": f"label/all: {text}"} | verdict(_paired(by_anchor[best], by_anchor[worst]))]  # fmt: skip
+  if "centrobind" not in results:
+    return found
+  mine = _told(results, "centrobind", whole)
+  top = max(by_anchor, key=lambda m: np.mean(by_anchor[m]))
+  for claim, other, allowed in (
+    ("CentroBind, which has no anchor to choose, is no worse than the anchor that came out best", top, MARGIN),
+    ("CentroBind is better than binding to the anchor of lowest quality", worst, 0.0),
+  ):
+    numbers = f"label/all: centrobind {_spread(mine)}, anchor {other} {_spread(by_anchor[other])}"
+    found.append({"claim": claim, "numbers": numbers} | verdict(_paired(mine, by_anchor[other]), allowed))
+  for lacking in (m for m in anchors if world["style_quality"].get(m, 1.0) == 0):
+    seen = [m for m in quality if world["style_quality"].get(m, 1.0) > 0]
+    across = lambda run, seen=seen: float(
+      np.mean([run[f"{prefix}/style/{a}>{b}"] for a in seen for b in seen if a != b])
+    )
+    mine, theirs = _told(results, "centrobind", across), _told(results, anchors[lacking], across)
+    chance = 100.0 / world["styles"]
+    text = (f"style/cross among {', '.join(seen)}: centrobind {_spread(mine)}, anchor {lacking} {_spread(theirs)}, "
+            f"chance {chance:.1f}")  # fmt: skip
+    found.append({"claim": f"A factor that {lacking} lacks: CentroBind binds the others by it better than anchor "
+                           f"{lacking} does", "numbers": text} | verdict(_paired(mine, theirs)))  # fmt: skip
+    found.append({"claim": f"A factor that {lacking} lacks: anchor {lacking} does not bind the others by it (at most "
+                           f"{BLIND:g} points above chance)", "numbers": text}
+                 | verdict([chance + BLIND - value for value in theirs]))  # fmt: skip
+  return found
+
+
+def _ablations(results: Mapping[str, Any], prefix: str) -> list[dict[str, Any]]:
+  """DCID without its parts (NeurIPS 2023, tables 2 and 3)."""
+  found, metric = [], f"{prefix}/label/cross"
+  for name, what in (
+    ("no_coding", "the cross-modal prediction or contrast (CPC)"), ("no_ema_no_reset", "MM-EMA and reset"),
+    ("no_ema", "MM-EMA"), ("no_reset", "the reset"), ("no_club", "CLUB"), ("no_matching", "code matching"),
+  ):  # fmt: skip
+    if "dcid" in results and f"dcid_{name}" in results:
+      mine, theirs = _told(results, "dcid", metric), _told(results, f"dcid_{name}", metric)
+      found.append({"claim": f"DCID: leaving out {what} hurts cross-modal generalisation",
+                    "numbers": f"label/cross: dcid {_spread(mine)}, without {_spread(theirs)}"}
+                   | verdict(_paired(mine, theirs)))  # fmt: skip
+  return found
+
+
+def _channels(results: Mapping[str, Any], prefix: str) -> list[dict[str, Any]]:
+  """TOC on every method that has a shared codebook (arXiv 2403.05168)."""
+  probed = {name: result for name, result in results.items() if result["probes"] and "toc" in result["probes"][0]}
+  if not probed:
+    return []
+  redundancy, accuracy = {}, {}
+  for name, result in probed.items():
+    chosen = [probe["toc"] for probe in result["probes"]]
+    kept = f"{chosen[0]['kept']} of {chosen[0]['of']}"
+    before, after = ([one[key] for one in chosen] for key in ("before", "after"))
+    redundancy[name] = verdict(_paired(before, after)) | {
+      "numbers": f"{name} ({kept}) {np.mean(before):.3f} -> {np.mean(after):.3f}"
+    }
+    cross = [key for key in chosen[0]["metrics"] if key.startswith(f"{prefix}/") and key.endswith("/label/cross")]
+    cross = cross or [key for key in chosen[0]["metrics"] if key.startswith(f"{prefix}/") and key.endswith("/cross")]
+    mean = lambda metrics, cross=cross: float(np.mean([metrics[key] for key in cross]))
+    before, after = _told(results, name, mean), [mean(one["metrics"]) for one in chosen]
+    accuracy[name] = verdict(_paired(after, before), MARGIN) | {
+      "numbers": f"{name} ({kept}) {_spread(before)} -> {_spread(after)}"
+    }
+  lower = "TOC with three quarters of the channels lowers the mean cosine between codes"
+  kept = "TOC with three quarters of the channels does not hurt cross-modal generalisation"
+  return [_joined(lower, redundancy), _joined(kept, accuracy)]
+
+
+def _joined(claim: str, parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+  said = {part["verdict"] for part in parts.values()}
+  whole = NOT if NOT in said else HELD if said == {HELD} else OPEN
+  gap = float(np.mean([part["difference"] for part in parts.values()]))
+  seeds = min(part["seeds"] for part in parts.values())
+  return {"claim": claim, "verdict": whole, "difference": gap, "error": None, "interval": None, "seeds": seeds,
+          "numbers": ", ".join(f"{part['numbers']} {part['verdict']}" for part in parts.values()),
+          "parts": {name: dict(part) for name, part in parts.items()}}  # fmt: skip

@@ -1,0 +1,54 @@
+"""Enters a finished comparison's tables into a page of documentation, between the two marks that bear its name.
+
+Command: python -m codebind_jax.tools.methods_page --comparison=runs/compare/comparison.json --name=graded
+         [--page=docs/methods.md]
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags
+
+from codebind_jax.compare_report import sections
+
+_COMPARISON = flags.DEFINE_string("comparison", None, "comparison.json of a finished comparison.")
+_NAME = flags.DEFINE_string("name", None, "Name in the page's marks.")
+_PAGE = flags.DEFINE_string("page", "docs/methods.md", "The page.")
+_BEGIN, _END = "<!-- results {} -->", "<!-- end {} -->"
+
+
+def entered(page: str, name: str, lines: Sequence[str]) -> str:
+  """The page with the lines in place of what stands between the marks of that name.
+
+  Raises:
+    ValueError: if the page has no such marks.
+  """
+  begin, end = _BEGIN.format(name), _END.format(name)
+  if begin not in page or end not in page:
+    there = re.findall(_BEGIN.format("(.*?)"), page)
+    raise ValueError(f"--name: the page has no marks {begin!r} and {end!r}; allowed: {there}")
+  before, rest = page.split(begin, 1)
+  return f"{before}{begin}\n" + "\n".join(lines).strip() + f"\n{end}{rest.split(end, 1)[1]}"
+
+
+def main(_: Sequence[str]) -> None:
+  """Reads, enters, writes."""
+  if not (_COMPARISON.value and _NAME.value):
+    sys.exit("error: --comparison=comparison.json and --name=NAME are both needed")
+  path = pathlib.Path(_PAGE.value)
+  try:
+    whole = json.loads(pathlib.Path(_COMPARISON.value).read_text(encoding="utf-8"))
+    page = entered(path.read_text(encoding="utf-8"), _NAME.value, sections(whole, "####"))
+  except (ValueError, OSError) as error:
+    sys.exit(f"error: {error}")
+  path.write_text(page, encoding="utf-8")
+  sys.stdout.write(f"{path}: {_NAME.value} entered\n")
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,71 @@
+"""What the comparisons on packaged worlds are made of. Not run by itself; `configs/compare.py` is.
+
+Trunks are frozen and their features cached, as in the stages; here one stage trains the heads of all modalities from
+the start, for every method alike, on rows of two worlds a step.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common, worlds
+
+
+def _packaged(form, chosen, sources, pairs):
+  """Towers and data of the worlds, and one stage that binds the pairs on rows of all sources."""
+  config = worlds.bridges(form)
+  worlds.build(config, chosen)
+  for name in list(config.stages):
+    del config.stages[name]
+  rows = 32 if form == "runlocal" else 128
+  config.mode, config.eval_steps, config.checkpoint_steps = "compare", 100_000, 100_000  # at the end
+  config.data.worlds, config.stage_order = sources, ("bind",)
+  config.stages.bind = common.stage(
+    config, pairs=pairs, sources=dict.fromkeys(sources, rows), temperature=0.1, code_rows=8
+  )
+  if "video" in config.model.towers:
+    config.model.towers.video.starts_from = ""
+  config.compare = ConfigDict()
+  config.compare.only = ""
+  config.compare.seeds = 1 if form == "runlocal" else 3
+  config.compare.learning_rates = (1e-3,) if form == "runlocal" else (3e-4, 1e-3, 3e-3)
+  config.compare.world = ConfigDict()
+  config.compare.stages = True  # zero-shot and retrieval as after a stage, too
+  config.compare.transfers = ConfigDict()
+  return config
+
+
+def transfer(sources, fields, val, test):
+  """Heads that tell `fields`, learned on the sources' training rows; sets that a profile lacks are left out."""
+  return ConfigDict({"worlds": sources, "fields": fields, "val": val, "test": test})
+
+
+def real(form):
+  """Household (depth, points, thermal, image, text) and Menagerie (audio, text)."""
+  sensors = ("depth", "points", "thermal")
+  pairs = (*((m, b) for m in sensors for b in ("text", "image")), ("image", "text"), ("audio", "text"))
+  config = _packaged(form, ["household", "menagerie"], ("household", "menagerie"), pairs)
+  config.compare.transfers.household = transfer(("household",), ("label",), ("household_val",), ("household_test",))
+  sets = tuple(("menagerie_" + role + "_sounds", "menagerie_" + role + "_notes") for role in ("val", "test"))
+  config.compare.transfers.menagerie = transfer(("menagerie",), ("label",), *sets)
+  config.compare.score = "eval/val/cross"
+  config.compare.columns = (
+    "cross", "within", "household/label/cross", "menagerie/label/cross", "zeroshot", "retrieval",
+  )  # fmt: skip
+  return config
+
+
+def generalise(form):
+  """Cross-modal generalisation (CMG): sounds, pictures (clips in profile full) and their names, bound by the names.
+
+  No row has both a sound and a picture. A head that tells the concept is learned on the training rows of one modality
+  and tested on held-out rows of another: pictures by unseen artists and sources, sounds from unseen sources. Clips are
+  held out by concept, so that heads are learned on them and not tested.
+  """
+  pairs = [("image", "text"), ("audio", "text")] + [("video", "text")] * (form == "full")
+  config = _packaged(form, ["menagerie"], ("icons", "menagerie"), tuple(pairs))
+  sources = ("icons", "menagerie")
+  val = ("icons_val_artist", "icons_gcompris", "menagerie_val_recordings", "menagerie_val_notes")
+  test = ("icons_test_artist", "icons_qabcs", "menagerie_test_recordings", "menagerie_test_notes")
+  config.compare.transfers.concepts = transfer(sources, ("concept",), val, test)
+  config.compare.score = "eval/val/concept/cross"
+  config.compare.columns = ("concept/cross", "concept/within", "zeroshot", "retrieval")
+  return config

@@ -1,0 +1,158 @@
+"""The claims' verdicts by hand, and the data behind the figures and the tables of a comparison."""
+
+import dataclasses
+import importlib
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from codebind_jax import compare_figures as figures
+from codebind_jax.compare_claims import claims, verdict
+from codebind_jax.compare_report import sections, write_comparison
+from codebind_jax.methods.base import method_names
+from codebind_jax.methods.dcid import Unified
+from codebind_jax.tools import methods_page
+
+WORLD = {"quality": {"audio": 0.1, "depth": 0.5, "image": 1.0}, "style_quality": {"audio": 0.0}, "styles": 4}
+
+
+def test_verdict_by_hand():
+  # Differences 1, 2, 3: mean 2, standard error 1 / sqrt 3, quantile of t with two degrees of freedom 4.3027.
+  found = verdict([1.0, 2.0, 3.0])
+  assert found["difference"] == 2.0 and found["error"] == pytest.approx(3**-0.5)
+  assert found["interval"] == pytest.approx(4.302653 / 3**0.5) and found["seeds"] == 3
+  assert found["verdict"] == "undecided"  # 2 - 2.48 is not above 0
+  assert verdict([1.0, 2.0, 3.0], allowed=0.5)["verdict"] == "held"  # but above -0.5
+  assert verdict([2.0, 2.5, 3.0])["verdict"] == "held" and verdict([-2.0, -2.5, -3.0])["verdict"] == "did not hold"
+  assert verdict([-2.0, -2.5, -3.0], allowed=1.0)["verdict"] == "did not hold"
+  assert verdict([-0.4, -0.5, -0.6], allowed=1.0)["verdict"] == "held"
+  assert verdict([0.0, 0.0])["verdict"] == "undecided"
+  one = verdict([9.0])
+  assert one["verdict"] == "undecided" and one["error"] is one["interval"] is None
+
+
+def result(whole=50.0, style=50.0, cross=50.0, toc=None, seeds=(-1.0, 0.0, 1.0)):
+  """Runs whose seeds differ much, all methods by the same: what only a paired comparison can see through."""
+  names = ("audio", "depth", "image")
+  run = lambda d: {
+    "eval/test/label/all": whole + 3 * d, "eval/test/label/cross": cross + 3 * d, "codes/shared": 40.0 + d,
+    "codes/single": 20.0,
+    **{f"eval/test/style/{a}>{b}": (style if "audio" not in (a, b) else 0.0) + d for a in names for b in names},
+  }
+  probe = lambda d: {} if toc is None else {"toc": {
+    "before": 0.3, "after": 0.3 - toc[0], "kept": 3, "of": 4,
+    "metrics": {"eval/test/label/cross": cross + 3 * d + toc[1] + 0.1 * d, "eval/test/style/cross": 0.0},
+  }}  # fmt: skip
+  return {"runs": [run(d) for d in seeds], "probes": [probe(d) for d in seeds], "method": "x", "learning_rate": 1e-3,
+          "cost": {"examples_per_second": 1234.4, "compiled_megabytes": 5.25, "towers": 10_000,
+                   "extra_parameters": 1_200, "codebooks": 34, "aux": 0}}  # fmt: skip
+
+
+def told(results, world=WORLD):
+  return {c["claim"]: c for c in claims(results, world)}
+
+
+def test_claims_about_anchors():
+  found = told({"fixed_anchor_audio": result(40, 27), "fixed_anchor_depth": result(65, 50),
+                "fixed_anchor_image": result(60, 51), "centrobind": result(64.5, 60)})  # fmt: skip
+  assert [c["verdict"] for c in found.values()] == ["held"] * 5
+  first, no_worse, better, factor, blind = found.values()
+  assert first["difference"] == pytest.approx(20.0) and first["error"] == pytest.approx(0.0)
+  assert "anchor audio (quality 0.1) 40.0 ± 3.0, anchor depth (quality 0.5) 65.0 ± 3.0" in first["numbers"]
+  assert no_worse["difference"] == pytest.approx(-0.5)  # of depth, the best that came out, less than a point worse
+  assert better["difference"] == pytest.approx(24.5)
+  # Pairs with audio, which lacks the factor, are left out: 60 - 27 among depth and image.
+  assert factor["difference"] == pytest.approx(33.0) and "among depth, image" in factor["numbers"]
+  assert blind["difference"] == pytest.approx(25.0 + 5.0 - 27.0) and "chance 25.0" in blind["numbers"]
+
+  found = told({"fixed_anchor_audio": result(60, 58), "fixed_anchor_image": result(40, 51),
+                "centrobind": result(30, 30)})  # fmt: skip
+  assert {c["verdict"] for c in found.values()} == {"did not hold"} and len(found) == 5
+  one = {name: result(value, seeds=(0.0,)) for name, value in (("fixed_anchor_audio", 40), ("fixed_anchor_image", 60))}
+  assert [c["verdict"] for c in claims(one, WORLD)] == ["undecided"]
+  assert claims({"fixed_anchor_audio": result()}, WORLD) == claims({"fixed_anchor_text": result()}, None) == []
+
+
+def test_claims_about_parts_of_dcid():
+  found = told({"dcid": result(cross=60), "dcid_no_coding": result(cross=50), "dcid_no_club": result(cross=70),
+                "dcid_no_ema_no_reset": result(cross=60)})  # fmt: skip
+  verdicts = {claim.split("leaving out ")[1].split(" hurts")[0]: c["verdict"] for claim, c in found.items()}
+  assert verdicts == {"the cross-modal prediction or contrast (CPC)": "held", "CLUB": "did not hold",
+                      "MM-EMA and reset": "undecided"}  # fmt: skip
+
+
+def test_claims_about_toc():
+  # Redundancy falls by 0.1 and 0.05; accuracy changes by +0.2 and by -0.5 +- 0.1, of which a point is allowed.
+  lower, kept = claims({"a": result(toc=(0.1, 0.2)), "b": result(toc=(0.05, -0.5)), "c": result()})
+  assert lower["verdict"] == kept["verdict"] == "held" and set(lower["parts"]) == {"a", "b"}
+  assert lower["difference"] == pytest.approx(0.075) and kept["parts"]["b"]["difference"] == pytest.approx(-0.5)
+  assert kept["parts"]["b"]["error"] == pytest.approx(0.1 / 3**0.5)
+  assert "b (3 of 4) 0.300 -> 0.250 held" in lower["numbers"]
+  assert claims({"a": result(toc=(0.1, 0.2)), "b": result(toc=(-0.1, -3.0))})[1]["verdict"] == "did not hold"
+  assert claims({"a": result(toc=(0.1, 0.2)), "b": result(toc=(0.1, -1.1))})[1]["verdict"] == "undecided"
+
+
+def test_data_of_the_figures():
+  sharing = lambda shared: {"sharing": {"pairs": {"a+b": [shared, 10.0]}, "sets": {"a": 100 - shared, "a+b": shared}}}
+  results = {"x": {"probes": [sharing(40.0), sharing(60.0)]}, "y": {"probes": [{}, {}]}}
+  names, table = figures.sharing_by_count(results)
+  assert names == ["x"] and table.tolist() == [[50.0, 50.0]]
+  modalities, pairs = figures.sharing_pairs(figures.with_probe(results, "sharing")["x"])
+  assert modalities == ["a", "b"] and pairs[0, 1] == pairs[1, 0] == 50.0 and np.isnan(pairs[0, 0])
+  assert figures.redundancy_table({"z": result(toc=(0.1, 0.0))})["z"] == (
+    pytest.approx((0.3, 0.0)), pytest.approx((0.2, 0.0))
+  )
+  # Row 0 sends its mass to code 2, row 1 to code 0, row 2 to codes 1 and 3.
+  plan = np.array([[0, 0, 1.0, 0], [1, 0, 0, 0], [0, 0.5, 0, 0.5]])
+  assert figures.plan_columns(plan) == [2, 0, 1, 3]
+  points, others = figures.anchor_points(
+    {"fixed_anchor_image": result(60), "fixed_anchor_audio": result(40), "dcid": result(70), "dcid_no_club": result(1)},
+    WORLD["quality"], "eval/test/label/all",
+  )  # fmt: skip
+  assert points == [pytest.approx((0.1, 40.0, 3.0)), pytest.approx((1.0, 60.0, 3.0))] and others == {"dcid": 70.0}
+
+
+def test_what_is_written(tmp_path):
+  plans = {"modalities": ["a", "b"], "rows": ["k0", "k1"], "plans": {"a": [[1, 0], [0, 1]], "b": [[0.5, 0.5]] * 2}}
+  share = {"pairs": {"a+b": [40.0, 10.0]}, "sets": {"a": 60.0, "a+b": 40.0}}
+  with_codes = result(60, toc=(0.1, 0.2))
+  for probe in with_codes["probes"]:
+    probe |= {"sharing": share, "plan": plans}
+  settings = {"world": WORLD, "learning_rates": [1e-3], "seeds": 3}
+  config = {"compare": settings, "steps": 7, "batch_size": 9, "stages": {"bind": {"sources": {"w": 4, "v": 6}}}}
+  results = {"fixed_anchor_audio": result(40), "fixed_anchor_image": with_codes}
+  text = write_comparison(tmp_path, {"summary": "a world", "config": config, "results": results})
+  assert (tmp_path / "comparison.md").read_text() == text and "7 steps of 4 (w) + 6 (v) rows" in text
+  assert "| fixed_anchor_audio | 50.0 ± 3.0 | 40.0 ± 3.0 | 40.0 ± 1.0 / 20.0 ± 0.0 | 0.001 |" in text
+  assert "learning rate 0.001 for all, not tuned" in text
+  assert "| fixed_anchor_image | 1234 | 5.2 | 1,200 | 34 | 0 |" in text and "towers have 10,000 parameters" in text
+  assert "| **held** | 20.00 ± 0.00 | 3 | label/all: anchor audio" in text and "95 % interval" in text
+  found = json.loads((tmp_path / "comparison.json").read_text())
+  assert [c["verdict"] for c in found["claims"]] == ["held"] * 3 and "Student" in found["rule"]
+  for name in ("bars", "anchors", "sharing", "redundancy", "plan_fixed_anchor_image"):
+    assert (tmp_path / f"{name}.svg").stat().st_size and f"({name}.svg)" in text
+
+  # The same tables, entered into a page between marks, twice.
+  page = "a\n<!-- results x -->\nbefore\n<!-- end x -->\nb\n<!-- results y -->\n<!-- end y -->\n"
+  for _ in range(2):
+    page = methods_page.entered(page, "x", sections(found, "####"))
+  start, end = "a\n<!-- results x -->\na world.\n", "\n<!-- end x -->\nb\n<!-- results y -->\n<!-- end y -->\n"
+  assert page.startswith(start) and page.endswith(end) and "before" not in page
+  assert page.count("#### Cost") == 1 and "| fixed_anchor_image | 1234 | 5.2 |" in page
+  with pytest.raises(ValueError, match="no marks '<!-- results z -->' .* allowed: .'x', 'y'"):
+    methods_page.entered(page, "z", [])
+
+
+def test_the_page_of_methods_has_a_place_for_every_comparison_and_names_every_method_and_option():
+  page = (pathlib.Path(__file__).parents[1] / "docs/methods.md").read_text(encoding="utf-8")
+  for name in ("graded", "ablations", "real", "generalise"):
+    methods_page.entered(page, name, [])
+  for name in method_names():
+    section = page.split(f"(`{name}`)")[1].split("\n## ")[0]
+    kind = importlib.import_module(f"codebind_jax.methods.{name}").Method
+    shared = {f.name for f in dataclasses.fields(Unified)} if name == "fcid" else set()
+    for field in dataclasses.fields(kind):
+      if field.name not in ({"model", "spec", "update", "balanced"} | shared):  # not options
+        assert f"`{field.name}`" in section, (name, field.name)
