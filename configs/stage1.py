@@ -26,7 +26,7 @@ def get_config(arg=""):
   )
   config.model.towers.text = common.tower("minilm", whiten=0.25)
   config.codebook.codes.image = 256
-  config.codebook.dim = 4
+  config.codebook.dim = 2
   config.codebook.distance = "l2"
   config.codebook.normalize = False
 
@@ -40,8 +40,8 @@ def get_config(arg=""):
     mixup=1.0,
     code_rows=8,
     losses={
-      "info_nce": 1.0,
-      "info_nce_plain": 0.0,
+      "info_nce": 0.5,
+      "info_nce_plain": 0.5,
       "commitment": 10.0,
       "code_contrast": 0.01,
       "code_uniform": 0.01,

@@ -7,7 +7,8 @@ points and Household's images are rendered. Numbers on them say so.
 from configs import common, stage1
 
 LOSSES = {
-  "info_nce": 1.0,
+  "info_nce": 0.5,
+  "info_nce_plain": 0.5,
   "commitment": 10.0,
   "code_contrast": 0.01,
   "code_uniform": 0.01,
