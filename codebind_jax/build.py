@@ -13,7 +13,11 @@ from codebind_jax.models.codebind import CodeBind, TowerSpec
 
 
 def make_model(config: Any, **body: Any) -> CodeBind:
-  """The towers of `config.model`; `body` overrides options of the bodies that have them."""
+  """The towers of `config.model`; `body` overrides options of the bodies that have them.
+
+  All modalities but text have decoders if a stage has the term `reconstruction`, else none has.
+  """
+  decoded = any(config.stages[name].losses.get("reconstruction") for name in config.stage_order)
   options = lambda given: given | {key: value for key, value in body.items() if key in given}
   towers = {
     name: TowerSpec(
@@ -27,6 +31,7 @@ def make_model(config: Any, **body: Any) -> CodeBind:
       meaning_dim=tower.meaning_dim,
       body=tower.body,
       body_options=FrozenDict(options(tower.body_options.to_dict())),
+      decoder=FrozenDict(config.model.decoder.to_dict() if decoded and name != "text" else {}),
     )
     for name, tower in config.model.towers.items()
   }

@@ -159,6 +159,9 @@ def _validate_train(config: ml_collections.ConfigDict) -> None:
     where = f"stages.{stage.name}"
     check_keys([m for pair in stage.pairs for m in pair], towers, f"{where}.pairs")
     check_keys(stage.losses, TERMS, f"{where}.losses")
+    decoder = config.model.decoder if stage.losses.get("reconstruction") else None
+    if decoder and (min(decoder.width, decoder.heads, decoder.depth) < 1 or decoder.width % decoder.heads):
+      raise ValueError(f"config.model.decoder: got {decoder.to_dict()}; allowed: above 0, heads divide width")
     for key in ("steps", "batch_size"):
       if getattr(stage, key) < 1:
         raise ValueError(f"config.{where}.{key}: got {getattr(stage, key)}; allowed: any number above 0")

@@ -16,6 +16,7 @@ from codebind_jax.data.featurize import Featurizer
 from codebind_jax.data.task import EvalSet, Task, open_task
 from codebind_jax.evaluators import base
 from codebind_jax.evaluators.codes import CodebookUsage, shared_counts, table_counts
+from codebind_jax.evaluators.decomposition import decomposition
 from codebind_jax.evaluators.probe import LinearProbe, NearestClassMean
 from codebind_jax.evaluators.retrieval import Emergent, Retrieval
 from codebind_jax.evaluators.zeroshot import ZeroShot
@@ -122,6 +123,9 @@ class Evaluation:
       for probe, field in self._probes(test, table, train.get(test.world) or {}, means, "probe" in tasks):
         told = _told(table, train[test.world], probe.modality, field)
         found |= base.run_evaluators([probe], told, prefix=prefix)
+      if any("{modality}" in field for field in test.probes):
+        mine = {name.removeprefix(f"{prefix}/"): value for name, value in found.items() if name.startswith(prefix)}
+        found |= {f"{prefix}/{name}": value for name, value in decomposition(mine, table, test.probes)}
     if model.method.codebook_sizes and "codes" in tasks and train:
       found |= base.run_evaluators([self._usage(model, train)], _stacked(train.values()), prefix="eval/train")
     if "retrieval" in tasks:

@@ -15,7 +15,7 @@ from codebind_jax import losses, optim
 from codebind_jax.codebook import CodebookState, usage_stats
 from codebind_jax.compositional import CompositionalSpec, ModalityOutput, quantize_modalities
 from codebind_jax.gradient_cache import in_parts
-from codebind_jax.models.codebind import CodeBind
+from codebind_jax.models.codebind import CodeBind, decode
 from codebind_jax.norm import unit
 from codebind_jax.sharding import BATCH
 from codebind_jax.stages import Stage
@@ -35,6 +35,8 @@ class Context:
     stage: the stage.
     segment: width of the codes.
     groups: int [b], equal for rows of one label; None where no two rows of a batch share a label.
+    tokens: modality -> the trunk's tokens [b, n, c].
+    decode: (modality, `full` of all its tokens, width) -> the trunk's tokens as its decoder has them; None: no decoder.
   """
 
   outputs: Mapping[str, Any]
@@ -45,6 +47,8 @@ class Context:
   stage: Stage
   segment: int
   groups: Any = None
+  tokens: Mapping[str, Float[Array, "b n c"]] = dataclasses.field(default_factory=dict)
+  decode: Callable[[str, Float[Array, "b m d"], int], Float[Array, "b m c"]] | None = None
 
   @property
   def pairs(self) -> list[tuple[str, str]]:
@@ -121,8 +125,25 @@ def _decomposition(c: Context) -> Float[Array, ""]:
   ])
 
 
+def _decorrelation(c: Context) -> Float[Array, ""]:
+  return _mean([
+    losses.decorrelation((out := c.outputs[m]).shared[:, 0], out.specific[:, 0], mask=c.masks[m])
+    for m in c.with_specific
+  ])
+
+
 def _specific_uniform(c: Context) -> Float[Array, ""]:
   return _mean([losses.specific_uniform(c.outputs[m].specific[:, 0], mask=c.masks[m]) for m in c.with_specific])
+
+
+def _reconstruction(c: Context) -> Float[Array, ""]:
+  """Sum over the modalities (spec section 3); tokens are standardised, so that 1 is the error of a constant."""
+  total = jnp.zeros((), jnp.float32)
+  for name in (m for m in c.outputs if m != "text"):
+    target = jax.nn.standardize(c.tokens[name].astype(jnp.float32), epsilon=1e-6)
+    decoded = c.decode(name, c.outputs[name].full, target.shape[-1])
+    total += losses.reconstruction(decoded, target, mask=c.masks[name])
+  return total
 
 
 # Name in config.stages.*.losses -> pure function of a Context (spec section 3).
@@ -134,7 +155,9 @@ TERMS: dict[str, Callable[[Context], Float[Array, ""]]] = {
   "code_uniform": _code_uniform,
   "code_matching": _code_matching,
   "decomposition": _decomposition,
+  "decorrelation": _decorrelation,
   "specific_uniform": _specific_uniform,
+  "reconstruction": _reconstruction,
 }
 
 
@@ -188,6 +211,8 @@ def make_train_step(
       context = Context(
         mine, mine_plain, mine_masks, scales, state.codebooks, stage, spec.code_dims[0] if spec else 0,
         None if stage.unique_labels else content["_group"],
+        {m: tokens[m][rows] for (s, m), rows in owners.items() if s == source},
+        lambda name, full, width: decode(model, params, name, full, width),
       )  # fmt: skip
       for name in active:
         terms[name] += TERMS[name](context) * (shares[source] / sum(shares.values()))

@@ -15,6 +15,7 @@ from codebind_jax import config as config_lib
 from codebind_jax.api import Model
 from codebind_jax.data.task import EvalSet, Task
 from codebind_jax.evaluate import Evaluation, named_pairs
+from codebind_jax.evaluators.decomposition import PRIVATE
 from codebind_jax.metrics import read_metrics
 from codebind_jax.report_data import (
   Attribution,
@@ -56,7 +57,14 @@ def headline(config: Any, task: Task, final: Mapping[str, float]) -> list[Score]
       for field in sorted({field for s in sets for field in s.probes}):
         for part in ("shared", "specific", "full"):
           metrics[f"probe/{field}/{modality}/{part}"] = f"Linear probe of {field}, {part}"
-  counts = {f"{name}/{metric}": rows[_asks(metric)] for name, rows in asked.items() for metric in metrics}
+  for field in dict.fromkeys(field for s in sets if any("{modality}" in f for f in s.probes) for field in s.probes):
+    factor, right, wrong = (
+      (PRIVATE, "specific", "shared") if "{modality}" in field else (field, "shared", "specific")
+    )
+    metrics[f"decomposition/{factor}/kept"] = f"Decomposition: {factor} in {right}, % of what full has"
+    metrics[f"decomposition/{factor}/leaked"] = f"Decomposition: {factor} in {wrong}, points above chance"
+  counts = {f"{name}/{metric}": rows[_asks(metric)] for name, rows in asked.items() for metric in metrics
+            if not metric.startswith("decomposition/")}
   return scores_from_metrics(own, base or None, metrics=metrics, sets=titles, counts=counts, chance=chance)
 
 

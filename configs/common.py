@@ -91,6 +91,7 @@ def get_config():
   config.model.quantize = True
   config.model.half = ()  # path regexes of parameters kept in bfloat16 (frozen trunks)
   config.model.towers = ConfigDict()
+  config.model.decoder = ConfigDict({"width": 128, "depth": 1, "heads": 4})  # made if a stage has `reconstruction`
 
   config.codebook = ConfigDict()
   config.codebook.dim = 8
@@ -117,7 +118,7 @@ def get_config():
   config.optim.accumulate = 1  # more is refused: see stages.*.parts
   # (path regex, learning-rate multiplier, weight-decay multiplier); the first match wins
   config.optim.rules = ((r".*_log_logit_scale", 1.0, 0.0), (r".*(bias|scale)", 1.0, 0.0), (r".*kernel", 1.0, 1.0),
-                        (r"method/codes", 1.0, 0.0))  # fmt: skip
+                        (r"method/codes", 1.0, 0.0), (r".*/decoder/positions", 1.0, 0.0))  # fmt: skip
 
   config.stages = ConfigDict()
   config.stage_order = ()

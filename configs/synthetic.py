@@ -2,7 +2,7 @@
 
 Command: python -m codebind_jax.main --config=configs/synthetic.py --workdir=runs/synthetic
          (:runlocal for the smallest form)
-Time: about 2 minutes on 2 idle CPU cores.
+Time: a few minutes on 2 idle CPU cores. What each part should hold at the end: docs/decomposition.md.
 """
 
 from configs import common
@@ -15,11 +15,13 @@ WORLDS = ("synthetic-image-video-text", "synthetic-image-depth-thermal-points-te
 def get_config(arg=""):
   config = common.get_config()
   config.steps = 300
-  config.batch_size = 128
+  config.batch_size = 256
   config.data.worlds = WORLDS
   config.data.profile = "small"
-  config.data.captions = "each"
-  config.model.shared_dim = 128
+  config.data.captions = "joined"  # each names the class, every second one the style as well
+  # Narrow parts: features that vary by chance correlate by sqrt(32 * 32) / 256 of `decorrelation`, wide ones by more.
+  config.model.shared_dim = 32
+  config.optim.learning_rate = 3e-3
   config.codebook.dim = 4
   config.codebook.distance = "l2"
   config.codebook.normalize = False
@@ -27,13 +29,13 @@ def get_config(arg=""):
   config.model.towers.text = common.tower("words", options={"width": 64})
   for sensor in SENSORS:
     config.model.towers[sensor] = common.tower(
-      "raw", options={"width": 64, "modality": sensor}, body="mlp", body_options={"width": 256}, specific_dim=128,
+      "raw", options={"width": 64, "modality": sensor}, body="mlp", body_options={"width": 256}, specific_dim=32,
     )
     config.codebook.codes[sensor] = 128
   config.emergent = (("audio", "video"), ("audio", "depth"), ("audio", "points"), ("thermal", "points"))
 
   losses = {"info_nce": 1.0, "commitment": 10.0, "code_contrast": 0.01, "code_uniform": 0.01, "code_matching": 0.05,
-            "decomposition": 0.1, "specific_uniform": 1.0}
+            "decomposition": 0.1, "decorrelation": 2.0, "specific_uniform": 1.0, "reconstruction": 1.0}
   new = lambda *names: tuple(rf"{name}(/.*|_log_logit_scale)" for name in names)
   stages = {
     "bridges": (("image", "text"), ("video", "text")),

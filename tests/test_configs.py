@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 from codebind_jax import config as config_lib
+from codebind_jax.data.worlds import registry
 from configs import common, progressive, stage3, worlds
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
@@ -49,6 +50,15 @@ def test_a_stage_s_own_numbers_leave_the_other_stages_alone():
   config = common.get_config()
   entry = common.stage(config, steps=7, batch_size=9)
   assert (entry.steps, entry.batch_size) == (7, 9) and (config.steps, config.batch_size) == (500, 256)
+
+
+@pytest.mark.parametrize("world", sorted(registry.WORLDS))
+def test_rule_7_no_set_is_of_training_rows_and_none_to_choose_by_is_of_rows_to_be_tested_on(world):
+  module = registry.world_module(world)
+  for profile in module.PROFILES:
+    splits = {role: {s.split for s in module.eval_sets(profile).values() if s.role == role} for role in ("val", "test")}
+    assert splits["val"] and not splits["val"] & splits["test"] and "train" not in splits["val"] | splits["test"]
+    assert {s.role for s in module.eval_sets(profile).values()} <= set(splits)
 
 
 def test_video_is_bound_where_the_data_has_it():

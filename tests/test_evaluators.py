@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, recall_score
 
-from codebind_jax.evaluators import base, codes, intervals, probe, retrieval, zeroshot
+from codebind_jax.evaluators import base, codes, decomposition, intervals, probe, retrieval, zeroshot
 
 
 def unit(*degrees):
@@ -497,3 +497,30 @@ def test_two_evaluators_cannot_share_a_name():
   twice = [codes.CodebookUsage({"shared": 4}), codes.CodebookUsage({"shared": 4})]
   with pytest.raises(ValueError, match="'codebook/shared/active_share' was already yielded by evaluator 'codebook'"):
     list(base.run_evaluators(twice, table))
+
+
+# Decomposition.
+
+
+def test_decomposition_by_hand():
+  columns = {"label": np.array(["a", "a", "b", "c"]), "private_depth": np.array(["x", "x", "x", "y"])}
+  table = {"depth": columns, "audio": {"label": np.array(["a", "b"]), "private_audio": np.array(["x", "y"])},
+           "text": {"label": np.array(["a", "b", "c"])}}
+  accuracy = lambda field, modality, *parts: {
+    f"probe/{field}/{modality}/{part}": value for part, value in zip(base.PARTS, parts)
+  }
+  found = {
+    **accuracy("label", "depth", 90.0, 60.0, 100.0), **accuracy("private_depth", "depth", 80.0, 45.0, 90.0),
+    **accuracy("label", "audio", 50.0, 50.0, 50.0),
+  }
+  got = dict(decomposition.decomposition(found, table, ("label", "private_{modality}")))
+  # Chance: depth's label a is 2 of 4, its private x 3 of 4; audio's label 1 of 2. Text and audio's own were not probed.
+  assert got == {
+    "decomposition/depth/label/kept": 90.0, "decomposition/depth/label/leaked": 10.0,
+    "decomposition/depth/private/kept": 50.0, "decomposition/depth/private/leaked": 5.0,
+    "decomposition/audio/label/kept": 100.0, "decomposition/audio/label/leaked": 0.0,
+    "decomposition/label/kept": 95.0, "decomposition/label/kept_least": 90.0,
+    "decomposition/label/leaked": 5.0, "decomposition/label/leaked_most": 10.0,
+    "decomposition/private/kept": 50.0, "decomposition/private/kept_least": 50.0,
+    "decomposition/private/leaked": 5.0, "decomposition/private/leaked_most": 5.0,
+  }  # fmt: skip

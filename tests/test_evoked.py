@@ -22,6 +22,15 @@ def test_rule_6_the_split_is_chronological():
   assert last["train"] < first["val"] and last["val"] < first["test"]
 
 
+def test_rule_7_standardisation_knows_training_epochs_alone():
+  rng = np.random.default_rng(0)
+  train = rng.normal(3.0, 2.0, (9, 2, 10))
+  found = eeg_patches.statistics(train, 5)
+  cut = train.reshape(9, 2, 2, 5).mean(axis=3).transpose(0, 2, 1)
+  np.testing.assert_allclose(found["mean"], cut.mean(axis=0))
+  np.testing.assert_allclose(found["deviation"], cut.std(axis=0))
+
+
 def test_eval_sets_ask_for_the_stimulus_and_for_the_sense():
   sets = evoked.eval_sets("tiny")
   assert len(sets["test_condition"].candidates) == 4 and sets["val_condition"].role == "val"

@@ -35,6 +35,11 @@ def test_a_shape_is_in_one_split():
   assert sum(1 for c in collections.Counter(o["group"] for o in household.plan("small")).values() if c > 1) == 8
 
 
+def test_every_class_that_is_asked_for_was_trained_on():
+  split = lambda wanted: {household.label(o) for o in household.plan("small") if o["split"] == wanted} - {""}
+  assert split("train") == set(household.eval_sets("small")["test"].candidates) >= split("val") | split("test")
+
+
 def test_no_object_is_called_by_an_unseen_concept():
   for entry in household.plan("small"):
     called = {household._concepts()[entry["key"]], *map(names.to_concept, household.texts(entry))}
@@ -232,6 +237,17 @@ def test_toy_world_is_built_whole(toy):
   assert {r["label"] for r in source.rows if r["library"] == "Scopia"} == {""}
   assert "default: 3 models by Ann (CC)" in (folder / "ATTRIBUTION.md").read_text()
   assert not list(folder.parent.glob(".unpacked-*"))
+
+
+def test_rule_4_all_views_of_an_object_are_in_its_split(toy):
+  registry.ensure("household", "small", toy)
+  views, groups = collections.defaultdict(list), collections.defaultdict(set)
+  for split in ("train", "val", "test"):
+    for row in open_source({"name": "household", "profile": "small", "split": split, "data_dir": str(toy)}).rows:
+      views[row["object"], split].append(row["view"])
+      groups[row["group"]].add(split)
+  assert all(len(set(found)) == len(found) == 6 for found in views.values())
+  assert len({name for name, _ in views}) == len(views) and max(map(len, groups.values())) == 1
 
 
 def test_views_of_an_object_have_points_of_their_own(toy):

@@ -267,3 +267,19 @@ def test_balancer_weights_carry_no_gradient():
   state = losses.balance_init(["info_nce", "decomposition"])
   weigh = lambda x: losses.balance_update(state, {"info_nce": x, "decomposition": 2 * x}).weight["decomposition"]
   assert jax.grad(weigh)(1.5) == 0
+
+
+def test_decorrelation_is_the_mean_square_of_the_correlations_by_hand():
+  rng = np.random.default_rng(0)
+  shared, specific = rng.normal(size=(40, 3)), rng.normal(size=(40, 5))
+  specific[:, 0] = 7 * shared[:, 1] - 2  # scale and shift do not matter
+  mask = np.arange(40) < 30
+  found = losses.decorrelation(shared.astype(np.float32), specific.astype(np.float32), mask=mask)
+  both = np.corrcoef(np.concatenate([shared, specific], axis=1)[:30].T)[:3, 3:]
+  assert abs(both[1, 0]) > 0.999
+  np.testing.assert_allclose(found, (both**2).sum() / np.sqrt(15), rtol=1e-4)
+  shared[~mask], specific[~mask] = np.nan, 1e30
+  np.testing.assert_allclose(losses.decorrelation(shared.astype(np.float32), specific, mask=mask), found, rtol=1e-5)
+  value, slope = jax.value_and_grad(losses.decorrelation)(np.ones((30, 3), "f"), specific[:30].astype(np.float32))
+  assert value == 0 and np.isfinite(slope).all()
+  assert losses.decorrelation(np.ones((4, 2), "f"), np.ones((4, 2), "f"), mask=np.zeros(4, bool)) == 0

@@ -179,6 +179,16 @@ def test_toy_world_is_built_whole(toy):
   assert {(r["label"], r["concept"]) for r in val.rows} == {("brick", "brick")}
 
 
+def test_rule_5_all_crops_of_a_texture_are_in_its_split(toy):
+  registry.ensure("materials", "small", toy)
+  splits = collections.defaultdict(list)
+  for split in ("train", "val", "test"):
+    for row in open_source({"name": "materials", "profile": "small", "split": split, "data_dir": str(toy)}).rows:
+      splits[row["texture"]].append(split)
+  assert sorted(len(found) for found in splits.values()) == [12, 12, 24, 24]
+  assert all(len(set(found)) == 1 for found in splits.values())
+
+
 def test_package_from_pypi_must_be_as_recorded(toy):
   names.table("materials")["textures"][0]["sha1"] = "1" * 40
   with pytest.raises(ValueError, match=r"lib/a.png: expected SHA-1 111"):

@@ -99,6 +99,25 @@ def test_rule_3_no_group_in_two_splits_and_test_sources_not_in_training(profile)
   assert not {("scratch", "train"), ("gcompris", "train"), ("scratch", "val")} & sources
 
 
+@pytest.mark.parametrize("profile", ["small", "full"])
+def test_sounds_are_asked_for_by_concepts_that_were_heard_in_training(profile):
+  trained = {i.concept for i in menagerie.plan(profile) if i.form == "recording" and i.split == "train"}
+  for role in ("val", "test"):
+    assert {row["concept"] for row in kept(profile, f"{role}_sounds")} <= trained
+    own = {item.id for item in menagerie.plan(profile) if item.split == role}
+    rows = [row for name in ("sounds", "recordings", "instruments") for row in kept(profile, f"{role}_{name}")]
+    assert rows and {row["id"] for row in rows} <= own
+
+
+def test_a_clip_that_was_trained_on_is_in_no_set_but_that_of_emergent_pairs():
+  # Its frames are the drawings of the training icons: accuracy on them says nothing.
+  trained = {item.id for item in menagerie.plan("full") if item.form == "clip" and item.split == "train"}
+  sets = [name for name in menagerie.eval_sets("full") if not name.endswith("audio_video")]
+  shown = {row["id"] for name in sets for row in kept("full", name) if row["form"] == "clip"}
+  assert trained and shown and not trained & shown
+  assert not menagerie.eval_sets("full")["test_audio_video"].candidates
+
+
 def test_held_out_notes_share_font_and_key_with_no_training_note():
   by_concept = collections.defaultdict(lambda: {True: set(), False: set()})
   for note in notes.plain() + notes.extra():

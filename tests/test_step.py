@@ -1,4 +1,4 @@
-"""The training step: mixup, alignment before the quantiser."""
+"""The training step: mixup, alignment before the quantiser, reconstruction."""
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +6,12 @@ import numpy as np
 
 from codebind_jax import build
 from codebind_jax.compositional import new_codebooks
-from codebind_jax.optim import make_optimizer
+from codebind_jax.models.decoder import Decoder
+from codebind_jax.optim import make_optimizer, param_paths
 from codebind_jax.stages import stages_of
 from codebind_jax.state import TrainState
-from codebind_jax.step import make_train_step, mixed
-from configs import stage1
+from codebind_jax.step import make_embed_step, make_train_step, mixed
+from configs import stage1, synthetic
 
 ROWS = slice(0, 6)
 
@@ -77,3 +78,63 @@ def test_info_nce_before_the_quantiser_is_that_of_a_model_without_one():
   np.testing.assert_allclose(quantised["train/info_nce_plain"], plain["train/info_nce"], rtol=1e-5)
   np.testing.assert_allclose(plain["train/total"], 1.5 * plain["train/info_nce"], rtol=1e-5)
   assert abs(quantised["train/info_nce"] - quantised["train/info_nce_plain"]) > 1e-3
+
+
+def reconstructing(losses):
+  config = synthetic.get_config("runlocal").unlock()
+  for name in set(config.model.towers) - {"image", "depth", "text"}:
+    del config.model.towers[name]
+    del config.codebook.codes[name]
+  for name in ("image", "depth"):
+    config.model.towers[name].update({"specific_dim": 8, "body_options": {"width": 8}})
+    config.codebook.codes[name] = 4
+  config.update_from_flattened_dict({
+    "model.shared_dim": 8, "codebook.shared_codes": 4, "model.decoder.width": 8, "model.decoder.heads": 2,
+    "steps": 2, "batch_size": 6, "stages.bridges.pairs": (("image", "text"),), "stages.bridges.losses": losses,
+  })
+  config.stage_order = ("bridges",)
+  model = build.make_model(config)
+  rng = np.random.default_rng(0)
+  batch = {name: jnp.asarray(3 * rng.normal(size=(6, 1, 12)) + 1, jnp.float32) for name in config.model.towers}
+  params = model.init(jax.random.key(0), batch)["params"]
+  batch["_mask"] = {name: jnp.ones(6, bool) for name in config.model.towers}
+  batch["_mask"]["depth"] = jnp.asarray([1, 1, 0, 1, 0, 0], bool)
+  batch["_group"] = jnp.arange(6)
+  return config, model, params, batch
+
+
+def test_decoders_exist_where_a_stage_reconstructs_and_only_there():
+  without, having = (
+    reconstructing({"info_nce": 1.0, "reconstruction": weight})[2] for weight in (0.0, 0.5)
+  )  # fmt: skip
+  assert all("decoder" not in without[name] for name in ("image", "depth", "text"))
+  assert {name for name in ("image", "depth", "text") if "decoder" in having[name]} == {"image", "depth"}
+  paths = param_paths(having["depth"]["decoder"])
+  assert paths["deconv/kernel"].shape == (1, 8, 12) and paths["positions"].shape == (1, 16)
+
+
+def test_reconstruction_is_the_error_of_standardised_tokens_and_reaches_every_part():
+  config, model, params, batch = reconstructing({"reconstruction": 2.0})
+  spec, stage = build.make_spec(config), stages_of(config)[0]
+  books = new_codebooks(jax.random.key(1), spec, config.model.towers)
+  tx, _ = make_optimizer(params, stage.train, config.optim.to_dict() | {"warmup": 0, "weight_decay": 0.0}, 2)
+  state = TrainState(jnp.zeros((), jnp.int32), params, books, tx.init(params), {}, jax.random.key(2))
+  after, metrics = jax.jit(make_train_step(model, spec, stage, tx))(state, {"rows": batch})
+
+  tokens = {name: batch[name] for name in config.model.towers}
+  outputs = jax.jit(make_embed_step(model, spec))(params, books, tokens)
+  expected = 0.0
+  for name in ("image", "depth"):
+    x, rows = np.asarray(tokens[name], np.float64), np.asarray(batch["_mask"][name])
+    x = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
+    found = Decoder((1,), 12, (1,), cls_token=False, **config.model.decoder).apply(
+      {"params": params[name]["decoder"]}, outputs[name].full
+    )
+    expected += np.mean((np.asarray(found) - x)[rows] ** 2)
+  np.testing.assert_allclose(metrics["train/reconstruction"], expected, rtol=1e-4)
+  np.testing.assert_allclose(metrics["train/total"], 2 * metrics["train/reconstruction"], rtol=1e-6)
+  moved = {path: bool((old != new).any()) for (path, old), new in zip(
+    param_paths(params).items(), jax.tree.leaves(after.params))}
+  for part in ("body/first", "shared/proj", "specific/proj", "decoder/deconv", "decoder/embed"):
+    assert moved[f"image/{part}/kernel"] and moved[f"depth/{part}/kernel"], part
+  assert not moved["text/shared/proj/kernel"]

@@ -115,7 +115,7 @@ class SyntheticSource(Source):
     d = self._draw
     super().__init__(f"{NAME}/{split}", [
       {"id": f"{split}{i}", "label": label_name(d.label[i]), "concept": label_name(d.label[i]),
-       "style": f"style{d.style[i]}"}
+       "style": f"style{d.style[i]}", "kind": f"{label_name(d.label[i])} style{d.style[i]}"}
       | {f"private_{m}": f"p{d.private[m][i]}" for m in self._sensors}
       | ({"text": [label_name(d.label[i]), f"{label_name(d.label[i])} style{d.style[i]}"]} if "text" in modalities
          else {})
@@ -176,6 +176,7 @@ class World:
   factors: Factors = Factors()
 
   PROFILES = ("tiny", "small", "full")
+  UNIQUE = "kind"  # rows of one class and style are not each other's negatives
   ROWS = {"tiny": 512, "small": 4096, "full": 32768}
 
   @classmethod

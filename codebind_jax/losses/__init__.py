@@ -15,6 +15,7 @@ from codebind_jax.losses.contrastive import info_nce as info_nce
 from codebind_jax.losses.cpc import cpc as cpc
 from codebind_jax.losses.cpc import cross_cpc as cross_cpc
 from codebind_jax.losses.disentangle import decomposition as decomposition
+from codebind_jax.losses.disentangle import decorrelation as decorrelation
 from codebind_jax.losses.disentangle import specific_uniform as specific_uniform
 from codebind_jax.losses.mutual_information import club_estimate as club_estimate
 from codebind_jax.losses.mutual_information import club_likelihood as club_likelihood

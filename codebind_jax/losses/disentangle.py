@@ -56,6 +56,35 @@ def decomposition(
   return _masked_mean(norm, rows)
 
 
+def decorrelation(
+  shared: Float[Array | np.ndarray, "b d"], specific: Float[Array | np.ndarray, "b p"], *,
+  mask: Bool[Array | np.ndarray, "b"] | None = None,
+) -> Float[Array, ""]:
+  """Sum of the squared correlations over the batch of every shared with every specific feature, over sqrt(d p).
+
+  `decomposition` asks that the two vectors of one item are orthogonal, which two different maps of the same factor can
+  be. Here what varies linearly with the one part must not do so with the other: if it is 0, and a factor is a linear
+  function of one part, no linear probe finds it in the other. Independent features give about sqrt(d p) / b, by chance;
+  it helps where that is well under 1. Not in the paper.
+
+  Args:
+    shared: shared parts of the class tokens.
+    specific: specific parts.
+    mask: True for rows that count; 0 for fewer than two.
+  """
+  weight = jnp.ones(shared.shape[0], jnp.float32) if mask is None else jnp.asarray(mask, jnp.float32)
+  count = jnp.maximum(weight.sum(), 1.0)
+
+  def standard(x):
+    x = jnp.where(weight[:, None] > 0, jnp.asarray(x, jnp.float32), 0.0)
+    x = (x - x.sum(0) / count) * weight[:, None]
+    # Features that do not vary have no correlation: the small number only keeps their division finite.
+    return x / jnp.sqrt(jnp.sum(x * x, axis=0) + 1e-6 * jnp.sum(x * x) / x.shape[1] + 1e-12)
+
+  correlation = jnp.matmul(standard(shared).T, standard(specific), precision=jax.lax.Precision.HIGHEST)
+  return jnp.sum(jnp.square(correlation)) / (shared.shape[1] * specific.shape[1]) ** 0.5
+
+
 def specific_uniform(
   s: Float[Array | np.ndarray, "b d"], *, mask: Bool[Array | np.ndarray, "b"] | None = None
 ) -> Float[Array, ""]:

@@ -14,6 +14,7 @@ from flax.core import FrozenDict
 from jaxtyping import Array, Float
 
 from codebind_jax.models.bodies import make_body
+from codebind_jax.models.decoder import Decoder
 
 INITS = {
   "orthogonal": nn.initializers.orthogonal(),
@@ -38,6 +39,7 @@ class TowerSpec:
     meaning_dim: how many columns.
     body: name of a module of `models.bodies` that trains between the trunk's tokens and the heads; "" for none.
     body_options: its attributes.
+    decoder: `width`, `depth` and `heads` of the decoder that reconstructs the trunk's tokens; empty for none.
   """
 
   shared_dim: int
@@ -50,6 +52,7 @@ class TowerSpec:
   meaning_dim: int = 0
   body: str = ""
   body_options: Mapping[str, Any] = FrozenDict()
+  decoder: Mapping[str, Any] = FrozenDict()
 
 
 class Head(nn.Module):
@@ -106,7 +109,7 @@ def whitened(
 
 
 class Tower(nn.Module):
-  """Shared and specific head of one modality."""
+  """Shared and specific head of one modality, and its decoder where it has one."""
 
   spec: TowerSpec
 
@@ -125,7 +128,7 @@ class Tower(nn.Module):
     self, tokens: Float[Array, "b n c"], train: bool = False, added: Float[Array, "b n s"] | None = None
   ) -> Float[Array, "b m d"]:
     """Trunk tokens (or the body's) to [b, m, shared_dim + specific_dim]; `added` is added to the shared part."""
-    parts = []
+    parts, width = [], tokens.shape[-1]
     if self.spec.body:
       tokens = self.body(tokens, train)
     if self.spec.shared_dim:
@@ -133,13 +136,21 @@ class Tower(nn.Module):
       parts.append(shared if added is None else shared + added)
     if self.spec.specific_dim:
       parts.append(self.specific(tokens, train))
-    return jnp.concatenate(parts, axis=-1)
+    out = jnp.concatenate(parts, axis=-1)
+    if self.spec.decoder and self.is_initializing():
+      self.decode(out, width)
+    return out
+
+  @nn.compact
+  def decode(self, full: Float[Array, "b m d"], width: int) -> Float[Array, "b m c"]:
+    """The trunk's tokens, `width` wide, from the `full` embeddings of all tokens (spec 1.8, the trunk left out)."""
+    return Decoder((full.shape[1],), width, (1,), cls_token=False, name="decoder", **self.spec.decoder)(full)
 
 
 class CodeBind(nn.Module):
   """Towers of all modalities.
 
-  Parameters live under `<modality>/{body,shared,specific}` and `<modality>_log_logit_scale`.
+  Parameters live under `<modality>/{body,shared,specific,decoder}` and `<modality>_log_logit_scale`.
   """
 
   towers: Mapping[str, TowerSpec]
@@ -176,3 +187,10 @@ class CodeBind(nn.Module):
       )
       scales[name] = jnp.minimum(jnp.exp(log_scale), 100.0)
     return features, scales
+
+
+def decode(
+  model: CodeBind, params: Mapping[str, Any], name: str, full: Float[Array, "b m d"], width: int
+) -> Float[Array, "b m c"]:
+  """`Tower.decode` of the modality `name`, given the parameters of the whole model."""
+  return Tower(model.towers[name]).apply({"params": params[name]}, full, width, method="decode")

@@ -1,0 +1,60 @@
+"""Whether the parts hold what they are named for, where the factors are known: read off the accuracies of probes."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Shaped
+
+from codebind_jax.evaluators import base
+
+PRIVATE = "private"
+
+
+def chance(values: Shaped[np.ndarray, "n"]) -> float:
+  """Percentage right of a probe that knows nothing and names the most frequent value."""
+  return 100.0 * float(np.unique(values, return_counts=True)[1].max()) / len(values)
+
+
+def fields_of(probes: Sequence[str], modality: str) -> dict[str, str]:
+  """Factor -> field of the row: shared factors by their own name, the one of each modality's own as `PRIVATE`.
+
+  Args:
+    probes: fields, of which one with `{modality}` in its name is a factor that this modality alone shows.
+    modality: whose.
+  """
+  return {PRIVATE if "{modality}" in field else field: field.format(modality=modality) for field in probes}
+
+
+def decomposition(found: Mapping[str, float], table: base.Table, probes: Sequence[str]) -> Iterator[tuple[str, float]]:
+  """How much of a factor is where it belongs, and how much is where it does not.
+
+  A shared factor belongs into `shared`, a modality's private one into `specific`. What there is to be found is what the
+  same probe finds in `full`, all latents of the modality.
+
+  Args:
+    found: accuracies by linear probe, percent, `probe/<field>/<modality>/<part>` (`evaluators.probe.LinearProbe`).
+    table: the set they were measured on, for the chance of each factor.
+    probes: fields of the factors; those with `{modality}` are private.
+
+  Yields:
+    `decomposition/<modality>/<factor>/kept`, percent of the accuracy on `full` that the right part reaches, and
+    `.../leaked`, points above chance that the wrong part reaches; then over all modalities the means
+    `decomposition/<factor>/kept` and `leaked`, and the worst of each, `kept_least` and `leaked_most`.
+  """
+  kept: dict[str, list[float]] = {}
+  leaked: dict[str, list[float]] = {}
+  for modality, columns in table.items():
+    for factor, field in fields_of(probes, modality).items():
+      name = f"probe/{field}/{modality}"
+      right, wrong = ("specific", "shared") if factor == PRIVATE else ("shared", "specific")
+      if not all(f"{name}/{part}" in found for part in base.PARTS):
+        continue
+      kept.setdefault(factor, []).append(100.0 * found[f"{name}/{right}"] / found[f"{name}/full"])
+      leaked.setdefault(factor, []).append(found[f"{name}/{wrong}"] - chance(columns[field]))
+      yield f"decomposition/{modality}/{factor}/kept", kept[factor][-1]
+      yield f"decomposition/{modality}/{factor}/leaked", leaked[factor][-1]
+  for factor in kept:
+    yield f"decomposition/{factor}/kept", float(np.mean(kept[factor]))
+    yield f"decomposition/{factor}/kept_least", min(kept[factor])
+    yield f"decomposition/{factor}/leaked", float(np.mean(leaked[factor]))
+    yield f"decomposition/{factor}/leaked_most", max(leaked[factor])
