@@ -17,6 +17,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # fsdp splits the rows as well: each device gathers the weights it needs, layer by layer
@@ -55,6 +56,17 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     raise ValueError(f"mesh: {dict(zip(AXES, sizes))} does not fit {count} devices (one axis may be -1)")
   sizes = [count // known if size == -1 else size for size in sizes]
   return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def keep_rows(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+  """Keeps activations split by rows: weights that are split over `fsdp` are gathered, not activations added up.
+
+  Without a mesh (`jax.set_mesh`), or where the rows do not divide over its devices, x as it is.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or not set(BATCH) <= set(mesh.axis_names) or len(x) % math.prod(mesh.shape[axis] for axis in BATCH):
+    return x
+  return jax.lax.with_sharding_constraint(x, P(BATCH))
 
 
 @dataclasses.dataclass(frozen=True)

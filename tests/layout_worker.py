@@ -12,9 +12,11 @@ from codebind_jax import build, optim
 from codebind_jax import state as state_lib
 from codebind_jax.compile import compile_step
 from codebind_jax.compositional import new_codebooks
+from codebind_jax.models.transformer import Transformer
 from codebind_jax.sharding import make_layout
 from codebind_jax.stages import stages_of
 from codebind_jax.step import make_train_step
+from tests.codebook_worker import collectives
 from tests.train_fixtures import tiny_config
 
 LAYOUTS = {"8x1x1": "", "1x8x1": "fsdp", "2x2x2": "", "1x1x8": "tensor"}  # and what the codes are split over
@@ -72,6 +74,20 @@ def splits(state):
   }
 
 
+def trunk_collectives(scan):
+  """What devices tell each other in a step through a frozen trunk whose weights are split over `fsdp`."""
+  layout = make_layout(config_of("2x4x1"), jax.devices())
+  trunk = Transformer(2, 4, remat=True, scan=scan)
+  x = jax.ShapeDtypeStruct((ROWS, 6, 32), jnp.float32, sharding=layout.rows)
+  params = jax.eval_shape(trunk.init, jax.random.key(0), x)["params"]
+  place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+  params = jax.tree.map(place, params, layout.of(params, "params/image/trunk"))
+  scale = jax.ShapeDtypeStruct((32,), jnp.float32, sharding=layout.replicated)
+  loss = lambda scale, params, x: jnp.sum(jnp.sin(trunk.apply({"params": params}, scale * x)))
+  with jax.set_mesh(layout.mesh):
+    return collectives(jax.jit(jax.value_and_grad(loss)).lower(scale, params, x).compile().as_text())
+
+
 def main(folder):
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", 8)
@@ -81,6 +97,7 @@ def main(folder):
     layout, state = train(config_of(name, **{"sharding.codes": codes}), jax.devices())
     np.savez(folder / f"{name}.npz", **whole(layout, state))
     found[name] = {"splits": splits(state), "table": layout.table(state)}
+  found["trunk"] = {str(scan): trunk_collectives(scan) for scan in (False, True)}
   (folder / "found.json").write_text(json.dumps(found))
   np.savez(folder / "one.npz", **whole(*train(config_of("1x1x1"), jax.devices()[:1])))
 

@@ -45,6 +45,15 @@ def test_state_is_split_as_the_rules_say(eight, name, kernel, codes, bias):
   assert of("text/shared/norm/bias") == {bias}
 
 
+@pytest.mark.parametrize("scan", ["False", "True"])
+def test_weights_are_gathered_and_activations_stay_where_they_are(eight, scan):
+  found = json.loads((eight / "found.json").read_text())["trunk"][scan]
+  kernels = {32 * 96, 32 * 32, 32 * 128}
+  assert {size for operation, size in found if operation == "all-gather"} == kernels
+  assert all(operation in ("all-gather", "all-reduce") for operation, _ in found)
+  assert max(size for operation, size in found if operation == "all-reduce") <= 32, "the loss and a gradient [32]"
+
+
 def test_the_table_adds_up(eight):
   table = json.loads((eight / "found.json").read_text())["2x2x2"]["table"]
   numbers = lambda line: [float(x) for x in line[33:].split()[:3]]

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from codebind_jax.models.transformer import layer_norm
+from codebind_jax.sharding import keep_rows
 
 STEM_EPS = 1e-5
 _CUBIC = -0.75
@@ -110,7 +111,7 @@ class PatchStem(nn.Module):
     grid = patch_grid(x.shape[1:-1], self.patch, stride)
     made_for = patch_grid(self.size, self.patch, stride)
     conv = nn.Conv(self.width, self.patch, stride, padding="VALID", use_bias=self.bias, dtype=self.dtype, name="patch")
-    tokens = conv(x).reshape(x.shape[0], -1, self.width)
+    tokens = keep_rows(conv(x)).reshape(x.shape[0], -1, self.width)
     if self.norm:
       tokens = layer_norm("norm", dtype=self.dtype, eps=STEM_EPS)(tokens)
     cls_token = self.param("cls_token", nn.initializers.normal(self.width**-0.5), (self.width,))

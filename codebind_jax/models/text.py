@@ -8,6 +8,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from codebind_jax.sharding import keep_rows
+
 
 class TextStem(nn.Module):
   """Token embedding plus learned positions; the trunk behind it is causal.
@@ -39,7 +41,7 @@ class TextStem(nn.Module):
     embed = nn.Embed(self.vocab, self.width, dtype=self.dtype, name="embed")
     positions = self.param("positions", nn.initializers.normal(0.01), (self.context, self.width))
     positions = positions[: ids.shape[1]].astype(self.dtype or jnp.float32)
-    return embed(ids) + positions, positions
+    return keep_rows(embed(ids)) + positions, positions
 
 
 def pool_at_end(tokens: Float[Array, "b n d"], ids: Int[Array, "b n"]) -> Float[Array, "b 1 d"]:

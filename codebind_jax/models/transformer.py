@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from codebind_jax.sharding import keep_rows
+
 TRUNK_EPS = 1e-6
 
 
@@ -157,10 +159,10 @@ class Transformer(nn.Module):
     if self.scan:
       # A loop keeps what it recomputes apart by itself; the barrier against it would cost memory.
       block = nn.remat(Block, prevent_cse=False) if self.remat else Block
-      run = nn.scan(lambda block, x, mask: (block(x, mask), None), variable_axes={"params": 0},
+      run = nn.scan(lambda block, x, mask: (block(keep_rows(x), mask), None), variable_axes={"params": 0},
                     split_rngs={"params": True}, in_axes=nn.broadcast, length=self.depth)  # fmt: skip
       return run(block(*options, name="blocks"), x, mask)[0]
     block = nn.remat(Block) if self.remat else Block
     for i in range(self.depth):
-      x = block(*options, name=f"blocks_{i}")(x, mask)
+      x = block(*options, name=f"blocks_{i}")(keep_rows(x), mask)
     return x
