@@ -57,17 +57,18 @@ def with_jax(case):
   return lambda: float(jax.block_until_ready(step(features, states))[0][0])
 
 
-def with_torch(case):
+def with_torch(case, device="cpu"):
   """The obvious translation."""
   import torch
   import torch.nn.functional as F
 
   features, codes = data()
-  features = {name: torch.from_numpy(x).requires_grad_() for name, x in features.items()}
+  features = {name: torch.from_numpy(x).to(device).requires_grad_() for name, x in features.items()}
   books = {}
   for name, c in codes.items():
-    c = torch.from_numpy(c)
-    books[name] = {"codes": c, "count": torch.ones(len(c)), "sum": c.clone(), "usage": torch.zeros(len(c))}
+    c = torch.from_numpy(c).to(device)
+    ones = torch.ones(len(c), device=device)
+    books[name] = {"codes": c, "count": ones, "sum": c.clone(), "usage": 0 * ones}
 
   def quantise(z, book):
     k = len(book["codes"])
@@ -81,7 +82,7 @@ def with_torch(case):
     if case != "plain":
       rows = similarity.sort(dim=1).values
       logits = torch.cat([rows[:, -(k // 10) :].mean(1, keepdim=True), rows[:, : k // 2]], dim=1)
-      extra = F.cross_entropy(logits.softmax(1), torch.zeros(len(rows), dtype=torch.long))
+      extra = F.cross_entropy(logits.softmax(1), torch.zeros(len(rows), dtype=torch.long, device=device))
     return z + (q - z).detach(), commitment, extra, (one_hot.sum(0), one_hot.T @ z.detach(), z.detach())
 
   def update(book, parts):
@@ -91,7 +92,7 @@ def with_torch(case):
     smoothed = (count + 1e-5) / (count.sum() + k * 1e-5) * count.sum()
     usage = 0.99 * book["usage"] + 0.01 * n / n.sum()
     rate = torch.exp(-usage * k * 10 / 0.01 - 1e-3)[:, None]
-    anchors = z[torch.randint(len(z), (k,))]
+    anchors = z[torch.randint(len(z), (k,), device=device)]
     new = total / smoothed[:, None] * (1 - rate) + anchors * rate
     return {"codes": new, "count": count, "sum": total, "usage": usage}
 

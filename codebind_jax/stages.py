@@ -19,6 +19,7 @@ class Stage:
     unique_labels: at most one row of a label in a batch; else rows of equal labels do not count as each other's
       negatives where one side of the pair is text.
     train: regexes of the parameter paths that train; everything else is frozen.
+    codes: regexes of the codebooks that learn (`shared`, a modality); the others stay as they are.
     losses: term name -> weight.
     steps: optimizer steps.
     batch_size: rows of the global batch where there is one source.
@@ -44,6 +45,7 @@ class Stage:
   unique_labels: bool
   learning_rate: float
   train: tuple[str, ...]
+  codes: tuple[str, ...]
   losses: dict[str, float]
   steps: int
   batch_size: int
@@ -102,6 +104,7 @@ def stages_of(config: Any) -> list[Stage]:
         unique_labels=bool(entry.unique_labels),
         learning_rate=float(entry.learning_rate),
         train=tuple(entry.train),
+        codes=tuple(entry.codes),
         losses={term: float(weight) for term, weight in entry.losses.items()},
         steps=int(entry.steps),
         batch_size=int(entry.batch_size),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -203,6 +204,8 @@ def make_train_step(
         features, state.codebooks, spec, update=update, rng=code_rng, masks=masks,
         similarity_rows=_looked_at(owners, code_rows),
       )  # fmt: skip
+      learns = lambda name: any(re.fullmatch(pattern, name) for pattern in stage.codes)
+      codebooks = {name: book if learns(name) else state.codebooks[name] for name, book in codebooks.items()}
     terms = {name: jnp.zeros((), jnp.float32) for name in active}
     shares = {source: stage.weights.get(source, 1.0) for source in batch}
     for source, content in batch.items():

@@ -37,6 +37,7 @@ def stage(config, **overrides):
   entry.unique_labels = True  # at most one row of a label in a batch
   entry.learning_rate = 0.0  # 0: config.optim's
   entry.train = (".*",)
+  entry.codes = (".*",)  # the codebooks that learn: shared, and each modality's own under its name
   entry.temperature = 0.07
   entry.matching_temperature = 1.0
   entry.code_rows = 0  # rows of a batch for code_contrast and code_matching; 0 for all

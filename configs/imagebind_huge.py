@@ -2,7 +2,8 @@
 
 Whether it fits a TPU slice, and what a step takes, without a TPU (minutes on two cores; needs pip install -e '.[tpu]'):
   python -m codebind_jax.main --config=configs/imagebind_huge.py --config.mode=compile --config.topology=v5e:16x16
-  python -m codebind_jax.main --config=configs/imagebind_huge.py:v5p --config.mode=compile --config.topology=v5p:4x4x4
+  python -m codebind_jax.main --config=configs/imagebind_huge.py --config.mode=compile --config.topology=v5p:4x4x4
+`:decoder` adds the reconstruction of image and audio, to see its price.
 Training needs the public ImageBind weights (`models/imagebind.py` loads them) and data with images, audio and text.
 """
 
@@ -46,8 +47,10 @@ def get_config(arg=""):
   # The encoders' weights are split over 16 chips each, the batch over all.
   config.mesh.data, config.mesh.fsdp = -1, 16
 
-  if arg == "v5p":
-    config.mesh.fsdp = 16
+  if arg == "decoder":
+    config.model.decoder = {"width": 512, "depth": 8, "heads": 8}
+    config.stages.audio.losses.reconstruction = 1.0
+    config.stages.audio.train = (*LORA, r".*/decoder/.*")
   elif arg:
-    raise ValueError(f"configs/imagebind_huge.py:{arg}: unknown argument; allowed: v5p")
+    raise ValueError(f"configs/imagebind_huge.py:{arg}: unknown argument; allowed: decoder")
   return config.lock()

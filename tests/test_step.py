@@ -80,6 +80,19 @@ def test_info_nce_before_the_quantiser_is_that_of_a_model_without_one():
   assert abs(quantised["train/info_nce"] - quantised["train/info_nce_plain"]) > 1e-3
 
 
+def test_codebooks_that_a_stage_does_not_name_stay_as_they_are():
+  config, model, params, batch = reconstructing({"info_nce": 1.0, "commitment": 1.0})
+  config.stages.bridges.codes = ("image", "dep.*")
+  spec, stage = build.make_spec(config), stages_of(config)[0]
+  books = new_codebooks(jax.random.key(1), spec, config.model.towers)
+  tx, _ = make_optimizer(params, stage.train, config.optim.to_dict(), 2)
+  state = TrainState(jnp.zeros((), jnp.int32), params, books, tx.init(params), {}, jax.random.key(2))
+  after, _ = jax.jit(make_train_step(model, spec, stage, tx))(state, {"rows": batch})
+  moved = {name: bool((book.ema_count != books[name].ema_count).any()) for name, book in after.codebooks.items()}
+  assert moved == {"shared": False, "image": True, "depth": True}
+  jax.tree.map(np.testing.assert_array_equal, after.codebooks["shared"], books["shared"])
+
+
 def reconstructing(losses):
   config = synthetic.get_config("runlocal").unlock()
   for name in set(config.model.towers) - {"image", "depth", "text"}:

@@ -1,0 +1,126 @@
+"""The search, the sums and one training call on a GPU, against torch and XLA's own forms.
+
+Run: python -m benchmarks.gpu   (needs torch with CUDA; times are medians of 5 groups of calls, without compiling)
+"""
+
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from benchmarks import quantise
+from codebind_jax import compositional, losses, segments
+from codebind_jax.nearest import nearest_code, nearest_segments
+
+SHAPES = {"narrow": (328_960, 1024, 8), "narrow, 1M": (1_048_576, 1024, 8), "wide": (65_536, 8192, 256)}
+EXACT = jax.lax.Precision.HIGHEST
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def end_of_torch(_):
+  """Waits for torch."""
+  if DEVICE == "cuda":
+    torch.cuda.synchronize()
+
+
+def milliseconds(run, wait, calls=20):
+  """Median time of a call; `wait` ends a group of calls."""
+  for _ in range(3):
+    wait(run())
+  groups = []
+  for _ in range(5):
+    start = time.perf_counter()
+    for _ in range(calls):
+      result = run()
+    wait(result)
+    groups.append((time.perf_counter() - start) / calls)
+  return 1e3 * statistics.median(groups)
+
+
+def search(name):
+  """Nearest code of n unit vectors among k."""
+  n, k, d = SHAPES[name]
+  rng = np.random.default_rng(0)
+  z, codes = rng.normal(size=(n, d)).astype(np.float32), rng.normal(size=(k, d)).astype(np.float32)
+  z /= np.linalg.norm(z, axis=1, keepdims=True)
+  codes /= np.linalg.norm(codes, axis=1, keepdims=True)
+  on_jax = jax.device_put(z), jax.device_put(codes)
+  on_torch = torch.from_numpy(z).to(DEVICE), torch.from_numpy(codes).to(DEVICE)
+  rows = 65_536 if d <= 32 else 8192
+  whole = jax.jit(lambda z, c: jnp.argmax(jnp.dot(z, c.T, precision=EXACT), axis=1))
+  product = jax.jit(lambda z, c: jnp.dot(z, c.T, precision=EXACT))
+  runs = {
+    "codebind_jax": lambda: nearest_code(*on_jax),
+    "XLA, argmax of the whole matrix": lambda: whole(*on_jax),
+    "(XLA, matrix product alone)": lambda: product(*on_jax),
+    "torch, by blocks": lambda: torch.cat([(part @ on_torch[1].T).argmax(1) for part in on_torch[0].split(rows)]),
+  }
+  reference = np.argmax(z[:4096].astype(np.float64) @ codes.T.astype(np.float64), axis=1)
+  print(f"search, {name}: N={n} K={k} D={d}")
+  for contender, run in runs.items():
+    found = run()
+    if "alone" not in contender:
+      found = np.asarray(found.cpu() if isinstance(found, torch.Tensor) else found)
+      assert np.sum(found[:4096] != reference) <= 4, contender
+    wait = end_of_torch if contender.startswith("torch") else jax.block_until_ready
+    took = milliseconds(run, wait)
+    print(f"  {contender:34s} {took:8.3f} ms {2e-9 * n * k * d / took:7.2f} TFLOP/s")
+  memory = jax.jit(nearest_code).lower(*on_jax).compile().memory_analysis()
+  print(f"  temporaries of ours: {memory.temp_size_in_bytes / 1e6:.0f} MB")
+
+
+def sums(name):
+  """Counts and sums of the segments of each code."""
+  n, k, d = SHAPES[name]
+  vectors = jax.random.normal(jax.random.key(0), (1, d + 1, n))
+  indices = nearest_segments(vectors[:, :d], vectors[0, :d, :k].T)
+  print(f"sums of {n} segments by code")
+  forms = {"integers (ours)": segments._integer_sums, "scatter of floats, not reproducible": segments._scatter_sums,
+           "products with one-hot blocks": segments._one_hot_sums}
+  for form, function in forms.items():
+    run = jax.jit(lambda v, i, function=function: function(v, i, k))
+    print(f"  {form:38s} {milliseconds(lambda run=run: run(vectors, indices), jax.block_until_ready):8.3f} ms")
+
+
+def call(case):
+  """One training call at the release's shapes, as in `quantise.py`."""
+  features, codes = quantise.data()
+  spec = compositional.CompositionalSpec(detach_similarity=case != "contrast+gradient")
+  states = compositional.new_codebooks(jax.random.key(0), spec, quantise.SHAPES)
+  given = lambda c: {"codes": jnp.asarray(c), "ema_sum": jnp.asarray(c), "ema_count": jnp.ones(len(c))}
+  states = {name: state.replace(**given(codes[name])) for name, state in states.items()}
+
+  def loss(features, states):
+    outputs, new = compositional.quantize_modalities(features, states, spec, rng=jax.random.key(1))
+    total = sum(jnp.sum(out.full**3) + 10 * out.commitment for out in outputs.values())
+    if case != "plain":
+      total += 0.01 * sum(compositional.contrast_all_tokens(features, states, spec, double_softmax=True).values())
+      total += 0.01 * sum(losses.code_uniform(state.codes) for state in states.values())
+    return total, new
+
+  features = jax.device_put(features)
+  step = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(features, states).compile()
+  ours = milliseconds(lambda: step(features, states), jax.block_until_ready, calls=5)
+  peer = quantise.with_torch("plain" if case == "plain" else "contrast", DEVICE)
+  theirs = milliseconds(peer, end_of_torch, calls=2)
+  peak = torch.cuda.max_memory_allocated() / 1e6 if DEVICE == "cuda" else float("nan")
+  memory = step.memory_analysis().temp_size_in_bytes / 1e6
+  print(f"call, {case}: codebind_jax {ours:.2f} ms, {memory:.0f} MB of temporaries; "
+        f"torch {theirs:.2f} ms, {peak:.0f} MB at its peak; {theirs / ours:.1f} times")
+
+
+def main():
+  print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, torch {torch.__version__}")
+  for name in SHAPES:
+    search(name)
+    if name.startswith("narrow"):
+      sums(name)
+  for case in ("plain", "contrast", "contrast+gradient"):
+    call(case)
+
+
+if __name__ == "__main__":
+  main()
