@@ -21,10 +21,6 @@ from codebind_jax import config as config_lib
 from codebind_jax.api import load
 from codebind_jax.embed import Plan, embed_shard, make_plan, summarise
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the shards.")
-_BEAM = flags.DEFINE_multi_string("beam", [], "An option of Beam's, such as --runner=DirectRunner.")
-
 
 class EmbedShard(beam.DoFn):
   """Numbers of shards to numbers of their rows; the model is loaded once a worker."""
@@ -67,13 +63,16 @@ def embed_with_beam(config: Any, workdir: str, options: Sequence[str] = ()) -> d
 
 def main(_: Sequence[str]) -> None:
   """Reads the flags."""
-  if _CONFIG.value is None or not _WORKDIR.value:
+  if flags.FLAGS.config is None or not flags.FLAGS.workdir:
     sys.exit("error: --config=FILE.py and --workdir=DIR are both needed")
   try:
-    embed_with_beam(_CONFIG.value, _WORKDIR.value, _BEAM.value)
+    embed_with_beam(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.beam)
   except (ValueError, OSError) as error:
     sys.exit(f"error: {error}")
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # flags of its own: importing it defines none
+  config_flags.DEFINE_config_file("config", None, "Config file.")
+  flags.DEFINE_string("workdir", None, "Folder of the shards.")
+  flags.DEFINE_multi_string("beam", [], "An option of Beam's, such as --runner=DirectRunner.")
   app.run(main)

@@ -14,9 +14,6 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all runs.")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds: 0, 1, ...", lower_bound=1)
 BASELINE = "baseline/"
 
 
@@ -46,11 +43,11 @@ def main(_: Sequence[str]) -> None:
   """Runs every seed and writes the table."""
   from codebind_jax.train import train_and_evaluate
 
-  if _CONFIG.value is None or not _WORKDIR.value:
+  if flags.FLAGS.config is None or not flags.FLAGS.workdir:
     sys.exit("error: --config=FILE.py and --workdir=DIR are both needed")
-  folder, runs = pathlib.Path(_WORKDIR.value), []
-  for seed in range(_SEEDS.value):
-    config = _CONFIG.value.copy_and_resolve_references().unlock()
+  folder, runs = pathlib.Path(flags.FLAGS.workdir), []
+  for seed in range(flags.FLAGS.seeds):
+    config = flags.FLAGS.config.copy_and_resolve_references().unlock()
     config.seed = seed
     runs.append(train_and_evaluate(config.lock(), folder / f"seed{seed}"))
   text = table(runs)
@@ -58,6 +55,9 @@ def main(_: Sequence[str]) -> None:
   sys.stdout.write(text)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # flags of its own: importing it defines none
+  config_flags.DEFINE_config_file("config", None, "Config file.")
+  flags.DEFINE_string("workdir", None, "Folder of all runs.")
+  flags.DEFINE_integer("seeds", 3, "Number of seeds: 0, 1, ...", lower_bound=1)
   logging.set_verbosity(logging.WARNING)
   app.run(main)
