@@ -18,24 +18,25 @@ BASELINE = "baseline/"
 
 
 def table(runs: Sequence[Mapping[str, float]], prefix: str = "eval/") -> str:
-  """Markdown table of mean and sample standard deviation over runs, the baseline in the last column.
+  """Markdown table of mean and sample standard deviation over runs: the run, the baseline, and run minus baseline.
 
   Args:
     runs: final metrics of each seed; the baseline's names begin with `baseline/`.
     prefix: of the metrics shown.
   """
 
-  def cell(name: str) -> str:
-    values = [run[name] for run in runs if name in run]
+  def cell(values: Sequence[float], sign: str = "") -> str:
     if not values:
       return ""
     spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.1f}{spread}"
+    return f"{np.mean(values):{sign}.1f}{spread}"
 
-  ends = ("/low", "/high")  # of one run's intervals; the spread over seeds says more
-  names = [name for name in runs[0] if name.startswith(prefix) and not name.endswith(ends)]
-  lines = [f"| metric, {len(runs)} seeds | CodeBind | baseline |", "|---|---|---|"]
-  lines += [f"| {name} | {cell(name)} | {cell(BASELINE + name)} |" for name in names]
+  names = [name for name in runs[0] if name.startswith(prefix)]
+  lines = [f"| metric, {len(runs)} seeds | CodeBind | baseline | difference, seed by seed |", "|---|---|---|---|"]
+  for name in names:
+    ours, theirs = ([run[key] for run in runs if key in run] for key in (name, BASELINE + name))
+    both = [run[name] - run[BASELINE + name] for run in runs if name in run and BASELINE + name in run]
+    lines.append(f"| {name} | {cell(ours)} | {cell(theirs)} | {cell(both, '+')} |")
   return "\n".join(lines) + "\n"
 
 
