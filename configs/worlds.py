@@ -24,16 +24,15 @@ def trains(*modalities):
 
 
 def add(config, world, towers, pairs, *, templates, rows=128, **stage):
-  """A world's towers and the stage that binds them; the bridges' heads stay frozen."""
+  """A world's towers and the stage that binds them; the bridges' heads and the shared codes stay as they are."""
   config.model.towers.update(towers)
   for name in towers:
     config.codebook.codes[name] = 256
   config.data.worlds = (*config.data.worlds, world)
   config.data.templates_of[world] = templates
-  config.stages[world] = common.stage(
-    config, **({"pairs": pairs, "train": trains(*towers), "temperature": 0.1, "code_rows": 8, "losses": LOSSES,
-                "sources": {world: rows}} | stage)
-  )
+  usual = {"pairs": pairs, "train": trains(*towers), "codes": tuple(towers), "temperature": 0.1, "code_rows": 8,
+           "losses": LOSSES, "sources": {world: rows}}  # fmt: skip
+  config.stages[world] = common.stage(config, **(usual | stage))
   config.stage_order = (*config.stage_order, world)
 
 

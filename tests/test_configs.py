@@ -2,11 +2,13 @@
 
 import importlib
 import pathlib
+import re
 
 import pytest
 
 from codebind_jax import config as config_lib
 from codebind_jax.data.worlds import registry
+from codebind_jax.stages import stages_of
 from configs import common, progressive, stage3, worlds
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
@@ -66,3 +68,13 @@ def test_video_is_bound_where_the_data_has_it():
   assert ("video", "text") in full.stages.menagerie.pairs and "video" not in small.model.towers
   assert full.model.towers.video.starts_from == "image" and full.emergent == (("audio", "video"),)
   assert worlds.parse("full,evoked") == ("full", ["evoked"])
+
+
+def test_later_stages_move_nothing_of_the_modalities_before_them():
+  stages = stages_of(progressive.get_config("full"))
+  before = {"text", "image"}
+  for stage in stages[1:]:
+    new = set(stage.modalities) - before
+    trains = lambda path, stage=stage: any(re.fullmatch(pattern, path) for pattern in stage.train)
+    assert set(stage.codes) == new and not any(trains(f"{m}/shared/proj/kernel") for m in before), stage.name
+    before |= new
