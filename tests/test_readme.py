@@ -29,7 +29,7 @@ def test_python_snippets_run(trained, tmp_path, monkeypatch, capsys):
   for snippet in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
     exec(compile(snippet, "README.md", "exec"), names)
   assert names["ids"].shape == names["scores"].shape == (2, 5) and (tmp_path / "images.parquet").is_file()
-  assert names["similarity"].shape == (1, 2) and names["codes"].shape == (1, 8)
+  assert names["similarity"].shape == (1, 2) and names["codes"].shape == (1, 16)
   printed = capsys.readouterr().out
   assert any(label in printed for label in ("cow", "violin", "train"))
 

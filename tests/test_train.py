@@ -109,7 +109,7 @@ def test_load_and_embed(data, whole_run):
   files = [data[0].parent / "red0.png", data[0].parent / "blue1.png"]
   out = model.embed({"image": files, "text": ["red", "blue", "a blue square"]})
   assert out["image"].shared.shape == (2, 16) and out["text"].shared.shape == (3, 16)
-  assert out["image"].codes.shape == (2, 8) and out["text"].specific.shape == (3, 0)
+  assert out["image"].codes.shape == (2, 16) and out["text"].specific.shape == (3, 0)
   np.testing.assert_allclose(np.linalg.norm(out["image"].full, axis=1), 1.0, atol=1e-5)
   alone = model.embed({"image": files[1:]})["image"]
   np.testing.assert_allclose(alone.shared[0], out["image"].shared[1], atol=1e-5)
@@ -136,7 +136,7 @@ def test_batch_larger_than_the_data(data, tmp_path):
 @pytest.mark.parametrize(
   ("key", "value", "message"),
   [
-    ("mode", "fly", "'fly' is not allowed; allowed: .'train', 'eval', 'compare', 'compile'"),
+    ("mode", "fly", "'fly' is not allowed; allowed: .'train', 'eval', 'embed', 'compare', 'compile'"),
     ("steps", 0, "config.steps: got 0; allowed: any number above 0"),
     ("codebook.distance", "manhattan", "config.codebook.distance: 'manhattan' is not allowed"),
     ("data.extra", 1.0, "config.data.extra: got 1.0; allowed: 0 .none. up to, not including, 1"),
@@ -147,7 +147,7 @@ def test_batch_larger_than_the_data(data, tmp_path):
     ("stages.bridges.parts", 0, "config.stages.bridges.parts: got 0; allowed: 1 and up"),
     ("optim.accumulate", 4, "config.optim.accumulate: got 4; allowed: 1. .* negatives of its small batch .*parts"),
     ("stages.bridges.mixup", -1.0, "config.stages.bridges.mixup: got -1.0; allowed: 0 .off. and up"),
-    ("model.shared_dim", 10, "multiple of codebook.dim"),
+    ("model.shared_dim", 9, "multiple of codebook.dim"),
     ("model.towers.image.trunk", "resnet", "config.model.towers.image.trunk: 'resnet' is not allowed"),
     ("model.towers.image.dropout", 1.0, "config.model.towers.image.dropout: got 1.0"),
     ("stages.bridges.pairs", (("image", "smell"),), "config.stages.bridges.pairs: 'smell' is not allowed"),

@@ -16,6 +16,8 @@ FACTORS = {
   "code_uniform": 0.1,
   "decomposition": 0.1,
   "specific_uniform": 1.0,
+  "info_nce_plain": 1.0,  # this and the next are not the release's
+  "decorrelation": 0.1,
 }
 
 

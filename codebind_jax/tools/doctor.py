@@ -20,7 +20,8 @@ from codebind_jax.data.worlds import fetch
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers", "array_record")
 # A module by which each extra of setup.cfg is known to be there.
-EXTRAS = {"tpu": "libtpu", "gpu": "jax_cuda12_plugin", "bench": "faiss", "data": "mne", "test": "pytest"}
+EXTRAS = {"tpu": "libtpu", "gpu": "jax_cuda12_plugin", "search": "faiss", "beam": "apache_beam",
+          "bench": "threadpoolctl", "data": "mne", "test": "pytest"}
 
 
 def findings() -> Iterator[tuple[str, str, bool]]:
