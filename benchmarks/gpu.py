@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from benchmarks import quantise
-from codebind_jax import compositional, losses, segments
+from codebind_jax import segments
 from codebind_jax.nearest import nearest_code, nearest_segments
 
 SHAPES = {"narrow": (328_960, 1024, 8), "narrow, 1M": (1_048_576, 1024, 8), "wide": (65_536, 8192, 256)}
@@ -87,23 +87,8 @@ def sums(name):
 
 def call(case):
   """One training call at the release's shapes, as in `quantise.py`."""
-  features, codes = quantise.data()
-  spec = compositional.CompositionalSpec(detach_similarity=case != "contrast+gradient")
-  states = compositional.new_codebooks(jax.random.key(0), spec, quantise.SHAPES)
-  given = lambda c: {"codes": jnp.asarray(c), "ema_sum": jnp.asarray(c), "ema_count": jnp.ones(len(c))}
-  states = {name: state.replace(**given(codes[name])) for name, state in states.items()}
-
-  def loss(features, states):
-    outputs, new = compositional.quantize_modalities(features, states, spec, rng=jax.random.key(1))
-    total = sum(jnp.sum(out.full**3) + 10 * out.commitment for out in outputs.values())
-    if case != "plain":
-      total += 0.01 * sum(compositional.contrast_all_tokens(features, states, spec, double_softmax=True).values())
-      total += 0.01 * sum(losses.code_uniform(state.codes) for state in states.values())
-    return total, new
-
-  features = jax.device_put(features)
-  step = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(features, states).compile()
-  ours = milliseconds(lambda: step(features, states), jax.block_until_ready, calls=5)
+  step, arguments = quantise.call_of_ours(case)
+  ours = milliseconds(lambda: step(*arguments), jax.block_until_ready, calls=5)
   peer = quantise.with_torch("plain" if case == "plain" else "contrast", DEVICE)
   theirs = milliseconds(peer, end_of_torch, calls=2)
   peak = torch.cuda.max_memory_allocated() / 1e6 if DEVICE == "cuda" else float("nan")

@@ -28,8 +28,8 @@ def data():
   return features, {name: c / np.linalg.norm(c, axis=1, keepdims=True) for name, c in codes.items()}
 
 
-def with_jax(case):
-  """A function that runs one call of this package, compiled."""
+def call_of_ours(case, **compiler_options):
+  """One call of this package, compiled, and its arguments."""
   import jax
   import jax.numpy as jnp
 
@@ -51,10 +51,17 @@ def with_jax(case):
       total += 0.01 * sum(losses.code_uniform(state.codes) for state in states.values())
     return total, new
 
-  step = jax.jit(jax.value_and_grad(loss, has_aux=True))
-  step = step.lower(features, states).compile({"xla_cpu_prefer_vector_width": 512})
   features = jax.device_put(features)
-  return lambda: float(jax.block_until_ready(step(features, states))[0][0])
+  step = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(features, states)
+  return step.compile(compiler_options), (features, states)
+
+
+def with_jax(case):
+  """A function that runs one call of this package."""
+  import jax
+
+  step, arguments = call_of_ours(case, xla_cpu_prefer_vector_width=512)
+  return lambda: float(jax.block_until_ready(step(*arguments))[0][0])
 
 
 def with_torch(case, device="cpu"):

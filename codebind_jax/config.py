@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -159,6 +160,9 @@ def _validate_train(config: ml_collections.ConfigDict) -> None:
     where = f"stages.{stage.name}"
     check_keys([m for pair in stage.pairs for m in pair], towers, f"{where}.pairs")
     check_keys(stage.losses, TERMS, f"{where}.losses")
+    for pattern in stage.codes:
+      if not any(re.fullmatch(pattern, name) for name in ("shared", *towers)):
+        raise ValueError(f"config.{where}.codes: {pattern!r} matches none of {['shared', *sorted(towers)]}")
     decoder = config.model.decoder if stage.losses.get("reconstruction") else None
     if decoder and (min(decoder.width, decoder.heads, decoder.depth) < 1 or decoder.width % decoder.heads):
       raise ValueError(f"config.model.decoder: got {decoder.to_dict()}; allowed: above 0, heads divide width")

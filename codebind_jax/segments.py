@@ -164,12 +164,12 @@ def _integer_sums(vectors, indices, num_codes):
   """
   s, d, n = vectors.shape
   values = jnp.moveaxis(vectors, 1, 0).reshape(d, s * n)
-  largest = jnp.max(jnp.abs(values), axis=1, keepdims=True)
+  largest = jnp.max(jnp.abs(values), axis=1, keepdims=True, initial=0.0)
   # A power of two, so that to divide and to multiply by it is exact.
   scale = jnp.where(largest > 0, 2.0 ** jnp.ceil(jnp.log2(jnp.where(largest > 0, largest, 1.0))), 1.0)
   finite = jnp.isfinite(values)
   left = jnp.where(finite, values / scale, 0.0)
-  bits = min(_BITS // 2, 30 - math.ceil(math.log2(s * n)))
+  bits = max(1, min(_BITS // 2, 30 - math.ceil(math.log2(max(1, s * n)))))
   total = 0.0
   for part in range(1, math.ceil(_BITS / bits) + 1):
     unit_of_part = 2.0 ** (-bits * part)

@@ -19,7 +19,8 @@ class Stage:
     unique_labels: at most one row of a label in a batch; else rows of equal labels do not count as each other's
       negatives where one side of the pair is text.
     train: regexes of the parameter paths that train; everything else is frozen.
-    codes: regexes of the codebooks that learn (`shared`, a modality); the others stay as they are.
+    codes: regexes of the codebooks that learn (`shared`, a modality), the others stay as they are; method codebind's
+      alone.
     losses: term name -> weight.
     steps: optimizer steps.
     batch_size: rows of the global batch where there is one source.

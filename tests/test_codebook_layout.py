@@ -95,6 +95,7 @@ def test_sums_by_integers_are_exact_in_any_order():
   order = rng.permutation(400)
   other = segments._integer_sums(jnp.asarray(vectors[:, :, order]), jnp.asarray(indices[:, order]), 32)
   np.testing.assert_array_equal(got, other)
+  assert not np.any(segments._integer_sums(jnp.zeros((1, 6, 0)), jnp.zeros((1, 0), jnp.int32), 32))
   vectors[0, 2, 7] = np.nan
   bad = segments._integer_sums(jnp.asarray(vectors), jnp.asarray(indices), 32)
   np.testing.assert_array_equal(np.isnan(bad), np.broadcast_to(np.arange(6) == 2, (32, 6)))

@@ -151,6 +151,7 @@ def test_batch_larger_than_the_data(data, tmp_path):
     ("model.towers.image.trunk", "resnet", "config.model.towers.image.trunk: 'resnet' is not allowed"),
     ("model.towers.image.dropout", 1.0, "config.model.towers.image.dropout: got 1.0"),
     ("stages.bridges.pairs", (("image", "smell"),), "config.stages.bridges.pairs: 'smell' is not allowed"),
+    ("stages.bridges.codes", ("depth",), "config.stages.bridges.codes: 'depth' matches none of .'shared', 'image'"),
     ("stage_order", ("first",), "config.stage_order: 'first' is not allowed; allowed: .'bridges'"),
   ],
 )
