@@ -129,8 +129,9 @@ def test_bounds_select(seed, above, below):
   check_bounds(np.round(normal(seed, 8, 30), 1), above, below)
 
 
-def test_bounds_where_two_counts_do_not_fit_into_one_number():
-  check_bounds(np.round(normal(0, 2, 2**15 + 30), 1), 5, 2**14)
+@pytest.mark.parametrize(("k", "above", "below"), [(2**15 - 1, 20_000, 30_000), (2**16 + 30, 5, 50_000)])
+def test_bounds_where_two_counts_just_fit_into_one_number_and_where_they_do_not(k, above, below):
+  check_bounds(np.round(normal(0, 2, k), 1), above, below)
 
 
 def test_code_matching_by_definition():
