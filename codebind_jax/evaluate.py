@@ -114,13 +114,14 @@ class Evaluation:
     worlds = {test.world for test in sets} if sets else self.task.train
     train = {world: self.train_table(model, world) for world in self.task.train if world in worlds} if fitted else {}
     tables = {test.name: self.table(model, test) for test in sets}
+    linear: dict[tuple[str, str, str], LinearProbe] = {}  # fitted once for all sets of a world
     for test in sets:
       table, prefix = tables[test.name], f"eval/{test.name}"
       found |= base.run_evaluators(self._evaluators(model, test, table, tasks, intervals), table, prefix=prefix)
       for a, b, field, by in named_pairs(test, table) if "retrieval" in tasks else ():
         if (both := paired(table, a, b, field)) is not None:
           found |= base.run_evaluators([Retrieval(a, b, match=field, by=by)], both, prefix=prefix)
-      for probe, field in self._probes(test, table, train.get(test.world) or {}, means, "probe" in tasks):
+      for probe, field in self._probes(test, table, train.get(test.world) or {}, means, "probe" in tasks, linear):
         told = _told(table, train[test.world], probe.modality, field)
         found |= base.run_evaluators([probe], told, prefix=prefix)
       if any("{modality}" in field for field in test.probes):
@@ -178,7 +179,13 @@ class Evaluation:
         )
 
   def _probes(
-    self, test: EvalSet, table: base.Table, train: base.Table, means: bool, probes: bool
+    self,
+    test: EvalSet,
+    table: base.Table,
+    train: base.Table,
+    means: bool,
+    probes: bool,
+    linear: dict[tuple[str, str, str], LinearProbe],
   ) -> Iterator[tuple[base.Evaluator, str]]:
     """Probes that are fitted on the training rows, and the field each tells."""
     for name in table:
@@ -186,7 +193,8 @@ class Evaluation:
         for field in _told_apart(test.means, name, train[name]) if means else ():
           yield NearestClassMean(name, train, field=field), field
         for field in _told_apart(test.probes, name, train[name]) if probes else ():
-          yield LinearProbe(name, train, field=field, group=test.probe_group if field != "label" else None), field
+          group = test.probe_group if field != "label" else None
+          yield linear.setdefault((test.world, name, field), LinearProbe(name, train, field=field, group=group)), field
 
   def _embed(
     self, model: Model, source: Any, whole: Any, picked: Sequence[int], augmented: bool = False

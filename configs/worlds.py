@@ -42,10 +42,7 @@ def household(config):
     "efficientnet_lite0", options={"modality": modality, "size": 128, "grid": 0, "levels": (5, 6, 7)}, specific_dim=384
   )
   towers = {"depth": sensor("depth"), "thermal": sensor("thermal")}
-  towers["points"] = common.tower(
-    "point_groups", options={"groups": 16, "neighbours": 16, "size": True}, body="points",
-    body_options={"width": 64, "neighbours": 16}, specific_dim=384,
-  )
+  towers["points"] = common.tower("point_views", options={"metric": True}, specific_dim=384)
   bridges = ("text", "image")
   add(config, "household", towers, tuple((m, b) for m in towers for b in bridges),
       templates=("{}", "a {}", "a 3D model of a {}"))

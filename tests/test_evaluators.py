@@ -410,6 +410,19 @@ def test_probe_evaluators_show_what_is_in_the_specific_part():
   assert dict(probe.NearestClassMean("image", table)(train))["ncm/image/shared"] > 90
 
 
+def test_linear_probe_is_fitted_once_for_all_sets(monkeypatch):
+  rng = np.random.default_rng(3)
+  labels = np.repeat(np.arange(3), 20)
+  table = lambda: {"image": {"shared": clusters(rng, labels, spread=2.0), "label": labels}}
+  train, sets, fits = table(), [table(), table()], []
+  fit = probe.fit_probe
+  monkeypatch.setattr(probe, "fit_probe", lambda *args, **options: fits.append(1) or fit(*args, **options))
+  kept = probe.LinearProbe("image", train, field="label", group=None)
+  together = [dict(kept(one)) for one in sets]
+  assert len(fits) == 1 and together[0] != together[1]
+  assert together == [dict(probe.LinearProbe("image", train, field="label", group=None)(one)) for one in sets]
+
+
 # Codes.
 
 

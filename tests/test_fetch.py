@@ -244,3 +244,16 @@ def test_damaged_qt_resource_file(packing):
     archives.read_rcc(b"quux" + good[4:])
   with pytest.raises(ValueError, match="damaged|cut short"):
     archives.read_rcc(good[:90])
+
+
+def test_all_prepares_every_packaged_world(monkeypatch):
+  from absl import flags
+
+  from codebind_jax.tools import prepare
+
+  asked = []
+  monkeypatch.setattr(prepare, "ensure", lambda world, profile, root, again: asked.append((world, profile)))
+  flags.FLAGS(["prepare"])
+  prepare.main(["prepare", "all"])
+  prepare.main(["prepare", "icons", "evoked"])
+  assert asked == [(w, "auto") for w in ("icons", "household", "materials", "menagerie", "evoked", "icons", "evoked")]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from codebind_jax.models.bodies import make_body
-from codebind_jax.pretrained import load_trunk, point_groups
+from codebind_jax.pretrained import load_trunk, point_groups, point_views
 
 LINE = np.array([[0, 0, 0], [1, 0, 0], [2, 0, 0], [3, 0, 0], [10, 0, 0]], float)
 
@@ -110,3 +110,40 @@ def test_body_and_trunk_must_agree():
   tokens = jnp.zeros((1, 3, 20))
   with pytest.raises(ValueError, match="neighbours: 6 needs tokens of 21 values or more, got 20"):
     make_body("points", {"neighbours": 6}).init(jax.random.key(0), tokens)
+
+
+def test_depth_picture_by_hand():
+  # From azimuth 0 the camera stands at z > 0, above: a point at the origin is 2.6 away and in the middle.
+  picture = point_views.depth_picture(np.zeros((1, 3)), 0.0, 33, 0)
+  assert np.argwhere(picture).tolist() == [[16, 16]]
+  assert picture[16, 16] == pytest.approx(255 - (2.6 - 1.6) / 2 * 255)
+  # One unit towards the camera is a unit nearer; it hides the origin, and a disc of radius 1 is a cross.
+  tilt = np.radians(18.0)
+  near = np.array([[0.0, np.sin(tilt), np.cos(tilt)], [0, 0, 0]])
+  picture = point_views.depth_picture(near, 0.0, 33, 1)
+  assert picture[16, 16] == pytest.approx(255.0)
+  assert np.argwhere(picture).tolist() == [[15, 16], [16, 15], [16, 16], [16, 17], [17, 16]]
+  # To the right of a camera at azimuth 90 (x > 0) lies -z; up is up: 0.5 / (2.6 tan 22.5 degrees) of half the side.
+  picture = point_views.depth_picture(np.array([[0.0, 0.0, -0.5]]), 90.0, 101, 0)
+  step = 0.5 / (2.6 * np.tan(np.radians(22.5))) / 2 * 101
+  assert np.argwhere(picture).tolist() == [[50, round(50 + step)]]
+  assert np.argwhere(point_views.depth_picture(np.array([[0.0, 0.3, 0.0]]), 0.0, 101, 0))[0, 0] < 50
+
+
+def test_views_are_seen_by_the_image_trunk():
+  options = {"weights": "random", "size": 32, "levels": (1,), "stages": ((1, 3, 2, 1, 8), (1, 3, 2, 2, 12)),
+             "head_width": 16}  # fmt: skip
+  trunk = load_trunk("point_views", azimuths=(0, 90), metric=True, **options)
+  picture = load_trunk("efficientnet_lite0", grid=0, **options)
+  one = cloud()
+  unit, radius = point_groups.unit_sphere(one)
+  views = [np.repeat(point_views.depth_picture(unit, a, 32, 2)[..., None], 3, -1) for a in (0, 90)]
+  expected = np.asarray(picture.apply(picture.params, np.stack(views)))[:, 0].mean(axis=0)
+  tokens = np.asarray(trunk.apply(trunk.params, np.stack([trunk.preprocess(one), trunk.preprocess(2 * one)])))
+  assert tokens.shape == (2, 1, trunk.width)
+  np.testing.assert_allclose(tokens[0, 0], np.r_[expected, point_groups.histograms(unit), np.log(radius)], rtol=2e-4,
+                             atol=2e-5)  # fmt: skip
+  np.testing.assert_allclose(tokens[1, 0, :-1], tokens[0, 0, :-1], atol=1e-4)  # place and size are forgotten
+  assert tokens[1, 0, -1] - tokens[0, 0, -1] == pytest.approx(np.log(2), abs=1e-5)
+  with pytest.raises(ValueError, match="one azimuth or more"):
+    load_trunk("point_views", azimuths=(), **options)

@@ -8,7 +8,8 @@ then needs few steps), and the search stops when validation has not improved twi
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -58,12 +59,14 @@ def _check(train_x, train_y, test_x, test_y):
   train_y, test_y = np.asarray(train_y), np.asarray(test_y)
   base.check_lengths(train_x=train_x, train_y=train_y)
   base.check_lengths(test_x=test_x, test_y=test_y)
-  unknown = np.setdiff1d(test_y, train_y)
-  if len(unknown):
-    raise ValueError(
-      f"test label {str(unknown[0])!r} is not among the {len(np.unique(train_y))} classes of the training rows"
-    )
+  _check_known(test_y, np.unique(train_y))
   return train_x, train_y, test_x, test_y
+
+
+def _check_known(test_y, classes):
+  unknown = np.setdiff1d(test_y, classes)
+  if len(unknown):
+    raise ValueError(f"test label {str(unknown[0])!r} is not among the {len(classes)} classes of the training rows")
 
 
 def nearest_class_mean(
@@ -149,19 +152,68 @@ def _stratified_split(y, fraction):
   return held
 
 
-def linear_probe(
+@dataclasses.dataclass(frozen=True)
+class FittedProbe:
+  """A linear classifier of embeddings, to be tested on any number of sets.
+
+  Attributes:
+    predict: [M, D] -> [M] labels.
+    classes: [K] labels it can name.
+    width: D.
+    groups: the groups of the training rows, which no tested row may share; None where they do not matter.
+    c: the chosen inverse strength of the penalty.
+    val_accuracy: percent on the validation part at that strength; NaN where nothing was chosen.
+  """
+
+  predict: Callable[[np.ndarray], np.ndarray] = dataclasses.field(repr=False)
+  classes: np.ndarray
+  width: int
+  groups: np.ndarray | None
+  c: float
+  val_accuracy: float
+
+  def test(
+    self,
+    x: Float[np.ndarray, "..."],
+    y: Shaped[np.ndarray, "..."],
+    *,
+    groups: Shaped[np.ndarray, "..."] | None = None,
+  ) -> ProbeResult:
+    """The result on rows that took no part in fitting.
+
+    Args:
+      x: [M, D].
+      y: [M].
+      groups: [M]; if given, none may be among the training rows'.
+
+    Raises:
+      ValueError: on empty or non-finite embeddings, another length or width, a label without training rows, or a group
+        on both sides.
+    """
+    x, y = base.finite_rows("test embeddings", x), np.asarray(y)
+    base.check_lengths(test_x=x, test_y=y, test_groups=groups)
+    if x.shape[1] != self.width:
+      raise ValueError(f"embeddings must have one width, got {{'train': {self.width}, 'test': {x.shape[1]}}}")
+    _check_known(y, self.classes)
+    if groups is not None:
+      if self.groups is None:
+        raise ValueError("test_groups needs groups of the training rows to be compared with")
+      both = np.intersect1d(self.groups, groups)
+      if len(both):
+        raise ValueError(f"groups: {len(both)} are in training and test, first {str(both[0])!r}")
+    return _result(self.predict(x), y, c=self.c, val_accuracy=self.val_accuracy)
+
+
+def fit_probe(
   train_x: Float[np.ndarray, "..."],
   train_y: Shaped[np.ndarray, "..."],
-  test_x: Float[np.ndarray, "..."],
-  test_y: Shaped[np.ndarray, "..."],
   *,
   c_grid: Sequence[float] = C_GRID,
   groups: Shaped[np.ndarray, "..."] | None = None,
-  test_groups: Shaped[np.ndarray, "..."] | None = None,
   val: tuple[np.ndarray, np.ndarray] | None = None,
   val_fraction: float = 0.2,
   max_iter: int = 300,
-) -> ProbeResult:
+) -> FittedProbe:
   """Multinomial logistic regression on frozen embeddings, standardised with the training rows' mean and deviation.
 
   The penalty is chosen on a validation part: `val` if given, else `val_fraction` of the training rows (whole groups
@@ -171,42 +223,57 @@ def linear_probe(
   Args:
     train_x: [N, D].
     train_y: [N] labels.
-    test_x: [M, D].
-    test_y: [M].
     c_grid: inverse strengths of the penalty to try; one value skips the choice.
     groups: [N], rows of one group stay on one side of the validation split (concepts, when the artist is predicted).
-    test_groups: [M]; if given, none may occur in `groups`.
     val: validation rows and labels of your own.
     val_fraction: of the training rows or groups.
     max_iter: of L-BFGS.
 
-  Returns:
-    The result on the test rows.
-
   Raises:
-    ValueError: on empty or non-finite embeddings, differing lengths or widths, a test label without training rows,
-      fewer than two classes, an empty grid or one not above zero, a group on both sides, or a validation part none of
-      whose classes is left to fit.
+    ValueError: on empty or non-finite embeddings, differing lengths or widths, fewer than two classes, an empty grid or
+      one not above zero, or a validation part none of whose classes is left to fit.
   """
-  train_x, train_y, test_x, test_y = _check(train_x, train_y, test_x, test_y)
-  grid = sorted(float(c) for c in c_grid)
+  train_x, train_y = base.finite_rows("train embeddings", train_x), np.asarray(train_y)
+  base.check_lengths(train_x=train_x, train_y=train_y, groups=groups)
+  grid, classes = sorted(float(c) for c in c_grid), np.unique(train_y)
   if not grid or not grid[0] > 0:
     raise ValueError(f"c_grid: values above zero are needed, got {tuple(c_grid)}")
-  if len(np.unique(train_y)) < 2:
+  if len(classes) < 2:
     raise ValueError(f"train labels: a probe needs at least two classes, got only {str(train_y[0])!r}")
-  if test_groups is not None:
-    if groups is None:
-      raise ValueError("test_groups needs groups of the training rows to be compared with")
-    base.check_lengths(test_x=test_x, test_groups=test_groups)
-    both = np.intersect1d(groups, test_groups)
-    if len(both):
-      raise ValueError(f"groups: {len(both)} are in training and test, first {str(both[0])!r}")
+  groups = None if groups is None else np.asarray(groups)
   c, val_accuracy = grid[0], float("nan")
   if len(grid) > 1:
     c, val_accuracy = _choose_c(train_x, train_y, grid, groups, val, val_fraction, max_iter)
   scale, fitted = _fitted(train_x, train_y, [c], max_iter)
-  predictions = next(fitted).predict(scale(test_x))
-  return _result(predictions, test_y, c=c, val_accuracy=val_accuracy)
+  model = next(fitted)
+  predict = lambda rows: model.predict(scale(rows))
+  return FittedProbe(predict, classes, train_x.shape[1], groups, c, val_accuracy)
+
+
+def linear_probe(
+  train_x: Float[np.ndarray, "..."],
+  train_y: Shaped[np.ndarray, "..."],
+  test_x: Float[np.ndarray, "..."],
+  test_y: Shaped[np.ndarray, "..."],
+  *,
+  test_groups: Shaped[np.ndarray, "..."] | None = None,
+  **options: Any,
+) -> ProbeResult:
+  """`fit_probe` and the result on one set.
+
+  Args:
+    train_x: [N, D].
+    train_y: [N] labels.
+    test_x: [M, D].
+    test_y: [M].
+    test_groups: [M]; if given, none may occur among the option `groups`.
+    **options: of `fit_probe`.
+
+  Raises:
+    ValueError: as `fit_probe` and `FittedProbe.test`.
+  """
+  train_x, train_y, test_x, test_y = _check(train_x, train_y, test_x, test_y)
+  return fit_probe(train_x, train_y, **options).test(test_x, test_y, groups=test_groups)
 
 
 def _choose_c(x, y, grid, groups, val, fraction, max_iter):
@@ -215,8 +282,7 @@ def _choose_c(x, y, grid, groups, val, fraction, max_iter):
     base.check_widths(train=x, validation=val_x)
     base.check_lengths(val_x=val_x, val_y=val_y)
   else:
-    base.check_lengths(train_x=x, groups=groups)
-    held = grouped_split(np.asarray(groups), fraction) if groups is not None else _stratified_split(y, fraction)
+    held = grouped_split(groups, fraction) if groups is not None else _stratified_split(y, fraction)
     fit_x, fit_y, val_x, val_y = x[~held], y[~held], x[held], y[held]
   known = np.isin(val_y, fit_y)
   if not known.any() or len(np.unique(fit_y)) < 2:
@@ -292,8 +358,8 @@ class LinearProbe:
 
   Attributes:
     modality: which modality.
-    train: table the probe is fitted on; None holds `test_fraction` of the groups of the evaluated set out and fits on
-      the rest.
+    train: table the probe is fitted on, once however many sets it is given; None holds `test_fraction` of the groups of
+      the evaluated set out and fits on the rest.
     field: column of the label, `family` for example.
     group: column of the groups held out together (`label`: concepts); needed without `train`. With `train`, groups
       decide the validation split and may not occur on both sides.
@@ -310,6 +376,7 @@ class LinearProbe:
   c_grid: Sequence[float] = C_GRID
   test_fraction: float = 0.4
   name: str = "probe"
+  _fitted: dict[str, FittedProbe] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
   def __call__(self, table: base.Table) -> Iterator[tuple[str, float]]:
     """Yields accuracy and balanced accuracy of each part."""
@@ -320,18 +387,17 @@ class LinearProbe:
       x, y, *groups = base.columns(table, self.modality, [part, self.field, *extra])
       if self.train is None:
         test = grouped_split(groups[0], self.test_fraction, salt="probe-test")
-        train_x, train_y, train_groups = x[~test], y[~test], [groups[0][~test]]
+        fitted = fit_probe(x[~test], y[~test], c_grid=self.c_grid, groups=groups[0][~test])
         x, y, groups = x[test], y[test], [groups[0][test]]
       else:
-        train_x, train_y, *train_groups = base.columns(self.train, self.modality, [part, self.field, *extra])
-      result = linear_probe(
-        train_x,
-        train_y,
-        x,
-        y,
-        c_grid=self.c_grid,
-        groups=train_groups[0] if extra else None,
-        test_groups=groups[0] if extra else None,
-      )
+        fitted = self._on_training_rows(part, extra)
+      result = fitted.test(x, y, groups=groups[0] if extra else None)
       yield f"{self.name}/{self.field}/{self.modality}/{part}", result.accuracy
       yield f"{self.name}/{self.field}/{self.modality}/{part}/balanced", result.balanced_accuracy
+
+  def _on_training_rows(self, part: str, extra: Sequence[str]) -> FittedProbe:
+    """The probe of a part of the training rows, fitted once for all sets."""
+    if part not in self._fitted:
+      x, y, *groups = base.columns(self.train, self.modality, [part, self.field, *extra])
+      self._fitted[part] = fit_probe(x, y, c_grid=self.c_grid, groups=groups[0] if extra else None)
+    return self._fitted[part]

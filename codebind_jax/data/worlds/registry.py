@@ -19,8 +19,8 @@ from absl import logging
 
 from codebind_jax.data.worlds import fetch, store
 
-_PACKAGED = ("icons", "household", "materials", "menagerie", "evoked")
-WORLDS = {name: f"codebind_jax.data.worlds.{name}" for name in _PACKAGED}
+PACKAGED = ("icons", "household", "materials", "menagerie", "evoked")
+WORLDS = {name: f"codebind_jax.data.worlds.{name}" for name in PACKAGED}
 WORLDS["synthetic"] = "codebind_jax.data.synthetic"
 
 
