@@ -105,7 +105,7 @@ def stages_of(config: Any) -> list[Stage]:
         unique_labels=bool(entry.unique_labels),
         learning_rate=float(entry.learning_rate),
         train=tuple(entry.train),
-        codes=tuple(entry.codes),
+        codes=tuple(entry.get("codes", (".*",))),  # runs of before this key load as well
         losses={term: float(weight) for term, weight in entry.losses.items()},
         steps=int(entry.steps),
         batch_size=int(entry.batch_size),

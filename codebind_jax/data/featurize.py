@@ -79,15 +79,20 @@ class Featurizer:
       raise ValueError(f"{source.name}: no row has modality {modality!r}")
     if modality == "text":
       return self._text_table(source, rows, templates or self._config.data.templates)
-    present = source if len(rows) == len(source) else source.select(rows)
     tower = self._config.model.towers[modality]
     views = tower.views if augmented else 1
+    hashes = {row: source.content_hash(row, modality) for row in rows}
+    # Rows of one content (a cloud that goes with six pictures) have one clean view; augmented ones are each row's own.
+    content = hashes if views == 1 else dict(zip(rows, rows))
+    first = {content[row]: row for row in reversed(rows)}
+    kept = sorted(first.values())
+    present = source if len(kept) == len(source) else source.select(kept)
     features = cached_features(
       self.trunks[modality], present.keys, lambda i: present.read(i, modality), cache_dir=self._cache, views=views,
-      augment=Augment() if views > 1 else None,
-      hashes=[present.content_hash(i, modality) for i in range(len(present))],
+      augment=Augment() if views > 1 else None, hashes=[hashes[row] for row in kept],
     )  # fmt: skip
-    item = {row: number for number, row in enumerate(rows)}
+    number = {row: item for item, row in enumerate(kept)}
+    item = {row: number[first[content[row]]] for row in rows}
     choices = [(item[i],) if i in item else () for i in range(len(source))]
     return FeatureTable(features, choices, tower.augmented if views > 1 else 0.0)
 
