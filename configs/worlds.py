@@ -71,9 +71,13 @@ def menagerie(config):
 
 
 def evoked(config):
-  """EEG of one person who hears tones or sees checkerboards, bound to what the stimulus was."""
-  towers = {"eeg": common.tower("eeg_patches", body="series", body_options={"width": 64}, specific_dim=64)}
-  add(config, "evoked", towers, (("eeg", "text"),), templates=("{}",), unique_labels=False)
+  """EEG of one person who hears tones or sees checkerboards, bound to what the stimulus was.
+
+  173 epochs allow a linear map of all patches and few steps, not a network that learns patches.
+  """
+  towers = {"eeg": common.tower("eeg_patches", options={"flat": True}, specific_dim=64)}
+  add(config, "evoked", towers, (("eeg", "text"),), templates=("{}",), unique_labels=False, mixup=1.0,
+      steps=min(60, config.steps))
 
 
 STAGES = {"household": household, "materials": materials, "menagerie": menagerie, "evoked": evoked}

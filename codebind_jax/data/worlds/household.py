@@ -26,6 +26,7 @@ PROFILES = ("tiny", "small", "full")
 SPLITS = ("train", "val", "test")
 ARRAYS = ("image", "depth", "thermal", "points")
 UNIQUE = "object"
+PROBES = ("label", "library", "view")  # what the text names; whose catalogue; from where (points have no view)
 _ROW_BYTES = 80_000
 
 
@@ -79,7 +80,7 @@ def eval_sets(profile: str) -> dict[str, EvalSet]:
   pairs = (("depth", "points", "object"), ("thermal", "depth", "object"), ("image", "depth", "object"))
   sets = {}
   for split in ("val", "test"):
-    sets[split] = EvalSet(split, split, ways, labelled=True, probes=("label",), means=("label",))
+    sets[split] = EvalSet(split, split, ways, labelled=True, probes=PROBES, means=("label",))
     sets[f"{split}_objects"] = EvalSet(split, split, pairs=pairs)
   return sets
 
