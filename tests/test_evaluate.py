@@ -16,7 +16,7 @@ from codebind_jax.data.task import EvalSet, open_task
 from codebind_jax.evaluate import Evaluation, evaluate, named_pairs
 from codebind_jax.metrics import read_metrics
 from configs import eval as eval_config
-from tests.train_fixtures import COLOURS
+from tests.train_fixtures import COLOURS, tiny_config, write_manifest
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -132,3 +132,15 @@ def test_sets_of_one_split_share_its_features_and_keep_their_rows(trained, tmp_p
   assert len(read) == 1
   np.testing.assert_array_equal(some["id"], found["id"][picked])
   np.testing.assert_allclose(some["shared"], found["shared"][picked], atol=1e-6)
+
+
+def test_rows_of_one_content_are_seen_once(tmp_path):
+  manifest = write_manifest(tmp_path / "squares")
+  config = tiny_config(manifest, tmp_path / "cache")
+  source = open_task(config.data).train["squares"]
+  twice = source.select([0, 1, 0, 2, 1])
+  twice.rows = [row | {"id": f"{number}"} for number, row in enumerate(twice.rows)]
+  featurizer = Featurizer(config)
+  once, table = featurizer.table(source.select([0, 1, 2]), "image"), featurizer.table(twice, "image")
+  assert [items for items in table.choices] == [(0,), (1,), (0,), (2,), (1,)]
+  np.testing.assert_array_equal(table.features, once.features)
