@@ -110,6 +110,7 @@ def _validate_train(config: ml_collections.ConfigDict) -> None:
   from codebind_jax.stages import stages_of
   from codebind_jax.step import TERMS
 
+  check_keys(config.tasks, (*TASKS, "codes"), "tasks")
   check_keys([config.data.captions], CAPTION_MODES, "data.captions")
   check_keys([world.split("-")[0] for world in config.data.worlds], WORLDS, "data.worlds")
   if not config.data.worlds and not config.data.manifest:

@@ -98,14 +98,14 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | pathlib
     task = open_task(config.data)
     featurizer = Featurizer(config)
     tables, labels = featurizer.train_tables(task.train, task.unique, task.extra)
-  evaluation = Evaluation(config, task, featurizer)
+  evaluation = Evaluation(config, task, featurizer, config.tasks)
 
   final, models = run_stages(config, folder, tables, labels, evaluation)
   if config.baseline:
     banner("baseline: the same heads by plain InfoNCE, without codebooks")
     plain = baseline_of(config)
     inner = claim_workdir(plain, folder / "baseline")
-    baseline, _ = run_stages(plain, inner, tables, labels, Evaluation(plain, task, featurizer))
+    baseline, _ = run_stages(plain, inner, tables, labels, Evaluation(plain, task, featurizer, config.tasks))
     final |= {f"baseline/{name}": value for name, value in baseline.items()}
 
   if jax.process_index() == 0:

@@ -68,6 +68,7 @@ def get_config():
   config.init_from = ""  # workdir of a finished run whose modalities this one starts with
   config.baseline = True  # train the same heads by plain InfoNCE, without codebooks, and report both
   config.test = True  # read the test sets once, at the end
+  config.tasks = ("zeroshot", "retrieval", "probe", "codes")  # what the last evaluation measures; probes take longest
   config.emergent = ()  # pairs of modalities that no stage binds, to be retrieved from each other by concept
   config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
   config.sharding = ConfigDict()

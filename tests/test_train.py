@@ -142,6 +142,7 @@ def test_batch_larger_than_the_data(data, tmp_path):
     ("data.extra", 1.0, "config.data.extra: got 1.0; allowed: 0 .none. up to, not including, 1"),
     ("codebook.decay", 1.5, "config.codebook.decay: got 1.5; allowed: 0 to 1"),
     ("data.captions", "some", "config.data.captions: .some. is not allowed; allowed: .*joined"),
+    ("tasks", ("zeroshot", "smell"), "config.tasks: .smell. is not allowed; allowed: .*codes"),
     ("model.towers.text.whiten", -0.1, "config.model.towers.text.whiten: got -0.1; allowed: 0 .off. to 1"),
     ("stages.bridges.chunk", -1, "config.stages.bridges.chunk: got -1; allowed: 0 .the whole matrix. and up"),
     ("stages.bridges.parts", 0, "config.stages.bridges.parts: got 0; allowed: 1 and up"),
