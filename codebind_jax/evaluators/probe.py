@@ -314,7 +314,7 @@ def _fitted(x, y, grid, max_iter):
     model = LogisticRegression(max_iter=max_iter, warm_start=True, tol=1e-4)
     for c in grid:
       model.set_params(C=c)
-      # The products are small: BLAS threads waiting for each other cost more than they give (12 times, on a busy machine).
+      # Small products: BLAS threads waiting for each other cost more than they give (12 times, on a busy machine).
       with threadpool_limits(1, user_api="blas"), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(standard, y)
