@@ -182,7 +182,9 @@ class Model:
     for start in range(0, len(tokens), self.batch):
       chunk = np.asarray(tokens[start : start + self.batch, : self.tokens_seen(modality)], np.float32)
       rows = len(chunk)
-      chunk = np.pad(chunk, ((0, self._padded(rows, self.batch) - rows), (0, 0), (0, 0)))
+      # The last of several chunks is filled up: a shape of its own would be compiled.
+      padded = self._padded(self.batch if start else rows, self.batch)
+      chunk = np.pad(chunk, ((0, padded - rows), (0, 0), (0, 0)))
       out = self._embed(self.params, self.codebooks, {modality: self._split(chunk)})[modality]
       parts.append([np.asarray(column)[:rows, 0] for column in _columns(out)])
     return Embeddings(*(np.concatenate(columns) for columns in zip(*parts)))

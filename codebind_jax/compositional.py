@@ -163,7 +163,8 @@ def quantize_modalities(
         continue
       if name not in codebooks:
         raise ValueError(f"codebooks lack {name!r}, which {modality!r} needs; they are {sorted(codebooks)}")
-      looked = similarity_rows.get(modality) if isinstance(similarity_rows, Mapping) else ((0, similarity_rows),)
+      first = similarity_rows if isinstance(similarity_rows, Mapping) else {modality: ((0, similarity_rows),)}
+      looked = first.get(modality) if similarity_rows else None
       result, used = _quantize_part(segments, codebooks[name], weights, x, spec, looked)
       quantised.append(result)
       if update == "sequential":
@@ -324,7 +325,7 @@ def _quantize_part(z, state, weights, x, spec, looked):
     loss = loss + _mean_square(vectors - jax.lax.stop_gradient(z), weights)
   class_token = direction.reshape(*direction.shape[:2], *x.shape[:-1])
   class_token = class_token[..., 0] if x.ndim == 3 else class_token
-  if looked and looked != ((0, 0),):
+  if looked is not None:
     parts = [class_token[..., start:stop] for start, stop in looked]
     class_token = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
   if spec.detach_similarity:

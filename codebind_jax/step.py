@@ -309,13 +309,15 @@ def usage_metrics(outputs: Mapping[str, Any], codebooks: Mapping[str, CodebookSt
 
 
 def make_embed_step(model: CodeBind, spec: CompositionalSpec | None) -> Callable[..., dict[str, Any]]:
-  """(params, codebooks, tokens) -> modality -> outputs; changes no state."""
+  """(params, codebooks, tokens) -> modality -> outputs, without similarities to the codes; changes no state."""
 
   def embed(params: Any, codebooks: Mapping[str, CodebookState], tokens: Mapping[str, Array]) -> dict[str, Any]:
     features, _ = model.apply({"params": params}, tokens)
     if spec is None:
       return plain_outputs(features, model)
-    return quantize_modalities(features, codebooks, spec, update="none")[0]
+    # Similarities to all codes are for losses; here they would be most of the work and of the memory.
+    nobody = dict.fromkeys(features, ((0, 0),))
+    return quantize_modalities(features, codebooks, spec, update="none", similarity_rows=nobody)[0]
 
   return embed
 
