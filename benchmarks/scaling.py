@@ -7,10 +7,7 @@ Tokens are drawn at random in the shapes of `configs/stage1.py`, so that neither
 """
 
 import dataclasses
-import json
 import statistics
-import subprocess
-import sys
 import time
 
 import jax
@@ -29,7 +26,7 @@ from codebind_jax.stages import stages_of
 from configs import stage1
 
 _WHAT = flags.DEFINE_enum("what", "memory", ("memory", "time", "input"), "What to measure.")
-_DEVICES = flags.DEFINE_integer("devices", 0, "Rows of the memory table of so many devices alone, as JSON.")
+_QUANTIZE = flags.DEFINE_bool("quantize", True, "False: the baseline's step, plain InfoNCE, which compiles quickly.")
 
 WIDTHS = {"image": 4192, "text": 384}  # of the trunks' tokens, one an item
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
@@ -39,47 +36,37 @@ BATCHES = (64, 128, 256, 512, 1024)
 
 
 def config_of(rows):
-  """Stage 1 on tokens of the same shape that no trunk makes."""
+  """Stage 1 (or its baseline) on tokens of the same shape that no trunk makes."""
   config = stage1.get_config().unlock()
   config.batch_size = rows
+  if not _QUANTIZE.value:
+    config.model.quantize = False
+    config.stages.bridges.losses = {"info_nce": 1.0}
   for name, width in WIDTHS.items():
     config.model.towers[name].trunk = "raw"
     config.model.towers[name].options = {"width": width, "modality": name}
   return config.lock()
 
 
-def compiled_sizes(devices):
-  """One step compiled for so many CPU devices, in every form: bytes a device of state, temporaries and collectives."""
-  jax.config.update("jax_num_cpu_devices", devices)
-  jax.config.update("jax_disable_most_optimizations", True)  # of machine code alone, which nothing runs
-  found = {}
-  for rows in dict.fromkeys((ROWS_A_DEVICE * devices, ROWS)):
-    config = config_of(rows)
-    for form, options in FORMS.items():
-      stage = dataclasses.replace(stages_of(config)[0], **options)
-      report = aot.compile_stage(config, stage, make_layout(config), aot.CHIPS["v5e"])
-      moved = {kind: traffic.bytes for kind, traffic in report.program.traffic.items()}
-      found[f"{rows} {form}"] = {"state": report.arguments, "temporaries": report.temporaries, "moved": moved}
-  return found
-
-
 def memory():
-  """A table for each way to grow; every number of devices is a process of its own."""
-  command = [sys.executable, "-m", "benchmarks.scaling"]
-  run = lambda n: subprocess.run([*command, f"--devices={n}"], check=True, stdout=subprocess.PIPE, text=True).stdout
-  found = {devices: json.loads(run(devices)) for devices in COUNTS}
+  """A table for each way to grow, of steps compiled for the first of 64 devices and more of them."""
+  jax.config.update("jax_num_cpu_devices", max(COUNTS))
+  jax.config.update("jax_disable_most_optimizations", True)  # of machine code alone, which nothing runs
   for title, rows_of in ((f"{ROWS_A_DEVICE} rows a device", lambda n: ROWS_A_DEVICE * n),
                          (f"{ROWS:,} rows in all", lambda n: ROWS)):  # fmt: skip
     print(f"\n{title}; MB a device\n")
     print("| devices | InfoNCE | state and batch | temporaries | all-gather | all-reduce | permute | other |")
     print("|---|---|---|---|---|---|---|---|")
-    for devices, cases in found.items():
-      for form in FORMS:
-        case = cases[f"{rows_of(devices)} {form}"]
-        moved = dict(case["moved"])
+    for devices in COUNTS:
+      config = config_of(rows_of(devices))
+      for form, options in FORMS.items():
+        stage = dataclasses.replace(stages_of(config)[0], **options)
+        layout = make_layout(config, jax.devices()[:devices])
+        report = aot.compile_stage(config, stage, layout, aot.CHIPS["v5e"])
+        moved = {kind: traffic.bytes for kind, traffic in report.program.traffic.items()}
         named = [moved.pop(kind, 0) for kind in ("all-gather", "all-reduce", "collective-permute")]
-        numbers = [case["state"], case["temporaries"], *named, sum(moved.values())]
-        print(f"| {devices} | {form} | " + " | ".join(f"{n / 2**20:,.1f}" for n in numbers) + " |")
+        numbers = [report.arguments, report.temporaries, *named, sum(moved.values())]
+        print(f"| {devices} | {form} | " + " | ".join(f"{n / 2**20:,.1f}" for n in numbers) + " |", flush=True)
 
 
 def ready(rows):
@@ -154,9 +141,6 @@ def input_rate(rows=256, batches=60, repeats=3):
 
 
 def main(_):
-  if _DEVICES.value:
-    print(json.dumps(compiled_sizes(_DEVICES.value)))
-    return
   describe()
   {"memory": memory, "time": step_time, "input": input_rate}[_WHAT.value]()
 
