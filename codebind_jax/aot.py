@@ -68,6 +68,7 @@ class Report:
     bytes: moved to and from memory, as XLA counts them: bodies of loops once, so this is a lower bound.
     program: traffic and cycles.
     chip: published figures.
+    peak: bytes in use at once at most, as the compiler has it; what it sets aside is more. 0 where it does not say.
   """
 
   stage: str
@@ -83,6 +84,7 @@ class Report:
   bytes: float
   program: hlo.Program
   chip: Chip
+  peak: int = 0
 
   @property
   def needed(self) -> int:
@@ -118,7 +120,7 @@ class Report:
       f"stage {self.stage} on {self.chips} chips, compiled in {self.compile_seconds:.0f} s; all figures a chip",
       f"  HBM         {mb(self.needed)} of {mb(self.memory)} ({100 * self.needed / self.memory:.1f} %): "
       f"{mb(self.arguments)} state and batch, {mb(self.temporaries)} temporaries, {mb(self.outputs)} further outputs, "
-      f"{mb(self.code)} code",
+      f"{mb(self.code)} code" + (f"; {mb(self.peak)} in use at the peak" if self.peak else ""),
       f"  flops       {self.model_flops / 1e12:.2f} T of the model (towers and heads, nothing recomputed); "
       f"{self.all_flops / 1e12:.2f} T of the whole step",
       f"  bytes       {self.bytes / 2**30:.2f} GB to and from memory (loop bodies counted once: a lower bound)",
@@ -211,7 +213,7 @@ def compile_stage(config: Any, stage: Stage, layout: Layout, chip: Chip) -> Repo
     code=memory.generated_code_size_in_bytes, memory=chip.memory,
     model_flops=model_work / chips, all_flops=all_work / chips,
     bytes=float(cost.get("bytes accessed", 0.0)),
-    program=hlo.read(compiled.as_text()), chip=chip,
+    program=hlo.read(compiled.as_text()), chip=chip, peak=getattr(memory, "peak_memory_in_bytes", 0),
   )  # fmt: skip
 
 

@@ -73,6 +73,7 @@ def make_iterator(
   extra: int = 0,
   extra_share: float = 0.0,
   name: str = "source",
+  workers: int = 0,
 ) -> grain.DatasetIterator:
   """Endless shuffled batches `{modality: [b, n, d], _mask: {modality: bool [b]}, _row: int32 [b], _group: int32 [b]}`.
 
@@ -94,6 +95,8 @@ def make_iterator(
     extra: how many of the rows, the last ones, are further data.
     extra_share: their share of a batch, rounded to whole rows a process.
     name: of the source, for errors.
+    workers: processes that read, each with its copy of the tables; 0 for threads of this one. The batches are the
+      same, but an iterator's state is of use to one with equally many only.
 
   Raises:
     ValueError: if a part of the batch is larger than its data, or the batch does not divide over the processes.
@@ -123,4 +126,5 @@ def make_iterator(
   if extra_rows:
     further = batches([group for group in members if group[0] >= first], extra_rows, seed + 1)
     dataset = grain.experimental.ZipMapDataset([dataset, further]).seed(seed).random_map(_Join())
-  return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+  read = dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
+  return iter(read.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)) if workers else read)

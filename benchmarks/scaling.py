@@ -1,0 +1,149 @@
+"""How the train step of stage 1 grows: bytes and memory with devices, time with the batch, input with processes.
+
+Command: python -m benchmarks.scaling --what=memory   # compiled for 1 to 64 devices that are not there; nothing is run
+         python -m benchmarks.scaling --what=time     # step time against the batch, one device
+         python -m benchmarks.scaling --what=input    # rows a second against worker processes; how long a loop waits
+Tokens are drawn at random in the shapes of `configs/stage1.py`, so that neither data nor weights are needed.
+"""
+
+import dataclasses
+import statistics
+import time
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from benchmarks.machine import describe, in_turn
+from codebind_jax import aot, build, optim
+from codebind_jax import state as state_lib
+from codebind_jax.compile import compile_step
+from codebind_jax.data.pipeline import FeatureTable, make_iterator
+from codebind_jax.methods.base import make_init, make_method
+from codebind_jax.metrics import Throughput
+from codebind_jax.sharding import make_layout
+from codebind_jax.stages import stages_of
+from configs import stage1
+
+_WHAT = flags.DEFINE_enum("what", "memory", ("memory", "time", "input"), "What to measure.")
+_QUANTIZE = flags.DEFINE_bool("quantize", True, "False: the baseline's step, plain InfoNCE, which compiles quickly.")
+
+WIDTHS = {"image": 4192, "text": 384}  # of the trunks' tokens, one an item
+COUNTS = (1, 2, 4, 8, 16, 32, 64)
+FORMS = {"plain": {}, "chunked": {"chunk": 512}, "ring": {"chunk": 512, "ring": True}}  # of InfoNCE
+ROWS_A_DEVICE, ROWS = 256, 4096
+BATCHES = (64, 128, 256, 512, 1024)
+
+
+def config_of(rows):
+  """Stage 1 (or its baseline) on tokens of the same shape that no trunk makes."""
+  config = stage1.get_config().unlock()
+  config.batch_size = rows
+  if not _QUANTIZE.value:
+    config.model.quantize = False
+    config.stages.bridges.losses = {"info_nce": 1.0}
+  for name, width in WIDTHS.items():
+    config.model.towers[name].trunk = "raw"
+    config.model.towers[name].options = {"width": width, "modality": name}
+  return config.lock()
+
+
+def memory():
+  """A table for each way to grow, of steps compiled for the first of 64 devices and more of them."""
+  jax.config.update("jax_num_cpu_devices", max(COUNTS))
+  jax.config.update("jax_disable_most_optimizations", True)  # of machine code alone, which nothing runs
+  for title, rows_of in ((f"{ROWS_A_DEVICE} rows a device", lambda n: ROWS_A_DEVICE * n),
+                         (f"{ROWS:,} rows in all", lambda n: ROWS)):  # fmt: skip
+    print(f"\n{title}; MB a device\n")
+    print("| devices | InfoNCE | state and batch | temporaries | all-gather | all-reduce | permute | other |")
+    print("|---|---|---|---|---|---|---|---|")
+    for devices in COUNTS:
+      config = config_of(rows_of(devices))
+      for form, options in FORMS.items():
+        stage = dataclasses.replace(stages_of(config)[0], **options)
+        layout = make_layout(config, jax.devices()[:devices])
+        report = aot.compile_stage(config, stage, layout, aot.CHIPS["v5e"])
+        moved = {kind: traffic.bytes for kind, traffic in report.program.traffic.items()}
+        named = [moved.pop(kind, 0) for kind in ("all-gather", "all-reduce", "collective-permute")]
+        numbers = [report.arguments, report.temporaries, *named, sum(moved.values())]
+        print(f"| {devices} | {form} | " + " | ".join(f"{n / 2**20:,.1f}" for n in numbers) + " |", flush=True)
+
+
+def ready(rows):
+  """The compiled step of a batch on one device, a state and the layout."""
+  config = config_of(rows)
+  layout, stage, method = make_layout(config, jax.devices()[:1]), stages_of(config)[0], make_method(config)
+  init = make_init(method, build.token_shapes(config, WIDTHS))
+  state = state_lib.create(layout, jax.random.key(0), init)
+  tx, table = optim.make_optimizer(state.params, stage.train, config.optim.to_dict(), stage.steps)
+  state = state_lib.with_optimizer(state, tx, layout)
+  first = layout.put_batch({"toy": next(iterator(rows))})
+  state = state.replace(codebooks=jax.jit(method.start)(state, first))
+  step = state_lib.guarded(method.train_step(stage, tx, optim.frozen(table)))
+  return compile_step(step, state, first, layout), state, layout
+
+
+def iterator(rows, workers=0):
+  """Endless batches of the trainer's input over random features: 4,096 items in two views, a caption each."""
+  rng = np.random.default_rng(0)
+  features = lambda width, views: rng.normal(size=(4096, views, 1, width)).astype(np.float16)
+  items = [(i,) for i in range(4096)]
+  tables = {"image": FeatureTable(features(WIDTHS["image"], 2), items, 0.5),
+            "text": FeatureTable(features(WIDTHS["text"], 1), items)}  # fmt: skip
+  return make_iterator(tables, [str(i) for i in items], batch_size=rows, seed=0, workers=workers)
+
+
+def step_time():
+  """Median step time of every batch, in turn, as ratios to the smallest batch."""
+  contenders = {}
+  for rows in BATCHES:
+    compiled, state, layout = ready(rows)
+    holder, batch = [state], layout.put_batch({"toy": next(iterator(rows))})
+
+    def run(compiled=compiled, holder=holder, batch=batch):
+      holder[0], metrics = compiled(holder[0], batch)
+      jax.block_until_ready(metrics)
+
+    contenders[rows] = run
+  taken = {rows: wall for rows, (wall, _) in in_turn(contenders, 9).items()}
+  least = min(BATCHES)
+  print("| rows | step, / that of the smallest batch | a row |\n|---|---|---|")
+  for rows, wall in taken.items():
+    ratio = wall / taken[least]
+    print(f"| {rows:,} | {ratio:.2f} | {ratio * least / rows:.2f} |")
+
+
+def input_rate(rows=256, batches=60, repeats=3):
+  """Rows a second of the iterator alone, and the share of the time for which the trainer's loop waits for it."""
+  compiled, state, layout = ready(rows)
+  alone, shares = {}, {}
+  for workers in (0, 1, 2):
+    rates, waits = [], []
+    for _ in range(repeats):
+      batches_of = iterator(rows, workers)
+      next(batches_of)  # processes are up
+      start = time.perf_counter()
+      for _ in range(batches):
+        next(batches_of)
+      rates.append(batches * rows / (time.perf_counter() - start))
+      clock = Throughput()
+      for _ in range(batches):
+        with clock.waiting(state.step):
+          batch = layout.put_batch({"toy": next(batches_of)})
+        state, _ = compiled(state, batch)
+        clock.add(rows)
+      jax.block_until_ready(state.step)
+      waits.append(clock.report()["data_wait_share"])
+    alone[workers], shares[workers] = statistics.median(rates), statistics.median(waits)
+  print("| worker processes | rows a second, / none | time a loop waits |\n|---|---|---|")
+  for workers, rate in alone.items():
+    print(f"| {workers} | {rate / alone[0]:.2f} | {100 * shares[workers]:.1f} % |")
+
+
+def main(_):
+  describe()
+  {"memory": memory, "time": step_time, "input": input_rate}[_WHAT.value]()
+
+
+if __name__ == "__main__":
+  app.run(main)
