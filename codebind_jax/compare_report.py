@@ -20,10 +20,10 @@ def cell(runs: Sequence[Mapping[str, float]], name: str) -> str:
   return "" if found is None else f"{found[0]:.1f} ± {found[1]:.1f}" if len(runs) > 1 else f"{found[0]:.1f}"
 
 
-def write_comparison(folder: pathlib.Path, found: Mapping[str, Any]) -> str:
-  """Writes all files; returns the text of comparison.md."""
+def write_comparison(folder: pathlib.Path, found: Mapping[str, Any], against: Mapping[str, Any] | None = None) -> str:
+  """Writes all files; returns the text of comparison.md. `against` is another comparison, see `claims`."""
   results, settings = found["results"], found["config"]["compare"]
-  whole = dict(found) | {"rule": RULE, "claims": claims(results, settings["world"], PREFIX)}
+  whole = dict(found) | {"rule": RULE, "claims": claims(results, settings["world"], PREFIX, against)}
   drawn = draw(folder, results, settings, _columns(results, settings))
   text = "\n".join(["# Methods side by side", "", *sections(whole), *(f"![{name}]({name}.svg)\n" for name in drawn)])
   (folder / "comparison.md").write_text(text, encoding="utf-8")
@@ -41,7 +41,7 @@ def sections(whole: Mapping[str, Any], heading: str = "##") -> list[str]:
   results, settings = whole["results"], whole["config"]["compare"]
   return [
     *_head(whole), "", *_scores(results, _columns(results, settings)), "",
-    f"{heading} Cost", "", *_costs(results), "",
+    f"{heading} Cost", "", *_costs(results, whole.get("speed")), "",
     f"{heading} Claims of the papers", "", whole["rule"], "", *_claims(whole["claims"]), "",
   ]  # fmt: skip
 
@@ -84,18 +84,24 @@ def _scores(results: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
   return _table(["variant", *columns, "codes shared / single", "rate"], rows)
 
 
-def _costs(results: Mapping[str, Any]) -> list[str]:
+def _costs(results: Mapping[str, Any], speed: Mapping[str, Any] | None) -> list[str]:
   rows = []
+  pace = speed["examples_per_second"] if speed else {n: r["cost"]["examples_per_second"] for n, r in results.items()}
   for name, result in results.items():
     c = result["cost"]
     kept = [f"{c[part]:,}" for part in ("extra_parameters", "codebooks", "aux")]
-    rows.append([name, f"{c['examples_per_second']:.0f}", f"{c['compiled_megabytes']:.1f}", *kept])
+    rows.append([name, f"{pace[name]:.0f}", f"{c['compiled_megabytes']:.1f}", *kept])
   towers = sorted({result["cost"]["towers"] for result in results.values()})
+  how = (
+    f"Examples a second are of the compiled step alone on one batch, the fastest of {speed['rounds']} turns of "
+    f"{speed['steps']} steps that all variants took one after the other ({speed['device']}, {speed['cores']} cores, "
+    f"load average {speed['load']:.1f} before): compare them with one another."
+  ) if speed else "Examples a second are of the machine that trained the variant, with whatever ran beside it."
   return [
     *_table(["variant", "examples/s", "temporaries, MB", "extra parameters", "codebooks", "aux"], rows), "",
-    f"The towers have {' or '.join(f'{count:,}' for count in towers)} parameters in every variant. Examples a second "
-    "are of the machine that trained the variant, with whatever ran beside it; temporaries are those of the compiled "
-    "step; `extra parameters` are the method's own that gradient trains, `codebooks` codes and their statistics, `aux` "
+    f"The towers have {' or '.join(f'{count:,}' for count in towers)} parameters in every variant. "
+    f"{how} Temporaries are those of the compiled step; "
+    "`extra parameters` are the method's own that gradient trains, `codebooks` codes and their statistics, `aux` "
     "teacher, queue and CLUB's networks, all in numbers of 4 bytes.",
   ]  # fmt: skip
 
