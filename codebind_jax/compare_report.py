@@ -40,7 +40,7 @@ def sections(whole: Mapping[str, Any], heading: str = "##") -> list[str]:
   """
   results, settings = whole["results"], whole["config"]["compare"]
   return [
-    *_head(whole), "", *_scores(results, _columns(results, settings)), "",
+    *_head(whole), "", *_scores(results, _columns(results, settings), settings["learning_rates"]), "",
     f"{heading} Cost", "", *_costs(results, whole.get("speed")), "",
     f"{heading} Claims of the papers", "", whole["rule"], "", *_claims(whole["claims"]), "",
   ]  # fmt: skip
@@ -54,9 +54,11 @@ def _columns(results: Mapping[str, Any], settings: Mapping[str, Any]) -> list[st
 def _head(found: Mapping[str, Any]) -> list[str]:
   config = found["config"]
   settings = config["compare"]
-  tuned = "learning rate chosen on the validation set for each method" if len(settings["learning_rates"]) > 1 else (
-    f"learning rate {settings['learning_rates'][0]:g} for all, not tuned"
-  )  # fmt: skip
+  rates = settings["learning_rates"]
+  tuned = (
+    "learning rate chosen on the validation set for each method; where it is the highest or lowest of those tried, one "
+    "beyond might do better"
+  ) if len(rates) > 1 else f"learning rate {rates[0]:g} for all, not tuned"
   sources = {name: rows for stage in config["stages"].values() for name, rows in stage["sources"].items()}
   rows = " + ".join(f"{rows} ({name})" for name, rows in sources.items()) or str(config["batch_size"])
   return [
@@ -74,13 +76,14 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
   return [line(head), "|---" * len(head) + "|", *map(line, rows)]
 
 
-def _scores(results: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
+def _scores(results: Mapping[str, Any], columns: Sequence[str], rates: Sequence[float]) -> list[str]:
+  ends = {max(rates): " (highest)", min(rates): " (lowest)"} if len(rates) > 1 else {}
   rows = []
   for name, result in results.items():
-    runs = result["runs"]
+    runs, rate = result["runs"], result["learning_rate"]
     codes = f"{cell(runs, 'codes/shared')} / {cell(runs, 'codes/single')}" if "codes/shared" in runs[0] else ""
     values = [cell(runs, f"{PREFIX}/{column}") for column in columns]
-    rows.append([name, *values, codes, f"{result['learning_rate']:g}"])
+    rows.append([name, *values, codes, f"{rate:g}{ends.get(rate, '')}"])
   return _table(["variant", *columns, "codes shared / single", "rate"], rows)
 
 

@@ -157,6 +157,11 @@ def test_what_is_written(tmp_path):
   for name in ("bars", "anchors", "sharing", "redundancy", "plan_fixed_anchor_image"):
     assert (tmp_path / f"{name}.svg").stat().st_size and f"({name}.svg)" in text
 
+  settings["learning_rates"] = [1e-4, 1e-3, 1e-2]
+  with_codes["learning_rate"] = 1e-2
+  tuned = write_comparison(tmp_path, {"summary": "a world", "config": config, "results": results})
+  assert "| 0.001 |" in tuned and "| 0.01 (highest) |" in tuned and "(lowest)" not in tuned
+
   # The same tables, entered into a page between marks, twice.
   page = "a\n<!-- results x -->\nbefore\n<!-- end x -->\nb\n<!-- results y -->\n<!-- end y -->\n"
   for _ in range(2):
