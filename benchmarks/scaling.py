@@ -1,8 +1,8 @@
-"""How the train step of stage 1 grows: bytes and memory with devices, time with the batch, input with processes.
+"""How the train step of stage 1 grows: bytes and memory with devices, time with the batch, input with threads.
 
 Command: python -m benchmarks.scaling --what=memory   # compiled for 1 to 64 devices that are not there; nothing is run
          python -m benchmarks.scaling --what=time     # step time against the batch, one device
-         python -m benchmarks.scaling --what=input    # rows a second against worker processes; how long a loop waits
+         python -m benchmarks.scaling --what=input    # rows a second against reading threads; how long a loop waits
 Tokens are drawn at random in the shapes of `configs/stage1.py`, so that neither data nor weights are needed.
 """
 
@@ -83,14 +83,14 @@ def ready(rows):
   return compile_step(step, state, first, layout), state, layout
 
 
-def iterator(rows, workers=0):
+def iterator(rows, threads=2):
   """Endless batches of the trainer's input over random features: 4,096 items in two views, a caption each."""
   rng = np.random.default_rng(0)
   features = lambda width, views: rng.normal(size=(4096, views, 1, width)).astype(np.float16)
   items = [(i,) for i in range(4096)]
   tables = {"image": FeatureTable(features(WIDTHS["image"], 2), items, 0.5),
             "text": FeatureTable(features(WIDTHS["text"], 1), items)}  # fmt: skip
-  return make_iterator(tables, [str(i) for i in items], batch_size=rows, seed=0, workers=workers)
+  return make_iterator(tables, [str(i) for i in items], batch_size=rows, seed=0, threads=threads)
 
 
 def step_time():
@@ -117,11 +117,11 @@ def input_rate(rows=256, batches=60, repeats=3):
   """Rows a second of the iterator alone, and the share of the time for which the trainer's loop waits for it."""
   compiled, state, layout = ready(rows)
   alone, shares = {}, {}
-  for workers in (0, 1, 2):
+  for threads in (1, 2, 4):
     rates, waits = [], []
     for _ in range(repeats):
-      batches_of = iterator(rows, workers)
-      next(batches_of)  # processes are up
+      batches_of = iterator(rows, threads)
+      next(batches_of)
       start = time.perf_counter()
       for _ in range(batches):
         next(batches_of)
@@ -134,10 +134,10 @@ def input_rate(rows=256, batches=60, repeats=3):
         clock.add(rows)
       jax.block_until_ready(state.step)
       waits.append(clock.report()["data_wait_share"])
-    alone[workers], shares[workers] = statistics.median(rates), statistics.median(waits)
-  print("| worker processes | rows a second, / none | time a loop waits |\n|---|---|---|")
-  for workers, rate in alone.items():
-    print(f"| {workers} | {rate / alone[0]:.2f} | {100 * shares[workers]:.1f} % |")
+    alone[threads], shares[threads] = statistics.median(rates), statistics.median(waits)
+  print("| threads | rows a second, / one | time a loop waits |\n|---|---|---|")
+  for threads, rate in alone.items():
+    print(f"| {threads} | {rate / alone[1]:.2f} | {100 * shares[threads]:.1f} % |")
 
 
 def main(_):

@@ -8,6 +8,7 @@ collects what they left in the folder. A variant belongs to one process at a tim
 
 from __future__ import annotations
 
+import json
 import logging as standard_logging
 import pathlib
 import sys
@@ -21,16 +22,17 @@ import tqdm
 from absl import logging
 
 from codebind_jax import config as config_lib
-from codebind_jax.api import Model, load
-from codebind_jax.checkpoint import Checkpoints
+from codebind_jax.api import load
+from codebind_jax.compare_cost import FILE as SPEED
+from codebind_jax.compare_cost import cost, speeds
 from codebind_jax.compare_evaluation import CrossModal, finished, transfers_of
 from codebind_jax.compare_report import write_comparison
+from codebind_jax.compile import Programs
 from codebind_jax.data.featurize import Featurizer
+from codebind_jax.data.pipeline import Drawn, Replay
 from codebind_jax.data.synthetic import NAME, Factors, SyntheticSource
 from codebind_jax.data.task import EvalSet, Task, open_task
-from codebind_jax.methods.base import EXTRA
-from codebind_jax.metrics import read_metrics
-from codebind_jax.train import claim_workdir, run_stages
+from codebind_jax.train import claim_workdir, iterators_of, run_stages
 
 SCORE = "eval/val/label/cross"  # what learning rates are chosen by, unless config.compare.score says
 
@@ -60,10 +62,10 @@ def chosen(settings: Any) -> list[str]:
 
 
 def whole(config: Any) -> Any:
-  """The config of the comparison that a call is a part of: `only` does not tell comparisons apart."""
+  """The config of the comparison that a call is a part of, without what does not tell comparisons apart."""
   joined = ml_collections.ConfigDict(config.to_dict())
-  if "only" in joined.compare:
-    del joined.compare["only"]
+  for key in {"only", "against", "timing"} & set(joined.compare):
+    del joined.compare[key]
   return joined.lock()
 
 
@@ -84,12 +86,14 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
   """Tunes, trains and evaluates the variants of `config.compare`, and writes comparison.md, .json and .svg files.
 
   With `config.compare.only` it trains what that names and, unless that is all, writes nothing but the runs themselves.
+  With `config.compare.timing` it times so many steps of every variant, in turns, once all are trained, and keeps that.
 
   Returns:
     What comparison.json holds.
 
   Raises:
     ValueError: for a bad config, before any work.
+    OSError: if `config.compare.against` cannot be read, likewise.
   """
   settings = config.compare
   if jax.process_count() > 1:
@@ -97,6 +101,7 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
   for variant in settings.variants.values():
     config_lib.validate(run_config(config, variant, settings.learning_rates[0], 0, False))
   names = chosen(settings)
+  against = json.loads(pathlib.Path(settings.against).read_text()) if settings.get("against", "") else None
   folder = claim_workdir(whole(config), workdir)
   task = graded_task(settings.world, sorted(config.model.towers)) if settings.world else open_task(config.data)
   featurizer = Featurizer(config)
@@ -108,35 +113,46 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
       transfers, stages=settings.get("stages", False), tokens=tokens,
     ) for test in (False, True)
   }  # fmt: skip
+  drawn: dict[tuple[int, str], Drawn] = {}
+
+  def draw(config: Any, stage: Any, *rest: Any) -> dict[str, Replay]:
+    """The batches of a seed, which are the same for all variants: drawn once, kept."""
+    for name in stage.sources:
+      if (config.seed, name) not in drawn:
+        drawn[config.seed, name] = Drawn(lambda name=name: iterators_of(config, stage, *rest)[name])
+    return {name: Replay(drawn[config.seed, name]) for name in stage.sources}
+
   tuned, score = len(settings.learning_rates) > 1, settings.get("score", SCORE)
   bar = tqdm.tqdm(total=len(names) * (len(settings.learning_rates) * tuned + settings.seeds), unit="run", disable=None)
 
-  def train(name: str, rate: float, seed: int, test: bool) -> dict[str, Any]:
+  def train(name: str, rate: float, seed: int, test: bool, programs: Programs) -> dict[str, Any]:
     bar.set_description(f"{name} {rate:g} seed {seed}")
     run = run_config(config, settings.variants[name], rate, seed, test)
     inner = claim_workdir(run, folder / name / (f"rate{rate:g}" if not test else f"seed{seed}"))
-    final, evaluation = finished(inner), evaluations[test]
+    final, evaluation, model = finished(inner), evaluations[test], None
     if final is None:
       level = standard_logging.getLogger("absl").level
       logging.set_verbosity(logging.WARNING)
       try:
-        final, _ = run_stages(run, inner, tables, labels, evaluation)
+        final, models = run_stages(run, inner, tables, labels, evaluation, programs, draw)
+        model = models["after"]
       finally:
         logging.set_verbosity(logging.converter.standard_to_absl(level))
     bar.update()
     if not test:
       return {"metrics": final}
-    model = load(inner)
-    model.trunks = featurizer.trunks
+    if model is None:
+      model = load(inner)
+      model.trunks = featurizer.trunks
     return {"metrics": final, "cost": cost(inner, model), "probe": evaluation.probe(model, inner)}
 
   results: dict[str, Any] = {}
   for name in names:
-    rates = {}
+    rates, programs = {}, Programs()
     if tuned:
-      rates = {rate: train(name, rate, 0, False)["metrics"][score] for rate in settings.learning_rates}
+      rates = {rate: train(name, rate, 0, False, programs)["metrics"][score] for rate in settings.learning_rates}
     rate = max(rates, key=rates.get) if rates else settings.learning_rates[0]
-    runs = [train(name, rate, seed, True) for seed in range(1, settings.seeds + 1)]
+    runs = [train(name, rate, seed, True, programs) for seed in range(1, settings.seeds + 1)]
     speed = float(np.median([run["cost"]["examples_per_second"] for run in runs]))
     results[name] = {
       "method": settings.variants[name].method, "learning_rate": rate,
@@ -146,34 +162,16 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
   bar.close()
   found = {"summary": task.summary, "config": config_lib.to_plain(whole(config)), "results": results}
   if len(results) == len(settings.variants):
-    sys.stdout.write(write_comparison(folder, found))
+    if settings.get("timing", 0):
+      best = {name: run_config(config, settings.variants[name], r["learning_rate"], 0, False)
+              for name, r in results.items()}  # fmt: skip
+      timed = speeds(best, tables, labels, evaluations[False].trunks, settings.timing)
+      (folder / SPEED).write_text(json.dumps(timed, indent=1) + "\n")
+    if (folder / SPEED).exists():
+      found["speed"] = json.loads((folder / SPEED).read_text())
+    sys.stdout.write(write_comparison(folder, found, against))
   else:
     sys.stdout.write(f"trained {', '.join(results)} of {len(settings.variants)} variants in {folder}; the same command "
                      "without --config.compare.only collects all and writes comparison.md\n")  # fmt: skip
   return found
 
-
-def cost(workdir: pathlib.Path, model: Model) -> dict[str, float]:
-  """What a run took beside its towers.
-
-  Returns:
-    `examples_per_second`: rows of all sources a second, waiting for data included, compilation and checkpoints not;
-    median over the run's log. `compiled_megabytes`: temporaries of the compiled step, as XLA counts them. Numbers kept:
-    `towers`, `extra_parameters` (the method's own, trained), `codebooks` (codes and their statistics), `aux` (teacher,
-    queue, CLUB's networks).
-  """
-  lines = read_metrics(workdir / "metrics.jsonl")
-  speeds = [line["examples_per_second"] for line in lines if "examples_per_second" in line]
-  memory = [line["compiled_megabytes"] for line in lines if "compiled_megabytes" in line]
-  size = lambda tree: int(sum(np.size(x) for x in jax.tree.leaves(tree)))
-  store = Checkpoints(workdir)
-  try:
-    aux = store.read_arrays(("aux",))["aux"]
-  finally:
-    store.close()
-  return {
-    "examples_per_second": float(np.median(speeds)) if speeds else float("nan"),
-    "compiled_megabytes": memory[-1] if memory else float("nan"),
-    "towers": size({name: value for name, value in model.params.items() if name != EXTRA}),
-    "extra_parameters": size(model.params.get(EXTRA, {})), "codebooks": size(model.codebooks), "aux": size(aux),
-  }  # fmt: skip

@@ -37,7 +37,8 @@ def verdict(differences: Sequence[float], allowed: float = 0.0) -> dict[str, Any
 
 
 def claims(
-  results: Mapping[str, Any], world: Mapping[str, Any] | None = None, prefix: str = "eval/test"
+  results: Mapping[str, Any], world: Mapping[str, Any] | None = None, prefix: str = "eval/test",
+  against: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
   """The claims that a comparison can test, each with the numbers it rests on.
 
@@ -45,12 +46,14 @@ def claims(
     results: variant -> `runs`, the metrics of each seed in order, and `probes`, likewise what `CrossModal.probe` found.
     world: `config.compare.world` of a comparison on modalities of graded quality; None for another.
     prefix: of the metrics.
+    against: what comparison.json of the same world with graded qualities holds, where those of `world` are equal.
 
   Returns:
     Per claim `claim`, `verdict`, `difference`, `error`, `interval`, `seeds` (see `verdict`) and `numbers`, a sentence;
     where it is about several methods their own verdicts in `parts`.
   """
   found = [*_anchors(results, world, prefix)] if world else []
+  found += _narrowed(against, results, prefix) if against else []
   return [*found, *_ablations(results, prefix), *_channels(results, prefix)]
 
 
@@ -75,16 +78,18 @@ def _anchors(results: Mapping[str, Any], world: Mapping[str, Any], prefix: str) 
   by_anchor = {m: _told(results, name, whole) for m, name in anchors.items()}
   text = ", ".join(f"anchor {m} (quality {quality[m]:g}) {_spread(values)}" for m, values in by_anchor.items())
   worst, best = list(anchors)[0], list(anchors)[-1]
+  graded = quality[best] > quality[worst]
   found = [{"claim": "Fixed anchor: accuracy depends on the anchor's quality (best less worst anchor)",
             "numbers": f"label/all: {text}"} | verdict(_paired(by_anchor[best], by_anchor[worst]))]  # fmt: skip
+  found = found if graded else []
   if "centrobind" not in results:
     return found
   mine = _told(results, "centrobind", whole)
   top = max(by_anchor, key=lambda m: np.mean(by_anchor[m]))
-  for claim, other, allowed in (
-    ("CentroBind, which has no anchor to choose, is no worse than the anchor that came out best", top, MARGIN),
-    ("CentroBind is better than binding to the anchor of lowest quality", worst, 0.0),
-  ):
+  asked = [("CentroBind, which has no anchor to choose, is no worse than the anchor that came out best", top, MARGIN)]
+  if graded:
+    asked.append(("CentroBind is better than binding to the anchor of lowest quality", worst, 0.0))
+  for claim, other, allowed in asked:
     numbers = f"label/all: centrobind {_spread(mine)}, anchor {other} {_spread(by_anchor[other])}"
     found.append({"claim": claim, "numbers": numbers} | verdict(_paired(mine, by_anchor[other]), allowed))
   for lacking in (m for m in anchors if world["style_quality"].get(m, 1.0) == 0):
@@ -101,6 +106,25 @@ def _anchors(results: Mapping[str, Any], world: Mapping[str, Any], prefix: str) 
     found.append({"claim": f"A factor that {lacking} lacks: anchor {lacking} does not bind the others by it (at most "
                            f"{BLIND:g} points above chance)", "numbers": text}
                  | verdict([chance + BLIND - value for value in theirs]))  # fmt: skip
+  return found
+
+
+def _narrowed(against: Mapping[str, Any], equal: Mapping[str, Any], prefix: str) -> list[dict[str, Any]]:
+  """Gaps that a world of graded qualities shows, less the same gaps where all qualities are equal."""
+  graded, quality = against["results"], against["config"]["compare"]["world"]["quality"]
+  both = sorted((m for m in quality if {f"fixed_anchor_{m}"} <= graded.keys() & equal.keys()), key=quality.get)
+  if len(both) < 2:
+    return []
+  worst, best, found = f"fixed_anchor_{both[0]}", f"fixed_anchor_{both[-1]}", []
+  for name, who in ((best, f"anchor {both[-1]}"), ("centrobind", "CentroBind")):
+    if name not in graded or name not in equal:
+      continue
+    gap = lambda results, name=name: _paired(*(_told(results, one, f"{prefix}/label/all") for one in (name, worst)))
+    gaps = [gap(graded), gap(equal)]
+    found.append({"claim": f"With all qualities equal the gap between {who} and anchor {both[0]}, the worst of the "
+                           "graded world, shrinks",
+                  "numbers": f"label/all, the gap: graded {_spread(gaps[0])}, equal {_spread(gaps[1])}"}
+                 | verdict(_paired(*gaps)))  # fmt: skip
   return found
 
 

@@ -20,10 +20,10 @@ def cell(runs: Sequence[Mapping[str, float]], name: str) -> str:
   return "" if found is None else f"{found[0]:.1f} ± {found[1]:.1f}" if len(runs) > 1 else f"{found[0]:.1f}"
 
 
-def write_comparison(folder: pathlib.Path, found: Mapping[str, Any]) -> str:
-  """Writes all files; returns the text of comparison.md."""
+def write_comparison(folder: pathlib.Path, found: Mapping[str, Any], against: Mapping[str, Any] | None = None) -> str:
+  """Writes all files; returns the text of comparison.md. `against` is another comparison, see `claims`."""
   results, settings = found["results"], found["config"]["compare"]
-  whole = dict(found) | {"rule": RULE, "claims": claims(results, settings["world"], PREFIX)}
+  whole = dict(found) | {"rule": RULE, "claims": claims(results, settings["world"], PREFIX, against)}
   drawn = draw(folder, results, settings, _columns(results, settings))
   text = "\n".join(["# Methods side by side", "", *sections(whole), *(f"![{name}]({name}.svg)\n" for name in drawn)])
   (folder / "comparison.md").write_text(text, encoding="utf-8")
@@ -40,8 +40,8 @@ def sections(whole: Mapping[str, Any], heading: str = "##") -> list[str]:
   """
   results, settings = whole["results"], whole["config"]["compare"]
   return [
-    *_head(whole), "", *_scores(results, _columns(results, settings)), "",
-    f"{heading} Cost", "", *_costs(results), "",
+    *_head(whole), "", *_scores(results, _columns(results, settings), settings["learning_rates"]), "",
+    f"{heading} Cost", "", *_costs(results, whole.get("speed")), "",
     f"{heading} Claims of the papers", "", whole["rule"], "", *_claims(whole["claims"]), "",
   ]  # fmt: skip
 
@@ -54,9 +54,11 @@ def _columns(results: Mapping[str, Any], settings: Mapping[str, Any]) -> list[st
 def _head(found: Mapping[str, Any]) -> list[str]:
   config = found["config"]
   settings = config["compare"]
-  tuned = "learning rate chosen on the validation set for each method" if len(settings["learning_rates"]) > 1 else (
-    f"learning rate {settings['learning_rates'][0]:g} for all, not tuned"
-  )  # fmt: skip
+  rates = settings["learning_rates"]
+  tuned = (
+    "learning rate chosen on the validation set for each method; where it is the highest or lowest of those tried, one "
+    "beyond might do better"
+  ) if len(rates) > 1 else f"learning rate {rates[0]:g} for all, not tuned"
   sources = {name: rows for stage in config["stages"].values() for name, rows in stage["sources"].items()}
   rows = " + ".join(f"{rows} ({name})" for name, rows in sources.items()) or str(config["batch_size"])
   return [
@@ -74,28 +76,35 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
   return [line(head), "|---" * len(head) + "|", *map(line, rows)]
 
 
-def _scores(results: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
+def _scores(results: Mapping[str, Any], columns: Sequence[str], rates: Sequence[float]) -> list[str]:
+  ends = {max(rates): " (highest)", min(rates): " (lowest)"} if len(rates) > 1 else {}
   rows = []
   for name, result in results.items():
-    runs = result["runs"]
+    runs, rate = result["runs"], result["learning_rate"]
     codes = f"{cell(runs, 'codes/shared')} / {cell(runs, 'codes/single')}" if "codes/shared" in runs[0] else ""
     values = [cell(runs, f"{PREFIX}/{column}") for column in columns]
-    rows.append([name, *values, codes, f"{result['learning_rate']:g}"])
+    rows.append([name, *values, codes, f"{rate:g}{ends.get(rate, '')}"])
   return _table(["variant", *columns, "codes shared / single", "rate"], rows)
 
 
-def _costs(results: Mapping[str, Any]) -> list[str]:
+def _costs(results: Mapping[str, Any], speed: Mapping[str, Any] | None) -> list[str]:
   rows = []
+  pace = speed["examples_per_second"] if speed else {n: r["cost"]["examples_per_second"] for n, r in results.items()}
   for name, result in results.items():
     c = result["cost"]
     kept = [f"{c[part]:,}" for part in ("extra_parameters", "codebooks", "aux")]
-    rows.append([name, f"{c['examples_per_second']:.0f}", f"{c['compiled_megabytes']:.1f}", *kept])
+    rows.append([name, f"{pace[name]:.0f}", f"{c['compiled_megabytes']:.1f}", *kept])
   towers = sorted({result["cost"]["towers"] for result in results.values()})
+  how = (
+    f"Examples a second are of the compiled step alone on one batch, the fastest of {speed['rounds']} turns of "
+    f"{speed['steps']} steps that all variants took one after the other ({speed['device']}, {speed['cores']} cores, "
+    f"load average {speed['load']:.1f} before): compare them with one another."
+  ) if speed else "Examples a second are of the machine that trained the variant, with whatever ran beside it."
   return [
     *_table(["variant", "examples/s", "temporaries, MB", "extra parameters", "codebooks", "aux"], rows), "",
-    f"The towers have {' or '.join(f'{count:,}' for count in towers)} parameters in every variant. Examples a second "
-    "are of the machine that trained the variant, with whatever ran beside it; temporaries are those of the compiled "
-    "step; `extra parameters` are the method's own that gradient trains, `codebooks` codes and their statistics, `aux` "
+    f"The towers have {' or '.join(f'{count:,}' for count in towers)} parameters in every variant. "
+    f"{how} Temporaries are those of the compiled step; "
+    "`extra parameters` are the method's own that gradient trains, `codebooks` codes and their statistics, `aux` "
     "teacher, queue and CLUB's networks, all in numbers of 4 bytes.",
   ]  # fmt: skip
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from absl import logging
 
+from codebind_jax import config as config_lib
 from codebind_jax.sharding import Layout
 
 
@@ -36,3 +39,31 @@ def compile_step(step: Any, state: Any, batch: Any, layout: Layout) -> Any:
     memory.argument_size_in_bytes / 2**20, memory.temp_size_in_bytes / 2**20,
   )
   return compiled
+
+
+class Programs:
+  """Compiled functions of runs, kept for those after them whose configs make the same function."""
+
+  def __init__(self) -> None:
+    self._made: dict[str, Any] = {}
+
+  def get(self, name: str, config: Any, make: Callable[[], Any], free: Sequence[str] = ()) -> Any:
+    """The function of that name for a config, made now or for an earlier run.
+
+    Args:
+      name: of the function.
+      config: of the run; its `seed` and `test` say nothing about a function.
+      make: compiles it.
+      free: other paths of keys that this function does not depend on.
+    """
+    key = config_lib.to_plain(config)
+    for path in ("seed", "test", *free):
+      *parents, last = path.split(".")
+      part = key
+      for parent in parents:
+        part = part[parent]
+      del part[last]
+    key = json.dumps([name, key], sort_keys=True)
+    if key not in self._made:
+      self._made[key] = make()
+    return self._made[key]

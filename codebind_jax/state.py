@@ -9,6 +9,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from codebind_jax.sharding import Layout
@@ -49,25 +50,35 @@ def shapes(init: Init) -> TrainState:
   return jax.eval_shape(functools.partial(_first, init), jax.random.key(0))
 
 
-def create(layout: Layout, rng: Any, init: Init) -> TrainState:
-  """Makes the first state already placed on the mesh; nothing is materialised on one device.
+def creator(layout: Layout, init: Init) -> Callable[[Any], TrainState]:
+  """Typed PRNG key -> the first state already placed on the mesh; nothing is materialised on one device.
 
   Args:
     layout: mesh and rules.
-    rng: typed PRNG key.
     init: key -> (params, codebooks, aux); pure and jittable.
 
   Returns:
-    A state at step 0 without optimizer state (see `with_optimizer`).
+    A compiled function; its state is at step 0 and without optimizer state (see `with_optimizer`).
   """
-  # The key is closed over: an argument would have to be one array of all processes.
-  return jax.jit(functools.partial(_first, init, rng), out_shardings=layout.of(shapes(init)))()
+  make = jax.jit(lambda data, impl: _first(init, jax.random.wrap_key_data(data, impl=impl)),
+                 static_argnums=1, out_shardings=layout.of(shapes(init)))  # fmt: skip
+  # As numpy, which jit takes for the same on all processes; a key on one device is not.
+  return lambda rng: make(np.asarray(jax.random.key_data(rng)), str(jax.random.key_impl(rng)))
+
+
+def create(layout: Layout, rng: Any, init: Init) -> TrainState:
+  """The first state for one key, see `creator`."""
+  return creator(layout, init)(rng)
+
+
+def optimizer_init(params: Any, tx: optax.GradientTransformation, layout: Layout) -> Callable[[Any], Any]:
+  """Parameters -> a fresh optimizer state of `tx`, placed on the mesh; compiled for these parameters' shapes."""
+  return jax.jit(tx.init, out_shardings=layout.of(jax.eval_shape(tx.init, params), "opt_state"))
 
 
 def with_optimizer(state: TrainState, tx: optax.GradientTransformation, layout: Layout) -> TrainState:
   """The state with a fresh optimizer state of `tx`, as at the start of a stage."""
-  shardings = layout.of(jax.eval_shape(tx.init, state.params), "opt_state")
-  return state.replace(opt_state=jax.jit(tx.init, out_shardings=shardings)(state.params))
+  return state.replace(opt_state=optimizer_init(state.params, tx, layout)(state.params))
 
 
 def abstract(state: TrainState, tx: optax.GradientTransformation, layout: Layout) -> TrainState:

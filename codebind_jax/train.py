@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import pathlib
 import sys
 import time
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,19 +25,21 @@ from codebind_jax import state as state_lib
 from codebind_jax.api import Model, load
 from codebind_jax.checkpoint import Checkpoints, Position
 from codebind_jax.codebook import collapsed, usage_stats
-from codebind_jax.compile import compile_step
+from codebind_jax.compile import Programs, compile_step
 from codebind_jax.data.featurize import Featurizer
 from codebind_jax.data.pipeline import make_iterator
 from codebind_jax.data.task import open_task
 from codebind_jax.evaluate import Evaluation, StageEvaluation
 from codebind_jax.guard import Preempted, Preemption, Watch
-from codebind_jax.methods.base import Recipe, make_init, make_method
+from codebind_jax.methods.base import make_init, make_method
 from codebind_jax.metrics import MetricsWriter, Throughput
 from codebind_jax.models.codebind import whitened
 from codebind_jax.report import write_report
 from codebind_jax.sharding import Layout, make_layout
 from codebind_jax.stages import Stage, stages_of
 from codebind_jax.state import TrainState
+
+RATE = ("optim.learning_rate",)  # what only a training step's compiled function depends on
 
 
 def banner(text: str) -> None:
@@ -119,7 +122,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | pathlib
 
 def run_stages(
   config: ml_collections.ConfigDict, folder: pathlib.Path, tables: Mapping[str, Mapping[str, Any]],
-  labels: Mapping[str, Sequence[str | None]], evaluation: StageEvaluation,
+  labels: Mapping[str, Sequence[str | None]], evaluation: StageEvaluation, programs: Programs | None = None,
+  draw: Callable[..., dict[str, Any]] | None = None,
 ) -> tuple[dict[str, float], dict[str, Model]]:
   """Runs or continues the stages of one config.
 
@@ -129,17 +133,21 @@ def run_stages(
     tables: source -> modality -> FeatureTable of the training rows.
     labels: source -> per training row what tells it apart.
     evaluation: of this config.
+    programs: compiled for earlier runs on the same data, to be used again.
+    draw: `iterators_of`, or what gives the same batches.
 
   Returns:
     The final metrics (on process 0), and the model before and after training.
   """
   banner("model")
+  programs = programs or Programs()
   layout = make_layout(config)
   method = make_method(config)
   stages = [stage.on({name: set(found) for name, found in tables.items()}) for stage in stages_of(config)]
   first_of = {m: table for found in reversed(tables.values()) for m, table in found.items()}
   shapes = {name: (trunk.num_tokens, trunk.width) for name, trunk in evaluation.trunks.items()}
-  state = state_lib.create(layout, jax.random.key(config.seed), make_init(method, shapes, config.model.half))
+  create = lambda: state_lib.creator(layout, make_init(method, shapes, config.model.half))
+  state = programs.get("create", config, create, RATE)(jax.random.key(config.seed))
   state = state.replace(params=whiten_heads(state.params, config, first_of, layout))
   held: dict[str, tuple[str, ...]] = {}
   if config.init_from:
@@ -148,21 +156,8 @@ def run_stages(
     before = held.get(stages[number - 1].name if number else "", ())
     held[stage.name] = tuple(dict.fromkeys((*before, *stage.modalities)))
   untrained_params = jax.device_get(layout.whole(state.params))  # the step donates its state
-  optimizers = {
-    stage.name: optim.make_optimizer(
-      state.params, stage.train,
-      config.optim.to_dict() | ({"learning_rate": stage.learning_rate} if stage.learning_rate else {}), stage.steps,
-    )
-    for stage in stages
-  }  # fmt: skip
-  make_iterators = lambda stage: {
-    name: make_iterator(
-      {m: table for m, table in tables[name].items() if m in stage.modalities}, labels[name], batch_size=rows,
-      seed=config.seed, unique_labels=stage.unique_labels, name=name,
-      extra=len(evaluation.task.extra.get(name, ())), extra_share=config.data.extra,
-    )
-    for name, rows in stage.sources.items()
-  }
+  optimizers = {stage.name: optimizer_of(config, stage, state.params) for stage in stages}
+  make_iterators = lambda stage: (draw or iterators_of)(config, stage, tables, labels, evaluation.task.extra)
 
   with contextlib.closing(Checkpoints(folder, keep=config.keep_checkpoints)) as store, MetricsWriter(
     folder, active=jax.process_index() == 0
@@ -193,15 +188,23 @@ def run_stages(
         iterators = make_iterators(stage)
         earlier = held.get(stages[stages.index(stage) - 1].name if stage is not stages[0] else "", ())
         state = state.replace(params=copy_heads(state.params, config, set(stage.modalities) - set(earlier)))
-        state = state_lib.with_optimizer(state, tx, layout)
+        fresh = functools.partial(state_lib.optimizer_init, state.params, tx, layout)
+        state = state.replace(opt_state=programs.get(f"optimizer {stage.name}", config, fresh, RATE)(state.params))
         layout.log(state)
         if state.codebooks:
           first = {name: next(it) for name, it in make_iterators(stage).items()}
-          start = jax.jit(method.start, out_shardings=layout.of(state.codebooks, "codebooks"))
-          state = state.replace(codebooks=start(state, layout.put_batch(first)))
+          start = functools.partial(jax.jit, method.start, out_shardings=layout.of(state.codebooks, "codebooks"))
+          begin = programs.get(f"start {stage.name}", config, start, RATE)
+          state = state.replace(codebooks=begin(state, layout.put_batch(first)))
+      compile_for = lambda state, batch, stage=stage, tx=tx, table=table: programs.get(
+        f"step {stage.name}", config,
+        lambda: compile_step(
+          state_lib.guarded(method.train_step(stage, tx, optim.frozen(table))), state, batch, layout
+        ),
+      )
       state = run_stage(
-        config, stage, state, tx, iterators, layout, method, store, writer, evaluation, held[stage.name],
-        worlds_until(stages, stage), optim.frozen(table), preemption,
+        config, stage, state, compile_for, iterators, layout, store, writer, evaluation, held[stage.name],
+        worlds_until(stages, stage), preemption,
       )
       position = Position(stage.last_step, stage.name, True)
       evaluate_stage(config, state, stage, stages, evaluation, writer, held[stage.name], layout)
@@ -213,6 +216,27 @@ def run_stages(
     final = evaluation.finish(trained, int(state.step), writer) if jax.process_index() == 0 else {}
     distributed.wait_for_all("evaluation")
     return final, {"before": untrained, "after": trained}
+
+
+def optimizer_of(config: Any, stage: Stage, params: Any) -> tuple[Any, dict[str, str]]:
+  """A stage's optimizer and its table of paths, see `optim.make_optimizer`."""
+  own = {"learning_rate": stage.learning_rate} if stage.learning_rate else {}
+  return optim.make_optimizer(params, stage.train, config.optim.to_dict() | own, stage.steps)
+
+
+def iterators_of(
+  config: Any, stage: Stage, tables: Mapping[str, Mapping[str, Any]], labels: Mapping[str, Sequence[str | None]],
+  extra: Mapping[str, Sequence[Any]],
+) -> dict[str, Any]:
+  """Source -> iterator over a stage's batches, from its beginning; arguments as of `run_stages`."""
+  return {
+    name: make_iterator(
+      {m: table for m, table in tables[name].items() if m in stage.modalities}, labels[name], batch_size=rows,
+      seed=config.seed, unique_labels=stage.unique_labels, name=name, extra=len(extra.get(name, ())),
+      extra_share=config.data.extra,
+    )
+    for name, rows in stage.sources.items()
+  }  # fmt: skip
 
 
 def evaluate_stage(
@@ -232,11 +256,11 @@ def worlds_until(stages: Sequence[Stage], stage: Stage) -> set[str]:
 
 
 def run_stage(
-  config: Any, stage: Stage, state: TrainState, tx: Any, iterators: Mapping[str, Any], layout: Layout, method: Recipe,
-  store: Checkpoints, writer: MetricsWriter, evaluation: StageEvaluation, held: Sequence[str],
-  worlds: Collection[str], frozen: frozenset[str], preemption: Preemption,
+  config: Any, stage: Stage, state: TrainState, compile_for: Callable[[TrainState, Any], Any],
+  iterators: Mapping[str, Any], layout: Layout, store: Checkpoints, writer: MetricsWriter,
+  evaluation: StageEvaluation, held: Sequence[str], worlds: Collection[str], preemption: Preemption,
 ) -> TrainState:
-  """The loop of one stage, from wherever `state` stands to the stage's last step."""
+  """The loop of one stage, from wherever `state` stands to its last step, by the step that `compile_for` makes."""
   read = lambda: {name: layout.put_batch(next(it)) for name, it in iterators.items()}
   step, compiled = int(state.step), None
   clock, watch = Throughput(), Watch(store.path.parent, config_lib.to_plain(config), stage.name)
@@ -246,7 +270,7 @@ def run_stage(
       watch.before(step, iterators)
       batch = read()
     if compiled is None:
-      compiled = compile_step(state_lib.guarded(method.train_step(stage, tx, frozen)), state, batch, layout)
+      compiled = compile_for(state, batch)
       clock.restart()
     state, metrics = compiled(state, batch)
     step += 1

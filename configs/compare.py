@@ -4,11 +4,14 @@ Command: python -m codebind_jax.main --config=configs/compare.py --workdir=runs/
          configs/compare.py              the synthetic world, with modalities of graded quality
          configs/compare.py:real         Household and Menagerie, rows of both in every step
          configs/compare.py:generalise   heads carried between sounds, pictures and names (Icons and Menagerie)
+         configs/compare.py:equal        that world with all qualities equal, fixed anchors and CentroBind alone; add
+                                         --config.compare.against=runs/compare/comparison.json to ask what it changes
 After a further comma: `ablations` for DCID without its parts, `runlocal` for a quick look (one seed, no tuning, little
 data), `full` (generalise alone) for that profile of the data, which has clips.
 Writes comparison.md, comparison.json and figures; a second run of the command continues the first.
 Several processes, or machines that share the folder, can each take some variants; the plain command then collects:
          ... --workdir=runs/compare --config.compare.only=dcid,fcid
+         ... --workdir=runs/compare --config.compare.timing=50  # times the steps of all variants for the table of costs
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +20,7 @@ from configs import common, compare_worlds, worlds
 
 QUALITY = {"audio": 0.15, "depth": 0.35, "video": 0.6, "image": 1.0}
 CODEBIND = {"info_nce": 1.0, "commitment": 10.0, "code_matching": 0.05, "decomposition": 0.1, "specific_uniform": 1.0}
-WORLDS, FORMS = ("real", "generalise"), ("runlocal", "ablations", "full")
+WORLDS, FORMS = ("real", "generalise", "equal"), ("runlocal", "ablations", "full")
 
 
 def variant(method="codebind", quantize=True, losses=None, **options):
@@ -75,6 +78,8 @@ def graded(form):
 
   config.compare = ConfigDict()
   config.compare.only = ""  # names of variants with commas between: this call trains these alone
+  config.compare.timing = 0  # steps of each variant that are timed, in turns, once all have been trained
+  config.compare.against = ""  # comparison.json of the graded world, for the claims of an equal one
   config.compare.seeds = 1 if form == "runlocal" else 3
   config.compare.learning_rates = (2e-3,) if form == "runlocal" else (3e-4, 1e-3, 3e-3)
   config.compare.fields = ("label", "style")
@@ -90,6 +95,14 @@ def graded(form):
   return config, variants
 
 
+def equal(form):
+  """Fixed anchors and CentroBind where every sensor shows the class by the mean of the graded shares, and the style."""
+  config, variants = graded(form)
+  config.compare.world.quality = ConfigDict(dict.fromkeys(QUALITY, round(sum(QUALITY.values()) / len(QUALITY), 4)))
+  config.compare.world.style_quality = ConfigDict()
+  return config, {name: v for name, v in variants.items() if name == "centrobind" or v.method == "fixed_anchor"}
+
+
 def get_config(arg=""):
   words = [word for word in arg.split(",") if word]
   for word in words:
@@ -97,8 +110,12 @@ def get_config(arg=""):
       raise ValueError(f"configs/compare.py:{arg}: unknown argument {word!r}; allowed: {', '.join((*WORLDS, *FORMS))}")
   if "full" in words and ("generalise" not in words or "runlocal" in words):
     raise ValueError(f"configs/compare.py:{arg}: 'full' goes with generalise alone, and not with runlocal")
+  if len(set(words) & set(WORLDS)) > 1 or {"equal", "ablations"} <= set(words):
+    raise ValueError(f"configs/compare.py:{arg}: {', '.join(WORLDS)} exclude one another, and 'equal' has no ablations")
   form = next((word for word in ("runlocal", "full") if word in words), "")
-  if set(words) & set(WORLDS):
+  if "equal" in words:
+    config, variants = equal(form)
+  elif set(words) & set(WORLDS):
     config = (compare_worlds.real if "real" in words else compare_worlds.generalise)(form)
     sizes = (32, 32, 128) if form == "runlocal" else (256, 256, 1024)
     variants = methods(("text",), "text", worlds.LOSSES, *sizes)

@@ -25,6 +25,7 @@ def _packaged(form, chosen, sources, pairs):
     config.model.towers.video.starts_from = ""
   config.compare = ConfigDict()
   config.compare.only = ""
+  config.compare.timing = 0
   config.compare.seeds = 1 if form == "runlocal" else 3
   config.compare.learning_rates = (1e-3,) if form == "runlocal" else (3e-4, 1e-3, 3e-3)
   config.compare.world = ConfigDict()

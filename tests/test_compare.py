@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from codebind_jax import compare as compare_lib
+from codebind_jax import train as train_lib
 from codebind_jax.evaluators.crossmodal import code_sharing, recall_at_one, sharing_sets, transfer
 from configs import common
 from configs import compare as shipped
@@ -81,20 +82,31 @@ def small(tmp_path, only=""):
 
 @pytest.mark.usefixtures("quick_compiler")
 def test_a_comparison_can_be_divided_stopped_and_continued(tmp_path, monkeypatch, capsys):
-  calls = []
-  real = compare_lib.run_stages
+  calls, compiled = [], []
+  real, compile_step = compare_lib.run_stages, train_lib.compile_step
 
   def counted(config, folder, *rest):
-    calls.append(folder.relative_to(tmp_path / "run").as_posix())
+    calls.append(folder.relative_to(tmp_path).as_posix().removeprefix("run/"))
     if len(calls) == 4:
       raise KeyboardInterrupt
     return real(config, folder, *rest)
 
   monkeypatch.setattr(compare_lib, "run_stages", counted)
+  monkeypatch.setattr(train_lib, "compile_step", lambda *rest: compiled.append(rest) or compile_step(*rest))
   first = compare_lib.compare(small(tmp_path, "dcid"), tmp_path / "run")
   assert calls == ["dcid/rate0.001", "dcid/rate0.01", "dcid/seed1"] and set(first["results"]) == {"dcid"}
   assert "without --config.compare.only" in capsys.readouterr().out
   assert not list((tmp_path / "run").glob("comparison.*"))
+  # The last run has the step of the run that tuned its rate, and gives what a run with a step of its own does.
+  assert len(compiled) == 2
+  alone = small(tmp_path, "dcid").unlock()
+  alone.compare.learning_rates = (first["results"]["dcid"]["learning_rate"],)
+  calls.clear()
+  again = compare_lib.compare(alone.lock(), tmp_path / "alone")
+  assert len(compiled) == 3 and calls == ["alone/dcid/seed1"]
+  assert again["results"]["dcid"]["runs"] == first["results"]["dcid"]["runs"]
+  capsys.readouterr()
+  calls[:] = ["dcid/rate0.001", "dcid/rate0.01", "dcid/seed1"]
   with pytest.raises(KeyboardInterrupt):
     compare_lib.compare(small(tmp_path, "fixed_anchor_image"), tmp_path / "run")
   before = (tmp_path / "run/dcid/seed1/metrics.jsonl").read_text()
@@ -126,6 +138,13 @@ def test_a_comparison_can_be_divided_stopped_and_continued(tmp_path, monkeypatch
   text = (tmp_path / "run/comparison.md").read_text()
   assert text in capsys.readouterr().out and "| dcid |" in text and "lowers the mean cosine" in text
   assert all((tmp_path / "run" / name).stat().st_size for name in ("bars.svg", "anchors.svg", "sharing.svg"))
+  # A later call times the trained variants' steps in turns; its numbers stand in the table from then on.
+  config = small(tmp_path).unlock()
+  config.compare.timing = 2
+  timed = compare_lib.compare(config.lock(), tmp_path / "run")["speed"]
+  assert set(timed["examples_per_second"]) == {"dcid", "fixed_anchor_image"} and timed["steps"] == 2
+  assert all(np.isfinite(x) and x > 0 for x in timed["examples_per_second"].values())
+  assert calls == trained and "of 2 steps" in (tmp_path / "run/comparison.md").read_text()
   # What TOC's choice of channels does to the codes and to a head carried across.
   probe = json.loads((tmp_path / "run/dcid/seed1/probe.json").read_text())
   assert probe == dcid["probes"][0] and anchor["probes"] == [{}]

@@ -75,6 +75,22 @@ def test_claims_about_anchors():
   assert claims({"fixed_anchor_audio": result()}, WORLD) == claims({"fixed_anchor_text": result()}, None) == []
 
 
+def test_claims_where_all_qualities_are_equal():
+  graded = {"fixed_anchor_audio": result(40), "fixed_anchor_depth": result(70), "fixed_anchor_image": result(60),
+            "centrobind": result(65)}  # fmt: skip
+  even = {"fixed_anchor_audio": result(50), "fixed_anchor_depth": result(52), "fixed_anchor_image": result(51),
+          "centrobind": result(80)}  # fmt: skip
+  world = {"quality": dict.fromkeys(WORLD["quality"], 0.5), "style_quality": {}, "styles": 4}
+  against = {"results": graded, "config": {"compare": {"world": WORLD}}}
+  no_worse, anchors, lead = claims(even, world, against=against)
+  assert "anchor depth 52.0" in no_worse["numbers"]  # of qualities that are equal none is the lowest
+  # The worst and the best anchor are those of the graded world by quality: 60 - 40 there, 51 - 50 here.
+  assert anchors["difference"] == pytest.approx(19.0) and anchors["verdict"] == "held"
+  assert "graded 20.0 ± 0.0, equal 1.0 ± 0.0" in anchors["numbers"]
+  assert lead["difference"] == pytest.approx(25.0 - 30.0) and lead["verdict"] == "did not hold"
+  assert len(claims(even, world)) == 1 and claims({}, world, against=against) == []
+
+
 def test_claims_about_parts_of_dcid():
   found = told({"dcid": result(cross=60), "dcid_no_coding": result(cross=50), "dcid_no_club": result(cross=70),
                 "dcid_no_ema_no_reset": result(cross=60)})  # fmt: skip
@@ -129,10 +145,22 @@ def test_what_is_written(tmp_path):
   assert "learning rate 0.001 for all, not tuned" in text
   assert "| fixed_anchor_image | 1234 | 5.2 | 1,200 | 34 | 0 |" in text and "towers have 10,000 parameters" in text
   assert "| **held** | 20.00 ± 0.00 | 3 | label/all: anchor audio" in text and "95 % interval" in text
+  assert "with whatever ran beside it" in text
+  speed = {"examples_per_second": {"fixed_anchor_audio": 77.4, "fixed_anchor_image": 33.6}, "rounds": 5, "steps": 20,
+           "load": 1.25, "cores": 2, "device": "cpu"}  # fmt: skip
+  timed = write_comparison(tmp_path, {"summary": "a world", "config": config, "results": results, "speed": speed})
+  assert "| fixed_anchor_image | 34 | 5.2 |" in timed and "5 turns of 20 steps" in timed and "average 1.2 " in timed
+  assert "with whatever ran beside it" not in timed
+  text = write_comparison(tmp_path, {"summary": "a world", "config": config, "results": results})
   found = json.loads((tmp_path / "comparison.json").read_text())
   assert [c["verdict"] for c in found["claims"]] == ["held"] * 3 and "Student" in found["rule"]
   for name in ("bars", "anchors", "sharing", "redundancy", "plan_fixed_anchor_image"):
     assert (tmp_path / f"{name}.svg").stat().st_size and f"({name}.svg)" in text
+
+  settings["learning_rates"] = [1e-4, 1e-3, 1e-2]
+  with_codes["learning_rate"] = 1e-2
+  tuned = write_comparison(tmp_path, {"summary": "a world", "config": config, "results": results})
+  assert "| 0.001 |" in tuned and "| 0.01 (highest) |" in tuned and "(lowest)" not in tuned
 
   # The same tables, entered into a page between marks, twice.
   page = "a\n<!-- results x -->\nbefore\n<!-- end x -->\nb\n<!-- results y -->\n<!-- end y -->\n"
@@ -147,7 +175,7 @@ def test_what_is_written(tmp_path):
 
 def test_the_page_of_methods_has_a_place_for_every_comparison_and_names_every_method_and_option():
   page = (pathlib.Path(__file__).parents[1] / "docs/methods.md").read_text(encoding="utf-8")
-  for name in ("graded", "ablations", "real", "generalise"):
+  for name in ("graded", "equal", "ablations", "real", "generalise"):
     methods_page.entered(page, name, [])
   for name in method_names():
     section = page.split(f"(`{name}`)")[1].split("\n## ")[0]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import grain
 import jax
@@ -73,7 +74,7 @@ def make_iterator(
   extra: int = 0,
   extra_share: float = 0.0,
   name: str = "source",
-  workers: int = 0,
+  threads: int = 2,
 ) -> grain.DatasetIterator:
   """Endless shuffled batches `{modality: [b, n, d], _mask: {modality: bool [b]}, _row: int32 [b], _group: int32 [b]}`.
 
@@ -95,8 +96,7 @@ def make_iterator(
     extra: how many of the rows, the last ones, are further data.
     extra_share: their share of a batch, rounded to whole rows a process.
     name: of the source, for errors.
-    workers: processes that read, each with its copy of the tables; 0 for threads of this one. The batches are the
-      same, but an iterator's state is of use to one with equally many only.
+    threads: that draw batches ahead of the loop, in the same order however many there are.
 
   Raises:
     ValueError: if a part of the batch is larger than its data, or the batch does not divide over the processes.
@@ -126,5 +126,63 @@ def make_iterator(
   if extra_rows:
     further = batches([group for group in members if group[0] >= first], extra_rows, seed + 1)
     dataset = grain.experimental.ZipMapDataset([dataset, further]).seed(seed).random_map(_Join())
-  read = dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
-  return iter(read.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)) if workers else read)
+  return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4)))
+
+
+class Drawn:
+  """The batches of an iterator, kept as they are drawn, for runs that all read the same ones.
+
+  Args:
+    make: an iterator at its beginning, the same at each call.
+  """
+
+  def __init__(self, make: Callable[[], Any]):
+    self._make, self._source = make, make()
+    self._batches: list[Any] = []
+    self._states = [self._source.get_state()]
+
+  def batch(self, number: int) -> Any:
+    """The batch of that number, from 0."""
+    while len(self._batches) <= number:
+      self._batches.append(next(self._source))
+      self._states.append(self._source.get_state())
+    return self._batches[number]
+
+  def state(self, number: int) -> Any:
+    """The iterator's state before that batch, one of those that have been asked for or the next."""
+    return self._states[number]
+
+  def at(self, state: Any) -> int | None:
+    """The number of the batch that follows a state; None where it has not been drawn."""
+    return next((number for number, known in enumerate(self._states) if known == state), None)
+
+  def fresh(self, state: Any) -> Any:
+    """The iterator itself, at a state."""
+    found = self._make()
+    found.set_state(state)
+    return found
+
+
+class Replay:
+  """Iterates over what `Drawn` keeps, from its beginning; its states are those of the iterator behind it."""
+
+  def __init__(self, drawn: Drawn):
+    self._drawn, self._next, self._own = drawn, 0, None
+
+  def __iter__(self) -> Replay:
+    return self
+
+  def __next__(self) -> Any:
+    if self._own is not None:
+      return next(self._own)
+    self._next += 1
+    return self._drawn.batch(self._next - 1)
+
+  def get_state(self) -> Any:
+    """What a checkpoint keeps."""
+    return self._drawn.state(self._next) if self._own is None else self._own.get_state()
+
+  def set_state(self, state: Any) -> None:
+    """Goes on from a state; from one beyond the kept batches by an iterator of its own."""
+    number = self._drawn.at(state)
+    self._next, self._own = (number, None) if number is not None else (0, self._drawn.fresh(state))
