@@ -113,7 +113,7 @@ def step_time():
     print(f"| {rows:,} | {ratio:.2f} | {ratio * least / rows:.2f} |")
 
 
-def input_rate(rows=256, batches=60, repeats=3):
+def input_rate(rows=256, batches=20, repeats=3):
   """Rows a second of the iterator alone, and the share of the time for which the trainer's loop waits for it."""
   compiled, state, layout = ready(rows)
   alone, shares = {}, {}

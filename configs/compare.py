@@ -81,7 +81,7 @@ def graded(form):
   config.compare.timing = 0  # steps of each variant that are timed, in turns, once all have been trained
   config.compare.against = ""  # comparison.json of the graded world, for the claims of an equal one
   config.compare.seeds = 1 if form == "runlocal" else 3
-  config.compare.learning_rates = (2e-3,) if form == "runlocal" else (3e-4, 1e-3, 3e-3)
+  config.compare.learning_rates = (2e-3,) if form == "runlocal" else (3e-4, 1e-3, 3e-3, 1e-2)
   config.compare.fields = ("label", "style")
   # The modality of lowest quality does not show the style at all: a factor that an anchor can lack.
   config.compare.world = ConfigDict({

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -247,13 +248,12 @@ def test_damaged_qt_resource_file(packing):
 
 
 def test_all_prepares_every_packaged_world(monkeypatch):
-  from absl import flags
-
   from codebind_jax.tools import prepare
 
   asked = []
+  for flag, value in (("_PROFILE", "auto"), ("_DATA_DIR", None)):
+    monkeypatch.setattr(prepare, flag, types.SimpleNamespace(value=value))
   monkeypatch.setattr(prepare, "ensure", lambda world, profile, root, again: asked.append((world, profile)))
-  flags.FLAGS(["prepare"])
   prepare.main(["prepare", "all"])
   prepare.main(["prepare", "icons", "evoked"])
   assert asked == [(w, "auto") for w in ("icons", "household", "materials", "menagerie", "evoked", "icons", "evoked")]
