@@ -58,15 +58,20 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
   return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def row_axes(rows: int) -> tuple[str, ...]:
+  """Axes of the current mesh (`jax.set_mesh`) that split so many rows over several devices; () where none do."""
+  mesh = jax.sharding.get_abstract_mesh()
+  devices = 1 if mesh.empty or not set(BATCH) <= set(mesh.axis_names) else math.prod(mesh.shape[a] for a in BATCH)
+  return BATCH if devices > 1 and rows % devices == 0 else ()
+
+
 def keep_rows(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
   """Keeps activations split by rows: weights that are split over `fsdp` are gathered, not activations added up.
 
-  Without a mesh (`jax.set_mesh`), or where the rows do not divide over its devices, x as it is.
+  Without a mesh, or where the rows do not divide over its devices, x as it is.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or not set(BATCH) <= set(mesh.axis_names) or len(x) % math.prod(mesh.shape[axis] for axis in BATCH):
-    return x
-  return jax.lax.with_sharding_constraint(x, P(BATCH))
+  axes = row_axes(len(x))
+  return jax.lax.with_sharding_constraint(x, P(axes)) if axes else x
 
 
 @dataclasses.dataclass(frozen=True)

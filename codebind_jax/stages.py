@@ -29,8 +29,9 @@ class Stage:
     matching_temperature: of the softmax over codes in code matching.
     code_rows: rows of a batch that code contrast and code matching look at; 0 for all. Their cost grows with rows times
       segments times codes (matching: with the square of the rows), and is most of a step's if all rows take part.
-    chunk: rows and columns of the InfoNCE logits held at once; 0 for the whole matrix.
-    ring: InfoNCE passes rows from device to device, so that none holds the whole batch.
+    chunk: rows and columns of the InfoNCE logits held at once; 0 for the whole matrix. Where several devices share the
+      rows, these pass from device to device, so that none holds the whole batch.
+    ring: they do so with `chunk` 0 as well, the rows of a device at once.
     parts: the towers see the batch in so many parts, one after the other; losses and codebooks see it whole.
     mixup: rows are mixed with their neighbours in the batch, all modalities by the same share, drawn from Beta(mixup,
       mixup) (Zhang et al., 2018, arXiv 1710.09412); 0 for none.

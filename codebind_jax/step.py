@@ -18,7 +18,7 @@ from codebind_jax.compositional import CompositionalSpec, ModalityOutput, quanti
 from codebind_jax.gradient_cache import in_parts
 from codebind_jax.models.codebind import CodeBind, decode
 from codebind_jax.norm import unit
-from codebind_jax.sharding import BATCH
+from codebind_jax.sharding import row_axes
 from codebind_jax.stages import Stage
 from codebind_jax.state import TrainState
 
@@ -76,11 +76,12 @@ def _info_nce_plain(c: Context) -> Float[Array, ""]:
 
 
 def _align(c: Context, outputs: Mapping[str, Any]) -> Float[Array, ""]:
+  tiled = c.stage.ring or c.stage.chunk  # over several devices tiles go around: gathered, each would be gathered anew
   return _mean([
     losses.info_nce(
       outputs[a].shared[:, 0], outputs[b].shared[:, 0], temperature=c.stage.temperature,
       logit_scale_a=c.scales[a], logit_scale_b=c.scales[b], mask=c.masks[a] & c.masks[b],
-      chunk=c.stage.chunk, axes=BATCH if c.stage.ring else (), groups=c.groups if "text" in (a, b) else None,
+      chunk=c.stage.chunk, axes=row_axes(len(c.masks[a])) if tiled else (), groups=c.groups if "text" in (a, b) else None,
     )
     for a, b in c.pairs
   ])

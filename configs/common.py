@@ -41,8 +41,8 @@ def stage(config, **overrides):
   entry.temperature = 0.07
   entry.matching_temperature = 1.0
   entry.code_rows = 0  # rows of a batch for code_contrast and code_matching; 0 for all
-  entry.chunk = 0  # rows and columns of the InfoNCE logits held at once; 0 for all. On several devices with ring
-  entry.ring = False  # InfoNCE passes rows from device to device instead of gathering them (very large batches)
+  entry.chunk = 0  # rows and columns of the InfoNCE logits held at once; 0 for all. Several devices pass them on
+  entry.ring = False  # they do with chunk = 0 as well: rows go from device to device instead of being gathered
   entry.parts = 1  # the towers see the batch in so many parts, for batches larger than memory; the rest sees it whole
   entry.mixup = 0.0  # share of another row mixed into every row: Beta(mixup, mixup); 0 for none
   entry.balance = False  # weights follow the magnitude of info_nce; `losses` then only says which terms take part

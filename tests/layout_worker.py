@@ -7,6 +7,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from codebind_jax import build, optim
 from codebind_jax import state as state_lib
@@ -41,13 +42,13 @@ def batches():
 
 
 def train(config, devices):
-  """The state after ten steps."""
+  """The layout, the state after ten steps, and what the devices tell each other in one."""
   layout = make_layout(config, devices)
   model, spec, stage = build.make_model(config), build.make_spec(config), stages_of(config)[0]
 
   def init(rng):
     dummy = {name: jnp.zeros((1, *shape[1:])) for name, shape in SHAPES.items()}
-    return model.init(rng, dummy)["params"], new_codebooks(rng, spec, SHAPES), {}
+    return model.init(rng, dummy)["params"], new_codebooks(rng, spec, SHAPES) if spec else {}, {}
 
   state = state_lib.create(layout, jax.random.key(0), init)
   tx, _ = optim.make_optimizer(state.params, stage.train, config.optim.to_dict(), stage.steps)
@@ -57,7 +58,7 @@ def train(config, devices):
     batch = layout.put_batch(batch)
     compiled = compiled or compile_step(make_train_step(model, spec, stage, tx), state, batch, layout)
     state, _ = compiled(state, batch)
-  return layout, state
+  return layout, state, collectives(compiled.as_text())
 
 
 def whole(layout, state):
@@ -94,12 +95,16 @@ def main(folder):
   jax.config.update("jax_disable_most_optimizations", True)
   found = {}
   for name, codes in LAYOUTS.items():
-    layout, state = train(config_of(name, **{"sharding.codes": codes}), jax.devices())
+    layout, state, _ = train(config_of(name, **{"sharding.codes": codes}), jax.devices())
     np.savez(folder / f"{name}.npz", **whole(layout, state))
     found[name] = {"splits": splits(state), "table": layout.table(state)}
+  tiles = lambda chunk, **more: train(config_of("8x1x1", **{"stages.bridges.chunk": chunk}, **more), jax.devices())
+  np.savez(folder / "8x1x1 in tiles.npz", **whole(*tiles(2)[:2]))
+  baseline = {"model.quantize": False, "stages.bridges.losses": ConfigDict({"info_nce": 1.0})}
+  found["baseline"] = {chunk: tiles(chunk, **baseline)[2] for chunk in (0, 2)}
   found["trunk"] = {str(scan): trunk_collectives(scan) for scan in (False, True)}
   (folder / "found.json").write_text(json.dumps(found))
-  np.savez(folder / "one.npz", **whole(*train(config_of("1x1x1"), jax.devices()[:1])))
+  np.savez(folder / "one.npz", **whole(*train(config_of("1x1x1"), jax.devices()[:1])[:2]))
 
 
 if __name__ == "__main__":

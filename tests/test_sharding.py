@@ -25,7 +25,7 @@ def eight(tmp_path_factory):
   return folder
 
 
-@pytest.mark.parametrize("name", layout_worker.LAYOUTS)
+@pytest.mark.parametrize("name", [*layout_worker.LAYOUTS, "8x1x1 in tiles"])
 def test_ten_steps_in_every_layout_equal_one_device(eight, name):
   with np.load(eight / "one.npz") as one, np.load(eight / f"{name}.npz") as many:
     assert set(one.files) == set(many.files)
@@ -52,6 +52,13 @@ def test_weights_are_gathered_and_activations_stay_where_they_are(eight, scan):
   assert {size for operation, size in found if operation == "all-gather"} == kernels
   assert all(operation in ("all-gather", "all-reduce") for operation, _ in found)
   assert max(size for operation, size in found if operation == "all-reduce") <= 32, "the loss and a gradient [32]"
+
+
+def test_tiles_of_the_logits_go_around_and_no_rows_are_gathered(eight):
+  found = json.loads((eight / "found.json").read_text())
+  operations = {chunk: {operation for operation, _ in told} for chunk, told in found["baseline"].items()}
+  assert "all-gather" in operations["0"]
+  assert "all-gather" not in operations["2"] and "collective-permute" in operations["2"]
 
 
 def test_the_table_adds_up(eight):
