@@ -27,10 +27,10 @@ from configs import stage1
 
 _WHAT = flags.DEFINE_enum("what", "memory", ("memory", "time", "input"), "What to measure.")
 _QUANTIZE = flags.DEFINE_bool("quantize", True, "False: the baseline's step, plain InfoNCE, which compiles quickly.")
+_DEVICES = flags.DEFINE_list("devices", ["1", "2", "4", "8", "16", "32", "64"], "Counts of devices, for memory.")
 
 WIDTHS = {"image": 4192, "text": 384}  # of the trunks' tokens, one an item
-COUNTS = (1, 2, 4, 8, 16, 32, 64)
-FORMS = {"plain": {}, "chunked": {"chunk": 512}, "ring": {"chunk": 512, "ring": True}}  # of InfoNCE
+FORMS = {"plain": {}, "tiles": {"chunk": 512}}  # of InfoNCE
 ROWS_A_DEVICE, ROWS = 256, 4096
 BATCHES = (64, 128, 256, 512, 1024)
 
@@ -49,15 +49,16 @@ def config_of(rows):
 
 
 def memory():
-  """A table for each way to grow, of steps compiled for the first of 64 devices and more of them."""
-  jax.config.update("jax_num_cpu_devices", max(COUNTS))
+  """A table for each way to grow, of steps compiled for the first device and for more of them."""
+  counts = [int(count) for count in _DEVICES.value]
+  jax.config.update("jax_num_cpu_devices", max(counts))
   jax.config.update("jax_disable_most_optimizations", True)  # of machine code alone, which nothing runs
   for title, rows_of in ((f"{ROWS_A_DEVICE} rows a device", lambda n: ROWS_A_DEVICE * n),
                          (f"{ROWS:,} rows in all", lambda n: ROWS)):  # fmt: skip
     print(f"\n{title}; MB a device\n")
     print("| devices | InfoNCE | state and batch | temporaries | all-gather | all-reduce | permute | other |")
     print("|---|---|---|---|---|---|---|---|")
-    for devices in COUNTS:
+    for devices in counts:
       config = config_of(rows_of(devices))
       for form, options in FORMS.items():
         stage = dataclasses.replace(stages_of(config)[0], **options)

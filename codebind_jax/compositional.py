@@ -25,6 +25,7 @@ from codebind_jax.losses.code_contrast import code_contrast_segments
 from codebind_jax.norm import unit
 from codebind_jax.segments import Segments, statistics, straight_through, transposed
 from codebind_jax.segments import similarity as similarities
+from codebind_jax.sharding import spread
 
 Update = str
 
@@ -327,7 +328,7 @@ def _quantize_part(z, state, weights, x, spec, looked):
   class_token = class_token[..., 0] if x.ndim == 3 else class_token
   if looked is not None:
     parts = [class_token[..., start:stop] for start, stop in looked]
-    class_token = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+    class_token = spread(parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1))
   if spec.detach_similarity:
     class_token = jax.lax.stop_gradient(class_token)
   similarity = jnp.moveaxis(similarities(class_token, codes, distance=spec.distance), 2, 0)

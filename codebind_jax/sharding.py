@@ -74,6 +74,19 @@ def keep_rows(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
   return jax.lax.with_sharding_constraint(x, P(axes)) if axes else x
 
 
+def spread(x: Float[Array, "s ..."]) -> Float[Array, "s ..."]:
+  """Splits the first axis over as many devices as it divides over; x as it is without a mesh or where it does not.
+
+  For work that rows of one or two devices bring about, which they would do alone, or every device alike.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or not set(BATCH) <= set(mesh.axis_names):
+    return x
+  sizes = {axes: math.prod(mesh.shape[axis] for axis in axes) for axes in (BATCH, *((axis,) for axis in BATCH))}
+  fitting = {axes: size for axes, size in sizes.items() if size > 1 and len(x) % size == 0}
+  return jax.lax.with_sharding_constraint(x, P(max(fitting, key=fitting.get))) if fitting else x
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
   """A mesh and the rules that place arrays on it.

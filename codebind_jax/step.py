@@ -96,8 +96,8 @@ def _code_contrast(c: Context) -> Float[Array, ""]:
   for name, out in c.outputs.items():
     for similarity in (out.similarity_shared[:rows], out.similarity_specific[:rows]):
       if similarity.size:
-        mask = jnp.repeat(c.masks[name][:rows], similarity.shape[1])
-        total += losses.code_contrast(similarity.reshape(-1, similarity.shape[-1]), mask=mask)
+        mask = jnp.tile(c.masks[name][:rows], similarity.shape[1])  # segments first: devices may share them out
+        total += losses.code_contrast(jnp.swapaxes(similarity, 0, 1).reshape(-1, similarity.shape[-1]), mask=mask)
   return total
 
 

@@ -101,6 +101,8 @@ def main(folder):
   tiles = lambda chunk, **more: train(config_of("8x1x1", **{"stages.bridges.chunk": chunk}, **more), jax.devices())
   np.savez(folder / "8x1x1 in tiles.npz", **whole(*tiles(2)[:2]))
   baseline = {"model.quantize": False, "stages.bridges.losses": ConfigDict({"info_nce": 1.0})}
+  contrast = {"codebook.shared_codes": 512, "stages.bridges.code_rows": 2}
+  found["similarity"] = train(config_of("8x1x1", **contrast), jax.devices())[2]
   found["baseline"] = {chunk: tiles(chunk, **baseline)[2] for chunk in (0, 2)}
   found["trunk"] = {str(scan): trunk_collectives(scan) for scan in (False, True)}
   (folder / "found.json").write_text(json.dumps(found))
