@@ -77,14 +77,17 @@ def keep_rows(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
 def spread(x: Float[Array, "s ..."]) -> Float[Array, "s ..."]:
   """Splits the first axis over as many devices as it divides over; x as it is without a mesh or where it does not.
 
-  For work that rows of one or two devices bring about, which they would do alone, or every device alike.
+  For work that a few rows bring about, which their devices would do alone, or every device alike; every device gets
+  what they hold first, so that the rows they were taken from stay where they are in the backward pass too.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or not set(BATCH) <= set(mesh.axis_names):
     return x
   sizes = {axes: math.prod(mesh.shape[axis] for axis in axes) for axes in (BATCH, *((axis,) for axis in BATCH))}
   fitting = {axes: size for axes, size in sizes.items() if size > 1 and len(x) % size == 0}
-  return jax.lax.with_sharding_constraint(x, P(max(fitting, key=fitting.get))) if fitting else x
+  if not fitting:
+    return x
+  return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, P()), P(max(fitting, key=fitting.get)))
 
 
 @dataclasses.dataclass(frozen=True)
