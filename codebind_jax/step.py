@@ -81,7 +81,8 @@ def _align(c: Context, outputs: Mapping[str, Any]) -> Float[Array, ""]:
     losses.info_nce(
       outputs[a].shared[:, 0], outputs[b].shared[:, 0], temperature=c.stage.temperature,
       logit_scale_a=c.scales[a], logit_scale_b=c.scales[b], mask=c.masks[a] & c.masks[b],
-      chunk=c.stage.chunk, axes=row_axes(len(c.masks[a])) if tiled else (), groups=c.groups if "text" in (a, b) else None,
+      chunk=c.stage.chunk, axes=row_axes(len(c.masks[a])) if tiled else (),
+      groups=c.groups if "text" in (a, b) else None,
     )
     for a, b in c.pairs
   ])
