@@ -14,7 +14,7 @@ def test_steps_in_parts_equal_steps_of_the_whole_batch_codebooks_included():
   states = {}
   for parts in (1, 4):
     config = layout_worker.config_of("1x1x1", **{"stages.bridges.parts": parts})
-    states[parts] = layout_worker.whole(*layout_worker.train(config, jax.devices()[:1]))
+    states[parts] = layout_worker.whole(*layout_worker.train(config, jax.devices()[:1])[:2])
   assert any(path.startswith("codebooks/image") for path in states[1])
   for path, value in states[1].items():
     np.testing.assert_allclose(states[4][path], value, atol=1e-5, rtol=0, err_msg=path)
