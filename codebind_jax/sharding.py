@@ -58,11 +58,16 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
   return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def row_axes(rows: int) -> tuple[str, ...]:
-  """Axes of the current mesh (`jax.set_mesh`) that split so many rows over several devices; () where none do."""
+def _splits(axes: tuple[str, ...], length: int) -> int:
+  """Devices over which axes of the current mesh (`jax.set_mesh`) split so much; 1 for none or a remainder."""
   mesh = jax.sharding.get_abstract_mesh()
-  devices = 1 if mesh.empty or not set(BATCH) <= set(mesh.axis_names) else math.prod(mesh.shape[a] for a in BATCH)
-  return BATCH if devices > 1 and rows % devices == 0 else ()
+  devices = 1 if mesh.empty or not set(axes) <= set(mesh.axis_names) else math.prod(mesh.shape[a] for a in axes)
+  return 1 if length % devices else devices
+
+
+def row_axes(rows: int) -> tuple[str, ...]:
+  """Axes of the current mesh that split so many rows over several devices; () where none do."""
+  return BATCH if _splits(BATCH, rows) > 1 else ()
 
 
 def keep_rows(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
@@ -80,14 +85,10 @@ def spread(x: Float[Array, "s ..."]) -> Float[Array, "s ..."]:
   For work that a few rows bring about, which their devices would do alone, or every device alike; every device gets
   what they hold first, so that the rows they were taken from stay where they are in the backward pass too.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or not set(BATCH) <= set(mesh.axis_names):
+  axes = max((BATCH, *((axis,) for axis in BATCH)), key=lambda axes: _splits(axes, len(x)))
+  if _splits(axes, len(x)) == 1:
     return x
-  sizes = {axes: math.prod(mesh.shape[axis] for axis in axes) for axes in (BATCH, *((axis,) for axis in BATCH))}
-  fitting = {axes: size for axes, size in sizes.items() if size > 1 and len(x) % size == 0}
-  if not fitting:
-    return x
-  return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, P()), P(max(fitting, key=fitting.get)))
+  return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, P()), P(axes))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -150,10 +150,10 @@ def _write_records(scratch, world, profile, version, splits, features) -> Path:
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features()))
 
       def _split_generators(self, dl_manager):
-        return {split: generate() for split, generate in splits.items()}
+        return {split: self._generate_examples(generate) for split, generate in splits.items()}
 
-      def _generate_examples(self):
-        raise NotImplementedError("every split brings its own generator")
+      def _generate_examples(self, generate):
+        return generate()
 
   with _quiet(tfds.core.utils.tqdm_utils):
     builder = _World(data_dir=scratch, config=profile, file_format="array_record")
