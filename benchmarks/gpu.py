@@ -77,12 +77,16 @@ def sums(name):
   n, k, d = SHAPES[name]
   vectors = jax.random.normal(jax.random.key(0), (1, d + 1, n))
   indices = nearest_segments(vectors[:, :d], vectors[0, :d, :k].T)
-  print(f"sums of {n} segments by code")
+  print(f"sums of {n} segments by code, and if all chose one code")
   forms = {"integers (ours)": segments._integer_sums, "scatter of floats, not reproducible": segments._scatter_sums,
            "products with one-hot blocks": segments._one_hot_sums}
   for form, function in forms.items():
     run = jax.jit(lambda v, i, function=function: function(v, i, k))
-    print(f"  {form:38s} {milliseconds(lambda run=run: run(vectors, indices), jax.block_until_ready):8.3f} ms")
+    spread, one = (
+      milliseconds(lambda run=run, chosen=chosen: run(vectors, chosen), jax.block_until_ready)
+      for chosen in (indices, jnp.zeros_like(indices))
+    )
+    print(f"  {form:38s} {spread:8.3f} ms {one:8.3f} ms")
 
 
 def call(case):

@@ -3,7 +3,8 @@
 The rate is chosen for every method on the validation set, with seed 0; the other seeds are then trained with it and
 read the test set once. Finished runs are not run again, so a stopped comparison goes on where it was, and several
 processes or machines can share one: each names its variants in `config.compare.only`, and a last call without it
-collects what they left in the folder. A variant belongs to one process at a time.
+collects what they left in the folder: of every run metrics.jsonl, and run.json where the test set was read; checkpoints
+are not needed for that. A variant belongs to one process at a time.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from codebind_jax.data.synthetic import NAME, Factors, SyntheticSource
 from codebind_jax.data.task import EvalSet, Task, open_task
 from codebind_jax.train import claim_workdir, iterators_of, run_stages
 
+RESULT = "run.json"  # of a finished run that has read the test set, in its folder
 SCORE = "eval/val/label/cross"  # what learning rates are chosen by, unless config.compare.score says
 
 
@@ -129,6 +131,9 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
     bar.set_description(f"{name} {rate:g} seed {seed}")
     run = run_config(config, settings.variants[name], rate, seed, test)
     inner = claim_workdir(run, folder / name / (f"rate{rate:g}" if not test else f"seed{seed}"))
+    if test and (inner / RESULT).exists():
+      bar.update()
+      return json.loads((inner / RESULT).read_text())
     final, evaluation, model = finished(inner), evaluations[test], None
     if final is None:
       level = standard_logging.getLogger("absl").level
@@ -144,7 +149,11 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
     if model is None:
       model = load(inner)
       model.trunks = featurizer.trunks
-    return {"metrics": final, "cost": cost(inner, model), "probe": evaluation.probe(model, inner)}
+    found = {"metrics": final, "cost": cost(inner, model), "probe": evaluation.probe(model, inner)}
+    partial = inner / f"{RESULT}.partial"
+    partial.write_text(json.dumps(found) + "\n")
+    partial.rename(inner / RESULT)
+    return found
 
   results: dict[str, Any] = {}
   for name in names:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import pathlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -23,7 +22,6 @@ from codebind_jax.methods.base import EXTRA
 from codebind_jax.metrics import FILE, read_metrics
 
 Table = dict[str, dict[str, np.ndarray]]  # modality -> column -> one value a row
-PROBE = "probe.json"
 PLAN_ROWS = 48  # of the batch whose transport plan is shown
 
 
@@ -133,16 +131,13 @@ class CrossModal:
     return found
 
   def probe(self, model: Model, folder: pathlib.Path) -> dict[str, Any]:
-    """What the codes of a finished run are used for; measured once and kept in the run's folder as probe.json.
+    """What the codes of a finished run are used for; of which its folder holds the checkpoint.
 
     Returns:
       `sharing` of the codes between modalities, `toc` (redundancy before and after the choice of three quarters of the
       channels, and the test metrics after it) and, for a method that has one, the transport `plan` of a batch; empty
       for a method without a shared codebook.
     """
-    path = folder / PROBE
-    if path.exists():
-      return json.loads(path.read_text())
     found: dict[str, Any] = {}
     if "shared" in model.method.codebook_sizes:
       codes = toc.codes_of(model)
@@ -157,9 +152,6 @@ class CrossModal:
       found["sharing"] = {"pairs": pairs, "sets": sharing_sets(by_modality, size)}
     if hasattr(model.method, "plan"):
       found["plan"] = self._plan(model, folder)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(found) + "\n")
-    partial.rename(path)
     return found
 
   def _sets(self, one: Transfer, role: str) -> list[EvalSet]:

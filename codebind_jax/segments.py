@@ -154,6 +154,26 @@ def _one_hot_sums(vectors, indices, num_codes, block=128):
 
 
 _BITS = 26  # of a number that are added, relative to the largest one
+_COPIES, _COPIES_SIZE = 64, 2**20  # of sums that a GPU adds up beside one another, and their numbers at most
+
+
+def _copied(indices, num_codes, width=1):
+  """(copies, [m] indices into copies x codes): adds to one address wait for one another, so neighbours get others."""
+  copies = max(1, min(_COPIES, _COPIES_SIZE // (num_codes * width)))
+  flat = indices.reshape(-1)
+  return copies, flat + num_codes * (jnp.arange(flat.size, dtype=flat.dtype) % copies)
+
+
+def code_counts(indices: Int[Array, "..."], num_codes: int) -> Float[Array, "k"]:
+  """How often each code was chosen."""
+
+  def gpu(indices):
+    copies, where = _copied(indices, num_codes)
+    counts = jnp.zeros(copies * num_codes, jnp.int32).at[where].add(1)
+    return counts.reshape(copies, num_codes).sum(0).astype(jnp.float32)
+
+  plain = lambda indices: jnp.zeros(num_codes, jnp.float32).at[indices.reshape(-1)].add(1.0)
+  return jax.lax.platform_dependent(indices, cpu=plain, tpu=plain, default=gpu)
 
 
 def _integer_sums(vectors, indices, num_codes):
@@ -169,12 +189,14 @@ def _integer_sums(vectors, indices, num_codes):
   scale = jnp.where(largest > 0, 2.0 ** jnp.ceil(jnp.log2(jnp.where(largest > 0, largest, 1.0))), 1.0)
   finite = jnp.isfinite(values)
   left = jnp.where(finite, values / scale, 0.0)
-  bits = max(1, min(_BITS // 2, 30 - math.ceil(math.log2(max(1, s * n)))))
+  copies, where = _copied(indices, num_codes, d)
+  bits = max(1, min(_BITS // 2, 30 - math.ceil(math.log2(max(1, -(-s * n // copies))))))
   total = 0.0
   for part in range(1, math.ceil(_BITS / bits) + 1):
     unit_of_part = 2.0 ** (-bits * part)
     whole = jnp.round(left / unit_of_part)
     left = left - whole * unit_of_part
-    sums = jax.vmap(lambda x: jax.ops.segment_sum(x, indices.reshape(-1), num_codes))(whole.astype(jnp.int32))
-    total = total + sums.astype(jnp.float32) * unit_of_part
+    sums = jax.vmap(lambda x: jax.ops.segment_sum(x, where, copies * num_codes))(whole.astype(jnp.int32))
+    high, low = ((x.reshape(d, copies, -1).sum(1)).astype(jnp.float32) for x in (sums >> 15, sums & 0x7FFF))
+    total = total + (high * 2.0**15 + low) * unit_of_part
   return jnp.where(jnp.all(finite, axis=1, keepdims=True), total * scale, jnp.nan).T

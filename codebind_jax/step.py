@@ -18,6 +18,7 @@ from codebind_jax.compositional import CompositionalSpec, ModalityOutput, quanti
 from codebind_jax.gradient_cache import in_parts
 from codebind_jax.models.codebind import CodeBind, decode
 from codebind_jax.norm import unit
+from codebind_jax.segments import code_counts
 from codebind_jax.sharding import row_axes
 from codebind_jax.stages import Stage
 from codebind_jax.state import TrainState
@@ -305,7 +306,7 @@ def usage_metrics(outputs: Mapping[str, Any], codebooks: Mapping[str, CodebookSt
   metrics = {}
   for name, parts in indices.items():
     flat = jnp.concatenate([part.reshape(-1) for part in parts])
-    counts = jnp.zeros(codebooks[name].codes.shape[0], jnp.float32).at[flat].add(1.0)
+    counts = code_counts(flat, codebooks[name].codes.shape[0])
     metrics |= {f"codebook/{name}/{key}": value for key, value in usage_stats(counts).items()}
   return metrics
 

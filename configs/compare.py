@@ -6,8 +6,8 @@ Command: python -m codebind_jax.main --config=configs/compare.py --workdir=runs/
          configs/compare.py:generalise   heads carried between sounds, pictures and names (Icons and Menagerie)
          configs/compare.py:equal        that world with all qualities equal, fixed anchors and CentroBind alone; add
                                          --config.compare.against=runs/compare/comparison.json to ask what it changes
-After a further comma: `ablations` for DCID without its parts, `runlocal` for a quick look (one seed, no tuning, little
-data), `full` (generalise alone) for that profile of the data, which has clips.
+After a further comma: `ablations` for DCID and CodeBind without their parts, `runlocal` for a quick look (one seed, no
+tuning, little data), `full` (generalise alone) for that profile of the data, which has clips.
 Writes comparison.md, comparison.json and figures; a second run of the command continues the first.
 Several processes, or machines that share the folder, can each take some variants; the plain command then collects:
          ... --workdir=runs/compare --config.compare.only=dcid,fcid
@@ -43,14 +43,22 @@ def methods(anchors, hub, codebind, codes, codis, queue):
   }  # fmt: skip
 
 
-def without_parts(dcid):
-  """DCID and what is left of it when a part is taken out."""
+def without_parts(dcid, codebind):
+  """DCID and CodeBind, and what is left of them when a part is taken out."""
   off = {
     "no_coding": {"coding": 0.0}, "no_club": {"club": 0.0}, "no_matching": {"matching": 0.0},
     "no_ema": {"own": 1.0}, "no_reset": {"reset_after": 0}, "no_ema_no_reset": {"own": 1.0, "reset_after": 0},
   }
-  options = dcid.options.to_dict()
-  return {"dcid": dcid} | {f"dcid_{name}": variant("dcid", **options | change) for name, change in off.items()}
+  options, losses = dcid.options.to_dict(), codebind.losses.to_dict()
+  split = ("decomposition", "specific_uniform")
+  of_codes = {name for name in losses if name.startswith("code_")}
+  kept = lambda *dropped: variant(losses={name: weight for name, weight in losses.items() if name not in dropped})
+  continuous = {"info_nce": 1.0} | {name: losses[name] for name in split if name in losses}
+  return {
+    "dcid": dcid, **{f"dcid_{name}": variant("dcid", **options | change) for name, change in off.items()},
+    "codebind": codebind, "codebind_no_codes": variant(quantize=False, losses=continuous),
+    "codebind_no_code_terms": kept(*of_codes), "codebind_no_decomposition": kept(*split),
+  }  # fmt: skip
 
 
 def graded(form):
@@ -81,7 +89,7 @@ def graded(form):
   config.compare.timing = 0  # steps of each variant that are timed, in turns, once all have been trained
   config.compare.against = ""  # comparison.json of the graded world, for the claims of an equal one
   config.compare.seeds = 1 if form == "runlocal" else 3
-  config.compare.learning_rates = (2e-3,) if form == "runlocal" else (3e-4, 1e-3, 3e-3, 1e-2)
+  config.compare.learning_rates = (2e-3,) if form == "runlocal" else (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
   config.compare.fields = ("label", "style")
   # The modality of lowest quality does not show the style at all: a factor that an anchor can lack.
   config.compare.world = ConfigDict({
@@ -122,6 +130,6 @@ def get_config(arg=""):
   else:
     config, variants = graded(form)
   if "ablations" in words:
-    variants = without_parts(variants["dcid"])
+    variants = without_parts(variants["dcid"], variants["codebind"])
   config.compare.variants = ConfigDict(variants)
   return config.lock()

@@ -1,6 +1,7 @@
 """Side by side: the evaluator by hand, and the shipped comparisons, shrunk and stopped."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -110,8 +111,10 @@ def test_a_comparison_can_be_divided_stopped_and_continued(tmp_path, monkeypatch
   with pytest.raises(KeyboardInterrupt):
     compare_lib.compare(small(tmp_path, "fixed_anchor_image"), tmp_path / "run")
   before = (tmp_path / "run/dcid/seed1/metrics.jsonl").read_text()
-  # Another process trains the anchor's runs; the call without `only` then has nothing left to train.
+  # Another process trains the anchor's runs; the call without `only` then has nothing left to train, nor to load.
   compare_lib.compare(small(tmp_path, "fixed_anchor_image"), tmp_path / "run")
+  for folder in (tmp_path / "run").glob("*/*/checkpoints"):
+    shutil.rmtree(folder)
   trained = list(calls)
   compare_lib.compare(small(tmp_path), tmp_path / "run")
   assert calls == trained and trained.count("dcid/seed1") == 1
@@ -146,7 +149,7 @@ def test_a_comparison_can_be_divided_stopped_and_continued(tmp_path, monkeypatch
   assert all(np.isfinite(x) and x > 0 for x in timed["examples_per_second"].values())
   assert calls == trained and "of 2 steps" in (tmp_path / "run/comparison.md").read_text()
   # What TOC's choice of channels does to the codes and to a head carried across.
-  probe = json.loads((tmp_path / "run/dcid/seed1/probe.json").read_text())
+  probe = json.loads((tmp_path / "run/dcid/seed1/run.json").read_text())["probe"]
   assert probe == dcid["probes"][0] and anchor["probes"] == [{}]
   assert (probe["toc"]["kept"], probe["toc"]["of"]) == (24, 32) and "eval/test/label/cross" in probe["toc"]["metrics"]
   assert sum(probe["sharing"]["sets"].values()) == pytest.approx(100.0)

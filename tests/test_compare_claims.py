@@ -91,12 +91,38 @@ def test_claims_where_all_qualities_are_equal():
   assert len(claims(even, world)) == 1 and claims({}, world, against=against) == []
 
 
+def test_claims_against_plain_pairs():
+  found = told({"info_nce": result(cross=50), "codebind": result(cross=53), "dcid": result(cross=40), "fcid": result()})
+  assert [(c["difference"], c["verdict"]) for c in found.values()] == [
+    (pytest.approx(3.0), "held"), (pytest.approx(-10.0), "did not hold"), (pytest.approx(0.0), "undecided")
+  ]  # fmt: skip
+  assert [claim.split()[0] for claim in found] == ["CodeBind", "DCID", "FCID"]
+  # Labels of two worlds count alike; where no label is told, whatever is.
+  several = lambda *values: {"runs": [dict(zip(
+    ("eval/test/a/label/cross", "eval/test/b/label/cross", "eval/test/style/cross", "eval/val/label/cross"), values
+  ))] * 2, "probes": [{}] * 2}  # fmt: skip
+  (one,) = claims({"info_nce": several(10.0, 20.0, 0.0, 0.0), "codebind": several(20.0, 60.0, 99.0, 99.0)})
+  assert one["difference"] == pytest.approx(40.0 - 15.0) and "codebind 40.0" in one["numbers"]
+  concept = lambda value: {"runs": [{"eval/test/concept/cross": value}] * 2, "probes": [{}] * 2}
+  (one,) = claims({"info_nce": concept(50.0), "codebind": concept(57.0)})
+  assert one["difference"] == pytest.approx(7.0)
+
+
 def test_claims_about_parts_of_dcid():
   found = told({"dcid": result(cross=60), "dcid_no_coding": result(cross=50), "dcid_no_club": result(cross=70),
                 "dcid_no_ema_no_reset": result(cross=60)})  # fmt: skip
   verdicts = {claim.split("leaving out ")[1].split(" hurts")[0]: c["verdict"] for claim, c in found.items()}
   assert verdicts == {"the cross-modal prediction or contrast (CPC)": "held", "CLUB": "did not hold",
                       "MM-EMA and reset": "undecided"}  # fmt: skip
+
+
+def test_claims_about_parts_of_codebind_where_concepts_are_told():
+  concept = lambda value: {"runs": [{"eval/test/concept/cross": value}] * 2, "probes": [{}] * 2}
+  found = told({"codebind": concept(50.0), "codebind_no_codes": concept(40.0),
+                "codebind_no_decomposition": concept(51.0)}, None)  # fmt: skip
+  assert {claim.split("leaving out ")[1].split(" hurts")[0]: c["difference"] for claim, c in found.items()} == {
+    "the codes (continuous embeddings)": 10.0, "the losses that keep specific parts apart": -1.0
+  }  # fmt: skip
 
 
 def test_claims_about_toc():

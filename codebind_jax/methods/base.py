@@ -26,6 +26,7 @@ from codebind_jax.codebook import usage_stats
 from codebind_jax.compositional import ModalityOutput
 from codebind_jax.models.codebind import CodeBind
 from codebind_jax.norm import unit
+from codebind_jax.segments import code_counts
 from codebind_jax.stages import Stage
 from codebind_jax.state import TrainState
 from codebind_jax.step import merge_sources
@@ -280,7 +281,7 @@ class SourceRecipe(Recipe):
       metrics |= {"train/total": total, "train/gradient_norm": optax.global_norm(grads)}
       for name, parts in indices.items():
         size = codebooks[name].codes.shape[0] if name in codebooks else state.params[EXTRA]["codes"].shape[0]
-        counts = jnp.zeros(size, jnp.float32).at[jnp.concatenate(parts)].add(1.0)
+        counts = code_counts(jnp.concatenate(parts), size)
         metrics |= {f"codebook/{name}/{key}": value for key, value in usage_stats(counts).items()}
       state = state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates),
                             codebooks=codebooks, opt_state=opt_state, aux=aux)  # fmt: skip
