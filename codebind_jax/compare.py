@@ -36,6 +36,7 @@ from codebind_jax.data.task import EvalSet, Task, open_task
 from codebind_jax.train import claim_workdir, iterators_of, run_stages
 
 RESULT = "run.json"  # of a finished run that has read the test set, in its folder
+DIVERGED = "diverged.txt"  # why a rate that was tried is out of the question, likewise
 SCORE = "eval/val/label/cross"  # what learning rates are chosen by, unless config.compare.score says
 
 
@@ -96,6 +97,7 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
   Raises:
     ValueError: for a bad config, before any work.
     OSError: if `config.compare.against` cannot be read, likewise.
+    FloatingPointError: if a run on a chosen rate diverges, or all rates of a variant do. A rate that does is left out.
   """
   settings = config.compare
   if jax.process_count() > 1:
@@ -135,12 +137,16 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
       bar.update()
       return json.loads((inner / RESULT).read_text())
     final, evaluation, model = finished(inner), evaluations[test], None
-    if final is None:
+    if final is None and not (inner / DIVERGED).exists():
       level = standard_logging.getLogger("absl").level
       logging.set_verbosity(logging.WARNING)
       try:
         final, models = run_stages(run, inner, tables, labels, evaluation, programs, draw)
         model = models["after"]
+      except FloatingPointError as error:
+        if test:
+          raise
+        (inner / DIVERGED).write_text(f"{error}\n")
       finally:
         logging.set_verbosity(logging.converter.standard_to_absl(level))
     bar.update()
@@ -159,7 +165,11 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
   for name in names:
     rates, programs = {}, Programs()
     if tuned:
-      rates = {rate: train(name, rate, 0, False, programs)["metrics"][score] for rate in settings.learning_rates}
+      tried = {rate: train(name, rate, 0, False, programs)["metrics"] for rate in settings.learning_rates}
+      rates = {rate: metrics[score] for rate, metrics in tried.items() if metrics is not None}
+      if not rates:
+        raise FloatingPointError(f"config.compare.learning_rates: {name!r} diverged with every one of them; see "
+                                 f"{folder / name}/*/{DIVERGED}")  # fmt: skip
     rate = max(rates, key=rates.get) if rates else settings.learning_rates[0]
     runs = [train(name, rate, seed, True, programs) for seed in range(1, settings.seeds + 1)]
     speed = float(np.median([run["cost"]["examples_per_second"] for run in runs]))

@@ -63,7 +63,7 @@ def _told(results: Mapping[str, Any], name: str, metric: str | Callable[[Mapping
 
 
 def _paired(better: Sequence[float], worse: Sequence[float]) -> list[float]:
-  return [a - b for a, b in zip(better, worse)]
+  return [a - b for a, b in zip(better, worse, strict=True)]
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -120,7 +120,9 @@ def _narrowed(against: Mapping[str, Any], equal: Mapping[str, Any], prefix: str)
   for name, who in ((best, f"anchor {both[-1]}"), ("centrobind", "CentroBind")):
     if name not in graded or name not in equal:
       continue
-    gap = lambda results, name=name: _paired(*(_told(results, one, f"{prefix}/label/all") for one in (name, worst)))
+    gap = lambda results, name=name: [
+      abs(g) for g in _paired(*(_told(results, one, f"{prefix}/label/all") for one in (name, worst)))
+    ]
     gaps = [gap(graded), gap(equal)]
     found.append({"claim": f"With all qualities equal the gap between {who} and anchor {both[0]}, the worst of the "
                            "graded world, shrinks",

@@ -111,7 +111,7 @@ def _prepare(cost, a, b, name, step, count):
 
 
 def _divide(log_mass, log_terms, axis):
-  """log(mass / sum of terms); where the mass is 0 so is the quotient, whatever the sum."""
+  """log(mass / sum of terms); where the mass is 0, or no term has any, so is the quotient."""
   empty = jnp.isneginf(log_mass)
   total = jax.nn.logsumexp(jnp.where(jnp.expand_dims(empty, axis), 0.0, log_terms), axis=axis)
-  return jnp.where(empty, -jnp.inf, log_mass - total)
+  return jnp.where(empty | jnp.isneginf(total), -jnp.inf, log_mass - total)

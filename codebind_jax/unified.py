@@ -146,8 +146,8 @@ def update_unified(
     indices: modality -> code of each vector.
     form: "joint" adds all modalities up and updates once, without smoothing, as the paper; "sequential" goes through
       them one after the other, with Laplace smoothing of the counts after each (the release).
-    order: of the modalities in the sequential form; None for the alphabet's. (DCID's release: audio, video, text;
-      FCID's: video, audio, text.)
+    order: of the modalities in the sequential form; those that it does not name come after, by the alphabet. (DCID's
+      release: audio, video, text; FCID's: video, audio, text.)
     decay: g.
     eps: of the smoothing.
     own: weight of a vector's own value; 1 is plain EMA without partners.
@@ -182,7 +182,8 @@ def update_unified(
     count = decay * count + (1 - decay) * sum(counts.values())
     total = decay * total + (1 - decay) * sum(sums.values())
   else:
-    for name in order or sorted(features):
+    first = [name for name in order or () if name in features]
+    for name in (*first, *sorted(set(features) - set(first))):
       count = decay * count + (1 - decay) * counts[name]
       mass = jnp.sum(count)
       count = (count + eps) / (mass + k * eps) * mass
@@ -199,13 +200,14 @@ def tick(
   return {name: jnp.where(jnp.asarray(count) > 0, 0, idle[name] + 1) for name, count in counts.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("after", "used_by", "keep", "noise", "active_within"))
+@functools.partial(jax.jit, static_argnames=("after", "used_by", "together", "keep", "noise", "active_within"))
 def reset_unified(
   state: UnifiedState,
   rng: jax.Array,
   *,
   after: int = 300,
   used_by: str = "all",
+  together: tuple[tuple[str, ...], ...] = (),
   keep: str = "survive",
   noise: float = 1 / 1024,
   active_within: int = 100,
@@ -220,6 +222,8 @@ def reset_unified(
     rng: key of the draws.
     after: batches of idleness a code may have.
     used_by: "all" modalities must have used a code (paper), or "any" (release).
+    together: modalities that occur in the same rows; "all" then asks it of all modalities of one such group, for those
+      that never meet need not share a code (ours; the paper has one group). Empty: all are one group.
     keep: "survive" also gives the new code a mean code's count, and a sum to match, so that the next update does not
       undo it (ours); "codes_only" does not, as the release.
     noise: half width of the uniform noise.
@@ -231,9 +235,10 @@ def reset_unified(
   if used_by not in ("all", "any") or keep not in ("survive", "codes_only"):
     raise ValueError(f"used_by must be 'all' or 'any', keep 'survive' or 'codes_only', got {used_by!r}, {keep!r}")
   k, d = state.codes.shape
-  idle = jnp.stack(list(state.idle.values()))
-  anyone = jnp.min(idle, axis=0)
-  expired = (anyone if used_by == "any" else jnp.max(idle, axis=0)) > after
+  anyone = jnp.min(jnp.stack(list(state.idle.values())), axis=0)
+  known = [[state.idle[m] for m in group if m in state.idle] for group in together or (tuple(state.idle),)]
+  everyone = jnp.min(jnp.stack([jnp.max(jnp.stack(group), axis=0) for group in known if group]), axis=0)
+  expired = (anyone if used_by == "any" else everyone) > after
   active = (anyone >= 0) & (anyone < active_within)
   pick_rng, noise_rng = jax.random.split(rng)
   picks = jax.random.categorical(pick_rng, jnp.where(active, 0.0, -jnp.inf), shape=(k,))

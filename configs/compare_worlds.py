@@ -27,7 +27,7 @@ def _packaged(form, chosen, sources, pairs):
   config.compare.only = ""
   config.compare.timing = 0
   config.compare.seeds = 1 if form == "runlocal" else 3
-  config.compare.learning_rates = (1e-3,) if form == "runlocal" else (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+  config.compare.learning_rates = (1e-3,) if form == "runlocal" else (1e-3, 3e-3, 1e-2, 3e-2)
   config.compare.world = ConfigDict()
   config.compare.stages = True  # zero-shot and retrieval as after a stage, too
   config.compare.transfers = ConfigDict()

@@ -30,7 +30,7 @@ def unit(x):
 
 
 def named(x):
-  return {name: x[i] for i, name in enumerate(NAMES[: len(x)])}
+  return {f"m{i}": rows for i, rows in enumerate(x)}
 
 
 VARIANTS = {
@@ -93,8 +93,8 @@ def random_case(seed, m, b, d=6):
 
 
 CASES = {
-  "seed": st.integers(0, 2**31), "m": st.sampled_from([1, 3]), "b": st.sampled_from([2, 20]),
-  "tau": st.sampled_from([0.05, 0.1, 0.5, 1.0, 10.0]),
+  "seed": st.integers(0, 2**31), "m": st.integers(1, 6), "b": st.sampled_from([2, 7, 20]),
+  "tau": st.floats(0.05, 10.0),
 }
 
 
@@ -166,6 +166,25 @@ def test_one_hot_weights_are_a_fixed_anchor():
   without = fixed_anchor_info_nce(anchors, features, temperature=0.2, anchor="m1", stop_anchor=False)
   own = both({"m1": anchors["m1"]}, {"m1": features["m1"]})
   assert value - own == pytest.approx(float(without), abs=1e-12)
+
+
+def test_an_instance_with_nothing_that_has_weight_has_no_anchor():
+  anchors, features = random_case(2, 3, 7)
+  here = np.array([1, 1, 0, 1, 0, 1, 1], bool)
+  mask = {"m0": np.ones(7, bool), "m1": here, "m2": np.array([1, 0, 1, 1, 1, 1, 0], bool)}
+  value = both(anchors, features, weights=(0.0, 1.0, 0.0), mask=mask)
+  without = fixed_anchor_info_nce(anchors, features, temperature=0.2, anchor="m1", stop_anchor=False, mask=mask)
+  own = both({"m1": anchors["m1"]}, {"m1": features["m1"]}, mask={"m1": here})
+  assert value - own == pytest.approx(float(without), abs=1e-12)
+
+
+def test_queries_and_keys_may_be_exchanged():
+  anchors, features = random_case(5, 3, 7)
+  turned = sum(
+    directed_info_nce(*pair, temperature=0.2)
+    for x in features.values() for pair in ((x, centroid(anchors)), (centroid(anchors), x))
+  )  # fmt: skip
+  assert both(anchors, features) == pytest.approx(float(turned), abs=1e-12)
 
 
 def test_equal_embeddings_and_equal_modalities():

@@ -61,6 +61,30 @@ def test_sets_of_modalities_that_use_a_code():
   assert found == pytest.approx({"a+b+c": 100 / 3, "a+b": 100 / 3, "c": 100 / 3})
 
 
+@pytest.mark.usefixtures("quick_compiler")
+def test_a_rate_that_diverges_is_left_out(tmp_path, monkeypatch):
+  config = small(tmp_path, "fixed_anchor_image").unlock()
+  tried, real = [], compare_lib.run_stages
+
+  def diverging(run, folder, *rest):
+    tried.append(folder.name)
+    if run.optim.learning_rate == bad:
+      raise FloatingPointError("train/total is not finite in step 1")
+    return real(run, folder, *rest)
+
+  monkeypatch.setattr(compare_lib, "run_stages", diverging)
+  bad = 1e-2
+  for _ in range(2):
+    found = compare_lib.compare(config.lock(), tmp_path / "run")["results"]["fixed_anchor_image"]
+    assert found["learning_rate"] == 1e-3 and list(found["tuning"]) == ["0.001"]
+  assert tried == ["rate0.001", "rate0.01", "seed1"]  # not tried again
+  assert "step 1" in (tmp_path / "run/fixed_anchor_image/rate0.01/diverged.txt").read_text()
+  (tmp_path / "run/fixed_anchor_image/rate0.001/diverged.txt").touch()
+  (tmp_path / "run/fixed_anchor_image/rate0.001/metrics.jsonl").unlink()
+  with pytest.raises(FloatingPointError, match="'fixed_anchor_image' diverged with every one of them"):
+    compare_lib.compare(config, tmp_path / "run")
+
+
 def small(tmp_path, only=""):
   config = shipped.get_config("runlocal").unlock()
   config.steps, config.batch_size, config.log_steps, config.compare.seeds = 3, 16, 1, 1

@@ -88,6 +88,10 @@ def test_claims_where_all_qualities_are_equal():
   assert anchors["difference"] == pytest.approx(19.0) and anchors["verdict"] == "held"
   assert "graded 20.0 ± 0.0, equal 1.0 ± 0.0" in anchors["numbers"]
   assert lead["difference"] == pytest.approx(25.0 - 30.0) and lead["verdict"] == "did not hold"
+  # A gap the other way around is a gap as well.
+  even["fixed_anchor_image"] = result(15)
+  _, anchors, _ = claims(even, world, against=against)
+  assert anchors["difference"] == pytest.approx(20.0 - 35.0) and anchors["verdict"] == "did not hold"
   assert len(claims(even, world)) == 1 and claims({}, world, against=against) == []
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from codebind_jax import config as config_lib
 from codebind_jax import embed as embed_lib
 from codebind_jax import shards
 from codebind_jax.api import load
+from codebind_jax.methods.toc import channel_scores
 from codebind_jax.search import Index
 from configs import embed as embed_config
 
@@ -263,3 +265,21 @@ def test_beam_s_local_runner_writes_what_the_mode_does(trained, model, tmp_path)
   assert beside.path(1).stat().st_ino == inode
   assert found["rows"] == ROWS
   assert table_of(tmp_path / "here") == table_of(tmp_path / "there")
+
+
+def test_channels_of_a_trained_run_are_chosen_by_the_command(trained, model, tmp_path):
+  shutil.copytree(trained[2], tmp_path / "run")
+  command = [sys.executable, "-m", "codebind_jax.tools.toc", f"--workdir={tmp_path / 'run'}"]
+  found = subprocess.run(
+    [*command, "--channels=1", "--evaluate"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+  ).stdout
+  told = json.loads((tmp_path / "run/toc.json").read_text())
+  codes = np.asarray(model.codebooks["shared"].codes)
+  best = int(np.argmax(channel_scores(codes)))
+  assert told["channels"] == [best] and told["of"] == codes.shape[1] and f"kept 1 of {codes.shape[1]}" in found
+  # With one channel a code has a sign alone: of 16 codes p are positive, pairs of one sign have cosine 1, others -1.
+  p = int(np.sum(codes[:, best] > 0))
+  assert told["redundancy_after"] == pytest.approx(((2 * p - 16) ** 2 - 16) / (16 * 15), abs=1e-6)
+  assert told["metrics"] and all(name.startswith("eval/") and f"{name}: " in found for name in told["metrics"])
+  failed = subprocess.run([*command, "--channels=99"], cwd=REPOSITORY, capture_output=True, text=True)
+  assert failed.returncode == 1 and "error: q must be 1 to" in failed.stderr

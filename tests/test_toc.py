@@ -1,4 +1,4 @@
-"""Channel selection: recorded numbers, the closed form against its definition, planted codebooks, and the command."""
+"""Channel selection: recorded numbers, the closed form against its definition, and planted codebooks."""
 
 import jax
 import numpy as np
@@ -68,6 +68,8 @@ def test_redundancy_by_hand():
   unit = codes / np.linalg.norm(codes, axis=1, keepdims=True)
   cosines = unit @ unit.T
   assert float(toc.redundancy(codes)) == pytest.approx((cosines.sum() - 5) / 20)
+  # A code without a direction: one of three pairs has cosine 1, two have none.
+  assert float(toc.redundancy(np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 0.0]]))) == pytest.approx(1 / 3)
 
 
 def test_channels_of_compositional_codes_are_those_of_every_segment():

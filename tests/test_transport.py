@@ -1,6 +1,7 @@
 """Transport plans: recorded ones, POT's, and what a plan must satisfy."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import ot
 import pytest
@@ -182,6 +183,32 @@ def test_equal_features_do_not_collapse():
   close(plan, np.full((16, 24), 1 / (16 * 24)), 1e-9)
   cost = 1 - np.asarray(prototypes._cosine(same, INPUTS["codebook"]))
   assert len(set(cost.argmin(1))) == 1
+
+
+def test_a_modality_that_no_row_has_gets_an_empty_plan():
+  for plan in (None, lambda cost, mass: transport.sinkhorn(cost, mass, reg=0.1, iterations=20)):
+    found = prototypes.assign(INPUTS["zmv"], INPUTS["codebook"], mask=np.zeros(16, bool), plan=plan)
+    assert np.array_equal(found, np.zeros((16, 24)))
+
+
+def test_the_entropy_is_reached_where_the_prediction_is_the_target():
+  z, codes = INPUTS["zv"], INPUTS["codebook"]
+  told = np.asarray(jax.nn.softmax(prototypes._cosine(z, codes) / 0.1, axis=1))
+  loss = float(prototypes.swapped_prediction(told / 16, z, codes, temperature=0.1))
+  assert loss == pytest.approx(-np.mean(np.sum(told * np.log(told), axis=1)), rel=1e-9)
+
+
+def test_teachers_and_queues_get_no_gradient():
+  rng = np.random.default_rng(4)
+  a, b, c, old = (rng.normal(size=(5, 4)) for _ in range(4))
+  queue = prototypes.enqueue(prototypes.new_queue(5, 4), old)
+
+  def loss(student, query, key, kept):
+    queued = queue.replace(features=kept)
+    return prototypes.momentum_contrast(student, query, key, queued, temperature=0.3, alpha=0.4)
+
+  to_student, *others = jax.grad(loss, (0, 1, 2, 3))(a, b, c, jnp.asarray(queue.features, jnp.float64))
+  assert np.any(to_student) and not any(np.any(x) for x in others)
 
 
 def test_teacher_and_queue():

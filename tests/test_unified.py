@@ -240,6 +240,31 @@ def test_a_code_only_one_modality_uses_is_reset_in_the_paper_s_sense(used_by, re
     assert np.all(np.min(np.abs(new.codes[2] - state.codes[:2]), axis=0) <= 1 / 1024)
 
 
+def test_modalities_that_never_meet_need_not_share_a_code():
+  state = unified.new_unified(np.arange(12.0).reshape(3, 4), "avt")
+  state = state.replace(idle={"a": jnp.array([0, 500, 500]), "v": jnp.array([500, 0, 0]), "t": jnp.array([0, 0, 500])})
+  replaced = lambda **o: np.any(unified.reset_unified(state, jax.random.key(0), **o).codes != state.codes, 1).tolist()
+  assert replaced() == [True, True, True]
+  # One source has sounds and names, one pictures and names: code 0 is in use in the first, 1 in the second.
+  assert replaced(together=(("a", "t"), ("t", "v"))) == [False, False, True]
+  assert replaced(together=(("a", "t"), ("t", "v")), used_by="any") == [False, False, False]
+  assert replaced(together=(("a", "t", "v"), ("x",))) == [True, True, True]  # no code is asked of what has none
+
+
+def test_the_sequential_form_adds_up_every_modality():
+  features = random_features()
+  state = unified.new_unified(np.random.default_rng(1).normal(size=(6, 4)), "av")
+  indices = assigned(features, state.codes)
+  update = lambda order: unified.update_unified(state, features, indices, form="sequential", order=order)
+  whole = update(("v", "a"))
+  for order in (("v",), ("text", "v")):
+    np.testing.assert_array_equal(update(order).ema_sum, whole.ema_sum)
+  np.testing.assert_array_equal(update(()).ema_sum, update(("a", "v")).ema_sum)
+  # 15 vectors of each modality; the smoothing keeps the mass.
+  mass = 0.99 * (0.99 * float(jnp.sum(state.ema_count)) + 0.01 * 15) + 0.01 * 15
+  assert float(jnp.sum(whole.ema_count)) == pytest.approx(mass)
+
+
 def test_a_never_used_code_is_first_replaced_at_forward_302_and_survives_the_next_update():
   features = {m: np.zeros((1, 2, 4)) for m in ("a", "v")}
   codes = np.stack([np.zeros(4), np.full(4, 9.0)])
@@ -288,6 +313,8 @@ def test_code_matching_limits_and_symmetry():
   # With equal modalities the release's form is largest on the diagonal of a row; the symmetric one need not be.
   two = np.array([[0.6, 0.4], [0.7, 0.3]])
   assert match(two, two) != pytest.approx(match(two, two, symmetric=True), abs=1e-6)
+  for same in (two, p, q, rng.dirichlet(0.1 * np.ones(6), 5)):  # so that no row costs more than log of their number
+    assert match(same, same) <= np.log(len(same)) + 1e-9
 
 
 def test_errors():

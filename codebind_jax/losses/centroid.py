@@ -70,6 +70,11 @@ def centroid(
     mask: modality -> rows that have it, or the rows that count for all; None for all rows.
     normalize: L2-normalise the mean, with which the paper's bounds no longer hold.
   """
+  return _centroid(anchors, weights, mask, normalize)[0]
+
+
+def _centroid(anchors, weights, mask, normalize):
+  """(the means, which instances have one: of what they have something must have weight)."""
   total, mass, masks = 0.0, 0.0, _masks(anchors, mask)
   weights = 1.0 if weights is None else weights
   for i, (name, x) in enumerate(anchors.items()):
@@ -78,7 +83,7 @@ def centroid(
     total += share[:, None] * jnp.where(masks[name][:, None], wide(x), 0.0)
     mass += share
   mean = total / jnp.where(mass > 0, mass, 1.0)[:, None]
-  return unit(mean) if normalize else mean
+  return unit(mean) if normalize else mean, mass > 0
 
 
 def centroid_info_nce(
@@ -98,7 +103,7 @@ def centroid_info_nce(
     anchors: modality -> unit embeddings [b, d] of one view of the instances; their mean is the anchor.
     features: modality -> unit embeddings [b, d] of another view (the same one is allowed), aligned with the anchor.
     temperature: of InfoNCE.
-    weights: of the mean; None for equal ones.
+    weights: of the mean; None for equal ones. An instance with nothing that has weight has no anchor and takes no part.
     mask: modality -> bool [b], which instances have it (or one for all modalities): others are left out of the mean
       and of its terms.
     groups: as for `directed_info_nce`.
@@ -112,11 +117,11 @@ def centroid_info_nce(
     ValueError: if there is no modality, or the two views do not have the same ones.
   """
   _check(anchors, features)
-  anchor = centroid(anchors, weights=weights, mask=mask, normalize=normalize_anchor)
+  anchor, bound = _centroid(anchors, weights, mask, normalize_anchor)
   if stop_anchor:
     anchor = jax.lax.stop_gradient(anchor)
   masks = _masks(features, mask)
-  return sum(_both(anchor, x, temperature, masks[name], groups) for name, x in features.items())
+  return sum(_both(anchor, x, temperature, masks[name] & bound, groups) for name, x in features.items())
 
 
 def fixed_anchor_info_nce(

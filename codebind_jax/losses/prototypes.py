@@ -166,7 +166,8 @@ def momentum_contrast(
   if groups is not None:
     valid = valid & distinct(groups)
   if queue is not None:
-    keys, older = jnp.concatenate([keys, queue.features.astype(keys.dtype)]), queue.valid[None]
+    kept = jax.lax.stop_gradient(queue.features.astype(keys.dtype))
+    keys, older = jnp.concatenate([keys, kept]), queue.valid[None]
     if groups is not None:
       older = older & (jnp.asarray(groups)[:, None] != queue.groups)
     wide_as = lambda x: jnp.broadcast_to(x, (student.shape[0], x.shape[1]))

@@ -99,6 +99,7 @@ class Rows:
     params: all parameters; the method's own under `EXTRA`.
     stage: the stage.
     rng: key of this source's draws in this step.
+    together: the modalities of each source of the batch.
   """
 
   tokens: Mapping[str, Float[Array, "b n _"]]
@@ -109,6 +110,7 @@ class Rows:
   params: Any
   stage: Stage
   rng: Any
+  together: tuple[tuple[str, ...], ...] = ()
 
   def groups_of(self, *modalities: str) -> Int[Array, "b"] | None:
     """The rows' groups where text is among the modalities, for one caption fits every row of a label; else None.
@@ -215,6 +217,10 @@ class SourceRecipe(Recipe):
     """`aux` at the beginning of a step, before any loss (a teacher's update)."""
     return aux
 
+  def kept(self, updates: Any) -> Any:
+    """The updates of the parameters, without those of what the method leaves as it is."""
+    return updates
+
   @abc.abstractmethod
   def loss(self, rows: Rows, codebooks: Any, aux: Any) -> Loss:
     """The terms of one source's rows."""
@@ -253,6 +259,7 @@ class SourceRecipe(Recipe):
       params = optim.stop_frozen(params, frozen)
       codebooks, aux = state.codebooks, self.before(params, state.aux)
       share = {source: stage.weights.get(source, 1.0) for source in batch}
+      together = tuple(tuple(sorted(content["_mask"])) for content in batch.values())
       terms: dict[str, Array] = {}
       indices: dict[str, list[Array]] = {}
       for number, (source, content) in enumerate(batch.items()):
@@ -261,7 +268,8 @@ class SourceRecipe(Recipe):
         features, scales = self.model.apply({"params": params}, tokens, train=True, rngs={"dropout": drop_rng})
         scale = jnp.exp(2 * sum(jnp.log(scales[m]) for m in tokens) / len(tokens))
         groups = content["_group"] * len(batch) + number
-        rows = Rows(tokens, features, content["_mask"], groups, stage.temperature / scale, params, stage, rows_rng)
+        rows = Rows(tokens, features, content["_mask"], groups, stage.temperature / scale, params, stage, rows_rng,
+                    together)  # fmt: skip
         found = self.loss(rows, codebooks, aux)
         codebooks, aux = found.codebooks, found.aux
         for name, value in found.terms.items():
@@ -277,6 +285,7 @@ class SourceRecipe(Recipe):
         state.params, state, batch, rng
       )
       updates, opt_state = tx.update(grads, state.opt_state, state.params)
+      updates = self.kept(updates)
       metrics = {f"train/{name}": value for name, value in terms.items()}
       metrics |= {"train/total": total, "train/gradient_norm": optax.global_norm(grads)}
       for name, parts in indices.items():

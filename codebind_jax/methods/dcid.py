@@ -28,7 +28,7 @@ from codebind_jax.norm import unit
 RELEASE = {
   "first_codes": "uniform", "start_count": 0.0, "form": "sequential", "beta": 0.5, "reduce": "mean", "reset_by": "any",
   "reset_keep": "codes_only", "club_input": "quantized", "club_per_step": False, "cpc_layers": 2,
-  "cpc_over": "predictions", "cpc_self": 0.1, "matching": 0.5,
+  "cpc_over": "predictions", "cpc_self": 0.1, "matching": 0.5, "order": ("audio", "video", "text"),
 }
 MIN_STEPS = 3  # of a sequence for CPC: a context of two, and a future
 
@@ -42,14 +42,14 @@ class Unified(SourceRecipe):
     first_codes: "kmeans" of the first batch's vectors, or "uniform" U(-1/L, 1/L) (the release).
     start_count: what a code is taken to have seen before (release: 0).
     form: of the update, "joint" (paper) or "sequential" (release).
-    order: of the modalities in the sequential form; the alphabet's where empty.
+    order: of the modalities in the sequential form; those not named come after, by the alphabet.
     decay: of the averages.
     own: weight of a vector's own value in the update; 1 turns the multi-modal part off.
     partner: "same" step, or "attention" over the partner's steps (paper; the authors say it makes no difference).
     beta: of the commitment.
     reduce: of the commitment over the width, "sum" (paper) or "mean" (release).
     reset_after: idle batches before a code is reset; 0 for no reset.
-    reset_by: "all" modalities must use a code (paper), or "any" (release).
+    reset_by: "all" modalities of one source must use a code (paper), or "any" (release).
     reset_keep: "survive", or "codes_only" (release).
     commitment, matching, club, coding, reconstruction: weights of the terms.
     club_input: "continuous" features (paper), or "quantized" ones (DCID's release).
@@ -139,11 +139,12 @@ class Unified(SourceRecipe):
     ]
     new = unified.update_unified(
       book, z, {m: q.indices for m, q in quantized.items()}, form=self.form,
-      order=tuple(m for m in self.order if m in z) or None, decay=self.decay, own=self.own, how=self.partner,
-      masks=masks,
+      order=self.order, decay=self.decay, own=self.own, how=self.partner, masks=masks,
     )  # fmt: skip
     if self.reset_after:
-      new = unified.reset_unified(new, rng, after=self.reset_after, used_by=self.reset_by, keep=self.reset_keep)
+      new = unified.reset_unified(
+        new, rng, after=self.reset_after, used_by=self.reset_by, together=rows.together, keep=self.reset_keep
+      )
     return quantized, {"commitment": sum(commit.values()), "matching": sum(matching)}, new
 
   def club_loss(self, name: str, x: Array, y: Array, aux: Any, rng: Any, mask: Array) -> tuple[Array, Any]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from codebind_jax.losses import fixed_anchor_info_nce
 from codebind_jax.methods.base import Loss, Rows, SourceRecipe
 
@@ -15,12 +18,18 @@ class Method(SourceRecipe):
 
   Attributes:
     anchor: the modality that the others are aligned with; every source must have it.
-    frozen: the anchor's tower gets no gradient, as in the papers, where it is pre-trained; a tower that starts at
-      random should not be frozen.
+    frozen: the anchor's tower stays as it is (its logit scale does not), as in the papers, where it is pre-trained; a
+      tower that starts at random should not be frozen.
   """
 
   anchor: str = "image"
   frozen: bool = True
+
+  def kept(self, updates: Any) -> Any:
+    """Not even decayed is a frozen anchor."""
+    if not self.frozen or self.anchor not in updates:
+      return updates
+    return {**updates, self.anchor: jax.tree.map(jnp.zeros_like, updates[self.anchor])}
 
   def loss(self, rows: Rows, codebooks: Any, aux: Any) -> Loss:
     """The sum over the rows' modalities."""

@@ -68,9 +68,10 @@ def select_channels(
 
 def redundancy(codes: Float[Array | np.ndarray, "k d"]) -> Float[Array, ""]:
   """Mean cosine between different codes: what the selection is to lower."""
-  total = jnp.sum(unit(codes), axis=0)
-  count = codes.shape[0]
-  return (jnp.sum(total * total) - count) / (count * (count - 1))
+  units, count = unit(codes), codes.shape[0]
+  total = jnp.sum(units, axis=0)
+  # A code that is 0 has no direction: its cosines count as 0.
+  return (jnp.sum(total * total) - jnp.sum(units * units)) / (count * (count - 1))
 
 
 def codes_of(model: Any) -> Float[np.ndarray, "k d"]:
