@@ -52,7 +52,9 @@ def test_no_narrow_array_of_segments_is_lowered_for_tpu():
 def test_each_platform_gets_its_own_search():
   def text(platform, d):
     shapes = jax.ShapeDtypeStruct((3, d, 512), jnp.float32), jax.ShapeDtypeStruct((64, d), jnp.float32)
-    return jax.jit(nearest_segments).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+    gpu = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")  # Triton asks what it lowers for
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=gpu)):
+      return jax.jit(nearest_segments).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
 
   assert "stablehlo.while" in text("cpu", 8) and "dot_general" not in text("cpu", 8)
   assert "dot_general" in text("tpu", 8) and "stablehlo.while" not in text("tpu", 8)
@@ -99,6 +101,23 @@ def test_sums_by_integers_are_exact_in_any_order():
   vectors[0, 2, 7] = np.nan
   bad = segments._integer_sums(jnp.asarray(vectors), jnp.asarray(indices), 32)
   np.testing.assert_array_equal(np.isnan(bad), np.broadcast_to(np.arange(6) == 2, (32, 6)))
+
+
+def test_a_gpu_s_copies_of_a_count_add_up():
+  rng = np.random.default_rng(1)
+  for size, width, copies in ((32, 1, 64), (32, 6, 64), (2**15, 8, 4), (2**20, 9, 1)):
+    indices = rng.integers(0, 32, (3, 400)).astype(np.int32)
+    found, where = segments._copied(jnp.asarray(indices), size, width)
+    assert found == copies and int(where.max()) < copies * size
+    counts = np.bincount(where, minlength=copies * size).reshape(copies, size)
+    np.testing.assert_array_equal(counts.sum(0)[:32], np.bincount(indices.reshape(-1), minlength=32))
+    # Neighbours of one code are added to different copies.
+    np.testing.assert_array_equal(np.asarray(where) // size, np.arange(1200) % copies)
+  np.testing.assert_array_equal(segments.code_counts(jnp.asarray(indices), 32), np.bincount(indices.reshape(-1), minlength=32))
+  # All in one code, so that a copy overflows first if the parts of a number are too long for it.
+  vectors = np.ones((1, 2, 2**18), np.float32)
+  found = segments._integer_sums(jnp.asarray(vectors), jnp.zeros((1, 2**18), jnp.int32), 4)
+  np.testing.assert_array_equal(found, [[2**18] * 2, [0, 0], [0, 0], [0, 0]])
 
 
 def test_the_scan_on_cpu_computes_each_score_once():
