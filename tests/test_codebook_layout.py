@@ -113,7 +113,8 @@ def test_a_gpu_s_copies_of_a_count_add_up():
     np.testing.assert_array_equal(counts.sum(0)[:32], np.bincount(indices.reshape(-1), minlength=32))
     # Neighbours of one code are added to different copies.
     np.testing.assert_array_equal(np.asarray(where) // size, np.arange(1200) % copies)
-  np.testing.assert_array_equal(segments.code_counts(jnp.asarray(indices), 32), np.bincount(indices.reshape(-1), minlength=32))
+  counts = segments.code_counts(jnp.asarray(indices), 32)
+  np.testing.assert_array_equal(counts, np.bincount(indices.reshape(-1), minlength=32))
   # All in one code, so that a copy overflows first if the parts of a number are too long for it.
   vectors = np.ones((1, 2, 2**18), np.float32)
   found = segments._integer_sums(jnp.asarray(vectors), jnp.zeros((1, 2**18), jnp.int32), 4)

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from codebind_jax import config as config_lib
+from codebind_jax import unified
 from codebind_jax.methods.base import EXTRA, make_method, method_names
 from codebind_jax.methods.dcid import same_steps
 from codebind_jax.optim import make_optimizer
@@ -232,6 +233,22 @@ def test_sequences_are_coded_predictively(name, options):
     assert set(state.codebooks) == {"shared", "second"} and out["image"].indices_specific.shape == (ROWS, 4, 1)
     # The second level's networks learn once it counts.
     assert "predict2_image" in state.params[EXTRA]
+
+
+def test_codes_are_asked_of_all_modalities_of_a_source_where_that_is_wanted(monkeypatch):
+  asked, reset = [], unified.reset_unified
+  monkeypatch.setattr(unified, "reset_unified", lambda *a, **o: asked.append(o) or reset(*a, **o))
+  (batch, _), only = batch_of(), {}
+  second = {**batch, "sounds": {k: v for k, v in batch["world"].items() if k != "image"}}
+  second["sounds"]["_mask"] = {m: v for m, v in batch["world"]["_mask"].items() if m != "image"}
+  for by in ("all", "source", "any"):
+    config = small_config("dcid", reset_by=by)
+    state, step = started(make_method(config), config, batch)
+    jax.eval_shape(step, state, second)
+    only[by] = {(o["used_by"], o["together"]) for o in asked}
+    asked.clear()
+  both = (("audio", "text"), ("audio", "image", "text"))  # jit sorts the sources
+  assert only == {"all": {("all", ())}, "source": {("all", both)}, "any": {("any", ())}}
 
 
 @pytest.mark.parametrize("name", ["dcid", "fcid"])

@@ -49,7 +49,8 @@ class Unified(SourceRecipe):
     beta: of the commitment.
     reduce: of the commitment over the width, "sum" (paper) or "mean" (release).
     reset_after: idle batches before a code is reset; 0 for no reset.
-    reset_by: "all" modalities of one source must use a code (paper), or "any" (release).
+    reset_by: "all" modalities must use a code (paper), all of one "source" (ours, where sources lack modalities), or
+      "any" (release).
     reset_keep: "survive", or "codes_only" (release).
     commitment, matching, club, coding, reconstruction: weights of the terms.
     club_input: "continuous" features (paper), or "quantized" ones (DCID's release).
@@ -93,7 +94,7 @@ class Unified(SourceRecipe):
   def __post_init__(self):
     for field, allowed in (
       ("first_codes", ("kmeans", "uniform")), ("form", ("joint", "sequential")), ("partner", ("same", "attention")),
-      ("reduce", ("sum", "mean")), ("reset_by", ("all", "any")), ("reset_keep", ("survive", "codes_only")),
+      ("reduce", ("sum", "mean")), ("reset_by", ("all", "source", "any")), ("reset_keep", ("survive", "codes_only")),
       ("club_input", ("continuous", "quantized")), ("cpc_over", ("futures", "predictions")),
     ):  # fmt: skip
       if getattr(self, field) not in allowed:
@@ -143,8 +144,9 @@ class Unified(SourceRecipe):
     )  # fmt: skip
     if self.reset_after:
       new = unified.reset_unified(
-        new, rng, after=self.reset_after, used_by=self.reset_by, together=rows.together, keep=self.reset_keep
-      )
+        new, rng, after=self.reset_after, used_by="any" if self.reset_by == "any" else "all",
+        together=rows.together if self.reset_by == "source" else (), keep=self.reset_keep,
+      )  # fmt: skip
     return quantized, {"commitment": sum(commit.values()), "matching": sum(matching)}, new
 
   def club_loss(self, name: str, x: Array, y: Array, aux: Any, rng: Any, mask: Array) -> tuple[Array, Any]:
