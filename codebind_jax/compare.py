@@ -33,6 +33,7 @@ from codebind_jax.data.featurize import Featurizer
 from codebind_jax.data.pipeline import Drawn, Replay
 from codebind_jax.data.synthetic import NAME, Factors, SyntheticSource
 from codebind_jax.data.task import EvalSet, Task, open_task
+from codebind_jax.metrics import write_whole
 from codebind_jax.train import claim_workdir, iterators_of, run_stages
 
 RESULT = "run.json"  # of a finished run that has read the test set, in its folder
@@ -146,7 +147,7 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
       except FloatingPointError as error:
         if test:
           raise
-        (inner / DIVERGED).write_text(f"{error}\n")
+        write_whole(inner / DIVERGED, f"{error}\n")
       finally:
         logging.set_verbosity(logging.converter.standard_to_absl(level))
     bar.update()
@@ -156,9 +157,7 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
       model = load(inner)
       model.trunks = featurizer.trunks
     found = {"metrics": final, "cost": cost(inner, model), "probe": evaluation.probe(model, inner)}
-    partial = inner / f"{RESULT}.partial"
-    partial.write_text(json.dumps(found) + "\n")
-    partial.rename(inner / RESULT)
+    write_whole(inner / RESULT, json.dumps(found) + "\n")
     return found
 
   results: dict[str, Any] = {}

@@ -9,6 +9,17 @@ import numpy as np
 from scipy import stats
 
 HELD, NOT, OPEN = "held", "did not hold", "undecided"
+TITLES = {name.lower(): name for name in ("CodeBind", "CentroBind", "CODIS", "DCID", "FCID")}
+PARTS = {  # DCID's: NeurIPS 2023, tables 2 and 3
+  "dcid": {
+    "no_coding": "the cross-modal prediction or contrast (CPC)", "no_ema_no_reset": "MM-EMA and reset",
+    "no_ema": "MM-EMA", "no_reset": "the reset", "no_club": "CLUB", "no_matching": "code matching",
+  },
+  "codebind": {
+    "no_codes": "the codes (continuous embeddings)", "no_code_terms": "the losses of the codes",
+    "no_decomposition": "the losses that keep specific parts apart",
+  },
+}  # fmt: skip
 MARGIN = 1.0  # points that "does not hurt" and "no worse" allow
 BLIND = 5.0  # points above chance up to which a factor counts as not learned
 RULE = (
@@ -144,8 +155,8 @@ def _crossing(prefix: str) -> Callable[[Mapping[str, float]], float]:
 
 def _over_pairs(results: Mapping[str, Any], prefix: str) -> list[dict[str, Any]]:
   """What codes or a centroid add to InfoNCE of the same pairs on the same towers."""
-  found, titles = [], ("CodeBind", "CentroBind", "CODIS", "DCID", "FCID")
-  for name, title in ((title.lower(), title) for title in titles):
+  found = []
+  for name, title in TITLES.items():
     if name in results and "info_nce" in results:
       mine, plain = (_told(results, one, _crossing(prefix)) for one in (name, "info_nce"))
       found.append({"claim": f"{title} generalises across modalities better than plain InfoNCE of the pairs",
@@ -154,26 +165,14 @@ def _over_pairs(results: Mapping[str, Any], prefix: str) -> list[dict[str, Any]]
   return found
 
 
-PARTS = {  # DCID's: NeurIPS 2023, tables 2 and 3
-  "dcid": {
-    "no_coding": "the cross-modal prediction or contrast (CPC)", "no_ema_no_reset": "MM-EMA and reset",
-    "no_ema": "MM-EMA", "no_reset": "the reset", "no_club": "CLUB", "no_matching": "code matching",
-  },
-  "codebind": {
-    "no_codes": "the codes (continuous embeddings)", "no_code_terms": "the losses of the codes",
-    "no_decomposition": "the losses that keep specific parts apart",
-  },
-}  # fmt: skip
-
-
 def _ablations(results: Mapping[str, Any], prefix: str) -> list[dict[str, Any]]:
   """Methods without their parts."""
-  found, titles = [], {"dcid": "DCID", "codebind": "CodeBind"}
+  found = []
   for method, parts in PARTS.items():
     for name, what in parts.items():
       if method in results and f"{method}_{name}" in results:
         mine, theirs = (_told(results, one, _crossing(prefix)) for one in (method, f"{method}_{name}"))
-        found.append({"claim": f"{titles[method]}: leaving out {what} hurts cross-modal generalisation",
+        found.append({"claim": f"{TITLES[method]}: leaving out {what} hurts cross-modal generalisation",
                       "numbers": f"mean of */cross: {method} {_spread(mine)}, without {_spread(theirs)}"}
                      | verdict(_paired(mine, theirs)))  # fmt: skip
   return found

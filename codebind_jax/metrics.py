@@ -56,7 +56,7 @@ def _parse(path):
   return records, size
 
 
-def _replace(path, text):
+def write_whole(path: Path, text: str) -> None:
   """Writes a file so that a reader, or a kill at any time, sees the old one or the new one."""
   temporary = path.with_name(path.name + ".tmp")
   with open(temporary, "w", encoding="utf-8") as file:
@@ -115,7 +115,7 @@ class MetricsWriter:
     if whole and not whole.endswith("\n"):
       whole += "\n"
     if whole.encode() != data:
-      _replace(self.path, whole)
+      write_whole(self.path, whole)
 
   def write(self, step: int, stage: str, metrics: Mapping[str, Any]) -> None:
     """Writes one line, and one TensorBoard scalar a metric.
@@ -176,7 +176,7 @@ class MetricsWriter:
     if len(kept) < len(records):
       logging.info("%s: dropped %d lines after step %d", self.path, len(records) - len(kept), step)
       lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-      _replace(self.path, "".join(line for line, record in zip(lines, records) if record["step"] <= step))
+      write_whole(self.path, "".join(line for line, record in zip(lines, records) if record["step"] <= step))
     self._file = open(self.path, "a", encoding="utf-8")
     if self._events is not None:
       self._events.close()

@@ -13,6 +13,7 @@ from absl import logging
 
 from codebind_jax import report_figures
 from codebind_jax.evaluators import codes
+from codebind_jax.metrics import write_whole
 from codebind_jax.report_data import ReportData, Score
 
 _LARGE = 3_000_000
@@ -58,9 +59,7 @@ def write_report(path: str | os.PathLike, data: ReportData) -> Path:
   template = importlib.resources.files("codebind_jax").joinpath("report_template.html").read_text(encoding="utf-8")
   page = string.Template(template).substitute(title=escape(data.title), body="\n".join(body))
   path = Path(path)
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(page, encoding="utf-8")
-  os.replace(temporary, path)
+  write_whole(path, page)
   if len(page) > _LARGE:
     logging.warning("%s has %.1f MB; fewer gallery rows or map points make it smaller", path, len(page) / 1e6)
   return path

@@ -115,10 +115,11 @@ def test_a_gpu_s_copies_of_a_count_add_up():
     np.testing.assert_array_equal(np.asarray(where) // size, np.arange(1200) % copies)
   counts = segments.code_counts(jnp.asarray(indices), 32)
   np.testing.assert_array_equal(counts, np.bincount(indices.reshape(-1), minlength=32))
-  # All in one code, so that a copy overflows first if the parts of a number are too long for it.
-  vectors = np.ones((1, 2, 2**18), np.float32)
-  found = segments._integer_sums(jnp.asarray(vectors), jnp.zeros((1, 2**18), jnp.int32), 4)
-  np.testing.assert_array_equal(found, [[2**18] * 2, [0, 0], [0, 0], [0, 0]])
+  # All in one code: with a single copy it overflows if the parts of a number are too long for so many.
+  vectors, first = np.ones((1, 2, 2**18), np.float32), jnp.zeros((1, 2**18), jnp.int32)
+  for size in (4, 2**20):
+    found = segments._integer_sums(jnp.asarray(vectors), first, size)
+    assert found.shape == (size, 2) and np.array_equal(found[0], [2**18] * 2) and not np.any(found[1:])
 
 
 def test_the_scan_on_cpu_computes_each_score_once():

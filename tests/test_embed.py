@@ -282,4 +282,4 @@ def test_channels_of_a_trained_run_are_chosen_by_the_command(trained, model, tmp
   assert told["redundancy_after"] == pytest.approx(((2 * p - 16) ** 2 - 16) / (16 * 15), abs=1e-6)
   assert told["metrics"] and all(name.startswith("eval/") and f"{name}: " in found for name in told["metrics"])
   failed = subprocess.run([*command, "--channels=99"], cwd=REPOSITORY, capture_output=True, text=True)
-  assert failed.returncode == 1 and "error: q must be 1 to" in failed.stderr
+  assert failed.returncode == 1 and f"error: --channels: got 99; allowed: 0 to {codes.shape[1]}" in failed.stderr

@@ -28,6 +28,8 @@ def main(_: Sequence[str]) -> None:
     codes = toc.codes_of(model)
     if len(ratio) != 2:
       raise ValueError(f"--ratio: got {flags.FLAGS.ratio!r}; allowed: best:worst, such as 1:0 or 3:1")
+    if flags.FLAGS.channels > codes.shape[1]:
+      raise ValueError(f"--channels: got {flags.FLAGS.channels}; allowed: 0 to {codes.shape[1]}")
     found = toc.choose(codes, flags.FLAGS.channels, ratio)
   except ValueError as error:
     sys.exit(f"error: {error}")
