@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from benchmarks import quantise
-from codebind_jax import segments
-from codebind_jax.nearest import nearest_code, nearest_segments
+from codebind_jax.codebook import segments
+from codebind_jax.codebook.nearest import nearest_code, nearest_segments
 
 SHAPES = {"narrow": (328_960, 1024, 8), "narrow, 1M": (1_048_576, 1024, 8), "wide": (65_536, 8192, 256)}
 EXACT = jax.lax.Precision.HIGHEST

@@ -10,11 +10,14 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from codebind_jax import aot, build, flops, optim
-from codebind_jax import state as state_lib
-from codebind_jax.compile import compile_step
+from codebind_jax import build
+from codebind_jax.compile_ahead import flops
+from codebind_jax.compile_ahead import report as aot
 from codebind_jax.methods.base import make_init, make_method
-from codebind_jax.sharding import make_layout
+from codebind_jax.runtime import optim
+from codebind_jax.runtime import train_state as state_lib
+from codebind_jax.runtime.compile import compile_step
+from codebind_jax.runtime.sharding import make_layout
 from codebind_jax.stages import stages_of
 from configs import imagebind_huge
 

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import machine
 from codebind_jax.codebook import nearest_code
-from codebind_jax.nearest import _compiled_search
+from codebind_jax.codebook.nearest import _compiled_search
 
 SHAPES = {"narrow": (328_960, 1024, 8), "wide": (65_536, 8192, 256)}
 

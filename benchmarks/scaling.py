@@ -15,13 +15,15 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks.machine import describe, in_turn
-from codebind_jax import aot, build, optim
-from codebind_jax import state as state_lib
-from codebind_jax.compile import compile_step
-from codebind_jax.data.pipeline import FeatureTable, make_iterator
+from codebind_jax import build
+from codebind_jax.compile_ahead import report as aot
+from codebind_jax.data.batches import FeatureTable, make_iterator
 from codebind_jax.methods.base import make_init, make_method
-from codebind_jax.metrics import Throughput
-from codebind_jax.sharding import make_layout
+from codebind_jax.runtime import optim
+from codebind_jax.runtime import train_state as state_lib
+from codebind_jax.runtime.compile import compile_step
+from codebind_jax.runtime.metrics import Throughput
+from codebind_jax.runtime.sharding import make_layout
 from codebind_jax.stages import stages_of
 from configs import stage1
 
@@ -43,7 +45,7 @@ def config_of(rows):
     config.model.quantize = False
     config.stages.bridges.losses = {"info_nce": 1.0}
   for name, width in WIDTHS.items():
-    config.model.towers[name].trunk = "raw"
+    config.model.towers[name].trunk = "vectors"
     config.model.towers[name].options = {"width": width, "modality": name}
   return config.lock()
 

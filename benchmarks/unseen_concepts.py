@@ -12,10 +12,10 @@ import hashlib
 import numpy as np
 from absl import app, flags
 
-from codebind_jax.data.featurize import Featurizer
 from codebind_jax.data.task import open_task
 from codebind_jax.data.worlds import extra
-from codebind_jax.models.codebind import whitening
+from codebind_jax.models.towers import whitening
+from codebind_jax.trunks.featurize import Featurizer
 from configs import stage1
 
 _PROFILE = flags.DEFINE_string("profile", "small", "Data profile of Icons.")

@@ -15,13 +15,13 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
-from codebind_jax import checkpoint
-from codebind_jax import config as config_lib
+from codebind_jax import schema
 from codebind_jax.data import transforms
 from codebind_jax.evaluators.zeroshot import class_embeddings
 from codebind_jax.methods.base import Recipe, make_method
-from codebind_jax.pretrained import load_trunk
-from codebind_jax.pretrained.trunk import fingerprint
+from codebind_jax.runtime import checkpoint
+from codebind_jax.trunks import load_trunk
+from codebind_jax.trunks.base import fingerprint
 
 _TRUNK_ROWS = 32  # items that a trunk sees at once, a device
 
@@ -98,7 +98,7 @@ class Model:
 
   def fingerprint(self, modalities: Sequence[str]) -> str:
     """Hex SHA-256 of what decides the embeddings of some modalities: weights, codebooks, trunks and their options."""
-    plain = config_lib.to_plain(self.config)
+    plain = schema.to_plain(self.config)
     recipe = {key: plain.get(key) for key in ("method", "method_options", "model", "codebook")}
     recipe |= {"trunks": {m: self.trunk(m).fingerprint for m in modalities}}
     return fingerprint((self.params, self.codebooks), recipe, "model-1")

@@ -9,7 +9,7 @@ from flax.core import FrozenDict
 
 from codebind_jax.compositional import CompositionalSpec
 from codebind_jax.models.bodies import make_body
-from codebind_jax.models.codebind import CodeBind, TowerSpec
+from codebind_jax.models.towers import CodeBind, TowerSpec
 
 
 def make_model(config: Any, **body: Any) -> CodeBind:
@@ -61,7 +61,7 @@ def make_spec(config: Any) -> CompositionalSpec | None:
 
 def token_shapes(config: Any, modalities: Iterable[str]) -> dict[str, tuple[int, int]]:
   """Modality -> shape of one item's tokens as the model is fed them; loads the trunk where the body does not say."""
-  from codebind_jax.pretrained import load_trunk
+  from codebind_jax.trunks import load_trunk
 
   shapes = {}
   for name in modalities:

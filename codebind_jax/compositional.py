@@ -16,16 +16,16 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from codebind_jax import codebook as cb
-from codebind_jax.anchors import draw_anchors, sample_rows
 from codebind_jax.codebook import CodebookState
-from codebind_jax.compositional_spec import SHARED, Layout
-from codebind_jax.compositional_spec import CompositionalSpec as CompositionalSpec
-from codebind_jax.kmeans import kmeans
+from codebind_jax.codebook.clustering import kmeans
+from codebind_jax.codebook.revival import draw_anchors, sample_rows
+from codebind_jax.codebook.segments import Segments, statistics, straight_through, transposed
+from codebind_jax.codebook.segments import similarity as similarities
+from codebind_jax.codebook.spec import SHARED, Layout
+from codebind_jax.codebook.spec import CompositionalSpec as CompositionalSpec
 from codebind_jax.losses.code_contrast import code_contrast_segments
 from codebind_jax.norm import unit
-from codebind_jax.segments import Segments, statistics, straight_through, transposed
-from codebind_jax.segments import similarity as similarities
-from codebind_jax.sharding import spread
+from codebind_jax.runtime.sharding import spread
 
 Update = str
 

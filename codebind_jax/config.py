@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
 
 import ml_collections
+
+from codebind_jax.schema import check_keys, get, has
 
 MODES = ("train", "eval", "embed", "compare", "compile")
 TASKS = ("zeroshot", "retrieval", "probe")
@@ -30,42 +29,6 @@ _POSITIVE = (
 )
 _COUNTS = ("data.max_bad_records", "seed")
 _SHARES = ("codebook.decay", "codebook.alarm_share", "optim.b1", "optim.b2")
-
-
-def get(config: Any, path: str) -> Any:
-  """The value at a dotted path.
-
-  Raises:
-    ValueError: naming the first missing key and the keys there are.
-  """
-  value = config
-  done: list[str] = []
-  for part in path.split("."):
-    if not isinstance(value, (Mapping, ml_collections.ConfigDict)):
-      raise ValueError(f"config.{path}: {'.'.join(done)!r} is a value, it has no key {part!r}")
-    if part not in value:
-      prefix = "".join(f"{key}." for key in done)
-      raise ValueError(f"config.{path}: unknown key {part!r}; allowed: {sorted(prefix + key for key in value)}")
-    value = value[part]
-    done.append(part)
-  return value
-
-
-def has(config: Any, path: str) -> bool:
-  """Whether the dotted path exists."""
-  try:
-    get(config, path)
-  except ValueError:
-    return False
-  return True
-
-
-def check_keys(given: Iterable[str], allowed: Iterable[str], what: str) -> None:
-  """Raises a ValueError naming the first of `given` that is not among `allowed`."""
-  allowed = list(allowed)
-  for name in given:
-    if name not in allowed:
-      raise ValueError(f"config.{what}: {name!r} is not allowed; allowed: {allowed}")
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -102,13 +65,13 @@ def _validate_train(config: ml_collections.ConfigDict) -> None:
       "not those of a large one here: a row would see the negatives of its small batch alone, and the codebooks would "
       "move in between. For a batch larger than memory set stages.*.parts, which gives exactly the large batch's step"
     )
-  from codebind_jax.data.featurize import CAPTION_MODES
   from codebind_jax.data.worlds.registry import WORLDS
   from codebind_jax.methods.base import make_method
   from codebind_jax.models.bodies import make_body
-  from codebind_jax.pretrained import trunk_names
   from codebind_jax.stages import stages_of
   from codebind_jax.step import TERMS
+  from codebind_jax.trunks import trunk_names
+  from codebind_jax.trunks.featurize import CAPTION_MODES
 
   check_keys(config.tasks, (*TASKS, "codes"), "tasks")
   check_keys([config.data.captions], CAPTION_MODES, "data.captions")
@@ -192,16 +155,3 @@ def _validate_train(config: ml_collections.ConfigDict) -> None:
       raise ValueError(f"config.{where}.balance: got True without the loss 'info_nce', which the others are held to")
     if not stage.temperature > 0:
       raise ValueError(f"config.{where}.temperature: got {stage.temperature}; allowed: any number above 0")
-
-
-def to_plain(config: Any) -> Any:
-  """The config as JSON-ready dicts, lists and numbers, for checkpoints and comparisons."""
-  return json.loads(json.dumps(config.to_dict() if hasattr(config, "to_dict") else config))
-
-
-def difference(a: Any, b: Any, prefix: str = "") -> list[str]:
-  """Dotted paths at which two plain configs differ, with both values."""
-  if isinstance(a, dict) and isinstance(b, dict):
-    keys = sorted(set(a) | set(b))
-    return [line for key in keys for line in difference(a.get(key), b.get(key), f"{prefix}.{key}" if prefix else key)]
-  return [] if a == b else [f"{prefix}: {a!r} -> {b!r}"]

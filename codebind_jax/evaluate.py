@@ -12,7 +12,6 @@ import numpy as np
 from absl import logging
 
 from codebind_jax.api import Model, load
-from codebind_jax.data.featurize import Featurizer
 from codebind_jax.data.task import EvalSet, Task, open_task
 from codebind_jax.evaluators import base
 from codebind_jax.evaluators.codes import CodebookUsage, shared_counts, table_counts
@@ -20,7 +19,8 @@ from codebind_jax.evaluators.decomposition import decomposition
 from codebind_jax.evaluators.probe import LinearProbe, NearestClassMean
 from codebind_jax.evaluators.retrieval import Emergent, Retrieval
 from codebind_jax.evaluators.zeroshot import ZeroShot
-from codebind_jax.metrics import MetricsWriter, read_metrics
+from codebind_jax.runtime.metrics import MetricsWriter, read_metrics
+from codebind_jax.trunks.featurize import Featurizer
 
 FINAL = "final"  # the stage under which the last evaluation is written to metrics.jsonl
 STAGE_DONE = "eval/stage_done"  # marks the line that a finished stage's evaluation wrote

@@ -31,7 +31,7 @@ def _read_config(path: str) -> Any:
 
 def _parse(argv: Sequence[str]) -> list[str]:
   """absl's parsing, with one clear line where a config key is unknown or a value has the wrong type."""
-  from codebind_jax.config import get
+  from codebind_jax.schema import get
 
   path = ([arg.removeprefix("--config=") for arg in argv if arg.startswith("--config=")] or [""])[-1]
   if path and not os.path.isfile(path.partition(":")[0]):
@@ -52,8 +52,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
 def main(_: Sequence[str]) -> None:
   """Checks the config and runs its mode."""
   from codebind_jax import config as config_lib
-  from codebind_jax import distributed
-  from codebind_jax.guard import Preempted
+  from codebind_jax.runtime import distributed
+  from codebind_jax.runtime.guard import Preempted
 
   config = _CONFIG.value
   if config is None or not (_WORKDIR.value or config.mode == "compile"):
@@ -67,15 +67,15 @@ def main(_: Sequence[str]) -> None:
 
       train_and_evaluate(config, _WORKDIR.value)
     elif config.mode == "compile":
-      from codebind_jax.aot import compile_mode
+      from codebind_jax.compile_ahead.report import compile_mode
 
       sys.exit(0 if compile_mode(config) else 1)
     elif config.mode == "compare":
-      from codebind_jax.compare import compare
+      from codebind_jax.compare.run import compare
 
       compare(config, _WORKDIR.value)
     elif config.mode == "embed":
-      from codebind_jax.embed import embed
+      from codebind_jax.embedding.job import embed
 
       embed(config, _WORKDIR.value)
     else:

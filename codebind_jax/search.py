@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Array, Float
 
-from codebind_jax import shards
+from codebind_jax.embedding import shards
 
 BACKENDS = ("auto", "faiss", "numpy")
 _COLUMNS = ["id", "vector"]

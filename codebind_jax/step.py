@@ -12,16 +12,17 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
-from codebind_jax import losses, optim
+from codebind_jax import losses
 from codebind_jax.codebook import CodebookState, usage_stats
+from codebind_jax.codebook.segments import code_counts
 from codebind_jax.compositional import CompositionalSpec, ModalityOutput, quantize_modalities
-from codebind_jax.gradient_cache import in_parts
-from codebind_jax.models.codebind import CodeBind, decode
+from codebind_jax.models.towers import CodeBind, decode
 from codebind_jax.norm import unit
-from codebind_jax.segments import code_counts
-from codebind_jax.sharding import row_axes
+from codebind_jax.runtime import optim
+from codebind_jax.runtime.gradient_cache import in_parts
+from codebind_jax.runtime.sharding import row_axes
+from codebind_jax.runtime.train_state import TrainState
 from codebind_jax.stages import Stage
-from codebind_jax.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,33 +13,34 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
-import numpy as np
 import tqdm
 from absl import logging
 
 from codebind_jax import config as config_lib
-from codebind_jax import distributed, optim, summary
-from codebind_jax import state as state_lib
-from codebind_jax.api import Model, load
-from codebind_jax.checkpoint import Checkpoints, Position
+from codebind_jax import schema
+from codebind_jax.api import Model
 from codebind_jax.codebook import collapsed, usage_stats
-from codebind_jax.compile import Programs, compile_step
-from codebind_jax.data.featurize import Featurizer
-from codebind_jax.data.pipeline import make_iterator
+from codebind_jax.data.batches import make_iterator
 from codebind_jax.data.task import open_task
 from codebind_jax.evaluate import Evaluation, StageEvaluation
-from codebind_jax.guard import Preempted, Preemption, Watch
+from codebind_jax.initialise import copy_heads, start_from, whiten_heads
 from codebind_jax.methods.base import make_init, make_method
-from codebind_jax.metrics import MetricsWriter, Throughput
-from codebind_jax.models.codebind import whitened
-from codebind_jax.report import write_report
-from codebind_jax.sharding import Layout, make_layout
+from codebind_jax.report import summary
+from codebind_jax.report.page import write_report
+from codebind_jax.runtime import distributed, optim
+from codebind_jax.runtime import train_state as state_lib
+from codebind_jax.runtime.checkpoint import Checkpoints, Position
+from codebind_jax.runtime.compile import Programs, compile_step
+from codebind_jax.runtime.guard import Preempted, Preemption, Watch
+from codebind_jax.runtime.metrics import MetricsWriter, Throughput
+from codebind_jax.runtime.sharding import Layout, make_layout
+from codebind_jax.runtime.train_state import TrainState
 from codebind_jax.stages import Stage, stages_of
-from codebind_jax.state import TrainState
+from codebind_jax.trunks.featurize import Featurizer
 
-RATE = ("optim.learning_rate",)  # what only a training step's compiled function depends on
+# Keys that no compiled function depends on, and that only the training step's does.
+UNUSED, RATE = ("seed", "test"), "optim.learning_rate"
 
 
 def banner(text: str) -> None:
@@ -56,9 +57,9 @@ def claim_workdir(config: ml_collections.ConfigDict, workdir: str | pathlib.Path
   """
   folder = pathlib.Path(workdir).expanduser().absolute()
   folder.mkdir(parents=True, exist_ok=True)
-  path, plain = folder / "config.json", config_lib.to_plain(config)
+  path, plain = folder / "config.json", schema.to_plain(config)
   if path.exists():
-    changed = config_lib.difference(json.loads(path.read_text()), plain)
+    changed = schema.difference(json.loads(path.read_text()), plain)
     if changed:
       raise ValueError(f"workdir {str(folder)!r} holds a run of another config: {'; '.join(changed)}; use another one")
   elif jax.process_index() == 0:
@@ -147,7 +148,7 @@ def run_stages(
   first_of = {m: table for found in reversed(tables.values()) for m, table in found.items()}
   shapes = {name: (trunk.num_tokens, trunk.width) for name, trunk in evaluation.trunks.items()}
   create = lambda: state_lib.creator(layout, make_init(method, shapes, config.model.half))
-  state = programs.get("create", config, create, RATE)(jax.random.key(config.seed))
+  state = programs.get("create", schema.key(config, *UNUSED, RATE), create)(jax.random.key(config.seed))
   state = state.replace(params=whiten_heads(state.params, config, first_of, layout))
   held: dict[str, tuple[str, ...]] = {}
   if config.init_from:
@@ -189,15 +190,16 @@ def run_stages(
         earlier = held.get(stages[stages.index(stage) - 1].name if stage is not stages[0] else "", ())
         state = state.replace(params=copy_heads(state.params, config, set(stage.modalities) - set(earlier)))
         fresh = functools.partial(state_lib.optimizer_init, state.params, tx, layout)
-        state = state.replace(opt_state=programs.get(f"optimizer {stage.name}", config, fresh, RATE)(state.params))
+        make = programs.get(f"optimizer {stage.name}", schema.key(config, *UNUSED, RATE), fresh)
+        state = state.replace(opt_state=make(state.params))
         layout.log(state)
         if state.codebooks:
           first = {name: next(it) for name, it in make_iterators(stage).items()}
           start = functools.partial(jax.jit, method.start, out_shardings=layout.of(state.codebooks, "codebooks"))
-          begin = programs.get(f"start {stage.name}", config, start, RATE)
+          begin = programs.get(f"start {stage.name}", schema.key(config, *UNUSED, RATE), start)
           state = state.replace(codebooks=begin(state, layout.put_batch(first)))
       compile_for = lambda state, batch, stage=stage, tx=tx, table=table: programs.get(
-        f"step {stage.name}", config,
+        f"step {stage.name}", schema.key(config, *UNUSED),
         lambda: compile_step(
           state_lib.guarded(method.train_step(stage, tx, optim.frozen(table))), state, batch, layout
         ),
@@ -263,7 +265,7 @@ def run_stage(
   """The loop of one stage, from wherever `state` stands to its last step, by the step that `compile_for` makes."""
   read = lambda: {name: layout.put_batch(next(it)) for name, it in iterators.items()}
   step, compiled = int(state.step), None
-  clock, watch = Throughput(), Watch(store.path.parent, config_lib.to_plain(config), stage.name)
+  clock, watch = Throughput(), Watch(store.path.parent, schema.to_plain(config), stage.name)
   bar = tqdm.tqdm(total=stage.last_step, initial=step, desc=stage.name, unit="step", disable=None, mininterval=0.5)
   while step < stage.last_step:
     with clock.waiting(state.step):
@@ -294,64 +296,12 @@ def run_stage(
       clock.restart()
     if save:
       writer.flush()
-      store.save(Position(step, stage.name, last, tuple(held)), state, iterators, config_lib.to_plain(config))
+      store.save(Position(step, stage.name, last, tuple(held)), state, iterators, schema.to_plain(config))
     if stop:
       store.wait()
       raise Preempted(f"stopped after step {step} of stage {stage.name!r}, state saved; the same command goes on")
   bar.close()
   return state
-
-
-def whiten_heads(params: Any, config: Any, tables: Mapping[str, Any], layout: Layout) -> Any:
-  """The random start of the shared heads, with `config.model.towers.*.whiten` folded in where it is set."""
-  params = dict(params)
-  for name, tower in config.model.towers.items():
-    if tower.whiten and name in tables:
-      tokens = np.asarray(tables[name].features[:, 0, 0], np.float32)
-      head = whitened(layout.whole(params[name]["shared"]), tokens, tower.whiten)
-      placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), head, params[name]["shared"])
-      params[name] = dict(params[name]) | {"shared": placed}
-  return params
-
-
-def copy_heads(params: Any, config: Any, new: Collection[str]) -> Any:
-  """Heads of modalities that begin to train, copied from those they start from (`config.model.towers.*.starts_from`).
-
-  Raises:
-    ValueError: if the two modalities' heads differ in shape.
-  """
-  params = dict(params)
-  for name in sorted(new):
-    source = config.model.towers[name].starts_from
-    if source:
-      shapes = [jax.tree.map(lambda x: x.shape, params[m]) for m in (name, source)]
-      if shapes[0] != shapes[1]:
-        raise ValueError(f"config.model.towers.{name}.starts_from: heads of {source!r} have shapes {shapes[1]}, "
-                         f"those of {name!r} {shapes[0]}")
-      params[name] = jax.tree.map(jnp.copy, params[source])
-  return params
-
-
-def start_from(state: TrainState, workdir: str) -> tuple[TrainState, tuple[str, ...]]:
-  """The state with the parameters and codebooks of a finished run, for all modalities that run had, and their names.
-
-  Raises:
-    ValueError: if the folder holds no run, or a parameter of it has another shape here.
-  """
-  before = load(workdir)
-  here = optim.param_paths({"params": state.params, "codebooks": state.codebooks})
-  there = optim.param_paths({"params": before.params, "codebooks": before.codebooks})
-  for path, value in there.items():
-    if path in here and here[path].shape != np.shape(value):
-      raise ValueError(f"config.init_from: {workdir!r} has {path} of shape {np.shape(value)}, here {here[path].shape}")
-  logging.info("starting from %s: %s; new: %s", workdir, ", ".join(before.modalities),
-               ", ".join(sorted({path.split("/")[1] for path in set(here) - set(there)})) or "nothing")
-  pick = lambda prefix, tree: jax.tree_util.tree_map_with_path(
-    lambda path, x: jax.device_put(there.get(prefix + jax.tree_util.keystr(path, simple=True, separator="/"), x),
-                                   x.sharding), tree,
-  )  # fmt: skip
-  state = state.replace(params=pick("params/", state.params), codebooks=pick("codebooks/", state.codebooks))
-  return state, before.modalities
 
 
 def warn_of_collapse(codebooks: Mapping[str, Any], share: float, step: int) -> None:

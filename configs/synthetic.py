@@ -26,10 +26,10 @@ def get_config(arg=""):
   config.codebook.distance = "l2"
   config.codebook.normalize = False
   config.codebook.shared_codes = 256
-  config.model.towers.text = common.tower("words", options={"width": 64})
+  config.model.towers.text = common.tower("hashed_words", options={"width": 64})
   for sensor in SENSORS:
     config.model.towers[sensor] = common.tower(
-      "raw", options={"width": 64, "modality": sensor}, body="mlp", body_options={"width": 256}, specific_dim=32,
+      "vectors", options={"width": 64, "modality": sensor}, body="mlp", body_options={"width": 256}, specific_dim=32,
     )
     config.codebook.codes[sensor] = 128
   config.emergent = (("audio", "video"), ("audio", "depth"), ("audio", "points"), ("thermal", "points"))

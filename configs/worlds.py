@@ -23,13 +23,14 @@ def trains(*modalities):
   return tuple(rf"{name}(/.*|_log_logit_scale)" for name in modalities)
 
 
-def add(config, world, towers, pairs, *, templates, rows=128, **stage):
+def add(config, world, towers, pairs, *, templates, **stage):
   """A world's towers and the stage that binds them; the bridges' heads and the shared codes stay as they are."""
   config.model.towers.update(towers)
   for name in towers:
     config.codebook.codes[name] = 256
   config.data.worlds = (*config.data.worlds, world)
   config.data.templates_of[world] = templates
+  rows = 32 if config.data.profile == "tiny" else 128  # Household's tiny profile has 48 labels to train on
   usual = {"pairs": pairs, "train": trains(*towers), "codes": tuple(towers), "temperature": 0.1, "code_rows": 8,
            "losses": LOSSES, "sources": {world: rows}}  # fmt: skip
   config.stages[world] = common.stage(config, **(usual | stage))
@@ -65,7 +66,7 @@ def menagerie(config):
     image = config.model.towers.image
     towers["video"] = image.copy_and_resolve_references()
     options = image.options.to_dict() | {"frames": 8}
-    towers["video"].update({"trunk": "frames", "starts_from": "image", "options": options})
+    towers["video"].update({"trunk": "video_mean", "starts_from": "image", "options": options})
     pairs.append(("video", "text"))
   add(config, "menagerie", towers, tuple(pairs), templates=("{}", "the sound of a {}", "a {}"))
 

@@ -10,8 +10,9 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from codebind_jax import compositional, losses, segments
-from codebind_jax.nearest_triton import nearest_by_triton
+from codebind_jax import compositional, losses
+from codebind_jax.codebook import segments
+from codebind_jax.codebook.nearest_triton import nearest_by_triton
 
 B, T = 32, 8
 SPECS = {

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from codebind_jax import build, optim
-from codebind_jax import state as state_lib
-from codebind_jax.compile import compile_step
+from codebind_jax import build
 from codebind_jax.compositional import new_codebooks
 from codebind_jax.models.transformer import Transformer
-from codebind_jax.sharding import make_layout
+from codebind_jax.runtime import optim
+from codebind_jax.runtime import train_state as state_lib
+from codebind_jax.runtime.compile import compile_step
+from codebind_jax.runtime.sharding import make_layout
 from codebind_jax.stages import stages_of
 from codebind_jax.step import make_train_step
 from tests.codebook_worker import collectives

@@ -5,7 +5,7 @@ import functools
 import pytest
 
 from codebind_jax.data.worlds import fetch
-from codebind_jax.pretrained import load_trunk
+from codebind_jax.trunks import load_trunk
 
 TINY_STAGES = ((1, 3, 1, 1, 8), (2, 5, 2, 6, 12))
 

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from codebind_jax import aot, flops, hlo
 from codebind_jax.build import token_shapes
+from codebind_jax.compile_ahead import flops, hlo
+from codebind_jax.compile_ahead import report as aot
 from codebind_jax.models.bodies import make_body
 from configs import imagebind_huge
 

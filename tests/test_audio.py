@@ -10,8 +10,8 @@ import pytest
 import soundfile
 
 from codebind_jax.data.transforms import audio
-from codebind_jax.pretrained import aisfx, load_trunk
-from codebind_jax.pretrained.loading import merge
+from codebind_jax.trunks import aisfx, load_trunk
+from codebind_jax.trunks.weights import merge
 from tests.pretrained_fixtures import package
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from codebind_jax import anchors, compositional, nearest, segments
-from codebind_jax.nearest import nearest_code, nearest_segments
-from codebind_jax.nearest_triton import nearest_by_triton
+from codebind_jax import compositional
+from codebind_jax.codebook import nearest, segments
+from codebind_jax.codebook import revival as anchors
+from codebind_jax.codebook.nearest import nearest_code, nearest_segments
+from codebind_jax.codebook.nearest_triton import nearest_by_triton
 
 SPEC = compositional.CompositionalSpec(shared_dim=64, specific_dim=32, num_codes=(48, 24))
 B, T = 32, 9

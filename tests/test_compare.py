@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from codebind_jax import compare as compare_lib
 from codebind_jax import train as train_lib
+from codebind_jax.compare import run as compare_lib
 from codebind_jax.evaluators.crossmodal import code_sharing, recall_at_one, sharing_sets, transfer
 from configs import common
 from configs import compare as shipped
@@ -187,9 +187,9 @@ def test_sounds_and_pictures_of_two_worlds_are_compared_by_name(tmp_path):
   worlds = ("synthetic-image-text", "synthetic-audio-text")
   config.steps, config.log_steps, config.data.profile, config.data.root = 2, 1, "tiny", str(tmp_path / "data")
   config.data.worlds, config.model.shared_dim = worlds, 16
-  config.model.towers.text = common.tower("words", options={"width": 16})
+  config.model.towers.text = common.tower("hashed_words", options={"width": 16})
   for sensor in ("audio", "image"):
-    config.model.towers[sensor] = common.tower("raw", options={"width": 64, "modality": sensor}, specific_dim=4)
+    config.model.towers[sensor] = common.tower("vectors", options={"width": 64, "modality": sensor}, specific_dim=4)
   config.stages.bind.sources = dict.fromkeys(worlds, 16)
   sets = {role: tuple(f"{world}_{role}" for world in worlds) for role in ("val", "test")}
   config.compare.transfers = {"concepts": {"worlds": worlds, "fields": ("concept",)} | sets}

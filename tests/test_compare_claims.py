@@ -8,11 +8,11 @@ import pathlib
 import numpy as np
 import pytest
 
-from codebind_jax import compare_figures as figures
-from codebind_jax.compare_claims import claims, verdict
-from codebind_jax.compare_report import sections, write_comparison
+from codebind_jax.compare import figures
+from codebind_jax.compare.claims import claims, verdict
+from codebind_jax.compare.table import sections, write_comparison
 from codebind_jax.methods.base import method_names
-from codebind_jax.methods.dcid import Unified
+from codebind_jax.methods.unified import Unified
 from codebind_jax.tools import methods_page
 
 WORLD = {"quality": {"audio": 0.1, "depth": 0.5, "image": 1.0}, "style_quality": {"audio": 0.0}, "styles": 4}

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from codebind_jax.data.pipeline import Drawn, FeatureTable, Replay, make_iterator
+from codebind_jax.data.batches import Drawn, FeatureTable, Replay, make_iterator
 
 
 def test_kept_batches_are_the_iterators_and_can_be_continued_anywhere():

@@ -9,7 +9,7 @@ import pytest
 
 from codebind_jax.data.transforms import eeg
 from codebind_jax.models.series import Series
-from codebind_jax.pretrained import eeg_patches, load_trunk
+from codebind_jax.trunks import eeg_patches, load_trunk
 
 WAVES = (20.0 * np.sin(np.arange(200) / 5.0 + np.arange(3)[:, None])).astype(np.float32)
 pytestmark = pytest.mark.usefixtures("quick_compiler")

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from codebind_jax import config as config_lib
-from codebind_jax import embed as embed_lib
-from codebind_jax import shards
 from codebind_jax.api import load
+from codebind_jax.embedding import job as embed_lib
+from codebind_jax.embedding import shards
 from codebind_jax.methods.toc import channel_scores
 from codebind_jax.search import Index
 from configs import embed as embed_config

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from codebind_jax.api import load
-from codebind_jax.data.featurize import Featurizer
 from codebind_jax.data.task import EvalSet, open_task
 from codebind_jax.evaluate import Evaluation, evaluate, named_pairs
-from codebind_jax.metrics import read_metrics
+from codebind_jax.runtime.metrics import read_metrics
+from codebind_jax.trunks.featurize import Featurizer
 from configs import eval as eval_config
 from tests.train_fixtures import COLOURS, tiny_config, write_manifest
 

@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from codebind_jax.data.sources import open_source
+from codebind_jax.data.opening import open_source
 from codebind_jax.data.worlds import evoked, fetch, names, registry
-from codebind_jax.pretrained import eeg_patches
+from codebind_jax.trunks import eeg_patches
 from tests.world_fixtures import package, put, tgz
 
 
@@ -74,7 +74,7 @@ def test_toy_world_is_built_whole(toy):
   assert json.loads((folder / "manifest.json").read_text())["splits"] == {
     "train": 2, "val": 2, "test": 2, "val_sense": 2, "test_sense": 2
   }
-  read = lambda split: open_source({"name": "evoked", "profile": "small", "split": split, "data_dir": str(root)})
+  read = lambda split: open_source("world:evoked", profile="small", split=split, data_dir=str(root))
   rows = {row["id"]: row for row in read("train")}
   first, second = rows["evoked:000"], rows["evoked:001"]
   np.testing.assert_allclose(second["eeg"], [[1, 2, 3, 4], [0, -1, -2, -3]], rtol=1e-6)  # microvolts
@@ -99,7 +99,7 @@ def test_another_recording_is_an_error(toy):
 
 @pytest.mark.slow
 def test_real_world_and_the_shipped_statistics():
-  source = open_source({"name": "evoked", "profile": "tiny", "split": "train"})
+  source = open_source("world:evoked", profile="tiny", split="train")
   epochs = np.stack([source.read(i, "eeg") for i in range(len(source))])
   assert epochs.shape == (173, 10, 91) and 140 < np.abs(epochs).max() < 148
   mean, deviation = eeg_patches._read_statistics("evoked")

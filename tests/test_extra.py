@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from codebind_jax.data.featurize import joined
-from codebind_jax.data.pipeline import FeatureTable, make_iterator
+from codebind_jax.data.batches import FeatureTable, make_iterator
 from codebind_jax.data.worlds import extra, icons, names
 from codebind_jax.tools.list_extra import WordNet
+from codebind_jax.trunks.featurize import joined
 from tests.world_fixtures import unseen_names
 
 PROFILES = ("tiny", "small")

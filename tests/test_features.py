@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from codebind_jax.data import features
-from codebind_jax.data.features import cached_features, content_hash
-from codebind_jax.pretrained.trunk import Trunk
+from codebind_jax.trunks import cache as features
+from codebind_jax.trunks.base import Trunk
+from codebind_jax.trunks.cache import cached_features, content_hash
 from tests.pretrained_fixtures import tiny_text_trunk
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from codebind_jax.gradient_cache import in_parts
+from codebind_jax.runtime.gradient_cache import in_parts
 from tests import layout_worker
 
 

@@ -9,8 +9,8 @@ import pytest
 from absl.testing import flagsaver
 
 from codebind_jax import main
-from codebind_jax.guard import DUMP, Preempted
-from codebind_jax.state import TrainState, advance
+from codebind_jax.runtime.guard import DUMP, Preempted
+from codebind_jax.runtime.train_state import TrainState, advance
 from codebind_jax.train import train_and_evaluate
 from tests.processes import assert_same_run, started
 from tests.train_fixtures import arrays_of, lines_of, tiny_config

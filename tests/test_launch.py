@@ -10,7 +10,7 @@ import sys
 import jax
 import pytest
 
-from codebind_jax import distributed
+from codebind_jax.runtime import distributed
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 LAUNCH = REPOSITORY / "launch"

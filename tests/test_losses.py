@@ -10,8 +10,8 @@ import pytest
 from hypothesis import strategies as st
 
 from codebind_jax import losses
+from codebind_jax.codebook.segments import similarity
 from codebind_jax.losses.code_contrast import extreme_bounds, selected
-from codebind_jax.segments import similarity
 from tests.arrays import normal
 
 hypothesis.settings.register_profile("few", max_examples=12, deadline=None, derandomize=True, database=None)

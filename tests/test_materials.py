@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from codebind_jax.data.sources import open_source
+from codebind_jax.data.opening import open_source
 from codebind_jax.data.worlds import fetch, furniture, icons, materials, names, registry, touch
 from tests.world_fixtures import deb, package, put, tgz, wheel
 
@@ -167,7 +167,7 @@ def test_toy_world_is_built_whole(toy):
   manifest = json.loads((folder / "manifest.json").read_text())
   assert manifest["splits"] == {"train": 48, "val": 12, "test": 12}
   assert list(manifest["dropped"]) == ["gimp-data:usr/f.pat"]
-  source = open_source({"name": "materials", "profile": "small", "split": "test", "data_dir": str(toy)})
+  source = open_source("world:materials", profile="small", split="test", data_dir=str(toy))
   row = next(r for r in source if r["id"] == "sh3d-furniture:s/d.png:3")
   image, felt = row.pop("image"), row.pop("tactile")
   assert row == {
@@ -175,7 +175,7 @@ def test_toy_world_is_built_whole(toy):
     "texture": "sh3d-furniture:s/d.png", "roughness": "smooth", "source": "sh3d-furniture", "has": ["image", "tactile"]}
   assert image.shape == felt.shape == (96, 96, 3) and image.dtype == felt.dtype == np.uint8
   assert len({r["image"].tobytes() for r in source}) == 12
-  val = open_source({"name": "materials", "profile": "small", "split": "val", "data_dir": str(toy)})
+  val = open_source("world:materials", profile="small", split="val", data_dir=str(toy))
   assert {(r["label"], r["concept"]) for r in val.rows} == {("brick", "brick")}
 
 
@@ -183,7 +183,7 @@ def test_rule_5_all_crops_of_a_texture_are_in_its_split(toy):
   registry.ensure("materials", "small", toy)
   splits = collections.defaultdict(list)
   for split in ("train", "val", "test"):
-    for row in open_source({"name": "materials", "profile": "small", "split": split, "data_dir": str(toy)}).rows:
+    for row in open_source("world:materials", profile="small", split=split, data_dir=str(toy)).rows:
       splits[row["texture"]].append(split)
   assert sorted(len(found) for found in splits.values()) == [12, 12, 24, 24]
   assert all(len(set(found)) == 1 for found in splits.values())

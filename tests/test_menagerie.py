@@ -12,7 +12,7 @@ import pytest
 import soundfile
 from PIL import Image
 
-from codebind_jax.data.sources import open_source
+from codebind_jax.data.opening import open_source
 from codebind_jax.data.transforms import audio
 from codebind_jax.data.worlds import fetch, icons, menagerie, names, notes, registry
 from tests.world_fixtures import deb, package, put, rcc, tgz, unseen_names, wheel
@@ -234,7 +234,7 @@ def toy(tmp_path, monkeypatch):
 
 
 def rows(root, split, profile="full"):
-  return open_source({"name": "menagerie", "profile": profile, "split": split, "data_dir": str(root)})
+  return open_source("world:menagerie", profile=profile, split=split, data_dir=str(root))
 
 
 def test_toy_world_is_built_whole(toy, caplog):
@@ -309,6 +309,6 @@ def test_real_world(profile):
   planned = collections.Counter(item.split for item in menagerie.plan(profile))
   assert sum(planned.values()) - sum(manifest["splits"].values()) == len(manifest["dropped"]) <= 8
   for split in manifest["splits"]:
-    for row in open_source({"name": "menagerie", "profile": profile, "split": split}):
+    for row in open_source("world:menagerie", profile=profile, split=split):
       assert row["audio"].dtype == np.float32 and np.abs(row["audio"]).max() > 1e-4, row["id"]
       assert row["form"] != "note" or len(row["audio"]) == 2 * audio.RATE

@@ -10,12 +10,12 @@ import optax
 import pytest
 
 from codebind_jax import config as config_lib
-from codebind_jax import unified
+from codebind_jax.codebook import unified
 from codebind_jax.methods.base import EXTRA, make_method, method_names
-from codebind_jax.methods.dcid import same_steps
-from codebind_jax.optim import make_optimizer
+from codebind_jax.methods.unified import same_steps
+from codebind_jax.runtime.optim import make_optimizer
+from codebind_jax.runtime.train_state import TrainState
 from codebind_jax.stages import stages_of
-from codebind_jax.state import TrainState
 from configs import common
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -35,10 +35,10 @@ def small_config(method, steps=4, **options):
   config.data.profile = "tiny"
   config.model.shared_dim, config.codebook.dim, config.codebook.shared_codes = 8, 4, 16
   config.optim.warmup, config.optim.learning_rate = 2, 3e-3
-  config.model.towers.text = common.tower("words", options={"width": 16})
+  config.model.towers.text = common.tower("hashed_words", options={"width": 16})
   for name in ("audio", "image"):
     config.model.towers[name] = common.tower(
-      "raw", options={"width": 64, "modality": name}, body="mlp", body_options={"width": 16}, specific_dim=4
+      "vectors", options={"width": 64, "modality": name}, body="mlp", body_options={"width": 16}, specific_dim=4
     )
     config.codebook.codes[name] = 8
   config.stages.only = common.stage(
@@ -286,8 +286,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(name, tmp_path, monkeypatch):
     train.train_and_evaluate(config(), tmp_path / "stopped")
   train.train_and_evaluate(config(), tmp_path / "stopped")
 
-  from codebind_jax.checkpoint import Checkpoints
-  from codebind_jax.optim import param_paths
+  from codebind_jax.runtime.checkpoint import Checkpoints
+  from codebind_jax.runtime.optim import param_paths
 
   found = []
   for folder in ("whole", "stopped"):

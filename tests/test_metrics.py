@@ -12,9 +12,9 @@ import pytest
 from scipy.stats import binomtest
 from tensorboardX.proto import event_pb2
 
-from codebind_jax import metrics
-from codebind_jax.data import featurize
 from codebind_jax.evaluators import intervals
+from codebind_jax.runtime import metrics
+from codebind_jax.trunks import featurize
 
 
 def events(folder):

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from codebind_jax import distributed
+from codebind_jax.runtime import distributed
 from codebind_jax.train import train_and_evaluate
 from tests.processes import assert_close, finish, launch
 from tests.train_fixtures import lines_of, tiny_config

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from PIL import Image
 
-from codebind_jax import config as config_lib
+from codebind_jax import schema
 from configs import stage1
 from tests.train_fixtures import COLOURS, write_manifest
 
@@ -57,4 +57,4 @@ def test_it_is_shipped_without_outputs_and_its_keys_exist(notebook):
   assert all(not cell.outputs and cell.execution_count is None for cell in notebook.cells if cell.cell_type == "code")
   assert (REPOSITORY / names["config"].partition(":")[0]).is_file()
   for override in names["overrides"]:
-    config_lib.get(stage1.get_config("runlocal"), override.removeprefix("--config.").partition("=")[0])
+    schema.get(stage1.get_config("runlocal"), override.removeprefix("--config.").partition("=")[0])

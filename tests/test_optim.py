@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from codebind_jax import optim, sharding
+from codebind_jax.runtime import optim, sharding
 
 CONFIG = {
   "learning_rate": 0.1, "warmup": 0, "final_ratio": 0.02, "b1": 0.9, "b2": 0.95, "weight_decay": 0.5,

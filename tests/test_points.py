@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from codebind_jax.models.bodies import make_body
-from codebind_jax.pretrained import load_trunk, point_groups, point_views
+from codebind_jax.trunks import load_trunk, point_groups, point_views
 
 LINE = np.array([[0, 0, 0], [1, 0, 0], [2, 0, 0], [3, 0, 0], [10, 0, 0]], float)
 

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codebind_jax.data.transforms import image as image_transforms
-from codebind_jax.pretrained import efficientnet_lite0, load_trunk, minilm
-from codebind_jax.pretrained.line_drawing import line_drawing
-from codebind_jax.pretrained.loading import merge
-from codebind_jax.pretrained.trunk import fingerprint
+from codebind_jax.trunks import efficientnet_lite0, load_trunk, minilm
+from codebind_jax.trunks.base import fingerprint
+from codebind_jax.trunks.line_drawing import line_drawing
+from codebind_jax.trunks.weights import merge
 from tests.pretrained_fixtures import TINY_STAGES, package, tiny_image_trunk, tiny_text_trunk
 
 FIXTURES = Path(__file__).parent / "fixtures"

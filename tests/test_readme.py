@@ -6,8 +6,8 @@ import re
 import pytest
 from PIL import Image
 
-from codebind_jax import config as config_lib
-from codebind_jax.embed import embed
+from codebind_jax import schema
+from codebind_jax.embedding.job import embed
 from configs import embed as embed_config
 from configs import eval as eval_config
 from configs import stage1
@@ -43,7 +43,7 @@ def test_config_keys_in_commands_exist(config):
   assert mine
   for command in mine:
     for key in re.findall(r"--config\.([\w.]+)=", command):
-      config_lib.get(config, key)
+      schema.get(config, key)
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "launch/README.md"])

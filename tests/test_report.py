@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from codebind_jax import charts, report, report_data
 from codebind_jax.evaluators.intervals import wilson_interval
-from codebind_jax.report_data import Attribution, EmbeddingMap, Item, Query, ReportData, Run, Score
+from codebind_jax.report import charts
+from codebind_jax.report import data as report_data
+from codebind_jax.report import page as report
+from codebind_jax.report.data import Attribution, EmbeddingMap, Item, Query, ReportData, Run, Score
 
 VOID = {"meta", "img", "br"}
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from codebind_jax.data import transforms
-from codebind_jax.data.sources import check_file
+from codebind_jax.data.manifest import check_file
 from codebind_jax.data.transforms import depth, points, tactile, thermal
 
 METRES = np.array([[0.0, 0.5, 1.25], [2.0, 3.75, 0.0]], np.float32)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
-from codebind_jax.sharding import AXES, make_layout, make_mesh
+from codebind_jax.runtime.sharding import AXES, make_layout, make_mesh
 from tests import layout_worker
 
 

@@ -5,13 +5,12 @@ import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import grain
-import ml_collections
 import numpy as np
 import pytest
 from PIL import Image
 
-from codebind_jax.data import sources
-from codebind_jax.data.sources import open_source
+from codebind_jax.data import records as sources
+from codebind_jax.data.opening import open_source
 from codebind_jax.data.transforms import image as image_transform
 from tests.world_fixtures import png
 
@@ -36,7 +35,7 @@ def test_rows_read_back(write):
       {"id": "a", "image": "red.png", "text": "a red thing", "label": "red", "split": "train"}, "",
       {"image": "green.png", "split": "test"},
       {"id": "c", "text": ["vert", "grün"], "label": "green", "split": "test"})
-  source = open_source({"manifest": str(path)})
+  source = open_source(str(path))
   assert source.keys == ["a", "data.jsonl:3", "c"] and len(source) == 3
   assert sources.modalities(source) == ("image", "text")
   first, second, third = source
@@ -53,26 +52,26 @@ def test_rows_read_back(write):
 
 def test_split_is_chosen(write):
   path = write(*({"id": str(i), "text": "x", "split": s} for i, s in enumerate(["train", "test", "train", "val"])))
-  assert open_source({"manifest": path, "split": "train"}).keys == ["0", "2"]
-  assert open_source(ml_collections.ConfigDict({"manifest": str(path), "split": "val"})).keys == ["3"]
-  assert open_source({"manifest": path, "split": ""}).keys == ["0", "1", "2", "3"]
+  assert open_source(path, split="train").keys == ["0", "2"]
+  assert open_source(str(path), split="val").keys == ["3"]
+  assert open_source(path, split="").keys == ["0", "1", "2", "3"]
 
 
 def test_manifest_without_splits_is_used_whole_and_says_so(write, caplog):
   path = write({"id": "a", "text": "x"}, {"id": "b", "text": "y"})
-  assert open_source({"manifest": path, "split": "test"}).keys == ["a", "b"]
+  assert open_source(path, split="test").keys == ["a", "b"]
   assert "no record has a split; all 2 are used as 'test'" in caplog.text
 
 
 def test_split_that_is_nowhere_or_not_everywhere(write):
   path = write({"text": "x", "split": "train"}, {"text": "y", "split": "train"})
   with pytest.raises(ValueError, match=r"data.jsonl: no record of split 'val'; it has \['train'\]"):
-    open_source({"manifest": path, "split": "val"})
+    open_source(path, split="val")
   path = write({"text": "x", "split": "train"}, {"text": "y"})
   with pytest.raises(ValueError, match="data.jsonl:2: no split, though other records have one"):
-    open_source({"manifest": path, "split": "train"})
+    open_source(path, split="train")
   with pytest.raises(ValueError, match="unknown split 'dev' for .*data.jsonl; allowed: .'train', 'val', 'test'"):
-    open_source({"manifest": path, "split": "dev"})
+    open_source(path, split="dev")
 
 
 BAD = {
@@ -97,23 +96,23 @@ def test_bad_record_names_file_and_line(write, kind):
   line, message = BAD[kind]
   path = write({"id": "a", "image": "red.png"}, {"id": "c", "image": "blue.png"}, line)
   with pytest.raises(ValueError, match=f"data.jsonl:3: .*{message}"):
-    open_source({"manifest": path})
+    open_source(path)
 
 
 def test_text_that_is_not_utf_8(write):
   path = write({"id": "a", "text": "x"})
   path.write_bytes(path.read_bytes() + b'{"text": "\xff"}\n')
   with pytest.raises(ValueError, match="data.jsonl:2: not JSON"):
-    open_source({"manifest": path})
+    open_source(path)
 
 
 def test_bad_records_up_to_the_limit_are_named_and_counted(write, caplog):
   path = write({"id": "a", "image": "red.png"}, "{", {"image": "gone.png"}, {"id": "d", "text": "x"})
-  assert open_source({"manifest": path, "max_bad_records": 2}).keys == ["a", "d"]
+  assert open_source(path, max_bad_records=2).keys == ["a", "d"]
   assert "left out" in caplog.text and "data.jsonl:2: not JSON" in caplog.text and "gone.png" in caplog.text
   assert "2 bad records left out, 2 kept" in caplog.text
   with pytest.raises(ValueError, match=r"data.jsonl:2: not JSON .* \(2 bad records, 1 allowed\)"):
-    open_source({"manifest": path, "max_bad_records": 1})
+    open_source(path, max_bad_records=1)
 
 
 def test_image_cut_short_is_found_when_read_or_before_if_bad_records_may_be(write, tmp_path, caplog):
@@ -121,10 +120,10 @@ def test_image_cut_short_is_found_when_read_or_before_if_bad_records_may_be(writ
   Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / "whole.png")
   (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
   path = write({"id": "a", "image": "red.png"}, {"id": "b", "image": "cut.png"})
-  source = open_source({"manifest": path})
+  source = open_source(path)
   with pytest.raises(ValueError, match="data.jsonl:2: image: .*cut.png: not a readable image"):
     source[1]
-  assert open_source({"manifest": path, "max_bad_records": 1}).keys == ["a"]
+  assert open_source(path, max_bad_records=1).keys == ["a"]
   assert "cut.png" in caplog.text
 
 
@@ -133,34 +132,34 @@ def test_empty_manifest(write, text):
   path = write("x")
   path.write_text(text)
   with pytest.raises(ValueError, match="data.jsonl: no records"):
-    open_source({"manifest": path})
+    open_source(path)
 
 
 def test_manifest_that_is_not_there(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"no\.jsonl"):
-    open_source({"manifest": tmp_path / "no.jsonl"})
+    open_source(tmp_path / "no.jsonl")
 
 
 def test_sound_that_is_none_or_not_there_is_named_with_its_line(write):
   with pytest.raises(ValueError, match="data.jsonl:1: audio: .*clip.wav: not a readable sound"):
-    open_source({"manifest": write({"id": "a", "image": "red.png", "audio": "clip.wav"})})
+    open_source(write({"id": "a", "image": "red.png", "audio": "clip.wav"}))
   with pytest.raises(ValueError, match="data.jsonl:1: audio: no such file"):
-    open_source({"manifest": write({"audio": "gone.wav"})})
+    open_source(write({"audio": "gone.wav"}))
 
 
 def test_unknown_key_and_missing_key_of_a_source():
   with pytest.raises(ValueError, match="unknown key 'folder' in a source; allowed: .'name', 'split'"):
-    open_source({"name": "icons", "split": "train", "folder": "x"})
+    open_source("world:icons", split="train", folder="x")
   with pytest.raises(ValueError, match="unknown key 'profile' in a source; allowed: .'manifest'"):
-    open_source({"manifest": "x", "profile": "tiny"})
+    open_source("x", profile="tiny")
   with pytest.raises(ValueError, match="a source needs 'split'"):
-    open_source({"name": "icons"})
+    open_source("world:icons")
 
 
 def test_select_pickle_and_threads(write):
   colours = ["red", "green", "blue"] * 5
   path = write(*({"id": str(i), "image": f"{c}.png", "text": c} for i, c in enumerate(colours)))
-  source = open_source({"manifest": path})
+  source = open_source(path)
   part = source.select(np.array([4, 2, 3]))
   assert part.keys == ["4", "2", "3"] and len(source) == 15
   assert [row["text"][0] for row in part] == ["green", "blue", "red"]
@@ -176,13 +175,13 @@ def test_select_pickle_and_threads(write):
 
 def test_source_feeds_grain(write):
   path = write(*({"id": str(i), "text": str(i)} for i in range(6)))
-  rows = grain.MapDataset.source(open_source({"manifest": path})).shuffle(seed=1)
+  rows = grain.MapDataset.source(open_source(path)).shuffle(seed=1)
   assert sorted(row["id"] for row in rows) == [str(i) for i in range(6)]
 
 
 def test_content_hash_follows_content(write, tmp_path):
   path = write({"id": "a", "image": "red.png", "text": "x"}, {"id": "b", "image": "red.png", "text": "y"})
-  source = open_source({"manifest": path})
+  source = open_source(path)
   assert source.content_hash(0, "image") == source.content_hash(1, "image")
   assert source.content_hash(0, "text") != source.content_hash(1, "text")
   before = source.content_hash(0, "image")
@@ -191,7 +190,7 @@ def test_content_hash_follows_content(write, tmp_path):
 
 
 def test_class_names(write, tmp_path):
-  source = open_source({"manifest": write(*({"text": "x", "label": label} for label in ["dog", "cat", "dog"]))})
+  source = open_source(write(*({"text": "x", "label": label} for label in ["dog", "cat", "dog"])))
   assert sources.class_names(source) == ("cat", "dog")
   classes = tmp_path / "classes.txt"
   classes.write_text("dog\n\nowl\ncat\n")
@@ -206,7 +205,7 @@ def test_class_names(write, tmp_path):
   with pytest.raises(ValueError, match="classes.txt: empty class list"):
     sources.class_names(source, classes)
   with pytest.raises(ValueError, match="empty class list: no row of data/all has a label"):
-    sources.class_names(open_source({"manifest": write({"text": "x"})}))
+    sources.class_names(open_source(write({"text": "x"})))
 
 
 @pytest.mark.parametrize("mode, value, want", [

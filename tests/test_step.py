@@ -7,9 +7,9 @@ import numpy as np
 from codebind_jax import build
 from codebind_jax.compositional import new_codebooks
 from codebind_jax.models.decoder import Decoder
-from codebind_jax.optim import make_optimizer, param_paths
+from codebind_jax.runtime.optim import make_optimizer, param_paths
+from codebind_jax.runtime.train_state import TrainState
 from codebind_jax.stages import stages_of
-from codebind_jax.state import TrainState
 from codebind_jax.step import make_embed_step, make_train_step, mixed
 from configs import stage1, synthetic
 

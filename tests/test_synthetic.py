@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from codebind_jax import build, losses, optim
+from codebind_jax import build, losses
 from codebind_jax.compositional import new_codebooks, quantize_modalities
 from codebind_jax.data import synthetic
-from codebind_jax.data.sources import open_source
+from codebind_jax.data.opening import open_source
 from codebind_jax.evaluate import retention
 from codebind_jax.evaluators.retrieval import Emergent
 from codebind_jax.methods.base import make_init, make_method
+from codebind_jax.runtime import optim
+from codebind_jax.runtime.train_state import TrainState
 from codebind_jax.stages import stages_of
-from codebind_jax.state import TrainState
 from codebind_jax.step import make_train_step
 from codebind_jax.train import train_and_evaluate
 from configs import synthetic as config_file
@@ -45,7 +46,7 @@ def test_quality_blinds_a_sensor_to_the_class_and_missing_takes_rows_away():
 
 
 def test_sources_are_the_same_again_and_have_what_their_name_says():
-  one, two = (open_source({"name": "synthetic-image-text", "profile": "tiny", "split": "val"}) for _ in range(2))
+  one, two = (open_source("world:synthetic-image-text", profile="tiny", split="val") for _ in range(2))
   assert one.modalities == ("image", "text") and len(one) == 128
   np.testing.assert_array_equal(one.read(3, "image"), two.read(3, "image"))
   assert one.content_hash(3, "image") == two.content_hash(3, "image") != one.content_hash(4, "image")
@@ -53,7 +54,7 @@ def test_sources_are_the_same_again_and_have_what_their_name_says():
   np.testing.assert_array_equal(picked.read(1, "image"), one.read(3, "image"))
   assert picked.rows[1]["text"][0] == picked.rows[1]["label"]
   with pytest.raises(ValueError, match="unknown modality 'smell'"):
-    open_source({"name": "synthetic-smell", "split": "val"})
+    open_source("world:synthetic-smell", split="val")
 
 
 def test_rows_of_one_group_are_not_each_others_negatives():

@@ -11,9 +11,9 @@ import pytest
 from ml_collections import ConfigDict
 
 import codebind_jax
-from codebind_jax import pretrained
+from codebind_jax import trunks as pretrained
 from codebind_jax.data import transforms
-from codebind_jax.data.sources import open_source
+from codebind_jax.data.opening import open_source
 from codebind_jax.train import train_and_evaluate
 from tests.train_fixtures import arrays_of, lines_of, tiny_config
 
@@ -85,4 +85,4 @@ def test_what_the_transform_refuses_is_named_with_its_line(snippets, tmp_path):
   np.save(tmp_path / "bad.npy", np.zeros((3, 10), np.float32))
   (tmp_path / "m.jsonl").write_text('{"imu": "bad.npy", "text": "walking"}\n')
   with pytest.raises(ValueError, match=r"m.jsonl:1: imu: .*bad.npy: shape \(3, 10\)"):
-    open_source({"manifest": str(tmp_path / "m.jsonl")})
+    open_source(str(tmp_path / "m.jsonl"))

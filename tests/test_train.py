@@ -12,8 +12,8 @@ import pytest
 
 import codebind_jax
 from codebind_jax import config as config_lib
-from codebind_jax.checkpoint import Checkpoints
-from codebind_jax.optim import param_paths
+from codebind_jax.runtime.checkpoint import Checkpoints
+from codebind_jax.runtime.optim import param_paths
 from codebind_jax.stages import stages_of
 from codebind_jax.train import baseline_of, claim_workdir, train_and_evaluate, warn_of_collapse
 from tests.processes import REPOSITORY, assert_close, assert_same_run, finish, start, wait_for

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from absl import logging
 
-from codebind_jax.models import codebind
+from codebind_jax.models import towers as codebind
 from codebind_jax.models.encoder import Encoder, EncoderSpec, fold_clips, mean_clips
 from codebind_jax.models.imagebind import HUGE, load, official_names
 from codebind_jax.models.stems import PatchStem, cubic_matrix, patch_grid, resize_positions

@@ -11,8 +11,8 @@ from PIL import Image
 from codebind_jax.data.transforms import image as transforms
 from codebind_jax.data.transforms import text as text_transforms
 from codebind_jax.data.transforms.augment import Augment, augment, line_drawing, outside
-from codebind_jax.pretrained import minilm
-from codebind_jax.pretrained.line_drawing import line_drawing as device_line_drawing
+from codebind_jax.trunks import minilm
+from codebind_jax.trunks.line_drawing import line_drawing as device_line_drawing
 
 RNG = np.random.default_rng(0)
 PHOTO = RNG.integers(0, 256, (6, 9, 3)).astype(np.uint8)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from codebind_jax import unified
+from codebind_jax.codebook import unified
+from codebind_jax.losses import unified as unified_losses
 from tests.golden_fixtures import close, load
 
 
@@ -32,14 +33,14 @@ def check_state(state, data, prefix, tolerance=1e-9):
 
 def release_commitment(features, quantized, modalities):
   # AV: 2 beta own + beta partner; AVT: 2 beta own + beta / 2 for each of two: in both, partners have half together.
-  return unified.unified_commitment(features, quantized, beta=0.5, partner=0.5, reduce="mean")
+  return unified_losses.unified_commitment(features, quantized, beta=0.5, partner=0.5, reduce="mean")
 
 
 def release_matching(features, codes):
-  p = {m: unified.code_distribution(z, codes) for m, z in features.items()}
+  p = {m: unified_losses.code_distribution(z, codes) for m, z in features.items()}
   names = list(p)
   pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-  return 0.5 * sum(unified.distribution_matching(p[a], p[b]) for a, b in pairs)
+  return 0.5 * sum(unified_losses.distribution_matching(p[a], p[b]) for a, b in pairs)
 
 
 @pytest.mark.parametrize("name, start", [("cmg_vq_av", "rand"), ("cmg_vq_av", "default"), ("cmg_vq_avt", "rand")])
@@ -207,7 +208,7 @@ def test_missing_modalities_have_no_part():
     mine = [values[m][rows][np.asarray(indices[m])[rows] == code] for m, rows in (("a", slice(5)), ("v", slice(3)))]
     mine = np.concatenate(mine)
     close(new.codes[code], mine.mean(0) if len(mine) else state.codes[code], 1e-12)
-  commit = unified.unified_commitment(features, {m: jnp.zeros((5, 3, 4)) for m in features}, masks=masks)
+  commit = unified_losses.unified_commitment(features, {m: jnp.zeros((5, 3, 4)) for m in features}, masks=masks)
   assert np.isfinite(list(commit.values())).all() and commit["t"] == 0
 
 
@@ -217,10 +218,10 @@ def test_commitment_forms_and_straight_through():
   same = {"a": features["a"], "v": features["a"]}
   quantized = {m: q.codes for m, q in unified.quantize_unified(same, codes).items()}
   square = np.mean(np.sum((features["a"] - quantized["a"]) ** 2, -1))
-  assert float(unified.unified_commitment(same, quantized)["a"]) == pytest.approx(1.5 * 0.25 * square)
+  assert float(unified_losses.unified_commitment(same, quantized)["a"]) == pytest.approx(1.5 * 0.25 * square)
   assert float(release_commitment(same, quantized, 2)["a"]) == pytest.approx(3 * 0.25 * square / 4)
   quantized = {m: q.codes for m, q in unified.quantize_unified(features, codes).items()}
-  grad = jax.grad(lambda z: unified.unified_commitment({"a": z}, {"a": quantized["a"]}, reduce="mean")["a"])
+  grad = jax.grad(lambda z: unified_losses.unified_commitment({"a": z}, {"a": quantized["a"]}, reduce="mean")["a"])
   z = features["a"]
   close(grad(z), 2 * 0.25 * (z - quantized["a"]) / z.size, 1e-12)
   through = jax.grad(lambda z, e: jnp.sum(unified.quantize_unified({"a": z}, e)["a"].vectors * z), (0, 1))
@@ -297,7 +298,7 @@ def test_the_release_s_reset_is_undone_by_the_next_update():
 
 def test_code_matching_limits_and_symmetry():
   sharp = np.eye(4) * (1 - 4e-9) + 1e-9
-  match = lambda p, q, **o: float(unified.distribution_matching(p, q, **o))
+  match = lambda p, q, **o: float(unified_losses.distribution_matching(p, q, **o))
   assert match(sharp, sharp) == pytest.approx(0.0, abs=1e-6)
   flat = np.tile(np.array([[0.5, 0.3, 0.2]]), (5, 1))
   assert match(flat, flat) == pytest.approx(np.log(5), abs=1e-5)
@@ -307,7 +308,7 @@ def test_code_matching_limits_and_symmetry():
   rng = np.random.default_rng(0)
   p, q = (rng.dirichlet(np.ones(6), 5) for _ in range(2))
   assert match(p, q) == pytest.approx(match(q, p), abs=1e-12)
-  assert np.allclose(unified.code_distribution(rng.normal(size=(5, 3, 4)), rng.normal(size=(7, 4))).sum(1), 1)
+  assert np.allclose(unified_losses.code_distribution(rng.normal(size=(5, 3, 4)), rng.normal(size=(7, 4))).sum(1), 1)
   rows = np.array([1, 1, 0, 1, 0], bool)
   assert match(p, q, mask=rows) == pytest.approx(match(p[rows], q[rows]))
   # With equal modalities the release's form is largest on the diagonal of a row; the symmetric one need not be.
@@ -323,7 +324,7 @@ def test_errors():
   for call in (
     lambda: unified.update_unified(state, z, {"a": np.zeros((1, 1), int)}, form="both"),
     lambda: unified.reset_unified(state, jax.random.key(0), used_by="none"),
-    lambda: unified.unified_commitment(z, z, reduce="max"),
+    lambda: unified_losses.unified_commitment(z, z, reduce="max"),
     lambda: unified.partners(z, how="near"),
   ):
     with pytest.raises(ValueError, match="must be"):

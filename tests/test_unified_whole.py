@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from codebind_jax import losses, unified
+from codebind_jax import losses
+from codebind_jax.codebook import unified
 from codebind_jax.models.critics import ConditionalGaussian, FuturePredictor
 from codebind_jax.models.levels import CoarseLevel, TokenDecoder
 from tests.golden_fixtures import close, dense, gaussian, load, predictor

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from codebind_jax.data.transforms import video
-from codebind_jax.pretrained import load_trunk
+from codebind_jax.trunks import load_trunk
 from tests.pretrained_fixtures import TINY_STAGES, tiny_image_trunk
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -123,7 +123,7 @@ def test_arrays_are_checked():
 def test_the_trunk_is_the_mean_of_the_image_trunk_over_frames():
   options = {"size": 32, "levels": (1,), "crop": True}
   tiny = {"weights": "random", "stages": TINY_STAGES, "head_width": 24}
-  trunk = load_trunk("frames", frames=4, each=True, **tiny, **options)
+  trunk = load_trunk("video_mean", frames=4, each=True, **tiny, **options)
   picture = tiny_image_trunk(grid=0, **{key: value for key, value in options.items() if key != "size"})
   clip = np.random.default_rng(0).integers(0, 256, (8, 24, 24, 3)).astype(np.uint8)
   tokens = trunk.compiled(trunk.params, trunk.collate([trunk.preprocess(clip), trunk.preprocess(clip[::-1])]))
@@ -133,8 +133,8 @@ def test_the_trunk_is_the_mean_of_the_image_trunk_over_frames():
   np.testing.assert_allclose(tokens[0, 0], seen.mean(axis=0), atol=1e-5)
   still = trunk.preprocess(clip[:1])
   assert still.shape == (4, 32, 32, 3) and (still == still[0]).all()
-  assert trunk.fingerprint != load_trunk("frames", frames=2, **tiny, **options).fingerprint
+  assert trunk.fingerprint != load_trunk("video_mean", frames=2, **tiny, **options).fingerprint
   with pytest.raises(ValueError, match="frames: got 17, allowed are 1 to 16"):
-    load_trunk("frames", frames=17)
+    load_trunk("video_mean", frames=17)
   with pytest.raises(ValueError, match="grid: got 2"):
-    load_trunk("frames", grid=2)
+    load_trunk("video_mean", grid=2)

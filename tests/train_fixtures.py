@@ -49,8 +49,8 @@ def tiny_config(manifest: pathlib.Path, root: pathlib.Path, **overrides):
 
 def arrays_of(workdir: pathlib.Path) -> dict[str, np.ndarray]:
   """All parameters and codebooks of the newest checkpoint by path."""
-  from codebind_jax.checkpoint import Checkpoints
-  from codebind_jax.optim import param_paths
+  from codebind_jax.runtime.checkpoint import Checkpoints
+  from codebind_jax.runtime.optim import param_paths
 
   store = Checkpoints(workdir)
   try:

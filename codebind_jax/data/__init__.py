@@ -1,1 +1,3 @@
-"""Sources, transforms, feature cache and input pipeline."""
+"""Sources, worlds, transforms, and batches of them."""
+
+from codebind_jax.data.opening import open_source as open_source

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from codebind_jax.data.sources import MODALITIES, Source
+from codebind_jax.data.records import MODALITIES, Source
 
 NAME = "synthetic"
 SENSORS = tuple(m for m in MODALITIES if m != "text")

@@ -9,7 +9,8 @@ from typing import Any
 
 from absl import logging
 
-from codebind_jax.data.sources import class_names, open_source
+from codebind_jax.data.opening import class_names, open_source
+from codebind_jax.data.worlds import names, registry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,17 +92,15 @@ def open_task(data: Any, *, default_split: str = "train") -> Task:
 
 
 def _world_task(world: str, data: Any) -> Task:
-  from codebind_jax.data.worlds import names, registry
-
   module = registry.world_module(world)
   profile = registry.resolve(world, data.profile, data.root or None)
-  spec = {"name": world, "profile": profile, "data_dir": data.root or None}
-  train = open_source(spec | {"split": "train"})
+  opened_split = lambda split: open_source(f"world:{world}", split=split, profile=profile, data_dir=data.root or None)
+  train = opened_split("train")
   annotate = getattr(module, "annotate", lambda row: row)
   opened, evals = {}, []
   for name, test in module.eval_sets(profile).items():
     if test.split not in opened:
-      opened[test.split] = open_source(spec | {"split": test.split})
+      opened[test.split] = opened_split(test.split)
     whole = opened[test.split]
     picked = [i for i, row in enumerate(whole.rows) if test.keep(row)]
     source = whole.select(picked)
@@ -113,7 +112,7 @@ def _world_task(world: str, data: Any) -> Task:
       tuple(test.pairs), tuple(getattr(module, "SLICES", ())),
       getattr(module, "PROBE_GROUP", None), whole, picked,
     ))  # fmt: skip
-  extra = {world: open_source(spec | {"split": "extra"})} if data.extra and hasattr(module, "EXTRA") else {}
+  extra = {world: opened_split("extra")} if data.extra and hasattr(module, "EXTRA") else {}
   more = f" and {len(extra[world])} further named pictures" if extra else ""
   summary = f"{world}, profile {profile}: {len(train)} training rows{more}; " + ", ".join(
     f"{e.name} {len(e.source)} of {len(e.candidates)}" for e in evals
@@ -126,7 +125,7 @@ def _world_task(world: str, data: Any) -> Task:
 
 def _manifest_task(data: Any, default_split: str) -> Task:
   path = pathlib.Path(data.manifest)
-  whole = open_source({"manifest": data.manifest, "max_bad_records": data.max_bad_records})
+  whole = open_source(data.manifest, max_bad_records=data.max_bad_records)
   splits = [row.get("split") or default_split for row in whole.rows]
   pick = lambda wanted: whole.select([i for i, split in enumerate(splits) if split == wanted])
   evals = []

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from codebind_jax.nearest import Distance
-from codebind_jax.segments import similarity as similarities
+from codebind_jax.codebook.nearest import Distance
+from codebind_jax.codebook.segments import similarity as similarities
 
 # Halvings of a row's range. What is left is far below what a mean over the selected entries resolves.
 _EXACT, _FAST = 26, 16

@@ -20,18 +20,19 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from codebind_jax import methods, optim
+from codebind_jax import methods
 from codebind_jax.build import make_model
 from codebind_jax.codebook import usage_stats
+from codebind_jax.codebook.segments import code_counts
 from codebind_jax.compositional import ModalityOutput
-from codebind_jax.models.codebind import CodeBind
+from codebind_jax.models.towers import CodeBind
 from codebind_jax.norm import unit
-from codebind_jax.segments import code_counts
+from codebind_jax.runtime import optim
+from codebind_jax.runtime.train_state import TrainState
 from codebind_jax.stages import Stage
-from codebind_jax.state import TrainState
 from codebind_jax.step import merge_sources
 
-_NOT_METHODS = ("base", "toc")
+_NOT_METHODS = ("base", "toc", "unified")
 EXTRA = "method"  # where parameters that only the method has live, beside the towers'
 
 

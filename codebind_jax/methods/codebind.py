@@ -14,9 +14,9 @@ from codebind_jax.codebook import CodebookState
 from codebind_jax.compositional import CompositionalSpec, init_codebooks, new_codebooks
 from codebind_jax.losses import balance_init
 from codebind_jax.methods.base import Recipe
-from codebind_jax.models.codebind import CodeBind
+from codebind_jax.models.towers import CodeBind
+from codebind_jax.runtime.train_state import TrainState
 from codebind_jax.stages import Stage, stages_of
-from codebind_jax.state import TrainState
 from codebind_jax.step import balanced_terms, make_embed_step, make_train_step, merge_sources
 
 

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 from jaxtyping import Array
 
-from codebind_jax import losses, unified
+from codebind_jax import losses
+from codebind_jax.codebook import unified
 from codebind_jax.compositional import ModalityOutput
 from codebind_jax.methods.base import EXTRA, Loss, Rows, output, present
-from codebind_jax.methods.dcid import Unified, masked_mse
+from codebind_jax.methods.unified import Unified, masked_mse
 from codebind_jax.models.critics import ConditionalGaussian, club_start
 from codebind_jax.models.levels import CoarseLevel, TokenDecoder
 from codebind_jax.norm import unit

@@ -5,15 +5,12 @@ Huang et al., arXiv 2403.05168. The body of the paper was not read: score and se
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from codebind_jax.api import Embeddings, Model
 from codebind_jax.methods.base import EXTRA
 from codebind_jax.norm import unit, wide
 
@@ -99,19 +96,6 @@ def keep_channels(x: Float[np.ndarray, "n d"], channels: Int[np.ndarray, "q"], w
   return kept / np.maximum(np.linalg.norm(kept, axis=1, keepdims=True), 1e-12)
 
 
-class Sliced(Model):
-  """A trained model whose `shared` embeddings have the chosen channels only."""
-
-  def __init__(self, model: Model, channels: Int[np.ndarray, "q"], width: int):
-    super().__init__(model.config, model.params, model.codebooks, model.trunks, model.batch, model.modalities)
-    self._channels, self._width = channels, width
-
-  def embed_tokens(self, modality: str, tokens: Float[np.ndarray, "n t c"]) -> Embeddings:
-    """As `Model`, sliced."""
-    whole = super().embed_tokens(modality, tokens)
-    return dataclasses.replace(whole, shared=keep_channels(whole.shared, self._channels, self._width))
-
-
 def choose(codes: Float[np.ndarray, "k d"], count: int, ratio: tuple[int, int]) -> dict[str, Any]:
   """Chosen channels, scores, and the mean cosine between codes before and after."""
   channels = np.asarray(select_channels(codes, count or max(1, codes.shape[1] * 3 // 4), ratio))
@@ -119,18 +103,3 @@ def choose(codes: Float[np.ndarray, "k d"], count: int, ratio: tuple[int, int]) 
     "channels": channels.tolist(), "of": codes.shape[1], "scores": np.asarray(channel_scores(codes)).tolist(),
     "redundancy_before": float(redundancy(codes)), "redundancy_after": float(redundancy(codes[:, channels])),
   }  # fmt: skip
-
-
-def evaluate(model: Model, channels: Sequence[int], width: int) -> dict[str, tuple[float, float]]:
-  """Metric -> (before, after) on the validation sets of the model's own data."""
-  from codebind_jax.data.featurize import Featurizer
-  from codebind_jax.data.task import open_task
-  from codebind_jax.evaluate import Evaluation
-
-  config = model.config.copy_and_resolve_references().unlock()
-  config.test = False
-  evaluation = Evaluation(config, open_task(config.data), Featurizer(config, model.trunks))
-  model.trunks = evaluation.trunks
-  before = evaluation.everything(model)
-  after = evaluation.everything(Sliced(model, np.asarray(channels), width))
-  return {name: (value, after[name]) for name, value in before.items() if name in after and "/train/" not in name}

@@ -10,7 +10,7 @@ from codebind_jax.models.transformer import Transformer, layer_norm
 
 
 class Points(nn.Module):
-  """Tokens of `pretrained/point_groups.py` -> class token and group tokens.
+  """Tokens of `trunks/point_groups.py` -> class token and group tokens.
 
   A group's points pass two layers and a maximum over the group, twice, as in Point-BERT; the position of its centre is
   added. The class token starts as a map of the whole cloud's histograms.

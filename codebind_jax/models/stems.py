@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from codebind_jax.models.transformer import layer_norm
-from codebind_jax.sharding import keep_rows
+from codebind_jax.runtime.sharding import keep_rows
 
 STEM_EPS = 1e-5
 _CUBIC = -0.75

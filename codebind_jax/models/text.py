@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from codebind_jax.sharding import keep_rows
+from codebind_jax.runtime.sharding import keep_rows
 
 
 class TextStem(nn.Module):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from codebind_jax.sharding import keep_rows
+from codebind_jax.runtime.sharding import keep_rows
 
 TRUNK_EPS = 1e-6
 

@@ -19,7 +19,7 @@ from ml_collections import config_flags
 
 from codebind_jax import config as config_lib
 from codebind_jax.api import load
-from codebind_jax.embed import Plan, embed_shard, make_plan, summarise
+from codebind_jax.embedding.job import Plan, embed_shard, make_plan, summarise
 
 
 class EmbedShard(beam.DoFn):

@@ -58,7 +58,7 @@ def unseen_names() -> list[str]:
 
 def without_synonyms(found: Iterable[str]) -> list[str]:
   """The names that no name of an unseen concept is near to in the text trunk's space."""
-  from codebind_jax.pretrained import load_trunk
+  from codebind_jax.trunks import load_trunk
 
   trunk, found = load_trunk("minilm"), sorted(found)
 

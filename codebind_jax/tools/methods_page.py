@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
-from codebind_jax.compare_report import sections
+from codebind_jax.compare.table import sections
 
 _COMPARISON = flags.DEFINE_string("comparison", None, "comparison.json of a finished comparison.")
 _NAME = flags.DEFINE_string("name", None, "Name in the page's marks.")

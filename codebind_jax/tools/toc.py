@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 
 from codebind_jax.api import load
+from codebind_jax.compare import channels
 from codebind_jax.methods import toc
 
 
@@ -36,7 +37,7 @@ def main(_: Sequence[str]) -> None:
   lines = [f"kept {len(found['channels'])} of {found['of']} channels: {found['channels']}",
            f"mean cosine between codes: {found['redundancy_before']:.4f} -> {found['redundancy_after']:.4f}"]
   if flags.FLAGS.evaluate:
-    found["metrics"] = toc.evaluate(model, found["channels"], found["of"])
+    found["metrics"] = channels.evaluate(model, found["channels"], found["of"])
     lines += [f"{name}: {a:.2f} -> {b:.2f}" for name, (a, b) in found["metrics"].items()]
   path = pathlib.Path(flags.FLAGS.workdir) / "toc.json"
   path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -16,6 +16,7 @@ from typing import Any
 import tqdm
 
 from codebind_jax.data.worlds import archives, fetch, names, render, store
+from codebind_jax.data.worlds.imagenet import imagenet_names
 from codebind_jax.data.worlds.tally import Tally, features
 
 VERSION = "1.1.0"
@@ -124,8 +125,6 @@ def annotate(row: dict[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def _in_imagenet() -> frozenset[str]:
-  from codebind_jax.pretrained.class_names import imagenet_names
-
   return frozenset(names.to_concept(lemma) for name in imagenet_names() for lemma in name.split(", "))
 
 

@@ -1,0 +1,142 @@
+"""Anchors: the segments of a batch that unused codes are revived at (CVQ-VAE, Zheng and Vedaldi, 2023)."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from codebind_jax.codebook.nearest import Distance, check_distance
+from codebind_jax.codebook.segments import Segments, similarity
+from codebind_jax.norm import unit
+
+_COMPARE_ALL = 2**25
+
+Revive = str
+
+
+@functools.partial(jax.jit, static_argnames=("revive", "distance"))
+def draw_anchors(
+  revive: Revive,
+  rng: jax.Array | None,
+  parts: Sequence[Segments],
+  codes: Float[Array, "k d"],
+  *,
+  distance: Distance = "cosine",
+) -> Float[Array, "k d"] | None:
+  """The segment of the batch that each code would be revived at; None for `revive="none"`.
+
+  Args:
+    revive: as in `update`.
+    rng: key; a fixed one is used if it is None.
+    parts: what the codebook has quantised in this step; segments of tokens with weight 0 are never drawn.
+    codes: the codes before the update.
+    distance: the similarity that `closest` and `probrandom` use.
+  """
+  check_distance(distance)
+  if revive == "none":
+    return None
+  if revive not in ("random", "closest", "probrandom", "disturbance"):
+    raise ValueError(f"revive must be random, closest, probrandom, disturbance or none, got {revive!r}")
+  rng = jax.random.key(0) if rng is None else rng
+  parts = [part._replace(vectors=jax.lax.stop_gradient(part.vectors)) for part in parts]
+  if revive in ("closest", "probrandom"):
+    return _best_segments(parts, codes, distance, rng if revive == "probrandom" else None)
+  draw, noise = jax.random.split(rng)
+  anchors = _random_segments(draw, parts, codes.shape[0])
+  if revive == "disturbance":
+    # The noise turns the segment and leaves its length, so that anchors are unit vectors when segments are.
+    length = jnp.linalg.norm(anchors, axis=1, keepdims=True)
+    anchors = length * unit(anchors + jax.random.uniform(noise, anchors.shape, minval=-1.0, maxval=1.0))
+  return anchors
+
+
+def _random_segments(rng, parts, k):
+  """k segments drawn from all parts with probability proportional to their weight.
+
+  One draw from each of k equal strata of the batch, in random order: each segment is as likely as in independent
+  draws, but two codes do not get the same one, of which the second would never be used.
+  """
+  place, order = jax.random.split(rng)
+  cumulated = [None if part.weights is None else jnp.cumsum(jnp.maximum(part.weights, 0.0)) for part in parts]
+  sizes = [part.vectors.shape[0] * (part.vectors.shape[2] if c is None else c[-1]) for part, c in zip(parts, cumulated)]
+  stratum = jax.random.permutation(order, k)
+  position = (stratum + jax.random.uniform(place, (k,))) / k * sum(sizes)
+  anchors = jnp.zeros((k, parts[0].vectors.shape[1]), jnp.float32)
+  first = 0.0
+  for part, size, cumulative in zip(parts, sizes, cumulated):
+    s, _, n = part.vectors.shape
+    token = (position - first) / s
+    segment = jnp.floor((token - jnp.floor(token)) * s)
+    if cumulative is not None:
+      # One comparison with all, which is a plain sum over devices, unless it is large.
+      method = "compare_all" if k * n <= _COMPARE_ALL else "scan"
+      token = jnp.searchsorted(cumulative, token, side="right", method=method)
+    token = jnp.clip(token.astype(jnp.int32), 0, n - 1)
+    segment = jnp.clip(segment.astype(jnp.int32), 0, s - 1)
+    here = (position >= first) & (position < first + size)
+    if part is parts[-1]:
+      here = position >= first
+    drawn = jax.lax.platform_dependent(part.vectors, segment, token, tpu=_rows_by_lanes, default=_rows)
+    anchors = jnp.where(here[:, None], drawn, anchors)
+    first = first + size
+  return anchors
+
+
+def _rows(vectors, segment, token):
+  return vectors[segment, :, token]
+
+
+def _rows_by_lanes(vectors, segment, token):
+  """The same, whole tokens first: to gather rows of 8 TPU's compiler would lay all segments out as such."""
+  s, d, n = vectors.shape
+  lanes = jnp.take(vectors.reshape(s * d, n), token, axis=1, mode="clip").reshape(s, d, -1)
+  here = segment == jnp.arange(s, dtype=segment.dtype)[:, None]
+  return jnp.sum(jnp.where(here[:, None], lanes, 0.0), axis=0).T
+
+
+def sample_rows(
+  rng: jax.Array, parts: Sequence[Segments], limit: int
+) -> tuple[Float[Array, "n d"], Float[Array, "n"] | None]:
+  """All segments of the parts as rows with their weights; beyond `limit`, that many drawn at random."""
+  size = sum(part.vectors.shape[0] * part.vectors.shape[2] for part in parts)
+  if size > limit:
+    return _random_segments(rng, parts, limit), None
+  # Tokens first, as in `segments.statistics`.
+  rows = jnp.concatenate([jnp.moveaxis(part.vectors, 2, 0).reshape(-1, part.vectors.shape[1]) for part in parts])
+  if all(part.weights is None for part in parts):
+    return rows, None
+  shapes = [(part.vectors.shape[2], part.vectors.shape[0]) for part in parts]
+  weights = [jnp.ones(shape[0]) if part.weights is None else part.weights for part, shape in zip(parts, shapes)]
+  return rows, jnp.concatenate([jnp.broadcast_to(w[:, None], s).reshape(-1) for w, s in zip(weights, shapes)])
+
+
+def _best_segments(parts, codes, distance, rng):
+  """For each code the segment of highest similarity; with a key, of similarity plus Gumbel noise (a softmax draw)."""
+  best, anchors = jnp.full(codes.shape[0], -jnp.inf), jnp.zeros_like(codes)
+  for number, part in enumerate(parts):
+    key = None if rng is None else jax.random.fold_in(rng, number)
+    score, segment = _best_of_part(part, codes, distance, key)
+    anchors = jnp.where((score > best)[:, None], segment, anchors)
+    best = jnp.maximum(best, score)
+  return anchors
+
+
+def _best_of_part(part, codes, distance, rng):
+  vectors, _, weights = part
+  s, d, n = vectors.shape
+  places = jnp.arange(s * n, dtype=jnp.int32).reshape(s, n)
+
+  def best(args):
+    code, number = args
+    score = similarity(vectors, code[None], distance=distance)[:, 0]
+    if rng is not None:
+      score = score + jax.random.gumbel(jax.random.fold_in(rng, number), (s, n))
+    if weights is not None:
+      score = jnp.where(weights > 0, score + (0.0 if rng is None else jnp.log(weights)), -jnp.inf)
+    highest = jnp.max(score)
+    return highest, jnp.min(jnp.where(score == highest, places, s * n - 1))
+
+  score, place = jax.lax.map(best, (codes, jnp.arange(codes.shape[0])))
+  return score, vectors[place // n, :, place % n]

@@ -1,0 +1,202 @@
+"""Segments with vectors on lanes: their codes, their similarities to codes and their statistics.
+
+A batch's segments are `[s, d, n]`: s segments of width d of each of n tokens (`nearest.py` says why in this order).
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from codebind_jax.codebook.nearest import Distance
+from codebind_jax.norm import unit
+
+
+class Segments(NamedTuple):
+  """Segments that one codebook has quantised, with vectors on the last axis (`nearest.py` says why).
+
+  Attributes:
+    vectors: [s, d, n] float32, s segments of each of n tokens.
+    indices: [s, n] int32 codes.
+    weights: [n] float32 weights of the tokens, or None for ones; a weight of 0 marks padding.
+  """
+
+  vectors: jax.Array
+  indices: jax.Array
+  weights: jax.Array | None = None
+
+
+@jax.custom_vjp
+def transposed(x: Float[Array, "a b"]) -> Float[Array, "b a"]:
+  """The transpose of a large matrix: how features become segments with vectors on lanes, and back."""
+  return jax.lax.platform_dependent(x, cpu=_transposed_in_blocks, default=jnp.transpose)
+
+
+transposed.defvjp(lambda x: (transposed(x), None), lambda _, cotangent: (transposed(cotangent),))
+
+# Rows that are transposed at once on CPU, where a cache line that is fetched for one entry is still there for the next;
+# and the size of a matrix that stays in the cache as a whole.
+_ROWS = 16
+_CACHED = 2**17
+
+
+def _transposed_in_blocks(x):
+  """XLA fuses a plain transpose with its neighbours on CPU and walks over the whole matrix for each row it writes."""
+  a, b = x.shape
+  # A stripe for each device, so that rows which are split over devices are worked on in place.
+  stripes = math.gcd(a, jax.device_count())
+  length = a // stripes
+  size = max(1, _ROWS // stripes)
+  if length <= size or x.size <= _CACHED:
+    return x.T
+  x = x.reshape(stripes, length, b)
+
+  def block(i, out):
+    start = jnp.minimum(i * size, length - size)
+    part = jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(out, jnp.transpose(part, (2, 0, 1)), start, axis=2)
+
+  return jax.lax.fori_loop(0, -(-length // size), block, jnp.zeros((b, stripes, length), x.dtype)).reshape(b, a)
+
+
+def look_up(codes: Float[Array, "k d"], indices: Int[Array, "s n"]) -> Float[Array, "s d n"]:
+  """Code vectors by index, with vectors on lanes."""
+  return jax.lax.platform_dependent(codes, indices, tpu=_one_hot_look_up, default=_take)
+
+
+def _take(codes, indices):
+  return jnp.moveaxis(jnp.take(codes.T, indices, axis=1, mode="clip"), 0, 1)
+
+
+def _one_hot_look_up(codes, indices):
+  """The same by a product with one-hot codes, which TPU's compiler never writes: a gather there makes rows of 8.
+
+  A float32 is the sum of three bfloat16, so that the product is exact.
+  """
+  one_hot = (indices[:, None] == jnp.arange(codes.shape[0], dtype=jnp.int32)[:, None]).astype(jnp.float32)
+  contract = (((0,), (1,)), ((), ()))  # not an einsum, which would put the narrow axis last
+  return jnp.moveaxis(jax.lax.dot_general(codes, one_hot, contract, precision=jax.lax.Precision.HIGHEST), 0, 1)
+
+
+def straight_through(z: Float[Array, "..."], q: Float[Array, "..."]) -> Float[Array, "..."]:
+  """The value of q with the gradient of z."""
+  # q + (z - sg(z)) rather than z + sg(q - z): the value is q to the last bit.
+  return jax.lax.stop_gradient(q) + (z - jax.lax.stop_gradient(z))
+
+
+@functools.partial(jax.jit, static_argnames=("distance", "codes_last"))
+def similarity(
+  z: Float[Array, "s d n"], codes: Float[Array, "k d"], *, distance: Distance = "cosine", codes_last: bool = False
+) -> Float[Array, "s _ _"]:
+  """Similarity of segments and codes: z . unit(code) for "cosine" (z as given), minus the squared distance for "l2".
+
+  Returns:
+    [s, k, n], or [s, n, k] with `codes_last`.
+  """
+  form = "kd,sdn->snk" if codes_last else "kd,sdn->skn"
+  if distance == "cosine":
+    return jnp.einsum(form, unit(codes), z, precision=jax.lax.Precision.HIGHEST)
+  of_codes, of_segments = jnp.sum(codes * codes, axis=1), jnp.sum(z * z, axis=1)
+  norms = of_codes + of_segments[:, :, None] if codes_last else of_codes[:, None] + of_segments[:, None]
+  return 2 * jnp.einsum(form, codes, z, precision=jax.lax.Precision.HIGHEST) - norms
+
+
+@functools.partial(jax.jit, static_argnames="num_codes")
+def statistics(parts: Sequence[Segments], num_codes: int) -> tuple[Float[Array, "k"], Float[Array, "k d"]]:
+  """Number n_k and sum s_k of the segments assigned to each code, over all parts and all devices.
+
+  Args:
+    parts: what the codebook has quantised in this step.
+    num_codes: k.
+  """
+  counts, sums = zip(*(_part_statistics(part, num_codes) for part in parts))
+  return sum(counts), sum(sums)
+
+
+def _part_statistics(part, num_codes):
+  vectors, indices, weights = part
+  s, _, n = vectors.shape
+  ones = jnp.ones((s, 1, n), jnp.float32)
+  if weights is not None:
+    # `where` and not a product alone, because padding may hold NaN.
+    vectors = jnp.where(weights > 0, vectors * weights, 0.0)
+    ones = ones * jnp.maximum(weights, 0.0)
+  sums = jax.lax.platform_dependent(
+    jax.lax.stop_gradient(jnp.concatenate([vectors, ones], axis=1)),
+    indices,
+    cpu=lambda v, i: _scatter_sums(v, i, num_codes),
+    tpu=lambda v, i: _one_hot_sums(v, i, num_codes),
+    default=lambda v, i: _integer_sums(v, i, num_codes),
+  )
+  return sums[:, -1], sums[:, :-1]
+
+
+def _scatter_sums(vectors, indices, num_codes):
+  # Tokens first, because the axis that is split over devices must be the major one of those that are merged.
+  s, d, n = vectors.shape
+  rows = transposed(vectors.reshape(s * d, n)).reshape(-1, d)
+  return jax.ops.segment_sum(rows, indices.T.reshape(-1), num_codes)
+
+
+def _one_hot_sums(vectors, indices, num_codes, block=128):
+  """Sums by products with one-hot blocks of codes: scatters are slow on TPU."""
+
+  def sums(codes):
+    one_hot = (indices[None] == codes[:, None, None]).astype(jnp.float32)
+    return jnp.einsum("ksn,sdn->kd", one_hot, vectors, precision=jax.lax.Precision.HIGHEST)
+
+  blocks = jnp.arange(num_codes + -num_codes % block, dtype=jnp.int32).reshape(-1, block)
+  return jax.lax.map(sums, blocks).reshape(-1, vectors.shape[1])[:num_codes]
+
+
+_BITS = 26  # of a number that are added, relative to the largest one
+_COPIES, _COPIES_SIZE = 64, 2**20  # of sums that a GPU adds up beside one another, and their numbers at most
+
+
+def _copied(indices, num_codes, width=1):
+  """(copies, [m] indices into copies x codes): adds to one address wait for one another, so neighbours get others."""
+  copies = max(1, min(_COPIES, _COPIES_SIZE // (num_codes * width)))
+  flat = indices.reshape(-1)
+  return copies, flat + num_codes * (jnp.arange(flat.size, dtype=flat.dtype) % copies)
+
+
+def code_counts(indices: Int[Array, "..."], num_codes: int) -> Float[Array, "k"]:
+  """How often each code was chosen."""
+
+  def gpu(indices):
+    copies, where = _copied(indices, num_codes)
+    counts = jnp.zeros(copies * num_codes, jnp.int32).at[where].add(1)
+    return counts.reshape(copies, num_codes).sum(0).astype(jnp.float32)
+
+  plain = lambda indices: jnp.zeros(num_codes, jnp.float32).at[indices.reshape(-1)].add(1.0)
+  return jax.lax.platform_dependent(indices, cpu=plain, tpu=plain, default=gpu)
+
+
+def _integer_sums(vectors, indices, num_codes):
+  """Sums by scatters of integers: on GPU these are added in any order, and only integers do not mind.
+
+  A number becomes an integer relative to the largest of its component, in parts so short that no sum overflows. A
+  number that is not finite makes all sums of its component NaN.
+  """
+  s, d, n = vectors.shape
+  values = jnp.moveaxis(vectors, 1, 0).reshape(d, s * n)
+  largest = jnp.max(jnp.abs(values), axis=1, keepdims=True, initial=0.0)
+  # A power of two, so that to divide and to multiply by it is exact.
+  scale = jnp.where(largest > 0, 2.0 ** jnp.ceil(jnp.log2(jnp.where(largest > 0, largest, 1.0))), 1.0)
+  finite = jnp.isfinite(values)
+  left = jnp.where(finite, values / scale, 0.0)
+  copies, where = _copied(indices, num_codes, d)
+  bits = max(1, min(_BITS // 2, 30 - math.ceil(math.log2(max(1, -(-s * n // copies))))))
+  total = 0.0
+  for part in range(1, math.ceil(_BITS / bits) + 1):
+    unit_of_part = 2.0 ** (-bits * part)
+    whole = jnp.round(left / unit_of_part)
+    left = left - whole * unit_of_part
+    sums = jax.vmap(lambda x: jax.ops.segment_sum(x, where, copies * num_codes))(whole.astype(jnp.int32))
+    high, low = ((x.reshape(d, copies, -1).sum(1)).astype(jnp.float32) for x in (sums >> 15, sums & 0x7FFF))
+    total = total + (high * 2.0**15 + low) * unit_of_part
+  return jnp.where(jnp.all(finite, axis=1, keepdims=True), total * scale, jnp.nan).T

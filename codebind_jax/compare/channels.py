@@ -1,0 +1,40 @@
+"""A trained model with some channels of its codes alone (TOC), and what that does to its numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from codebind_jax.api import Embeddings, Model
+from codebind_jax.data.task import open_task
+from codebind_jax.evaluate import Evaluation
+from codebind_jax.methods.toc import keep_channels
+from codebind_jax.trunks.featurize import Featurizer
+
+
+class Sliced(Model):
+  """A trained model whose `shared` embeddings have the chosen channels only."""
+
+  def __init__(self, model: Model, channels: Int[np.ndarray, "q"], width: int):
+    super().__init__(model.config, model.params, model.codebooks, model.trunks, model.batch, model.modalities)
+    self._channels, self._width = channels, width
+
+  def embed_tokens(self, modality: str, tokens: Float[np.ndarray, "n t c"]) -> Embeddings:
+    """As `Model`, sliced."""
+    whole = super().embed_tokens(modality, tokens)
+    return dataclasses.replace(whole, shared=keep_channels(whole.shared, self._channels, self._width))
+
+
+def evaluate(model: Model, channels: Sequence[int], width: int) -> dict[str, tuple[float, float]]:
+  """Metric -> (before, after) on the validation sets of the model's own data."""
+
+  config = model.config.copy_and_resolve_references().unlock()
+  config.test = False
+  evaluation = Evaluation(config, open_task(config.data), Featurizer(config, model.trunks))
+  model.trunks = evaluation.trunks
+  before = evaluation.everything(model)
+  after = evaluation.everything(Sliced(model, np.asarray(channels), width))
+  return {name: (value, after[name]) for name, value in before.items() if name in after and "/train/" not in name}

@@ -1,0 +1,101 @@
+"""What a method costs beside the towers: speed, temporaries of the compiled step, numbers kept."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from codebind_jax.api import Model
+from codebind_jax.methods.base import EXTRA, make_init, make_method
+from codebind_jax.runtime import optim
+from codebind_jax.runtime import train_state as state_lib
+from codebind_jax.runtime.checkpoint import Checkpoints
+from codebind_jax.runtime.compile import compile_step
+from codebind_jax.runtime.metrics import read_metrics
+from codebind_jax.runtime.sharding import make_layout
+from codebind_jax.stages import stages_of
+from codebind_jax.train import iterators_of, optimizer_of
+
+FILE = "speed.json"
+ROUNDS = 5
+
+
+def cost(workdir: pathlib.Path, model: Model) -> dict[str, float]:
+  """What a run took beside its towers.
+
+  Returns:
+    `examples_per_second`: rows of all sources a second, waiting for data included, compilation and checkpoints not;
+    median over the run's log. `compiled_megabytes`: temporaries of the compiled step, as XLA counts them. Numbers kept:
+    `towers`, `extra_parameters` (the method's own, trained), `codebooks` (codes and their statistics), `aux` (teacher,
+    queue, CLUB's networks).
+  """
+  lines = read_metrics(workdir / "metrics.jsonl")
+  speeds = [line["examples_per_second"] for line in lines if "examples_per_second" in line]
+  memory = [line["compiled_megabytes"] for line in lines if "compiled_megabytes" in line]
+  size = lambda tree: int(sum(np.size(x) for x in jax.tree.leaves(tree)))
+  store = Checkpoints(workdir)
+  try:
+    aux = store.read_arrays(("aux",))["aux"]
+  finally:
+    store.close()
+  return {
+    "examples_per_second": float(np.median(speeds)) if speeds else float("nan"),
+    "compiled_megabytes": memory[-1] if memory else float("nan"),
+    "towers": size({name: value for name, value in model.params.items() if name != EXTRA}),
+    "extra_parameters": size(model.params.get(EXTRA, {})), "codebooks": size(model.codebooks), "aux": size(aux),
+  }  # fmt: skip
+
+
+def speeds(
+  configs: Mapping[str, Any], tables: Mapping[str, Mapping[str, Any]], labels: Mapping[str, Sequence[str | None]],
+  trunks: Mapping[str, Any], steps: int,
+) -> dict[str, Any]:
+  """Times the variants' compiled steps in turns, so that whatever else the machine does meets all of them.
+
+  Args:
+    configs: variant -> config of a run with one stage.
+    tables: source -> modality -> FeatureTable of the training rows.
+    labels: source -> per training row what tells it apart.
+    trunks: modality -> Trunk.
+    steps: of every variant a turn.
+
+  Returns:
+    `examples_per_second`: variant -> rows of all sources a second, of the fastest of `rounds` turns of `steps` steps on
+    one batch, reading it left out; the `load` average of the machine before, its `cores`, and the `device`.
+  """
+  load, ready = os.getloadavg()[0], {name: _ready(config, tables, labels, trunks) for name, config in configs.items()}
+  seconds: dict[str, list[float]] = {name: [] for name in ready}
+  for number in range(ROUNDS + 1):
+    for name, (step, state, batch, rows) in ready.items():
+      started = time.perf_counter()
+      for _ in range(steps):
+        state, _ = step(state, batch)
+      jax.block_until_ready(state.params)
+      ready[name] = step, state, batch, rows
+      if number:  # the first turn warms up
+        seconds[name].append(time.perf_counter() - started)
+  found = {name: ready[name][3] * steps / min(taken) for name, taken in seconds.items()}
+  return {"examples_per_second": found, "rounds": ROUNDS, "steps": steps, "load": load, "cores": os.cpu_count(),
+          "device": jax.devices()[0].device_kind}  # fmt: skip
+
+
+def _ready(config: Any, tables: Any, labels: Any, trunks: Any) -> tuple[Any, Any, Any, int]:
+  """(compiled step, state, batch, its rows) at the start of the config's only stage."""
+  layout, method = make_layout(config), make_method(config)
+  stage = stages_of(config)[0].on({name: set(found) for name, found in tables.items()})
+  shapes = {name: (trunk.num_tokens, trunk.width) for name, trunk in trunks.items()}
+  state = state_lib.create(layout, jax.random.key(config.seed), make_init(method, shapes, config.model.half))
+  tx, table = optimizer_of(config, stage, state.params)
+  state = state_lib.with_optimizer(state, tx, layout)
+  batch = layout.put_batch({name: next(it) for name, it in iterators_of(config, stage, tables, labels, {}).items()})
+  if state.codebooks:
+    start = jax.jit(method.start, out_shardings=layout.of(state.codebooks, "codebooks"))
+    state = state.replace(codebooks=start(state, batch))
+  step = state_lib.guarded(method.train_step(stage, tx, optim.frozen(table)))
+  return compile_step(step, state, batch, layout), state, batch, sum(stage.sources.values())

@@ -1,0 +1,196 @@
+"""Mode `compare`: methods side by side, on the same towers, data and steps, each with its own learning rate.
+
+The rate is chosen for every method on the validation set, with seed 0; the other seeds are then trained with it and
+read the test set once. Finished runs are not run again, so a stopped comparison goes on where it was, and several
+processes or machines can share one: each names its variants in `config.compare.only`, and a last call without it
+collects what they left in the folder: of every run metrics.jsonl, and run.json where the test set was read; checkpoints
+are not needed for that. A variant belongs to one process at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import logging as standard_logging
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import tqdm
+from absl import logging
+
+from codebind_jax import config as config_lib
+from codebind_jax import schema
+from codebind_jax.api import load
+from codebind_jax.compare.cost import FILE as SPEED
+from codebind_jax.compare.cost import cost, speeds
+from codebind_jax.compare.evaluation import CrossModal, finished, transfers_of
+from codebind_jax.compare.table import write_comparison
+from codebind_jax.data.batches import Drawn, Replay
+from codebind_jax.data.synthetic import NAME, Factors, SyntheticSource
+from codebind_jax.data.task import EvalSet, Task, open_task
+from codebind_jax.runtime.compile import Programs
+from codebind_jax.runtime.files import write_whole
+from codebind_jax.train import claim_workdir, iterators_of, run_stages
+from codebind_jax.trunks.featurize import Featurizer
+
+RESULT = "run.json"  # of a finished run that has read the test set, in its folder
+DIVERGED = "diverged.txt"  # why a rate that was tried is out of the question, likewise
+SCORE = "eval/val/label/cross"  # what learning rates are chosen by, unless config.compare.score says
+
+
+def graded_task(world: Any, modalities: Sequence[str]) -> Task:
+  """The synthetic world with modalities of graded quality, as `config.compare.world` describes it."""
+  factors = Factors(
+    classes=world.classes, styles=world.styles, noise=world.noise, quality=world.quality.to_dict(),
+    style_quality=world.style_quality.to_dict(), seed=world.seed,
+  )  # fmt: skip
+  rows = {"train": world.rows, "val": world.rows // 4, "test": world.rows // 2}
+  sources = {split: SyntheticSource(factors, split, count, modalities) for split, count in rows.items()}
+  evals = tuple(EvalSet(f"{NAME}_{role}", NAME, role, sources[role], ()) for role in ("val", "test"))
+  summary = f"synthetic, graded: {world.rows} training rows of {', '.join(modalities)}"
+  return Task(NAME, summary, {NAME: sources["train"]}, {NAME: "id"}, evals)
+
+
+def chosen(settings: Any) -> list[str]:
+  """The variants that this call trains: all, or those that `config.compare.only` names.
+
+  Raises:
+    ValueError: if one of those is no variant.
+  """
+  names = [name for name in settings.get("only", "").split(",") if name]
+  schema.check_keys(names, settings.variants, "compare.only")
+  return names or list(settings.variants)
+
+
+def whole(config: Any) -> Any:
+  """The config of the comparison that a call is a part of, without what does not tell comparisons apart."""
+  joined = ml_collections.ConfigDict(config.to_dict())
+  for key in {"only", "against", "timing"} & set(joined.compare):
+    del joined.compare[key]
+  return joined.lock()
+
+
+def run_config(config: Any, variant: Any, rate: float, seed: int, test: bool) -> Any:
+  """The config of one run."""
+  run = ml_collections.ConfigDict(config.to_dict())
+  run.mode, run.baseline, run.test, run.seed = "train", False, test, seed
+  run.method, run.method_options = variant.method, ml_collections.ConfigDict(variant.options.to_dict())
+  run.optim.learning_rate = rate
+  run.model.quantize = variant.quantize
+  for entry in run.stages.values():
+    entry.losses = ml_collections.ConfigDict(variant.losses.to_dict())
+  del run["compare"]
+  return run.lock()
+
+
+def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
+  """Tunes, trains and evaluates the variants of `config.compare`, and writes comparison.md, .json and .svg files.
+
+  With `config.compare.only` it trains what that names and, unless that is all, writes nothing but the runs themselves.
+  With `config.compare.timing` it times so many steps of every variant, in turns, once all are trained, and keeps that.
+
+  Returns:
+    What comparison.json holds.
+
+  Raises:
+    ValueError: for a bad config, before any work.
+    OSError: if `config.compare.against` cannot be read, likewise.
+    FloatingPointError: if a run on a chosen rate diverges, or all rates of a variant do. A rate that does is left out.
+  """
+  settings = config.compare
+  if jax.process_count() > 1:
+    raise ValueError(f"mode 'compare' runs in one process, got {jax.process_count()}; divide it by config.compare.only")
+  for variant in settings.variants.values():
+    config_lib.validate(run_config(config, variant, settings.learning_rates[0], 0, False))
+  names = chosen(settings)
+  against = json.loads(pathlib.Path(settings.against).read_text()) if settings.get("against", "") else None
+  folder = claim_workdir(whole(config), workdir)
+  task = graded_task(settings.world, sorted(config.model.towers)) if settings.world else open_task(config.data)
+  featurizer = Featurizer(config)
+  transfers, tokens = transfers_of(settings, task), {}
+  tables, labels = featurizer.train_tables(task.train, task.unique)
+  evaluations = {
+    test: CrossModal(
+      run_config(config, settings.variants[names[0]], settings.learning_rates[0], 0, test), task, featurizer,
+      transfers, stages=settings.get("stages", False), tokens=tokens,
+    ) for test in (False, True)
+  }  # fmt: skip
+  drawn: dict[tuple[int, str], Drawn] = {}
+
+  def draw(config: Any, stage: Any, *rest: Any) -> dict[str, Replay]:
+    """The batches of a seed, which are the same for all variants: drawn once, kept."""
+    for name in stage.sources:
+      if (config.seed, name) not in drawn:
+        drawn[config.seed, name] = Drawn(lambda name=name: iterators_of(config, stage, *rest)[name])
+    return {name: Replay(drawn[config.seed, name]) for name in stage.sources}
+
+  tuned, score = len(settings.learning_rates) > 1, settings.get("score", SCORE)
+  bar = tqdm.tqdm(total=len(names) * (len(settings.learning_rates) * tuned + settings.seeds), unit="run", disable=None)
+
+  def train(name: str, rate: float, seed: int, test: bool, programs: Programs) -> dict[str, Any]:
+    bar.set_description(f"{name} {rate:g} seed {seed}")
+    run = run_config(config, settings.variants[name], rate, seed, test)
+    inner = claim_workdir(run, folder / name / (f"rate{rate:g}" if not test else f"seed{seed}"))
+    if test and (inner / RESULT).exists():
+      bar.update()
+      return json.loads((inner / RESULT).read_text())
+    final, evaluation, model = finished(inner), evaluations[test], None
+    if final is None and not (inner / DIVERGED).exists():
+      level = standard_logging.getLogger("absl").level
+      logging.set_verbosity(logging.WARNING)
+      try:
+        final, models = run_stages(run, inner, tables, labels, evaluation, programs, draw)
+        model = models["after"]
+      except FloatingPointError as error:
+        if test:
+          raise
+        write_whole(inner / DIVERGED, f"{error}\n")
+      finally:
+        logging.set_verbosity(logging.converter.standard_to_absl(level))
+    bar.update()
+    if not test:
+      return {"metrics": final}
+    if model is None:
+      model = load(inner)
+      model.trunks = featurizer.trunks
+    found = {"metrics": final, "cost": cost(inner, model), "probe": evaluation.probe(model, inner)}
+    write_whole(inner / RESULT, json.dumps(found) + "\n")
+    return found
+
+  results: dict[str, Any] = {}
+  for name in names:
+    rates, programs = {}, Programs()
+    if tuned:
+      tried = {rate: train(name, rate, 0, False, programs)["metrics"] for rate in settings.learning_rates}
+      rates = {rate: metrics[score] for rate, metrics in tried.items() if metrics is not None}
+      if not rates:
+        raise FloatingPointError(f"config.compare.learning_rates: {name!r} diverged with every one of them; see "
+                                 f"{folder / name}/*/{DIVERGED}")  # fmt: skip
+    rate = max(rates, key=rates.get) if rates else settings.learning_rates[0]
+    runs = [train(name, rate, seed, True, programs) for seed in range(1, settings.seeds + 1)]
+    speed = float(np.median([run["cost"]["examples_per_second"] for run in runs]))
+    results[name] = {
+      "method": settings.variants[name].method, "learning_rate": rate,
+      "tuning": {f"{key:g}": value for key, value in rates.items()}, "runs": [run["metrics"] for run in runs],
+      "cost": runs[-1]["cost"] | {"examples_per_second": speed}, "probes": [run["probe"] for run in runs],
+    }  # fmt: skip
+  bar.close()
+  found = {"summary": task.summary, "config": schema.to_plain(whole(config)), "results": results}
+  if len(results) == len(settings.variants):
+    if settings.get("timing", 0):
+      best = {name: run_config(config, settings.variants[name], r["learning_rate"], 0, False)
+              for name, r in results.items()}  # fmt: skip
+      timed = speeds(best, tables, labels, evaluations[False].trunks, settings.timing)
+      (folder / SPEED).write_text(json.dumps(timed, indent=1) + "\n")
+    if (folder / SPEED).exists():
+      found["speed"] = json.loads((folder / SPEED).read_text())
+    sys.stdout.write(write_comparison(folder, found, against))
+  else:
+    sys.stdout.write(f"trained {', '.join(results)} of {len(settings.variants)} variants in {folder}; the same command "
+                     "without --config.compare.only collects all and writes comparison.md\n")  # fmt: skip
+  return found
+

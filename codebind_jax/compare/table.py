@@ -1,0 +1,137 @@
+"""comparison.md, comparison.json and the figures of a comparison of methods."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from codebind_jax.compare import figures
+from codebind_jax.compare.claims import RULE, claims
+
+COLUMNS = ("label/cross", "label/within", "label/all", "style/cross", "recall")
+PREFIX = "eval/test"
+
+
+def cell(runs: Sequence[Mapping[str, float]], name: str) -> str:
+  """`mean ± deviation` for a table."""
+  found = figures.spread(runs, name)
+  return "" if found is None else f"{found[0]:.1f} ± {found[1]:.1f}" if len(runs) > 1 else f"{found[0]:.1f}"
+
+
+def write_comparison(folder: pathlib.Path, found: Mapping[str, Any], against: Mapping[str, Any] | None = None) -> str:
+  """Writes all files; returns the text of comparison.md. `against` is another comparison, see `claims`."""
+  results, settings = found["results"], found["config"]["compare"]
+  whole = dict(found) | {"rule": RULE, "claims": claims(results, settings["world"], PREFIX, against)}
+  drawn = draw(folder, results, settings, _columns(results, settings))
+  text = "\n".join(["# Methods side by side", "", *sections(whole), *(f"![{name}]({name}.svg)\n" for name in drawn)])
+  (folder / "comparison.md").write_text(text, encoding="utf-8")
+  (folder / "comparison.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+  return text
+
+
+def sections(whole: Mapping[str, Any], heading: str = "##") -> list[str]:
+  """Lines of the tables: scores, cost and claims.
+
+  Args:
+    whole: what comparison.json holds.
+    heading: of the parts after the first.
+  """
+  results, settings = whole["results"], whole["config"]["compare"]
+  return [
+    *_head(whole), "", *_scores(results, _columns(results, settings), settings["learning_rates"]), "",
+    f"{heading} Cost", "", *_costs(results, whole.get("speed")), "",
+    f"{heading} Claims of the papers", "", whole["rule"], "", *_claims(whole["claims"]), "",
+  ]  # fmt: skip
+
+
+def _columns(results: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+  told = {key for result in results.values() for key in result["runs"][0]}
+  return [c for c in settings.get("columns", COLUMNS) if f"{PREFIX}/{c}" in told]
+
+
+def _head(found: Mapping[str, Any]) -> list[str]:
+  config = found["config"]
+  settings = config["compare"]
+  rates = settings["learning_rates"]
+  tuned = (
+    "learning rate chosen on the validation set for each method; where it is the highest or lowest of those tried, one "
+    "beyond might do better"
+  ) if len(rates) > 1 else f"learning rate {rates[0]:g} for all, not tuned"
+  sources = {name: rows for stage in config["stages"].values() for name, rows in stage["sources"].items()}
+  rows = " + ".join(f"{rows} ({name})" for name, rows in sources.items()) or str(config["batch_size"])
+  return [
+    f"{found['summary']}.", "",
+    f"{config['steps']} steps of {rows} rows, {settings['seeds']} seeds, test set, %, mean ± standard deviation; "
+    f"{tuned}.", "",
+    "`F/cross`: head that tells field F, learned on one modality's training rows, tested on another's test rows, mean "
+    "over ordered pairs; `within`: tested on its own; `all`: one head on all modalities together; `recall`: at 1, mean "
+    "over pairs; `zeroshot`: top-1 by name, `retrieval`: recall at 1, means over test sets, modalities and directions.",
+  ]  # fmt: skip
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+  line = lambda cells: f"| {' | '.join(cells)} |"
+  return [line(head), "|---" * len(head) + "|", *map(line, rows)]
+
+
+def _scores(results: Mapping[str, Any], columns: Sequence[str], rates: Sequence[float]) -> list[str]:
+  ends = {max(rates): " (highest)", min(rates): " (lowest)"} if len(rates) > 1 else {}
+  rows = []
+  for name, result in results.items():
+    runs, rate = result["runs"], result["learning_rate"]
+    codes = f"{cell(runs, 'codes/shared')} / {cell(runs, 'codes/single')}" if "codes/shared" in runs[0] else ""
+    values = [cell(runs, f"{PREFIX}/{column}") for column in columns]
+    rows.append([name, *values, codes, f"{rate:g}{ends.get(rate, '')}"])
+  return _table(["variant", *columns, "codes shared / single", "rate"], rows)
+
+
+def _costs(results: Mapping[str, Any], speed: Mapping[str, Any] | None) -> list[str]:
+  rows = []
+  pace = speed["examples_per_second"] if speed else {n: r["cost"]["examples_per_second"] for n, r in results.items()}
+  for name, result in results.items():
+    c = result["cost"]
+    kept = [f"{c[part]:,}" for part in ("extra_parameters", "codebooks", "aux")]
+    rows.append([name, f"{pace[name]:.0f}", f"{c['compiled_megabytes']:.1f}", *kept])
+  towers = sorted({result["cost"]["towers"] for result in results.values()})
+  how = (
+    f"Examples a second are of the compiled step alone on one batch, the fastest of {speed['rounds']} turns of "
+    f"{speed['steps']} steps that all variants took one after the other ({speed['device']}, {speed['cores']} cores, "
+    f"load average {speed['load']:.1f} before): compare them with one another."
+  ) if speed else "Examples a second are of the machine that trained the variant, with whatever ran beside it."
+  return [
+    *_table(["variant", "examples/s", "temporaries, MB", "extra parameters", "codebooks", "aux"], rows), "",
+    f"The towers have {' or '.join(f'{count:,}' for count in towers)} parameters in every variant. "
+    f"{how} Temporaries are those of the compiled step; "
+    "`extra parameters` are the method's own that gradient trains, `codebooks` codes and their statistics, `aux` "
+    "teacher, queue and CLUB's networks, all in numbers of 4 bytes.",
+  ]  # fmt: skip
+
+
+def _claims(tested: Sequence[Mapping[str, Any]]) -> list[str]:
+  if not tested:
+    return ["The variants of this comparison test none."]
+  show = lambda c: f"{c['difference']:.2f}" + ("" if c["error"] is None else f" ± {c['error']:.2f}")
+  rows = [[c["claim"], f"**{c['verdict']}**", show(c), str(c["seeds"]), c["numbers"]] for c in tested]
+  return _table(["claim", "", "difference ± standard error", "seeds", "numbers (mean ± standard deviation)"], rows)
+
+
+def draw(
+  folder: pathlib.Path, results: Mapping[str, Any], settings: Mapping[str, Any], columns: Sequence[str]
+) -> list[str]:
+  """Draws what the results have; returns the names of the files, without .svg."""
+  drawn = ["bars"]
+  figures.bars(folder / "bars.svg", results, [f"{PREFIX}/{c}" for c in columns])
+  quality = (settings["world"] or {}).get("quality", {})
+  if any(f"fixed_anchor_{m}" in results for m in quality):
+    figures.anchor_curve(folder / "anchors.svg", results, quality, f"{PREFIX}/label/all")
+    drawn.append("anchors")
+  if figures.with_probe(results, "sharing"):
+    figures.sharing(folder / "sharing.svg", results)
+    figures.redundancy(folder / "redundancy.svg", results)
+    drawn += ["sharing", "redundancy"]
+  for name, plans in figures.with_probe(results, "plan").items():
+    figures.transport_plan(folder / f"plan_{name}.svg", plans[0], name)
+    drawn.append(f"plan_{name}")
+  return drawn

@@ -1,0 +1,1 @@
+"""A step compiled for a mesh that need not be here: its memory, its collectives, its floating-point operations."""

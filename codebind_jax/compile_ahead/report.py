@@ -1,0 +1,255 @@
+"""Mode `compile`: the config's real train step compiled for a TPU slice that is not there, and what it would take.
+
+Needs libtpu of jax's version (`pip install -e '.[tpu]'`) and no TPU. Nothing is executed, so nothing but memory and
+the program itself is known; times are estimates from the compiler's own cycles, at a clock for which a large bfloat16
+matrix product runs at the published peak.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from codebind_jax import build
+from codebind_jax.compile_ahead import flops, hlo
+from codebind_jax.methods.base import make_init, make_method
+from codebind_jax.runtime import optim
+from codebind_jax.runtime import train_state as state_lib
+from codebind_jax.runtime.compile import lower_step
+from codebind_jax.runtime.sharding import Layout, make_layout
+from codebind_jax.stages import Stage, stages_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """Published figures of a chip, and the clock at which the compiler's cycles meet its peak.
+
+  Attributes:
+    memory: bytes of HBM.
+    peak: bfloat16 operations a second.
+    clock: Hz.
+    links: bytes a second over all its links to other chips.
+    sides: largest sides of a slice.
+  """
+
+  memory: int
+  peak: float
+  clock: float
+  links: float
+  sides: tuple[int, ...]
+
+
+CHIPS = {
+  "v5e": Chip(16 * 2**30, 197e12, 1.71e9, 200e9, (16, 16)),
+  "v5p": Chip(95 * 2**30, 459e12, 1.94e9, 600e9, (16, 16, 24)),
+  "v6e": Chip(32 * 2**30, 918e12, 2.49e9, 448e9, (16, 16)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What one step of a stage takes on one chip.
+
+  Attributes:
+    stage, chips: whose step, on how many chips.
+    compile_seconds: of this machine.
+    arguments, outputs, temporaries, code: bytes; `outputs` without what is donated.
+    memory: bytes there are.
+    model_flops: operations of towers and heads, forward and backward, without recomputation, a chip's share.
+    all_flops: of the whole step (quantiser, losses, recomputation), likewise.
+    bytes: moved to and from memory, as XLA counts them: bodies of loops once, so this is a lower bound.
+    program: traffic and cycles.
+    chip: published figures.
+    peak: bytes in use at once at most, as the compiler has it; what it sets aside is more. 0 where it does not say.
+  """
+
+  stage: str
+  chips: int
+  compile_seconds: float
+  arguments: int
+  outputs: int
+  temporaries: int
+  code: int
+  memory: int
+  model_flops: float
+  all_flops: float
+  bytes: float
+  program: hlo.Program
+  chip: Chip
+  peak: int = 0
+
+  @property
+  def needed(self) -> int:
+    """Bytes of HBM."""
+    return self.arguments + self.outputs + self.temporaries + self.code
+
+  @property
+  def fits(self) -> bool:
+    """Whether a chip holds it."""
+    return self.needed <= self.memory
+
+  @property
+  def compute_seconds(self) -> float:
+    """Estimated time of all but collectives."""
+    return self.program.cycles / self.chip.clock
+
+  @property
+  def link_seconds(self) -> float:
+    """Time in which the links could carry the collectives' results; a lower bound of theirs."""
+    return sum(traffic.bytes for traffic in self.program.traffic.values()) / self.chip.links
+
+  @property
+  def model_share(self) -> tuple[float, float]:
+    """Share of the chip's peak that goes into model flops if collectives hide behind computing, and if they do not."""
+    ideal = self.model_flops / self.chip.peak
+    return tuple(ideal / max(t, 1e-12) for t in (self.compute_seconds, self.compute_seconds + self.link_seconds))
+
+  def lines(self) -> list[str]:
+    """The report as text."""
+    mb = lambda number: f"{number / 2**20:,.0f} MB"
+    hidden, shown = self.model_share
+    lines = [
+      f"stage {self.stage} on {self.chips} chips, compiled in {self.compile_seconds:.0f} s; all figures a chip",
+      f"  HBM         {mb(self.needed)} of {mb(self.memory)} ({100 * self.needed / self.memory:.1f} %): "
+      f"{mb(self.arguments)} state and batch, {mb(self.temporaries)} temporaries, {mb(self.outputs)} further outputs, "
+      f"{mb(self.code)} code" + (f"; {mb(self.peak)} in use at the peak" if self.peak else ""),
+      f"  flops       {self.model_flops / 1e12:.2f} T of the model (towers and heads, nothing recomputed); "
+      f"{self.all_flops / 1e12:.2f} T of the whole step",
+      f"  bytes       {self.bytes / 2**30:.2f} GB to and from memory (loop bodies counted once: a lower bound)",
+    ]
+    for kind, traffic in self.program.traffic.items():
+      times = f"{traffic.runs} a step ({traffic.static} in the program)"
+      lines.append(f"  collective  {kind}: {times}, {mb(traffic.bytes)}")
+    if not self.program.traffic:
+      lines.append("  collective  none")
+    if self.program.uncounted:
+      lines.append(f"  warning     loops of unknown length count once: {', '.join(self.program.uncounted)}")
+    lines += [
+      f"  step time   {1e3 * self.compute_seconds:.0f} ms of computing (the compiler's cycles; an estimate), "
+      f"at least {1e3 * self.link_seconds:.0f} ms of links",
+      f"  model share {100 * hidden:.1f} % of peak if the links' time is hidden, {100 * shown:.1f} % if none is",
+      f"  {'fits' if self.fits else 'DOES NOT FIT'}",
+    ]
+    return lines
+
+
+def slice_devices(topology: str) -> tuple[list[Any], Chip]:
+  """The devices of a slice such as `v5e:16x16`, and what each is.
+
+  Raises:
+    ValueError: for a slice there is none of, or without libtpu.
+  """
+  match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)
+  chip = CHIPS.get(match[1]) if match else None
+  sides = tuple(int(n) for n in match[2].split("x")) if match else ()
+  if chip is None or len(sides) != len(chip.sides) or any(n > top for n, top in zip(sides, chip.sides)):
+    allowed = ", ".join(f"{name}:{'x'.join('AB' if len(c.sides) == 2 else 'ABC')}" for name, c in CHIPS.items())
+    raise ValueError(f"config.topology: got {topology!r}; allowed: {allowed}, such as v5e:16x16 (sides of at most 16)")
+  # Without these libtpu looks for the machine it is not on, and a second process that loads it aborts.
+  for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+                      "TPU_ACCELERATOR_TYPE": "v5litepod-16", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
+    os.environ.setdefault(name, value)
+  from jax.experimental import topologies
+
+  try:
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices), chip
+  except Exception as error:  # jax and libtpu report a missing library, a wrong version and a wrong slice alike
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    raise ValueError(f"config.topology: {topology!r} cannot be had ({reason}); libtpu of jax {jax.__version__}'s "
+                     "version is needed: pip install -e '.[tpu]'") from error
+
+
+def batch_shapes(inputs: Mapping[str, tuple[int, ...]], stage: Stage, layout: Layout) -> dict[str, Any]:
+  """Shapes of a global batch of a stage: every source with every modality of the stage.
+
+  Args:
+    inputs: modality -> shape of one item's tokens.
+    stage: whose batch.
+    layout: mesh and rules.
+
+  Raises:
+    ValueError: if the rows do not divide over the devices.
+  """
+  batch = {}
+  for source, rows in (getattr(stage, "sources", None) or {"all": stage.batch_size}).items():
+    if rows % layout.row_devices:
+      raise ValueError(f"config.stages.{stage.name}: {rows} rows of {source!r} do not divide over the "
+                       f"{layout.row_devices} devices of mesh axes data and fsdp")
+    shape = lambda inner, dtype, rows=rows: jax.ShapeDtypeStruct((rows, *inner), dtype, sharding=layout.rows)
+    batch[source] = {name: shape(inputs[name], jnp.float32) for name in stage.modalities}
+    batch[source] |= {"_mask": {name: shape((), bool) for name in stage.modalities}}
+    batch[source] |= {"_row": shape((), np.int32), "_group": shape((), np.int32)}
+  return batch
+
+
+def compile_stage(config: Any, stage: Stage, layout: Layout, chip: Chip) -> Report:
+  """Compiles the train step of a stage for a slice."""
+  method, inputs = make_method(config), build.token_shapes(config, config.model.towers)
+  shapes = state_lib.shapes(make_init(method, inputs, config.model.half))
+  tx, table = optim.make_optimizer(shapes.params, stage.train, config.optim.to_dict(), stage.steps)
+  state, batch = state_lib.abstract(shapes, tx, layout), batch_shapes(inputs, stage, layout)
+  for line in layout.table(state):
+    logging.info("  %s", line)
+  frozen = optim.frozen(table)
+  step = state_lib.guarded(method.train_step(stage, tx, frozen))
+  started = time.time()
+  with jax.set_mesh(layout.mesh):
+    model_work, all_work = model_flops(config, state.params, batch, frozen), flops.count(step, state, batch)
+  compiled = lower_step(step, state, batch, layout).compile()
+  seconds = time.time() - started
+  memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+  chips = layout.mesh.size
+  return Report(
+    stage=stage.name, chips=chips, compile_seconds=seconds, arguments=memory.argument_size_in_bytes,
+    outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes, temporaries=memory.temp_size_in_bytes,
+    code=memory.generated_code_size_in_bytes, memory=chip.memory,
+    model_flops=model_work / chips, all_flops=all_work / chips,
+    bytes=float(cost.get("bytes accessed", 0.0)),
+    program=hlo.read(compiled.as_text()), chip=chip, peak=getattr(memory, "peak_memory_in_bytes", 0),
+  )  # fmt: skip
+
+
+def model_flops(config: Any, params: Any, batch: Mapping[str, Any], frozen: frozenset[str]) -> int:
+  """Operations of the towers for one global batch, forward and backward to what trains, nothing recomputed."""
+  model = build.make_model(config, remat=False)
+
+  def outputs(params: Any, tokens: Any) -> Any:
+    features, scales = model.apply({"params": optim.stop_frozen(params, frozen)}, tokens)
+    return sum(jnp.sum(x) for x in jax.tree.leaves((features, scales)))
+
+  total = 0
+  for content in batch.values():
+    tokens = {name: x for name, x in content.items() if not name.startswith("_")}
+    total += flops.count(jax.value_and_grad(outputs), params, tokens)
+  return total
+
+
+def compile_mode(config: Any) -> bool:
+  """Compiles every stage of a config for `config.topology` and writes what it takes to standard output.
+
+  Returns:
+    Whether every stage fits.
+
+  Raises:
+    ValueError: for a topology there is none of, a mesh or batch that does not fit it, or without libtpu.
+  """
+  devices, chip = slice_devices(config.topology)
+  layout = make_layout(config, devices)
+  sys.stdout.write(f"{config.topology}: {dict(layout.mesh.shape)}, jax {jax.__version__}\n")
+  fits = True
+  for stage in stages_of(config):
+    report = compile_stage(config, stage, layout, chip)
+    sys.stdout.write("\n".join(report.lines()) + "\n")
+    sys.stdout.flush()
+    fits &= report.fits
+  return fits

@@ -1,0 +1,1 @@
+"""Mode `embed`: a manifest of any size to shards of embeddings and codes."""

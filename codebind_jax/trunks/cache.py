@@ -1,0 +1,269 @@
+"""Token features of a frozen trunk, computed once and kept on disk.
+
+A set of features is a folder `<trunk>-<key>` with `features.npy` and `chunks.jsonl` (range and CRC-32 of every finished
+chunk). It is built under the name `<trunk>-<key>.part` and renamed when whole; a build that was killed goes on from its
+finished chunks. The key is a hash of everything that decides the values.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tqdm
+from absl import logging
+
+from codebind_jax.trunks.base import Trunk
+
+_FORMAT = "features-1"
+_ITEMS_PER_CHUNK = 256
+_THREADS = 2
+
+
+def content_hash(value: Any) -> str:
+  """Hex SHA-256 of what an item holds: a string, bytes, the file of a `Path`, or anything that numpy takes as an array.
+
+  Raises:
+    ValueError: if numpy makes an object array of it.
+  """
+  digest = hashlib.sha256()
+  if isinstance(value, str):
+    digest.update(b"text" + value.encode())
+  elif isinstance(value, bytes):
+    digest.update(b"bytes" + value)
+  elif isinstance(value, Path):
+    digest.update(b"bytes" + value.read_bytes())
+  else:
+    array = np.ascontiguousarray(value)
+    if array.dtype == object:
+      raise ValueError(f"content_hash: got {type(value).__name__}, allowed are arrays, strings, bytes and paths")
+    digest.update(f"array{array.dtype.str}{array.shape}".encode())
+    digest.update(array.data if array.size else b"")
+  return digest.hexdigest()
+
+
+def cached_features(
+  trunk: Trunk,
+  keys: Sequence[str],
+  read: Callable[[int], Any],
+  *,
+  cache_dir: str | Path,
+  views: int = 1,
+  augment: Callable[[Any, np.random.Generator], Any] | None = None,
+  seed: int = 0,
+  batch: int = 16,
+  progress: bool = True,
+  hashes: Sequence[str] | None = None,
+) -> np.memmap:
+  """Features of all items, read from the cache or computed into it.
+
+  View 0 is the item as it is. View v > 0 is `augment(item, rng)` with a generator that depends on `seed`, the item's
+  key and v alone, so an item has the same views in whatever set it appears.
+
+  Args:
+    trunk: the frozen network.
+    keys: N unique ids.
+    read: index -> raw value, as `trunk.preprocess` takes it; called from several threads.
+    cache_dir: folder of all feature sets.
+    views: views per item, the clean one included.
+    augment: makes the other views; its `repr` must say all that it does (a frozen dataclass does so).
+    seed: of the augmentation.
+    batch: items per call of the trunk.
+    progress: show a bar on stderr when that is a terminal.
+    hashes: the items' content hashes, where the caller has them; else each item is read once more to be hashed.
+
+  Returns:
+    float16 [N, views, T, C], memory-mapped, read-only.
+
+  Raises:
+    ValueError: if keys repeat, counts differ, views need an `augment`, or a feature is not finite (the item is named).
+  """
+  keys = list(keys)
+  _check(keys, views, augment, hashes)
+  if hashes is None:
+    hashes = [content_hash(read(index)) for index in range(len(keys))]
+  recipe = {
+    "format": _FORMAT, "trunk": trunk.fingerprint, "views": views, "augment": repr(augment) if views > 1 else "",
+    "seed": seed if views > 1 else 0, "items": [[key, str(value)] for key, value in zip(keys, hashes, strict=True)],
+  }  # fmt: skip
+  name = f"{trunk.name}-{hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:24]}"
+  folder = Path(cache_dir).expanduser().absolute() / name
+  shape = (len(keys), views, trunk.num_tokens, trunk.width)
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  with _lock(folder.with_name(f".{name}.lock")):
+    if folder.exists() and (found := _open_whole(folder, shape)) is not None:
+      return found
+    job = _Job(trunk, keys, read, views, augment, seed, batch, progress)
+    return job.run(folder, shape)
+
+
+def _check(keys: list[str], views: int, augment: Any, hashes: Sequence[str] | None) -> None:
+  if not keys:
+    raise ValueError("keys: got none, at least one item is needed")
+  if len(set(keys)) != len(keys):
+    twice = next(key for key in keys if keys.count(key) > 1)
+    raise ValueError(f"keys: {twice!r} appears more than once, keys must be unique")
+  if hashes is not None and len(hashes) != len(keys):
+    raise ValueError(f"hashes: got {len(hashes)} for {len(keys)} keys")
+  if views < 1 or (views > 1 and augment is None):
+    raise ValueError(f"views: got {views}; 1 is the clean view alone, more need `augment`")
+  if views > 1 and " at 0x" in repr(augment):
+    raise ValueError(f"augment: {augment!r} does not say what it does; use a frozen dataclass with __call__")
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+  """Only one process at a time works on a set; the system frees the lock of a process that was killed."""
+  try:
+    import fcntl
+  except ImportError:
+    fcntl = None
+  with open(path, "w") as handle:
+    if fcntl:
+      try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except OSError:
+        logging.info("features: waiting for another process that works on %s", path.stem[1:])
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    yield
+
+
+def _open_array(folder: Path, shape: tuple[int, ...], mode: str) -> np.memmap | None:
+  """The mapped array, or None where the file is missing, damaged or of another shape."""
+  try:
+    array = np.load(folder / "features.npy", mmap_mode=mode)
+  except (OSError, ValueError):
+    return None
+  return array if array.shape == shape and array.dtype == np.float16 else None
+
+
+def _finished(folder: Path, array: np.ndarray) -> list[tuple[int, int]]:
+  """Row ranges whose bytes have the recorded checksum."""
+  path, good = folder / "chunks.jsonl", []
+  for line in path.read_text().splitlines() if path.exists() else []:
+    try:
+      record = json.loads(line)
+      start, stop, crc = int(record["start"]), int(record["stop"]), int(record["crc32"])
+    except (ValueError, KeyError, TypeError):
+      continue
+    if 0 <= start < stop <= len(array) and zlib.crc32(np.ascontiguousarray(array[start:stop]).data) == crc:
+      good.append((start, stop))
+  return good
+
+
+def _covered(ranges: list[tuple[int, int]], rows: int) -> np.ndarray:
+  mask = np.zeros(rows, bool)
+  for start, stop in ranges:
+    mask[start:stop] = True
+  return mask
+
+
+def _open_whole(folder: Path, shape: tuple[int, ...]) -> np.memmap | None:
+  """A finished set; a damaged one is moved back to `.part`, so that only its bad chunks are computed again."""
+  array = _open_array(folder, shape, "r")
+  if array is not None and _covered(_finished(folder, array), shape[0]).all():
+    logging.info("features: %s read from the cache, %d items", folder.name, shape[0])
+    return array
+  logging.warning("features: %s is damaged, computing its bad chunks again", folder)
+  part = folder.with_name(folder.name + ".part")
+  if part.exists():
+    shutil.rmtree(part)
+  os.replace(folder, part)
+  return None
+
+
+class _Job:
+  """One computation of a set of features, chunk by chunk."""
+
+  def __init__(self, trunk: Trunk, keys: list[str], read: Callable, views: int, augment: Any, seed: int, batch: int,
+               progress: bool):  # fmt: skip
+    self.trunk, self.keys, self.read, self.views = trunk, keys, read, views
+    self.augment, self.seed, self.batch, self.progress = augment, seed, batch, progress
+
+  def run(self, folder: Path, shape: tuple[int, ...]) -> np.memmap:
+    part = folder.with_name(folder.name + ".part")
+    part.mkdir(exist_ok=True)
+    array = _open_array(part, shape, "r+")
+    if array is None:
+      (part / "chunks.jsonl").unlink(missing_ok=True)
+      array = np.lib.format.open_memmap(part / "features.npy", mode="w+", dtype=np.float16, shape=shape)
+    done = _covered(_finished(part, array), shape[0])
+    self._fill(part, array, done)
+    array.flush()
+    del array
+    os.replace(part, folder)
+    return np.load(folder / "features.npy", mmap_mode="r")
+
+  def _fill(self, part: Path, array: np.memmap, done: np.ndarray) -> None:
+    step = max(1, _ITEMS_PER_CHUNK // self.views)
+    missing = np.flatnonzero(~done)
+    chunks = [missing[i : i + step] for i in range(0, len(missing), step)]
+    items, began = len(missing) * self.views, time.perf_counter()
+    label = f"{self.trunk.modality} features"
+    bar = tqdm.tqdm(total=items, desc=label, unit="item", disable=None if self.progress else True)
+    with bar, ThreadPoolExecutor(_THREADS) as pool, open(part / "chunks.jsonl", "a") as log:
+      log.write("\n")
+      waiting = [pool.submit(self._prepare, int(row)) for row in chunks[0]] if chunks else []
+      for index, rows in enumerate(chunks):
+        prepared, following = waiting, chunks[index + 1] if index + 1 < len(chunks) else []
+        waiting = [pool.submit(self._prepare, int(row)) for row in following]
+        values = [value for future in prepared for value in future.result()]
+        array[rows] = self._embed(values, rows, bar).reshape(len(rows), *array.shape[1:])
+        array.flush()
+        for start, stop in _runs(rows):
+          crc = zlib.crc32(np.ascontiguousarray(array[start:stop]).data)
+          log.write(json.dumps({"start": start, "stop": stop, "crc32": crc}) + "\n")
+        log.flush()
+    seconds = time.perf_counter() - began
+    logging.info(
+      "features: %d %s by %s in %.1f s, %.1f a second (%d were there)",
+      items, label, self.trunk.name, seconds, items / max(seconds, 1e-9), int(done.sum()) * self.views,
+    )  # fmt: skip
+
+  def _prepare(self, row: int) -> list[np.ndarray]:
+    """Preprocessed views of one item."""
+    value = self.read(int(row))
+    prepared = [self.trunk.preprocess(value)]
+    for view in range(1, self.views):
+      digest = hashlib.sha256(f"{self.seed}:{view}:{self.keys[row]}".encode()).digest()
+      rng = np.random.default_rng(int.from_bytes(digest[:16], "little"))
+      prepared.append(self.trunk.preprocess(self.augment(value, rng)))
+    return prepared
+
+  def _embed(self, values: list[np.ndarray], rows: np.ndarray, bar: tqdm.tqdm) -> np.ndarray:
+    """Features of a chunk, float16 [len(values), T, C]; every batch has the same number of items."""
+    pending, out = [], []
+    for start in range(0, len(values), self.batch):
+      part = values[start : start + self.batch]
+      padded = part + [part[-1]] * (self.batch - len(part))
+      pending.append((len(part), self.trunk.compiled(self.trunk.params, self.trunk.collate(padded))))
+      if len(pending) > 1:
+        out.append(self._collect(*pending.pop(0), bar))
+    out.extend(self._collect(*item, bar) for item in pending)
+    features = np.concatenate(out)
+    finite = np.isfinite(features).all(axis=(1, 2))
+    if not finite.all():
+      key = self.keys[rows[int(np.flatnonzero(~finite)[0]) // self.views]]
+      raise ValueError(f"features: trunk {self.trunk.name!r} gave a value that is not finite in float16 for {key!r}")
+    return features
+
+  @staticmethod
+  def _collect(count: int, tokens: Any, bar: tqdm.tqdm) -> np.ndarray:
+    with np.errstate(over="ignore"):
+      features = np.asarray(tokens)[:count].astype(np.float16)
+    bar.update(count)
+    return features
+
+
+def _runs(rows: np.ndarray) -> list[tuple[int, int]]:
+  """Ascending row numbers as half-open ranges."""
+  breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+  return [(int(part[0]), int(part[-1]) + 1) for part in np.split(rows, breaks)]

@@ -1,0 +1,144 @@
+"""From rows to token features: the frozen trunks of a config, run once over a source and cached on disk."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from codebind_jax.data.batches import FeatureTable
+from codebind_jax.data.transforms.augment import Augment
+from codebind_jax.data.worlds import fetch
+from codebind_jax.trunks import load_trunk
+from codebind_jax.trunks.cache import cached_features
+
+
+def captions(texts: Sequence[str], templates: Sequence[str], mode: str = "each") -> list[str]:
+  """Captions to train on, without repeats: every template filled with the main text, and what `mode` makes of the rest.
+
+  Args:
+    texts: of one row, the main text first.
+    templates: strings with one `{}` each.
+    mode: "main" leaves the further texts out, "each" makes every one a caption, "joined" adds one caption that lists
+      all texts (a further text alone, such as "animal", may fit many other rows).
+
+  >>> captions(["cow", "calf", "ox"], ["{}", "an icon of a {}"])
+  ['cow', 'an icon of a cow', 'calf', 'ox']
+  >>> captions(["cow", "calf", "ox"], ["{}", "an icon of a {}"], "joined")
+  ['cow', 'an icon of a cow', 'cow, calf, ox']
+  """
+  main = [template.format(texts[0]) for template in templates]
+  rest = {"main": [], "each": texts[1:], "joined": [", ".join(texts)]}[mode]
+  return list(dict.fromkeys([*main, *rest]))
+
+
+def joined(tables: Sequence[FeatureTable]) -> FeatureTable:
+  """The rows of several tables of one modality, one table after the other."""
+  if len(tables) == 1:
+    return tables[0]
+  starts = [0, *itertools.accumulate(len(table.features) for table in tables)]
+  choices = [tuple(start + item for item in own) for start, table in zip(starts, tables) for own in table.choices]
+  return FeatureTable(np.concatenate([table.features for table in tables]), choices, tables[0].augmented)
+
+
+CAPTION_MODES = ("main", "each", "joined")
+
+
+class Featurizer:
+  """Trunks of `config.model.towers` and their feature cache.
+
+  Attributes:
+    trunks: modality -> Trunk.
+  """
+
+  def __init__(self, config: Any, trunks: Mapping[str, Any] | None = None):
+    self._config = config
+    self._cache = fetch.data_dir(config.data.root or None) / "features"
+    self._texts: dict[str, np.ndarray] = {}
+    self.trunks = dict(trunks or {})
+    for name, tower in config.model.towers.items():
+      if name not in self.trunks:
+        self.trunks[name] = load_trunk(tower.trunk, **tower.options.to_dict())
+
+  def table(
+    self, source: Any, modality: str, augmented: bool = False, templates: Sequence[str] = ()
+  ) -> FeatureTable:
+    """Features of one modality for all rows of a source; rows without it have no items.
+
+    Args:
+      source: the rows.
+      modality: one of the towers'.
+      augmented: the clean view and the tower's augmented ones, for training; else the clean one alone.
+      templates: of captions, `config.data.templates` unless given.
+    """
+    rows = [i for i in range(len(source)) if source.has(i, modality)]
+    if not rows:
+      raise ValueError(f"{source.name}: no row has modality {modality!r}")
+    if modality == "text":
+      return self._text_table(source, rows, templates or self._config.data.templates)
+    tower = self._config.model.towers[modality]
+    views = tower.views if augmented else 1
+    hashes = {row: source.content_hash(row, modality) for row in rows}
+    # Rows of one content (a cloud that goes with six pictures) have one clean view; augmented ones are each row's own.
+    content = hashes if views == 1 else dict(zip(rows, rows))
+    first = {content[row]: row for row in reversed(rows)}
+    kept = sorted(first.values())
+    present = source if len(kept) == len(source) else source.select(kept)
+    features = cached_features(
+      self.trunks[modality], present.keys, lambda i: present.read(i, modality), cache_dir=self._cache, views=views,
+      augment=Augment() if views > 1 else None, hashes=[hashes[row] for row in kept],
+    )  # fmt: skip
+    number = {row: item for item, row in enumerate(kept)}
+    item = {row: number[first[content[row]]] for row in rows}
+    choices = [(item[i],) if i in item else () for i in range(len(source))]
+    return FeatureTable(features, choices, tower.augmented if views > 1 else 0.0)
+
+  def train_tables(
+    self, train: Mapping[str, Any], unique: Mapping[str, str], extra: Mapping[str, Any] | None = None
+  ) -> tuple[dict[str, dict[str, FeatureTable]], dict[str, list[str | None]]]:
+    """Features of the towers' modalities that each source has, with augmented views, and what tells its rows apart.
+
+    Args:
+      train: source name -> training rows.
+      unique: source name -> the field that tells rows apart.
+      extra: source name -> further rows, which come after those of `train`.
+
+    Returns:
+      (source -> modality -> table, source -> value of the field per row).
+
+    Raises:
+      ValueError: if there are no training rows.
+    """
+    if not train or not all(map(len, train.values())):
+      raise ValueError("data: there are no training rows (split 'train')")
+    towers, data = self._config.model.towers, self._config.data
+    parts = {name: [source, *([extra[name]] if extra and name in extra else [])] for name, source in train.items()}
+    table = lambda name, part, m: self.table(part, m, augmented=True, templates=data.templates_of.get(name, ()))
+    tables = {
+      name: {m: joined([table(name, part, m) for part in own]) for m in towers if m in own[0].modalities}
+      for name, own in parts.items()
+    }
+    labels = {
+      name: [row.get(unique[name]) or None for part in own for row in part.rows] for name, own in parts.items()
+    }
+    return tables, labels
+
+  def texts(self, strings: Sequence[str]) -> np.ndarray:
+    """Token features float16 [N, T, C] of strings, kept in memory and on disk."""
+    new = [text for text in dict.fromkeys(strings) if text not in self._texts]
+    if new:
+      features = cached_features(self.trunks["text"], new, new.__getitem__, cache_dir=self._cache, hashes=new)
+      self._texts.update(zip(new, np.asarray(features[:, 0])))
+    return np.stack([self._texts[text] for text in strings])
+
+  def _text_table(self, source: Any, rows: Sequence[int], templates: Sequence[str]) -> FeatureTable:
+    mode = self._config.data.captions
+    by_row = {row: captions(source.rows[row]["text"], templates, mode) for row in rows}
+    strings = sorted({caption for own in by_row.values() for caption in own})
+    number = {caption: n for n, caption in enumerate(strings)}
+    logging.info("%s: %d distinct captions of %d rows", source.name, len(strings), len(rows))
+    choices = [tuple(number[caption] for caption in by_row.get(row, ())) for row in range(len(source))]
+    return FeatureTable(self.texts(strings)[:, None], choices)

@@ -1,0 +1,38 @@
+"""Text without a checkpoint: a word has a fixed random vector, a text their normalised sum (for synthetic data)."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from codebind_jax.trunks.base import Trunk, fingerprint
+
+
+def make_trunk(*, width: int = 64, weights: str | None = None) -> Trunk:
+  """A trunk of one token a text.
+
+  Args:
+    width: C.
+    weights: there are none; any value is accepted, as everywhere.
+  """
+
+  def word(text: str) -> np.ndarray:
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+    return np.random.default_rng(seed).standard_normal(width)
+
+  def preprocess(value: Any) -> np.ndarray:
+    words = re.findall(r"\w+", str(value).lower())
+    if not words:
+      raise ValueError(f"text: {value!r} has no word")
+    total = sum(word(text) for text in words)
+    return (np.sqrt(width) * total / np.linalg.norm(total))[None].astype(np.float32)
+
+  options = {"width": width}
+  return Trunk(
+    name="hashed_words", modality="text", width=width, num_tokens=1, params={}, apply=lambda _, x: jnp.asarray(x),
+    preprocess=preprocess, fingerprint=fingerprint({}, options, "words-1"), options=options,
+  )  # fmt: skip

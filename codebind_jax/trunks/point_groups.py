@@ -1,0 +1,104 @@
+"""Point clouds as groups of neighbours (Qi et al. 2017; Yu et al. 2022) and as histograms. Nothing here is trained.
+
+A body that learns (`models/points.py`) makes embeddings of the groups; a linear head can do with the histograms.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.spatial.distance import pdist
+
+from codebind_jax.data.transforms import points as point_transforms
+from codebind_jax.trunks.base import Trunk, fingerprint
+
+_REVISION = "point_groups-2"
+CELLS, DISTANCES, ROUNDS = 6, 32, (16, 8)
+_PAIRED = 512  # points whose distances are counted
+
+
+def unit_sphere(points: Float[np.ndarray, "p 3"]) -> tuple[Float[np.ndarray, "p 3"], float]:
+  """The cloud with the middle of its box at the origin and its farthest point at distance 1, and what 1 was before."""
+  centred = points - (points.max(axis=0) + points.min(axis=0)) / 2
+  radius = float(np.linalg.norm(centred, axis=1).max())
+  return centred / radius, radius
+
+
+def farthest_points(points: Float[np.ndarray, "p 3"], count: int) -> Int[np.ndarray, "n"]:
+  """Indices of points that are spread out: each is the farthest from those before; the first is the lowest in x, y, z.
+
+  A cloud of fewer points repeats them in turn.
+  """
+  chosen = np.empty(count, np.int64)
+  chosen[0] = np.lexsort(points.T[::-1])[0]
+  nearest = np.full(len(points), np.inf)
+  for i in range(1, min(count, len(points))):
+    nearest = np.minimum(nearest, ((points - points[chosen[i - 1]]) ** 2).sum(axis=1))
+    chosen[i] = np.argmax(nearest)
+  return chosen[np.arange(count) % len(points)]
+
+
+def group_points(
+  points: Float[np.ndarray, "p 3"], count: int, neighbours: int
+) -> tuple[Float[np.ndarray, "n 3"], Float[np.ndarray, "n k 3"]]:
+  """Centres, and for each the positions of its nearest points (itself first) relative to it, divided by their reach."""
+  centres = points[farthest_points(points, count)]
+  distance = ((centres[:, None] - points[None]) ** 2).sum(axis=-1)
+  order = np.argsort(distance, axis=1, kind="stable")[:, np.arange(neighbours) % len(points)]
+  relative = points[order] - centres[:, None]
+  reach = np.sqrt((relative**2).sum(axis=-1)).mean()
+  return centres, relative / max(reach, 1e-9)
+
+
+def histograms(points: Float[np.ndarray, "p 3"]) -> Float[np.ndarray, "h"]:
+  """Shape of a cloud in the unit sphere: square roots of counts, so that no cell outweighs the others.
+
+  Of distances between pairs of points, of cells of a grid, and of rings about the y axis by height, each scaled to a
+  mean square of 1; then the sides of the box.
+  """
+  counts = [np.histogram(pdist(points[:_PAIRED]), DISTANCES, (0.0, 2.0))[0]]
+  counts.append(np.histogramdd(points, CELLS, ((-1, 1),) * 3)[0].ravel())
+  radius = np.hypot(points[:, 0], points[:, 2])
+  counts.append(np.histogram2d(points[:, 1], radius, ROUNDS, ((-1, 1), (0, 1)))[0].ravel())
+  return np.concatenate([*(np.sqrt(one / max(one.mean(), 1e-9)) for one in counts), np.ptp(points, axis=0)])
+
+
+def make_trunk(*, groups: int = 32, neighbours: int = 32, size: bool = False, weights: str | None = None) -> Trunk:
+  """The trunk of point clouds: token 0 holds histograms of the whole cloud, then one token a group, padded with zeros.
+
+  A group's token is its centre and its points relative to that. Colours are left out.
+
+  Args:
+    groups: number of groups.
+    neighbours: points a group.
+    size: append the logarithm of the cloud's radius to token 0, for clouds whose unit is known (metres).
+    weights: there are none; any value is accepted, as everywhere.
+
+  Raises:
+    ValueError: if a number is below 1.
+  """
+  if groups < 1 or neighbours < 1:
+    raise ValueError(f"groups {groups}, neighbours {neighbours}: allowed are 1 and up")
+  whole = DISTANCES + CELLS**3 + ROUNDS[0] * ROUNDS[1] + 3 + size
+  width = max(whole, 3 + 3 * neighbours)
+
+  def preprocess(value: Any) -> np.ndarray:
+    cloud, radius = unit_sphere(point_transforms.read(value)[:, :3].astype(np.float64))
+    tokens = np.zeros((1 + groups, width), np.float32)
+    about = [histograms(cloud), [np.log(radius)] if size else []]
+    tokens[0, :whole] = np.concatenate(about)
+    centres, relative = group_points(cloud, groups, neighbours)
+    tokens[1:, :3], tokens[1:, 3 : 3 + 3 * neighbours] = centres, relative.reshape(groups, -1)
+    return tokens
+
+  def apply(params: Any, tokens: jax.Array | np.ndarray) -> jax.Array:
+    return jnp.asarray(tokens, jnp.float32)
+
+  options = {"groups": groups, "neighbours": neighbours, "size": size}
+  return Trunk(
+    name="point_groups", modality="points", width=width, num_tokens=1 + groups, params={}, apply=apply,
+    preprocess=preprocess, fingerprint=fingerprint({}, options, f"{_REVISION} {point_transforms.REVISION}"),
+    options=options,
+  )  # fmt: skip
