@@ -19,6 +19,7 @@ from codebind_jax.runtime import train_state as state_lib
 from codebind_jax.runtime.compile import compile_step
 from codebind_jax.runtime.sharding import make_layout
 from codebind_jax.stages import stages_of
+from codebind_jax.step import make_start, make_train_step
 from configs import imagebind_huge
 
 _ROWS = flags.DEFINE_list("rows", ["64", "256"], "Batches to time.")
@@ -56,14 +57,14 @@ def measure(rows):
   config = config_of(rows)
   layout, stage, method = make_layout(config, jax.devices()[:1]), stages_of(config)[0], make_method(config)
   inputs = build.token_shapes(config, config.model.towers)
-  init = make_init(method, inputs, config.model.half)
+  init = make_init(method, inputs, config.model.half, [stage])
   state = state_lib.create(layout, jax.random.key(0), init)
   tx, table = optim.make_optimizer(state.params, stage.train, config.optim.to_dict(), stage.steps)
   state = state_lib.with_optimizer(state, tx, layout)
   batch = jax.device_put(filled(aot.batch_shapes(inputs, stage, layout)), layout.rows)
   frozen = optim.frozen(table)
-  state = state.replace(codebooks=jax.jit(method.start)(state, batch))
-  step = state_lib.guarded(method.train_step(stage, tx, frozen))
+  state = state.replace(codebooks=jax.jit(make_start(method))(state, batch))
+  step = state_lib.guarded(make_train_step(method, stage, tx, frozen=frozen))
   with jax.set_mesh(layout.mesh):
     model, everything = aot.model_flops(config, state.params, batch, frozen), flops.count(step, state, batch)
   started = time.perf_counter()

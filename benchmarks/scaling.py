@@ -25,6 +25,7 @@ from codebind_jax.runtime.compile import compile_step
 from codebind_jax.runtime.metrics import Throughput
 from codebind_jax.runtime.sharding import make_layout
 from codebind_jax.stages import stages_of
+from codebind_jax.step import make_start, make_train_step
 from configs import stage1
 
 _WHAT = flags.DEFINE_enum("what", "memory", ("memory", "time", "input"), "What to measure.")
@@ -81,8 +82,8 @@ def ready(rows):
   tx, table = optim.make_optimizer(state.params, stage.train, config.optim.to_dict(), stage.steps)
   state = state_lib.with_optimizer(state, tx, layout)
   first = layout.put_batch({"toy": next(iterator(rows))})
-  state = state.replace(codebooks=jax.jit(method.start)(state, first))
-  step = state_lib.guarded(method.train_step(stage, tx, optim.frozen(table)))
+  state = state.replace(codebooks=jax.jit(make_start(method))(state, first))
+  step = state_lib.guarded(make_train_step(method, stage, tx, frozen=optim.frozen(table)))
   return compile_step(step, state, first, layout), state, layout
 
 

@@ -18,8 +18,9 @@ from jaxtyping import Float, Int
 from codebind_jax import schema
 from codebind_jax.data import transforms
 from codebind_jax.evaluators.zeroshot import class_embeddings
-from codebind_jax.methods.base import Recipe, make_method
+from codebind_jax.methods.base import Method, make_method
 from codebind_jax.runtime import checkpoint
+from codebind_jax.step import make_embed_step
 from codebind_jax.trunks import load_trunk
 from codebind_jax.trunks.base import fingerprint
 
@@ -240,9 +241,9 @@ def _opened(modality: str, item: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=8)
-def _embed_step(method: Recipe) -> Any:
+def _embed_step(method: Method) -> Any:
   """The compiled embedding step, shared by all models of one architecture and method."""
-  return jax.jit(method.embed_step())
+  return jax.jit(make_embed_step(method))
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Embeddings))

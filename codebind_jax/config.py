@@ -66,10 +66,10 @@ def _validate_train(config: ml_collections.ConfigDict) -> None:
       "move in between. For a batch larger than memory set stages.*.parts, which gives exactly the large batch's step"
     )
   from codebind_jax.data.worlds.registry import WORLDS
-  from codebind_jax.methods.base import make_method
+  from codebind_jax.methods.base import check_stage, make_method
+  from codebind_jax.methods.codebind_terms import TERMS
   from codebind_jax.models.bodies import make_body
   from codebind_jax.stages import stages_of
-  from codebind_jax.step import TERMS
   from codebind_jax.trunks import trunk_names
   from codebind_jax.trunks.featurize import CAPTION_MODES
 
@@ -119,7 +119,7 @@ def _validate_train(config: ml_collections.ConfigDict) -> None:
     )
   check_keys(config.codebook.codes, towers, "codebook.codes")
   check_keys(config.stage_order, config.stages, "stage_order")
-  make_method(config)
+  method = make_method(config)
   for stage in stages_of(config):
     where = f"stages.{stage.name}"
     check_keys([m for pair in stage.pairs for m in pair], towers, f"{where}.pairs")
@@ -151,7 +151,8 @@ def _validate_train(config: ml_collections.ConfigDict) -> None:
       raise ValueError(f"config.{where}.chunk: got {stage.chunk}; allowed: 0 (the whole matrix) and up")
     if stage.mixup < 0:
       raise ValueError(f"config.{where}.mixup: got {stage.mixup}; allowed: 0 (off) and up")
-    if stage.balance and not stage.losses.get("info_nce"):
-      raise ValueError(f"config.{where}.balance: got True without the loss 'info_nce', which the others are held to")
+    check_stage(config.method, stage)
+    if stage.balance and not method.weights(stage).get(method.BASE):
+      raise ValueError(f"config.{where}.balance: got True without the loss {method.BASE!r}, which others are held to")
     if not stage.temperature > 0:
       raise ValueError(f"config.{where}.temperature: got {stage.temperature}; allowed: any number above 0")

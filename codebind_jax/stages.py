@@ -19,8 +19,7 @@ class Stage:
     unique_labels: at most one row of a label in a batch; else rows of equal labels do not count as each other's
       negatives where one side of the pair is text.
     train: regexes of the parameter paths that train; everything else is frozen.
-    codes: regexes of the codebooks that learn (`shared`, a modality), the others stay as they are; method codebind's
-      alone.
+    codes: regexes of the codebooks that learn (`shared`, a modality), the others stay as they are.
     losses: term name -> weight.
     steps: optimizer steps.
     batch_size: rows of the global batch where there is one source.
@@ -42,24 +41,24 @@ class Stage:
 
   name: str
   pairs: tuple[tuple[str, str], ...]
-  sources: dict[str, int]
-  weights: dict[str, float]
-  unique_labels: bool
-  learning_rate: float
-  train: tuple[str, ...]
-  codes: tuple[str, ...]
-  losses: dict[str, float]
   steps: int
   batch_size: int
-  temperature: float
-  matching_temperature: float
-  code_rows: int
-  mixup: float
-  chunk: int
-  ring: bool
-  parts: int
-  balance: bool
-  first_step: int
+  sources: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  unique_labels: bool = True
+  learning_rate: float = 0.0
+  train: tuple[str, ...] = (".*",)
+  codes: tuple[str, ...] = (".*",)
+  losses: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  temperature: float = 0.07
+  matching_temperature: float = 1.0
+  code_rows: int = 0
+  mixup: float = 0.0
+  chunk: int = 0
+  ring: bool = False
+  parts: int = 1
+  balance: bool = False
+  first_step: int = 0
 
   @property
   def last_step(self) -> int:
@@ -90,6 +89,14 @@ class Stage:
       if not any(a in held[name] and b in held[name] for name in sources):
         raise ValueError(f"config.stages.{self.name}.pairs: none of {sorted(sources)} has both {a!r} and {b!r}")
     return dataclasses.replace(self, sources=sources)
+
+
+# Key of a stage -> its default, for the keys that have one.
+DEFAULTS = {
+  field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+  for field in dataclasses.fields(Stage)
+  if not field.default is field.default_factory is dataclasses.MISSING
+}  # fmt: skip
 
 
 def stages_of(config: Any) -> list[Stage]:

@@ -25,7 +25,7 @@ from codebind_jax.data.batches import make_iterator
 from codebind_jax.data.task import open_task
 from codebind_jax.evaluate import Evaluation, StageEvaluation
 from codebind_jax.initialise import copy_heads, start_from, whiten_heads
-from codebind_jax.methods.base import make_init, make_method
+from codebind_jax.methods.base import Method, make_init, make_method
 from codebind_jax.report import summary
 from codebind_jax.report.page import write_report
 from codebind_jax.runtime import distributed, optim
@@ -37,6 +37,7 @@ from codebind_jax.runtime.metrics import MetricsWriter, Throughput
 from codebind_jax.runtime.sharding import Layout, make_layout
 from codebind_jax.runtime.train_state import TrainState
 from codebind_jax.stages import Stage, stages_of
+from codebind_jax.step import make_start, make_train_step
 from codebind_jax.trunks.featurize import Featurizer
 
 # Keys that no compiled function depends on, and that only the training step's does.
@@ -147,7 +148,7 @@ def run_stages(
   stages = [stage.on({name: set(found) for name, found in tables.items()}) for stage in stages_of(config)]
   first_of = {m: table for found in reversed(tables.values()) for m, table in found.items()}
   shapes = {name: (trunk.num_tokens, trunk.width) for name, trunk in evaluation.trunks.items()}
-  create = lambda: state_lib.creator(layout, make_init(method, shapes, config.model.half))
+  create = lambda: state_lib.creator(layout, make_init(method, shapes, config.model.half, stages))
   state = programs.get("create", schema.key(config, *UNUSED, RATE), create)(jax.random.key(config.seed))
   state = state.replace(params=whiten_heads(state.params, config, first_of, layout))
   held: dict[str, tuple[str, ...]] = {}
@@ -157,7 +158,7 @@ def run_stages(
     before = held.get(stages[number - 1].name if number else "", ())
     held[stage.name] = tuple(dict.fromkeys((*before, *stage.modalities)))
   untrained_params = jax.device_get(layout.whole(state.params))  # the step donates its state
-  optimizers = {stage.name: optimizer_of(config, stage, state.params) for stage in stages}
+  optimizers = {stage.name: optimizer_of(config, method, stage, state.params) for stage in stages}
   make_iterators = lambda stage: (draw or iterators_of)(config, stage, tables, labels, evaluation.task.extra)
 
   with contextlib.closing(Checkpoints(folder, keep=config.keep_checkpoints)) as store, MetricsWriter(
@@ -195,13 +196,13 @@ def run_stages(
         layout.log(state)
         if state.codebooks:
           first = {name: next(it) for name, it in make_iterators(stage).items()}
-          start = functools.partial(jax.jit, method.start, out_shardings=layout.of(state.codebooks, "codebooks"))
+          start = functools.partial(jax.jit, make_start(method), out_shardings=layout.of(state.codebooks, "codebooks"))
           begin = programs.get(f"start {stage.name}", schema.key(config, *UNUSED, RATE), start)
           state = state.replace(codebooks=begin(state, layout.put_batch(first)))
       compile_for = lambda state, batch, stage=stage, tx=tx, table=table: programs.get(
         f"step {stage.name}", schema.key(config, *UNUSED),
         lambda: compile_step(
-          state_lib.guarded(method.train_step(stage, tx, optim.frozen(table))), state, batch, layout
+          state_lib.guarded(make_train_step(method, stage, tx, frozen=optim.frozen(table))), state, batch, layout
         ),
       )
       state = run_stage(
@@ -220,10 +221,11 @@ def run_stages(
     return final, {"before": untrained, "after": trained}
 
 
-def optimizer_of(config: Any, stage: Stage, params: Any) -> tuple[Any, dict[str, str]]:
+def optimizer_of(config: Any, method: Method, stage: Stage, params: Any) -> tuple[Any, dict[str, str]]:
   """A stage's optimizer and its table of paths, see `optim.make_optimizer`."""
   own = {"learning_rate": stage.learning_rate} if stage.learning_rate else {}
-  return optim.make_optimizer(params, stage.train, config.optim.to_dict() | own, stage.steps)
+  settings = config.optim.to_dict() | own
+  return optim.make_optimizer(params, stage.train, settings, stage.steps, frozen=method.frozen_paths)
 
 
 def iterators_of(

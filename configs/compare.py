@@ -27,7 +27,7 @@ def variant(method="codebind", quantize=True, losses=None, **options):
   entry = ConfigDict()
   entry.method, entry.quantize = method, quantize
   entry.options = ConfigDict(options)
-  entry.losses = ConfigDict(losses or {"info_nce": 1.0})
+  entry.losses = ConfigDict(losses or ({"info_nce": 1.0} if method == "codebind" else {}))
   return entry
 
 

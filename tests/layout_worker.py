@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from codebind_jax import build
 from codebind_jax.compositional import new_codebooks
+from codebind_jax.methods import codebind
 from codebind_jax.models.transformer import Transformer
 from codebind_jax.runtime import optim
 from codebind_jax.runtime import train_state as state_lib
@@ -57,7 +58,7 @@ def train(config, devices):
   compiled = None
   for batch in batches():
     batch = layout.put_batch(batch)
-    compiled = compiled or compile_step(make_train_step(model, spec, stage, tx), state, batch, layout)
+    compiled = compiled or compile_step(make_train_step(codebind.Method(model, spec), stage, tx), state, batch, layout)
     state, _ = compiled(state, batch)
   return layout, state, collectives(compiled.as_text())
 

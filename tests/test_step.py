@@ -6,6 +6,7 @@ import numpy as np
 
 from codebind_jax import build
 from codebind_jax.compositional import new_codebooks
+from codebind_jax.methods import codebind
 from codebind_jax.models.decoder import Decoder
 from codebind_jax.runtime.optim import make_optimizer, param_paths
 from codebind_jax.runtime.train_state import TrainState
@@ -73,7 +74,7 @@ def test_info_nce_before_the_quantiser_is_that_of_a_model_without_one():
     books = new_codebooks(jax.random.key(1), spec, config.model.towers) if spec else {}
     tx, _ = make_optimizer(params, stage.train, config.optim.to_dict(), 2)
     state = TrainState(jnp.zeros((), jnp.int32), params, books, tx.init(params), {}, jax.random.key(2))
-    _, found[quantize] = jax.jit(make_train_step(model, spec, stage, tx))(state, {"rows": batch})
+    _, found[quantize] = jax.jit(make_train_step(codebind.Method(model, spec), stage, tx))(state, {"rows": batch})
   quantised, plain = found[True], found[False]
   np.testing.assert_allclose(quantised["train/info_nce_plain"], plain["train/info_nce"], rtol=1e-5)
   np.testing.assert_allclose(plain["train/total"], 1.5 * plain["train/info_nce"], rtol=1e-5)
@@ -87,7 +88,7 @@ def test_codebooks_that_a_stage_does_not_name_stay_as_they_are():
   books = new_codebooks(jax.random.key(1), spec, config.model.towers)
   tx, _ = make_optimizer(params, stage.train, config.optim.to_dict(), 2)
   state = TrainState(jnp.zeros((), jnp.int32), params, books, tx.init(params), {}, jax.random.key(2))
-  after, _ = jax.jit(make_train_step(model, spec, stage, tx))(state, {"rows": batch})
+  after, _ = jax.jit(make_train_step(codebind.Method(model, spec), stage, tx))(state, {"rows": batch})
   moved = {name: bool((book.ema_count != books[name].ema_count).any()) for name, book in after.codebooks.items()}
   assert moved == {"shared": False, "image": True, "depth": True}
   jax.tree.map(np.testing.assert_array_equal, after.codebooks["shared"], books["shared"])
@@ -132,10 +133,10 @@ def test_reconstruction_is_the_error_of_standardised_tokens_and_reaches_every_pa
   books = new_codebooks(jax.random.key(1), spec, config.model.towers)
   tx, _ = make_optimizer(params, stage.train, config.optim.to_dict() | {"warmup": 0, "weight_decay": 0.0}, 2)
   state = TrainState(jnp.zeros((), jnp.int32), params, books, tx.init(params), {}, jax.random.key(2))
-  after, metrics = jax.jit(make_train_step(model, spec, stage, tx))(state, {"rows": batch})
+  after, metrics = jax.jit(make_train_step(codebind.Method(model, spec), stage, tx))(state, {"rows": batch})
 
   tokens = {name: batch[name] for name in config.model.towers}
-  outputs = jax.jit(make_embed_step(model, spec))(params, books, tokens)
+  outputs = jax.jit(make_embed_step(codebind.Method(model, spec)))(params, books, tokens)
   assert all(out.similarity_shared.shape[0] == 0 for out in outputs.values())  # of no use here, and most of the work
   expected = 0.0
   for name in ("image", "depth"):

@@ -15,6 +15,7 @@ from codebind_jax.data import synthetic
 from codebind_jax.data.opening import open_source
 from codebind_jax.evaluate import retention
 from codebind_jax.evaluators.retrieval import Emergent
+from codebind_jax.methods import codebind
 from codebind_jax.methods.base import make_init, make_method
 from codebind_jax.runtime import optim
 from codebind_jax.runtime.train_state import TrainState
@@ -119,7 +120,7 @@ def test_terms_of_several_sources_are_the_weighted_mean_of_each_alone(parts):
   )
   tx, _ = optim.make_optimizer(params, stage.train, config.optim.to_dict(), 4)
   state = TrainState(jnp.zeros((), jnp.int32), params, books, tx.init(params), {}, jax.random.key(2))
-  step = jax.jit(make_train_step(model, spec, stage, tx))
+  step = jax.jit(make_train_step(codebind.Method(model, spec), stage, tx))
   rng = np.random.default_rng(0)
   a, b = batch_of(rng, 8, "image", "text"), batch_of(rng, 6, "image", "text")
   both, only_a, only_b = (step(state, batch)[1] for batch in ({"a": a, "b": b}, {"a": a}, {"b": b}))
@@ -138,7 +139,7 @@ def test_other_methods_weigh_sources_alike(parts):
   params, books, aux = init(jax.random.key(0))
   tx, _ = optim.make_optimizer(params, stage.train, config.optim.to_dict(), 4)
   state = TrainState(jnp.zeros((), jnp.int32), params, books, tx.init(params), aux, jax.random.key(2))
-  step = jax.jit(method.train_step(stage, tx))
+  step = jax.jit(make_train_step(method, stage, tx))
   rng = np.random.default_rng(0)
   a, b = batch_of(rng, 8, "image", "text"), batch_of(rng, 6, "image", "text")
   both, only_a, only_b = (step(state, batch)[1]["train/total"] for batch in ({"a": a, "b": b}, {"a": a}, {"b": b}))

@@ -20,6 +20,7 @@ from codebind_jax.runtime.compile import compile_step
 from codebind_jax.runtime.metrics import read_metrics
 from codebind_jax.runtime.sharding import make_layout
 from codebind_jax.stages import stages_of
+from codebind_jax.step import make_start, make_train_step
 from codebind_jax.train import iterators_of, optimizer_of
 
 FILE = "speed.json"
@@ -90,12 +91,12 @@ def _ready(config: Any, tables: Any, labels: Any, trunks: Any) -> tuple[Any, Any
   layout, method = make_layout(config), make_method(config)
   stage = stages_of(config)[0].on({name: set(found) for name, found in tables.items()})
   shapes = {name: (trunk.num_tokens, trunk.width) for name, trunk in trunks.items()}
-  state = state_lib.create(layout, jax.random.key(config.seed), make_init(method, shapes, config.model.half))
-  tx, table = optimizer_of(config, stage, state.params)
+  state = state_lib.create(layout, jax.random.key(config.seed), make_init(method, shapes, config.model.half, [stage]))
+  tx, table = optimizer_of(config, method, stage, state.params)
   state = state_lib.with_optimizer(state, tx, layout)
   batch = layout.put_batch({name: next(it) for name, it in iterators_of(config, stage, tables, labels, {}).items()})
   if state.codebooks:
-    start = jax.jit(method.start, out_shardings=layout.of(state.codebooks, "codebooks"))
+    start = jax.jit(make_start(method), out_shardings=layout.of(state.codebooks, "codebooks"))
     state = state.replace(codebooks=start(state, batch))
-  step = state_lib.guarded(method.train_step(stage, tx, optim.frozen(table)))
+  step = state_lib.guarded(make_train_step(method, stage, tx, frozen=optim.frozen(table)))
   return compile_step(step, state, batch, layout), state, batch, sum(stage.sources.values())

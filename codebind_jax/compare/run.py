@@ -32,6 +32,7 @@ from codebind_jax.compare.table import write_comparison
 from codebind_jax.data.batches import Drawn, Replay
 from codebind_jax.data.synthetic import NAME, Factors, SyntheticSource
 from codebind_jax.data.task import EvalSet, Task, open_task
+from codebind_jax.methods.base import unheeded
 from codebind_jax.runtime.compile import Programs
 from codebind_jax.runtime.files import write_whole
 from codebind_jax.train import claim_workdir, iterators_of, run_stages
@@ -83,6 +84,7 @@ def run_config(config: Any, variant: Any, rate: float, seed: int, test: bool) ->
   run.model.quantize = variant.quantize
   for entry in run.stages.values():
     entry.losses = ml_collections.ConfigDict(variant.losses.to_dict())
+    entry.update(unheeded(variant.method))  # what the stage says to other variants
   del run["compare"]
   return run.lock()
 

@@ -28,6 +28,7 @@ from codebind_jax.runtime import train_state as state_lib
 from codebind_jax.runtime.compile import lower_step
 from codebind_jax.runtime.sharding import Layout, make_layout
 from codebind_jax.stages import Stage, stages_of
+from codebind_jax.step import make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,13 +196,15 @@ def batch_shapes(inputs: Mapping[str, tuple[int, ...]], stage: Stage, layout: La
 def compile_stage(config: Any, stage: Stage, layout: Layout, chip: Chip) -> Report:
   """Compiles the train step of a stage for a slice."""
   method, inputs = make_method(config), build.token_shapes(config, config.model.towers)
-  shapes = state_lib.shapes(make_init(method, inputs, config.model.half))
-  tx, table = optim.make_optimizer(shapes.params, stage.train, config.optim.to_dict(), stage.steps)
+  shapes = state_lib.shapes(make_init(method, inputs, config.model.half, [stage]))
+  tx, table = optim.make_optimizer(
+    shapes.params, stage.train, config.optim.to_dict(), stage.steps, frozen=method.frozen_paths
+  )
   state, batch = state_lib.abstract(shapes, tx, layout), batch_shapes(inputs, stage, layout)
   for line in layout.table(state):
     logging.info("  %s", line)
   frozen = optim.frozen(table)
-  step = state_lib.guarded(method.train_step(stage, tx, frozen))
+  step = state_lib.guarded(make_train_step(method, stage, tx, frozen=frozen))
   started = time.time()
   with jax.set_mesh(layout.mesh):
     model_work, all_work = model_flops(config, state.params, batch, frozen), flops.count(step, state, batch)

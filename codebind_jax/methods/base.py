@@ -1,8 +1,7 @@
-"""What a method is: how its state begins, its loss on a batch, and what it gives as an embedding.
+"""What a method is: its state, what it observes in a batch, its terms and weights, and its embeddings.
 
-A method is a frozen dataclass in a module of its own here, called `Method`; its fields are its options, and
-`config.method` names the module. Most are a `SourceRecipe`, which asks for a loss
-alone. Towers, data, optimizer, trainer, checkpoints and evaluation are everyone's.
+A method is a frozen dataclass called `Method` in a module of its own; its fields are its options. `config.method` names
+a module of this package, or any importable module by its dotted path. `step.make_train_step` trains every method.
 """
 
 from __future__ import annotations
@@ -13,55 +12,95 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from codebind_jax import methods
 from codebind_jax.build import make_model
-from codebind_jax.codebook import usage_stats
-from codebind_jax.codebook.segments import code_counts
 from codebind_jax.compositional import ModalityOutput
+from codebind_jax.losses import balance_init
 from codebind_jax.models.towers import CodeBind
 from codebind_jax.norm import unit
-from codebind_jax.runtime import optim
 from codebind_jax.runtime.train_state import TrainState
-from codebind_jax.stages import Stage
-from codebind_jax.step import merge_sources
+from codebind_jax.stages import DEFAULTS, Stage
 
-_NOT_METHODS = ("base", "toc", "unified")
-EXTRA = "method"  # where parameters that only the method has live, beside the towers'
+_NOT_METHODS = ("base", "codebind_terms", "toc", "unified")
+EXTRA = "method"  # the key of a method's own parameters, beside the towers'
+# Keys of a stage that every method heeds; a method adds its own in `Method.STAGE_KEYS`.
+COMMON_KEYS = frozenset((
+  "name", "pairs", "sources", "weights", "unique_labels", "train", "steps", "batch_size", "learning_rate",
+  "temperature", "mixup", "parts", "balance", "first_step",
+))  # fmt: skip
+T = TypeVar("T")
+Term = Callable[["Rows"], Float[Array, ""]]
 
 
 def method_names() -> list[str]:
-  """Values that `config.method` can have."""
+  """Methods of this package."""
   return sorted(m.name for m in pkgutil.iter_modules(methods.__path__) if m.name not in _NOT_METHODS)
 
 
-def make_method(config: Any) -> Recipe:
+def method_class(name: str) -> type[Method]:
+  """The class of the method that `config.method` names.
+
+  Args:
+    name: a module of this package, or a dotted path of a module with a class `Method`.
+
+  Raises:
+    ValueError: if there is no such module, or it has no method.
+  """
+  if name in method_names():
+    return importlib.import_module(f"{methods.__name__}.{name}").Method
+  try:
+    found = importlib.import_module(name).Method if "." in name else None
+  except (ImportError, AttributeError):
+    found = None
+  if found is None:
+    raise ValueError(f"config.method: got {name!r}; allowed: {method_names()}, or a.module.path with a class Method")
+  return found
+
+
+def make_method(config: Any) -> Method:
   """The method that `config.method` names, with `config.method_options`.
 
   Raises:
     ValueError: if there is none, or it has no such option.
   """
-  if config.method not in method_names():
-    raise ValueError(f"config.method: got {config.method!r}; allowed: {method_names()}")
-  kind = importlib.import_module(f"codebind_jax.methods.{config.method}").Method
-  return kind.build(config, make_model(config), _hashable(config.method_options.to_dict()))
+  return method_class(config.method).build(config, make_model(config), _hashable(config.method_options.to_dict()))
+
+
+def unheeded(name: str) -> dict[str, Any]:
+  """Key of a stage that the method `name` does not heed -> its default, the one value it may have."""
+  heeded = COMMON_KEYS | method_class(name).STAGE_KEYS
+  return {key: default for key, default in DEFAULTS.items() if key not in heeded}
+
+
+def check_stage(name: str, stage: Stage) -> None:
+  """Refuses a stage that sets a key which the method `name` does not heed.
+
+  Raises:
+    ValueError: naming the method and the key.
+  """
+  for key, default in unheeded(name).items():
+    value = getattr(stage, key)
+    if value != default:
+      where = f"config.stages.{stage.name}.{key}"
+      raise ValueError(f"{where}: got {value!r}, which method {name!r} does not heed; allowed: {default!r}")
 
 
 def make_init(
-  method: Recipe, shapes: Mapping[str, tuple[int, int]], half: Sequence[str] = ()
+  method: Method, shapes: Mapping[str, tuple[int, int]], half: Sequence[str] = (), stages: Sequence[Stage] = ()
 ) -> Callable[[Any], tuple]:
-  """Key -> (params, codebooks, aux), pure: the random start of a run, for `state.create`.
+  """Key -> (params, codebooks, aux), pure: the random start of a run, for `train_state.create`.
 
   Args:
     method: of the run.
     shapes: modality -> (tokens, width) of one item.
     half: regexes of paths of parameters that are kept in bfloat16 (frozen encoders).
+    stages: of the run; those that balance their terms share one balancer, which is kept in `aux`.
   """
 
   def keep(path: Any, x: Any) -> Any:
@@ -74,6 +113,10 @@ def make_init(
     towers = method.model.init(head_rng, dummy)["params"]
     features, _ = method.model.apply({"params": towers}, dummy)
     extra, codebooks, aux = method.init(code_rng, features, dummy, towers)
+    balanced = sorted({name for s in stages if s.balance for name, weight in method.weights(s).items() if weight})
+    if balanced:
+      fixed = (method.BASE, "reconstruction")
+      aux = aux | {"balance": balance_init(balanced, base=method.BASE, fixed=fixed, factors=method.FACTORS)}
     params = towers | ({EXTRA: extra} if extra else {})
     return jax.tree_util.tree_map_with_path(keep, params), codebooks, aux
 
@@ -88,30 +131,91 @@ def _hashable(value: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
-  """One source's rows of a batch, as a loss sees them.
+class Forward:
+  """The towers' outputs for a batch: each modality once, the rows of its sources one after the other.
 
   Attributes:
-    tokens: modality -> trunk tokens [b, n, c].
-    features: modality -> heads' output [b, n, d]; the shared part first.
-    masks: modality -> rows that have it.
-    groups: int [b], equal for rows of one label, in this and any other batch; different in every source.
-    temperature: of InfoNCE, after the logit scales.
     params: all parameters; the method's own under `EXTRA`.
-    stage: the stage.
-    rng: key of this source's draws in this step.
-    together: the modalities of each source of the batch.
+    inputs: modality -> what its tower took, after mixup [b, n, c].
+    features: modality -> heads' output [b, n, d]; the shared part first.
+    scales: modality -> logit scale [].
+    masks: modality -> rows that have it, bool [b].
+    owners: (source, modality) -> the source's rows among the modality's.
+    groups: source -> int [b], equal for rows of one label, different in every source; None where not given.
+    apply: (parameters of the towers, inputs, key or None) -> (features, scales), in the stage's micro-batches; a key
+      turns dropout on.
   """
 
-  tokens: Mapping[str, Float[Array, "b n _"]]
+  params: Any
+  inputs: Mapping[str, Float[Array, "..."]]
+  features: Mapping[str, Float[Array, "..."]]
+  scales: Mapping[str, Float[Array, ""]]
+  masks: Mapping[str, Bool[Array, "_"]]
+  owners: Mapping[tuple[str, str], slice]
+  groups: Mapping[str, Int[Array, "_"] | None]
+  apply: Callable[[Any, Mapping[str, Array], Any], tuple[dict[str, Array], dict[str, Array]]]
+
+  @property
+  def sources(self) -> tuple[str, ...]:
+    """Names of the batch's sources, in order."""
+    return tuple(self.groups)
+
+  def of(self, source: str, values: Mapping[str, T]) -> dict[str, T]:
+    """The source's rows of values by modality."""
+    return {m: values[m][rows] for (owner, m), rows in self.owners.items() if owner == source}
+
+  def rows(self, rng: Any, stage: Stage, state: TrainState) -> dict[str, Rows]:
+    """Source -> its rows, each with a key of its own."""
+    return {
+      source: Rows(
+        params=self.params, inputs=self.of(source, self.inputs), features=self.of(source, self.features),
+        masks=self.of(source, self.masks), scales=self.scales, groups=self.groups[source], stage=stage,
+        codebooks=state.codebooks, rng=jax.random.split(jax.random.fold_in(rng, number))[1],
+      )
+      for number, source in enumerate(self.sources)
+    }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """One source's rows of a batch, as a term sees them.
+
+  Attributes:
+    params: all parameters; the method's own under `EXTRA`.
+    inputs: modality -> what its tower took [b, n, c].
+    features: modality -> heads' output [b, n, d]; the shared part first.
+    masks: modality -> rows that have it, bool [b].
+    scales: modality -> logit scale [].
+    groups: int [b], equal for rows of one label; None where no two rows of a batch share a label.
+    stage: the stage.
+    codebooks: name -> state before the step's update.
+    rng: key of this source's draws in this step.
+    made: what the method's `observe` made for its terms.
+    codes: codebook name -> (indices [b, ...] that the rows chose, mask [b]) pairs, for the usage statistics.
+  """
+
+  params: Any
+  inputs: Mapping[str, Float[Array, "b n _"]]
   features: Mapping[str, Float[Array, "b n _"]]
   masks: Mapping[str, Bool[Array, "b"]]
-  groups: Int[Array, "b"]
-  temperature: Float[Array, ""]
-  params: Any
+  scales: Mapping[str, Float[Array, ""]]
+  groups: Int[Array, "b"] | None
   stage: Stage
+  codebooks: Any
   rng: Any
-  together: tuple[tuple[str, ...], ...] = ()
+  made: Any = None
+  codes: Mapping[str, Sequence[tuple[Int[Array, "b ..."], Bool[Array, "b"]]]] = dataclasses.field(default_factory=dict)
+
+  @property
+  def pairs(self) -> list[tuple[str, str]]:
+    """The stage's pairs of which this source has both modalities."""
+    return [(a, b) for a, b in self.stage.pairs if a in self.features and b in self.features]
+
+  @property
+  def temperature(self) -> Float[Array, ""]:
+    """The stage's, divided by the square of the modalities' geometric mean logit scale."""
+    scale = jnp.exp(2 * sum(jnp.log(self.scales[m]) for m in self.features) / len(self.features))
+    return self.stage.temperature / scale
 
   def groups_of(self, *modalities: str) -> Int[Array, "b"] | None:
     """The rows' groups where text is among the modalities, for one caption fits every row of a label; else None.
@@ -120,32 +224,27 @@ class Rows:
     """
     return self.groups if "text" in modalities else None
 
+  def both(self, a: str, b: str) -> Bool[Array, "b"]:
+    """Rows that have both modalities."""
+    return self.masks[a] & self.masks[b]
+
 
 @dataclasses.dataclass(frozen=True)
-class Loss:
-  """What a method makes of one source's rows.
+class Method(abc.ABC):
+  """What the trainer asks of a method over the towers of `model`; hashable, so that compiled steps can be shared.
 
-  Attributes:
-    terms: name -> value; the loss is their sum, weighted by `Recipe.weights`.
-    codebooks: after the rows.
-    aux: likewise.
-    indices: codebook name -> codes the rows chose, for the usage statistics.
+  A step calls `observe` once and each of `terms` once a source; the loss is the terms' weighted sum, averaged over the
+  sources.
   """
 
-  terms: Mapping[str, Float[Array, ""]]
-  codebooks: Any
-  aux: Any
-  indices: Mapping[str, Int[Array, "..."]] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe(abc.ABC):
-  """What the trainer asks of a method over the towers of `model`; hashable, so that compiled steps can be shared."""
+  STAGE_KEYS = frozenset()  # keys of a stage that the method heeds beyond `COMMON_KEYS`
+  BASE = "info_nce"  # the term whose magnitude the loss balancer holds the others to
+  FACTORS = {}  # term -> magnitude relative to `BASE`, beside those of `losses.balance`
 
   model: CodeBind
 
   @classmethod
-  def build(cls, config: Any, model: CodeBind, options: Mapping[str, Any]) -> Recipe:
+  def build(cls, config: Any, model: CodeBind, options: Mapping[str, Any]) -> Method:
     """The method of a config; options are its fields.
 
     Raises:
@@ -159,75 +258,47 @@ class Recipe(abc.ABC):
 
   @property
   def codebook_sizes(self) -> Mapping[str, int]:
-    """Codebook name -> codes, for the usage statistics; the shared one is called `shared`."""
+    """Codebook name -> number of codes, for the usage statistics; the shared codebook is called `shared`."""
     return {}
 
-  def init(self, rng: Any, features: Mapping[str, Array], tokens: Mapping[str, Array], towers: Any) -> tuple:
-    """(extra parameters, codebooks, aux) at the start.
+  @property
+  def frozen_paths(self) -> tuple[str, ...]:
+    """Regexes of parameter paths that the method never trains."""
+    return ()
+
+  def init(self, rng: Any, features: Mapping[str, Array], inputs: Mapping[str, Array], towers: Any) -> tuple:
+    """(the method's own parameters, codebooks, aux) at the start of a run.
 
     Args:
       rng: typed key.
       features: one row of every modality's heads' output.
-      tokens: one row of every modality's tokens.
+      inputs: one row of what every modality's tower takes.
       towers: the towers' parameters.
     """
     return {}, {}, {}
 
-  @abc.abstractmethod
-  def start(self, state: TrainState, batch: Mapping[str, Any]) -> Any:
-    """The codebooks as a stage begins, given its first batch."""
+  def start_codebooks(self, forward: Forward, state: TrainState, rng: Any) -> Any:
+    """The codebooks as a stage begins, after the features of its first batch (k-means, say)."""
+    return state.codebooks
 
   @abc.abstractmethod
-  def train_step(
-    self, stage: Stage, tx: optax.GradientTransformation, frozen: frozenset[str] = frozenset()
-  ) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, dict[str, Array]]]:
-    """The step of a stage: (state, batch) -> (state, metrics), with batches as `step.make_train_step` has them."""
+  def observe(self, forward: Forward, state: TrainState, rng: Any, stage: Stage) -> tuple[dict[str, Rows], Any, Any]:
+    """All of a step that has state: quantisation, a teacher, queues, the update of the codebooks.
+
+    Returns:
+      (source -> rows with what the terms need in `made`, codebooks after the batch, aux after the batch).
+    """
 
   @abc.abstractmethod
-  def embed_step(self) -> Callable[..., dict[str, ModalityOutput]]:
-    """(params, codebooks, tokens) -> modality -> outputs; changes no state."""
+  def terms(self, stage: Stage) -> Mapping[str, Term]:
+    """Name -> pure function of one source's rows."""
 
-  def restore(self, codebooks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Codebook states from the nested arrays of a checkpoint."""
-    return dict(codebooks)
-
-
-@dataclasses.dataclass(frozen=True)
-class SourceRecipe(Recipe):
-  """A method whose loss is taken of each source's rows by themselves; what it says is that loss."""
-
-  @property
-  def weights(self) -> Mapping[str, float]:
-    """Weight of each term; 1 where not named."""
-    return {}
-
-  def start(self, state: TrainState, batch: Mapping[str, Any]) -> Any:
-    """The codebooks as a stage begins, given its first batch: at the start of a run those that `first` makes."""
-    tokens, masks, _ = merge_sources(batch)
-    features, _ = self.model.apply({"params": state.params}, tokens)
-    made = self.first(state.params, state.codebooks, features, masks, jax.random.fold_in(state.rng, 2**31 - 1))
-    return jax.tree.map(lambda old, new: jnp.where(state.step == 0, new, old), state.codebooks, made)
-
-  def first(
-    self, params: Any, codebooks: Any, features: Mapping[str, Array], masks: Mapping[str, Array], rng: Any
-  ) -> Any:
-    """The codebooks after having seen the features of the first batch (k-means, say)."""
-    return codebooks
-
-  def before(self, params: Any, aux: Any) -> Any:
-    """`aux` at the beginning of a step, before any loss (a teacher's update)."""
-    return aux
-
-  def kept(self, updates: Any) -> Any:
-    """The updates of the parameters, without those of what the method leaves as it is."""
-    return updates
-
-  @abc.abstractmethod
-  def loss(self, rows: Rows, codebooks: Any, aux: Any) -> Loss:
-    """The terms of one source's rows."""
+  def weights(self, stage: Stage) -> Mapping[str, float]:
+    """Weight of every term; 0 for one that is only watched."""
+    return dict.fromkeys(self.terms(stage), 1.0)
 
   def embed(self, params: Any, codebooks: Any, features: Mapping[str, Array]) -> dict[str, ModalityOutput]:
-    """What the method gives as embeddings: by default the heads' output, split and normalised."""
+    """The embeddings: by default the heads' output, split and normalised."""
     return {m: output(self.shared(m, x), self.specific(m, x)) for m, x in features.items()}
 
   def shared(self, modality: str, x: Float[Array, "b n d"]) -> Float[Array, "b n s"]:
@@ -238,75 +309,13 @@ class SourceRecipe(Recipe):
     """The specific part."""
     return x[..., self.model.towers[modality].shared_dim :]
 
-  def embeddings(self, rows: Rows) -> dict[str, Float[Array, "b s"]]:
+  def embeddings(self, features: Mapping[str, Float[Array, "b n _"]]) -> dict[str, Float[Array, "b s"]]:
     """Unit vectors of the class tokens' shared parts."""
-    return {m: unit(self.shared(m, x)[:, 0]) for m, x in rows.features.items()}
+    return {m: unit(self.shared(m, x)[:, 0]) for m, x in features.items()}
 
-  def train_step(
-    self, stage: Stage, tx: optax.GradientTransformation, frozen: frozenset[str] = frozenset()
-  ) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, dict[str, Array]]]:
-    """The step of a stage: (state, batch) -> (state, metrics), with batches as `step.make_train_step` has them.
-
-    Each source is a batch of its own; their losses are averaged by the sources' weights, and what a source changes in
-    codebooks and aux is what the next one finds. No gradient is computed for parameters at the `frozen` paths.
-
-    Raises:
-      ValueError: if the stage asks for a batch in parts or a ring, which only `codebind` has.
-    """
-    if stage.parts != 1 or stage.ring or stage.chunk:
-      raise ValueError(f"config.stages.{stage.name}: parts, ring and chunk are for method 'codebind' alone")
-
-    def loss_fn(params: Any, state: TrainState, batch: Mapping[str, Any], rng: Any):
-      params = optim.stop_frozen(params, frozen)
-      codebooks, aux = state.codebooks, self.before(params, state.aux)
-      share = {source: stage.weights.get(source, 1.0) for source in batch}
-      together = tuple(tuple(sorted(content["_mask"])) for content in batch.values())
-      terms: dict[str, Array] = {}
-      indices: dict[str, list[Array]] = {}
-      for number, (source, content) in enumerate(batch.items()):
-        drop_rng, rows_rng = jax.random.split(jax.random.fold_in(rng, number))
-        tokens = {m: content[m] for m in content["_mask"]}
-        features, scales = self.model.apply({"params": params}, tokens, train=True, rngs={"dropout": drop_rng})
-        scale = jnp.exp(2 * sum(jnp.log(scales[m]) for m in tokens) / len(tokens))
-        groups = content["_group"] * len(batch) + number
-        rows = Rows(tokens, features, content["_mask"], groups, stage.temperature / scale, params, stage, rows_rng,
-                    together)  # fmt: skip
-        found = self.loss(rows, codebooks, aux)
-        codebooks, aux = found.codebooks, found.aux
-        for name, value in found.terms.items():
-          terms[name] = terms.get(name, 0.0) + value * (share[source] / sum(share.values()))
-        for name, codes in found.indices.items():
-          indices.setdefault(name, []).append(codes.reshape(-1))
-      total = sum(self.weights.get(name, 1.0) * value for name, value in terms.items())
-      return total, jax.lax.stop_gradient((terms, indices, codebooks, aux))
-
-    def step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, dict[str, Array]]:
-      rng = jax.random.fold_in(state.rng, state.step)
-      (total, (terms, indices, codebooks, aux)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-        state.params, state, batch, rng
-      )
-      updates, opt_state = tx.update(grads, state.opt_state, state.params)
-      updates = self.kept(updates)
-      metrics = {f"train/{name}": value for name, value in terms.items()}
-      metrics |= {"train/total": total, "train/gradient_norm": optax.global_norm(grads)}
-      for name, parts in indices.items():
-        size = codebooks[name].codes.shape[0] if name in codebooks else state.params[EXTRA]["codes"].shape[0]
-        counts = code_counts(jnp.concatenate(parts), size)
-        metrics |= {f"codebook/{name}/{key}": value for key, value in usage_stats(counts).items()}
-      state = state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates),
-                            codebooks=codebooks, opt_state=opt_state, aux=aux)  # fmt: skip
-      return state, metrics
-
-    return step
-
-  def embed_step(self) -> Callable[..., dict[str, ModalityOutput]]:
-    """(params, codebooks, tokens) -> modality -> outputs; changes no state."""
-
-    def embed(params: Any, codebooks: Any, tokens: Mapping[str, Array]) -> dict[str, ModalityOutput]:
-      features, _ = self.model.apply({"params": params}, tokens)
-      return self.embed(params, codebooks, features)
-
-    return embed
+  def restore(self, codebooks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Codebook states from the nested arrays of a checkpoint."""
+    return dict(codebooks)
 
 
 def output(
@@ -324,6 +333,22 @@ def output(
   )  # fmt: skip
 
 
-def present(masks: Mapping[str, Bool[Array, "b"]], a: str, b: str) -> Bool[Array, "b"]:
-  """Rows that have both modalities."""
-  return masks[a] & masks[b]
+def merge_sources(
+  batch: Mapping[str, Any],
+) -> tuple[dict[str, Array], dict[str, Array], dict[tuple[str, str], slice]]:
+  """Concatenates each modality over the sources that have it, and says which rows are whose."""
+  inputs: dict[str, list[Array]] = {}
+  masks: dict[str, list[Array]] = {}
+  owners: dict[tuple[str, str], slice] = {}
+  for source, content in batch.items():
+    for name, mask in content["_mask"].items():
+      start = sum(part.shape[0] for part in inputs.get(name, []))
+      inputs.setdefault(name, []).append(content[name])
+      masks.setdefault(name, []).append(mask)
+      owners[source, name] = slice(start, start + mask.shape[0])
+  return {m: joined(p) for m, p in inputs.items()}, {m: joined(p) for m, p in masks.items()}, owners
+
+
+def joined(parts: Sequence[Array]) -> Array:
+  """The rows of several arrays, one array after the other."""
+  return parts[0] if len(parts) == 1 else jnp.concatenate(parts)

@@ -3,36 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from codebind_jax import build
 from codebind_jax.codebook import CodebookState
-from codebind_jax.compositional import CompositionalSpec, init_codebooks, new_codebooks
-from codebind_jax.losses import balance_init
-from codebind_jax.methods.base import Recipe
-from codebind_jax.models.towers import CodeBind
+from codebind_jax.compositional import (
+  CompositionalSpec,
+  ModalityOutput,
+  init_codebooks,
+  new_codebooks,
+  quantize_modalities,
+)
+from codebind_jax.methods import base
+from codebind_jax.methods.base import Forward, Rows, Term, output
+from codebind_jax.methods.codebind_terms import TERMS, Quantised
+from codebind_jax.models.towers import CodeBind, decode
 from codebind_jax.runtime.train_state import TrainState
-from codebind_jax.stages import Stage, stages_of
-from codebind_jax.step import balanced_terms, make_embed_step, make_train_step, merge_sources
+from codebind_jax.stages import Stage
 
 
 @dataclasses.dataclass(frozen=True)
-class Method(Recipe):
+class Method(base.Method):
   """The loss is `config.stages.*.losses`, the codebooks `config.codebook`; without quantiser it is plain InfoNCE.
 
   Attributes:
     spec: of the quantiser; None for none.
-    update: of the codebooks, `snapshot` or `sequential`.
-    balanced: terms whose weights the loss balancer sets in some stage.
+    update: of the codebooks, `snapshot` or `sequential` (the release).
   """
+
+  STAGE_KEYS = frozenset(("losses", "codes", "code_rows", "matching_temperature", "chunk", "ring"))
 
   spec: CompositionalSpec | None = None
   update: str = "snapshot"
-  balanced: tuple[str, ...] = ()
 
   @classmethod
   def build(cls, config: Any, model: CodeBind, options: Mapping[str, Any]) -> Method:
@@ -43,8 +51,7 @@ class Method(Recipe):
     """
     if options:
       raise ValueError(f"config.method_options: 'codebind' has none, got {sorted(options)}; see config.codebook")
-    terms = balanced_terms(stages_of(config))
-    return cls(model, build.make_spec(config), config.codebook.update_mode, terms)
+    return cls(model, build.make_spec(config), config.codebook.update_mode)
 
   @property
   def codebook_sizes(self) -> dict[str, int]:
@@ -53,30 +60,91 @@ class Method(Recipe):
       return {}
     return {"shared": self.spec.num_codes[0]} | dict(self.spec.num_specific_codes)
 
-  def init(self, rng: Any, features: Any, tokens: Any, towers: Any) -> tuple:
-    """Codebooks of random codes, and the loss balancer where a stage has it."""
-    aux = {"balance": balance_init(list(self.balanced))} if self.balanced else {}
-    return {}, new_codebooks(rng, self.spec, self.model.towers) if self.spec else {}, aux
+  def init(self, rng: Any, features: Mapping[str, Array], inputs: Mapping[str, Array], towers: Any) -> tuple:
+    """Codebooks of random codes."""
+    return {}, new_codebooks(rng, self.spec, self.model.towers) if self.spec else {}, {}
 
-  def start(self, state: TrainState, batch: Mapping[str, Any]) -> Any:
+  def start_codebooks(self, forward: Forward, state: TrainState, rng: Any) -> Any:
     """k-means start, from all tokens of the batch, of the codebooks that no earlier stage has filled."""
     if self.spec is None:
       return state.codebooks
-    tokens, masks, _ = merge_sources(batch)
-    features, _ = self.model.apply({"params": state.params}, tokens)
-    rng = jax.random.fold_in(state.rng, 2**31 - 1)
-    started = init_codebooks(rng, features, state.codebooks, self.spec, masks=masks)
+    started = init_codebooks(rng, forward.features, state.codebooks, self.spec, masks=forward.masks)
     keep = lambda old, new: jax.tree.map(lambda a, b: jnp.where(old.initialised, a, b), old, new)
     return {name: keep(old, started[name]) for name, old in state.codebooks.items()}
 
-  def train_step(self, stage: Stage, tx: Any, frozen: frozenset[str] = frozenset()) -> Callable[..., Any]:
-    """`step.make_train_step`."""
-    return make_train_step(self.model, self.spec, stage, tx, update=self.update, frozen=frozen)
+  def weights(self, stage: Stage) -> dict[str, float]:
+    """Those of the stage that are not 0."""
+    return {name: weight for name, weight in stage.losses.items() if weight}
 
-  def embed_step(self) -> Callable[..., Any]:
-    """`step.make_embed_step`."""
-    return make_embed_step(self.model, self.spec)
+  def terms(self, stage: Stage) -> dict[str, Term]:
+    """The stage's terms that have a weight."""
+    return {name: TERMS[name] for name in self.weights(stage)}
+
+  def observe(self, forward: Forward, state: TrainState, rng: Any, stage: Stage) -> tuple[dict[str, Rows], Any, Any]:
+    """Quantises all modalities of all sources against one snapshot of the codebooks."""
+    outputs = plain = self.plain_outputs(forward.features)
+    codebooks, ranges = state.codebooks, {}
+    if self.spec is not None:
+      code_rows = stage.code_rows if {"code_contrast", "code_matching"} & set(self.weights(stage)) else 1
+      ranges = similarity_ranges(forward, code_rows)
+      outputs, codebooks = quantize_modalities(
+        forward.features, codebooks, self.spec, update=self.update, rng=jax.random.split(rng)[1], masks=forward.masks,
+        similarity_rows={m: tuple(ranges[owner] for owner in ranges if owner[1] == m) for m in forward.features},
+      )  # fmt: skip
+      learns = lambda name: any(re.fullmatch(pattern, name) for pattern in stage.codes)
+      codebooks = {name: book if learns(name) else state.codebooks[name] for name, book in codebooks.items()}
+    rows, segment = forward.rows(rng, stage, state), self.spec.code_dims[0] if self.spec else 0
+    decoded = lambda name, full, width: decode(self.model, forward.params, name, full, width)
+    for source, part in rows.items():
+      own, own_plain = (outputs_of(source, x, forward, ranges) for x in (outputs, plain))
+      codes: dict[str, list[Any]] = {}
+      for m, out in own.items() if self.spec else ():
+        codes.setdefault("shared", []).append((out.indices_shared, part.masks[m]))
+        if out.indices_specific.size:
+          codes[m] = [(out.indices_specific, part.masks[m])]
+      rows[source] = dataclasses.replace(
+        part, made=Quantised(own, own_plain, segment, decoded), codes=codes,
+        groups=None if stage.unique_labels else part.groups,
+      )  # fmt: skip
+    return rows, codebooks, state.aux
+
+  def embed(self, params: Any, codebooks: Any, features: Mapping[str, Array]) -> dict[str, ModalityOutput]:
+    """The quantiser's outputs without similarities, which are for losses and would be most of the work."""
+    if self.spec is None:
+      return self.plain_outputs(features)
+    nobody = dict.fromkeys(features, ((0, 0),))
+    return quantize_modalities(features, codebooks, self.spec, update="none", similarity_rows=nobody)[0]
+
+  def plain_outputs(self, features: Mapping[str, Float[Array, "b n d"]]) -> dict[str, ModalityOutput]:
+    """The features, split and normalised as after quantisation."""
+    return {m: output(self.shared(m, x), self.specific(m, x)) for m, x in features.items()}
 
   def restore(self, codebooks: Mapping[str, Mapping[str, Any]]) -> dict[str, CodebookState]:
     """`CodebookState`s."""
     return {name: CodebookState(**state) for name, state in codebooks.items()}
+
+
+def similarity_ranges(forward: Forward, code_rows: int) -> dict[tuple[str, str], tuple[int, int]]:
+  """(source, modality) -> rows whose similarities to the codes are computed: the first `code_rows`, 0 for all."""
+  return {
+    owner: (rows.start, min(rows.start + code_rows, rows.stop) if code_rows else rows.stop)
+    for owner, rows in forward.owners.items()
+  }  # fmt: skip
+
+
+def outputs_of(
+  source: str, outputs: Mapping[str, ModalityOutput], forward: Forward,
+  ranges: Mapping[tuple[str, str], tuple[int, int]],
+) -> dict[str, ModalityOutput]:
+  """One source's rows of outputs; its similarities are those of its range, scalars (commitment) stay as they are."""
+  chosen, passed = {}, dict.fromkeys(outputs, 0)
+  for (owner, name), rows in forward.owners.items():
+    start, stop = ranges.get((owner, name), (0, 0))
+    at = slice(passed[name], passed[name] + stop - start)
+    passed[name] = at.stop
+    if owner == source:
+      part = jax.tree.map(lambda x, rows=rows: x[rows] if x.ndim else x, outputs[name])
+      chosen[name] = part.replace(
+        similarity_shared=outputs[name].similarity_shared[at], similarity_specific=outputs[name].similarity_specific[at]
+      )
+  return chosen

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,12 +19,30 @@ from jaxtyping import Array, Bool, Float
 from codebind_jax import transport
 from codebind_jax.compositional import ModalityOutput
 from codebind_jax.losses import prototypes
-from codebind_jax.methods.base import EXTRA, Loss, Rows, SourceRecipe, output, present
+from codebind_jax.methods import base
+from codebind_jax.methods.base import EXTRA, Forward, Rows, Term, output
 from codebind_jax.norm import unit
+from codebind_jax.runtime.train_state import TrainState
+from codebind_jax.stages import Stage
 
 
 @dataclasses.dataclass(frozen=True)
-class Method(SourceRecipe):
+class Assigned:
+  """What CODIS's terms look at beside the rows (`Rows.made`).
+
+  Attributes:
+    teacher: modality -> the teacher's unit embeddings [b, d].
+    plans: modality -> transport plan of them to the codes [b, k].
+    queue: modality -> older teacher embeddings; None without queues.
+  """
+
+  teacher: Mapping[str, Float[Array, "b d"]]
+  plans: Mapping[str, Float[Array, "b k"]]
+  queue: Mapping[str, prototypes.Queue] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Method(base.Method):
   """For each pair: <T, cost> for both views + swapped prediction both ways + four-term momentum contrast.
 
   Attributes:
@@ -38,6 +56,9 @@ class Method(SourceRecipe):
     iterations: of the solver.
     code_weight: weight of the three code losses together.
   """
+
+  BASE = "contrast"
+  FACTORS = {"transport": 0.1, "swapped": 0.1}
 
   codes: int = 256
   queue: int = 1024
@@ -58,12 +79,7 @@ class Method(SourceRecipe):
     """The one codebook, a parameter."""
     return {"shared": self.codes}
 
-  @property
-  def weights(self) -> dict[str, float]:
-    """Of the code losses; the contrast has 1."""
-    return dict.fromkeys(("transport", "swapped"), self.code_weight)
-
-  def init(self, rng: Any, features: Mapping[str, Array], tokens: Mapping[str, Array], towers: Any) -> tuple:
+  def init(self, rng: Any, features: Mapping[str, Array], inputs: Mapping[str, Array], towers: Any) -> tuple:
     """Random unit codes; a teacher equal to the student; empty queues."""
     width = self.model.towers[next(iter(features))].shared_dim
     codes = unit(jax.random.normal(rng, (self.codes, width), jnp.float32))
@@ -83,36 +99,46 @@ class Method(SourceRecipe):
     }[self.solver]
     return prototypes.assign(teacher, codes, plan=solve, mask=mask)
 
-  def before(self, params: Any, aux: Any) -> Any:
-    """The teacher follows the student."""
-    student = {name: value for name, value in params.items() if name != EXTRA}
-    return aux | {"teacher": prototypes.teacher_update(aux["teacher"], student, self.decay)}
+  def observe(self, forward: Forward, state: TrainState, rng: Any, stage: Stage) -> tuple[dict[str, Rows], Any, Any]:
+    """The teacher follows the student and embeds the batch; each source's rows are assigned, then join the queues."""
+    student = {name: value for name, value in forward.params.items() if name != EXTRA}
+    aux = state.aux | {"teacher": prototypes.teacher_update(state.aux["teacher"], student, self.decay)}
+    features, _ = forward.apply(jax.lax.stop_gradient(aux["teacher"]), forward.inputs, None)
+    rows = forward.rows(rng, stage, state)
+    for source, part in rows.items():
+      teacher = jax.lax.stop_gradient(self.embeddings(forward.of(source, features)))
+      codes = part.params[EXTRA]["codes"]
+      plans = {m: self.plan(x, codes, part.masks[m]) for m, x in teacher.items()}
+      chosen = tuple((jnp.argmax(plan, axis=1), part.masks[m]) for m, plan in plans.items())
+      made = Assigned(teacher, plans, aux.get("queue"))
+      rows[source] = dataclasses.replace(part, made=made, codes={"shared": chosen})
+      if self.queue:
+        queues = {m: prototypes.enqueue(aux["queue"][m], x, part.masks[m], part.groups) for m, x in teacher.items()}
+        aux = aux | {"queue": aux["queue"] | queues}
+    return rows, state.codebooks, aux
 
-  def loss(self, rows: Rows, codebooks: Any, aux: Any) -> Loss:
-    """Sums over the stage's pairs that the rows have."""
-    z, codes = self.embeddings(rows), rows.params[EXTRA]["codes"]
-    features, _ = self.model.apply({"params": jax.lax.stop_gradient(aux["teacher"])}, rows.tokens)
-    teacher = {m: jax.lax.stop_gradient(unit(self.shared(m, x)[:, 0])) for m, x in features.items()}
-    plans = {m: self.plan(x, codes, rows.masks[m]) for m, x in teacher.items()}
-    pairs = [(a, b) for a, b in rows.stage.pairs if a in z and b in z]
-    terms = dict.fromkeys(("contrast", "transport", "swapped"), jnp.zeros((), jnp.float32))
-    for a, b in pairs:
-      both = present(rows.masks, a, b)
-      terms["contrast"] += prototypes.pair_loss(
-        z, teacher, aux.get("queue"), (a, b), temperature=rows.temperature, alpha=self.alpha, mask=both,
-        groups_of=rows.groups_of,
-      ) / len(pairs)  # fmt: skip
-      for own, other in ((a, b), (b, a)):
-        terms["transport"] += prototypes.transport_loss(plans[own], teacher[own], codes) / len(pairs)
-        # A plan's row has mass 1 / (rows with the modality); times that number it is a distribution.
-        terms["swapped"] += prototypes.swapped_prediction(
-          plans[own], z[other], codes, temperature=self.gamma, mask=both, rows=jnp.sum(rows.masks[own])
-        ) / len(pairs)  # fmt: skip
-    if self.queue:
-      queues = {m: prototypes.enqueue(aux["queue"][m], x, rows.masks[m], rows.groups) for m, x in teacher.items()}
-      aux = aux | {"queue": aux["queue"] | queues}
-    chosen = jnp.concatenate([jnp.argmax(plan, axis=1) for plan in plans.values()])
-    return Loss(terms, codebooks, aux, {"shared": chosen})
+  def terms(self, stage: Stage) -> dict[str, Term]:
+    """Means over the stage's pairs that the rows have."""
+    return {"contrast": self._contrast, "transport": _transport, "swapped": self._swapped}
+
+  def weights(self, stage: Stage) -> dict[str, float]:
+    """Of the code losses; the contrast has 1."""
+    return {"contrast": 1.0} | dict.fromkeys(("transport", "swapped"), self.code_weight)
+
+  def _contrast(self, rows: Rows) -> Float[Array, ""]:
+    z = self.embeddings(rows.features)
+    return _over_pairs(rows, lambda a, b: prototypes.pair_loss(
+      z, rows.made.teacher, rows.made.queue, (a, b), temperature=rows.temperature, alpha=self.alpha,
+      mask=rows.both(a, b), groups_of=rows.groups_of,
+    ))  # fmt: skip
+
+  def _swapped(self, rows: Rows) -> Float[Array, ""]:
+    z, plans, codes = self.embeddings(rows.features), rows.made.plans, rows.params[EXTRA]["codes"]
+    # A plan's row has mass 1 / (rows with the modality); times that number it is a distribution.
+    one_way = lambda own, other: prototypes.swapped_prediction(
+      plans[own], z[other], codes, temperature=self.gamma, mask=rows.both(own, other), rows=jnp.sum(rows.masks[own])
+    )
+    return _over_pairs(rows, lambda a, b: one_way(a, b) + one_way(b, a))
 
   def embed(self, params: Any, codebooks: Any, features: Mapping[str, Array]) -> dict[str, ModalityOutput]:
     """The student's embeddings, and the code nearest to each by cosine."""
@@ -122,3 +148,14 @@ class Method(SourceRecipe):
       nearest = jnp.argmax(jnp.einsum("bnd,kd->bnk", unit(z), codes, precision=jax.lax.Precision.HIGHEST), axis=-1)
       found[name] = output(z, self.specific(name, x), nearest[..., None].astype(jnp.int32))
     return found
+
+
+def _transport(rows: Rows) -> Float[Array, ""]:
+  made, codes = rows.made, rows.params[EXTRA]["codes"]
+  cost = {m: prototypes.transport_loss(plan, made.teacher[m], codes) for m, plan in made.plans.items()}
+  return _over_pairs(rows, lambda a, b: cost[a] + cost[b])
+
+
+def _over_pairs(rows: Rows, loss: Callable[[str, str], Float[Array, ""]]) -> Float[Array, ""]:
+  values = [loss(a, b) for a, b in rows.pairs]
+  return sum(values) / len(values) if values else jnp.zeros((), jnp.float32)

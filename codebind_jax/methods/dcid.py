@@ -7,7 +7,7 @@ quantiser, `losses` the terms. Towers are those of every method here, so the pap
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,10 +17,12 @@ from jaxtyping import Array
 
 from codebind_jax.codebook import unified
 from codebind_jax.compositional import ModalityOutput
-from codebind_jax.methods.base import EXTRA, Loss, Rows, output
-from codebind_jax.methods.unified import Unified, masked_mse, same_steps
+from codebind_jax.methods.base import EXTRA, Forward, Rows, Term, output
+from codebind_jax.methods.unified import Unified, chosen_codes, masked_mse, modalities_together, same_steps
 from codebind_jax.models.critics import ConditionalGaussian, club_start
 from codebind_jax.models.levels import TokenDecoder
+from codebind_jax.runtime.train_state import TrainState
+from codebind_jax.stages import Stage
 
 # The released code's choices, as options (`config.method_options = dcid.RELEASE`).
 RELEASE = {
@@ -28,6 +30,44 @@ RELEASE = {
   "reset_keep": "codes_only", "club_input": "quantized", "club_per_step": False, "cpc_layers": 2,
   "cpc_over": "predictions", "cpc_self": 0.1, "matching": 0.5, "order": ("audio", "video", "text"),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+  """One level of one source's rows.
+
+  Attributes:
+    book: name of its codebook.
+    prefix: of its CLUB networks' names; "" for the first level.
+    weight: of its terms.
+    z: modality -> general vectors [b, t, d].
+    own: modality -> specific vectors [b, t, p].
+    targets: modality -> what is reconstructed [b, t, c].
+    codes: [k, d], before the batch.
+    quantized: modality -> quantised vectors.
+    general: modality -> what CLUB compares with `own`.
+    club: name -> fitted networks.
+    start_rng, club_rng: keys of the draws.
+  """
+
+  book: str
+  prefix: str
+  weight: Any
+  z: Mapping[str, Array]
+  own: Mapping[str, Array]
+  targets: Mapping[str, Array]
+  codes: Array
+  quantized: Mapping[str, unified.UnifiedQuantized]
+  general: Mapping[str, Array]
+  club: Mapping[str, Any]
+  start_rng: Any
+  club_rng: Any
+
+  def named(self, what: str) -> str:
+    """Prefix of the level's parameters."""
+    return f"{what}2_" if self.prefix else f"{what}_"
+
+
 @dataclasses.dataclass(frozen=True)
 class Method(Unified):
   """L = reconstruction + commitment + CPC + code matching + CLUB, unweighted; an embedding is the quantised vector.
@@ -39,11 +79,13 @@ class Method(Unified):
     second_after: steps before the second level counts (the release: three epochs).
   """
 
+  BASE = "coding"
+
   levels: int = 1
   second_weight: float = 0.3
   second_after: int = 100
 
-  def init(self, rng: Any, features: Mapping[str, Array], tokens: Mapping[str, Array], towers: Any) -> tuple:
+  def init(self, rng: Any, features: Mapping[str, Array], inputs: Mapping[str, Array], towers: Any) -> tuple:
     """Decoders and predictors; the codebook; CLUB's networks."""
     keys = iter(jax.random.split(rng, 6 * len(features) + 5))
     features = same_steps(features)
@@ -52,7 +94,7 @@ class Method(Unified):
     params = self.predictors(next(keys), z)
     aux: dict[str, Any] = {"club": {}, "step": jnp.zeros((), jnp.int32)}
     for m in sorted(z):
-      decoder = TokenDecoder(tokens[m].shape[-1], z[m].shape[-1])
+      decoder = TokenDecoder(inputs[m].shape[-1], z[m].shape[-1])
       params[f"decode_{m}"] = decoder.init(next(keys), z[m], own[m])["params"]
       if self.has_own(m):
         aux["club"][m] = club_start(ConditionalGaussian(own[m].shape[-1], self.club_hidden), next(keys), z[m])
@@ -71,64 +113,80 @@ class Method(Unified):
         aux["club"][f"second_{m}"] = club_start(ConditionalGaussian(width, self.club_hidden), next(keys), deeper)
     return params, books, aux
 
-  def first(
-    self, params: Any, codebooks: Any, features: Mapping[str, Array], masks: Mapping[str, Array], rng: Any
-  ) -> Any:
+  def first(self, forward: Forward, codebooks: Any, rng: Any) -> Any:
     """k-means of the first batch, at every level."""
-    features = same_steps(features)
+    features = same_steps(forward.features)
     z = {m: self.shared(m, x) for m, x in features.items()}
-    books = codebooks | {"shared": self.started(codebooks["shared"], z, masks, rng)}
+    books = codebooks | {"shared": self.started(codebooks["shared"], z, forward.masks, rng)}
     if self.levels > 1:
       own = {m: self.own_part(m, x) for m, x in features.items() if self.has_own(m)}
-      z2 = {m: self._second(params[EXTRA], "general", m, x) for m, x in own.items()}
-      books["second"] = self.started(codebooks["second"], z2, masks, rng)
+      z2 = {m: self._second(forward.params[EXTRA], "general", m, x) for m, x in own.items()}
+      books["second"] = self.started(codebooks["second"], z2, forward.masks, jax.random.fold_in(rng, 1))
     return books
 
-  def before(self, params: Any, aux: Any) -> Any:
-    """Counts the steps."""
-    return aux | {"step": aux["step"] + 1}
+  def observe(self, forward: Forward, state: TrainState, rng: Any, stage: Stage) -> tuple[dict[str, Rows], Any, Any]:
+    """Source after source: the codes of each level, their update, and CLUB's inner steps."""
+    books, aux = state.codebooks, state.aux | {"step": state.aux["step"] + 1}
+    rows, together = forward.rows(rng, stage, state), modalities_together(forward)
+    for source, part in rows.items():
+      features, levels, extra = same_steps(part.features), [], part.params[EXTRA]
+      z = {m: self.shared(m, x) for m, x in features.items()}
+      own = {m: self.own_part(m, x) for m, x in features.items()}
+      targets = {m: x[:, : z[m].shape[1]].astype(jnp.float32) for m, x in part.inputs.items()}
+      level, books, aux = self._level("shared", "", 1.0, z, own, targets, part, books, aux, together, part.rng)
+      levels.append(level)
+      if self.levels > 1:
+        z2 = {m: self._second(extra, "general", m, x) for m, x in own.items() if self.has_own(m)}
+        own2 = {m: nn.relu(self._second(extra, "specific", m, own[m])) for m in z2}
+        weight = jnp.where(aux["step"] > self.second_after, self.second_weight, 0.0)
+        level, books, aux = self._level(
+          "second", "second_", weight, z2, own2, {m: own[m] for m in z2}, part, books, aux, together,
+          jax.random.fold_in(part.rng, 9),
+        )  # fmt: skip
+        levels.append(level)
+      codes = {level.book: chosen_codes(level.quantized, part) for level in levels}
+      rows[source] = dataclasses.replace(part, made=tuple(levels), codes=codes)
+    return rows, books, aux
 
-  def loss(self, rows: Rows, codebooks: Any, aux: Any) -> Loss:
-    """The terms of the first level, and of the second where there is one."""
-    features = same_steps(rows.features)
-    z = {m: self.shared(m, x) for m, x in features.items()}
-    own = {m: self.own_part(m, x) for m, x in features.items()}
-    targets = {m: x[:, : z[m].shape[1]].astype(jnp.float32) for m, x in rows.tokens.items()}
-    terms, book, aux, chosen = self._level(rows, z, own, targets, codebooks["shared"], aux, "", rows.rng)
-    books, indices = codebooks | {"shared": book}, {"shared": chosen}
-    if self.levels > 1:
-      z2 = {m: self._second(rows.params[EXTRA], "general", m, x) for m, x in own.items() if self.has_own(m)}
-      own2 = {m: nn.relu(self._second(rows.params[EXTRA], "specific", m, own[m])) for m in z2}
-      more, books["second"], aux, indices["second"] = self._level(
-        rows, z2, own2, {m: own[m] for m in z2}, codebooks["second"], aux, "second_", jax.random.fold_in(rows.rng, 9)
-      )
-      weight = jnp.where(aux["step"] > self.second_after, self.second_weight, 0.0)
-      # The release has no code matching at the second level.
-      terms |= {name: terms[name] + weight * value for name, value in more.items() if name != "matching"}
-    return Loss(terms, books, aux, indices)
+  def terms(self, stage: Stage) -> dict[str, Term]:
+    """Each the weighted sum over the levels; the second has no code matching, as in the release."""
+    def summed(of_level: Callable[[Rows, Level], Array]) -> Term:
+      return lambda rows: sum(level.weight * of_level(rows, level) for level in rows.made)
+
+    return {
+      "commitment": summed(lambda rows, level: self.commitment_of(level.z, level.quantized, rows)),
+      "matching": lambda rows: self.matching_of(rows.made[0].z, rows.made[0].codes, rows),
+      "coding": summed(lambda rows, level: self.cross_coding(level.z, rows, level.start_rng, level.named("predict"))),
+      "club": summed(self._club),
+      "reconstruction": summed(_reconstruction),
+    }
+
+  def _level(
+    self, book: str, prefix: str, weight: Any, z: Any, own: Any, targets: Any, rows: Rows, books: Any, aux: Any,
+    together: tuple[tuple[str, ...], ...], rng: Any,
+  ) -> tuple[Level, Any, Any]:
+    reset_rng, start_rng, club_rng = jax.random.split(rng, 3)
+    before = books[book]
+    quantized, after = self.quantise(z, before, rows, together, reset_rng)
+    general = {m: quantized[m].vectors if self.club_input == "quantized" else x for m, x in z.items()}
+    for m in (m for m in sorted(z) if self.has_own(m)):
+      aux = self.club_fitted(f"{prefix}{m}", general[m], own[m], aux, rows.masks[m])
+    level = Level(
+      book, prefix, weight, z, own, targets, before.codes, quantized, general, aux["club"], start_rng, club_rng
+    )
+    return level, books | {book: after}, aux
+
+  def _club(self, rows: Rows, level: Level) -> Array:
+    total = jnp.zeros((), jnp.float32)
+    for number, m in enumerate(sorted(level.z)):
+      if self.has_own(m):
+        key, fitted = jax.random.fold_in(level.club_rng, number), level.club[f"{level.prefix}{m}"]
+        total += self.club_of(fitted, level.general[m], level.own[m], key, rows.masks[m])
+    return total
 
   def _second(self, extra: Any, part: str, name: str, x: Array) -> Array:
     kernel = extra[f"second_{name}"][part]
     return nn.Dense(kernel["bias"].shape[0]).apply({"params": kernel}, x)
-
-  def _level(
-    self, rows: Rows, z: Any, own: Any, targets: Any, book: Any, aux: Any, prefix: str, rng: Any
-  ) -> tuple[dict[str, Array], Any, Any, Array]:
-    masks, extra = {m: rows.masks[m] for m in z}, rows.params[EXTRA]
-    reset_rng, start_rng, club_rng = jax.random.split(rng, 3)
-    quantized, terms, book = self.code_losses(z, book, rows, reset_rng)
-    terms["coding"] = self.cross_coding(z, rows, start_rng, f"predict{'2' if prefix else ''}_")
-    terms["club"] = terms["reconstruction"] = jnp.zeros((), jnp.float32)
-    for number, m in enumerate(sorted(z)):
-      if self.has_own(m):
-        x = quantized[m].vectors if self.club_input == "quantized" else z[m]
-        key = jax.random.fold_in(club_rng, number)
-        value, aux = self.club_loss(f"{prefix}{m}", x, own[m], aux, key, masks[m])
-        terms["club"] += value
-      decoder = TokenDecoder(targets[m].shape[-1], z[m].shape[-1])
-      made = decoder.apply({"params": extra[f"decode{'2' if prefix else ''}_{m}"]}, quantized[m].vectors, own[m])
-      terms["reconstruction"] += masked_mse(made, targets[m], masks[m])
-    return terms, book, aux, jnp.concatenate([q.indices.reshape(-1) for q in quantized.values()])
 
   def embed(self, params: Any, codebooks: Any, features: Mapping[str, Array]) -> dict[str, ModalityOutput]:
     """`shared` is the code of the general part; `specific` the own part, or the second level's code."""
@@ -142,3 +200,13 @@ class Method(Unified):
         own, second = second.codes, second.indices[..., None]
       found[m] = output(first.codes, own, first.indices[..., None], second)
     return found
+
+
+def _reconstruction(rows: Rows, level: Level) -> Array:
+  total = jnp.zeros((), jnp.float32)
+  for m, target in sorted(level.targets.items()):
+    decoder = TokenDecoder(target.shape[-1], level.z[m].shape[-1])
+    params = rows.params[EXTRA][f"{level.named('decode')}{m}"]
+    made = decoder.apply({"params": params}, level.quantized[m].vectors, level.own[m])
+    total += masked_mse(made, target, rows.masks[m])
+  return total

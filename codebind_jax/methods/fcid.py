@@ -18,11 +18,13 @@ from jaxtyping import Array
 from codebind_jax import losses
 from codebind_jax.codebook import unified
 from codebind_jax.compositional import ModalityOutput
-from codebind_jax.methods.base import EXTRA, Loss, Rows, output, present
-from codebind_jax.methods.unified import Unified, masked_mse
+from codebind_jax.methods.base import EXTRA, Forward, Rows, Term, output
+from codebind_jax.methods.unified import Unified, chosen_codes, masked_mse, modalities_together
 from codebind_jax.models.critics import ConditionalGaussian, club_start
 from codebind_jax.models.levels import CoarseLevel, TokenDecoder
 from codebind_jax.norm import unit
+from codebind_jax.runtime.train_state import TrainState
+from codebind_jax.stages import Stage
 
 # The released code's choices; its codebook visits video, audio, text in this order.
 RELEASE = {
@@ -30,6 +32,34 @@ RELEASE = {
   "reset_keep": "codes_only", "club_per_step": False, "cpc_layers": 2, "cpc_over": "predictions", "cpc_self": 0.1,
   "matching": 0.5, "order": ("video", "audio", "text"),
 }
+
+
+GROUPS = ("coarse_sensors", "coarse_hub")  # CLUB networks of the coarse level
+
+
+@dataclasses.dataclass(frozen=True)
+class Levels:
+  """What FCID's terms look at beside the rows (`Rows.made`).
+
+  Attributes:
+    z: modality -> fine general vectors [b, t, d].
+    coarse: modality -> the coarse level's outputs.
+    codes: [k, d], before the batch.
+    quantized: modality -> quantised coarse vectors.
+    compared: name of a CLUB network -> general vectors, specific vectors, mask.
+    club: name -> fitted network.
+    start_rng: key of CPC's start.
+    keys: name of a CLUB network -> key of its shuffle.
+  """
+
+  z: Mapping[str, Array]
+  coarse: Mapping[str, Any]
+  codes: Array
+  quantized: Mapping[str, unified.UnifiedQuantized]
+  compared: Mapping[str, tuple[Array, Array, Array]]
+  club: Mapping[str, Any]
+  start_rng: Any
+  keys: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,18 +71,15 @@ class Method(Unified):
     contrast: weight of that InfoNCE, in one direction (sensor -> hub), as the release has it.
   """
 
+  BASE = "contrast"
+
   hub: str = "text"
   contrast: float = 1.0
-
-  @property
-  def weights(self) -> dict[str, float]:
-    """Of the terms."""
-    return super().weights | {"contrast": self.contrast}
 
   def _coarse(self, names: Any, width: int) -> CoarseLevel:
     return CoarseLevel(FrozenDict({m: "hub" if m == self.hub else "sensors" for m in names}), width)
 
-  def init(self, rng: Any, features: Mapping[str, Array], tokens: Mapping[str, Array], towers: Any) -> tuple:
+  def init(self, rng: Any, features: Mapping[str, Array], inputs: Mapping[str, Array], towers: Any) -> tuple:
     """Decoders of both levels, predictors, the compressors; the coarse codebook; CLUB's networks."""
     keys = iter(jax.random.split(rng, 6 * len(features) + 6))
     z = {m: self.shared(m, x) for m, x in features.items()}
@@ -64,7 +91,7 @@ class Method(Unified):
       params[f"coarse_decode_{m}"] = TokenDecoder(width, width).init(next(keys), z[m], z[m])["params"]
       if m in fine:
         own = self.own_part(m, features[m])
-        params[f"decode_{m}"] = TokenDecoder(tokens[m].shape[-1], width).init(next(keys), z[m], own)["params"]
+        params[f"decode_{m}"] = TokenDecoder(inputs[m].shape[-1], width).init(next(keys), z[m], own)["params"]
         if self.has_own(m):
           aux["club"][m] = club_start(ConditionalGaussian(own.shape[-1], self.club_hidden), next(keys), z[m])
     for group in ("sensors", "hub"):
@@ -73,60 +100,91 @@ class Method(Unified):
       )
     return params, {"shared": self.new_codebook(next(keys), width, z)}, aux
 
-  def first(
-    self, params: Any, codebooks: Any, features: Mapping[str, Array], masks: Mapping[str, Array], rng: Any
-  ) -> Any:
+  def first(self, forward: Forward, codebooks: Any, rng: Any) -> Any:
     """k-means of the first batch's coarse features, every token by itself."""
-    coarse = self._levels(params, {m: self.shared(m, x) for m, x in features.items()}, per_step=True)
+    coarse = self._levels(forward.params, {m: self.shared(m, x) for m, x in forward.features.items()}, per_step=True)
     general = {m: c.general for m, c in coarse.items()}
-    return codebooks | {"shared": self.started(codebooks["shared"], general, masks, rng)}
+    return codebooks | {"shared": self.started(codebooks["shared"], general, forward.masks, rng)}
 
   def _levels(self, params: Any, z: Mapping[str, Array], per_step: bool = False) -> dict[str, Any]:
     names = [m for m in self.model.towers if f"coarse_decode_{m}" in params[EXTRA]]
     level = self._coarse(names, next(iter(z.values())).shape[-1])
     return level.apply({"params": params[EXTRA]["coarse"]}, dict(z), per_step)
 
-  def loss(self, rows: Rows, codebooks: Any, aux: Any) -> Loss:
-    """The terms of both levels."""
-    z = {m: self.shared(m, x) for m, x in rows.features.items()}
-    if self.hub not in z or len(z) < 2:
-      raise ValueError(f"config.method_options.hub: needs {self.hub!r} and another modality; this source has "
-                       f"{sorted(z)}")  # fmt: skip
-    fine, extra = {m: x for m, x in z.items() if m != self.hub}, rows.params[EXTRA]
-    reset_rng, start_rng, club_rng = jax.random.split(rows.rng, 3)
-    coarse = self._levels(rows.params, z)
-    general = {m: c.general for m, c in coarse.items()}
-    quantized, terms, book = self.code_losses(general, codebooks["shared"], rows, reset_rng)
-    terms["coding"] = self.cross_coding(fine, rows, start_rng)
-    terms["contrast"] = sum(
+  def observe(self, forward: Forward, state: TrainState, rng: Any, stage: Stage) -> tuple[dict[str, Rows], Any, Any]:
+    """Source after source: the coarse codes, their update, and CLUB's inner steps at both levels.
+
+    Raises:
+      ValueError: if a source lacks the hub or has nothing else.
+    """
+    book, aux = state.codebooks["shared"], state.aux
+    rows, together = forward.rows(rng, stage, state), modalities_together(forward)
+    for source, part in rows.items():
+      z = {m: self.shared(m, x) for m, x in part.features.items()}
+      if self.hub not in z or len(z) < 2:
+        raise ValueError(f"config.method_options.hub: needs {self.hub!r} and another modality; source {source!r} has "
+                         f"{sorted(z)}")  # fmt: skip
+      reset_rng, start_rng, club_rng = jax.random.split(part.rng, 3)
+      coarse, before = self._levels(part.params, z), book.codes
+      quantized, book = self.quantise({m: c.general for m, c in coarse.items()}, book, part, together, reset_rng)
+      compared = self._compared(z, coarse, part)
+      for name, (x, y, mask) in compared.items():
+        aux = self.club_fitted(name, x, y, aux, mask)
+      keys = {m: jax.random.fold_in(club_rng, number) for number, m in enumerate(sorted(z))}
+      keys |= {name: jax.random.fold_in(club_rng, len(name.removeprefix("coarse_")) + 99) for name in GROUPS}
+      made = Levels(z, coarse, before, quantized, compared, aux["club"], start_rng, keys)
+      rows[source] = dataclasses.replace(part, made=made, codes={"shared": chosen_codes(quantized, part)})
+    return rows, state.codebooks | {"shared": book}, aux
+
+  def _compared(self, z: Any, coarse: Any, rows: Rows) -> dict[str, tuple[Array, Array, Array]]:
+    """Name of a CLUB network -> the general and the specific vectors it compares, and their mask."""
+    fine = [m for m in sorted(z) if m != self.hub]
+    compared = {m: (z[m], self.own_part(m, rows.features[m]), rows.masks[m]) for m in fine if self.has_own(m)}
+    for name, members in zip(GROUPS, (fine, [self.hub])):
+      general, specific = (jnp.concatenate([getattr(coarse[m], part) for m in members]) for part in
+                           ("general", "specific"))  # fmt: skip
+      compared[name] = general, specific, jnp.concatenate([rows.masks[m] for m in members])
+    return compared
+
+  def terms(self, stage: Stage) -> dict[str, Term]:
+    """Those of both levels together."""
+    general = lambda rows: {m: c.general for m, c in rows.made.coarse.items()}
+    fine = lambda rows: {m: x for m, x in rows.made.z.items() if m != self.hub}
+    return {
+      "commitment": lambda rows: self.commitment_of(general(rows), rows.made.quantized, rows),
+      "matching": lambda rows: self.matching_of(general(rows), rows.made.codes, rows),
+      "coding": lambda rows: self.cross_coding(fine(rows), rows, rows.made.start_rng),
+      "contrast": self._contrast,
+      "club": lambda rows: sum(
+        self.club_of(rows.made.club[name], x, y, rows.made.keys[name], mask)
+        for name, (x, y, mask) in rows.made.compared.items()
+      ),
+      "reconstruction": self._reconstruction,
+    }  # fmt: skip
+
+  def _contrast(self, rows: Rows) -> Array:
+    head = lambda m: unit(rows.made.coarse[m].general[:, 0])
+    return sum(
       losses.directed_info_nce(
-        unit(general[m][:, 0]), unit(general[self.hub][:, 0]), temperature=self.contrast_temperature,
-        mask=present(rows.masks, m, self.hub), groups=rows.groups_of(m, self.hub),
+        head(m), head(self.hub), temperature=rows.stage.temperature, mask=rows.both(m, self.hub),
+        groups=rows.groups_of(m, self.hub),
       )
-      for m in fine
+      for m in rows.made.z if m != self.hub
     )  # fmt: skip
-    terms["club"] = terms["reconstruction"] = jnp.zeros((), jnp.float32)
-    for number, m in enumerate(sorted(z)):
-      width = z[m].shape[-1]
-      made = TokenDecoder(width, width).apply(
-        {"params": extra[f"coarse_decode_{m}"]}, quantized[m].vectors, coarse[m].specific
+
+  def _reconstruction(self, rows: Rows) -> Array:
+    made, extra, total = rows.made, rows.params[EXTRA], jnp.zeros((), jnp.float32)
+    for m in sorted(made.z):
+      width = made.z[m].shape[-1]
+      coarse = TokenDecoder(width, width).apply(
+        {"params": extra[f"coarse_decode_{m}"]}, made.quantized[m].vectors, made.coarse[m].specific
       )
-      terms["reconstruction"] += masked_mse(made, coarse[m].compressed, rows.masks[m])
-      if m not in fine:
-        continue
-      own, target = self.own_part(m, rows.features[m]), rows.tokens[m].astype(jnp.float32)
-      made = TokenDecoder(target.shape[-1], width).apply({"params": extra[f"decode_{m}"]}, z[m], own)
-      terms["reconstruction"] += masked_mse(made, target, rows.masks[m])
-      if self.has_own(m):
-        value, aux = self.club_loss(m, z[m], own, aux, jax.random.fold_in(club_rng, number), rows.masks[m])
-        terms["club"] += value
-    for group, names in (("sensors", sorted(fine)), ("hub", [self.hub])):
-      x, y = (jnp.concatenate([getattr(coarse[m], part) for m in names]) for part in ("general", "specific"))
-      mask = jnp.concatenate([rows.masks[m] for m in names])
-      value, aux = self.club_loss(f"coarse_{group}", x, y, aux, jax.random.fold_in(club_rng, len(group) + 99), mask)
-      terms["club"] += value
-    chosen = jnp.concatenate([q.indices.reshape(-1) for q in quantized.values()])
-    return Loss(terms, codebooks | {"shared": book}, aux, {"shared": chosen})
+      total += masked_mse(coarse, made.coarse[m].compressed, rows.masks[m])
+      if m != self.hub:
+        own, target = self.own_part(m, rows.features[m]), rows.inputs[m].astype(jnp.float32)
+        fine = TokenDecoder(target.shape[-1], width).apply({"params": extra[f"decode_{m}"]}, made.z[m], own)
+        total += masked_mse(fine, target, rows.masks[m])
+    return total
 
   def embed(self, params: Any, codebooks: Any, features: Mapping[str, Array]) -> dict[str, ModalityOutput]:
     """Every token is compressed by itself and quantised, as in the release's inference; `specific` is the fine one."""

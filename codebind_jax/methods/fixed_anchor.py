@@ -3,41 +3,58 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from codebind_jax.losses import fixed_anchor_info_nce
-from codebind_jax.methods.base import Loss, Rows, SourceRecipe
+from codebind_jax.methods import base
+from codebind_jax.methods.base import Forward, Rows, Term
+from codebind_jax.runtime.train_state import TrainState
+from codebind_jax.stages import Stage
 
 
 @dataclasses.dataclass(frozen=True)
-class Method(SourceRecipe):
+class Method(base.Method):
   """L = sum over modalities i other than the anchor of L(A -> F_i) + L(F_i -> A).
 
   Attributes:
     anchor: the modality that the others are aligned with; every source must have it.
-    frozen: the anchor's tower stays as it is (its logit scale does not), as in the papers, where it is pre-trained; a
-      tower that starts at random should not be frozen.
+    frozen: the anchor's tower does not train (its logit scale does), as in the papers, where it is pretrained; a
+      tower that starts at random should train.
   """
+
+  BASE = "fixed_anchor"
 
   anchor: str = "image"
   frozen: bool = True
 
-  def kept(self, updates: Any) -> Any:
-    """Not even decayed is a frozen anchor."""
-    if not self.frozen or self.anchor not in updates:
-      return updates
-    return {**updates, self.anchor: jax.tree.map(jnp.zeros_like, updates[self.anchor])}
+  @property
+  def frozen_paths(self) -> tuple[str, ...]:
+    """A frozen anchor's tower, which gets no weight decay either."""
+    return (rf"{re.escape(self.anchor)}/.*",) if self.frozen else ()
 
-  def loss(self, rows: Rows, codebooks: Any, aux: Any) -> Loss:
+  def observe(self, forward: Forward, state: TrainState, rng: Any, stage: Stage) -> tuple[dict[str, Rows], Any, Any]:
+    """Nothing: the method has no state.
+
+    Raises:
+      ValueError: if a source lacks the anchor.
+    """
+    rows = forward.rows(rng, stage, state)
+    for source, part in rows.items():
+      if self.anchor not in part.features:
+        raise ValueError(f"config.method_options.anchor: {self.anchor!r} is not in source {source!r}; it has "
+                         f"{sorted(part.features)}")  # fmt: skip
+    return rows, state.codebooks, state.aux
+
+  def terms(self, stage: Stage) -> dict[str, Term]:
     """The sum over the rows' modalities."""
-    z = self.embeddings(rows)
-    if self.anchor not in z:
-      raise ValueError(f"config.method_options.anchor: {self.anchor!r} is not in this source; it has {sorted(z)}")
-    value = fixed_anchor_info_nce(
+    return {"fixed_anchor": self._alignment}
+
+  def _alignment(self, rows: Rows) -> Float[Array, ""]:
+    z = self.embeddings(rows.features)
+    return fixed_anchor_info_nce(
       z, z, temperature=rows.temperature, anchor=self.anchor, mask=dict(rows.masks),
       groups={m: rows.groups_of(self.anchor, m) for m in z}, stop_anchor=self.frozen,
     )  # fmt: skip
-    return Loss({"fixed_anchor": value}, codebooks, aux)

@@ -1,4 +1,4 @@
-"""What DCID and FCID share: one codebook for all modalities, its losses, CLUB, and prediction across modalities."""
+"""The base of DCID and FCID: one codebook for all modalities, its losses, CLUB, and prediction across modalities."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ from jaxtyping import Array
 from codebind_jax import losses
 from codebind_jax.codebook import kmeans, unified
 from codebind_jax.losses.unified import code_distribution, distribution_matching, unified_commitment
-from codebind_jax.methods.base import EXTRA, Rows, SourceRecipe, present
+from codebind_jax.methods import base
+from codebind_jax.methods.base import EXTRA, Forward, Rows
 from codebind_jax.models.critics import ConditionalGaussian, FuturePredictor, club_fit
 from codebind_jax.norm import unit
+from codebind_jax.runtime.train_state import TrainState
+from codebind_jax.stages import Stage
 
 MIN_STEPS = 3  # of a sequence for CPC: a context of two, and a future
 
 
 @dataclasses.dataclass(frozen=True)
-class Unified(SourceRecipe):
-  """The parts that DCID and FCID share: the codebook and its losses, CLUB, and the contrast across modalities.
+class Unified(base.Method):
+  """Options and parts that DCID and FCID share.
 
   Attributes:
     codes: size L of the codebook.
@@ -49,8 +52,12 @@ class Unified(SourceRecipe):
     cpc_layers: LSTM layers (paper 1, release 2).
     cpc_over: softmax over "futures" (paper) or "predictions" (release).
     cpc_self: weight of predicting oneself (release 0.1).
-    contrast_temperature: of the InfoNCE that takes CPC's place where there are fewer than three steps.
+
+  The stage's temperature is that of the InfoNCE that takes CPC's place where there are fewer than three steps; logit
+  scales do not enter.
   """
+
+  FACTORS = {"matching": 0.1, "club": 0.1, "coding": 1.0}
 
   codes: int = 400
   first_codes: str = "kmeans"
@@ -78,7 +85,6 @@ class Unified(SourceRecipe):
   cpc_layers: int = 1
   cpc_over: str = "futures"
   cpc_self: float = 0.0
-  contrast_temperature: float = 0.1
 
   def __post_init__(self):
     for field, allowed in (
@@ -94,10 +100,9 @@ class Unified(SourceRecipe):
     """The one codebook."""
     return {"shared": self.codes}
 
-  @property
-  def weights(self) -> dict[str, float]:
-    """Of the terms."""
-    return {name: getattr(self, name) for name in ("commitment", "matching", "club", "coding", "reconstruction")}
+  def weights(self, stage: Stage) -> dict[str, float]:
+    """The options of the terms' names."""
+    return {name: getattr(self, name) for name in self.terms(stage)}
 
   def new_codebook(self, rng: Any, width: int, modalities: Any) -> unified.UnifiedState:
     """A codebook that starts from small uniform codes (k-means replaces them, see `started`)."""
@@ -114,19 +119,25 @@ class Unified(SourceRecipe):
     means, _ = kmeans(rng, flat, self.codes, distance="l2", normalize=False, weights=here)
     return unified.new_unified(means, sorted(book.idle), count=self.start_count)
 
-  def code_losses(
-    self, z: Mapping[str, Array], book: unified.UnifiedState, rows: Rows, rng: Any
-  ) -> tuple[dict[str, Any], dict[str, Array], unified.UnifiedState]:
-    """(quantised vectors, terms, the codebook after the batch)."""
+  def start_codebooks(self, forward: Forward, state: TrainState, rng: Any) -> Any:
+    """At the start of a run the codebooks after its first batch (`first`); later stages go on with theirs."""
+    started = self.first(forward, state.codebooks, rng)
+    return jax.tree.map(lambda old, new: jnp.where(state.step == 0, new, old), state.codebooks, started)
+
+  def quantise(
+    self, z: Mapping[str, Array], book: unified.UnifiedState, rows: Rows, together: tuple[tuple[str, ...], ...],
+    rng: Any,
+  ) -> tuple[dict[str, unified.UnifiedQuantized], unified.UnifiedState]:
+    """(quantised vectors by modality, the codebook after the batch).
+
+    Args:
+      z: modality -> vectors [b, t, d].
+      book: before the batch.
+      rows: their masks count.
+      together: the modalities of each source of the batch.
+      rng: key of the reset.
+    """
     quantized, masks = unified.quantize_unified(z, book.codes), {m: rows.masks[m] for m in z}
-    commit = unified_commitment(
-      z, {m: q.codes for m, q in quantized.items()}, beta=self.beta, reduce=self.reduce, masks=masks
-    )
-    spread = {m: code_distribution(x, book.codes) for m, x in z.items()}
-    matching = [
-      distribution_matching(spread[a], spread[b], mask=present(masks, a, b), groups=rows.groups_of(a, b))
-      for a, b in itertools.combinations(sorted(z), 2)
-    ]
     new = unified.update_unified(
       book, z, {m: q.indices for m, q in quantized.items()}, form=self.form,
       order=self.order, decay=self.decay, own=self.own, how=self.partner, masks=masks,
@@ -134,18 +145,39 @@ class Unified(SourceRecipe):
     if self.reset_after:
       new = unified.reset_unified(
         new, rng, after=self.reset_after, used_by="any" if self.reset_by == "any" else "all",
-        together=rows.together if self.reset_by == "source" else (), keep=self.reset_keep,
+        together=together if self.reset_by == "source" else (), keep=self.reset_keep,
       )  # fmt: skip
-    return quantized, {"commitment": sum(commit.values()), "matching": sum(matching)}, new
+    return quantized, new
 
-  def club_loss(self, name: str, x: Array, y: Array, aux: Any, rng: Any, mask: Array) -> tuple[Array, Any]:
-    """(CLUB's estimate after its inner steps, aux with the network that made them)."""
+  def commitment_of(
+    self, z: Mapping[str, Array], quantized: Mapping[str, unified.UnifiedQuantized], rows: Rows
+  ) -> Array:
+    """The commitment of all modalities to their own and their partners' codes."""
+    codes = {m: q.codes for m, q in quantized.items()}
+    losses_of = unified_commitment(
+      z, codes, beta=self.beta, reduce=self.reduce, masks={m: rows.masks[m] for m in z}
+    )
+    return sum(losses_of.values())
+
+  def matching_of(self, z: Mapping[str, Array], codes: Array, rows: Rows) -> Array:
+    """Code matching of every two modalities."""
+    shares = {m: code_distribution(x, codes) for m, x in z.items()}
+    return sum(
+      distribution_matching(shares[a], shares[b], mask=rows.both(a, b), groups=rows.groups_of(a, b))
+      for a, b in itertools.combinations(sorted(z), 2)
+    )
+
+  def club_fitted(self, name: str, x: Array, y: Array, aux: Any, mask: Array) -> Any:
+    """`aux` after the inner steps of CLUB's network `name`."""
     net = ConditionalGaussian(y.shape[-1], self.club_hidden)
     fitted = club_fit(net, aux["club"][name], x, y, steps=self.club_steps, learning_rate=self.club_rate, mask=mask)
-    mu, logvar = net.apply({"params": fitted["params"]}, x)
+    return aux | {"club": aux["club"] | {name: fitted}}
+
+  def club_of(self, fitted: Any, x: Array, y: Array, rng: Any, mask: Array) -> Array:
+    """CLUB's estimate of the information between x and y under a fitted network."""
+    mu, logvar = ConditionalGaussian(y.shape[-1], self.club_hidden).apply({"params": fitted["params"]}, x)
     shuffle = jax.random.permutation(rng, x.shape[0])
-    value = losses.club_estimate(mu, logvar, y, shuffle, per_step=self.club_per_step, mask=mask)
-    return value, aux | {"club": aux["club"] | {name: fitted}}
+    return losses.club_estimate(mu, logvar, y, shuffle, per_step=self.club_per_step, mask=mask)
 
   def cross_coding(self, z: Mapping[str, Array], rows: Rows, rng: Any, prefix: str = "predict_") -> Array:
     """Cross-modal CPC; for sequences too short for it, InfoNCE between every two modalities."""
@@ -154,8 +186,8 @@ class Unified(SourceRecipe):
     if first.shape[1] < MIN_STEPS:
       heads = {m: unit(x[:, 0]) for m, x in z.items()}
       return sum((
-        losses.directed_info_nce(heads[a], heads[b], temperature=self.contrast_temperature,
-                                 mask=present(masks, a, b), groups=rows.groups_of(a, b))
+        losses.directed_info_nce(heads[a], heads[b], temperature=rows.stage.temperature,
+                                 mask=rows.both(a, b), groups=rows.groups_of(a, b))
         for a, b in itertools.permutations(sorted(z), 2)
       ), start=jnp.zeros((), jnp.float32))  # fmt: skip
     net = FuturePredictor(first.shape[-1], 1, self.cpc_layers)
@@ -198,3 +230,13 @@ def masked_mse(made: Array, target: Array, mask: Array) -> Array:
   """Mean squared error over the rows that count."""
   square = jnp.mean((made - target) ** 2, axis=(1, 2))
   return jnp.sum(jnp.where(mask, square, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def chosen_codes(quantized: Mapping[str, unified.UnifiedQuantized], rows: Rows) -> list[tuple[Array, Array]]:
+  """(codes, mask) of every modality, for the usage statistics."""
+  return [(q.indices, rows.masks[m]) for m, q in quantized.items()]
+
+
+def modalities_together(forward: Forward) -> tuple[tuple[str, ...], ...]:
+  """The modalities of each source."""
+  return tuple(tuple(sorted(forward.of(source, forward.masks))) for source in forward.sources)

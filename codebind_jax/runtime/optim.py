@@ -48,7 +48,9 @@ def make_schedule(learning_rate: float, steps: int, warmup: int, final_ratio: fl
   )
 
 
-def make_optimizer(params: Any, trainable: Sequence[str], config: Mapping[str, Any], steps: int):
+def make_optimizer(
+  params: Any, trainable: Sequence[str], config: Mapping[str, Any], steps: int, *, frozen: Sequence[str] = ()
+):
   """AdamW with clipping, frozen where no `trainable` pattern matches, tuned by `config.rules`.
 
   Args:
@@ -57,6 +59,7 @@ def make_optimizer(params: Any, trainable: Sequence[str], config: Mapping[str, A
     config: `learning_rate, warmup, final_ratio, b1, b2, weight_decay, clip_norm` and `rules`, a tuple of
       (regex, learning-rate multiplier, weight-decay multiplier).
     steps: optimizer steps of the stage.
+    frozen: regexes of paths that do not train even if `trainable` names them.
 
   Returns:
     (optax transformation, table): `table` maps each path to "frozen" or to its learning rate and weight decay.
@@ -70,7 +73,8 @@ def make_optimizer(params: Any, trainable: Sequence[str], config: Mapping[str, A
 
   def label(path: Any, setting: tuple[float, float]) -> str:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    active = any(re.fullmatch(pattern, name) for pattern in trainable) and setting[0] > 0
+    matches = lambda patterns: any(re.fullmatch(pattern, name) for pattern in patterns)
+    active = matches(trainable) and not matches(frozen) and setting[0] > 0
     return f"lr*{setting[0]:g} wd*{setting[1]:g}" if active else FROZEN
 
   labels = jax.tree_util.tree_map_with_path(label, settings, is_leaf=is_pair)

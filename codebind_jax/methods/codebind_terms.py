@@ -1,0 +1,141 @@
+"""The terms of CodeBind's loss (spec section 3): pure functions of one source's rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from codebind_jax import losses
+from codebind_jax.methods.base import Rows, Term
+from codebind_jax.runtime.sharding import row_axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantised:
+  """What CodeBind's terms look at beside the rows (`Rows.made`).
+
+  Attributes:
+    outputs: modality -> quantiser's outputs.
+    plain: modality -> the same of the features as they were before the quantiser.
+    segment: width of the codes; 0 without a quantiser.
+    decode: (modality, `full` of all its tokens, width) -> the tower's inputs as its decoder has them.
+  """
+
+  outputs: Mapping[str, Any]
+  plain: Mapping[str, Any]
+  segment: int
+  decode: Callable[[str, Float[Array, "b m d"], int], Float[Array, "b m c"]]
+
+  @property
+  def with_specific(self) -> list[str]:
+    """Modalities that have a specific part."""
+    return [m for m, out in self.outputs.items() if out.specific.shape[-1]]
+
+
+def _mean(values: list[Float[Array, ""]]) -> Float[Array, ""]:
+  return sum(values) / len(values) if values else jnp.zeros((), jnp.float32)
+
+
+def _info_nce(r: Rows) -> Float[Array, ""]:
+  return _align(r, r.made.outputs)
+
+
+def _info_nce_plain(r: Rows) -> Float[Array, ""]:
+  """InfoNCE before the quantiser, whose gradient does not pass straight through it."""
+  return _align(r, r.made.plain)
+
+
+def _align(r: Rows, outputs: Mapping[str, Any]) -> Float[Array, ""]:
+  stage = r.stage
+  tiled = stage.ring or stage.chunk  # the devices pass tiles on; gathered ones would be gathered anew for each tile
+  return _mean([
+    losses.info_nce(
+      outputs[a].shared[:, 0], outputs[b].shared[:, 0], temperature=stage.temperature, logit_scale_a=r.scales[a],
+      logit_scale_b=r.scales[b], mask=r.both(a, b), chunk=stage.chunk,
+      axes=row_axes(len(r.masks[a])) if tiled else (), groups=r.groups_of(a, b),
+    )
+    for a, b in r.pairs
+  ])
+
+
+def _commitment(r: Rows) -> Float[Array, ""]:
+  return sum((out.commitment for out in r.made.outputs.values()), start=jnp.zeros((), jnp.float32))
+
+
+def _code_contrast(r: Rows) -> Float[Array, ""]:
+  total, rows = jnp.zeros((), jnp.float32), r.stage.code_rows or None
+  for name, out in r.made.outputs.items():
+    for similarity in (out.similarity_shared[:rows], out.similarity_specific[:rows]):
+      if similarity.size:
+        mask = jnp.tile(r.masks[name][:rows], similarity.shape[1])  # segments first: devices may share them out
+        total += losses.code_contrast(jnp.swapaxes(similarity, 0, 1).reshape(-1, similarity.shape[-1]), mask=mask)
+  return total
+
+
+def _code_uniform(r: Rows) -> Float[Array, ""]:
+  used = ["shared", *r.made.with_specific]
+  return sum((losses.code_uniform(r.codebooks[name].codes) for name in used), start=jnp.zeros((), jnp.float32))
+
+
+def _code_matching(r: Rows) -> Float[Array, ""]:
+  rows, outputs = r.stage.code_rows or None, r.made.outputs
+  return _mean([
+    losses.code_matching(
+      outputs[a].similarity_shared[:rows], outputs[b].similarity_shared[:rows],
+      temperature=r.stage.matching_temperature, mask=r.both(a, b)[:rows],
+    )
+    for a, b in r.pairs
+  ])
+
+
+def _decomposition(r: Rows) -> Float[Array, ""]:
+  return _mean([
+    losses.decomposition(
+      (out := r.made.outputs[m]).shared, out.specific, mask=r.masks[m],
+      segment=0 if out.shared.shape == out.specific.shape else r.made.segment,
+    )
+    for m in r.made.with_specific
+  ])
+
+
+def _decorrelation(r: Rows) -> Float[Array, ""]:
+  return _mean([
+    losses.decorrelation((out := r.made.outputs[m]).shared[:, 0], out.specific[:, 0], mask=r.masks[m])
+    for m in r.made.with_specific
+  ])
+
+
+def _specific_uniform(r: Rows) -> Float[Array, ""]:
+  return _mean([
+    losses.specific_uniform(r.made.outputs[m].specific[:, 0], mask=r.masks[m]) for m in r.made.with_specific
+  ])
+
+
+def _reconstruction(r: Rows) -> Float[Array, ""]:
+  """Sum over the modalities (spec section 3); inputs are standardised, so that 1 is the error of a constant."""
+  total = jnp.zeros((), jnp.float32)
+  for name in (m for m in r.made.outputs if m != "text"):
+    target = jax.nn.standardize(r.inputs[name].astype(jnp.float32), epsilon=1e-6)
+    decoded = r.made.decode(name, r.made.outputs[name].full, target.shape[-1])
+    total += losses.reconstruction(decoded, target, mask=r.masks[name])
+  return total
+
+
+# Name in config.stages.*.losses -> term.
+TERMS: dict[str, Term] = {
+  "info_nce": _info_nce,
+  "info_nce_plain": _info_nce_plain,
+  "commitment": _commitment,
+  "code_contrast": _code_contrast,
+  "code_uniform": _code_uniform,
+  "code_matching": _code_matching,
+  "decomposition": _decomposition,
+  "decorrelation": _decorrelation,
+  "specific_uniform": _specific_uniform,
+  "reconstruction": _reconstruction,
+}
