@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 from codebind_jax import codebook as cb
 from codebind_jax.codebook import CodebookState
 from codebind_jax.codebook.clustering import kmeans
-from codebind_jax.codebook.revival import draw_anchors, sample_rows
+from codebind_jax.codebook.revival import draw_candidates, sample_rows
 from codebind_jax.codebook.segments import Segments, statistics, straight_through, transposed
 from codebind_jax.codebook.segments import similarity as similarities
 from codebind_jax.codebook.spec import SHARED, Layout
@@ -346,10 +346,10 @@ def _mean_square(x, weights):
 
 def _advance(state, parts, rng, spec):
   counts, sums = statistics(parts, state.codes.shape[0])
-  anchors = draw_anchors(spec.revive, rng, parts, jax.lax.stop_gradient(state.codes), distance=spec.distance)
+  candidates = draw_candidates(spec.revive, rng, parts, jax.lax.stop_gradient(state.codes), distance=spec.distance)
   frozen = jax.tree.map(jax.lax.stop_gradient, state)
   return cb.advance(
-    frozen, counts, sums, anchors, decay=spec.decay, eps=spec.eps, revive_mode=spec.revive_mode, ema=spec.ema
+    frozen, counts, sums, candidates, decay=spec.decay, eps=spec.eps, revive_mode=spec.revive_mode, ema=spec.ema
   )
 
 
