@@ -57,11 +57,7 @@ def result_of(predictions: Shaped[np.ndarray, "n"], targets: Shaped[np.ndarray, 
 def check_rows(
   train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray
 ) -> tuple[np.ndarray, ...]:
-  """The arguments as float32 matrices [n, d] and label arrays [n].
-
-  Raises:
-    ValueError: on empty or non-finite embeddings, differing lengths or widths, or a test label without training rows.
-  """
+  """The arguments as float32 matrices [n, d] and label arrays [n]; errors as in `linear_probe`."""
   train_x, test_x = base.finite_rows("train embeddings", train_x), base.finite_rows("test embeddings", test_x)
   base.check_widths(train=train_x, test=test_x)
   train_y, test_y = np.asarray(train_y), np.asarray(test_y)

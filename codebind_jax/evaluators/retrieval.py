@@ -222,13 +222,8 @@ class WithinRetrieval:
     if not has_partner.any():
       raise ValueError(f"{self.modality}: no two rows share a {self.field!r}, so nothing can be retrieved")
     if not has_partner.all():
-      logging.info(
-        "%s: %d of %d rows are alone with their %s and are not asked for",
-        self.modality,
-        (~has_partner).sum(),
-        len(has_partner),
-        self.field,
-      )
+      logging.info("%s: %d of %d rows are alone with their %s and are not asked for",
+                   self.modality, (~has_partner).sum(), len(has_partner), self.field)  # fmt: skip
     order = np.concatenate([np.flatnonzero(has_partner), np.flatnonzero(~has_partner)])
     for part, x in zip(parts, embeddings):
       x, ids, queries = x[order], numbers[order], int(has_partner.sum())
