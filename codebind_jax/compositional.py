@@ -1,8 +1,7 @@
 """Shared + specific compositional quantisation of all modalities in one call (CodeBind, section "Compositional VQ").
 
 The features of a modality are a shared part, cut into segments that the one shared codebook quantises, and a specific
-part, cut into segments that the modality's own codebook quantises. A vector is thus described by many codes out of
-small codebooks.
+part, cut into segments that the modality's own codebook quantises. Many codes of small codebooks describe one vector.
 """
 
 import zlib
@@ -18,14 +17,14 @@ from jaxtyping import Array, Bool, Float
 from codebind_jax import codebook as cb
 from codebind_jax.codebook import CodebookState
 from codebind_jax.codebook.clustering import kmeans
-from codebind_jax.codebook.revival import draw_anchors, sample_rows
+from codebind_jax.codebook.revival import draw_candidates, sample_rows
 from codebind_jax.codebook.segments import Segments, statistics, straight_through, transposed
 from codebind_jax.codebook.segments import similarity as similarities
 from codebind_jax.codebook.spec import SHARED, Layout
 from codebind_jax.codebook.spec import CompositionalSpec as CompositionalSpec
 from codebind_jax.losses.code_contrast import code_contrast_segments
 from codebind_jax.norm import unit
-from codebind_jax.runtime.sharding import spread
+from codebind_jax.runtime.sharding import split_over_devices
 
 Update = str
 
@@ -40,8 +39,8 @@ class ModalityOutput:
     full: [*lead, shared_dim + specific_dim], likewise.
     indices_shared: [*lead, s] int32 codes.
     indices_specific: [*lead, s'] int32 codes.
-    similarity_shared: [b, s, k] similarities of the class token's shared segments to the codes, or of the first rows'
-      alone where `similarity_rows` says so.
+    similarity_shared: [b, s, k] similarities of the class token's shared segments to the codes, for the rows that
+      `similarity_rows` selects.
     similarity_specific: [b, s', k'] likewise.
     commitment: commitment loss, shared and specific parts added (with the codebook loss where codes are parameters).
   """
@@ -108,7 +107,7 @@ def split_parts(
 
 
 def new_codebooks(rng: jax.Array, spec: CompositionalSpec, modalities: Iterable[str]) -> dict[str, CodebookState]:
-  """Random codebooks under the names that `quantize_modalities` looks for; start them with `init_codebooks`."""
+  """Random codebooks under the names that `quantize_modalities` expects; initialise them with `init_codebooks`."""
   sizes = {}
   for modality in modalities:
     shared, specific = spec.codebook_names(modality)
@@ -133,15 +132,15 @@ def quantize_modalities(
   Args:
     features: by modality, [b, t, c] (token 0 is the class token) or [b, c], any float type; c is the shared width
       plus the modality's specific one. Modalities may differ in b and t.
-    codebooks: `shared` and one for each modality with a specific part; others are passed through.
+    codebooks: `shared` and one for each modality with a specific part; others stay as they are.
     spec: how to cut and quantise.
     update: "snapshot" quantises every modality against the codebooks as they came and updates each once with the summed
       statistics; "sequential" updates after each call, as the release does; "none" leaves the codebooks alone.
     rng: key of the revival; a fixed one is used if it is None.
     masks: by modality, [b] or [b, t], True for real rows; masked ones touch neither the state nor the losses.
-    similarity_rows: of how many rows, from the first, the similarities are computed; 0 for all; or by modality the
-      ranges [start, stop) of rows, joined in that order. They are [b, s, k] and with their gradient cost many times
-      what the search does.
+    similarity_rows: number of leading rows whose similarities are computed, 0 for all; or by modality the ranges
+      [start, stop) of rows, joined in that order. Similarities are [b, s, k] and with their gradient cost many times
+      the search.
 
   Returns:
     Outputs by modality, and the codebooks after the update.
@@ -164,15 +163,15 @@ def quantize_modalities(
         continue
       if name not in codebooks:
         raise ValueError(f"codebooks lack {name!r}, which {modality!r} needs; they are {sorted(codebooks)}")
-      first = similarity_rows if isinstance(similarity_rows, Mapping) else {modality: ((0, similarity_rows),)}
-      looked = first.get(modality) if similarity_rows else None
-      result, used = _quantize_part(segments, codebooks[name], weights, x, spec, looked)
+      ranges = similarity_rows if isinstance(similarity_rows, Mapping) else {modality: ((0, similarity_rows),)}
+      row_ranges = ranges.get(modality) if similarity_rows else None
+      result, assigned = _quantize_part(segments, codebooks[name], weights, x, spec, row_ranges)
       quantised.append(result)
       if update == "sequential":
         key = _fold(rng, f"{modality}/{part}")
-        codebooks[name] = _advance(codebooks[name], [used], key, spec)
+        codebooks[name] = _advance(codebooks[name], [assigned], key, spec)
       elif update == "snapshot":
-        collected.setdefault(name, []).append(used)
+        collected.setdefault(name, []).append(assigned)
     outputs[modality] = _output(x, quantised, spec)
   for name, parts in collected.items():
     codebooks[name] = _advance(codebooks[name], parts, _fold(rng, name), spec)
@@ -189,17 +188,17 @@ def contrast_all_tokens(
 ) -> dict[str, Float[Array, ""]]:
   """`code_contrast` over every segment of every token, shared and specific parts added, by modality.
 
-  The release's form of the loss. It costs more than quantising does, so leave the call out where its weight is 0;
-  over the class token alone, `losses.code_contrast` of the outputs' similarities is nearly free.
+  The release's form of the loss. It costs more than quantising, so do not call it where its weight is 0; for the class
+  token alone, `losses.code_contrast` of the outputs' similarities is nearly free.
 
   Args:
     features: as in `quantize_modalities`.
-    codebooks: those the features are quantised with; they get a gradient only where `spec.ema` is off.
+    codebooks: those that quantise the features; they get a gradient only where `spec.ema` is off.
     spec: how to cut.
     double_softmax: as in `losses.code_contrast`.
     masks: as in `quantize_modalities`.
   """
-  masks, found = dict(masks or {}), {}
+  masks, losses = dict(masks or {}), {}
   for modality in features:
     x, weights = _check(modality, features[modality], masks.get(modality), spec)
     total = jnp.zeros((), jnp.float32)
@@ -211,8 +210,8 @@ def contrast_all_tokens(
         total += code_contrast_segments(
           segments, codes, distance=spec.distance, double_softmax=double_softmax, weights=weights
         )
-    found[modality] = total
-  return found
+    losses[modality] = total
+  return losses
 
 
 def init_codebooks(
@@ -226,16 +225,15 @@ def init_codebooks(
   max_segments: int = 65536,
   masks: Mapping[str, Bool[Array | np.ndarray, "..."]] | None = None,
 ) -> dict[str, CodebookState]:
-  """Starts the codebooks that are used by the given features from k-means over a batch.
+  """Initialises the codebooks that the given features use by k-means over a batch.
 
-  Codes become the means, with as much count as the k-means gave them (at least one, so that no code is inflated or
-  lost in the first updates). Works on every codebook the features reach; pass those that are not yet `initialised`
-  only.
+  Codes become the means, with their counts in the k-means (at least one, so that no code is inflated or lost in the
+  first updates). Every codebook that the features use is replaced; pass only those not yet `initialised`.
 
   Args:
     rng: key of the sample and of the first means.
     features: as in `quantize_modalities`.
-    codebooks: the codebooks; those that are not reached are passed through.
+    codebooks: the codebooks; those that the features do not use stay as they are.
     spec: how to cut.
     first_token: use class tokens only, as the release does.
     iterations: rounds of k-means.
@@ -311,11 +309,11 @@ def _segments(x, modality, spec):
   return parts[0].reshape(-1, ds, lanes.shape[1]), parts[1].reshape(-1, dp, lanes.shape[1])
 
 
-def _quantize_part(z, state, weights, x, spec, looked):
+def _quantize_part(z, state, weights, x, spec, row_ranges):
   """Quantises segments z of features x with one codebook.
 
   Returns:
-    ((vectors, indices, class-token similarity, loss), what the codebook's update needs).
+    ((vectors, indices, class-token similarity, loss), the segments with their codes for the codebook's update).
   """
   direction = unit(z, axis=1) if spec.normalize or spec.distance == "cosine" else z
   z = direction if spec.normalize else z
@@ -326,9 +324,9 @@ def _quantize_part(z, state, weights, x, spec, looked):
     loss = loss + _mean_square(vectors - jax.lax.stop_gradient(z), weights)
   class_token = direction.reshape(*direction.shape[:2], *x.shape[:-1])
   class_token = class_token[..., 0] if x.ndim == 3 else class_token
-  if looked is not None:
-    parts = [class_token[..., start:stop] for start, stop in looked]
-    class_token = spread(parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1))
+  if row_ranges is not None:
+    parts = [class_token[..., start:stop] for start, stop in row_ranges]
+    class_token = split_over_devices(parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1))
   if spec.detach_similarity:
     class_token = jax.lax.stop_gradient(class_token)
   similarity = jnp.moveaxis(similarities(class_token, codes, distance=spec.distance), 2, 0)
@@ -346,10 +344,10 @@ def _mean_square(x, weights):
 
 def _advance(state, parts, rng, spec):
   counts, sums = statistics(parts, state.codes.shape[0])
-  anchors = draw_anchors(spec.revive, rng, parts, jax.lax.stop_gradient(state.codes), distance=spec.distance)
+  candidates = draw_candidates(spec.revive, rng, parts, jax.lax.stop_gradient(state.codes), distance=spec.distance)
   frozen = jax.tree.map(jax.lax.stop_gradient, state)
   return cb.advance(
-    frozen, counts, sums, anchors, decay=spec.decay, eps=spec.eps, revive_mode=spec.revive_mode, ema=spec.ema
+    frozen, counts, sums, candidates, decay=spec.decay, eps=spec.eps, revive_mode=spec.revive_mode, ema=spec.ema
   )
 
 

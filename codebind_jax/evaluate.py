@@ -14,9 +14,10 @@ from absl import logging
 from codebind_jax.api import Model, load
 from codebind_jax.data.task import EvalSet, Task, open_task
 from codebind_jax.evaluators import base
+from codebind_jax.evaluators.class_mean import NearestClassMean
 from codebind_jax.evaluators.codes import CodebookUsage, shared_counts, table_counts
 from codebind_jax.evaluators.decomposition import decomposition
-from codebind_jax.evaluators.probe import LinearProbe, NearestClassMean
+from codebind_jax.evaluators.probe import LinearProbe
 from codebind_jax.evaluators.retrieval import Emergent, Retrieval
 from codebind_jax.evaluators.zeroshot import ZeroShot
 from codebind_jax.runtime.metrics import MetricsWriter, read_metrics

@@ -10,23 +10,23 @@ _ZERO = 1e-12
 
 
 def wide(x: Float[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
-  """x in float32, or in float64 where it is given so and jax is told to keep it (`jax.enable_x64`)."""
+  """x in float32, or in float64 if it is float64 and `jax.enable_x64` is on."""
   x = jnp.asarray(x)
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def unit(x: Float[Array | np.ndarray, "..."], axis: int = -1) -> Float[Array, "..."]:
-  """L2-normalises along one axis, in float32 (or `wide`r).
+  """L2-normalises along one axis, in float32 (or float64, as `wide`).
 
   A zero vector stays zero and gets a zero gradient; huge vectors do not overflow, because each is first divided by its
-  largest entry (a constant for the gradient, to which the result does not react).
+  largest entry (a constant for the gradient, because the result does not depend on it).
 
   Args:
     x: vectors of any float type.
     axis: the axis that holds the components of a vector.
 
   Returns:
-    float32 vectors of norm one, or zero.
+    vectors of norm one, or zero.
   """
   x = wide(x)
   if x.shape[axis] == 0:

@@ -1,7 +1,7 @@
 """Optimal transport between two discrete distributions: the proximal point method (IPOT) and Sinkhorn's.
 
 Both work on logarithms, so that a large cost or a marginal of 0 neither overflows nor divides by zero, and are
-differentiable, though what trains with a plan treats it as a constant.
+differentiable, though the losses treat a plan as a constant.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def ipot(
   marginals are exact after every step, row marginals in the limit.
 
   Args:
-    cost: of moving row i's mass to column j, finite.
+    cost: cost of moving row i's mass to column j, finite.
     a: mass of the rows; None for 1/n each. A row of mass 0 takes no part.
     b: mass of the columns; None for 1/m each.
     beta: size of a proximal step, in units of the cost.
@@ -72,7 +72,7 @@ def sinkhorn(
   reg: float,
   iterations: int,
 ) -> Float[Array, "n m"]:
-  """Plan of entropy-regularised transport (Cuturi, 2013): columns, then rows are scaled, `iterations` times.
+  """Plan of entropy-regularised transport (Cuturi, 2013): columns and then rows are scaled, `iterations` times.
 
   Args:
     cost: as for `ipot`.
@@ -111,7 +111,7 @@ def _prepare(cost, a, b, name, step, count):
 
 
 def _divide(log_mass, log_terms, axis):
-  """log(mass / sum of terms); where the mass is 0, or no term has any, so is the quotient."""
+  """log(mass / sum of terms); the quotient is 0 where the mass or the sum is."""
   empty = jnp.isneginf(log_mass)
   total = jax.nn.logsumexp(jnp.where(jnp.expand_dims(empty, axis), 0.0, log_terms), axis=axis)
   return jnp.where(empty | jnp.isneginf(total), -jnp.inf, log_mass - total)

@@ -4,7 +4,7 @@ Whether it fits a TPU slice, and what a step takes, without a TPU (minutes on tw
   python -m codebind_jax.main --config=configs/imagebind_huge.py --config.mode=compile --config.topology=v5e:16x16
   python -m codebind_jax.main --config=configs/imagebind_huge.py --config.mode=compile --config.topology=v5p:4x4x4
 `:decoder` adds the reconstruction of image and audio, to see its price.
-Training needs the public ImageBind weights (`models/imagebind.py` loads them) and data with images, audio and text.
+Training needs the public ImageBind weights (loader: `models/imagebind_weights.py`), images, audio and text.
 """
 
 from configs import common

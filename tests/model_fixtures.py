@@ -9,7 +9,8 @@ import ml_dtypes
 import numpy as np
 
 from codebind_jax.models.encoder import Encoder, EncoderSpec
-from codebind_jax.models.imagebind import HUGE, OFFICIAL_NAMES, load
+from codebind_jax.models.imagebind import HUGE
+from codebind_jax.models.imagebind_weights import OFFICIAL_NAMES, load
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 MODALITIES = ("image", "text", "audio", "depth", "thermal", "tactile", "imu", "eeg")

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import strategies as st
 
 from codebind_jax import codebook
+from codebind_jax.codebook.revival import draw_candidates
+from codebind_jax.codebook.segments import Segments
 from codebind_jax.norm import unit
 from tests.arrays import normal
 
@@ -211,12 +213,12 @@ def test_a_revived_code_is_still_there_after_the_next_update(revive):
   assert np.all(np.linalg.norm(lost.codes[dead] - release(state, revive=revive).codes[dead], axis=1) > 0.5)
 
 
-def test_anchors_are_segments_of_the_batch():
+def test_candidates_are_segments_of_the_batch():
   z, state = units(0, 50, 8), warm_state(1, 12, 8)
   indices = codebook.nearest_code(z, state.codes)
-  lanes = codebook.Segments(jnp.asarray(z).T[None], indices[None])
+  lanes = Segments(jnp.asarray(z).T[None], indices[None])
   nearest = z[np.argmax(z @ np.asarray(state.codes).T, axis=0)]
-  draw = lambda revive, seed=0: np.asarray(codebook.draw_anchors(revive, jax.random.key(seed), [lanes], state.codes))
+  draw = lambda revive, seed=0: np.asarray(draw_candidates(revive, jax.random.key(seed), [lanes], state.codes))
   np.testing.assert_allclose(draw("closest"), nearest, atol=1e-6)
   for revive in ("random", "probrandom"):
     rows = draw(revive)
@@ -224,14 +226,14 @@ def test_anchors_are_segments_of_the_batch():
     assert np.any(rows != draw(revive, 1))
   np.testing.assert_allclose(np.linalg.norm(draw("disturbance"), axis=1), 1.0, atol=1e-5)
   assert len(np.unique(draw("random"), axis=0)) == 12
-  assert codebook.draw_anchors("none", None, [lanes], state.codes) is None
+  assert draw_candidates("none", None, [lanes], state.codes) is None
 
 
 def test_probrandom_follows_the_softmax_of_the_similarity():
   z = np.concatenate([np.eye(4, dtype=np.float32)[:2], -np.eye(4, dtype=np.float32)[:1]])
   codes = jnp.tile(jnp.eye(4)[:1], (3000, 1))
-  part = codebook.Segments(jnp.asarray(z).T[None], jnp.zeros((1, 3), jnp.int32))
-  rows = np.asarray(codebook.draw_anchors("probrandom", jax.random.key(0), [part], codes))
+  part = Segments(jnp.asarray(z).T[None], jnp.zeros((1, 3), jnp.int32))
+  rows = np.asarray(draw_candidates("probrandom", jax.random.key(0), [part], codes))
   share = [np.mean(np.all(rows == row, axis=1)) for row in z]
   odds = np.exp([1.0, 0.0, -1.0])
   np.testing.assert_allclose(share, odds / odds.sum(), atol=0.04)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from codebind_jax import codebook, compositional, losses
+from codebind_jax.codebook.revival import draw_candidates
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 FILES = sorted(path.stem.removeprefix("codebind_mvq_") for path in GOLDEN.glob("codebind_mvq_*.npz"))
@@ -76,16 +77,16 @@ def run(request):
   return data, modalities, books, spec_of(json.loads(str(data["meta/config"])), modalities)
 
 
-def call(z, states, anchors, *, modality, spec, update):
+def call(z, states, candidates, *, modality, spec, update):
   """Outputs and new codebooks of one call; gradients of sum(full^3) + 10 commitment and of commitment alone."""
 
-  drawn = list(anchors)
+  drawn = list(candidates)
 
   def objectives(z, codes):
     books = {name: states[name].replace(codes=codes[name]) for name in states}
-    draw = (lambda *args, **kwargs: drawn.pop(0)) if anchors else codebook.draw_anchors
+    draw = (lambda *args, **kwargs: drawn.pop(0)) if candidates else draw_candidates
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(compositional, "draw_anchors", draw)
+      patch.setattr(compositional, "draw_candidates", draw)
       outputs, new = compositional.quantize_modalities({modality: z}, books, spec, update=update)
     out = outputs[modality]
     return (jnp.sum(out.full**3) + 10 * out.commitment, out.commitment), (out, new)
@@ -121,9 +122,9 @@ def test_three_training_steps_and_evaluation(run):
   for step in range(3):
     for modality in modalities:
       key = f"step{step}/{modality}"
-      anchors = [data[k] for k in (f"{key}/random_feat0", f"{key}/random_feat1") if k in data]
+      candidates = [data[k] for k in (f"{key}/random_feat0", f"{key}/random_feat1") if k in data]
       out, new, both, (alone, grads) = call(
-        data[f"{key}/z"], states, anchors, modality=modality, spec=spec, update="sequential"
+        data[f"{key}/z"], states, candidates, modality=modality, spec=spec, update="sequential"
       )
       check_outputs(data, key, modality, out, spec)
       close(both, data[f"{key}/grad_z"])

@@ -10,8 +10,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from codebind_jax import compositional
-from codebind_jax.codebook import nearest, segments
-from codebind_jax.codebook import revival as anchors
+from codebind_jax.codebook import nearest, revival, segments
 from codebind_jax.codebook.nearest import nearest_code, nearest_segments
 from codebind_jax.codebook.nearest_triton import nearest_by_triton
 
@@ -150,13 +149,13 @@ def test_codes_are_looked_up_alike_by_index_and_by_product():
   np.testing.assert_array_equal(by_product, segments.look_up(codes, indices))
 
 
-def test_anchors_are_drawn_alike_by_rows_and_by_lanes():
+def test_candidates_are_drawn_alike_by_rows_and_by_lanes():
   rng = np.random.default_rng(0)
   vectors = jnp.asarray(rng.normal(size=(3, 8, 40)), jnp.float32)
   segment, token = (jnp.asarray(rng.integers(0, high, 24), jnp.int32) for high in (3, 40))
   expected = np.stack([np.asarray(vectors)[s, :, t] for s, t in zip(segment, token)])
-  np.testing.assert_array_equal(anchors._rows_by_lanes(vectors, segment, token), expected)
-  np.testing.assert_array_equal(anchors._rows(vectors, segment, token), expected)
+  np.testing.assert_array_equal(revival._rows_by_lanes(vectors, segment, token), expected)
+  np.testing.assert_array_equal(revival._rows(vectors, segment, token), expected)
 
 
 def tpu_devices(monkeypatch):

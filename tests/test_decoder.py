@@ -7,7 +7,8 @@ import pytest
 
 from codebind_jax.losses.reconstruction import reconstruction, resize_target
 from codebind_jax.models.decoder import Decoder, decoder_for
-from codebind_jax.models.imagebind import HUGE, load
+from codebind_jax.models.imagebind import HUGE
+from codebind_jax.models.imagebind_weights import load
 from tests.model_fixtures import (
   CLIPS,
   encoded,

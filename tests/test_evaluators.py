@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, recall_score
 
-from codebind_jax.evaluators import base, codes, decomposition, intervals, probe, retrieval, zeroshot
+from codebind_jax.evaluators import base, class_mean, codes, decomposition, intervals, probe, retrieval, zeroshot
 
 
 def unit(*degrees):
@@ -273,23 +273,23 @@ def test_within_retrieval_leaves_out_the_query_and_the_lonely():
 
 def test_nearest_class_mean_by_hand():
   train = unit(0, 20, 90) * np.array([[5], [1], [1]], np.float32)
-  result = probe.nearest_class_mean(train, np.array([7, 7, 8]), unit(12, 48, 56), np.array([7, 7, 8]))
+  result = class_mean.nearest_class_mean(train, np.array([7, 7, 8]), unit(12, 48, 56), np.array([7, 7, 8]))
   # The means lie at 10 (not nearer to the long vector) and 90 degrees: the border is at 50.
   assert result.predictions.tolist() == [7, 7, 8] and result.accuracy == 100.0
-  result = probe.nearest_class_mean(train, np.array([7, 7, 8]), unit(12, 48, 48), np.array([7, 7, 8]))
+  result = class_mean.nearest_class_mean(train, np.array([7, 7, 8]), unit(12, 48, 48), np.array([7, 7, 8]))
   assert result.accuracy == pytest.approx(200 / 3) and result.balanced_accuracy == 50.0
   with pytest.raises(ValueError, match="test label '9' is not among the 2 classes"):
-    probe.nearest_class_mean(train, np.array([7, 7, 8]), unit(12), np.array([9]))
+    class_mean.nearest_class_mean(train, np.array([7, 7, 8]), unit(12), np.array([9]))
 
 
 def test_nearest_other_mean_leaves_the_row_out():
   x = unit(0, 10, 80, 90, 45)
-  assert probe.nearest_other_mean(x, np.array(["a", "a", "b", "b", "c"])).accuracy == 100.0
+  assert class_mean.nearest_other_mean(x, np.array(["a", "a", "b", "b", "c"])).accuracy == 100.0
   # With the row itself in the mean, both of the far-apart class would be right; without it, none is.
-  result = probe.nearest_other_mean(unit(0, 90, 2, 88), np.array(["a", "a", "b", "b"]))
+  result = class_mean.nearest_other_mean(unit(0, 90, 2, 88), np.array(["a", "a", "b", "b"]))
   assert result.accuracy == 0.0
   with pytest.raises(ValueError, match="alone in its class"):
-    probe.nearest_other_mean(unit(0, 90), np.array(["a", "b"]))
+    class_mean.nearest_other_mean(unit(0, 90), np.array(["a", "b"]))
 
 
 @hypothesis.given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30))
@@ -308,7 +308,7 @@ def test_linear_probe_finds_a_direction_the_class_means_hide():
   x[:, 3] += 3 * (2 * labels - 1)
   result = probe.linear_probe(x[:300], labels[:300], x[300:], labels[300:])
   assert result.accuracy > 97 and result.balanced_accuracy > 97 and result.val_accuracy > 97
-  assert probe.nearest_class_mean(x[:300], labels[:300], x[300:], labels[300:]).accuracy < 75
+  assert class_mean.nearest_class_mean(x[:300], labels[:300], x[300:], labels[300:]).accuracy < 75
 
 
 def test_linear_probe_is_the_same_when_features_are_scaled_shifted_and_outnumber_examples():
@@ -396,7 +396,7 @@ def test_probe_evaluators_show_what_is_in_the_specific_part():
     "image": image | {"label": concepts, "family": families},
     "text": {"shared": shared, "specific": shared[:, :0]},
   }
-  found = dict(base.run_evaluators([probe.NearestClassMean("image"), probe.LinearProbe("image")], table))
+  found = dict(base.run_evaluators([class_mean.NearestClassMean("image"), probe.LinearProbe("image")], table))
   assert found["ncm/image/shared"] > 90 > 20 > found["ncm/image/specific"]
   assert found["probe/family/image/specific"] > 95 and found["probe/family/image/full"] > 95
   assert found["probe/family/image/shared"] < 60
@@ -407,7 +407,7 @@ def test_probe_evaluators_show_what_is_in_the_specific_part():
   assert dict(probe.LinearProbe("image", train, parts=("specific",))(test))["probe/family/image/specific"] > 95
   with pytest.raises(ValueError, match="groups: 30 are in training and test"):
     list(probe.LinearProbe("image", table)(train))
-  assert dict(probe.NearestClassMean("image", table)(train))["ncm/image/shared"] > 90
+  assert dict(class_mean.NearestClassMean("image", table)(train))["ncm/image/shared"] > 90
 
 
 def test_linear_probe_is_fitted_once_for_all_sets(monkeypatch):

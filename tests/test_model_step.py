@@ -12,7 +12,7 @@ from codebind_jax.codebook import CodebookState
 from codebind_jax.compositional import CompositionalSpec, quantize_modalities, split_parts, split_segments
 from codebind_jax.losses.reconstruction import reconstruction
 from codebind_jax.models.decoder import decoder_for
-from codebind_jax.models.imagebind import load
+from codebind_jax.models.imagebind_weights import load
 from codebind_jax.norm import unit
 from tests.model_fixtures import CLIPS, SHARED, encoded, error, golden, inputs, jit, official, spec, state_dict
 

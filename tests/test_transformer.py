@@ -11,7 +11,8 @@ from absl import logging
 
 from codebind_jax.models import towers as codebind
 from codebind_jax.models.encoder import Encoder, EncoderSpec, fold_clips, mean_clips
-from codebind_jax.models.imagebind import HUGE, load, official_names
+from codebind_jax.models.imagebind import HUGE
+from codebind_jax.models.imagebind_weights import load, official_names
 from codebind_jax.models.stems import PatchStem, cubic_matrix, patch_grid, resize_positions
 from codebind_jax.models.text import TextStem, pool_at_end
 from codebind_jax.models.transformer import Attention, Transformer

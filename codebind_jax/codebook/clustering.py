@@ -33,7 +33,7 @@ def kmeans(
     iterations: rounds of assignment and mean.
     distance: "cosine" or "l2".
     init: first means, instead of drawn ones.
-    normalize: L2-normalise the means after each round. None: if all vectors are unit vectors.
+    normalize: L2-normalise the means after each round. None normalises if all vectors are unit vectors.
     weights: how often each row counts; 0 masks padding.
 
   Returns:
@@ -50,8 +50,8 @@ def kmeans(
   lanes = jnp.asarray(z, jnp.float32).T[None]
   weights = None if weights is None else jnp.asarray(weights, jnp.float32)
   if normalize is None:
-    off = jnp.abs(jnp.sum(lanes * lanes, axis=1) - 1.0)
-    on_sphere = jnp.max(off if weights is None else jnp.where(weights > 0, off, 0.0)) < 1e-3
+    error = jnp.abs(jnp.sum(lanes * lanes, axis=1) - 1.0)
+    on_sphere = jnp.max(error if weights is None else jnp.where(weights > 0, error, 0.0)) < 1e-3
   else:
     on_sphere = jnp.asarray(normalize)
   if init is None:
@@ -78,7 +78,7 @@ def _distant_rows(rng, z, weights, k):
   def draw(i, carry):
     rows, nearest = carry
     mass = jnp.where(weights > 0, nearest * weights, 0.0)
-    # With no row left that differs from the chosen ones, any will do.
+    # If every remaining row equals a chosen one, any row will do.
     cumulative = jnp.cumsum(jnp.where(jnp.sum(mass) > 0, mass, weights))
     position = (1.0 - jax.random.uniform(jax.random.fold_in(rng, i))) * cumulative[-1]
     row = z[:, jnp.searchsorted(cumulative, position, side="left")]

@@ -1,12 +1,12 @@
 """The nearest-code search: one function, several programs, chosen by the backend that compiles it.
 
 Segments are held as `[s, d, n]`: vectors on the last axis ("on lanes"). The width of a code is small (8), and an array
-whose last axis is 8 is padded to 128 in TPU memory, while on CPU the lanes are what the vector units work on.
+whose last axis is 8 is padded to 128 in TPU memory; on CPU, the vector units work along the lanes.
 
-What is fast differs by backend. CPU: a scan over the codes with a running best for every lane when codes are narrow,
-blocks of a matrix product with `max`, then the first equal column, when they are wide (XLA's argmax is slow there).
-TPU: a plain argmax of a matrix product, which the compiler fuses, so that the similarities are never written. GPU:
-an argmax by blocks (not fused there); a program of our own when codes are narrow and the GPU is NVIDIA's.
+The fastest program differs by backend. CPU: a scan over the codes with a running best for every lane when codes are
+narrow, blocks of a matrix product with `max`, then the first equal column, when they are wide (XLA's argmax is slow
+there). TPU: a plain argmax of a matrix product, which the compiler fuses, so that the similarities are never written.
+GPU: an argmax by blocks (not fused there), or a Triton program when codes are narrow and the GPU is NVIDIA's.
 """
 
 import functools
@@ -19,19 +19,16 @@ from jaxtyping import Array, Float, Int
 
 from codebind_jax.norm import unit
 
-# Options are plain strings to the type checker, so that a wrong one is a ValueError that names what is allowed.
+# A plain string to the type checker, so that a wrong option gives a ValueError that names the allowed ones.
 Distance = str
 
-# Widest code for which the scan over codes is used, the products unrolled in one of its steps, and the codes that are
-# compared one after the other.
-_NARROW = 32
-_UNROLLED_PRODUCTS = 256
-_CHAIN = 8
-# Rows of the similarity matrix held at once; on GPU as many as make so many similarities (64 MB).
-_CPU_BLOCK = 128
-_GPU_SCORES = 2**24
-# The row blocks take a stripe from each of this many equal parts of the batch, so that a batch sharded over as many
-# devices is worked on in place.
+_NARROW = 32  # widest code for which the scan over codes is used
+_UNROLLED_PRODUCTS = 256  # products unrolled in one step of the scan
+_CHAIN = 8  # codes compared one after the other in a step
+_CPU_BLOCK = 128  # rows of the similarity matrix held at once on CPU
+_GPU_SCORES = 2**24  # similarities held at once on GPU (64 MB)
+# A row block takes a stripe from each of this many equal parts of the batch, so that a batch sharded over as many
+# devices stays in place.
 _STRIPES = 64
 
 
@@ -88,8 +85,8 @@ def nearest_segments(
 
 @functools.cache
 def _compiled_search(backend: str):
-  """The search as a program of its own, for calls outside of jit."""
-  # XLA's CPU backend prefers 256-bit vectors; with 512 the scan takes half the time on machines that have them.
+  """The compiled search for calls outside of jit."""
+  # XLA's CPU backend prefers 256-bit vectors; 512-bit ones halve the time of the scan where the machine has them.
   options = {"xla_cpu_prefer_vector_width": 512} if backend == "cpu" else None
   return jax.jit(_search_rows, static_argnums=(2, 3), compiler_options=options)
 
@@ -148,10 +145,10 @@ def _scan_codes(z, codes, bias):
   rows = [z[:, j] for j in range(d)]
 
   def step(carry, block):
-    found, first = carry
-    best, index = jnp.real(found), jnp.imag(found)
+    best_and_index, first = carry
+    best, index = jnp.real(best_and_index), jnp.imag(best_and_index)
     for start in range(0, unroll, _CHAIN):
-      # The best of a few codes first: each comparison waits for the one before it.
+      # The best of a few codes comes first, because each comparison waits for the one before it.
       chain_best, chain_index = -jnp.inf, jnp.float32(0)
       for u in range(start, min(start + _CHAIN, unroll)):
         score = block[u, 0] * rows[0] - block[u, d]
@@ -165,8 +162,8 @@ def _scan_codes(z, codes, bias):
       index = jnp.where(better, first + chain_index, index)
     return (jax.lax.complex(best, index), first + unroll), None
 
-  # Score and index as one complex number: a kernel of XLA's CPU backend writes one array, so that two would be two
-  # kernels, each of which computes every score. Float32 holds any index of up to 2^24 codes.
+  # Score and index travel as one complex number: a kernel of XLA's CPU backend writes one array, so two arrays would
+  # need two kernels, each of which computes every score. Float32 holds any index of up to 2^24 codes.
   start = jax.lax.complex(jnp.full((s, n), -jnp.inf), jnp.zeros((s, n)))
   return jnp.imag(jax.lax.scan(step, (start, jnp.float32(0)), table)[0][0]).astype(jnp.int32)
 
@@ -178,7 +175,7 @@ def _argmax_lanes(z, codes, bias):
 
 
 def _argmax(score, axis=-1):
-  # argmax would return the first NaN. One reader of the score alone: with a second, TPU's compiler writes it out.
+  # argmax alone returns the first NaN. Only one operation reads the score, else TPU's compiler writes it to memory.
   return jnp.argmax(jnp.where(jnp.isnan(score), -jnp.inf, score), axis=axis).astype(jnp.int32)
 
 
@@ -204,8 +201,8 @@ def _row_blocks(z, codes, bias, *, block, pick):
   full = length // rows
   if full == 1 and rows == length:
     return search(z).reshape(n)
-  found = jax.lax.map(lambda i: search(jax.lax.dynamic_slice_in_dim(z, i * rows, rows, axis=1)), jnp.arange(full))
-  found = jnp.moveaxis(found, 0, 1).reshape(stripes, full * rows)
+  indices = jax.lax.map(lambda i: search(jax.lax.dynamic_slice_in_dim(z, i * rows, rows, axis=1)), jnp.arange(full))
+  indices = jnp.moveaxis(indices, 0, 1).reshape(stripes, full * rows)
   if full * rows < length:
-    found = jnp.concatenate([found, search(z[:, full * rows :])], axis=1)
-  return found.reshape(n)
+    indices = jnp.concatenate([indices, search(z[:, full * rows :])], axis=1)
+  return indices.reshape(n)

@@ -1,7 +1,7 @@
 """The search for narrow codes on NVIDIA GPUs: one Triton program, written with Pallas, that never writes a score.
 
-A program holds some segments in registers and walks over all codes. XLA's own forms there write the similarities, whole
-or by blocks, and are bound by memory (benchmarks/README.md has the times).
+A program holds some segments in registers and walks over all codes. XLA's own programs write the similarities, all at
+once or in blocks, and are bound by memory (benchmarks/README.md has the times).
 """
 
 import functools
@@ -13,22 +13,21 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
-# Segments of one program, codes compared in one step of its loop, and its threads in 32s.
-_ROWS = 512
-_UNROLL = 8
-_WARPS = 4
+_ROWS = 512  # segments of one program
+_UNROLL = 8  # codes compared in one step of its loop
+_WARPS = 4  # groups of 32 threads of one program
 
 
 def nearest_by_triton(
   z: Float[Array, "s d n"], codes: Float[Array, "k d"], bias: Float[Array, "k"], *, interpret: bool = False
 ) -> Int[Array, "s n"]:
-  """Index of the largest <z, code> - bias; the lowest wins ties, NaN gives 0. Batches split over devices stay so.
+  """Index of the largest <z, code> - bias; the lowest wins ties, NaN gives 0. A batch split over devices stays so.
 
   Args:
     z: segments with vectors on lanes.
-    codes: any number of them, as narrow as z.
-    bias: of each code.
-    interpret: run it without a GPU, slowly, for tests.
+    codes: the codebook, of any size.
+    bias: subtracted from each code's score.
+    interpret: run without a GPU, slowly, for tests.
   """
   return _partitioned(interpret)(z, codes, bias)
 
@@ -41,10 +40,10 @@ def _partitioned(interpret):
   def partition(mesh, arguments, result):
     return mesh, search, result.sharding, tuple(argument.sharding for argument in arguments)
 
-  # The compiler cannot look into the program: this tells it that every segment is searched for by itself.
-  found = custom_partitioning(search)
-  found.def_partition(partition, sharding_rule="s d n, k d, k -> s n", need_replication_factors=("d", "k"))
-  return found
+  # The compiler cannot see into the program: the rule tells it that every segment is searched independently.
+  partitioned = custom_partitioning(search)
+  partitioned.def_partition(partition, sharding_rule="s d n, k d, k -> s n", need_replication_factors=("d", "k"))
+  return partitioned
 
 
 def _search(z, codes, bias, interpret):
@@ -55,7 +54,7 @@ def _search(z, codes, bias, interpret):
   bias = jnp.concatenate([bias, jnp.broadcast_to(bias[:1], (fill,))])
   k = len(codes)
   pad = -n % _ROWS
-  found = pl.pallas_call(
+  indices = pl.pallas_call(
     functools.partial(_program, d=d, k=k),
     grid=(s, (n + pad) // _ROWS),
     in_specs=[
@@ -68,7 +67,7 @@ def _search(z, codes, bias, interpret):
     compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=1),
     interpret=interpret,
   )(jnp.pad(z, ((0, 0), (0, 0), (0, pad))), codes, bias)
-  return found[:, :n]
+  return indices[:, :n]
 
 
 def _program(z, codes, bias, out, *, d, k):

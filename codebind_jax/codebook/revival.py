@@ -1,4 +1,4 @@
-"""Anchors: the segments of a batch that unused codes are revived at (CVQ-VAE, Zheng and Vedaldi, 2023)."""
+"""Revival candidates: the segments of a batch that replace unused codes (CVQ-VAE, Zheng and Vedaldi, 2023)."""
 
 import functools
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ Revive = str
 
 
 @functools.partial(jax.jit, static_argnames=("revive", "distance"))
-def draw_anchors(
+def draw_candidates(
   revive: Revive,
   rng: jax.Array | None,
   parts: Sequence[Segments],
@@ -25,12 +25,12 @@ def draw_anchors(
   *,
   distance: Distance = "cosine",
 ) -> Float[Array, "k d"] | None:
-  """The segment of the batch that each code would be revived at; None for `revive="none"`.
+  """The segment of the batch that would replace each code; None for `revive="none"`.
 
   Args:
     revive: as in `update`.
     rng: key; a fixed one is used if it is None.
-    parts: what the codebook has quantised in this step; segments of tokens with weight 0 are never drawn.
+    parts: segments that the codebook has quantised in this step; those of tokens with weight 0 are never drawn.
     codes: the codes before the update.
     distance: the similarity that `closest` and `probrandom` use.
   """
@@ -44,33 +44,33 @@ def draw_anchors(
   if revive in ("closest", "probrandom"):
     return _best_segments(parts, codes, distance, rng if revive == "probrandom" else None)
   draw, noise = jax.random.split(rng)
-  anchors = _random_segments(draw, parts, codes.shape[0])
+  candidates = _random_segments(draw, parts, codes.shape[0])
   if revive == "disturbance":
-    # The noise turns the segment and leaves its length, so that anchors are unit vectors when segments are.
-    length = jnp.linalg.norm(anchors, axis=1, keepdims=True)
-    anchors = length * unit(anchors + jax.random.uniform(noise, anchors.shape, minval=-1.0, maxval=1.0))
-  return anchors
+    # The noise changes a segment's direction and not its length, so that unit segments give unit candidates.
+    length = jnp.linalg.norm(candidates, axis=1, keepdims=True)
+    candidates = length * unit(candidates + jax.random.uniform(noise, candidates.shape, minval=-1.0, maxval=1.0))
+  return candidates
 
 
 def _random_segments(rng, parts, k):
   """k segments drawn from all parts with probability proportional to their weight.
 
-  One draw from each of k equal strata of the batch, in random order: each segment is as likely as in independent
-  draws, but two codes do not get the same one, of which the second would never be used.
+  Each of k equal strata of the batch gives one draw, in random order: a segment is as likely as in independent draws,
+  but no two codes get the same one, of which the second would never be used.
   """
   place, order = jax.random.split(rng)
   cumulated = [None if part.weights is None else jnp.cumsum(jnp.maximum(part.weights, 0.0)) for part in parts]
   sizes = [part.vectors.shape[0] * (part.vectors.shape[2] if c is None else c[-1]) for part, c in zip(parts, cumulated)]
   stratum = jax.random.permutation(order, k)
   position = (stratum + jax.random.uniform(place, (k,))) / k * sum(sizes)
-  anchors = jnp.zeros((k, parts[0].vectors.shape[1]), jnp.float32)
+  candidates = jnp.zeros((k, parts[0].vectors.shape[1]), jnp.float32)
   first = 0.0
   for part, size, cumulative in zip(parts, sizes, cumulated):
     s, _, n = part.vectors.shape
     token = (position - first) / s
     segment = jnp.floor((token - jnp.floor(token)) * s)
     if cumulative is not None:
-      # One comparison with all, which is a plain sum over devices, unless it is large.
+      # Comparing with every entry is a plain sum over devices; a large search scans instead.
       method = "compare_all" if k * n <= _COMPARE_ALL else "scan"
       token = jnp.searchsorted(cumulative, token, side="right", method=method)
     token = jnp.clip(token.astype(jnp.int32), 0, n - 1)
@@ -79,9 +79,9 @@ def _random_segments(rng, parts, k):
     if part is parts[-1]:
       here = position >= first
     drawn = jax.lax.platform_dependent(part.vectors, segment, token, tpu=_rows_by_lanes, default=_rows)
-    anchors = jnp.where(here[:, None], drawn, anchors)
+    candidates = jnp.where(here[:, None], drawn, candidates)
     first = first + size
-  return anchors
+  return candidates
 
 
 def _rows(vectors, segment, token):
@@ -89,7 +89,7 @@ def _rows(vectors, segment, token):
 
 
 def _rows_by_lanes(vectors, segment, token):
-  """The same, whole tokens first: to gather rows of 8 TPU's compiler would lay all segments out as such."""
+  """`_rows` by way of whole tokens: for a gather of rows of 8, TPU's compiler would copy all segments to such rows."""
   s, d, n = vectors.shape
   lanes = jnp.take(vectors.reshape(s * d, n), token, axis=1, mode="clip").reshape(s, d, -1)
   here = segment == jnp.arange(s, dtype=segment.dtype)[:, None]
@@ -99,7 +99,7 @@ def _rows_by_lanes(vectors, segment, token):
 def sample_rows(
   rng: jax.Array, parts: Sequence[Segments], limit: int
 ) -> tuple[Float[Array, "n d"], Float[Array, "n"] | None]:
-  """All segments of the parts as rows with their weights; beyond `limit`, that many drawn at random."""
+  """All segments of the parts as rows with their weights; `limit` of them drawn at random if there are more."""
   size = sum(part.vectors.shape[0] * part.vectors.shape[2] for part in parts)
   if size > limit:
     return _random_segments(rng, parts, limit), None
@@ -113,14 +113,14 @@ def sample_rows(
 
 
 def _best_segments(parts, codes, distance, rng):
-  """For each code the segment of highest similarity; with a key, of similarity plus Gumbel noise (a softmax draw)."""
-  best, anchors = jnp.full(codes.shape[0], -jnp.inf), jnp.zeros_like(codes)
+  """The most similar segment of each code; with a key, Gumbel noise is added to the similarity (a softmax draw)."""
+  best, candidates = jnp.full(codes.shape[0], -jnp.inf), jnp.zeros_like(codes)
   for number, part in enumerate(parts):
     key = None if rng is None else jax.random.fold_in(rng, number)
     score, segment = _best_of_part(part, codes, distance, key)
-    anchors = jnp.where((score > best)[:, None], segment, anchors)
+    candidates = jnp.where((score > best)[:, None], segment, candidates)
     best = jnp.maximum(best, score)
-  return anchors
+  return candidates
 
 
 def _best_of_part(part, codes, distance, rng):

@@ -1,6 +1,6 @@
 """Segments with vectors on lanes: their codes, their similarities to codes and their statistics.
 
-A batch's segments are `[s, d, n]`: s segments of width d of each of n tokens (`nearest.py` says why in this order).
+A batch's segments are `[s, d, n]`: s segments of width d of each of n tokens (`nearest.py` explains this order).
 """
 
 import functools
@@ -17,7 +17,7 @@ from codebind_jax.norm import unit
 
 
 class Segments(NamedTuple):
-  """Segments that one codebook has quantised, with vectors on the last axis (`nearest.py` says why).
+  """Segments that one codebook has quantised, with vectors on the last axis.
 
   Attributes:
     vectors: [s, d, n] float32, s segments of each of n tokens.
@@ -38,16 +38,14 @@ def transposed(x: Float[Array, "a b"]) -> Float[Array, "b a"]:
 
 transposed.defvjp(lambda x: (transposed(x), None), lambda _, cotangent: (transposed(cotangent),))
 
-# Rows that are transposed at once on CPU, where a cache line that is fetched for one entry is still there for the next;
-# and the size of a matrix that stays in the cache as a whole.
-_ROWS = 16
-_CACHED = 2**17
+_ROWS = 16  # rows transposed at once on CPU: a cache line fetched for one entry still serves the next
+_CACHED = 2**17  # entries of a matrix that fits into the cache
 
 
 def _transposed_in_blocks(x):
-  """XLA fuses a plain transpose with its neighbours on CPU and walks over the whole matrix for each row it writes."""
+  """The transpose by blocks: XLA on CPU would fuse it with its neighbours and read the whole matrix for each row."""
   a, b = x.shape
-  # A stripe for each device, so that rows which are split over devices are worked on in place.
+  # One stripe a device, so that rows split over devices stay in place.
   stripes = math.gcd(a, jax.device_count())
   length = a // stripes
   size = max(1, _ROWS // stripes)
@@ -73,9 +71,9 @@ def _take(codes, indices):
 
 
 def _one_hot_look_up(codes, indices):
-  """The same by a product with one-hot codes, which TPU's compiler never writes: a gather there makes rows of 8.
+  """`_take` as a product with one-hot codes, which TPU's compiler never writes; a gather there makes rows of 8.
 
-  A float32 is the sum of three bfloat16, so that the product is exact.
+  The product is exact, because a float32 is the sum of three bfloat16.
   """
   one_hot = (indices[:, None] == jnp.arange(codes.shape[0], dtype=jnp.int32)[:, None]).astype(jnp.float32)
   contract = (((0,), (1,)), ((), ()))  # not an einsum, which would put the narrow axis last
@@ -110,7 +108,7 @@ def statistics(parts: Sequence[Segments], num_codes: int) -> tuple[Float[Array, 
   """Number n_k and sum s_k of the segments assigned to each code, over all parts and all devices.
 
   Args:
-    parts: what the codebook has quantised in this step.
+    parts: segments that the codebook has quantised in this step.
     num_codes: k.
   """
   counts, sums = zip(*(_part_statistics(part, num_codes) for part in parts))
@@ -122,7 +120,7 @@ def _part_statistics(part, num_codes):
   s, _, n = vectors.shape
   ones = jnp.ones((s, 1, n), jnp.float32)
   if weights is not None:
-    # `where` and not a product alone, because padding may hold NaN.
+    # A product alone would not do, because padding may hold NaN.
     vectors = jnp.where(weights > 0, vectors * weights, 0.0)
     ones = ones * jnp.maximum(weights, 0.0)
   sums = jax.lax.platform_dependent(
@@ -153,12 +151,12 @@ def _one_hot_sums(vectors, indices, num_codes, block=128):
   return jax.lax.map(sums, blocks).reshape(-1, vectors.shape[1])[:num_codes]
 
 
-_BITS = 26  # of a number that are added, relative to the largest one
-_COPIES, _COPIES_SIZE = 64, 2**20  # of sums that a GPU adds up beside one another, and their numbers at most
+_BITS = 26  # bits of a number that are added, relative to the largest number
+_COPIES, _COPIES_SIZE = 64, 2**20  # most copies of the sums that a GPU adds to in parallel, and most numbers in them
 
 
 def _copied(indices, num_codes, width=1):
-  """(copies, [m] indices into copies x codes): adds to one address wait for one another, so neighbours get others."""
+  """(copies, [m] indices into copies x codes): additions to one address wait, so neighbours go to different copies."""
   copies = max(1, min(_COPIES, _COPIES_SIZE // (num_codes * width)))
   flat = indices.reshape(-1)
   return copies, flat + num_codes * (jnp.arange(flat.size, dtype=flat.dtype) % copies)
@@ -177,26 +175,26 @@ def code_counts(indices: Int[Array, "..."], num_codes: int) -> Float[Array, "k"]
 
 
 def _integer_sums(vectors, indices, num_codes):
-  """Sums by scatters of integers: on GPU these are added in any order, and only integers do not mind.
+  """Sums by scatters of integers: a GPU adds in any order, which changes sums of floats but not of integers.
 
-  A number becomes an integer relative to the largest of its component, in parts so short that no sum overflows. A
-  number that is not finite makes all sums of its component NaN.
+  A number becomes an integer relative to the largest of its component, in parts of so few bits that no sum overflows.
+  A number that is not finite makes all sums of its component NaN.
   """
   s, d, n = vectors.shape
   values = jnp.moveaxis(vectors, 1, 0).reshape(d, s * n)
   largest = jnp.max(jnp.abs(values), axis=1, keepdims=True, initial=0.0)
-  # A power of two, so that to divide and to multiply by it is exact.
+  # A power of two, so that dividing and multiplying by it is exact.
   scale = jnp.where(largest > 0, 2.0 ** jnp.ceil(jnp.log2(jnp.where(largest > 0, largest, 1.0))), 1.0)
   finite = jnp.isfinite(values)
-  left = jnp.where(finite, values / scale, 0.0)
+  remainder = jnp.where(finite, values / scale, 0.0)
   copies, where = _copied(indices, num_codes, d)
   bits = max(1, min(_BITS // 2, 30 - math.ceil(math.log2(max(1, -(-s * n // copies))))))
   total = 0.0
   for part in range(1, math.ceil(_BITS / bits) + 1):
     unit_of_part = 2.0 ** (-bits * part)
-    whole = jnp.round(left / unit_of_part)
-    left = left - whole * unit_of_part
-    sums = jax.vmap(lambda x: jax.ops.segment_sum(x, where, copies * num_codes))(whole.astype(jnp.int32))
+    rounded = jnp.round(remainder / unit_of_part)
+    remainder = remainder - rounded * unit_of_part
+    sums = jax.vmap(lambda x: jax.ops.segment_sum(x, where, copies * num_codes))(rounded.astype(jnp.int32))
     high, low = ((x.reshape(d, copies, -1).sum(1)).astype(jnp.float32) for x in (sums >> 15, sums & 0x7FFF))
     total = total + (high * 2.0**15 + low) * unit_of_part
   return jnp.where(jnp.all(finite, axis=1, keepdims=True), total * scale, jnp.nan).T

@@ -18,19 +18,19 @@ from jaxtyping import Array, Bool, Float, Int
 from codebind_jax.codebook.clustering import kmeans as kmeans
 from codebind_jax.codebook.nearest import Distance, check_distance, nearest_segments
 from codebind_jax.codebook.nearest import nearest_code as nearest_code
-from codebind_jax.codebook.revival import Revive, draw_anchors
+from codebind_jax.codebook.revival import Revive, draw_candidates
 from codebind_jax.codebook.segments import Segments, look_up, statistics, straight_through
 from codebind_jax.norm import unit
 
 ReviveMode = str
 
 # How "survive" recovers from a collapse; usage in units of a mean code's. While more than _DEAD_SHARE of the codes are
-# used less than _DEAD_USAGE, a code below _STALE_USAGE that the batch does not use is revived: the rate of the paper
-# alone waits until a code's usage has fallen a thousandfold, some 600 updates at a decay of 0.99.
+# used less than _DEAD_USAGE, a code below _STALE_USAGE that the batch does not use is revived: the paper's rate alone
+# waits until a code's usage has fallen a thousandfold, some 600 updates at a decay of 0.99.
 _DEAD_SHARE = 0.02
 _DEAD_USAGE = 0.3
 _STALE_USAGE = 0.45
-# A revived code starts with the usage of a mean one, or with this where the averages have only begun: either keeps
+# A revived code starts with the usage of a mean one, or with this while the averages are young: either keeps
 # the next updates from reviving it again.
 _REVIVED_FLOOR = 0.02
 
@@ -140,7 +140,7 @@ def update(
   rng: jax.Array | None = None,
   weights: Float[Array | np.ndarray, "n"] | Bool[Array | np.ndarray, "n"] | Int[Array | np.ndarray, "n"] | None = None,
   distance: Distance = "cosine",
-  anchors: Float[Array | np.ndarray, "k d"] | None = None,
+  candidates: Float[Array | np.ndarray, "k d"] | None = None,
 ) -> CodebookState:
   """One EMA step with Laplace smoothing, then revival of unused codes (`advance` has the equations).
 
@@ -150,14 +150,14 @@ def update(
     indices: the code of each segment.
     decay: g, the decay of all moving averages.
     eps: of the Laplace smoothing.
-    revive: where the anchors of unused codes come from: `random` segments of the batch; for each code its `closest`
+    revive: where the candidates for unused codes come from: `random` segments of the batch; for each code its `closest`
       segment; `probrandom`, drawn with the softmax of the similarity; `disturbance`, random with noise of U(-1, 1);
       or `none`.
     revive_mode: "survive", or "codes_only", which the next update overwrites as the release does.
-    rng: key of the anchors; without one, a fixed key is used.
+    rng: key of the candidates; without one, a fixed key is used.
     weights: how often each row counts; 0 masks padding, which then has no effect whatever it holds.
     distance: the similarity that `closest` and `probrandom` use.
-    anchors: overrides the choice of anchors.
+    candidates: vectors for unused codes, instead of drawn ones.
 
   Returns:
     The new state. If all weights are 0 it is the old one.
@@ -170,9 +170,9 @@ def update(
   weights = None if weights is None else jnp.asarray(weights, jnp.float32)
   part = Segments(jnp.asarray(z, jnp.float32).T[None], jnp.asarray(indices)[None], weights)
   counts, sums = statistics([part], state.codes.shape[0])
-  if anchors is None:
-    anchors = draw_anchors(revive, rng, [part], state.codes, distance=distance)
-  return advance(state, counts, sums, anchors, decay=decay, eps=eps, revive_mode=revive_mode)
+  if candidates is None:
+    candidates = draw_candidates(revive, rng, [part], state.codes, distance=distance)
+  return advance(state, counts, sums, candidates, decay=decay, eps=eps, revive_mode=revive_mode)
 
 
 @functools.partial(jax.jit, static_argnames=("decay", "eps", "revive_mode", "ema"))
@@ -180,7 +180,7 @@ def advance(
   state: CodebookState,
   counts: Float[Array, "k"],
   sums: Float[Array, "k d"],
-  anchors: Float[Array | np.ndarray, "k d"] | None,
+  candidates: Float[Array | np.ndarray, "k d"] | None,
   *,
   decay: float = 0.99,
   eps: float = 1e-5,
@@ -190,16 +190,16 @@ def advance(
   """The state after a batch with the given statistics (section 2 of the method's description).
 
   EMA: N <- g N + (1-g) n, M <- g M + (1-g) s, code <- M / Nhat with Nhat_k = (N_k + eps) / (sum N + K eps) sum N.
-  Revival: p <- g p + (1-g) n / sum n, a = exp(-10 K p / (1-g) - 1e-3), code <- (1 - a) code + a anchor.
-  With "survive" a revived code also takes a mean code's count (N is then rescaled, so that its total is what the EMA
-  made it), M = N code, and a mean code's usage, so that it is still in place after the next update; and in a collapse
-  (many codes hardly used) a is exp(-1e-3) for every code that is neither used by the batch nor much used before it.
+  Revival: p <- g p + (1-g) n / sum n, a = exp(-10 K p / (1-g) - 1e-3), code <- (1 - a) code + a candidate.
+  With "survive" a revived code also takes a mean code's count (N is then rescaled to keep its total), M = N code, and a
+  mean code's usage, so that the next update leaves it in place; and in a collapse (many codes hardly used) a is
+  exp(-1e-3) for every code that is neither used by the batch nor much used before it.
 
   Args:
     state: the codebook before the batch.
     counts: n_k, segments assigned to each code.
     sums: s_k, their sum.
-    anchors: what unused codes move to; None for no revival.
+    candidates: vectors that unused codes move to; None for no revival.
     decay: g.
     eps: of the Laplace smoothing.
     revive_mode: "survive" or "codes_only".
@@ -223,7 +223,7 @@ def advance(
     mass = jnp.sum(count)
     smoothed = (count + eps) / (mass + k * eps) * mass
     codes = ema_sum / jnp.maximum(smoothed, 1e-30)[:, None]
-  if anchors is not None:
+  if candidates is not None:
     rate = jnp.exp(-10.0 * k * usage / (1 - decay) - 1e-3)
     if survive:
       relative = usage * (k / jnp.maximum(jnp.sum(usage), 1e-30))
@@ -231,17 +231,17 @@ def advance(
       stale = (relative < _STALE_USAGE) & (counts == 0) & collapse
       rate = jnp.where(stale, math.exp(-1e-3), rate)
     if survive and ema:
-      # A code without a count has no mean: the smoothing would inflate it, so it blends from where it was.
+      # A code without a count has no mean: the smoothing would inflate it, so the blend starts from the old code.
       codes = jnp.where((count < eps)[:, None], state.codes, codes)
-    codes = codes * (1 - rate)[:, None] + anchors * rate[:, None]
+    codes = codes * (1 - rate)[:, None] + candidates * rate[:, None]
     if survive:
       usage = usage + rate * jnp.maximum(jnp.sum(usage), _REVIVED_FLOOR) / k
     if survive and ema:
       mean = jnp.sum(count) / k
       blended = count + rate * (mean - count)
       blended = blended * (jnp.sum(count) / jnp.maximum(jnp.sum(blended), 1e-30))
-      kept = ema_sum * (blended / jnp.maximum(count, 1e-30))[:, None]
-      ema_sum = jnp.where((rate > 0)[:, None], blended[:, None] * codes, kept)
+      rescaled = ema_sum * (blended / jnp.maximum(count, 1e-30))[:, None]
+      ema_sum = jnp.where((rate > 0)[:, None], blended[:, None] * codes, rescaled)
       count = blended
   new = CodebookState(codes, count, ema_sum, usage, state.initialised)
   return jax.tree.map(lambda a, b: jnp.where(total > 0, a, b), new, state)
@@ -255,7 +255,7 @@ def usage_stats(counts: Float[Array | np.ndarray, "k"] | Int[Array | np.ndarray,
 
   Returns:
     `active_share` (0-1) of codes used at all, `perplexity` (exponential of the entropy of use, 1 to k), the number of
-    `dead` codes, and `max_share` (0-1), the part that the most used code takes. All 0 (`dead` k) if nothing was
+    `dead` codes, and `max_share` (0-1), the share of the most used code. All 0 (`dead` k) if nothing was
     counted.
   """
   counts = jnp.asarray(counts, jnp.float32)

@@ -1,9 +1,9 @@
 """One codebook for all modalities, step by step: the quantiser of DCID (Uni-Code), FCID and H-DCID.
 
-Xia et al., "Achieving Cross Modal Generalization with Multimodal Unified Representation" (NeurIPS 2023): a code is
-moved towards what every modality assigns to it, and half of what a vector says comes from its partner in the other
-modality at the same step (multi-modal EMA, eq. 7). The paper's form is the default; the release's is named where it
-differs. Codes are compared by Euclidean distance and nothing is normalised.
+Xia et al., "Achieving Cross Modal Generalization with Multimodal Unified Representation" (NeurIPS 2023): a code moves
+towards the vectors that every modality assigns to it, each averaged with its partner in the other modality at the same
+step (multi-modal EMA, eq. 7). The paper's form is the default; the release's is named where it differs. Codes are
+compared by Euclidean distance and nothing is normalised.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class UnifiedState:
 
   @property
   def initialised(self) -> bool:
-    """Always."""
+    """Always True."""
     return True
 
 
@@ -69,8 +69,8 @@ def new_unified(
   Args:
     codes: e.g. U(-1/k, 1/k), as the release starts, or k-means means.
     modalities: their names.
-    count: initial `ema_count`; `ema_sum` is count * codes. The release has 0 and codes, whose first updates throw codes
-      that are not used far out: pass 0 for that.
+    count: initial `ema_count`; `ema_sum` is count * codes. 0 starts as the release does, with `ema_sum` = codes: its
+      first updates move unused codes far away.
   """
   codes = wide(codes)
   total = codes * (count if count else 1.0)
@@ -80,17 +80,17 @@ def new_unified(
 
 def quantize_unified(features: Features, codes: Float[Array | np.ndarray, "k d"]) -> dict[str, UnifiedQuantized]:
   """Nearest code of every step of every modality (eq. 2), with z + sg(e - z)."""
-  found, codes = {}, jax.lax.stop_gradient(wide(codes))
+  quantized, codes = {}, jax.lax.stop_gradient(wide(codes))
   for name, z in features.items():
     z = wide(z)
     indices = nearest_code(jax.lax.stop_gradient(z).reshape(-1, z.shape[-1]), codes, distance="l2")
     chosen = codes[indices].reshape(z.shape)
-    found[name] = UnifiedQuantized(z + jax.lax.stop_gradient(chosen - z), chosen, indices.reshape(z.shape[:-1]))
-  return found
+    quantized[name] = UnifiedQuantized(z + jax.lax.stop_gradient(chosen - z), chosen, indices.reshape(z.shape[:-1]))
+  return quantized
 
 
 def partners(features: Features, *, how: str = "same", masks: Masks | None = None) -> dict[str, Float[Array, "b t d"]]:
-  """What the other modalities say at every step of each one: the mean over those present, its own where there is none.
+  """Partner of every vector: the mean of the other modalities' present at its step, or itself where there is none.
 
   Args:
     features: modality -> vectors.
@@ -104,7 +104,7 @@ def partners(features: Features, *, how: str = "same", masks: Masks | None = Non
   if how not in ("same", "attention"):
     raise ValueError(f"how must be 'same' or 'attention', got {how!r}")
 
-  def told(z, other):
+  def aligned(z, other):
     if how == "same":
       return other
     scores = jnp.einsum("btd,bud->btu", z, other, precision=_HIGH) / np.sqrt(z.shape[-1])
@@ -116,7 +116,7 @@ def partners(features: Features, *, how: str = "same", masks: Masks | None = Non
     for other, x in features.items():
       if other != name:
         here = jnp.ones(z.shape[0], jnp.bool_) if masks is None else jnp.asarray(masks[other], jnp.bool_)
-        total += jnp.where(here[:, None, None], told(wide(z), wide(x)), 0.0)
+        total += jnp.where(here[:, None, None], aligned(wide(z), wide(x)), 0.0)
         count += here[:, None, None]
     out[name] = jnp.where(count > 0, total / jnp.maximum(count, 1), wide(z))
   return out
@@ -142,9 +142,9 @@ def update_unified(
     state: before the batch.
     features: modality -> vectors; rows of all modalities belong together.
     indices: modality -> code of each vector.
-    form: "joint" adds all modalities up and updates once, without smoothing, as the paper; "sequential" goes through
+    form: "joint" adds all modalities up and updates once, without smoothing, as in the paper; "sequential" goes through
       them one after the other, with Laplace smoothing of the counts after each (the release).
-    order: of the modalities in the sequential form; those that it does not name come after, by the alphabet. (DCID's
+    order: of the modalities in the sequential form; others follow in alphabetical order. (DCID's
       release: audio, video, text; FCID's: video, audio, text.)
     decay: g.
     eps: of the smoothing.
@@ -171,7 +171,7 @@ def update_unified(
     flat, weight = indices[name].reshape(-1), weight.reshape(-1)
     value = (own * z + (1 - own) * other[name]).reshape(-1, z.shape[-1])
     counts[name] = jnp.zeros(k, z.dtype).at[flat].add(weight)
-    # The product skips what a masked row holds, NaN too.
+    # A masked row may hold NaN.
     value = jnp.where(weight[:, None] > 0, value, 0.0)
     sums[name] = jnp.zeros_like(state.ema_sum).at[flat].add(value)
 
@@ -180,8 +180,8 @@ def update_unified(
     count = decay * count + (1 - decay) * sum(counts.values())
     total = decay * total + (1 - decay) * sum(sums.values())
   else:
-    first = [name for name in order or () if name in features]
-    for name in (*first, *sorted(set(features) - set(first))):
+    named = [name for name in order or () if name in features]
+    for name in (*named, *sorted(set(features) - set(named))):
       count = decay * count + (1 - decay) * counts[name]
       mass = jnp.sum(count)
       count = (count + eps) / (mass + k * eps) * mass
@@ -194,7 +194,7 @@ def update_unified(
 def tick(
   idle: Mapping[str, Int[Array, "k"]], counts: Mapping[str, Float[Array, "k"] | Int[np.ndarray, "k"]]
 ) -> dict[str, Int[Array, "k"]]:
-  """One more batch of idleness for the modalities in it, 0 for the codes used (the release ticks in evaluation too)."""
+  """`idle` after a batch: 0 for codes used, one more for the others (the release counts evaluation batches too)."""
   return {name: jnp.where(jnp.asarray(count) > 0, 0, idle[name] + 1) for name, count in counts.items()}
 
 
@@ -212,16 +212,16 @@ def reset_unified(
 ) -> UnifiedState:
   """Puts unused codes on a randomly drawn active one plus uniform noise.
 
-  The paper re-initialises a code that not *both* modalities have used for so many batches; how many and to what is in
-  an appendix that was not read: both are the release's here.
+  The paper re-initialises a code that not *both* modalities have used for a number of batches. The number and the new
+  value stand in its appendix, which was not read: both are the release's here.
 
   Args:
     state: after `update_unified`.
     rng: key of the draws.
     after: batches of idleness a code may have.
     used_by: "all" modalities must have used a code (paper), or "any" (release).
-    together: modalities that occur in the same rows; "all" then asks it of all modalities of one such group, for those
-      that never meet need not share a code (ours; the paper has one group). Empty: all are one group.
+    together: groups of modalities that occur in the same rows; "all" then means all of one group, because modalities
+      that never meet need not share a code (ours; the paper has one group). () for one group of all.
     keep: "survive" also gives the new code a mean code's count, and a sum to match, so that the next update does not
       undo it (ours); "codes_only" does not, as the release.
     noise: half width of the uniform noise.
@@ -247,7 +247,7 @@ def reset_unified(
 def put_codes(
   state: UnifiedState, which: Bool[Array, "k"], new: Float[Array | np.ndarray, "k d"], *, keep: str = "survive"
 ) -> UnifiedState:
-  """Replaces the codes of `which`, and clears their idleness; `keep` as for `reset_unified`."""
+  """Replaces the codes marked in `which` and clears their idleness; `keep` as for `reset_unified`."""
   codes = jnp.where(which[:, None], new, state.codes)
   idle = {name: jnp.where(which, 0, batches) for name, batches in state.idle.items()}
   if keep == "codes_only":

@@ -12,9 +12,9 @@ from jax.interpreters import partial_eval
 
 
 def count(function: Callable[..., Any], *args: Any) -> int:
-  """Operations of `function(*args)` (arrays or shapes), two for a multiply-add; what nothing uses is left out.
+  """Operations of `function(*args)` (arrays or shapes), two for a multiply-add; unused results do not count.
 
-  Of a conditional the dearest branch counts, of a `while` without a known length one trip.
+  A conditional counts as its most expensive branch, a `while` without a known length as one trip.
   """
   closed = jax.make_jaxpr(function)(*args)
   jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
@@ -43,12 +43,12 @@ def _of(jaxpr: Any) -> int:
 
 
 def _inner(params: dict[str, Any]) -> list[Any]:
-  """The programs that an operation calls."""
-  found = []
+  """The jaxprs that an operation calls."""
+  jaxprs = []
   for value in params.values():
     for item in value if isinstance(value, (tuple, list)) else (value,):
       if isinstance(item, core.ClosedJaxpr):
-        found.append(item.jaxpr)
+        jaxprs.append(item.jaxpr)
       elif isinstance(item, core.Jaxpr):
-        found.append(item)
-  return found
+        jaxprs.append(item)
+  return jaxprs

@@ -1,7 +1,7 @@
-"""Reading a compiled program: how often every line runs, what it costs and what it sends.
+"""Reading a compiled program: how often every line runs, what it costs and what it sends to other devices.
 
-XLA's own `cost_analysis()` counts the body of a loop once. Here a body's lines count as often as the loop's condition
-lets them; a loop whose condition compares with no constant counts once and is reported.
+XLA's own `cost_analysis()` counts the body of a loop once. Here a body counts as often as the loop's condition lets it
+run; a loop whose condition compares with no constant counts once and is reported.
 """
 
 from __future__ import annotations
@@ -70,15 +70,15 @@ def _width(kind: str) -> int:
 
 def computations(text: str) -> tuple[dict[str, list[Line]], str]:
   """Lines of every computation of an HLO module by its name, and the name of the entry."""
-  found: dict[str, list[Line]] = {}
+  lines: dict[str, list[Line]] = {}
   entry, current = "", None
   for line in text.splitlines():
     if header := _HEADER.match(line):
-      current = found.setdefault(header[2], [])
+      current = lines.setdefault(header[2], [])
       entry = header[2] if header[1] else entry
     elif current is not None and (match := _LINE.match(line)):
       current.append(Line(*match.groups()))
-  return found, entry
+  return lines, entry
 
 
 def _called(rest: str, key: str) -> str:
@@ -86,7 +86,7 @@ def _called(rest: str, key: str) -> str:
 
 
 def trips(condition: list[Line], every: dict[str, list[Line]]) -> int | None:
-  """How often a loop runs: the constant that its condition compares the counter with; None without one."""
+  """Number of trips of a loop: the constant that its condition compares the counter with; None without one."""
   constants = []
   for line in condition:
     if line.operation == "constant" and line.type.startswith(("s32[]", "u32[]", "s64[]")):
@@ -114,8 +114,8 @@ def read(text: str) -> Program:
       elif estimate := re.search(r'"estimated_cycles":"(\d+)"', line.rest):
         cycles += times * int(estimate[1])
       if line.operation == "while":
-        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line.rest)
-        number = int(known[1]) if known else trips(every[_called(line.rest, "condition")], every)
+        trip_count = re.search(r'"known_trip_count":\{"n":"(\d+)"', line.rest)
+        number = int(trip_count[1]) if trip_count else trips(every[_called(line.rest, "condition")], every)
         if number is None:
           uncounted.append(line.name)
         visit(_called(line.rest, "body"), times * (1 if number is None else number))
@@ -133,7 +133,7 @@ def read(text: str) -> Program:
 
 
 def _result(line: Line) -> int:
-  """Bytes of a collective's results: an asynchronous start's type holds its operands first, and flags last."""
+  """Bytes of a collective's results; the type of an asynchronous start also holds operands (first) and flags (last)."""
   if not line.operation.endswith("-start"):
     return size_of(line.type)
   if line.operation == "all-reduce-start":

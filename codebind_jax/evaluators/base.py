@@ -1,4 +1,4 @@
-"""What an evaluator is given, what it yields, and the checks all of them share.
+"""The table that evaluators read, the numbers they yield, and the checks they share.
 
 A table holds the embeddings of one evaluation set: `table[modality]` is a dict of columns with one row an item.
 Embedding columns are `shared` [N, d_s], `specific` [N, d_p] and `full` [N, d_s + d_p]; code columns `codes_shared` [N,
@@ -34,7 +34,7 @@ def run_evaluators(evaluators: Iterable[Evaluator], table: Table, *, prefix: str
   """Runs evaluators one after the other on one set.
 
   Args:
-    evaluators: what to run.
+    evaluators: the evaluators to run.
     table: embeddings of one evaluation set (see the top of this file).
     prefix: put before every name, such as `eval/test_artist`.
 
@@ -76,8 +76,8 @@ def columns(table: Table, modality: str, fields: Sequence[str]) -> list[np.ndarr
   missing = [field for field in fields if field not in rows]
   if missing:
     raise ValueError(f"{modality}: no column {missing[0]!r}; it has {sorted(rows)}")
-  found = [np.asarray(rows[field]) for field in fields]
-  lengths = {field: len(array) for field, array in zip(fields, found)}
+  arrays = [np.asarray(rows[field]) for field in fields]
+  lengths = {field: len(array) for field, array in zip(fields, arrays)}
   if "_mask" in rows:
     lengths["_mask"] = len(rows["_mask"])
   if len(set(lengths.values())) > 1:
@@ -86,10 +86,10 @@ def columns(table: Table, modality: str, fields: Sequence[str]) -> list[np.ndarr
     mask = np.asarray(rows["_mask"])
     if mask.dtype != bool:
       raise ValueError(f"{modality}: _mask must be boolean, got {mask.dtype}")
-    found = [array[mask] for array in found]
-  if found and not len(found[0]):
+    arrays = [array[mask] for array in arrays]
+  if arrays and not len(arrays[0]):
     raise ValueError(f"{modality}: no rows to evaluate{' (all are masked)' if '_mask' in rows else ''}")
-  return found
+  return arrays
 
 
 def parts_of(table: Table, modality: str, parts: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -99,14 +99,14 @@ def parts_of(table: Table, modality: str, parts: Sequence[str] | None = None) ->
   if modality not in table:
     raise ValueError(f"modality {modality!r} is not in the table; it has {sorted(table)}")
   rows = table[modality]
-  found = tuple(part for part in PARTS if part in rows and np.asarray(rows[part]).shape[-1])
-  if not found:
+  present = tuple(part for part in PARTS if part in rows and np.asarray(rows[part]).shape[-1])
+  if not present:
     raise ValueError(f"{modality}: none of the columns {PARTS}; it has {sorted(rows)}")
-  return found
+  return present
 
 
 def unique_rows(rows: Columns, field: str) -> dict[str, np.ndarray]:
-  """The first row of each distinct value of a field, in order, without padding: one row a caption from one an image.
+  """The first row of each distinct value of a field, in order, without padding: rows of images become rows of captions.
 
   Raises:
     ValueError: if the field is missing or lengths differ.
@@ -114,17 +114,17 @@ def unique_rows(rows: Columns, field: str) -> dict[str, np.ndarray]:
   names = [name for name in rows if name != "_mask"]
   if field not in names:
     raise ValueError(f"no column {field!r} to make rows unique by; there are {sorted(names)}")
-  kept = dict(zip(names, columns({"rows": rows}, "rows", names)))
-  _, first = np.unique(kept[field], return_index=True)
+  unpadded = dict(zip(names, columns({"rows": rows}, "rows", names)))
+  _, first = np.unique(unpadded[field], return_index=True)
   first.sort()
-  return {name: array[first] for name, array in kept.items()}
+  return {name: array[first] for name, array in unpadded.items()}
 
 
 def finite_rows(name: str, x: Float[np.ndarray, "..."]) -> Float32[np.ndarray, "n d"]:
   """Checks a matrix of embeddings and returns it as float32.
 
   Args:
-    name: what the array is, for the message.
+    name: name of the array in the message.
     x: [N, D], any float type.
 
   Raises:
@@ -142,7 +142,7 @@ def finite_rows(name: str, x: Float[np.ndarray, "..."]) -> Float32[np.ndarray, "
 
 
 def unit_rows(name: str, x: Float[np.ndarray, "..."]) -> Float32[np.ndarray, "n d"]:
-  """As `finite_rows`, each row divided by its length; a zero row stays zero and matches everything equally."""
+  """As `finite_rows`, each row divided by its norm; a zero row stays zero and matches everything equally."""
   x = finite_rows(name, x)
   return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.float32(1e-12))
 
@@ -162,7 +162,7 @@ def check_lengths(**named) -> None:
 
 
 def class_weights(targets: Shaped[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
-  """Weight of each row, summing to 1, under which every class that occurs counts alike however many rows it has."""
+  """Weight of each row, summing to 1: every class that occurs has the same total weight."""
   _, numbers, counts = np.unique(targets, return_inverse=True, return_counts=True)
   return 1.0 / (len(counts) * counts[numbers])
 

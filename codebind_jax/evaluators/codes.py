@@ -35,11 +35,11 @@ def usage(counts: Num[np.ndarray, "..."]) -> dict[str, float]:
   """Usage of a codebook from the number of times each code was chosen.
 
   Args:
-    counts: [K], not negative, not all zero; shares do as well.
+    counts: [K], not negative, not all zero; shares are allowed.
 
   Returns:
-    `active_share` (0-1, codes used at least once), `perplexity` (exp of the entropy in nats: 1 ... K, the number of
-    codes in effect), `dead` (number of codes never used), `max_share` (0-1, share of the most used code).
+    `active_share` (0-1, codes used at least once), `perplexity` (exp of the entropy in nats: 1 ... K, the
+    effective number of codes), `dead` (number of codes never used), `max_share` (0-1, share of the most used code).
 
   Raises:
     ValueError: if `counts` is not a vector, is negative or not finite somewhere, or sums to zero.
@@ -94,24 +94,24 @@ def _counts(table: base.Table, modality: str, field: str, size: int) -> Int[np.n
 
 
 def overlap(counts: Mapping[str, Num[np.ndarray, "..."]]) -> dict[str, float]:
-  """How far modalities use the same codes.
+  """Degree to which modalities use the same codes.
 
   Args:
     counts: modality -> [K] how often it uses each code.
 
   Returns:
     `several_share` (0-1, share of the codes in use that at least two modalities use) and `modalities_per_code` (1 ...
-    M, mean over the codes in use of the number of modalities in effect: exp of the entropy of their shares of it, each
-    modality's uses summing to 1, so that one with many rows does not decide). The first counts a single use, and comes
-    near to 1 on large data; the second does not.
+    M, mean over the codes in use of the effective number of modalities: exp of the entropy of their shares of the code,
+    each modality's uses summing to 1, so that a modality with many rows does not decide). A single use counts for the
+    first, which therefore comes near to 1 on large data, but hardly for the second.
 
   Raises:
     ValueError: if a modality uses no code.
   """
-  for modality, found in counts.items():
-    if not np.sum(found):
+  for modality, uses in counts.items():
+    if not np.sum(uses):
       raise ValueError(f"counts: {modality}: no code was ever chosen")
-  shares = np.stack([np.asarray(found, np.float64) / np.sum(found) for found in counts.values()])
+  shares = np.stack([np.asarray(uses, np.float64) / np.sum(uses) for uses in counts.values()])
   shares = shares[:, shares.any(axis=0)]
   of_code = shares / shares.sum(axis=0)
   entropy = -(of_code * np.log(np.where(of_code > 0, of_code, 1.0))).sum(axis=0)
@@ -125,8 +125,8 @@ def overlap(counts: Mapping[str, Num[np.ndarray, "..."]]) -> dict[str, float]:
 class CodebookUsage:
   """Usage of the shared codebook and of each modality's own: `codebook/<codebook>/perplexity` and so on.
 
-  Of the shared one also by modality, `codebook/shared/<modality>/perplexity`, and how far they use the same codes:
-  `codebook/shared/several_share`, `codebook/shared/modalities_per_code` (`overlap`).
+  The shared codebook's usage also comes by modality, `codebook/shared/<modality>/perplexity`, with the `overlap` of
+  modalities, `codebook/shared/several_share` and `codebook/shared/modalities_per_code`.
 
   Attributes:
     sizes: number of codes by codebook: `shared` and names of modalities.

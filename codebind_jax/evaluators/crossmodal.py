@@ -21,38 +21,38 @@ def transfer(
 ) -> dict[tuple[str, str], float]:
   """Accuracy in % of a head fitted on modality a's training rows, on modality b's test rows, for all (a, b).
 
-  A head is asked of, and chooses among, the labels that a's training rows and b's test rows both have; pairs that have
-  fewer than two in common are left out.
+  A head is fitted and tested on the labels that a's training rows and b's test rows share; pairs that share fewer than
+  two are left out.
 
   Args:
-    train: modality -> embeddings, of one width wherever they are to be compared.
+    train: modality -> embeddings, of one width for modalities that are compared.
     test: likewise.
     train_labels: modality -> label of each row.
     test_labels: likewise.
   """
-  found: dict[tuple[str, str], float] = {}
+  accuracies: dict[tuple[str, str], float] = {}
   for a, x in train.items():
     heads: dict[tuple[str, ...], RidgeClassifier] = {}
     for b, y in test.items():
       common = np.intersect1d(train_labels[a], test_labels[b])
       if len(common) < 2:
         continue
-      known, asked = np.isin(train_labels[a], common), np.isin(test_labels[b], common)
+      fit_rows, test_rows = np.isin(train_labels[a], common), np.isin(test_labels[b], common)
       if (key := tuple(common)) not in heads:
-        heads[key] = fit_head(x[known], train_labels[a][known])
-      found[a, b] = 100.0 * float(np.mean(heads[key].predict(y[asked]) == test_labels[b][asked]))
-  return found
+        heads[key] = fit_head(x[fit_rows], train_labels[a][fit_rows])
+      accuracies[a, b] = 100.0 * float(np.mean(heads[key].predict(y[test_rows]) == test_labels[b][test_rows]))
+  return accuracies
 
 
 def recall_at_one(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "n d"]) -> float:
-  """Share in % of rows of `a` whose nearest row of `b`, by cosine, is their own; mean of both directions."""
+  """Share in % of rows of `a` whose nearest row of `b`, by cosine, is their partner; mean of both directions."""
   scores = a @ b.T
   own = np.arange(len(a))
   return 50.0 * float(np.mean(scores.argmax(1) == own) + np.mean(scores.argmax(0) == own))
 
 
 def code_users(codes: Mapping[str, Int[np.ndarray, "..."]], size: int) -> Float[np.ndarray, "m _k"]:
-  """Share of each modality in the uses of every code that is used, as if all modalities had equally many rows.
+  """Share of each modality in the uses of every used code, as if all modalities had equally many rows.
 
   Args:
     codes: modality -> codes that it chose.
@@ -64,7 +64,7 @@ def code_users(codes: Mapping[str, Int[np.ndarray, "..."]], size: int) -> Float[
 
 
 def code_sharing(a: Int[np.ndarray, "..."], b: Int[np.ndarray, "..."], codes: int) -> tuple[float, float]:
-  """(shared, single): shares in % of the codes in use that both modalities use, or one alone (DCID, figure 4).
+  """(shared, single): shares in % of the codes in use that both modalities use, or only one (DCID, figure 4).
 
   A code is shared if either modality makes more than 20 % of its assignments, single if one makes more than 80 %.
 
@@ -80,7 +80,7 @@ def code_sharing(a: Int[np.ndarray, "..."], b: Int[np.ndarray, "..."], codes: in
 
 
 def sharing_sets(codes: Mapping[str, Int[np.ndarray, "..."]], size: int) -> dict[str, float]:
-  """`a+b` -> share in % of the codes in use that just these modalities use.
+  """`a+b` -> share in % of the codes in use that exactly these modalities use.
 
   A modality uses a code if it makes more than 0.4 / m of its assignments, m the number of modalities: with two, the
   20 % of DCID's figure 4.
@@ -92,10 +92,10 @@ def sharing_sets(codes: Mapping[str, Int[np.ndarray, "..."]], size: int) -> dict
   share = code_users(codes, size)
   users = share > 0.4 / len(codes)
   names = list(codes)
-  found = {}
+  shares = {}
   for count in range(1, len(names) + 1):
     for group in itertools.combinations(range(len(names)), count):
       exactly = np.all(users == np.isin(np.arange(len(names)), group)[:, None], axis=0)
       if exactly.any():
-        found["+".join(names[i] for i in group)] = 100.0 * float(np.mean(exactly))
-  return found
+        shares["+".join(names[i] for i in group)] = 100.0 * float(np.mean(exactly))
+  return shares

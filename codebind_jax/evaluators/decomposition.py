@@ -1,4 +1,4 @@
-"""Whether the parts hold what they are named for, where the factors are known: read off the accuracies of probes."""
+"""Decomposition into shared and specific parts, judged by probes where the factors of the data are known."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -11,28 +11,28 @@ PRIVATE = "private"
 
 
 def chance(values: Shaped[np.ndarray, "n"]) -> float:
-  """Percentage right of a probe that knows nothing and names the most frequent value."""
+  """Accuracy in % of always naming the most frequent value."""
   return 100.0 * float(np.unique(values, return_counts=True)[1].max()) / len(values)
 
 
 def fields_of(probes: Sequence[str], modality: str) -> dict[str, str]:
-  """Factor -> field of the row: shared factors by their own name, the one of each modality's own as `PRIVATE`.
+  """Factor -> field of the row: shared factors under their own name, the modality's private factor as `PRIVATE`.
 
   Args:
-    probes: fields, of which one with `{modality}` in its name is a factor that this modality alone shows.
-    modality: whose.
+    probes: fields; one with `{modality}` in its name is a factor that only this modality shows.
+    modality: the modality.
   """
   return {PRIVATE if "{modality}" in field else field: field.format(modality=modality) for field in probes}
 
 
-def decomposition(found: Mapping[str, float], table: base.Table, probes: Sequence[str]) -> Iterator[tuple[str, float]]:
-  """How much of a factor is where it belongs, and how much is where it does not.
+def decomposition(scores: Mapping[str, float], table: base.Table, probes: Sequence[str]) -> Iterator[tuple[str, float]]:
+  """How much of a factor its own part keeps, and how much leaks into the other part.
 
-  A shared factor belongs into `shared`, a modality's private one into `specific`. What there is to be found is what the
-  same probe finds in `full`, all latents of the modality.
+  A shared factor belongs into `shared`, a modality's private one into `specific`. The reference is the same probe on
+  `full`, all latents of the modality.
 
   Args:
-    found: accuracies by linear probe, percent, `probe/<field>/<modality>/<part>` (`evaluators.probe.LinearProbe`).
+    scores: accuracies of linear probes, percent, `probe/<field>/<modality>/<part>` (`evaluators.probe.LinearProbe`).
     table: the set they were measured on, for the chance of each factor.
     probes: fields of the factors; those with `{modality}` are private.
 
@@ -47,10 +47,10 @@ def decomposition(found: Mapping[str, float], table: base.Table, probes: Sequenc
     for factor, field in fields_of(probes, modality).items():
       name = f"probe/{field}/{modality}"
       right, wrong = ("specific", "shared") if factor == PRIVATE else ("shared", "specific")
-      if not all(f"{name}/{part}" in found for part in base.PARTS):
+      if not all(f"{name}/{part}" in scores for part in base.PARTS):
         continue
-      kept.setdefault(factor, []).append(100.0 * found[f"{name}/{right}"] / found[f"{name}/full"])
-      leaked.setdefault(factor, []).append(found[f"{name}/{wrong}"] - chance(columns[field]))
+      kept.setdefault(factor, []).append(100.0 * scores[f"{name}/{right}"] / scores[f"{name}/full"])
+      leaked.setdefault(factor, []).append(scores[f"{name}/{wrong}"] - chance(columns[field]))
       yield f"decomposition/{modality}/{factor}/kept", kept[factor][-1]
       yield f"decomposition/{modality}/{factor}/leaked", leaked[factor][-1]
   for factor in kept:

@@ -50,10 +50,10 @@ def bootstrap_interval(
   Args:
     values: [N] per-row scores, such as 100 where right and 0 where wrong; or differences between two models.
     groups: [N], rows drawn together (icons of one concept); None draws rows.
-    weights: [N], above 0: the mean is a weighted one, also in every sample; None weighs all rows alike.
+    weights: [N], above 0: weights of the mean, also in every sample; None weighs all rows alike.
     level: coverage.
     samples: bootstrap samples.
-    seed: of the draws.
+    seed: seed of the draws.
 
   Returns:
     Lower and upper end, in the unit of `values`.

@@ -1,4 +1,4 @@
-"""What an embedding holds inside its modality: nearest class mean and linear probe.
+"""Linear probe: what logistic regression reads out of the frozen embeddings of one modality.
 
 Speed: float32 throughout; values of C are tried from small to large, each fit starting where the last one ended (L-BFGS
 then needs few steps), and the search stops when validation has not improved twice. 3,500 x 1,024 takes about 0.5 s with
@@ -47,14 +47,17 @@ def balanced_accuracy(predictions: Shaped[np.ndarray, "n"], targets: Shaped[np.n
   return 100.0 * float(np.sum(base.class_weights(targets) * (predictions == targets)))
 
 
-def _result(predictions, targets, **rest):
+def result_of(predictions: Shaped[np.ndarray, "n"], targets: Shaped[np.ndarray, "n"], **rest: float) -> ProbeResult:
+  """The outcome of predictions; `rest` are further attributes."""
   return ProbeResult(
     100.0 * float(np.mean(predictions == targets)), balanced_accuracy(predictions, targets), predictions, **rest
   )
 
 
-def _check(train_x, train_y, test_x, test_y):
-  """Checked float32 matrices and label arrays; every test label must be a class of the training rows."""
+def check_rows(
+  train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray
+) -> tuple[np.ndarray, ...]:
+  """The arguments as float32 matrices [n, d] and label arrays [n]; errors as in `linear_probe`."""
   train_x, test_x = base.finite_rows("train embeddings", train_x), base.finite_rows("test embeddings", test_x)
   base.check_widths(train=train_x, test=test_x)
   train_y, test_y = np.asarray(train_y), np.asarray(test_y)
@@ -68,58 +71,6 @@ def _check_known(test_y, classes):
   unknown = np.setdiff1d(test_y, classes)
   if len(unknown):
     raise ValueError(f"test label {str(unknown[0])!r} is not among the {len(classes)} classes of the training rows")
-
-
-def nearest_class_mean(
-  train_x: Float[np.ndarray, "..."],
-  train_y: Shaped[np.ndarray, "..."],
-  test_x: Float[np.ndarray, "..."],
-  test_y: Shaped[np.ndarray, "..."],
-) -> ProbeResult:
-  """Gives each test row the class whose mean training embedding has the largest cosine.
-
-  Args:
-    train_x: [N, D]; rows are normalised first.
-    train_y: [N] labels of any type that can be sorted.
-    test_x: [M, D].
-    test_y: [M].
-
-  Raises:
-    ValueError: on empty or non-finite embeddings, differing lengths or widths, or a test label without training rows.
-  """
-  train_x, train_y, test_x, test_y = _check(train_x, train_y, test_x, test_y)
-  classes, numbers = np.unique(train_y, return_inverse=True)
-  means = np.zeros((len(classes), train_x.shape[1]), np.float32)
-  np.add.at(means, numbers, base.unit_rows("train embeddings", train_x))
-  scores = base.unit_rows("test embeddings", test_x) @ base.unit_rows("class means", means).T
-  return _result(classes[scores.argmax(axis=1)], test_y)
-
-
-def nearest_other_mean(x: Float[np.ndarray, "..."], y: Shaped[np.ndarray, "..."]) -> ProbeResult:
-  """Nearest class mean inside one set, each row left out of its own class's mean (for classes never trained on).
-
-  Rows that are alone in their class have no mean to find and are not scored; their class stays a candidate for the
-  others.
-
-  Raises:
-    ValueError: on empty or non-finite embeddings, differing lengths, or if every row is alone in its class.
-  """
-  x, y = base.unit_rows("embeddings", x), np.asarray(y)
-  base.check_lengths(x=x, y=y)
-  classes, numbers, counts = np.unique(y, return_inverse=True, return_counts=True)
-  asked = np.flatnonzero(counts[numbers] > 1)
-  if not len(asked):
-    raise ValueError("every row is alone in its class, so no class mean can be formed without it")
-  if len(asked) < len(x):
-    logging.info(
-      "nearest class mean: %d of %d rows are alone in their class and not scored", len(x) - len(asked), len(x)
-    )
-  sums = np.zeros((len(classes), x.shape[1]), np.float32)
-  np.add.at(sums, numbers, x)
-  scores = x[asked] @ base.unit_rows("class means", sums).T
-  others = base.unit_rows("class means", sums[numbers[asked]] - x[asked])
-  scores[np.arange(len(asked)), numbers[asked]] = (x[asked] * others).sum(axis=1)
-  return _result(classes[scores.argmax(axis=1)], y[asked])
 
 
 def grouped_split(groups: Shaped[np.ndarray, "n"], fraction: float, *, salt: str = "probe") -> Bool[np.ndarray, "n"]:
@@ -138,32 +89,32 @@ def grouped_split(groups: Shaped[np.ndarray, "n"], fraction: float, *, salt: str
   names = np.unique(groups)
   if len(names) < 2:
     raise ValueError(f"groups: at least two are needed to hold one out, got {len(names)}")
-  held = min(max(1, round(fraction * len(names))), len(names) - 1)
+  count = min(max(1, round(fraction * len(names))), len(names) - 1)
   order = sorted(names, key=lambda name: hashlib.sha256(f"{salt}:{name}".encode()).digest())
-  return np.isin(groups, order[:held])
+  return np.isin(groups, order[:count])
 
 
 def _stratified_split(y, fraction):
   """Marks about `fraction` of the rows of each class, evenly spaced; a class with one row stays in the fitting part."""
-  held = np.zeros(len(y), bool)
+  held_out = np.zeros(len(y), bool)
   for label in np.unique(y):
     rows = np.flatnonzero(y == label)
     count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
-    held[rows[np.linspace(0, len(rows) - 1, count + 2).round().astype(int)[1:-1]] if count else []] = True
-  return held
+    held_out[rows[np.linspace(0, len(rows) - 1, count + 2).round().astype(int)[1:-1]] if count else []] = True
+  return held_out
 
 
 @dataclasses.dataclass(frozen=True)
 class FittedProbe:
-  """A linear classifier of embeddings, to be tested on any number of sets.
+  """A linear classifier of embeddings, which can be tested on any number of sets.
 
   Attributes:
     predict: [M, D] -> [M] labels.
     classes: [K] labels it can name.
     width: D.
-    groups: the groups of the training rows, which no tested row may share; None where they do not matter.
+    groups: the groups of the training rows, which no test row may share; None for no groups.
     c: the chosen inverse strength of the penalty.
-    val_accuracy: percent on the validation part at that strength; NaN where nothing was chosen.
+    val_accuracy: percent on the validation part at that strength; NaN for a single strength.
   """
 
   predict: Callable[[np.ndarray], np.ndarray] = dataclasses.field(repr=False)
@@ -185,7 +136,7 @@ class FittedProbe:
     Args:
       x: [M, D].
       y: [M].
-      groups: [M]; if given, none may be among the training rows'.
+      groups: [M]; if given, none may be a group of the training rows.
 
     Raises:
       ValueError: on empty or non-finite embeddings, another length or width, a label without training rows, or a group
@@ -202,7 +153,7 @@ class FittedProbe:
       both = np.intersect1d(self.groups, groups)
       if len(both):
         raise ValueError(f"groups: {len(both)} are in training and test, first {str(both[0])!r}")
-    return _result(self.predict(x), y, c=self.c, val_accuracy=self.val_accuracy)
+    return result_of(self.predict(x), y, c=self.c, val_accuracy=self.val_accuracy)
 
 
 def fit_probe(
@@ -215,20 +166,20 @@ def fit_probe(
   val_fraction: float = 0.2,
   max_iter: int = 300,
 ) -> FittedProbe:
-  """Multinomial logistic regression on frozen embeddings, standardised with the training rows' mean and deviation.
+  """Multinomial logistic regression on frozen embeddings, standardised by the training rows' mean and deviation.
 
   The penalty is chosen on a validation part: `val` if given, else `val_fraction` of the training rows (whole groups
   when `groups` are given, by class otherwise), after which the classifier is fitted once more on all training rows.
-  Test rows choose nothing.
+  Test rows take no part in the choice.
 
   Args:
     train_x: [N, D].
     train_y: [N] labels.
     c_grid: inverse strengths of the penalty to try; one value skips the choice.
     groups: [N], rows of one group stay on one side of the validation split (concepts, when the artist is predicted).
-    val: validation rows and labels of your own.
+    val: validation rows and labels, instead of a part of the training rows.
     val_fraction: of the training rows or groups.
-    max_iter: of L-BFGS.
+    max_iter: iterations of L-BFGS.
 
   Raises:
     ValueError: on empty or non-finite embeddings, differing lengths or widths, fewer than two classes, an empty grid or
@@ -273,7 +224,7 @@ def linear_probe(
   Raises:
     ValueError: as `fit_probe` and `FittedProbe.test`.
   """
-  train_x, train_y, test_x, test_y = _check(train_x, train_y, test_x, test_y)
+  train_x, train_y, test_x, test_y = check_rows(train_x, train_y, test_x, test_y)
   return fit_probe(train_x, train_y, **options).test(test_x, test_y, groups=test_groups)
 
 
@@ -283,8 +234,8 @@ def _choose_c(x, y, grid, groups, val, fraction, max_iter):
     base.check_widths(train=x, validation=val_x)
     base.check_lengths(val_x=val_x, val_y=val_y)
   else:
-    held = grouped_split(groups, fraction) if groups is not None else _stratified_split(y, fraction)
-    fit_x, fit_y, val_x, val_y = x[~held], y[~held], x[held], y[held]
+    held_out = grouped_split(groups, fraction) if groups is not None else _stratified_split(y, fraction)
+    fit_x, fit_y, val_x, val_y = x[~held_out], y[~held_out], x[held_out], y[held_out]
   known = np.isin(val_y, fit_y)
   if not known.any() or len(np.unique(fit_y)) < 2:
     raise ValueError(
@@ -305,7 +256,7 @@ def _choose_c(x, y, grid, groups, val, fraction, max_iter):
 
 
 def _fitted(x, y, grid, max_iter):
-  """The transform learned from `x` and an iterator over classifiers, one a value of C, each started from the last."""
+  """The standardisation of `x`, and an iterator over classifiers, one a value of C, each started from the last."""
   mean, deviation = x.mean(axis=0), x.std(axis=0)
   deviation = np.where(deviation > 1e-6 * max(float(deviation.max()), 1e-30), deviation, 1.0).astype(np.float32)
   standard = (x - mean) / deviation
@@ -314,7 +265,7 @@ def _fitted(x, y, grid, max_iter):
     model = LogisticRegression(max_iter=max_iter, warm_start=True, tol=1e-4)
     for c in grid:
       model.set_params(C=c)
-      # Small products: BLAS threads waiting for each other cost more than they give (12 times, on a busy machine).
+      # The products are small: BLAS threads cost more by waiting than they save (12 times, on a busy machine).
       with threadpool_limits(1, user_api="blas"), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(standard, y)
@@ -326,46 +277,17 @@ def _fitted(x, y, grid, max_iter):
 
 
 @dataclasses.dataclass(frozen=True)
-class NearestClassMean:
-  """Nearest class mean of each part: `ncm/<modality>/<part>`, percent.
-
-  Attributes:
-    modality: which modality.
-    train: table whose rows form the class means; None leaves each row out of the evaluated set itself
-      (`nearest_other_mean`).
-    field: column of the label.
-    parts: embedding columns; None takes those that are there.
-  """
-
-  modality: str
-  train: base.Table | None = None
-  field: str = "label"
-  parts: Sequence[str] | None = None
-  name: str = "ncm"
-
-  def __call__(self, table: base.Table) -> Iterator[tuple[str, float]]:
-    """Yields one accuracy a part."""
-    for part in base.parts_of(table, self.modality, self.parts):
-      x, y = base.columns(table, self.modality, [part, self.field])
-      if self.train is None:
-        result = nearest_other_mean(x, y)
-      else:
-        result = nearest_class_mean(*base.columns(self.train, self.modality, [part, self.field]), x, y)
-      yield f"{self.name}/{self.modality}/{part}", result.accuracy
-
-
-@dataclasses.dataclass(frozen=True)
 class LinearProbe:
   """Linear probe of each part: `probe/<field>/<modality>/<part>` and `.../<part>/balanced`, percent.
 
   Attributes:
     modality: which modality.
-    train: table the probe is fitted on, once however many sets it is given; None holds `test_fraction` of the groups of
-      the evaluated set out and fits on the rest.
+    train: table the probe is fitted on, once for all evaluated sets; None holds out `test_fraction` of the groups of
+      the evaluated set and fits on the rest.
     field: column of the label, `family` for example.
     group: column of the groups held out together (`label`: concepts); needed without `train`. With `train`, groups
       decide the validation split and may not occur on both sides.
-    parts: embedding columns; None takes those that are there.
+    parts: embedding columns; None takes all that the table has.
     c_grid: inverse strengths of the penalty.
     test_fraction: of the groups, without `train`.
   """
@@ -398,7 +320,7 @@ class LinearProbe:
       yield f"{self.name}/{self.field}/{self.modality}/{part}/balanced", result.balanced_accuracy
 
   def _on_training_rows(self, part: str, extra: Sequence[str]) -> FittedProbe:
-    """The probe of a part of the training rows, fitted once for all sets."""
+    """The probe of a part of the training rows, fitted once for all evaluated sets."""
     if part not in self._fitted:
       x, y, *groups = base.columns(self.train, self.modality, [part, self.field, *extra])
       self._fitted[part] = fit_probe(x, y, c_grid=self.c_grid, groups=groups[0] if extra else None)

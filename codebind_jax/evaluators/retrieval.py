@@ -36,8 +36,8 @@ def first_ranks(
     gallery: [M, D].
     relevant: for each query the gallery rows that are right, as N collections of indices; or a pair of id arrays (query
       ids [N], gallery ids [M]) of which equal ids are right.
-    exclude_self: query i and gallery row i are one item, which does not count as an answer (retrieval inside a
-      modality); the gallery may go on after the last query.
+    exclude_self: query i and gallery row i are one item, which is no answer (retrieval inside a modality); the gallery
+      may have more rows than there are queries.
     chunk: queries compared at once; 0 keeps the block of similarities at 64 MB.
     tie: cosines closer than this are equal.
 
@@ -115,7 +115,7 @@ def recall_at_k(
 
 @dataclasses.dataclass(frozen=True)
 class Retrieval:
-  """Finds the items of one modality by another, both ways: `retrieval/<a>_to_<b>/r1` and so on.
+  """Retrieval between two modalities, in both directions: `retrieval/<a>_to_<b>/r1` and so on.
 
   Attributes:
     a: one modality.
@@ -123,8 +123,8 @@ class Retrieval:
     match: column both have; rows with equal values are right answers to each other. Texts shared by many items should
       come as one row a text (`base.unique_rows`), else frequent texts weigh more.
     part: embedding column compared.
-    ks: which recall.
-    by: put into the names, `retrieval/<a>_to_<b>/<by>/r1`, where two modalities are compared by several fields.
+    ks: the k of recall.
+    by: part of the names, `retrieval/<a>_to_<b>/<by>/r1`, if two modalities are compared by several fields.
   """
 
   a: str = "text"
@@ -146,9 +146,9 @@ class Retrieval:
 
 @dataclasses.dataclass(frozen=True)
 class Emergent:
-  """Two modalities that were never trained together, by concept: `emergent/<a>_to_<b>/r5` and `.../chance5`.
+  """Retrieval by concept between modalities never trained together: `emergent/<a>_to_<b>/r5` and `.../chance5`.
 
-  Only rows whose concept the other modality has as well take part.
+  Only rows whose concept the other modality also has take part.
 
   Attributes:
     a: one modality.
@@ -171,12 +171,12 @@ class Emergent:
     return (sides[0] & sides[1]) - {""}
 
   def __call__(self, table: base.Table) -> Iterator[tuple[str, float]]:
-    """Yields recall of both directions and what drawing at random would give, in percent."""
-    both = sorted(self.overlap(table))
+    """Yields recall of both directions and its chance level, in percent."""
+    common = sorted(self.overlap(table))
     sides = {}
     for modality in (self.a, self.b):
       x, values = base.columns(table, modality, [self.part, self.match])
-      keep = np.isin(values, both)
+      keep = np.isin(values, common)
       sides[modality] = x[keep], values[keep]
     for source, target in ((self.a, self.b), (self.b, self.a)):
       (query, of_query), (gallery, of_item) = sides[source], sides[target]
@@ -196,16 +196,15 @@ def _chance(right: Int[np.ndarray, "n"], items: int, k: int) -> Float[np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class WithinRetrieval:
-  """Finds items of the same label inside one modality: `retrieval/<modality>_to_<modality>/<field>/<part>/r1`.
+  """Retrieval of the same label inside one modality: `retrieval/<modality>_to_<modality>/<field>/<part>/r1`.
 
-  Rows that are alone with their label cannot be asked for; they stay in the gallery, and the log says how many there
-  are.
+  Rows whose label no other row has are no queries; they stay in the gallery, and the log counts them.
 
   Attributes:
     modality: which modality.
     field: column of the fine-grained label.
-    parts: embedding columns; None takes those that are there.
-    ks: which recall.
+    parts: embedding columns; None takes all that the table has.
+    ks: the k of recall.
   """
 
   modality: str
@@ -219,20 +218,15 @@ class WithinRetrieval:
     parts = base.parts_of(table, self.modality, self.parts)
     labels, *embeddings = base.columns(table, self.modality, [self.field, *parts])
     _, numbers, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    asked = counts[numbers] > 1
-    if not asked.any():
+    has_partner = counts[numbers] > 1
+    if not has_partner.any():
       raise ValueError(f"{self.modality}: no two rows share a {self.field!r}, so nothing can be retrieved")
-    if not asked.all():
-      logging.info(
-        "%s: %d of %d rows are alone with their %s and are not asked for",
-        self.modality,
-        (~asked).sum(),
-        len(asked),
-        self.field,
-      )
-    order = np.concatenate([np.flatnonzero(asked), np.flatnonzero(~asked)])
+    if not has_partner.all():
+      logging.info("%s: %d of %d rows are alone with their %s and are not asked for",
+                   self.modality, (~has_partner).sum(), len(has_partner), self.field)  # fmt: skip
+    order = np.concatenate([np.flatnonzero(has_partner), np.flatnonzero(~has_partner)])
     for part, x in zip(parts, embeddings):
-      x, ids, queries = x[order], numbers[order], int(asked.sum())
+      x, ids, queries = x[order], numbers[order], int(has_partner.sum())
       ranks = first_ranks(x[:queries], x, (ids[:queries], ids), exclude_self=True)
       for k in self.ks:
         yield (

@@ -88,7 +88,7 @@ def topk_accuracy(
     image_emb: items [N, D] of any modality, any length of vector.
     class_emb: classes [K, D].
     targets: index [N] of the right class, in 0 ... K - 1.
-    ks: which k; with k >= K the result is 100.
+    ks: the k; with k >= K the result is 100.
     mask: [N], False on padding rows.
 
   Returns:
@@ -187,21 +187,20 @@ def mean_average_precision(
 class ZeroShot:
   """Classifies one modality by text: `zeroshot/<modality>/top1`, `top5`, or `map` where rows have several labels.
 
-  `.../balanced` is the mean over the classes that occur of the share of their rows that are right, so that big classes
-  do not decide.
+  `.../balanced` is the mean accuracy over the classes that occur, so that big classes do not decide.
 
   Attributes:
-    modality: what is classified.
+    modality: the modality to classify.
     labels: the candidate classes, K names.
     embed_text: list of texts -> `shared` embeddings, with the parameters being evaluated.
     templates: prompt templates with one `{}` each.
-    ks: which top-k; those at or above K are left out, k = 1 always stays.
+    ks: the k of top-k; those at or above K are left out, except k = 1.
     field: column with the right class of each row: its name, or for several labels boolean [N, K] in the order of
       `labels`.
-    slices: columns (`style`, `family`) whose values also get an accuracy of their own:
+    slices: columns (`style`, `family`) each of whose values also gets its accuracy:
       `zeroshot/<modality>/<column>=<value>/top1`.
-    intervals: also yield the ends of 95 % intervals, `.../top1/low` and `.../top1/high` and so on: Wilson's of the
-      top-k accuracies, and by bootstrap over rows of the balanced one.
+    intervals: also yield the ends of 95 % intervals, `.../top1/low` and `.../top1/high` and so on: Wilson's for the
+      top-k accuracies, by bootstrap over rows for the balanced one.
   """
 
   modality: str

@@ -16,7 +16,7 @@ FACTORS = {
   "code_uniform": 0.1,
   "decomposition": 0.1,
   "specific_uniform": 1.0,
-  "info_nce_plain": 1.0,  # this and the next are not the release's
+  "info_nce_plain": 1.0,  # this and the next one are not the release's
   "decorrelation": 0.1,
 }
 
@@ -28,7 +28,7 @@ class BalanceState:
   Attributes:
     magnitude: by term, its moving average (of the absolute value; of the value for the base), 0 before it is first
       seen.
-    weight: by term, what to multiply it with.
+    weight: by term, its factor in the total.
     count: updates so far.
     since: updates since the weights were last set.
     interval: updates between two settings of the weights.
@@ -62,7 +62,7 @@ def balance_init(
   """A balancer that has seen nothing; all weights are 1.
 
   Args:
-    names: the terms it may be given.
+    names: terms of the total loss.
     base: the term whose magnitude the others follow.
     fixed: terms whose weight stays 1.
     factors: target magnitude by term, relative to the base; added to `FACTORS`.
@@ -73,7 +73,7 @@ def balance_init(
     max_steps: see `max_interval`.
 
   Raises:
-    ValueError: if a term is neither fixed nor has a factor, or `base` is no term.
+    ValueError: if a term is neither fixed nor has a factor, or `base` is not among `names`.
   """
   factors = {**FACTORS, **(factors or {})}
   unknown = [name for name in names if name not in factors and name not in fixed]
@@ -98,7 +98,7 @@ def balance_update(state: BalanceState, raw_losses: Mapping[str, float | Array])
   """Follows the terms' magnitudes and, at each interval's end, sets weight = base magnitude * factor / own magnitude.
 
   The total of a step is `sum(new.weight[name] * raw)`. Terms that are missing keep what they have; a term seen for
-  the first time gets its weight at once. No gradient passes. Not to be called in evaluation, which uses
+  the first time gets its weight at once. No gradient passes. Evaluation does not call it and uses
   `state.weight` as it is.
 
   Args:
@@ -106,7 +106,7 @@ def balance_update(state: BalanceState, raw_losses: Mapping[str, float | Array])
     raw_losses: unweighted terms of this step.
 
   Raises:
-    ValueError: for a term that `balance_init` was not told of.
+    ValueError: for a term that is not among the `names` of `balance_init`.
   """
   unknown = sorted(set(raw_losses) - set(state.weight))
   if unknown:
@@ -118,8 +118,8 @@ def balance_update(state: BalanceState, raw_losses: Mapping[str, float | Array])
   for name, value in raw.items():
     unseen[name] = magnitude[name] == 0
     value = jnp.where(unseen[name] | (name != state.base), jnp.abs(value), value)
-    followed = state.momentum * magnitude[name] + (1 - state.momentum) * value
-    magnitude[name] = jnp.where(unseen[name], value, jnp.where(due, followed, magnitude[name]))
+    average = state.momentum * magnitude[name] + (1 - state.momentum) * value
+    magnitude[name] = jnp.where(unseen[name], value, jnp.where(due, average, magnitude[name]))
   limits = dict(state.limits)
   for name, factor in state.factors:
     if name in raw:

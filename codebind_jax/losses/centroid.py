@@ -1,9 +1,9 @@
 """Binding several modalities at once: to a fixed anchor modality, or to the centroid of all of them.
 
-The objectives are those of Jeong et al., "Anchors Aweigh!" (arXiv 2410.02086): FABind and CentroBind. Its abstract and
-public reviews were read, its method section was not: that the anchor is the plain mean of the embeddings of all
-modalities, aligned with each by InfoNCE in both directions, is the paper's; that the mean is not normalised again, that
-gradient passes through it, and which view it is made of, is reconstructed (the paper's bounds need the first).
+The objectives are those of Jeong et al., "Anchors Aweigh!" (arXiv 2410.02086): FABind and CentroBind. From its abstract
+and public reviews: the anchor is the plain mean of the embeddings of all modalities, and InfoNCE aligns it with each in
+both directions. Reconstructed, because the method section was not read: the mean is not normalised again (the paper's
+bounds need that), gradient passes through it, and the choice of its view.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from codebind_jax.losses.contrastive import distinct
+from codebind_jax.losses.contrastive import diagonal_cross_entropy
+from codebind_jax.losses.masks import masked_mean
 from codebind_jax.norm import unit, wide
 
-_NEGATIVE = -1e30
 Embeddings = Mapping[str, Float[Array | np.ndarray, "b d"]]
 Masks = Mapping[str, Bool[Array | np.ndarray, "b"] | bool] | Bool[Array | np.ndarray, "b"]
 Groups = Int[Array | np.ndarray, "b"] | None
@@ -43,18 +43,11 @@ def directed_info_nce(
     key: v, the candidates.
     temperature: tau.
     mask: True for rows that count, as queries and as keys.
-    groups: rows of one number are not each other's negatives (several items of one caption in a batch).
+    groups: rows of one group are not each other's negatives (several items of one caption in a batch).
   """
   query, key = wide(query), wide(key)
   logits = jnp.einsum("bd,kd->bk", query, key, precision=jax.lax.Precision.HIGHEST) / temperature
-  own = jnp.diagonal(logits)
-  if groups is not None:
-    logits = jnp.where(distinct(groups), logits, _NEGATIVE)
-  if mask is None:
-    return jnp.mean(jax.nn.logsumexp(logits, axis=1) - own)
-  mask = jnp.asarray(mask, jnp.bool_)
-  terms = jax.nn.logsumexp(jnp.where(mask, logits, _NEGATIVE), axis=1) - own
-  return jnp.sum(jnp.where(mask, terms, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+  return masked_mean(diagonal_cross_entropy(logits, mask, groups), mask)
 
 
 def centroid(
@@ -66,15 +59,15 @@ def centroid(
 
   Args:
     anchors: modality -> unit vectors.
-    weights: modality -> weight, or one for each in order, taken relative to the sum over what is present.
+    weights: modality -> weight, or one for each in order, relative to the sum over the modalities present.
     mask: modality -> rows that have it, or the rows that count for all; None for all rows.
-    normalize: L2-normalise the mean, with which the paper's bounds no longer hold.
+    normalize: L2-normalise the mean; the paper's bounds then no longer hold.
   """
   return _centroid(anchors, weights, mask, normalize)[0]
 
 
 def _centroid(anchors, weights, mask, normalize):
-  """(the means, which instances have one: of what they have something must have weight)."""
+  """(means, bool [b] of the instances that have one: some modality present must have weight)."""
   total, mass, masks = 0.0, 0.0, _masks(anchors, mask)
   weights = 1.0 if weights is None else weights
   for i, (name, x) in enumerate(anchors.items()):
@@ -103,9 +96,9 @@ def centroid_info_nce(
     anchors: modality -> unit embeddings [b, d] of one view of the instances; their mean is the anchor.
     features: modality -> unit embeddings [b, d] of another view (the same one is allowed), aligned with the anchor.
     temperature: of InfoNCE.
-    weights: of the mean; None for equal ones. An instance with nothing that has weight has no anchor and takes no part.
-    mask: modality -> bool [b], which instances have it (or one for all modalities): others are left out of the mean
-      and of its terms.
+    weights: of the mean; None for equal ones. An instance without weight has no anchor and takes no part.
+    mask: modality -> bool [b], which instances have it (or one for all modalities): the mean and the terms of a
+      modality leave out the others.
     groups: as for `directed_info_nce`.
     normalize_anchor: L2-normalise the centroid.
     stop_anchor: no gradient through the centroid.
@@ -121,7 +114,7 @@ def centroid_info_nce(
   if stop_anchor:
     anchor = jax.lax.stop_gradient(anchor)
   masks = _masks(features, mask)
-  return sum(_both(anchor, x, temperature, masks[name] & bound, groups) for name, x in features.items())
+  return sum(_both_directions(anchor, x, temperature, masks[name] & bound, groups) for name, x in features.items())
 
 
 def fixed_anchor_info_nce(
@@ -155,7 +148,7 @@ def fixed_anchor_info_nce(
   masks, groups = _masks(features, mask), groups or {}
   return sum(
     (
-      _both(fixed, x, temperature, masks[name] & masks[anchor], groups.get(name))
+      _both_directions(fixed, x, temperature, masks[name] & masks[anchor], groups.get(name))
       for name, x in features.items() if name != anchor
     ),
     start=jnp.zeros((), jnp.float32),
@@ -173,6 +166,6 @@ def _masks(features, mask):
   return {name: jnp.broadcast_to(jnp.asarray(pick(name), jnp.bool_), x.shape[:1]) for name, x in features.items()}
 
 
-def _both(a, b, temperature, mask, groups):
+def _both_directions(a, b, temperature, mask, groups):
   directions = ((a, b), (b, a))
   return sum(directed_info_nce(u, v, temperature=temperature, mask=mask, groups=groups) for u, v in directions)

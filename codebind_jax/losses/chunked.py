@@ -2,8 +2,8 @@
 
 The softmax denominators are taken online (Milakov and Gimelshein, arXiv 1805.02867), so that no more than one tile of
 logits exists at a time; the backward pass computes the tiles again from the denominators. Over several devices a piece
-of `b` goes around the ring of neighbours with the statistics (and, backwards, the gradient) of its columns, and is at
-home after one round: no device ever holds the whole batch.
+of `b` goes around the ring of neighbours with the statistics (and, backwards, the gradient) of its columns, and is back
+after one round: no device ever holds the whole batch.
 """
 
 import functools
@@ -15,9 +15,9 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from codebind_jax.losses.masks import MASKED_LOGIT
 from codebind_jax.norm import unit
 
-_NEGATIVE = -1e30
 _EXACT = jax.lax.Precision.HIGHEST
 
 
@@ -30,7 +30,7 @@ def chunked_sum(
 
   Args:
     a: float32 embeddings, not yet normalised.
-    b: of the other modality.
+    b: those of the other modality.
     scale: multiplies the cosines.
     valid: rows that count; the others may hold anything and get a zero gradient.
     marks: [b, 2] (group, row); different rows of one group are not each other's negatives. [b, 0] for no groups.
@@ -57,7 +57,7 @@ chunked_sum.defvjp(_forward, _backward)
 
 
 def _over_devices(function, axes, inputs, outputs):
-  """The function of local rows; `r` marks arguments and results split by rows, `s` scalars."""
+  """`function` on each device's rows; `r` marks arguments and results split by rows, `s` scalars."""
   if not axes:
     return function
   specs = lambda kinds: tuple(P(axes) if kind == "r" else P() for kind in kinds)
@@ -81,12 +81,12 @@ class _Blocks(NamedTuple):
     return start, start + jnp.arange(self.size) >= i * self.size, *map(cut, arrays)
 
 
-def _put(whole, part, start):
-  return jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=0)
+def _put(array, part, start):
+  return jax.lax.dynamic_update_slice_in_dim(array, part, start, axis=0)
 
 
 def _clean(x, valid):
-  """Unit rows; zero where a row does not count, whatever it holds."""
+  """Unit rows; zero for a row that does not count, whatever it holds."""
   return unit(jnp.where(valid[:, None], x, 0.0))
 
 
@@ -100,7 +100,7 @@ def _tile(a, b, scale, rows, columns, marks_a, marks_b):
 
 
 def _around(body, carry, axes):
-  """`body(moving, resident)` once on every device's piece; the pieces are at home again afterwards."""
+  """`body(moving, resident)` once on every device's piece; the pieces are back on their devices afterwards."""
   if not axes:
     return body(*carry)
   size = jax.lax.axis_size(axes)
@@ -114,10 +114,10 @@ def _around(body, carry, axes):
 
 
 def _online(highest, total, logits, counts, axis):
-  """Running maximum and scaled sum of exponents of (parts of) a row, with more of it."""
-  higher = jnp.maximum(highest, jnp.max(jnp.where(counts, logits, _NEGATIVE), axis=axis))
-  exponents = jnp.where(counts, jnp.exp(logits - jnp.expand_dims(higher, axis)), 0.0)
-  return higher, total * jnp.exp(highest - higher) + jnp.sum(exponents, axis=axis)
+  """Running maximum and scaled sum of exponentials along `axis`, updated with a tile of logits."""
+  new_highest = jnp.maximum(highest, jnp.max(jnp.where(counts, logits, MASKED_LOGIT), axis=axis))
+  exponents = jnp.where(counts, jnp.exp(logits - jnp.expand_dims(new_highest, axis)), 0.0)
+  return new_highest, total * jnp.exp(highest - new_highest) + jnp.sum(exponents, axis=axis)
 
 
 def _log_sum(highest, total):
@@ -126,25 +126,25 @@ def _log_sum(highest, total):
 
 def _local_forward(a, b, scale, valid, marks, *, chunk, axes):
   blocks = _Blocks(len(a), min(chunk, len(a)))
-  start = lambda n: (jnp.full(n, _NEGATIVE), jnp.zeros(n))
+  start = lambda n: (jnp.full(n, MASKED_LOGIT), jnp.zeros(n))
 
   def visit(moving, rows):
-    piece, counts, names, *columns = moving
+    piece, counts, piece_marks, *columns = moving
 
     def block(carry, i):
       (high, total), columns = carry
-      at, new, part, ok, own, old_high, old_total = blocks.at(i, a, valid, marks, high, total)
-      logits, pairs = _tile(_clean(part, ok), piece, scale, ok & new, counts, own, names)
+      at, new, part, ok, block_marks, old_high, old_total = blocks.at(i, a, valid, marks, high, total)
+      logits, pairs = _tile(_clean(part, ok), piece, scale, ok & new, counts, block_marks, piece_marks)
       new_high, new_total = _online(old_high, old_total, logits, pairs, 1)
       return ((_put(high, new_high, at), _put(total, new_total, at)), _online(*columns, logits, pairs, 0)), None
 
     (rows, columns), _ = jax.lax.scan(block, (rows, tuple(columns)), jnp.arange(blocks.number))
-    return (piece, counts, names, *columns), rows
+    return (piece, counts, piece_marks, *columns), rows
 
   def one_piece(carry, j):
     rows, columns = carry
-    at, new, part, ok, names = blocks.at(j, b, valid, marks)
-    moving = (_clean(part, ok), ok & new, names, *start(blocks.size))
+    at, new, part, ok, piece_marks = blocks.at(j, b, valid, marks)
+    moving = (_clean(part, ok), ok & new, piece_marks, *start(blocks.size))
     (_, _, _, *statistics), rows = _around(visit, (moving, rows), axes)
     old = jax.lax.dynamic_slice_in_dim(columns, at, blocks.size)
     return (rows, _put(columns, jnp.where(new, _log_sum(*statistics), old), at)), None
@@ -160,13 +160,13 @@ def _local_backward(a, b, scale, valid, marks, rows, columns, cotangent, *, chun
   blocks = _Blocks(len(a), min(chunk, len(a)))
 
   def visit(moving, resident):
-    piece, counts, names, normaliser, grad_piece = moving
+    piece, counts, piece_marks, normaliser, grad_piece = moving
 
     def block(carry, i):
       grad_a, grad_scale, grad_piece = carry
-      at, new, part, ok, own, lse, old = blocks.at(i, a, valid, marks, rows, grad_a)
+      at, new, part, ok, block_marks, lse, old = blocks.at(i, a, valid, marks, rows, grad_a)
       part = _clean(part, ok)
-      logits, pairs = _tile(part, piece, scale, ok & new, counts, own, names)
+      logits, pairs = _tile(part, piece, scale, ok & new, counts, block_marks, piece_marks)
       weights = jnp.where(pairs, jnp.exp(logits - lse[:, None]) + jnp.exp(logits - normaliser), 0.0)
       grad_a = _put(grad_a, old + jnp.dot(weights, piece, precision=_EXACT), at)
       grad_scale += jnp.sum(jnp.where(pairs, weights * logits, 0.0))
@@ -174,7 +174,7 @@ def _local_backward(a, b, scale, valid, marks, rows, columns, cotangent, *, chun
 
     start = (*resident, grad_piece)
     (*resident, grad_piece), _ = jax.lax.scan(block, start, jnp.arange(blocks.number))
-    return (piece, counts, names, normaliser, grad_piece), tuple(resident)
+    return (piece, counts, piece_marks, normaliser, grad_piece), tuple(resident)
 
   def finished(grad, x, other, ok):
     """Gradient of the raw rows from the sum over tiles: the positives' part, then through the normalisation."""
@@ -183,8 +183,8 @@ def _local_backward(a, b, scale, valid, marks, rows, columns, cotangent, *, chun
 
   def one_piece(carry, j):
     grad_b, *resident = carry
-    at, new, part, ok, names, normaliser, other, old = blocks.at(j, b, valid, marks, columns, a, grad_b)
-    moving = (_clean(part, ok), ok & new, names, normaliser, jnp.zeros_like(part))
+    at, new, part, ok, piece_marks, normaliser, other, old = blocks.at(j, b, valid, marks, columns, a, grad_b)
+    moving = (_clean(part, ok), ok & new, piece_marks, normaliser, jnp.zeros_like(part))
     (_, _, _, _, grad), resident = _around(visit, (moving, tuple(resident)), axes)
     return (_put(grad_b, jnp.where(new[:, None], finished(grad, part, other, ok), old), at), *resident), None
 

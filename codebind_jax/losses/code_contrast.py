@@ -11,13 +11,13 @@ from jaxtyping import Array, Bool, Float
 
 from codebind_jax.codebook.nearest import Distance
 from codebind_jax.codebook.segments import similarity as similarities
+from codebind_jax.losses.masks import masked_mean
 
-# Halvings of a row's range. What is left is far below what a mean over the selected entries resolves.
+# Steps of the bisection of a row's range. The rest is far below what a mean over the selected entries resolves.
 _EXACT, _FAST = 26, 16
 _STRIPES = 64
-# Segments worked on at once on CPU; elsewhere as many as make so many similarities (64 MB).
-_CPU_BLOCK = 256
-_SCORES = 2**24
+_CPU_BLOCK = 256  # segments of a block on CPU
+_SCORES = 2**24  # similarities of a block elsewhere (64 MB)
 
 
 class Bound(NamedTuple):
@@ -47,12 +47,9 @@ def code_contrast(
     mask: True for rows that count.
   """
   x = jnp.asarray(similarity, jnp.float32)
-  bounds = extreme_bounds(jax.lax.stop_gradient(x), *_numbers(x.shape[1], double_softmax))
+  bounds = extreme_bounds(jax.lax.stop_gradient(x), *_selected_numbers(x.shape[1], double_softmax))
   terms = _terms(x, *bounds, double_softmax)
-  if mask is None:
-    return jnp.mean(terms)
-  mask = jnp.asarray(mask, jnp.bool_)
-  return jnp.sum(jnp.where(mask, terms, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+  return masked_mean(terms, mask)
 
 
 def code_contrast_segments(
@@ -66,8 +63,8 @@ def code_contrast_segments(
 ) -> Float[Array, ""]:
   """`code_contrast` of all segments against all codes, whose similarities are never held at once.
 
-  The backward pass computes the similarities again and takes the thresholds of the forward pass. The release's square
-  roots (no similarity negative anywhere) are taken by a block.
+  The backward pass computes the similarities again and takes the thresholds of the forward pass. Whether the
+  release's square roots apply (no similarity negative anywhere) is decided by block.
 
   Args:
     z: segments as quantised, with tokens on the last axis.
@@ -75,7 +72,7 @@ def code_contrast_segments(
     distance: "cosine" or "l2".
     double_softmax: as in `code_contrast`.
     weights: of the tokens; 0 masks.
-    block: segments worked on at once; 0 chooses for the backend.
+    block: segments of a block; 0 chooses for the backend.
   """
   terms = _all_terms(z, codes, distance, double_softmax, block)
   if weights is None:
@@ -88,14 +85,14 @@ def extreme_bounds(x: Float[Array, "n k"], above: int, below: int, steps: int = 
   """The bounds that select the `above` largest entries of each row of x, and the `below` largest of each row of -x.
 
   Bisection for the value of the last selected entry; entries that are equal to it, or closer than the bisection
-  resolves, share what is left. Both at once: what costs is to read the rows.
+  resolves, share the remaining places. Both bounds are found at once, because reading the rows is the cost.
   """
   k = x.shape[1]
   least, most = jnp.min(x, axis=1, keepdims=True), jnp.max(x, axis=1, keepdims=True)
 
-  def numbers(over, under):
+  def count(over, under):
     over, under = over.astype(jnp.int32), under.astype(jnp.int32)
-    if k < 2**15:  # both counts in one number
+    if k < 2**15:  # both counts fit in one number
       both = jnp.sum(over + (under << 16), axis=1, keepdims=True)
       return both & 0xFFFF, both >> 16
     return jnp.sum(over, axis=1, keepdims=True), jnp.sum(under, axis=1, keepdims=True)
@@ -103,15 +100,15 @@ def extreme_bounds(x: Float[Array, "n k"], above: int, below: int, steps: int = 
   def halve(_, bounds):
     low, high, first, last = bounds
     middle, centre = low + 0.5 * (high - low), first + 0.5 * (last - first)
-    over, under = numbers(x > middle, x < centre)
+    over, under = count(x > middle, x < centre)
     top, bottom = over >= above, under >= below
     return (jnp.where(top, middle, low), jnp.where(top, high, middle),
             jnp.where(bottom, first, centre), jnp.where(bottom, centre, last))  # fmt: skip
 
   # Fewer than `above` entries exceed `high` and at least as many are >= `low`; likewise under `first` and <= `last`.
   low, high, first, last = jax.lax.fori_loop(0, steps, halve, (least, most, least, most))
-  sure, sure_below = numbers(x > high, x < first)
-  some, some_below = numbers(x >= low, x <= last)
+  sure, sure_below = count(x > high, x < first)
+  some, some_below = count(x >= low, x <= last)
   share = (above - sure) / jnp.maximum(some - sure, 1)
   share_below = (below - sure_below) / jnp.maximum(some_below - sure_below, 1)
   return Bound(low, high, share), Bound(-last, -first, share_below)
@@ -122,20 +119,20 @@ def selected(x: Float[Array, "..."], bound: Bound) -> Float[Array, "..."]:
   return jnp.where(x > bound.high, 1.0, jnp.where(x >= bound.low, bound.share, 0.0))
 
 
-def _numbers(k, double_softmax):
+def _selected_numbers(k, double_softmax):
   above = k // 10
   return above or (k if double_softmax else 1), k // 2
 
 
 def _terms(x, top_bound, low_bound, double_softmax):
-  """Cross-entropy of each row, given what to select. x [n, k] -> [n]."""
-  above, _ = _numbers(x.shape[1], double_softmax)
+  """Cross-entropy of each row, given the bounds of the selection. x [n, k] -> [n]."""
+  above, _ = _selected_numbers(x.shape[1], double_softmax)
   constant = jax.lax.stop_gradient(x)
   top, low = selected(constant, top_bound), selected(-constant, low_bound)
   positive = jnp.sum(top * x, axis=1, keepdims=True) / above
   if double_softmax:
     negative = jnp.any(jnp.where(low > 0, x, positive) < 0)
-    positive, x = jnp.where(negative, positive, _root(positive)), jnp.where(negative, x, _root(x))
+    positive, x = jnp.where(negative, positive, safe_sqrt(positive)), jnp.where(negative, x, safe_sqrt(x))
   largest = jnp.max(jnp.where(low > 0, x, -jnp.inf), axis=1, keepdims=True)
   shift = jax.lax.stop_gradient(jnp.maximum(positive, largest))
   exp_positive, exp_negative = jnp.exp(positive - shift), low * jnp.exp(jnp.where(low > 0, x - shift, 0.0))
@@ -149,13 +146,13 @@ def _terms(x, top_bound, low_bound, double_softmax):
   return (jnp.log(total) - (positive - shift))[:, 0]
 
 
-def _root(x):
-  """Square root of what is positive, 0 elsewhere, with a finite gradient."""
+def safe_sqrt(x: Float[Array, "..."]) -> Float[Array, "..."]:
+  """Square root of positive numbers, 0 for others, with a finite gradient."""
   return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0)
 
 
 # All segments, in blocks of tokens. A block takes a stripe from each of several equal parts of the batch, so that a
-# batch that is sharded over devices is worked on in place; the last block overlaps the one before it.
+# batch sharded over devices stays in place; the last block overlaps the one before it.
 
 
 def _blocks(z, block):
@@ -182,8 +179,8 @@ def _for_backend(run, block, codes, *arguments):
   """Calls run(*arguments, block=...) with the block that suits the backend, unless one is given."""
   if block:
     return run(*arguments, block=block)
-  most = max(1, _SCORES // codes.shape[0])
-  cpu, default = functools.partial(run, block=_CPU_BLOCK), functools.partial(run, block=most)
+  segments = max(1, _SCORES // codes.shape[0])
+  cpu, default = functools.partial(run, block=_CPU_BLOCK), functools.partial(run, block=segments)
   return jax.lax.platform_dependent(*arguments, cpu=cpu, default=default)
 
 
@@ -199,7 +196,7 @@ def _all_terms_forward(z, codes, distance, double_softmax, block):
 
     def step(stored, start):
       x = _block_similarity(_cut(parts, start, size), codes, distance)
-      bounds = extreme_bounds(x, *_numbers(x.shape[1], double_softmax), steps=_FAST)
+      bounds = extreme_bounds(x, *_selected_numbers(x.shape[1], double_softmax), steps=_FAST)
       terms = _terms(x, *bounds, double_softmax)
       flat = [terms, *(b[:, 0] for bound in bounds for b in bound)]
       values = jnp.stack(flat).reshape(7, s, stripes, size)
@@ -216,23 +213,23 @@ def _all_terms_backward(distance, double_softmax, block, residuals, cotangent):
     parts, starts, size = _blocks(z, block)
     s, _, stripes, length = parts.shape
     stored, cotangent = stored.reshape(6, s, stripes, length), cotangent.reshape(s, stripes, length)
-    done = jnp.concatenate([jnp.zeros(1, starts.dtype), starts[:-1] + size])
+    first_new = jnp.concatenate([jnp.zeros(1, starts.dtype), starts[:-1] + size])
 
-    def step(carry, at):
+    def step(carry, block):
       grad_z, grad_codes = carry
-      start, first_new = at
+      start, first_new = block
       bounds = _cut(stored, start, size).reshape(6, -1, 1)
       bounds = Bound(*bounds[:3]), Bound(*bounds[3:])
-      # What the block before has done gets no second cotangent.
+      # Entries that the block before has done get no second cotangent.
       new = start + jnp.arange(size) >= first_new
-      given = jnp.where(new, _cut(cotangent, start, size), 0.0).reshape(-1)
+      block_cotangent = jnp.where(new, _cut(cotangent, start, size), 0.0).reshape(-1)
       terms = lambda z, codes: _terms(_block_similarity(z, codes, distance), *bounds, double_softmax)
-      block_z, block_codes = jax.vjp(terms, _cut(parts, start, size), codes)[1](given)
-      kept = jnp.where(new, block_z, _cut(grad_z, start, size))
-      return (jax.lax.dynamic_update_slice_in_dim(grad_z, kept, start, axis=3), grad_codes + block_codes), None
+      block_z, block_codes = jax.vjp(terms, _cut(parts, start, size), codes)[1](block_cotangent)
+      merged = jnp.where(new, block_z, _cut(grad_z, start, size))
+      return (jax.lax.dynamic_update_slice_in_dim(grad_z, merged, start, axis=3), grad_codes + block_codes), None
 
     zero = jnp.zeros_like(parts), jnp.zeros_like(codes)
-    (grad_z, grad_codes), _ = jax.lax.scan(step, zero, (starts, done))
+    (grad_z, grad_codes), _ = jax.lax.scan(step, zero, (starts, first_new))
     return grad_z.reshape(z.shape), grad_codes
 
   return _for_backend(run, block, residuals[1], *residuals, cotangent)

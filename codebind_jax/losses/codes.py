@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from codebind_jax.losses.code_contrast import _root
+from codebind_jax.losses.code_contrast import safe_sqrt
+from codebind_jax.losses.masks import MASKED_LOGIT, masked_mean
 from codebind_jax.norm import unit
 
 
@@ -25,7 +26,7 @@ def commitment(
 
 def code_uniform(codes: Float[Array | np.ndarray, "k d"]) -> Float[Array, ""]:
   """Log of the mean over code pairs of exp(-|ê_i - ê_j|^2), ê normalised (Wang and Isola, 2020, eq. 2 with t = 1)."""
-  return _uniformity(unit(codes), None)
+  return uniformity(unit(codes), None)
 
 
 def code_matching(
@@ -57,28 +58,21 @@ def code_matching(
   a, b = jnp.asarray(sim_a, jnp.float32) / temperature, jnp.asarray(sim_b, jnp.float32) / temperature
   p_a, p_b = jax.nn.softmax(a, axis=2), jax.nn.softmax(b, axis=2)
   if release_axis:
-    wrong = ~(jnp.any(a < 0) | jnp.any(b < 0))
-    root = lambda x: jax.nn.softmax(_root(x), axis=1)
-    p_a, p_b = jnp.where(wrong, root(a), p_a), jnp.where(wrong, root(b), p_b)
+    no_negative = ~(jnp.any(a < 0) | jnp.any(b < 0))
+    root = lambda x: jax.nn.softmax(safe_sqrt(x), axis=1)
+    p_a, p_b = jnp.where(no_negative, root(a), p_a), jnp.where(no_negative, root(b), p_b)
   log_a, log_b = jnp.log(p_a + 1e-10), jnp.log(p_b + 1e-10)
   high = jax.lax.Precision.HIGHEST
   score = jnp.einsum("isk,jsk->sij", p_a, log_b, precision=high) + jnp.einsum(
     "isk,jsk->sij", log_a, p_b, precision=high
   )
   if mask is not None:
-    score = jnp.where(jnp.asarray(mask, jnp.bool_)[None, None], score, -1e30)
+    score = jnp.where(jnp.asarray(mask, jnp.bool_)[None, None], score, MASKED_LOGIT)
   terms = jax.nn.logsumexp(score, axis=2) - jnp.diagonal(score, axis1=1, axis2=2)
-  return _masked_mean(jnp.mean(terms, axis=0), mask)
+  return masked_mean(jnp.mean(terms, axis=0), mask)
 
 
-def _masked_mean(terms, mask):
-  if mask is None:
-    return jnp.mean(terms)
-  mask = jnp.asarray(mask, jnp.bool_)
-  return jnp.sum(jnp.where(mask, terms, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
-
-
-def _uniformity(x, mask):
+def uniformity(x: Float[Array, "b d"], mask: Bool[Array | np.ndarray, "b"] | None) -> Float[Array, ""]:
   """Log of the mean over pairs of exp(-|x_i - x_j|^2); 0 if there is no pair."""
   square = jnp.sum(x * x, axis=1)
   product = jnp.einsum("id,jd->ij", x, x, precision=jax.lax.Precision.HIGHEST)

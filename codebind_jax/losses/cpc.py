@@ -1,4 +1,4 @@
-"""Cross-modal contrastive predictive coding: one modality's past tells the other's future (DCID eq. 6)."""
+"""Cross-modal contrastive predictive coding: one modality's past predicts the other's future (DCID eq. 6)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from codebind_jax.losses.contrastive import distinct
+from codebind_jax.losses.contrastive import diagonal_cross_entropy
+from codebind_jax.losses.masks import masked_mean
 from codebind_jax.norm import wide
 
 
@@ -25,11 +26,11 @@ def cpc(
 
   Args:
     predictions: of the next k steps, W_k c_t.
-    futures: what the k steps are.
+    futures: features of these k steps.
     over: "futures" compares candidate futures for a prediction, as the paper; "predictions" compares predictions for a
       future, as the release.
     mask: True for rows that count.
-    groups: rows of one number are not each other's negatives.
+    groups: rows of one group are not each other's negatives.
 
   Raises:
     ValueError: for an unknown `over`.
@@ -40,15 +41,7 @@ def cpc(
   scores = jnp.einsum("ikd,jkd->kij", futures, predictions, precision=jax.lax.Precision.HIGHEST)
   if over == "futures":
     scores = scores.swapaxes(1, 2)
-  own = jnp.diagonal(scores, axis1=1, axis2=2)
-  if groups is not None:
-    scores = jnp.where(distinct(groups), scores, -1e30)
-  if mask is not None:
-    scores = jnp.where(jnp.asarray(mask, jnp.bool_), scores, -1e30)
-  terms = jnp.mean(jax.nn.logsumexp(scores, axis=2) - own, axis=0)
-  if mask is None:
-    return jnp.mean(terms)
-  return jnp.sum(jnp.where(mask, terms, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+  return masked_mean(jnp.mean(diagonal_cross_entropy(scores, mask, groups), axis=0), mask)
 
 
 def cross_cpc(
@@ -70,12 +63,12 @@ def cross_cpc(
     self_weight: weight of a modality's prediction of itself (paper: 0; release: 0.1).
     over: as for `cpc`.
     masks: modality -> rows that have it.
-    groups_of: (modality, modality) -> groups of the rows in what is between them, as for `cpc`.
+    groups_of: (modality, modality) -> groups of the rows in the term of this pair, as for `cpc`.
   """
   steps = next(iter(predictions.values())).shape[2]
   total = jnp.zeros((), jnp.float32)
-  for source, told in predictions.items():
-    ahead = jax.lax.dynamic_index_in_dim(jnp.asarray(told), start, axis=1, keepdims=False)
+  for source, prediction in predictions.items():
+    ahead = jax.lax.dynamic_index_in_dim(jnp.asarray(prediction), start, axis=1, keepdims=False)
     for target, x in features.items():
       weight = self_weight if source == target else 1.0
       if weight:

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from codebind_jax.losses.codes import _masked_mean, _uniformity
+from codebind_jax.losses.codes import uniformity
+from codebind_jax.losses.masks import masked_mean
 from codebind_jax.norm import unit
 
 
@@ -23,11 +24,10 @@ def decomposition(
     specific: specific parts, of the same width unless `segment` is set.
     segment: for parts of different widths: a token pair then counts with the root mean square of the cosines between
       the segments of this width of the two tokens. (With the whole width and unit tokens, that is the plain form.)
-    mask: [b] or [b, t], True for what counts.
+    mask: [b] or [b, t], True for rows or tokens that count.
 
   Raises:
-    ValueError: if the shapes differ (but for the width, with `segment`), for then no product of the two is defined, or
-      a width is no multiple of `segment`.
+    ValueError: if the shapes differ (widths may, with `segment`), or a width is no multiple of `segment`.
   """
   if shared.shape[:2] != specific.shape[:2] or not segment and shared.shape != specific.shape:
     raise ValueError(f"shared and specific must have one shape, got {shared.shape} and {specific.shape}; "
@@ -53,7 +53,7 @@ def decomposition(
   relative = product / jnp.where(zero, 1.0, largest)[:, None, None]
   square = jnp.sum(relative * relative, axis=(1, 2))
   norm = jnp.where(zero, 0.0, largest * jnp.sqrt(jnp.where(zero, 1.0, square)))
-  return _masked_mean(norm, rows)
+  return masked_mean(norm, rows)
 
 
 def decorrelation(
@@ -63,9 +63,9 @@ def decorrelation(
   """Sum of the squared correlations over the batch of every shared with every specific feature, over sqrt(d p).
 
   `decomposition` asks that the two vectors of one item are orthogonal, which two different maps of the same factor can
-  be. Here what varies linearly with the one part must not do so with the other: if it is 0, and a factor is a linear
-  function of one part, no linear probe finds it in the other. Independent features give about sqrt(d p) / b, by chance;
-  it helps where that is well under 1. Not in the paper.
+  be. This loss removes linear dependence: at 0, no linear probe finds in one part a factor that is a linear function of
+  the other. Independent features give about sqrt(d p) / b by chance; the loss helps where that is well under 1. Not in
+  the paper.
 
   Args:
     shared: shared parts of the class tokens.
@@ -94,4 +94,4 @@ def specific_uniform(
     s: specific parts of the class tokens, L2-normalised.
     mask: True for rows that count.
   """
-  return _uniformity(jnp.asarray(s, jnp.float32), mask)
+  return uniformity(jnp.asarray(s, jnp.float32), mask)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from codebind_jax.losses.masks import masked_mean
 from codebind_jax.norm import wide
 
 
@@ -23,19 +24,19 @@ def club_estimate(
   """Mean log-likelihood of pairs less that of shuffled pairs, in nats; q(y|x) is a diagonal Gaussian.
 
   (1/2) mean_b sum_d [ -mean_t (mu - y)^2 / exp(mean_t logvar) + the same with y of row permutation[b] ]: the time means
-  are where the release of DCID has them. The log-variance alone cancels.
+  stand where the release of DCID has them. The log-variance alone cancels.
 
   Args:
     mu: mean of q(y|x), [b, d] or, for sequences, [b, t, d].
     logvar: its log-variance.
-    y: what belongs to x.
+    y: the sample that belongs to x.
     permutation: the row whose y is the negative of each row; None averages over all rows (the double sum of eq. 5).
     per_step: the mean over time of the log-likelihood of every step, as eq. 5 prints it.
-    release_axis: for [b, d], what the release of FCID computes from it: mean over d, sum over b.
+    release_axis: the form of FCID's release for [b, d]: mean over d, sum over b.
     mask: True for rows that count.
 
   Raises:
-    ValueError: if a mean over the whole batch is asked of the release's axis.
+    ValueError: for `release_axis` with sequences or without a permutation.
   """
   mu, logvar, y = wide(mu), wide(logvar), wide(y)
   if release_axis:
@@ -55,11 +56,11 @@ def club_estimate(
   positive = likelihood(mu, logvar, y)
   rows = jnp.ones(mu.shape[0], jnp.bool_) if mask is None else jnp.asarray(mask, jnp.bool_)
   if permutation is None:
-    # (m - y_j)^2 expanded over j would cancel badly; one row at a time keeps the memory at [b, t, d].
-    negative = jax.lax.map(lambda row: _mean(likelihood(row[0][None], row[1][None], y), rows), (mu, logvar))
-    return _mean(positive - negative, rows)
+    # Expanding (m - y_j)^2 over j would lose digits; one row at a time keeps the memory at [b, t, d].
+    negative = jax.lax.map(lambda row: masked_mean(likelihood(row[0][None], row[1][None], y), rows), (mu, logvar))
+    return masked_mean(positive - negative, rows)
   negative = likelihood(mu, logvar, y[permutation])
-  return _mean(positive - negative, rows & rows[permutation])
+  return masked_mean(positive - negative, rows & rows[permutation])
 
 
 def club_likelihood(
@@ -69,19 +70,15 @@ def club_likelihood(
   *,
   mask: Bool[Array | np.ndarray, "b"] | None = None,
 ) -> Float[Array, ""]:
-  """(1/2) sum_d [ -(mu - y)^2 / exp(logvar) - logvar ], mean over rows and steps: what q is trained to maximise.
+  """(1/2) sum_d [ -(mu - y)^2 / exp(logvar) - logvar ], mean over rows and steps: the objective of q's training.
 
   Args:
     mu: mean of q(y|x).
     logvar: its log-variance.
-    y: what belongs to x; give it, and x, without gradient.
+    y: the sample that belongs to x; pass both without gradient.
     mask: True for rows that count.
   """
   mu, logvar, y = wide(mu), wide(logvar), wide(y)
   terms = -0.5 * jnp.sum((mu - y) ** 2 * jnp.exp(-logvar) + logvar, axis=-1)
   terms = terms.reshape(terms.shape[0], -1).mean(axis=1)
-  return jnp.mean(terms) if mask is None else _mean(terms, jnp.asarray(mask, jnp.bool_))
-
-
-def _mean(values, rows):
-  return jnp.sum(jnp.where(rows, values, 0.0)) / jnp.maximum(jnp.sum(rows), 1)
+  return masked_mean(terms, mask)

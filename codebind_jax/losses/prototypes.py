@@ -1,9 +1,9 @@
 """Contrast through cluster assignments, with a momentum teacher and a queue: the parts of CODIS.
 
-CODIS (Duan et al., arXiv 2203.00048). Read: that image and text are two views coded by one learnable dictionary of
-cluster centres, that optimal transport assigns features to them, that a momentum teacher of each view guides the
-student of the other, and that there are queues. **Reconstructed, not read:** every equation below (no code is public);
-the momentum contrast follows ALBEF's and TCL's public code, four terms as Jiang et al. (CVPR 2023) attribute to CODIS.
+CODIS (Duan et al., arXiv 2203.00048). Read in the paper: image and text are two views coded by one learnable dictionary
+of cluster centres, optimal transport assigns features to them, a momentum teacher of each view guides the student of
+the other, and there are queues. **Reconstructed, not read:** every equation below (no code is public); the momentum
+contrast follows ALBEF's and TCL's public code, four terms as Jiang et al. (CVPR 2023) attribute to CODIS.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from codebind_jax.losses.contrastive import distinct
+from codebind_jax.losses.masks import MASKED_LOGIT, distinct, masked_mean
 from codebind_jax.norm import unit, wide
 from codebind_jax.transport import ipot
 
@@ -31,8 +31,8 @@ class Queue:
 
   Attributes:
     features: [q, d].
-    valid: bool [q], slots that hold something. (ALBEF's queue starts with random directions instead.)
-    groups: int32 [q], what tells rows apart as negatives; -1 where nothing does.
+    valid: bool [q], slots that hold an embedding. (ALBEF's queue starts with random directions instead.)
+    groups: int32 [q], rows of one group are not each other's negatives; -1 for rows without a group.
     pointer: int32 [], the next slot to write.
   """
 
@@ -45,15 +45,15 @@ class Queue:
 def new_queue(size: int, width: int) -> Queue:
   """An empty queue."""
   zero = jnp.zeros((), jnp.int32)
-  nothing = jnp.full(size, -1, jnp.int32)
-  return Queue(jnp.zeros((size, width), jnp.float32), jnp.zeros(size, jnp.bool_), nothing, zero)
+  no_groups = jnp.full(size, -1, jnp.int32)
+  return Queue(jnp.zeros((size, width), jnp.float32), jnp.zeros(size, jnp.bool_), no_groups, zero)
 
 
 def enqueue(
   queue: Queue, features: Float[Array | np.ndarray, "b d"], mask: Bool[Array | np.ndarray, "b"] | None = None,
   groups: Int[Array | np.ndarray, "b"] | None = None,
 ) -> Queue:
-  """Writes a batch over the oldest slots; rows that are masked take a slot that counts as empty.
+  """Writes a batch over the oldest slots; a masked row takes a slot that counts as empty.
 
   Raises:
     ValueError: if the batch is longer than the queue or of another width.
@@ -119,19 +119,18 @@ def swapped_prediction(
   """Cross-entropy of a student's code distribution against the *other* view's plan, times n so that rows sum to 1.
 
   Args:
-    plan: the other view's.
+    plan: transport plan of the other view.
     student: features, normalised here; row i belongs to row i of the plan.
     codes: cluster centres.
     temperature: gamma of the softmax over codes.
     mask: True for rows that count.
-    rows: how many rows of the plan have mass, where that is not the number of those that count.
+    rows: number of rows of the plan that have mass, if it is not the number of those that count.
   """
   plan = jax.lax.stop_gradient(wide(plan))
   counts = jnp.ones(plan.shape[0], jnp.bool_) if mask is None else jnp.asarray(mask, jnp.bool_)
   target = plan * (jnp.sum(counts) if rows is None else rows)
   logs = jax.nn.log_softmax(_cosine(student, codes) / temperature, axis=1)
-  terms = -jnp.sum(target * logs, axis=1)
-  return jnp.sum(jnp.where(counts, terms, 0.0)) / jnp.maximum(jnp.sum(counts), 1)
+  return masked_mean(-jnp.sum(target * logs, axis=1), counts)
 
 
 def momentum_contrast(
@@ -151,13 +150,13 @@ def momentum_contrast(
 
   Args:
     student: unit features of one view.
-    query_teacher: the same view's from its teacher, for the soft targets.
-    key_teacher: the other view's (or the same one's) from its teacher.
+    query_teacher: features of the same view from its teacher, for the soft targets.
+    key_teacher: features of the other view (or the same one) from its teacher.
     queue: older keys of the view of `key_teacher`; None for in-batch negatives only.
     temperature: divides the cosines.
     alpha: share of the soft targets.
     mask: True for rows that count, as queries and as keys.
-    groups: rows of one number are not each other's negatives, nor are such keys of the queue.
+    groups: rows and queued keys of one group are not each other's negatives.
   """
   student, query_teacher, keys = wide(student), wide(query_teacher), wide(key_teacher)
   query_teacher, keys = jax.lax.stop_gradient((query_teacher, keys))
@@ -166,18 +165,18 @@ def momentum_contrast(
   if groups is not None:
     valid = valid & distinct(groups)
   if queue is not None:
-    kept = jax.lax.stop_gradient(queue.features.astype(keys.dtype))
-    keys, older = jnp.concatenate([keys, kept]), queue.valid[None]
+    queued = jax.lax.stop_gradient(queue.features.astype(keys.dtype))
+    keys, valid_queued = jnp.concatenate([keys, queued]), queue.valid[None]
     if groups is not None:
-      older = older & (jnp.asarray(groups)[:, None] != queue.groups)
-    wide_as = lambda x: jnp.broadcast_to(x, (student.shape[0], x.shape[1]))
-    valid = jnp.concatenate([wide_as(valid), wide_as(older)], axis=1)
-  scores = lambda q: jnp.where(valid, jnp.einsum("bd,kd->bk", q, keys, precision=_HIGH) / temperature, -1e30)
+      valid_queued = valid_queued & (jnp.asarray(groups)[:, None] != queue.groups)
+    by_row = lambda x: jnp.broadcast_to(x, (student.shape[0], x.shape[1]))
+    valid = jnp.concatenate([by_row(valid), by_row(valid_queued)], axis=1)
+  scores = lambda q: jnp.where(valid, jnp.einsum("bd,kd->bk", q, keys, precision=_HIGH) / temperature, MASKED_LOGIT)
   target = (1.0 - alpha) * jnp.eye(student.shape[0], keys.shape[0], dtype=keys.dtype)
   if alpha:
     target += alpha * jax.lax.stop_gradient(jax.nn.softmax(scores(query_teacher), axis=1))
   terms = -jnp.sum(target * jax.nn.log_softmax(scores(student), axis=1), axis=1)
-  return jnp.sum(jnp.where(rows, terms, 0.0)) / jnp.maximum(jnp.sum(rows), 1)
+  return masked_mean(terms, rows)
 
 
 def pair_loss(
@@ -191,7 +190,7 @@ def pair_loss(
   mask: Bool[Array | np.ndarray, "b"] | None = None,
   groups_of: Callable[..., Int[Array | np.ndarray, "b"] | None] = lambda *_: None,
 ) -> Float[Array, ""]:
-  """Mean of the four terms a -> b, b -> a, a -> a, b -> b of `momentum_contrast`; groups_of(query, key): its groups."""
+  """Mean of the four terms a -> b, b -> a, a -> a, b -> b of `momentum_contrast`, with groups_of(query, key)."""
   return sum(
     momentum_contrast(
       students[query], teachers[query], teachers[key], None if queues is None else queues[key],

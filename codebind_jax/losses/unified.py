@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from codebind_jax.losses.code_contrast import _root
-from codebind_jax.losses.contrastive import distinct
+from codebind_jax.losses.code_contrast import safe_sqrt
+from codebind_jax.losses.masks import MASKED_LOGIT, distinct, masked_mean
 from codebind_jax.norm import wide
 
 Features = Mapping[str, Float[Array | np.ndarray, "b t d"]]
@@ -31,13 +31,13 @@ def unified_commitment(
   reduce: str = "sum",
   masks: Masks | None = None,
 ) -> dict[str, Float[Array, ""]]:
-  """beta |z_m - sg e_m|^2 + partner beta |z_m - sg e_p|^2, the second shared evenly over the partners p (eq. 8).
+  """beta |z_m - sg e_m|^2 + partner beta |z_m - sg e_p|^2, the second split evenly over the partners p (eq. 8).
 
   Args:
     features: modality -> vectors z_m.
     quantized: modality -> codes e_m chosen for them.
     beta: weight. The release has 2 beta.
-    partner: weight of all partners' codes together, relative to the own one.
+    partner: weight of all partners' codes together, relative to a vector's own code.
     reduce: over the width: "sum", a squared norm as the paper prints, or "mean" as the release.
     masks: modality -> rows that have it; a partner's term counts where both have.
 
@@ -55,8 +55,7 @@ def unified_commitment(
     for other, q in quantized.items():
       square = (z - jax.lax.stop_gradient(wide(q))) ** 2
       terms = (jnp.sum(square, -1) if reduce == "sum" else jnp.mean(square, -1)).mean(-1)
-      rows = None if masks is None else jnp.asarray(masks[name] & masks[other])
-      mean = jnp.mean(terms) if rows is None else jnp.sum(jnp.where(rows, terms, 0.0)) / jnp.maximum(jnp.sum(rows), 1)
+      mean = masked_mean(terms, None if masks is None else masks[name] & masks[other])
       weight = 1.0 if other == name else partner / max(len(quantized) - 1, 1)
       losses.append(beta * weight * mean)
     out[name] = sum(losses)
@@ -71,7 +70,7 @@ def code_distribution(
   z, codes = wide(z), jax.lax.stop_gradient(wide(codes))
   product = jnp.einsum("btd,kd->btk", z, codes, precision=_HIGH)
   square = jnp.sum(z * z, -1, keepdims=True) + jnp.sum(codes * codes, -1) - 2 * product
-  return jnp.mean(jax.nn.softmax(-_root(square), axis=-1), axis=1)
+  return jnp.mean(jax.nn.softmax(-safe_sqrt(square), axis=-1), axis=1)
 
 
 @functools.partial(jax.jit, static_argnames="symmetric")
@@ -85,15 +84,15 @@ def distribution_matching(
 ) -> Float[Array, ""]:
   """Code matching (L_cmcm) of DCID: paired sequences should use codes with the same probabilities.
 
-  S_ij = <p_i, log q_j> + <q_i, log p_j>; the loss is the cross-entropy of the diagonal. That is the release's S; Liu
-  et al., whom the paper cites for it, was not read.
+  S_ij = <p_i, log q_j> + <q_i, log p_j>; the loss is the cross-entropy of the diagonal. This S is the release's;
+  Liu et al., whom the paper cites for it, was not read.
 
   Args:
     p: code distributions of one modality; row i belongs to row i of `q`.
     q: those of the other.
     symmetric: <q_j, log p_i> in the second term, the negative symmetric cross-entropy (`losses.code_matching`).
     mask: True for rows that count.
-    groups: rows of one number are not each other's negatives.
+    groups: rows of one group are not each other's negatives.
   """
   p, q = wide(p), wide(q)
   cross = lambda a, b: jnp.einsum("ik,jk->ij", a, jnp.log(b + 1e-10), precision=_HIGH)
@@ -101,7 +100,7 @@ def distribution_matching(
   score = cross(p, q) + (second.T if symmetric else second)
   rows = jnp.ones(p.shape[0], jnp.bool_) if mask is None else jnp.asarray(mask, jnp.bool_)
   keys = rows[None] if groups is None else rows & distinct(groups)
-  # The release divides by a sum + 1e-5 after adding the largest of -S: the same, without its overflow.
+  # The release adds the largest of -S and divides by a sum + 1e-5; this equals it without its overflow.
   floor = np.log(1e-5) + jnp.min(jnp.where(rows[:, None] & rows, score, 0.0))
-  total = jnp.logaddexp(jax.nn.logsumexp(jnp.where(keys, score, -1e30), axis=1), floor)
-  return jnp.sum(jnp.where(rows, total - jnp.diagonal(score), 0.0)) / jnp.maximum(jnp.sum(rows), 1)
+  total = jnp.logaddexp(jax.nn.logsumexp(jnp.where(keys, score, MASKED_LOGIT), axis=1), floor)
+  return masked_mean(total - jnp.diagonal(score), rows)

@@ -1,7 +1,7 @@
 """Trainable modules between a trunk's tokens and the heads, by name.
 
-A body is a flax module with `__call__(tokens [b, n, c], train=False) -> [b, m, d]`, class token first. A trunk that
-only cuts a raw signal into tokens (point groups, EEG patches) leaves the learning to it.
+A body is a flax module with `__call__(tokens [b, n, c], train=False) -> [b, m, d]`, class token first. It learns what a
+trunk that only cuts a raw signal into tokens (point groups, EEG patches) cannot.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ def make_body(name: str, options: Mapping[str, Any]) -> nn.Module:
   """The module that `config.model.towers.*.body` names.
 
   Raises:
-    ValueError: if there is none, or it refuses an option.
+    ValueError: for an unknown body or option.
   """
   if name not in BODIES:
     raise ValueError(f"body: got {name!r}, allowed are {sorted(BODIES)}")
   module, kind = BODIES[name].rsplit(".", 1)
-  made = getattr(importlib.import_module(module), kind)
-  allowed = sorted(field for field in made.__dataclass_fields__ if field not in ("parent", "name"))
+  body = getattr(importlib.import_module(module), kind)
+  allowed = sorted(field for field in body.__dataclass_fields__ if field not in ("parent", "name"))
   for option in options:
     if option not in allowed:
       raise ValueError(f"body {name!r}: unknown option {option!r}, allowed are {allowed}")
-  return made(**options)
+  return body(**options)
 
 
 class Mlp(nn.Module):
   """Two GELU layers with a residual, token by token.
 
   Attributes:
-    width: of hidden layers and output.
-    dropout: after each.
+    width: width of both layers.
+    dropout: dropout rate after each layer.
   """
 
   width: int = 256

@@ -1,4 +1,4 @@
-"""Small networks that only a loss needs: the Gaussian of CLUB, with its own training, and the predictor of CPC."""
+"""Networks that serve a loss alone: the Gaussian of CLUB, with its own training, and the predictor of CPC."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from codebind_jax.losses.mutual_information import club_likelihood
 
 
 class ConditionalGaussian(nn.Module):
-  """q(y|x) of CLUB: mean and log-variance by two networks of three hidden layers each, as the release of DCID has them.
+  """q(y|x) of CLUB: mean and log-variance by two networks of three hidden layers each, as in the release of DCID.
 
   The log-variance ends in a tanh, so it stays between -1 and 1.
   """
@@ -48,7 +48,7 @@ def club_fit(
   net: ConditionalGaussian, state: dict[str, Any], x: Float[Array, "*lead c"], y: Float[Array, "*lead d"], *,
   steps: int = 5, learning_rate: float = 1e-3, mask: Bool[Array, "b"] | None = None,
 ) -> dict[str, Any]:
-  """The inner steps of a batch: Adam on the likelihood of y given x; no gradient reaches x, y or the main loss."""
+  """Inner steps of a batch: Adam on the likelihood of y given x; no gradient reaches x, y or the main loss."""
   x, y, state = jax.lax.stop_gradient((x, y, state))
   tx = optax.adam(learning_rate)
 
@@ -61,7 +61,7 @@ def club_fit(
 
 
 class FuturePredictor(nn.Module):
-  """The context c_t of a sequence up to each step, by LSTMs, and a linear prediction of each of the next steps.
+  """LSTMs give the context c_t of a sequence up to each step, linear layers predict each of the next steps from it.
 
   The paper (DCID) has one LSTM layer, its release two.
   """

@@ -24,8 +24,7 @@ class Decoder(nn.Module):
     grid: patches along each axis; the tokens are the class token followed by the grid in row-major order.
     channels: channels of the reconstruction.
     patch, stride: kernel and step of the transposed convolution along each axis; `stride` () means `patch`.
-    trunk_dim: width of the trunk; 0 leaves the trunk and its positions out: the tokens are decoded alone, with
-      positions of the decoder's own.
+    trunk_dim: width of the trunk; 0 decodes the tokens without the trunk, with positions of the decoder's own.
     cls_token: whether tokens begin with the class token.
     width, depth, heads: of the blocks.
     remat: recompute activations in the backward pass.
@@ -59,7 +58,7 @@ class Decoder(nn.Module):
       positions: the stem's positions (`Encoded.positions`); needed when `trunk_dim` > 0.
 
     Raises:
-      ValueError: if the token count does not fit `grid`, or trunk and positions are missing or not wanted.
+      ValueError: if the token count does not fit `grid`, or trunk and positions do not fit `trunk_dim`.
     """
     count = math.prod(self.grid) + self.cls_token
     if tokens.shape[1] != count:

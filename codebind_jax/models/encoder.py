@@ -1,4 +1,4 @@
-"""One modality's encoder, stem -> trunk, described by a spec; a new sensor is a new spec (heads: `codebind.py`)."""
+"""One modality's encoder, stem -> trunk, described by a spec; a new sensor is a new spec (heads: `towers.py`)."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ class EncoderSpec:
 
 @flax.struct.dataclass
 class Encoded:
-  """What an encoder gives for b items of s clips.
+  """Output of an encoder for b items of s clips.
 
   Attributes:
     trunk: [b * s, n, c] trunk output, all tokens; clips not yet averaged.
-    tokens: [b * s, m, c] what the heads see: the trunk output, for text its token at the end of the text alone.
+    tokens: [b * s, m, c] input of the heads: the trunk output, or for text its end-of-text token alone.
     positions: [n, c] the stem's positions, for the decoder.
     clips: s.
   """
@@ -90,7 +90,7 @@ class Encoder(nn.Module):
 
   Attributes:
     spec: the encoder's shape.
-    drop_text_mask: text attends to what follows, as in the release once a text trunk has LoRA (spec section 7); for
+    drop_text_mask: text attends to later tokens, as in the release once a text trunk has LoRA (spec section 7); for
       parity only.
     remat, scan: as in `Transformer`.
     dtype: compute type; parameters stay float32.
@@ -106,7 +106,7 @@ class Encoder(nn.Module):
 
   @nn.compact
   def __call__(self, x: Shaped[Array, "b ..."]) -> Encoded:
-    """Encodes a batch: `spec.example(b)`, or that with a clip axis after the batch axis, or images for a clip stem.
+    """Encodes a batch shaped as `spec.example(b)`, or with a clip axis after the batch axis, or images for a clip stem.
 
     Raises:
       ValueError: if the input's shape does not fit the spec.
@@ -122,7 +122,7 @@ class Encoder(nn.Module):
 
 
 def fold_clips(x: Shaped[Array, "b ..."], item_rank: int) -> tuple[Shaped[Array, "n ..."], int]:
-  """Folds a clip axis [b, s, ...] into the batch; the clips of one recording are encoded apart.
+  """Folds a clip axis [b, s, ...] into the batch; each clip of a recording is encoded alone.
 
   Args:
     x: input without (`item_rank` + 1 axes) or with (`item_rank` + 2) a clip axis after the batch axis.
@@ -144,6 +144,6 @@ def fold_clips(x: Shaped[Array, "b ..."], item_rank: int) -> tuple[Shaped[Array,
 def mean_clips(x: Float[Array, "n ..."], clips: int) -> Float[Array, "b ..."]:
   """Mean over the clips that `fold_clips` put into the batch.
 
-  The release takes it of normalised features (`norm.unit` first), and of trunk tokens for the decoder.
+  The release takes the mean of normalised features (`norm.unit` first), and of trunk tokens for the decoder.
   """
   return x if clips == 1 else x.reshape(-1, clips, *x.shape[1:]).mean(1)

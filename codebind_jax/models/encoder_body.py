@@ -1,4 +1,4 @@
-"""An ImageBind encoder as a tower's body: raw inputs in, the tokens that the heads see out, trained in the model."""
+"""An ImageBind encoder as a tower's body: it maps raw inputs to the tokens of the heads and trains with the model."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from codebind_jax.models.imagebind import HUGE
 class EncoderBody(nn.Module):
   """Stem and trunk under `<modality>/body/encoder/{stem,trunk}`, the trunk with adapters where `lora_rank` is set.
 
-  Raw inputs travel as [b, rows, the rest]: the first axis of an item as tokens, channels last and all other axes
-  folded into one (an image of 224 pixels: [b, 224, 672]), so that no narrow last axis is padded. Text ids travel as
-  two numbers under 256 each, [b, 2, 77], because features are cached in float16.
+  Raw inputs come packed as [b, rows, the rest]: the first axis of an item as tokens, channels last and all other axes
+  folded into one (an image of 224 pixels: [b, 224, 672]), so that no narrow last axis is padded. Text ids come as two
+  numbers under 256 each, [b, 2, 77], because features are cached in float16.
 
   Attributes:
-    modality: whose of ImageBind-Huge's encoders (`models.imagebind.HUGE`).
-    width, depth, heads: other sizes; 0 for that encoder's.
-    size: other input size without channels and frames; () for that encoder's.
+    modality: which of ImageBind-Huge's encoders (`models.imagebind.HUGE`).
+    width, depth, heads: instead of that encoder's; 0 keeps its own.
+    size: input size without channels and frames, instead of that encoder's; () keeps its own.
     lora_rank: of the adapters on the trunk's linear layers; 0 for none.
     remat, scan: as in `models.transformer.Transformer`.
     dtype: compute type, such as "bfloat16"; "" for float32.
@@ -45,15 +45,15 @@ class EncoderBody(nn.Module):
     """The encoder's shape.
 
     Raises:
-      ValueError: for a modality ImageBind has no encoder of.
+      ValueError: for a modality that ImageBind has no encoder for.
     """
     if self.modality not in HUGE:
       raise ValueError(f"body 'encoder': modality {self.modality!r} is not allowed; allowed: {sorted(HUGE)}")
     spec = HUGE[self.modality]
-    given = {key: value for key in ("width", "depth", "heads") if (value := getattr(self, key))}
+    changes = {key: value for key in ("width", "depth", "heads") if (value := getattr(self, key))}
     if self.size:
-      given["size"] = (*spec.size[: len(spec.size) - len(self.size)], *self.size)
-    return dataclasses.replace(spec, **given)
+      changes["size"] = (*spec.size[: len(spec.size) - len(self.size)], *self.size)
+    return dataclasses.replace(spec, **changes)
 
   def item_shape(self) -> tuple[int, ...]:
     """Shape of one raw item: text ids [n], a still image [h, w, c] (its encoder repeats it), others [*size, c]."""
@@ -63,7 +63,7 @@ class EncoderBody(nn.Module):
     return (*(spec.size[1:] if len(spec.size) == 3 else spec.size), spec.channels)
 
   def token_shape(self) -> tuple[int, int]:
-    """Shape of one item as it travels."""
+    """Shape of one packed item."""
     shape = self.item_shape()
     return (2, shape[0]) if len(shape) == 1 else (shape[0], math.prod(shape[1:]))
 
@@ -80,5 +80,5 @@ class EncoderBody(nn.Module):
 
 
 def split_ids(ids: Int32[np.ndarray, "b n"]) -> Float[np.ndarray, "b 2 n"]:
-  """Text ids as an `EncoderBody` takes them."""
+  """Text ids packed for an `EncoderBody`."""
   return np.stack(np.divmod(np.asarray(ids), 256), axis=1).astype(np.float32)

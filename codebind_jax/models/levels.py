@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 
 class TokenDecoder(nn.Module):
-  """Reconstructs a token from its code and what is the modality's own: Linear(concat(Linear(code), specific))."""
+  """Reconstructs a token from its code and its specific part: Linear(concat(Linear(code), specific))."""
 
   width: int
   inner: int
@@ -41,7 +41,7 @@ class CoarseLevel(nn.Module):
 
   Attributes:
     groups: modality -> name of its group.
-    width: of the three.
+    width: output width of the three maps.
   """
 
   groups: Mapping[str, str]
@@ -55,7 +55,7 @@ class CoarseLevel(nn.Module):
 
     Args:
       features: fine general features.
-      per_step: every step goes through as a sequence of one, as the release does in inference.
+      per_step: treat every step as a sequence of one, as the release does in inference.
     """
     maps = {
       group: [nn.Dense(self.width, name=f"{group}_{part}") for part in ("compress", "general", "specific")]

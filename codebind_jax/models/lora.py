@@ -1,8 +1,8 @@
 """LoRA as a pure function of parameters: W + (alpha / rank) A B on the kernels that a path pattern names.
 
-The adapters are a tree of their own that mirrors the parameters, so that the model's code knows nothing of them: its
-attention mask stays, and gradients are those of the adapted weights (the CodeBind release gets both wrong, spec
-section 7). LoRA: arXiv 2106.09685, equation 3.
+The adapters are a tree of their own that mirrors the parameters, so that the model's code is the same with and without
+them: its attention mask stays, and gradients are those of the adapted weights (the CodeBind release gets both wrong,
+spec section 7). LoRA: arXiv 2106.09685, equation 3.
 """
 
 from __future__ import annotations
@@ -84,10 +84,10 @@ def init_lora(rng: jax.Array, params: Mapping[str, Any], patterns: Sequence[str]
   kernels = {path: leaf for path, leaf in flatten_dict(params, sep="/").items() if path.endswith("/kernel")}
   adapters = {}
   for pattern in patterns:
-    found = [path for path in kernels if re.fullmatch(pattern, path)]
-    if not found:
+    matches = [path for path in kernels if re.fullmatch(pattern, path)]
+    if not matches:
       raise ValueError(f"lora: pattern {pattern!r} matches no kernel of {sorted(kernels)}")
-    for path in found:
+    for path in matches:
       shape = kernels[path].shape
       if len(shape) != 2 or not 1 <= rank <= min(shape):
         raise ValueError(f"lora: {path} has shape {shape}, allowed a matrix with no side under rank {rank} >= 1")
@@ -110,7 +110,7 @@ def apply_lora(
     precision: of the product A B; see `jax.lax.Precision`.
 
   Returns:
-    a new tree; what is not adapted is shared with `params`. The sum is taken in float32, in W's type afterwards.
+    a new tree, which shares the other parameters with `params`. The sum is taken in float32 and cast to W's type.
 
   Raises:
     ValueError: if an adapter has no kernel in `params`.
@@ -128,7 +128,7 @@ def apply_lora(
 
 
 def merge(params: Mapping[str, Any], *, alpha: float | None = None) -> dict[str, Any]:
-  """Folds the adapters under `params["lora"]` into the rest, for export: no adapter is left, the outputs are the same.
+  """Folds the adapters under `params["lora"]` into the other parameters, for export; the outputs stay the same.
 
   Raises:
     ValueError: if there is no `lora` in `params`.
@@ -153,12 +153,12 @@ def load_lora(state_dict: Mapping[str, Any]) -> dict[str, Any]:
   names = {"attn.in_proj": "attn/qkv", "attn.out_proj": "attn/out", "mlp.fc1": "mlp/fc1", "mlp.fc2": "mlp/fc2"}
   adapters, unexpected = {}, []
   for name, value in state_dict.items():
-    found = re.fullmatch(rf"(?:lora_model\.)?blocks\.(\d+)\.({'|'.join(names)})_lora_(down|up)", name)
-    if not found:
+    match = re.fullmatch(rf"(?:lora_model\.)?blocks\.(\d+)\.({'|'.join(names)})_lora_(down|up)", name)
+    if not match:
       unexpected.append(name)
       continue
-    part = {"down": "a", "up": "b"}[found[3]]
-    adapters[f"blocks_{found[1]}/{names[found[2]]}/kernel/{part}"] = jnp.asarray(np.asarray(value).T)
+    part = {"down": "a", "up": "b"}[match[3]]
+    adapters[f"blocks_{match[1]}/{names[match[2]]}/kernel/{part}"] = jnp.asarray(np.asarray(value).T)
   if unexpected:
     raise ValueError(f"lora state_dict: unexpected {unexpected}")
   return unflatten_dict(adapters, sep="/")

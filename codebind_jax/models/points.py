@@ -16,8 +16,8 @@ class Points(nn.Module):
   added. The class token starts as a map of the whole cloud's histograms.
 
   Attributes:
-    width: d, the width of the tokens it gives.
-    neighbours: points a group, as the trunk's.
+    width: d, the width of the output tokens.
+    neighbours: points of a group, as in the trunk.
     depth: transformer blocks.
     heads: attention heads; must divide the width.
     dropout: share of the groups that are hidden from a cloud in training, and of histogram values set to zero.
@@ -39,8 +39,8 @@ class Points(nn.Module):
     if tokens.shape[-1] < 3 + 3 * self.neighbours:
       raise ValueError(f"neighbours: {self.neighbours} needs tokens of {3 + 3 * self.neighbours} values or more, got "
                        f"{tokens.shape[-1]}; it must be the trunk's")
-    whole = nn.Dropout(self.dropout, deterministic=not train)(tokens[:, :1])
-    first = nn.Dense(self.width, name="whole")(whole)
+    cloud = nn.Dropout(self.dropout, deterministic=not train)(tokens[:, :1])
+    first = nn.Dense(self.width, name="whole")(cloud)
     centres, points = tokens[:, 1:, :3], tokens[:, 1:, 3 : 3 + 3 * self.neighbours]
     x = points.reshape(*points.shape[:2], self.neighbours, 3)
     x = nn.Dense(self.width, name="point2")(nn.gelu(nn.Dense(self.width // 2, name="point1")(x)))

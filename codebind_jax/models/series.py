@@ -1,4 +1,4 @@
-"""Body for a series of patches (EEG and the like): a small network that is trained from scratch, class token first."""
+"""Body for a series of patches (EEG and the like): a small network trained from scratch, class token first."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from codebind_jax.models.transformer import Transformer, layer_norm
 class Series(nn.Module):
   """Patches in time -> class token and patch tokens.
 
-  With `depth` 0 the class token is a linear map of all patches and nothing follows it: what fits a few hundred training
+  With `depth` 0 the class token is a linear map of all patches and the only token, which suits a few hundred training
   recordings. Otherwise patches are embedded, get learned positions and a class token, and pass a small transformer.
 
   Attributes:
-    width: d, the width of the tokens it gives.
+    width: d, the width of the output tokens.
     depth: transformer blocks.
     heads: attention heads; must divide the width.
     dropout: share of patch values set to zero in training.

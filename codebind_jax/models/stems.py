@@ -40,8 +40,8 @@ def resize_positions(
 
   Args:
     positions: row 0 is the class token's, then the grid in row-major order.
-    grid: the grid they were made for.
-    new_grid: the grid wanted.
+    grid: grid of `positions`.
+    new_grid: grid of the result.
 
   Raises:
     ValueError: if the ranks of the grids differ.
@@ -77,7 +77,7 @@ class PatchStem(nn.Module):
 
   Attributes:
     width: token width d.
-    size: input size without channels that the positions are made for; others are interpolated.
+    size: input size without channels of the learned positions; for other sizes they are interpolated.
     patch: patch size along each axis.
     stride: step between patches; () means `patch`, so that they do not overlap.
     norm: LayerNorm on the patch tokens (all ImageBind stems but the image's).
@@ -98,7 +98,7 @@ class PatchStem(nn.Module):
     """Embeds a batch; a single image given to a clip stem is repeated along time.
 
     Returns:
-      tokens (class token first, positions added) and the positions alone, as the decoder wants them.
+      tokens (class token first, positions added) and the positions alone, for the decoder.
 
     Raises:
       ValueError: if the input's rank or size does not fit the patches.
@@ -109,14 +109,14 @@ class PatchStem(nn.Module):
     if x.ndim != rank + 2:
       raise ValueError(f"stem input: shape {x.shape}, allowed [b, {rank} axes, channels] for patches {self.patch}")
     grid = patch_grid(x.shape[1:-1], self.patch, stride)
-    made_for = patch_grid(self.size, self.patch, stride)
+    stem_grid = patch_grid(self.size, self.patch, stride)
     conv = nn.Conv(self.width, self.patch, stride, padding="VALID", use_bias=self.bias, dtype=self.dtype, name="patch")
     tokens = keep_rows(conv(x)).reshape(x.shape[0], -1, self.width)
     if self.norm:
       tokens = layer_norm("norm", dtype=self.dtype, eps=STEM_EPS)(tokens)
     cls_token = self.param("cls_token", nn.initializers.normal(self.width**-0.5), (self.width,))
-    shape = (1 + math.prod(made_for), self.width)
+    shape = (1 + math.prod(stem_grid), self.width)
     positions = self.param("positions", nn.initializers.truncated_normal(0.02), shape)
-    positions = resize_positions(positions, made_for, grid).astype(tokens.dtype)
+    positions = resize_positions(positions, stem_grid, grid).astype(tokens.dtype)
     first = jnp.broadcast_to(cls_token.astype(tokens.dtype), (x.shape[0], 1, self.width))
     return jnp.concatenate([first, tokens], axis=1) + positions, positions

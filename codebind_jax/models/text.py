@@ -12,7 +12,7 @@ from codebind_jax.runtime.sharding import keep_rows
 
 
 class TextStem(nn.Module):
-  """Token embedding plus learned positions; the trunk behind it is causal.
+  """Token embedding plus learned positions; the trunk after it is causal.
 
   Attributes:
     width: token width d.

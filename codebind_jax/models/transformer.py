@@ -22,7 +22,7 @@ def layer_norm(name: str, *, dtype: Any = None, eps: float = TRUNK_EPS) -> nn.La
 class Linear(nn.Module):
   """Dense layer that can carry a low-rank adapter: y = x W + b + (x A) B (LoRA, arXiv 2106.09685, equation 3).
 
-  The product with A comes first, so that no gradient of W's size is made where W is frozen.
+  x A is computed first, so that a frozen W needs no gradient of its size.
 
   Attributes:
     features: width of the output.
@@ -57,7 +57,7 @@ class Attention(nn.Module):
 
   Attributes:
     heads: number of heads; must divide the width.
-    bias_kv: adds one learned key and value, appended last and seen by every token.
+    bias_kv: adds one learned key and value, appended last, which every token attends to.
     qkv_bias: whether `qkv` has a bias (towers: yes, decoder: no).
     dtype: compute type; parameters stay float32.
     lora_rank: of the adapters of `qkv` and `out`; 0 for none.
@@ -71,7 +71,7 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b n d"], mask: Bool[Array, "n n"] | None = None) -> Float[Array, "b n d"]:
-    """Attends over the tokens; `mask` is True where a row may look at a column.
+    """Attends over the tokens; `mask` is True where a row may attend to a column.
 
     Raises:
       ValueError: if `heads` does not divide the width.
@@ -132,7 +132,7 @@ class Transformer(nn.Module):
     depth: number of blocks.
     heads, bias_kv, qkv_bias, dtype, lora_rank: as in `Attention`.
     pre_norm: LayerNorm before the first block (vision).
-    causal: a token sees itself and those before it (text).
+    causal: a token attends to itself and earlier tokens (text).
     remat: recompute activations in the backward pass instead of keeping them.
     scan: one block compiled once, its parameters [depth, ...] under `blocks`: deep trunks compile many times faster.
   """
@@ -157,7 +157,7 @@ class Transformer(nn.Module):
       x = layer_norm("pre_norm", dtype=self.dtype)(x)
     options = (self.heads, self.bias_kv, self.qkv_bias, self.dtype, self.lora_rank)
     if self.scan:
-      # A loop keeps what it recomputes apart by itself; the barrier against it would cost memory.
+      # A loop already keeps the recomputation separate; the barrier of `prevent_cse` would only cost memory.
       block = nn.remat(Block, prevent_cse=False) if self.remat else Block
       run = nn.scan(lambda block, x, mask: (block(keep_rows(x), mask), None), variable_axes={"params": 0},
                     split_rngs={"params": True}, in_axes=nn.broadcast, length=self.depth)  # fmt: skip

@@ -1,9 +1,9 @@
-"""Batches larger than memory: towers run in parts, losses and codebooks see the whole batch (GradCache).
+"""Batches larger than memory: towers run in micro-batches, losses and codebooks see the whole batch (GradCache).
 
 Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021, arXiv 2101.06983: a first
 pass computes all features and keeps none of the activations, the loss of the whole batch gives the features'
-gradients, and a second pass computes the activations again part by part. Written as a checkpointed map, the two passes
-are what differentiation makes of it; negatives, codes and statistics are exactly those of the undivided batch.
+gradients, and a second pass computes the activations again part by part. Here the two passes come from differentiating
+a checkpointed map; negatives, codes and statistics are exactly those of the undivided batch.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def in_parts(
 
   Args:
     apply: (params, modality -> [b, n, c], key) -> (modality -> features [b, n, d], modality -> logit scale).
-    params: of the towers.
+    params: parameters of the towers.
     tokens: modality -> [b, n, c].
     rng: key; each part gets its own.
-    parts: how many; 1 applies to all rows at once.
+    parts: number of parts; 1 applies to all rows at once.
 
   Raises:
     ValueError: if the rows of a modality do not divide into the parts.
@@ -39,7 +39,7 @@ def in_parts(
     if x.shape[0] % parts:
       raise ValueError(f"stages.*.parts: {x.shape[0]} rows of {name!r} do not divide into {parts} parts")
   split = {name: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1) for name, x in tokens.items()}
-  one = jax.checkpoint(lambda part: apply(params, *part))
-  features, scales = jax.lax.map(one, (split, jax.random.split(rng, parts)))
+  apply_part = jax.checkpoint(lambda part: apply(params, *part))
+  features, scales = jax.lax.map(apply_part, (split, jax.random.split(rng, parts)))
   join = lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
   return jax.tree.map(join, features), jax.tree.map(lambda x: x[0], scales)

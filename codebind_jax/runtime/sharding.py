@@ -1,7 +1,7 @@
 """The device mesh and where arrays live on it: one regex table for parameters, optimizer state, codebooks and the rest.
 
 A rule gives a path's axes logical names (`embed`, `mlp`, `codes`), a second table says over which mesh axes a logical
-axis is split; model code names neither. An axis that does not divide stays whole, and the printed table shows it.
+axis is split; model code uses neither. An axis that does not divide is not split, and the printed table shows it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 
   Args:
     shape: axis -> size.
-    devices: to use; all there are by default.
+    devices: devices to use; all by default.
 
   Raises:
     ValueError: if the sizes do not multiply to the number of devices.
@@ -59,31 +59,31 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 
 
 def _splits(axes: tuple[str, ...], length: int) -> int:
-  """Devices over which axes of the current mesh (`jax.set_mesh`) split so much; 1 for none or a remainder."""
+  """Number of devices that axes of the current mesh (`jax.set_mesh`) split `length` over; 1 if there is a remainder."""
   mesh = jax.sharding.get_abstract_mesh()
   devices = 1 if mesh.empty or not set(axes) <= set(mesh.axis_names) else math.prod(mesh.shape[a] for a in axes)
   return 1 if length % devices else devices
 
 
 def row_axes(rows: int) -> tuple[str, ...]:
-  """Axes of the current mesh that split so many rows over several devices; () where none do."""
+  """Axes of the current mesh that split this number of rows over several devices; () if none do."""
   return BATCH if _splits(BATCH, rows) > 1 else ()
 
 
 def keep_rows(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
   """Keeps activations split by rows: weights that are split over `fsdp` are gathered, not activations added up.
 
-  Without a mesh, or where the rows do not divide over its devices, x as it is.
+  Returns x as it is without a mesh, or where the rows do not divide over its devices.
   """
   axes = row_axes(len(x))
   return jax.lax.with_sharding_constraint(x, P(axes)) if axes else x
 
 
-def spread(x: Float[Array, "s ..."]) -> Float[Array, "s ..."]:
-  """Splits the first axis over as many devices as it divides over; x as it is without a mesh or where it does not.
+def split_over_devices(x: Float[Array, "s ..."]) -> Float[Array, "s ..."]:
+  """Splits the first axis over as many devices as it divides over; returns x as it is where it divides over none.
 
-  For work that a few rows bring about, which their devices would do alone, or every device alike; every device gets
-  what they hold first, so that the rows they were taken from stay where they are in the backward pass too.
+  Use it for work on a few rows, which would otherwise run on the few devices that hold them, or on every device alike.
+  The rows are first gathered on every device, so that the batch they come from stays split in the backward pass too.
   """
   axes = max((BATCH, *((axis,) for axis in BATCH)), key=lambda axes: _splits(axes, len(x)))
   if _splits(axes, len(x)) == 1:
@@ -96,7 +96,7 @@ class Layout:
   """A mesh and the rules that place arrays on it.
 
   Attributes:
-    mesh: devices.
+    mesh: the devices and their axes.
     rules: (path regex, logical names of the last axes), the first match wins.
     logical: logical axis -> mesh axes.
   """
@@ -117,7 +117,7 @@ class Layout:
 
   @property
   def row_devices(self) -> int:
-    """Over how many devices the rows of a batch are split."""
+    """Number of devices that the rows of a batch are split over."""
     return math.prod(self.mesh.shape[axis] for axis in BATCH)
 
   def spec(self, path: str, shape: tuple[int, ...]) -> P:
@@ -147,13 +147,13 @@ class Layout:
     return jax.tree_util.tree_map_with_path(place, tree)
 
   def log(self, tree: Any, prefix: str = "") -> None:
-    """Logs what is split how, and the bytes a device holds of it."""
+    """Logs how each part of the state is split, and its bytes on a device."""
     if self.mesh.size > 1:
       for line in self.table(tree, prefix):
         logging.info("  %s", line)
 
   def table(self, tree: Any, prefix: str = "") -> list[str]:
-    """Lines of (part of the state, split, arrays, bytes in all, bytes a device), and one example of each."""
+    """Lines of (part of the state, split, arrays, bytes in all, bytes on a device, an example)."""
     groups: dict[tuple[str, str], list[Any]] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
       name = _name(prefix, path)
@@ -176,7 +176,7 @@ class Layout:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.rows, np.asarray(x)), batch)
 
   def whole(self, tree: Any) -> Any:
-    """The tree with every array whole and readable by this process: as it is where it is so already, else numpy."""
+    """The tree with every array gathered and readable by this process: as it is if it is so already, else as numpy."""
     if jax.process_count() == 1 and all(x.sharding.is_fully_replicated for x in jax.tree.leaves(tree)):
       return tree
     gathered = jax.jit(lambda x: x, out_shardings=self.replicated)(tree)
@@ -184,7 +184,7 @@ class Layout:
 
 
 def make_layout(config: Any, devices: Sequence[Any] | None = None) -> Layout:
-  """The layout of `config.mesh` and `config.sharding` (`rules`, put before ours, and `codes`, a mesh axis or "").
+  """The layout of `config.mesh` and `config.sharding` (`rules`, tried before `RULES`, and `codes`, a mesh axis or "").
 
   Raises:
     ValueError: for a mesh that does not fit the devices, or an unknown axis in `config.sharding`.
