@@ -28,6 +28,7 @@ from codebind_jax.api import Embeddings, Model, load
 from codebind_jax.data.manifest import parse_record
 from codebind_jax.embedding import shards
 from codebind_jax.embedding.shards import ShardReport
+from codebind_jax.files import write_whole
 from codebind_jax.runtime import distributed
 from codebind_jax.schema import check_keys
 
@@ -284,7 +285,7 @@ def summarise(plan: Plan, run: str) -> dict[str, Any]:
     "bad_records": bad, "ignored_modalities": dict(ignored), "dtype": plan.dtype, "columns": plan.widths,
     "shards": [{"file": plan.path(number).name, "rows": report.rows} for number, report in enumerate(reports)],
   }  # fmt: skip
-  shards.write_json(plan.folder / shards.SUMMARY, summary)
+  write_whole(plan.folder / shards.SUMMARY, json.dumps(summary, indent=1) + "\n")
   for left in plan.folder.glob("*.part"):  # of processes that were killed
     left.unlink(missing_ok=True)
   if ignored:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pathlib
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Num
+
+from codebind_jax.files import replacing
 
 FIELDS = ("id", "label", "split")
 PARTS = ("shared", "specific", "full")
@@ -88,13 +88,9 @@ def write_shard(path: pathlib.Path, schema: pa.Schema, batches: Sequence[pa.Reco
 
 
 def write_table(table: pa.Table, path: pathlib.Path, row_group: int | None = None) -> None:
-  """Writes a Parquet file that appears whole; two that write the same one at once do not disturb each other."""
-  part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
-  try:
-    pq.write_table(table, part, compression="zstd", row_group_size=row_group)
-    os.replace(part, path)
-  finally:
-    part.unlink(missing_ok=True)
+  """Writes a Parquet file whole, see `files.replacing`."""
+  with replacing(path) as temporary:
+    pq.write_table(table, temporary, compression="zstd", row_group_size=row_group)
 
 
 def read_report(path: pathlib.Path) -> ShardReport:
@@ -155,9 +151,3 @@ def vectors_of(column: pa.ListArray | pa.FixedSizeListArray) -> Num[np.ndarray, 
   """The lists of a column without nulls, all equally long and at least one, as rows."""
   return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
 
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes a JSON file that appears whole."""
-  part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
-  part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-  os.replace(part, path)

@@ -12,9 +12,9 @@ import numpy as np
 from absl import logging
 
 from codebind_jax.evaluators import codes
+from codebind_jax.files import write_whole
 from codebind_jax.report import figures as report_figures
 from codebind_jax.report.data import ReportData, Score
-from codebind_jax.runtime.files import write_whole
 
 _LARGE = 3_000_000
 

@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 from tensorboardX import SummaryWriter
 
-from codebind_jax.runtime.files import write_whole
+from codebind_jax.files import write_whole
 
 FILE = "metrics.jsonl"
 _RESERVED = ("step", "stage", "warning")

@@ -15,13 +15,14 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import tqdm
 from absl import logging
 
+from codebind_jax import files
 from codebind_jax.data.worlds import names
 
 CLIENT = {"pip": "pip", "pip-sdist": "pip", "npm": "npm", "apt": "apt-get"}
@@ -105,7 +106,7 @@ def fetch_all(package_ids: Iterable[str], *, root: str | os.PathLike | None = No
   missing = [packages()[i] for i in ids if i not in found]
   if missing:
     make_folder(archives, sum(p.bytes for p in missing))
-    with lock(archives):
+    with files.lock(archives / ".lock", f"is working in {archives}"):
       _fetch_missing([p for p in missing if not _cached(p, archives)], archives)
     found |= {p.id: _cached(p, archives) for p in missing}
   return {i: found[i] for i in ids}
@@ -128,23 +129,6 @@ def make_folder(path: Path, need_bytes: int = 0) -> None:
   if free < need_bytes:
     raise OSError(28, f"no space: {need_bytes / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free; make room or set "
                   "CODEBIND_DATA to another disk", str(path))
-
-
-@contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-  """Holds `folder/.lock`, so that two processes never fetch or build the same thing at once."""
-  try:
-    import fcntl
-  except ImportError:
-    fcntl = None
-  with open(folder / ".lock", "w") as handle:
-    if fcntl:
-      try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except OSError:
-        logging.info("waiting for another process that is working in %s", folder)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    yield
 
 
 def sha256_file(path: Path) -> str:
@@ -241,9 +225,7 @@ def _adopt(package: Package, folder: Path, archives: Path, *, leftovers: bool = 
       _place(path, archives / digest / path.name)
       note = archives / package.sha256 / "other.json"
       note.parent.mkdir(exist_ok=True)
-      temporary = note.with_suffix(".tmp")
-      temporary.write_text(json.dumps({"file": path.name, "bytes": size, "sha256": digest}))
-      temporary.replace(note)
+      files.write_whole(note, json.dumps({"file": path.name, "bytes": size, "sha256": digest}))
       return True
     path.unlink()
     raise ChecksumError(f"{package.file} of {CLIENT[package.kind]} package {package.name}=={package.version}: expected "

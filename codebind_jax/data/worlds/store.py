@@ -17,6 +17,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
+from codebind_jax import files
 from codebind_jax.data import transforms
 from codebind_jax.data.worlds import fetch, names
 
@@ -114,7 +115,7 @@ def build(
   """
   final = world_dir(root, world, profile, version)
   fetch.make_folder(final.parent, need_bytes)
-  with fetch.lock(final.parent):
+  with files.lock(final.parent / ".lock", f"is working in {final.parent}"):
     if read_manifest(final) is not None:
       return final
     for stale in final.parent.glob(".building-*"):
