@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from codebind_jax.data.records import MODALITIES, Source
+from codebind_jax.data.worlds.evalset import EvalSet
 
 NAME = "synthetic"
 SENSORS = tuple(m for m in MODALITIES if m != "text")
@@ -148,22 +149,6 @@ class SyntheticSource(Source):
 
 
 @dataclasses.dataclass(frozen=True)
-class SyntheticSet:
-  """One evaluation set, as `data.worlds.registry` describes it; `probes` ask every modality for its private factor."""
-
-  split: str
-  role: str
-  candidates: tuple[str, ...]
-  probes: tuple[str, ...] = ("label", "style", "private_{modality}")
-  means: tuple[str, ...] = ("label",)
-  pairs: tuple[tuple[str, str, str], ...] = ()
-
-  def keep(self, row: Mapping[str, Any]) -> bool:
-    """Every row."""
-    return True
-
-
-@dataclasses.dataclass(frozen=True)
 class World:
   """The builder's side of the world, as `data.worlds.registry` describes it.
 
@@ -199,10 +184,14 @@ class World:
     rows = self.ROWS[profile] if split == "train" else min(self.ROWS[profile] // 4, 2048)
     return SyntheticSource(self.factors, split, rows, self.modalities)
 
-  def eval_sets(self, profile: str) -> dict[str, SyntheticSet]:
-    """Validation and test; linear probes, which take long, on test alone."""
+  def eval_sets(self, profile: str) -> dict[str, EvalSet]:
+    """Validation and test; linear probes, which take long, on test alone, of every modality's private factor too."""
     labels = tuple(label_name(k) for k in range(self.factors.classes)) if "text" in self.modalities else ()
-    return {"val": SyntheticSet("val", "val", labels, probes=()), "test": SyntheticSet("test", "test", labels)}
+    probes = {"val": (), "test": ("label", "style", "private_{modality}")}
+    return {
+      split: EvalSet(split=split, role=split, candidates=labels, probes=fields, means=("label",))
+      for split, fields in probes.items()
+    }
 
   def package_ids(self, profile: str) -> list[str]:
     """It is built from nothing."""
