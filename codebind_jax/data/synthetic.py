@@ -25,16 +25,16 @@ _CODE = 8  # width of a factor's code
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
-  """What the world is made of.
+  """Latent factors of the world.
 
   Attributes:
     classes, styles, private: how many values each factor has.
     width: of a sensor's vector.
-    noise: standard deviation of what is added to it, whose own is 1.
-    quality: sensor -> share of the class's code that it shows; 1 where not named, 0 is a sensor blind to the class.
+    noise: standard deviation of the noise added to a vector, whose own is 1.
+    quality: sensor -> weight of the class's code in its vector; 1 where not named, 0 for a sensor blind to the class.
     style_quality: likewise of the style's code.
     missing: sensor -> share of rows that lack it; 0 where not named.
-    seed: of the mixing networks and of every draw.
+    seed: of the mixing networks and of all draws.
   """
 
   classes: int = 32
@@ -71,7 +71,7 @@ class Draw:
 
 
 def draw(factors: Factors, split: str, count: int, sensors: Sequence[str] = SENSORS) -> Draw:
-  """Items of a split; a larger `count` begins with the items of a smaller one only where the split's draws agree.
+  """Items of a split; they depend on `count`, so that a larger draw does not continue a smaller one.
 
   Args:
     factors: the world.
@@ -86,13 +86,13 @@ def draw(factors: Factors, split: str, count: int, sensors: Sequence[str] = SENS
   private, arrays, held = {}, {}, {}
   for sensor in sensors:
     private[sensor] = pick(f"private {sensor}", factors.private)
-    quality, style_quality = (shown.get(sensor, 1.0) for shown in (factors.quality, factors.style_quality))
+    quality, style_quality = (weight.get(sensor, 1.0) for weight in (factors.quality, factors.style_quality))
     own = codes[f"private {sensor}"][private[sensor]]
-    parts = [quality * codes["class"][label], style_quality * codes["style"][style], own]
+    shown = [quality * codes["class"][label], style_quality * codes["style"][style], own]
     weights = _rng(factors.seed, "mixing", sensor)
     first = weights.standard_normal((3 * _CODE, 4 * factors.width)) / np.sqrt(3 * _CODE)
     second = weights.standard_normal((4 * factors.width, factors.width)) / np.sqrt(2 * factors.width)
-    clean = np.tanh(np.concatenate(parts, axis=1) @ first) @ second
+    clean = np.tanh(np.concatenate(shown, axis=1) @ first) @ second
     noise = _rng(factors.seed, split, "noise", sensor)
     arrays[sensor] = (clean / clean.std() + factors.noise * noise.standard_normal(clean.shape)).astype(np.float32)
     held[sensor] = noise.random(count) >= factors.missing.get(sensor, 0.0)
@@ -125,7 +125,7 @@ class SyntheticSource(Source):
 
   @property
   def modalities(self) -> tuple[str, ...]:
-    """Those asked for."""
+    """The modalities asked for."""
     return self._modalities
 
   def has(self, index: int, modality: str) -> bool:
@@ -150,11 +150,11 @@ class SyntheticSource(Source):
 
 @dataclasses.dataclass(frozen=True)
 class World:
-  """The builder's side of the world, as `data.worlds.registry` describes it.
+  """The world as `data.worlds.registry` describes it.
 
   Attributes:
-    modalities: what rows have.
-    factors: what it is made of.
+    modalities: of its rows.
+    factors: its latent factors.
   """
 
   modalities: tuple[str, ...] = MODALITIES
@@ -178,7 +178,7 @@ class World:
     return cls(asked or MODALITIES)
 
   def open_split(self, profile: str, split: str) -> SyntheticSource:
-    """The rows of a split: train as many as the profile says, val and test a quarter of that."""
+    """Rows of a split: as many as the profile says for train, a quarter of that for val and test."""
     if profile not in self.PROFILES:
       raise ValueError(f"unknown profile {profile!r} of world {NAME!r}; allowed: {list(self.PROFILES)}")
     rows = self.ROWS[profile] if split == "train" else min(self.ROWS[profile] // 4, 2048)
@@ -194,5 +194,5 @@ class World:
     }
 
   def package_ids(self, profile: str) -> list[str]:
-    """It is built from nothing."""
+    """None, since it is drawn in memory."""
     return []
