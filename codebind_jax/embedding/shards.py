@@ -1,4 +1,4 @@
-"""The Parquet files of mode `embed`: their names, columns and metadata. Needs neither JAX nor a model."""
+"""The Parquet files of mode `embed`: names, columns and metadata, without JAX or a model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _KEY = b"codebind_jax"
 
 @dataclasses.dataclass(frozen=True)
 class ShardReport:
-  """What a finished shard says of itself, kept in its file.
+  """The report on a finished shard, kept in its file's metadata.
 
   Attributes:
     digest: of the job it belongs to.
@@ -60,8 +60,8 @@ def column_name(modality: str, part: str) -> str:
 def make_schema(columns: Sequence[str], dtype: str) -> pa.Schema:
   """Columns of a shard: id, label and split (null where not given), then vectors and codes as lists.
 
-  All lists of a column are equally long, yet are no lists of fixed size in Arrow's sense: before version 26 Arrow could
-  not read such a column back if one of its rows was null.
+  All lists of a column have one length, but not Arrow's fixed-size type: before version 26 Arrow could not read such a
+  column back if a row was null.
 
   Args:
     columns: names; those that end in one of `CODES` hold int32, others floats.
@@ -72,7 +72,7 @@ def make_schema(columns: Sequence[str], dtype: str) -> pa.Schema:
   return pa.schema([*fields, *(pa.field(name, pa.list_(kind(name))) for name in columns)])
 
 
-def spread(values: Num[np.ndarray, "n w"], at: Sequence[int], rows: int, dtype: Any) -> pa.ListArray:
+def with_nulls(values: Num[np.ndarray, "n w"], at: Sequence[int], rows: int, dtype: Any) -> pa.ListArray:
   """A column of `rows` rows with `values` in the rows `at`, which ascend, and null in the others."""
   length, missing = np.zeros(rows, np.int32), np.ones(rows, bool)
   length[at], missing[at] = values.shape[1], False
@@ -81,7 +81,7 @@ def spread(values: Num[np.ndarray, "n w"], at: Sequence[int], rows: int, dtype: 
 
 
 def write_shard(path: pathlib.Path, schema: pa.Schema, batches: Sequence[pa.RecordBatch], report: ShardReport) -> None:
-  """Writes a shard under a name of its own and renames it when it is whole: a shard is there or it is not."""
+  """Writes a shard whole, with its report in the metadata."""
   metadata = {_KEY: json.dumps(dataclasses.asdict(report)).encode()}
   table = pa.Table.from_batches(batches, schema).replace_schema_metadata(metadata)
   write_table(table, path)
@@ -94,7 +94,7 @@ def write_table(table: pa.Table, path: pathlib.Path, row_group: int | None = Non
 
 
 def read_report(path: pathlib.Path) -> ShardReport:
-  """What a shard says of itself.
+  """The report in a shard's metadata.
 
   Raises:
     ValueError: if the file is not a shard of mode `embed`, or damaged.
@@ -112,19 +112,19 @@ def finished_shards(folder: pathlib.Path, digest: str, count: int) -> dict[int, 
     ValueError: naming a file of another job: another run, manifest or setting.
   """
   names = {shard_path(folder, number, count): number for number in range(count)}
-  found = {}
+  reports = {}
   for path in shard_files(folder):
     report = read_report(path)
     if report.digest != digest or path not in names:
       raise ValueError(f"{path} belongs to another job (digest {report.digest[:12]}, {report.shards} shards; this one "
                        f"is {digest[:12]}, {count} shards): the run, the manifest or a setting has changed since; use "
                        "another workdir, or remove the old shards")  # fmt: skip
-    found[names[path]] = report
-  return found
+    reports[names[path]] = report
+  return reports
 
 
 def read_column(folder: pathlib.Path, column: str) -> Iterator[tuple[list[str], Num[np.ndarray, "n w"]]]:
-  """Ids and vectors of a column of all shards of a finished job, in parts; rows without the modality are left out.
+  """Ids and vectors of a column of a finished job, batch by batch; rows without the modality are left out.
 
   Raises:
     ValueError: if shards are missing or belong to several jobs, or none has the column.
@@ -142,12 +142,12 @@ def read_column(folder: pathlib.Path, column: str) -> Iterator[tuple[list[str], 
     raise ValueError(f"{folder}: no column {column!r}; allowed: {[n for n in names if n.endswith(PARTS)]}")
   for path in files:
     for batch in pq.ParquetFile(path).iter_batches(columns=["id", column]):
-      kept = batch.filter(batch.column(column).is_valid())
-      if kept.num_rows:
-        yield kept.column("id").to_pylist(), vectors_of(kept.column(column))
+      valid = batch.filter(batch.column(column).is_valid())
+      if valid.num_rows:
+        yield valid.column("id").to_pylist(), vectors_of(valid.column(column))
 
 
 def vectors_of(column: pa.ListArray | pa.FixedSizeListArray) -> Num[np.ndarray, "n w"]:
-  """The lists of a column without nulls, all equally long and at least one, as rows."""
+  """The lists of a column as rows; there must be at least one, no null, and one length."""
   return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
 
