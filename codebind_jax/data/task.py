@@ -75,9 +75,9 @@ def _world_task(world: str, data: Any) -> Task:
     if not len(source):
       continue
     source.rows = [annotate(row) for row in source.rows]
-    evals.append(dataclasses.replace(
-      test, name=f"{world}_{name}", world=world, source=source, whole=whole, picked=picked
-    ))  # fmt: skip
+    evals.append(
+      dataclasses.replace(test, name=f"{world}_{name}", world=world, source=source, whole=whole, picked=picked)
+    )
   extra = {world: opened_split("extra")} if data.extra and hasattr(module, "EXTRA") else {}
   more = f" and {len(extra[world])} further named pictures" if extra else ""
   summary = f"{world}, profile {profile}: {len(train)} training rows{more}; " + ", ".join(
