@@ -18,7 +18,7 @@ except ImportError:  # not a POSIX system: nothing is locked
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-  """Gives the path of a temporary file beside `path` that takes its place at the end, or is removed after an error.
+  """Yields the path of a temporary file beside `path` that takes its place at the end, or is removed after an error.
 
   A reader, or a kill at any time, sees the old file or the new one. Several processes may write one path at once.
   """

@@ -13,7 +13,7 @@ from codebind_jax.data.worlds.source import WorldSource
 def open_source(
   files: str | Path, *, split: str = "", profile: str = "auto", data_dir: str | None = None, max_bad_records: int = 0
 ) -> Source:
-  """Opens a source.
+  """Opens a split of a packaged world, or a manifest.
 
   Args:
     files: path of a JSONL manifest, or `world:NAME` for a packaged world, which is built if it is not there.

@@ -54,13 +54,13 @@ def _rng(*key: Any) -> np.random.Generator:
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-  """n items.
+  """n drawn items.
 
   Attributes:
-    label, style: value of the shared factors.
-    private: sensor -> value of its private factor.
+    label, style: values of the shared factors.
+    private: sensor -> values of its private factor.
     arrays: sensor -> vectors [n, width].
-    held: sensor -> which rows have it.
+    held: sensor -> whether each item has it.
   """
 
   label: Int[np.ndarray, "n"]

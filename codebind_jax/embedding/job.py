@@ -75,7 +75,7 @@ class Plan:
     return min(self.shard_rows, self.records - number * self.shard_rows)
 
   def finished(self) -> dict[int, ShardReport]:
-    """Reports of the shards that are there; see `shards.finished_shards`."""
+    """Reports of the finished shards, see `shards.finished_shards`."""
     return shards.finished_shards(self.folder, self.digest, len(self.starts))
 
   def missing(self) -> list[int]:
@@ -241,7 +241,7 @@ def _batch(plan: Plan, model: Model, records: Sequence[_Record]) -> list[pa.Reco
 
 
 def embed_shards(plan: Plan, model: Model, *, process: int = 0, processes: int = 1) -> None:
-  """Computes the unfinished ones of a process's shards, which are every `processes`-th.
+  """Computes the unfinished shards of one process, whose shards are every `processes`-th.
 
   Raises:
     ValueError: for a shard of another job in the folder, or more bad records than allowed.

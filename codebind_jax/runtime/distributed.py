@@ -56,7 +56,7 @@ def _on_a_cluster() -> bool:
 
 
 def wait_for_all(name: str) -> None:
-  """Returns once every process has called it."""
+  """Waits until every process has called it."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
 

@@ -25,7 +25,7 @@ EXTRAS = {"tpu": "libtpu", "gpu": "jax_cuda12_plugin", "search": "faiss", "beam"
 
 
 def findings() -> Iterator[tuple[str, str, bool]]:
-  """(subject, finding, whether a run can work with it); what is optional is always well."""
+  """(subject, finding, whether a run can work with it); always True for what is optional."""
   yield "codebind_jax", f"{codebind_jax.__version__}, Python {platform.python_version()}, {platform.platform()}", True
   for name in LIBRARIES:
     try:

@@ -111,7 +111,7 @@ class WordNet:
 
 
 def table(wordnet: WordNet) -> dict[str, dict[str, list[str]]]:
-  """Profile family -> set -> names."""
+  """The table: "iconify" or "tiny" -> icon set -> names."""
   sets = ("game-icons", *EMOJI_SETS)
   paths = fetch.fetch_all([*sets, "mkdocs-material"])
   listed = {package_id: candidates(package_id, paths[package_id]) for package_id in sets}

@@ -128,7 +128,7 @@ def _sfx_bank() -> np.ndarray:
 
 @functools.cache
 def _kaldi_bank() -> np.ndarray:
-  """Weights [128, 257]: Kaldi's mel scale, 20 to 8,000 Hz; the bin at 8,000 Hz counts nowhere."""
+  """Weights [128, 257]: Kaldi's mel scale, 20 to 8,000 Hz; the bin at 8,000 Hz has weight 0."""
   weights = _triangles(np.arange(256) * IMAGEBIND_RATE / 512, 128, 20.0, 8000.0, lambda f: 1127.0 * np.log1p(f / 700.0))
   return np.pad(weights, ((0, 0), (0, 1))).astype(np.float32)
 

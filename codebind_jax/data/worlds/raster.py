@@ -40,7 +40,7 @@ class Camera:
 
   @property
   def eye(self) -> Float[np.ndarray, "3"]:
-    """Where the camera is."""
+    """Position of the camera."""
     return -self.distance * self.axes[2]
 
 

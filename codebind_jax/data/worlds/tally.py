@@ -36,7 +36,7 @@ class Tally:
   digest: Any = dataclasses.field(default_factory=hashlib.sha256)
 
   def keep(self, split: str, *content: bytes) -> None:
-    """Counts a row of a split and what it holds."""
+    """Counts a row of a split and adds its content to the digest."""
     self.kept[split] = self.kept.get(split, 0) + 1
     for part in content:
       self.digest.update(hashlib.sha256(part).digest())
@@ -49,7 +49,7 @@ class Tally:
                        f"first: {reason}")
 
   def finish(self, works: Iterable[str] = (), **more: Any) -> tuple[dict[str, Any], str]:
-    """Logs what was dropped; gives the manifest, with the fields of `more`, and the text of ATTRIBUTION.md."""
+    """Logs what was dropped; returns the manifest, with the fields of `more`, and the text of ATTRIBUTION.md."""
     for key, reason in self.dropped.items():
       logging.warning("%s: left out %s: %s", self.world, key, reason)
     used = {i: fetch.packages()[i] for i in self.paths}
