@@ -11,7 +11,12 @@ from codebind_jax.data.worlds.source import WorldSource
 
 
 def open_source(
-  files: str | Path, *, split: str = "", profile: str = "auto", data_dir: str | None = None, max_bad_records: int = 0
+  files: str | Path,
+  *,
+  split: str = "",
+  profile: str = "auto",
+  data_dir: str | Path | None = None,
+  max_bad_records: int = 0,
 ) -> Source:
   """Opens a split of a packaged world, or a manifest.
 
