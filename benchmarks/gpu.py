@@ -20,8 +20,8 @@ EXACT = jax.lax.Precision.HIGHEST
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def end_of_torch(_):
-  """Waits for torch."""
+def wait_for_torch(_):
+  """Waits until the device has done all that torch has queued."""
   if DEVICE == "cuda":
     torch.cuda.synchronize()
 
@@ -61,11 +61,11 @@ def search(name):
   reference = np.argmax(z[:4096].astype(np.float64) @ codes.T.astype(np.float64), axis=1)
   print(f"search, {name}: N={n} K={k} D={d}")
   for contender, run in runs.items():
-    found = run()
+    indices = run()
     if "alone" not in contender:
-      found = np.asarray(found.cpu() if isinstance(found, torch.Tensor) else found)
-      assert np.sum(found[:4096] != reference) <= 4, contender
-    wait = end_of_torch if contender.startswith("torch") else jax.block_until_ready
+      indices = np.asarray(indices.cpu() if isinstance(indices, torch.Tensor) else indices)
+      assert np.sum(indices[:4096] != reference) <= 4, contender
+    wait = wait_for_torch if contender.startswith("torch") else jax.block_until_ready
     took = milliseconds(run, wait)
     print(f"  {contender:34s} {took:8.3f} ms {2e-9 * n * k * d / took:7.2f} TFLOP/s")
   memory = jax.jit(nearest_code).lower(*on_jax).compile().memory_analysis()
@@ -82,11 +82,11 @@ def sums(name):
            "products with one-hot blocks": segments._one_hot_sums}
   for form, function in forms.items():
     run = jax.jit(lambda v, i, function=function: function(v, i, k))
-    spread, one = (
+    even, single = (
       milliseconds(lambda run=run, chosen=chosen: run(vectors, chosen), jax.block_until_ready)
       for chosen in (indices, jnp.zeros_like(indices))
     )
-    print(f"  {form:38s} {spread:8.3f} ms {one:8.3f} ms")
+    print(f"  {form:38s} {even:8.3f} ms {single:8.3f} ms")
 
 
 def call(case):
@@ -94,7 +94,7 @@ def call(case):
   step, arguments = quantise.call_of_ours(case)
   ours = milliseconds(lambda: step(*arguments), jax.block_until_ready, calls=5)
   peer = quantise.with_torch("plain" if case == "plain" else "contrast", DEVICE)
-  theirs = milliseconds(peer, end_of_torch, calls=2)
+  theirs = milliseconds(peer, wait_for_torch, calls=2)
   peak = torch.cuda.max_memory_allocated() / 1e6 if DEVICE == "cuda" else float("nan")
   memory = step.memory_analysis().temp_size_in_bytes / 1e6
   print(f"call, {case}: codebind_jax {ours:.2f} ms, {memory:.0f} MB of temporaries; "

@@ -1,4 +1,4 @@
-"""The train step of configs/imagebind_huge.py on the one accelerator there is: time, memory and model-flops share.
+"""The train step of configs/imagebind_huge.py on one accelerator: time, memory and share of the peak FLOP/s.
 
 Run: python -m benchmarks.huge_step --rows=64,256 [--peak=989]   (weights and rows are random; steps are really run)
 """
@@ -24,8 +24,8 @@ from configs import imagebind_huge
 
 _ROWS = flags.DEFINE_list("rows", ["64", "256"], "Batches to time.")
 _PEAK = flags.DEFINE_float("peak", 989.0, "bfloat16 TFLOP/s of the device (an H100's 989 without sparsity).")
-_STEPS = flags.DEFINE_integer("steps", 8, "Steps that are timed, after two that are not.")
-_DEPTH = flags.DEFINE_integer("depth", 0, "Depth of every tower instead of the config's, for a try on a CPU.")
+_STEPS = flags.DEFINE_integer("steps", 8, "Timed steps, after two that are not.")
+_DEPTH = flags.DEFINE_integer("depth", 0, "Depth of every tower instead of the config's, for a trial on a CPU.")
 _PROFILE = flags.DEFINE_string("profile", "", "Folder for a profile of one more step.")
 
 
@@ -40,7 +40,7 @@ def config_of(rows):
 
 
 def filled(shapes):
-  """A batch of random numbers: no row lacks a modality, every row is a group of its own."""
+  """A batch of random numbers: every row has all modalities and is a group of its own."""
 
   def leaf(path, shape):
     if shape.dtype == bool:
@@ -53,7 +53,7 @@ def filled(shapes):
 
 
 def measure(rows):
-  """Prints a line of the table."""
+  """Times one batch size and prints its line of the table."""
   config = config_of(rows)
   layout, stage, method = make_layout(config, jax.devices()[:1]), stages_of(config)[0], make_method(config)
   inputs = build.token_shapes(config, config.model.towers)

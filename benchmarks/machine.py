@@ -1,4 +1,4 @@
-"""What the numbers were taken on, and a clock that takes contenders in turn."""
+"""Describes the machine of a benchmark, and times contenders in turn."""
 
 import os
 import statistics
@@ -21,8 +21,8 @@ def describe():
 def in_turn(contenders, repeats):
   """Median wall and processor seconds of each of {name: function}.
 
-  One call of each per round, after one that is not counted. Processor seconds of all threads say less about waiting for
-  memory and for the other thread, but hardly change with what else runs on the machine.
+  A round calls each once; the first round is not counted. Processor seconds (of all threads) show less of waiting for
+  memory and other threads, but hardly depend on what else runs on the machine.
   """
   times = {name: [] for name in contenders}
   for turn in range(repeats + 1):

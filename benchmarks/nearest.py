@@ -36,7 +36,7 @@ def contenders(z, codes, narrow):
     a, b = on_torch
     return torch.cat([(a[i : i + block] @ b.T).argmax(1) for i in range(0, len(a), block)])
 
-  found = {
+  searches = {
     "codebind_jax cosine": lambda: np.asarray(nearest_code(*on_jax)),
     "codebind_jax l2": lambda: np.asarray(nearest_code(*on_jax, distance="l2")),
     "faiss flat L2": lambda: flat_l2.search(z, 1)[1][:, 0],
@@ -45,10 +45,10 @@ def contenders(z, codes, narrow):
     "torch chunked": torch_chunks,
   }
   if narrow:
-    found["torch whole matrix"] = lambda: (on_torch[0] @ on_torch[1].T).argmax(1)
+    searches["torch whole matrix"] = lambda: (on_torch[0] @ on_torch[1].T).argmax(1)
   else:
-    found["(jax matrix product alone)"] = lambda: product(*on_jax).block_until_ready()
-  return found
+    searches["(jax matrix product alone)"] = lambda: product(*on_jax).block_until_ready()
+  return searches
 
 
 def main():

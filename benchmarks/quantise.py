@@ -65,7 +65,7 @@ def with_jax(case):
 
 
 def with_torch(case, device="cpu"):
-  """The obvious translation."""
+  """A function that runs one call of the torch translation."""
   import torch
   import torch.nn.functional as F
 
@@ -156,23 +156,23 @@ def main():
 
   machine.describe()
   for case in options.cases.split(","):
-    found = {"jax": [], "torch": []}
+    measured = {"jax": [], "torch": []}
     for _ in range(options.repeats):
-      for contender in found:
+      for contender in measured:
         command = [sys.executable, "-m", "benchmarks.quantise", "--measure", contender, case, "1"]
         text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        found[contender].append(json.loads(text.splitlines()[-1]))
+        measured[contender].append(json.loads(text.splitlines()[-1]))
     median = {
       (name, key): statistics.median(s for r in runs for s in r[key])
-      for name, runs in found.items()
+      for name, runs in measured.items()
       for key in ("seconds", "processor")
     }
-    for name, runs in found.items():
+    for name, runs in measured.items():
       print(f"{case:18s} {name:6s} {median[name, 'seconds']:8.3f} s (processor {median[name, 'processor']:.3f} s)   "
             f"peak {runs[0]['peak_mb']:7.0f} MB (base {runs[0]['base_mb']:.0f})   value {runs[0]['value']:.4f}")
     ratio = {key: median["torch", key] / median["jax", key] for key in ("seconds", "processor")}
     print(f"{case:18s} torch / jax: time {ratio['seconds']:.1f}, processor time {ratio['processor']:.1f}, "
-          f"peak memory {found['torch'][0]['peak_mb'] / found['jax'][0]['peak_mb']:.1f}")
+          f"peak memory {measured['torch'][0]['peak_mb'] / measured['jax'][0]['peak_mb']:.1f}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How the train step of stage 1 grows: bytes and memory with devices, time with the batch, input with threads.
 
-Command: python -m benchmarks.scaling --what=memory   # compiled for 1 to 64 devices that are not there; nothing is run
+Command: python -m benchmarks.scaling --what=memory   # compiled for 1 to 64 devices that need not exist, not run
          python -m benchmarks.scaling --what=time     # step time against the batch, one device
          python -m benchmarks.scaling --what=input    # rows a second against reading threads; how long a loop waits
 Tokens are drawn at random in the shapes of `configs/stage1.py`, so that neither data nor weights are needed.
@@ -39,7 +39,7 @@ BATCHES = (64, 128, 256, 512, 1024)
 
 
 def config_of(rows):
-  """Stage 1 (or its baseline) on tokens of the same shape that no trunk makes."""
+  """Stage 1 (or its baseline) on tokens of its shapes that need no trunk."""
   config = stage1.get_config().unlock()
   config.batch_size = rows
   if not _QUANTIZE.value:
@@ -52,7 +52,7 @@ def config_of(rows):
 
 
 def memory():
-  """A table for each way to grow, of steps compiled for the first device and for more of them."""
+  """A table for each way to grow the batch, of steps compiled for growing numbers of devices."""
   counts = [int(count) for count in _DEVICES.value]
   jax.config.update("jax_num_cpu_devices", max(counts))
   jax.config.update("jax_disable_most_optimizations", True)  # of machine code alone, which nothing runs
@@ -118,7 +118,7 @@ def step_time():
 
 
 def input_rate(rows=256, batches=20, repeats=3):
-  """Rows a second of the iterator alone, and the share of the time for which the trainer's loop waits for it."""
+  """Rows a second of the iterator alone, and the share of the time that a training loop waits for it."""
   compiled, state, layout = ready(rows)
   alone, shares = {}, {}
   for threads in (1, 2, 4):

@@ -43,11 +43,11 @@ def ridge(x, y):
   return lambda q: (q - mean) @ weights + target
 
 
-def without(names, held):
-  """Which of the names have no words in a row that are one of `held`."""
-  held = {extra.words(name) for name in held}
+def without(names, unseen):
+  """Which names have no consecutive words that are one of the names `unseen`."""
+  unseen = {extra.words(name) for name in unseen}
   spans = lambda own: {own[a:b] for a in range(len(own)) for b in range(a + 1, len(own) + 1)}
-  return np.array([not spans(extra.words(name)) & held for name in names])
+  return np.array([not spans(extra.words(name)) & unseen for name in names])
 
 
 def main(_):
@@ -56,7 +56,7 @@ def main(_):
   config.data.profile = _PROFILE.value
   config.data.extra = 0.25
   task, featurizer = open_task(config.data), Featurizer(config)
-  source, further = task.train, task.extra
+  source, further = task.train["icons"], task.extra["icons"]
   images = np.asarray(featurizer.table(source, "image").features[:, 0, 0], np.float64)
   field = lambda name: np.array([row[name] for row in source.rows])
   concept, family, label = field("concept"), field("family"), field("label")
@@ -66,12 +66,12 @@ def main(_):
   more_images = np.asarray(featurizer.table(further, "image").features[:, 0, 0], np.float64)
   more_words = embed(more_names)
   fold = np.array([int(hashlib.sha256(name.encode()).hexdigest(), 16) % _FOLDS for name in concept])
-  rng, found, others = np.random.default_rng(0), {share: [] for share in ("more", *_SHARES)}, []
-  for held in range(_FOLDS):
-    test, names = np.flatnonzero(fold == held), np.unique(concept[fold != held])
+  rng, accuracy, others = np.random.default_rng(0), {share: [] for share in ("more", *_SHARES)}, []
+  for number in range(_FOLDS):
+    test, names = np.flatnonzero(fold == number), np.unique(concept[fold != number])
     candidates = np.unique(label[test])
     order = rng.permutation(names)
-    for share in found:
+    for share in accuracy:
       train = np.flatnonzero(np.isin(concept, order[: int((1.0 if share == "more" else share) * len(names))]))
       x, y = images[train], words[train]
       if share == "more":
@@ -80,19 +80,19 @@ def main(_):
       space = half_whitened(y)
       predicted = unit(ridge(x, space(y))(images[test]))
       classes = unit(sum(space(embed([t.format(name) for name in candidates])) for t in config.data.eval_templates))
-      found[share].append(100 * np.mean(candidates[(predicted @ classes.T).argmax(1)] == label[test]))
+      accuracy[share].append(100 * np.mean(candidates[(predicted @ classes.T).argmax(1)] == label[test]))
     hits = []
     for artist in np.unique(family[test]):
-      mine, rest = family[test] == artist, family[test] != artist
+      own, rest = family[test] == artist, family[test] != artist
       known = np.unique(label[test][rest])
       means = unit(np.stack([predicted[rest & (label[test] == name)].mean(0) for name in known]))
-      mine &= np.isin(label[test], known)
-      hits.append(known[(predicted[mine] @ means.T).argmax(1)] == label[test][mine])
+      own &= np.isin(label[test], known)
+      hits.append(known[(predicted[own] @ means.T).argmax(1)] == label[test][own])
     others.append(100 * np.mean(np.concatenate(hits)))
   show = lambda values: f"{np.mean(values):5.1f} ± {np.std(values, ddof=1) / len(values) ** 0.5:.1f}"
   for share in _SHARES:
-    print(f"text, trained on {share:5.1%} of {len(names)} concepts: {show(found[share])}")
-  print(f"text, and {len(more_names)} further named pictures: {show(found['more'])}")
+    print(f"text, trained on {share:5.1%} of {len(names)} concepts: {show(accuracy[share])}")
+  print(f"text, and {len(more_names)} further named pictures: {show(accuracy['more'])}")
   print(f"nearest mean of other artists' pictures:        {show(others)}")
 
 

@@ -31,7 +31,7 @@ class Index:
     backend: "faiss", "numpy", or "auto": faiss where it is installed.
 
   Attributes:
-    backend: what is used.
+    backend: the one in use.
 
   Example:
     >>> index = Index(backend="numpy")
@@ -44,10 +44,10 @@ class Index:
   def __init__(self, backend: str = "auto"):
     if backend not in BACKENDS:
       raise ValueError(f"backend: got {backend!r}; allowed: {list(BACKENDS)}")
-    there = importlib.util.find_spec("faiss") is not None
-    if backend == "faiss" and not there:
+    installed = importlib.util.find_spec("faiss") is not None
+    if backend == "faiss" and not installed:
       raise ValueError("backend: 'faiss' is not installed (pip install codebind_jax[search]); allowed: 'numpy'")
-    self.backend = "numpy" if backend == "numpy" or not there else "faiss"
+    self.backend = "numpy" if backend == "numpy" or not installed else "faiss"
     self._ids: list[Any] = []
     self._known: set[Any] = set()
     self._store: _Blocks | _Faiss | None = None
@@ -57,15 +57,15 @@ class Index:
 
   @property
   def width(self) -> int | None:
-    """Of the vectors; None while there are none."""
+    """Width of the vectors; None while the index is empty."""
     return self._store.width if self._store else None
 
   def add(self, ids: Sequence[Any] | np.ndarray, vectors: Float[np.ndarray | Array, "n d"]) -> None:
-    """Adds vectors; nothing is added where one of them is refused.
+    """Adds vectors: all of them, or none if one is refused.
 
     Args:
       ids: strings or integers, one kind in an index, each once.
-      vectors: of any length but zero; they are normalised here.
+      vectors: of any norm but zero; they are normalised here.
 
     Raises:
       ValueError: if counts or widths differ, an id is there already or of another kind, or a vector is zero or not
@@ -96,11 +96,11 @@ class Index:
   def search(
     self, queries: Float[np.ndarray | Array, "q d"], k: int = 10
   ) -> tuple[np.ndarray, Float[np.ndarray, "q k"]]:
-    """The k nearest of every query, best first; all of them where the index holds fewer than k.
+    """The k nearest neighbours of every query, best first; all vectors where the index holds fewer than k.
 
     Args:
-      queries: of any length but zero.
-      k: neighbours, 1 and up.
+      queries: of any norm but zero.
+      k: number of neighbours, 1 and up.
 
     Returns:
       (ids, cosines), both [Q, min(k, size)].
@@ -163,7 +163,7 @@ class Index:
       folder: the job's workdir.
       modality: such as "image".
       part: "shared" to search across modalities, "specific" or "full" within one.
-      backend: as of the index.
+      backend: of the index.
 
     Raises:
       ValueError: for an unfinished job, shards of several jobs, a column that is not there, or a repeated id.
@@ -191,10 +191,10 @@ class _Blocks:
   def search(self, unit: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     self._parts = [np.concatenate(self._parts)]
     rows = max(1, _BLOCK // len(self._parts[0]))
-    found = [self._some(unit[start : start + rows], k) for start in range(0, len(unit), rows)]
-    return tuple(np.concatenate(columns) for columns in zip(*found))
+    results = [self._nearest(unit[start : start + rows], k) for start in range(0, len(unit), rows)]
+    return tuple(np.concatenate(columns) for columns in zip(*results))
 
-  def _some(self, unit: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+  def _nearest(self, unit: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     scores = unit @ self._parts[0].T
     best = np.argpartition(-scores, k - 1, axis=1)[:, :k]
     best = np.take_along_axis(best, np.argsort(-np.take_along_axis(scores, best, 1), axis=1, kind="stable"), 1)
@@ -230,7 +230,7 @@ def _plain(value: Any) -> str | int:
 
 
 def _unit(vectors: Any, width: int | None, names: Sequence[Any]) -> np.ndarray:
-  """Rows of length 1, float32."""
+  """Rows of norm 1, float32."""
   array = np.asarray(vectors, np.float32)
   if array.ndim != 2 or not array.shape[1]:
     raise ValueError(f"vectors: got shape {array.shape}; allowed: [rows, width]")

@@ -8,7 +8,6 @@ import json
 import pathlib
 import sys
 import time
-import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from codebind_jax.codebook import collapsed, usage_stats
 from codebind_jax.data.batches import make_iterator
 from codebind_jax.data.task import open_task
 from codebind_jax.evaluate import Evaluation, StageEvaluation
+from codebind_jax.files import write_whole
 from codebind_jax.initialise import copy_heads, start_from, whiten_heads
 from codebind_jax.methods.base import Method, make_init, make_method
 from codebind_jax.report import summary
@@ -64,9 +64,7 @@ def claim_workdir(config: ml_collections.ConfigDict, workdir: str | pathlib.Path
     if changed:
       raise ValueError(f"workdir {str(folder)!r} holds a run of another config: {'; '.join(changed)}; use another one")
   elif jax.process_index() == 0:
-    partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")  # several calls of a comparison can claim its folder
-    partial.write_text(json.dumps(plain, indent=1, sort_keys=True) + "\n")
-    partial.rename(path)
+    write_whole(path, json.dumps(plain, indent=1, sort_keys=True) + "\n")
   return folder
 
 

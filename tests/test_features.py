@@ -171,7 +171,7 @@ def test_a_killed_process_leaves_nothing_half_written(tmp_path):
   script = textwrap.dedent(f"""
     import sys, time
     import numpy as np
-    from codebind_jax.data import features
+    from codebind_jax.trunks import cache as features
     from tests.test_features import Items, content_hash, mean_trunk
     features._ITEMS_PER_CHUNK = 6
     items = Items(40)

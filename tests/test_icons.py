@@ -120,10 +120,10 @@ def test_rule_3_test_sources_are_not_used_in_training():
 
 
 def test_rule_7_sets_to_choose_by_are_not_test_sets():
-  roles = {name: test.role for name, test in icons.EVAL_SETS.items()}
+  roles = {name: test.role for name, test in icons.eval_sets("full").items()}
   assert {n for n, role in roles.items() if role == "val"} == {"val_artist", "val_concept", "gcompris"}
   splits = collections.defaultdict(set)
-  for test in icons.EVAL_SETS.values():
+  for test in icons.eval_sets("full").values():
     splits[test.role].add(test.split)
   assert not splits["val"] & splits["test"] and "train" not in splits["val"] | splits["test"]
   for row in names.table("pictures")["pictures"]:
@@ -154,7 +154,7 @@ def test_rule_8_drops_nothing_else():
     ("val_artist", 550), ("val_concept", 60), ("gcompris", 730), ("test_artist", 550), ("test_concept", 120),
     ("qabcs", 730), ("scratch", 730), ("tuxpaint_photo", 730), ("tuxpaint_drawing", 730)])
 def test_candidates_of_eval_sets(name, ways):
-  candidates = icons.EVAL_SETS[name].candidates
+  candidates = icons.eval_sets("full")[name].candidates
   assert len(candidates) == len(set(candidates)) == ways
   concept_of = {v["label"]: c for c, v in names.concepts().items()}
   order = [concept_of[label] for label in candidates]

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from codebind_jax.data import records as sources
-from codebind_jax.data.opening import open_source
+from codebind_jax.data.opening import class_names, open_source
 from codebind_jax.data.transforms import image as image_transform
 from tests.world_fixtures import png
 
@@ -37,7 +36,7 @@ def test_rows_read_back(write):
       {"id": "c", "text": ["vert", "grün"], "label": "green", "split": "test"})
   source = open_source(str(path))
   assert source.keys == ["a", "data.jsonl:3", "c"] and len(source) == 3
-  assert sources.modalities(source) == ("image", "text")
+  assert source.modalities == ("image", "text")
   first, second, third = source
   assert first["image"].shape == (8, 8, 3) and first["image"][0, 0].tolist() == [255, 0, 0]
   assert first["text"] == ["a red thing"] and first["label"] == "red"
@@ -191,21 +190,21 @@ def test_content_hash_follows_content(write, tmp_path):
 
 def test_class_names(write, tmp_path):
   source = open_source(write(*({"text": "x", "label": label} for label in ["dog", "cat", "dog"])))
-  assert sources.class_names(source) == ("cat", "dog")
+  assert class_names(source) == ("cat", "dog")
   classes = tmp_path / "classes.txt"
   classes.write_text("dog\n\nowl\ncat\n")
-  assert sources.class_names(source, classes) == ("dog", "owl", "cat")
+  assert class_names(source, classes) == ("dog", "owl", "cat")
   classes.write_text("dog\nowl\n")
   with pytest.raises(ValueError, match="label 'cat' of data/all is not among its 2 classes"):
-    sources.class_names(source, classes)
+    class_names(source, classes)
   classes.write_text("dog\ncat\ndog\n")
   with pytest.raises(ValueError, match="classes.txt:3: class 'dog' is there twice, first in line 1"):
-    sources.class_names(source, classes)
+    class_names(source, classes)
   classes.write_text(" \n")
   with pytest.raises(ValueError, match="classes.txt: empty class list"):
-    sources.class_names(source, classes)
+    class_names(source, classes)
   with pytest.raises(ValueError, match="empty class list: no row of data/all has a label"):
-    sources.class_names(open_source(write({"text": "x"})))
+    class_names(open_source(write({"text": "x"})))
 
 
 @pytest.mark.parametrize("mode, value, want", [

@@ -1,4 +1,4 @@
-"""The papers' claims, asked of a comparison's numbers: each held, did not hold or stays undecided, by one rule."""
+"""The papers' claims, tested on a comparison: each held, did not hold or is undecided, by one rule."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PARTS = {  # DCID's: NeurIPS 2023, tables 2 and 3
     "no_decomposition": "the losses that keep specific parts apart",
   },
 }  # fmt: skip
-MARGIN = 1.0  # points that "does not hurt" and "no worse" allow
+MARGIN = 1.0  # points of loss that "does not hurt" and "no worse" allow
 BLIND = 5.0  # points above chance up to which a factor counts as not learned
 RULE = (
   "Two variants' runs of one seed share data order and start, so they are compared seed by seed. A claim that one is "
@@ -32,7 +32,7 @@ RULE = (
 
 
 def verdict(differences: Sequence[float], allowed: float = 0.0) -> dict[str, Any]:
-  """What the differences of paired runs say of "larger than minus `allowed`".
+  """Verdict on "larger than minus `allowed`" from the differences of paired runs.
 
   Returns:
     `verdict`, the mean `difference`, its standard `error` and half the width of its 95 % `interval` (None for one run),
@@ -43,25 +43,25 @@ def verdict(differences: Sequence[float], allowed: float = 0.0) -> dict[str, Any
     return {"verdict": OPEN, "difference": mean, "error": None, "interval": None, "seeds": count}
   error = float(np.std(differences, ddof=1) / np.sqrt(count))
   half = float(stats.t.ppf(0.975, count - 1) * error)
-  said = HELD if mean - half > -allowed else NOT if mean + half < -allowed else OPEN
-  return {"verdict": said, "difference": mean, "error": error, "interval": half, "seeds": count}
+  outcome = HELD if mean - half > -allowed else NOT if mean + half < -allowed else OPEN
+  return {"verdict": outcome, "difference": mean, "error": error, "interval": half, "seeds": count}
 
 
 def claims(
   results: Mapping[str, Any], world: Mapping[str, Any] | None = None, prefix: str = "eval/test",
   against: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-  """The claims that a comparison can test, each with the numbers it rests on.
+  """The claims that a comparison can test, each with its numbers.
 
   Args:
-    results: variant -> `runs`, the metrics of each seed in order, and `probes`, likewise what `CrossModal.probe` found.
+    results: variant -> `runs`, the metrics of each seed in order, and `probes`, the results of `CrossModal.probe`.
     world: `config.compare.world` of a comparison on modalities of graded quality; None for another.
-    prefix: of the metrics.
-    against: what comparison.json of the same world with graded qualities holds, where those of `world` are equal.
+    prefix: prefix of the metrics' names.
+    against: comparison.json of the same world with graded qualities, where those of `world` are equal.
 
   Returns:
     Per claim `claim`, `verdict`, `difference`, `error`, `interval`, `seeds` (see `verdict`) and `numbers`, a sentence;
-    where it is about several methods their own verdicts in `parts`.
+    a claim about several methods has their verdicts in `parts`.
   """
   found = [*_anchors(results, world, prefix)] if world else []
   found += _narrowed(against, results, prefix) if against else []
@@ -69,7 +69,7 @@ def claims(
   return [*found, *_ablations(results, prefix), *_channels(results, prefix)]
 
 
-def _told(results: Mapping[str, Any], name: str, metric: str | Callable[[Mapping[str, float]], float]) -> list[float]:
+def _values(results: Mapping[str, Any], name: str, metric: str | Callable[[Mapping[str, float]], float]) -> list[float]:
   return [metric(run) if callable(metric) else run[metric] for run in results[name]["runs"]]
 
 
@@ -77,7 +77,7 @@ def _paired(better: Sequence[float], worse: Sequence[float]) -> list[float]:
   return [a - b for a, b in zip(better, worse, strict=True)]
 
 
-def _spread(values: Sequence[float]) -> str:
+def _as_text(values: Sequence[float]) -> str:
   return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else f"{np.mean(values):.1f}"
 
 
@@ -87,8 +87,8 @@ def _anchors(results: Mapping[str, Any], world: Mapping[str, Any], prefix: str) 
   anchors = {m: f"fixed_anchor_{m}" for m in sorted(quality, key=quality.get) if f"fixed_anchor_{m}" in results}
   if len(anchors) < 2:
     return []
-  by_anchor = {m: _told(results, name, whole) for m, name in anchors.items()}
-  text = ", ".join(f"anchor {m} (quality {quality[m]:g}) {_spread(values)}" for m, values in by_anchor.items())
+  by_anchor = {m: _values(results, name, whole) for m, name in anchors.items()}
+  text = ", ".join(f"anchor {m} (quality {quality[m]:g}) {_as_text(values)}" for m, values in by_anchor.items())
   worst, best = list(anchors)[0], list(anchors)[-1]
   graded = quality[best] > quality[worst]
   found = [{"claim": "Fixed anchor: accuracy depends on the anchor's quality (best less worst anchor)",
@@ -96,33 +96,33 @@ def _anchors(results: Mapping[str, Any], world: Mapping[str, Any], prefix: str) 
   found = found if graded else []
   if "centrobind" not in results:
     return found
-  mine = _told(results, "centrobind", whole)
+  centrobind = _values(results, "centrobind", whole)
   top = max(by_anchor, key=lambda m: np.mean(by_anchor[m]))
   asked = [("CentroBind, which has no anchor to choose, is no worse than the anchor that came out best", top, MARGIN)]
   if graded:
     asked.append(("CentroBind is better than binding to the anchor of lowest quality", worst, 0.0))
   for claim, other, allowed in asked:
-    numbers = f"label/all: centrobind {_spread(mine)}, anchor {other} {_spread(by_anchor[other])}"
-    found.append({"claim": claim, "numbers": numbers} | verdict(_paired(mine, by_anchor[other]), allowed))
+    numbers = f"label/all: centrobind {_as_text(centrobind)}, anchor {other} {_as_text(by_anchor[other])}"
+    found.append({"claim": claim, "numbers": numbers} | verdict(_paired(centrobind, by_anchor[other]), allowed))
   for lacking in (m for m in anchors if world["style_quality"].get(m, 1.0) == 0):
     seen = [m for m in quality if world["style_quality"].get(m, 1.0) > 0]
     across = lambda run, seen=seen: float(
       np.mean([run[f"{prefix}/style/{a}>{b}"] for a in seen for b in seen if a != b])
     )
-    mine, theirs = _told(results, "centrobind", across), _told(results, anchors[lacking], across)
+    centrobind, anchor = _values(results, "centrobind", across), _values(results, anchors[lacking], across)
     chance = 100.0 / world["styles"]
-    text = (f"style/cross among {', '.join(seen)}: centrobind {_spread(mine)}, anchor {lacking} {_spread(theirs)}, "
-            f"chance {chance:.1f}")  # fmt: skip
+    text = (f"style/cross among {', '.join(seen)}: centrobind {_as_text(centrobind)}, anchor {lacking} "
+            f"{_as_text(anchor)}, chance {chance:.1f}")  # fmt: skip
     found.append({"claim": f"A factor that {lacking} lacks: CentroBind binds the others by it better than anchor "
-                           f"{lacking} does", "numbers": text} | verdict(_paired(mine, theirs)))  # fmt: skip
+                           f"{lacking} does", "numbers": text} | verdict(_paired(centrobind, anchor)))  # fmt: skip
     found.append({"claim": f"A factor that {lacking} lacks: anchor {lacking} does not bind the others by it (at most "
                            f"{BLIND:g} points above chance)", "numbers": text}
-                 | verdict([chance + BLIND - value for value in theirs]))  # fmt: skip
+                 | verdict([chance + BLIND - value for value in anchor]))  # fmt: skip
   return found
 
 
 def _narrowed(against: Mapping[str, Any], equal: Mapping[str, Any], prefix: str) -> list[dict[str, Any]]:
-  """Gaps that a world of graded qualities shows, less the same gaps where all qualities are equal."""
+  """Gaps to the worst anchor in a world of graded qualities, less the same gaps where all qualities are equal."""
   graded, quality = against["results"], against["config"]["compare"]["world"]["quality"]
   both = sorted((m for m in quality if {f"fixed_anchor_{m}"} <= graded.keys() & equal.keys()), key=quality.get)
   if len(both) < 2:
@@ -132,18 +132,18 @@ def _narrowed(against: Mapping[str, Any], equal: Mapping[str, Any], prefix: str)
     if name not in graded or name not in equal:
       continue
     gap = lambda results, name=name: [
-      abs(g) for g in _paired(*(_told(results, one, f"{prefix}/label/all") for one in (name, worst)))
+      abs(g) for g in _paired(*(_values(results, one, f"{prefix}/label/all") for one in (name, worst)))
     ]
     gaps = [gap(graded), gap(equal)]
     found.append({"claim": f"With all qualities equal the gap between {who} and anchor {both[0]}, the worst of the "
                            "graded world, shrinks",
-                  "numbers": f"label/all, the gap: graded {_spread(gaps[0])}, equal {_spread(gaps[1])}"}
+                  "numbers": f"label/all, the gap: graded {_as_text(gaps[0])}, equal {_as_text(gaps[1])}"}
                  | verdict(_paired(*gaps)))  # fmt: skip
   return found
 
 
 def _crossing(prefix: str) -> Callable[[Mapping[str, float]], float]:
-  """The mean accuracy of heads carried to another modality: of labels, or of what else a comparison asks."""
+  """A metric: mean accuracy of heads tested on another modality, on labels or else on the fields there are."""
 
   def mean(metrics: Mapping[str, float]) -> float:
     cross = [key for key in metrics if key.startswith(f"{prefix}/") and key.endswith("/label/cross")]
@@ -154,27 +154,27 @@ def _crossing(prefix: str) -> Callable[[Mapping[str, float]], float]:
 
 
 def _over_pairs(results: Mapping[str, Any], prefix: str) -> list[dict[str, Any]]:
-  """What codes or a centroid add to InfoNCE of the same pairs on the same towers."""
+  """Each method against InfoNCE of the same pairs on the same towers."""
   found = []
   for name, title in TITLES.items():
     if name in results and "info_nce" in results:
-      mine, plain = (_told(results, one, _crossing(prefix)) for one in (name, "info_nce"))
+      own, plain = (_values(results, one, _crossing(prefix)) for one in (name, "info_nce"))
       found.append({"claim": f"{title} generalises across modalities better than plain InfoNCE of the pairs",
-                    "numbers": f"mean of */cross: {name} {_spread(mine)}, info_nce {_spread(plain)}"}
-                   | verdict(_paired(mine, plain)))  # fmt: skip
+                    "numbers": f"mean of */cross: {name} {_as_text(own)}, info_nce {_as_text(plain)}"}
+                   | verdict(_paired(own, plain)))  # fmt: skip
   return found
 
 
 def _ablations(results: Mapping[str, Any], prefix: str) -> list[dict[str, Any]]:
-  """Methods without their parts."""
+  """Each method against itself without one of its parts."""
   found = []
   for method, parts in PARTS.items():
     for name, what in parts.items():
       if method in results and f"{method}_{name}" in results:
-        mine, theirs = (_told(results, one, _crossing(prefix)) for one in (method, f"{method}_{name}"))
+        own, ablated = (_values(results, one, _crossing(prefix)) for one in (method, f"{method}_{name}"))
         found.append({"claim": f"{TITLES[method]}: leaving out {what} hurts cross-modal generalisation",
-                      "numbers": f"mean of */cross: {method} {_spread(mine)}, without {_spread(theirs)}"}
-                     | verdict(_paired(mine, theirs)))  # fmt: skip
+                      "numbers": f"mean of */cross: {method} {_as_text(own)}, without {_as_text(ablated)}"}
+                     | verdict(_paired(own, ablated)))  # fmt: skip
   return found
 
 
@@ -191,9 +191,9 @@ def _channels(results: Mapping[str, Any], prefix: str) -> list[dict[str, Any]]:
     redundancy[name] = verdict(_paired(before, after)) | {
       "numbers": f"{name} ({kept}) {np.mean(before):.3f} -> {np.mean(after):.3f}"
     }
-    before, after = _told(results, name, _crossing(prefix)), [_crossing(prefix)(one["metrics"]) for one in chosen]
+    before, after = _values(results, name, _crossing(prefix)), [_crossing(prefix)(one["metrics"]) for one in chosen]
     accuracy[name] = verdict(_paired(after, before), MARGIN) | {
-      "numbers": f"{name} ({kept}) {_spread(before)} -> {_spread(after)}"
+      "numbers": f"{name} ({kept}) {_as_text(before)} -> {_as_text(after)}"
     }
   lower = "TOC with three quarters of the channels lowers the mean cosine between codes"
   kept = "TOC with three quarters of the channels does not hurt cross-modal generalisation"
@@ -201,8 +201,8 @@ def _channels(results: Mapping[str, Any], prefix: str) -> list[dict[str, Any]]:
 
 
 def _joined(claim: str, parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-  said = {part["verdict"] for part in parts.values()}
-  whole = NOT if NOT in said else HELD if said == {HELD} else OPEN
+  verdicts = {part["verdict"] for part in parts.values()}
+  whole = NOT if NOT in verdicts else HELD if verdicts == {HELD} else OPEN
   gap = float(np.mean([part["difference"] for part in parts.values()]))
   seeds = min(part["seeds"] for part in parts.values())
   return {"claim": claim, "verdict": whole, "difference": gap, "error": None, "interval": None, "seeds": seeds,

@@ -1,4 +1,4 @@
-"""The figures of a comparison; what each shows is made by a function of its own, so that it can be checked."""
+"""The figures of a comparison; the numbers in each come from a function of their own, so that they can be tested."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 
-def spread(runs: Sequence[Mapping[str, float]], name: str) -> tuple[float, float] | None:
+def mean_and_deviation(runs: Sequence[Mapping[str, float]], name: str) -> tuple[float, float] | None:
   """Mean and sample standard deviation over runs; None where no run has the metric."""
   values = [run[name] for run in runs if name in run]
   return (float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0) if values else None
 
 
 def bars(path: pathlib.Path, results: Mapping[str, Any], metrics: Sequence[str]) -> None:
-  """Every variant's mean with its spread, one panel a metric."""
+  """Mean and standard deviation of every variant, one panel a metric."""
   figure, axes = plt.subplots(
     1, len(metrics), figsize=(2.6 * len(metrics), 0.35 * len(results) + 1.2), sharey=True, squeeze=False
   )
   for axis, metric in zip(axes[0], metrics):
-    values = [spread(result["runs"], metric) or (0.0, 0.0) for result in results.values()]
+    values = [mean_and_deviation(result["runs"], metric) or (0.0, 0.0) for result in results.values()]
     axis.barh(list(results), [v[0] for v in values], xerr=[v[1] for v in values], color="#4c78a8")
     axis.set_title(metric.split("/", 2)[-1], fontsize=9)
   axes[0, 0].invert_yaxis()
@@ -36,12 +36,12 @@ def bars(path: pathlib.Path, results: Mapping[str, Any], metrics: Sequence[str])
 def anchor_points(
   results: Mapping[str, Any], quality: Mapping[str, float], metric: str
 ) -> tuple[list[tuple[float, float, float]], dict[str, float]]:
-  """(quality, mean, spread) of each fixed anchor, worst first, and the mean of every other method that has no parts."""
+  """(quality, mean, deviation) of each fixed anchor, worst first, and the mean of all others but DCID's parts."""
   anchors = [m for m in sorted(quality, key=quality.get) if f"fixed_anchor_{m}" in results]
-  points = [(quality[m], *spread(results[f"fixed_anchor_{m}"]["runs"], metric)) for m in anchors]
-  others = {name: spread(result["runs"], metric) for name, result in results.items()
+  points = [(quality[m], *mean_and_deviation(results[f"fixed_anchor_{m}"]["runs"], metric)) for m in anchors]
+  others = {name: mean_and_deviation(result["runs"], metric) for name, result in results.items()
             if not name.startswith(("fixed_anchor", "dcid_"))}  # fmt: skip
-  return points, {name: found[0] for name, found in others.items() if found}
+  return points, {name: values[0] for name, values in others.items() if values}
 
 
 def anchor_curve(path: pathlib.Path, results: Mapping[str, Any], quality: Mapping[str, float], metric: str) -> None:
@@ -59,9 +59,9 @@ def anchor_curve(path: pathlib.Path, results: Mapping[str, Any], quality: Mappin
 
 
 def with_probe(results: Mapping[str, Any], name: str) -> dict[str, list[Any]]:
-  """Variant -> what the probes of its runs found, for those that have it."""
-  found = {variant: [p[name] for p in result["probes"] if name in p] for variant, result in results.items()}
-  return {variant: probes for variant, probes in found.items() if probes}
+  """Variant -> one probe's results over its runs, for variants that have it."""
+  by_variant = {variant: [p[name] for p in result["probes"] if name in p] for variant, result in results.items()}
+  return {variant: probes for variant, probes in by_variant.items() if probes}
 
 
 def sharing_by_count(results: Mapping[str, Any]) -> tuple[list[str], Float[np.ndarray, "v m"]]:
@@ -77,13 +77,13 @@ def sharing_by_count(results: Mapping[str, Any]) -> tuple[list[str], Float[np.nd
   return list(sets), table
 
 
-def sharing_pairs(found: Sequence[Mapping[str, Any]]) -> tuple[list[str], Float[np.ndarray, "m m"]]:
+def sharing_pairs(probes: Sequence[Mapping[str, Any]]) -> tuple[list[str], Float[np.ndarray, "m m"]]:
   """Modalities, and for each two the share in % of the codes they use that both use (mean over seeds); NaN for one."""
-  names = sorted({m for one in found for key in one["pairs"] for m in key.split("+")})
+  names = sorted({m for one in probes for key in one["pairs"] for m in key.split("+")})
   table = np.full((len(names), len(names)), np.nan)
-  for key in found[0]["pairs"]:
+  for key in probes[0]["pairs"]:
     a, b = (names.index(m) for m in key.split("+"))
-    table[a, b] = table[b, a] = np.mean([one["pairs"][key][0] for one in found])
+    table[a, b] = table[b, a] = np.mean([one["pairs"][key][0] for one in probes])
   return names, table
 
 
@@ -121,9 +121,9 @@ def sharing(path: pathlib.Path, results: Mapping[str, Any]) -> None:
 
 
 def redundancy_table(results: Mapping[str, Any]) -> dict[str, tuple[tuple[float, float], tuple[float, float]]]:
-  """Variant -> (mean, spread) over seeds of the mean cosine between codes before TOC, and after it."""
+  """Variant -> (mean, deviation) over seeds of the mean cosine between codes before TOC, and after it."""
   probes = with_probe(results, "toc")
-  return {name: (spread(found, "before"), spread(found, "after")) for name, found in probes.items()}
+  return {name: tuple(mean_and_deviation(runs, when) for when in ("before", "after")) for name, runs in probes.items()}
 
 
 def redundancy(path: pathlib.Path, results: Mapping[str, Any]) -> None:
@@ -142,22 +142,22 @@ def redundancy(path: pathlib.Path, results: Mapping[str, Any]) -> None:
 
 
 def plan_columns(plan: Float[np.ndarray, "n k"]) -> list[int]:
-  """Codes in the order of the mean row that sends mass to them, so that a plan which follows the rows is a diagonal."""
+  """Codes ordered by the mean row of their mass, so that a plan that follows the rows is a diagonal."""
   mass = plan.sum(0)
   centre = (np.arange(len(plan))[:, None] * plan).sum(0) / np.where(mass > 0, mass, 1.0)
   return np.argsort(centre, kind="stable").tolist()
 
 
-def transport_plan(path: pathlib.Path, found: Mapping[str, Any], title: str) -> None:
-  """Where a batch's features of two modalities send their mass among the codes, both in the first one's order."""
-  plans = {m: np.asarray(found["plans"][m], np.float64) for m in found["modalities"]}
-  order = plan_columns(plans[found["modalities"][0]])
+def transport_plan(path: pathlib.Path, probe: Mapping[str, Any], title: str) -> None:
+  """Transport plans from a batch's features of two modalities to the codes, both in the order of the first."""
+  plans = {m: np.asarray(probe["plans"][m], np.float64) for m in probe["modalities"]}
+  order = plan_columns(plans[probe["modalities"][0]])
   figure, axes = plt.subplots(1, len(plans), figsize=(4.2 * len(plans), 4.2), sharey=True)
   for axis, (m, plan) in zip(axes, plans.items()):
     axis.imshow(plan[:, order], aspect="auto", cmap="magma", vmin=0)
     axis.set_title(f"{title}: {m}", fontsize=9)
     axis.set_xlabel("code")
-  axes[0].set_yticks(range(len(found["rows"])), found["rows"], fontsize=4)
+  axes[0].set_yticks(range(len(probe["rows"])), probe["rows"], fontsize=4)
   _save(figure, path)
 
 

@@ -32,9 +32,9 @@ from codebind_jax.compare.table import write_comparison
 from codebind_jax.data.batches import Drawn, Replay
 from codebind_jax.data.synthetic import NAME, Factors, SyntheticSource
 from codebind_jax.data.task import EvalSet, Task, open_task
+from codebind_jax.files import write_whole
 from codebind_jax.methods.base import unheeded
 from codebind_jax.runtime.compile import Programs
-from codebind_jax.runtime.files import write_whole
 from codebind_jax.train import claim_workdir, iterators_of, run_stages
 from codebind_jax.trunks.featurize import Featurizer
 

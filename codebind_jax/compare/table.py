@@ -16,14 +16,16 @@ PREFIX = "eval/test"
 
 def cell(runs: Sequence[Mapping[str, float]], name: str) -> str:
   """`mean ± deviation` for a table."""
-  found = figures.spread(runs, name)
-  return "" if found is None else f"{found[0]:.1f} ± {found[1]:.1f}" if len(runs) > 1 else f"{found[0]:.1f}"
+  values = figures.mean_and_deviation(runs, name)
+  return "" if values is None else f"{values[0]:.1f} ± {values[1]:.1f}" if len(runs) > 1 else f"{values[0]:.1f}"
 
 
-def write_comparison(folder: pathlib.Path, found: Mapping[str, Any], against: Mapping[str, Any] | None = None) -> str:
-  """Writes all files; returns the text of comparison.md. `against` is another comparison, see `claims`."""
-  results, settings = found["results"], found["config"]["compare"]
-  whole = dict(found) | {"rule": RULE, "claims": claims(results, settings["world"], PREFIX, against)}
+def write_comparison(
+  folder: pathlib.Path, comparison: Mapping[str, Any], against: Mapping[str, Any] | None = None
+) -> str:
+  """Writes all files and returns the text of comparison.md; `against` is another comparison, see `claims`."""
+  results, settings = comparison["results"], comparison["config"]["compare"]
+  whole = dict(comparison) | {"rule": RULE, "claims": claims(results, settings["world"], PREFIX, against)}
   drawn = draw(folder, results, settings, _columns(results, settings))
   text = "\n".join(["# Methods side by side", "", *sections(whole), *(f"![{name}]({name}.svg)\n" for name in drawn)])
   (folder / "comparison.md").write_text(text, encoding="utf-8")
@@ -35,8 +37,8 @@ def sections(whole: Mapping[str, Any], heading: str = "##") -> list[str]:
   """Lines of the tables: scores, cost and claims.
 
   Args:
-    whole: what comparison.json holds.
-    heading: of the parts after the first.
+    whole: content of comparison.json.
+    heading: mark of the headings.
   """
   results, settings = whole["results"], whole["config"]["compare"]
   return [
@@ -47,12 +49,12 @@ def sections(whole: Mapping[str, Any], heading: str = "##") -> list[str]:
 
 
 def _columns(results: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
-  told = {key for result in results.values() for key in result["runs"][0]}
-  return [c for c in settings.get("columns", COLUMNS) if f"{PREFIX}/{c}" in told]
+  measured = {key for result in results.values() for key in result["runs"][0]}
+  return [c for c in settings.get("columns", COLUMNS) if f"{PREFIX}/{c}" in measured]
 
 
-def _head(found: Mapping[str, Any]) -> list[str]:
-  config = found["config"]
+def _head(whole: Mapping[str, Any]) -> list[str]:
+  config = whole["config"]
   settings = config["compare"]
   rates = settings["learning_rates"]
   tuned = (
@@ -62,7 +64,7 @@ def _head(found: Mapping[str, Any]) -> list[str]:
   sources = {name: rows for stage in config["stages"].values() for name, rows in stage["sources"].items()}
   rows = " + ".join(f"{rows} ({name})" for name, rows in sources.items()) or str(config["batch_size"])
   return [
-    f"{found['summary']}.", "",
+    f"{whole['summary']}.", "",
     f"{config['steps']} steps of {rows} rows, {settings['seeds']} seeds, test set, %, mean ± standard deviation; "
     f"{tuned}.", "",
     "`F/cross`: head that tells field F, learned on one modality's training rows, tested on another's test rows, mean "
@@ -92,8 +94,8 @@ def _costs(results: Mapping[str, Any], speed: Mapping[str, Any] | None) -> list[
   pace = speed["examples_per_second"] if speed else {n: r["cost"]["examples_per_second"] for n, r in results.items()}
   for name, result in results.items():
     c = result["cost"]
-    kept = [f"{c[part]:,}" for part in ("extra_parameters", "codebooks", "aux")]
-    rows.append([name, f"{pace[name]:.0f}", f"{c['compiled_megabytes']:.1f}", *kept])
+    numbers = [f"{c[part]:,}" for part in ("extra_parameters", "codebooks", "aux")]
+    rows.append([name, f"{pace[name]:.0f}", f"{c['compiled_megabytes']:.1f}", *numbers])
   towers = sorted({result["cost"]["towers"] for result in results.values()})
   how = (
     f"Examples a second are of the compiled step alone on one batch, the fastest of {speed['rounds']} turns of "
@@ -120,7 +122,7 @@ def _claims(tested: Sequence[Mapping[str, Any]]) -> list[str]:
 def draw(
   folder: pathlib.Path, results: Mapping[str, Any], settings: Mapping[str, Any], columns: Sequence[str]
 ) -> list[str]:
-  """Draws what the results have; returns the names of the files, without .svg."""
+  """Draws the figures that the results allow; returns the names of the files without .svg."""
   drawn = ["bars"]
   figures.bars(folder / "bars.svg", results, [f"{PREFIX}/{c}" for c in columns])
   quality = (settings["world"] or {}).get("quality", {})

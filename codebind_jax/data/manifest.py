@@ -17,7 +17,7 @@ from codebind_jax.data.records import SPLITS, Source, known_modalities
 
 
 class ManifestSource(Source):
-  """A user's data: a JSONL manifest beside its files. Use `open_source`, or `read_manifest` for the checks."""
+  """Rows of a manifest. Use `open_source`, or `read_manifest`, which checks them."""
 
   def __init__(self, manifest: Path, split: str, rows: Sequence[dict[str, Any]], files: Sequence[dict[str, Path]]):
     super().__init__(f"{manifest.stem}/{split or 'all'}", rows)
@@ -26,8 +26,8 @@ class ManifestSource(Source):
   @property
   def modalities(self) -> tuple[str, ...]:
     """Modalities that at least one row has."""
-    held = {"text" for row in self.rows if "text" in row} | {m for files in self._files for m in files}
-    return tuple(m for m in known_modalities() if m in held)
+    present = {"text" for row in self.rows if "text" in row} | {m for files in self._files for m in files}
+    return tuple(m for m in known_modalities() if m in present)
 
   def has(self, index: int, modality: str) -> bool:
     """Whether the record named a file or text of the modality."""
@@ -52,11 +52,11 @@ class ManifestSource(Source):
 
 
 def read_manifest(manifest: Path, *, split: str = "", max_bad_records: int = 0) -> ManifestSource:
-  """Reads and checks a JSONL manifest: every line is parsed and every file looked at before anything else happens.
+  """Reads a JSONL manifest; every line is parsed and every file checked before anything else happens.
 
   Each line is an object with any of the modalities (a path relative to the manifest; `text`: a string or a list of
   them, the main one first) and `id`, `label`, `split` (train, val or test). If no record of the manifest has a split,
-  all of them are used whatever split is asked for, which is logged.
+  all of them are used as the split asked for, which is logged.
 
   Args:
     manifest: the .jsonl file.
@@ -159,7 +159,7 @@ def _text(key: str, value: Any) -> str:
 
 
 def check_file(modality: str, path: Path, *, whole: bool = False) -> None:
-  """Looks at a user's file, or reads it if `whole` or where the modality has no cheaper check.
+  """Checks the head of a user's file; reads all of it if `whole`, or where the modality has no cheaper check.
 
   Raises:
     ValueError: naming modality and file, if it cannot be read.

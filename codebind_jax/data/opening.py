@@ -11,16 +11,21 @@ from codebind_jax.data.worlds.source import WorldSource
 
 
 def open_source(
-  files: str | Path, *, split: str = "", profile: str = "auto", data_dir: str | None = None, max_bad_records: int = 0
+  files: str | Path,
+  *,
+  split: str = "",
+  profile: str = "auto",
+  data_dir: str | Path | None = None,
+  max_bad_records: int = 0,
 ) -> Source:
-  """Opens a source.
+  """Opens a split of a packaged world, or a manifest.
 
   Args:
     files: path of a JSONL manifest, or `world:NAME` for a packaged world, which is built if it is not there.
     split: train, val or test; "" takes all records of a manifest.
     profile: of a world.
     data_dir: where worlds are; see `fetch.data_dir` for the default.
-    max_bad_records: of a manifest, that are left out before it is an error.
+    max_bad_records: bad records of a manifest that are left out before it is an error.
 
   Raises:
     ValueError: for an unknown world, profile or split, a world without `split`, or a bad manifest; see `read_manifest`.
@@ -37,16 +42,16 @@ def open_source(
 
 
 def class_names(source: Source, path: Path | None = None) -> tuple[str, ...]:
-  """The labels to choose among: the lines of a text file, or the labels that occur in the source, sorted.
+  """Candidate labels: the lines of a text file, or the labels that occur in the source, sorted.
 
   Raises:
     ValueError: if there are none, or a line occurs twice, or a label of the source is not among them.
   """
-  found = sorted({row["label"] for row in source.rows if row.get("label")})
+  labels = sorted({row["label"] for row in source.rows if row.get("label")})
   if path is None:
-    if not found:
+    if not labels:
       raise ValueError(f"empty class list: no row of {source.name} has a label")
-    return tuple(found)
+    return tuple(labels)
   lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
   classes = [line for line in lines if line]
   if not classes:
@@ -55,7 +60,7 @@ def class_names(source: Source, path: Path | None = None) -> tuple[str, ...]:
   for number, line in enumerate(lines, 1):
     if line and first.setdefault(line, number) != number:
       raise ValueError(f"{path}:{number}: class {line!r} is there twice, first in line {first[line]}")
-  strange = [label for label in found if label not in first]
-  if strange:
-    raise ValueError(f"{path}: label {strange[0]!r} of {source.name} is not among its {len(classes)} classes")
+  unknown = [label for label in labels if label not in first]
+  if unknown:
+    raise ValueError(f"{path}: label {unknown[0]!r} of {source.name} is not among its {len(classes)} classes")
   return tuple(classes)

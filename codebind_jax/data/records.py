@@ -1,4 +1,4 @@
-"""What a source of rows is.
+"""The interface of a source of rows.
 
 A source is a picklable random-access sequence of rows `{"id": str, "label": str | None, <modality>: value, ...}`. An
 image is uint8 [h, w, 3] RGB with transparency on white, another sensor's array what its transform's `read` gives; a
@@ -20,7 +20,7 @@ SPLITS = ("train", "val", "test")
 
 
 def known_modalities() -> tuple[str, ...]:
-  """`MODALITIES`, and any further one that has a module in `data.transforms`."""
+  """`MODALITIES` and all others that have a module in `data.transforms`."""
   return (*MODALITIES, *(m for m in transforms.readable() if m not in MODALITIES))
 
 
@@ -36,8 +36,8 @@ class Source(abc.ABC):
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     index = range(len(self))[index]
-    held = [m for m in self.modalities if m != "text" and self.has(index, m)]
-    return self.rows[index] | {modality: self.read(index, modality) for modality in held}
+    arrays = [m for m in self.modalities if m != "text" and self.has(index, m)]
+    return self.rows[index] | {modality: self.read(index, modality) for modality in arrays}
 
   @property
   def keys(self) -> list[str]:
@@ -55,7 +55,7 @@ class Source(abc.ABC):
 
   @abc.abstractmethod
   def content_hash(self, index: int, modality: str) -> str:
-    """Hex SHA-256 that changes when what a row holds of a modality changes."""
+    """Hex SHA-256 that changes when a row's content of a modality changes."""
 
   @abc.abstractmethod
   def read(self, index: int, modality: str) -> np.ndarray:

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from codebind_jax.data.records import MODALITIES, Source
+from codebind_jax.data.worlds.evalset import EvalSet
 
 NAME = "synthetic"
 SENSORS = tuple(m for m in MODALITIES if m != "text")
@@ -24,16 +25,16 @@ _CODE = 8  # width of a factor's code
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
-  """What the world is made of.
+  """Latent factors of the world.
 
   Attributes:
     classes, styles, private: how many values each factor has.
     width: of a sensor's vector.
-    noise: standard deviation of what is added to it, whose own is 1.
-    quality: sensor -> share of the class's code that it shows; 1 where not named, 0 is a sensor blind to the class.
+    noise: standard deviation of the noise added to a vector, whose own is 1.
+    quality: sensor -> weight of the class's code in its vector; 1 where not named, 0 for a sensor blind to the class.
     style_quality: likewise of the style's code.
     missing: sensor -> share of rows that lack it; 0 where not named.
-    seed: of the mixing networks and of every draw.
+    seed: of the mixing networks and of all draws.
   """
 
   classes: int = 32
@@ -53,13 +54,13 @@ def _rng(*key: Any) -> np.random.Generator:
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-  """n items.
+  """n drawn items.
 
   Attributes:
-    label, style: value of the shared factors.
-    private: sensor -> value of its private factor.
+    label, style: values of the shared factors.
+    private: sensor -> values of its private factor.
     arrays: sensor -> vectors [n, width].
-    held: sensor -> which rows have it.
+    held: sensor -> whether each item has it.
   """
 
   label: Int[np.ndarray, "n"]
@@ -70,7 +71,7 @@ class Draw:
 
 
 def draw(factors: Factors, split: str, count: int, sensors: Sequence[str] = SENSORS) -> Draw:
-  """Items of a split; a larger `count` begins with the items of a smaller one only where the split's draws agree.
+  """Items of a split; they depend on `count`, so that a larger draw does not continue a smaller one.
 
   Args:
     factors: the world.
@@ -85,13 +86,13 @@ def draw(factors: Factors, split: str, count: int, sensors: Sequence[str] = SENS
   private, arrays, held = {}, {}, {}
   for sensor in sensors:
     private[sensor] = pick(f"private {sensor}", factors.private)
-    quality, style_quality = (shown.get(sensor, 1.0) for shown in (factors.quality, factors.style_quality))
+    quality, style_quality = (weight.get(sensor, 1.0) for weight in (factors.quality, factors.style_quality))
     own = codes[f"private {sensor}"][private[sensor]]
-    parts = [quality * codes["class"][label], style_quality * codes["style"][style], own]
+    shown = [quality * codes["class"][label], style_quality * codes["style"][style], own]
     weights = _rng(factors.seed, "mixing", sensor)
     first = weights.standard_normal((3 * _CODE, 4 * factors.width)) / np.sqrt(3 * _CODE)
     second = weights.standard_normal((4 * factors.width, factors.width)) / np.sqrt(2 * factors.width)
-    clean = np.tanh(np.concatenate(parts, axis=1) @ first) @ second
+    clean = np.tanh(np.concatenate(shown, axis=1) @ first) @ second
     noise = _rng(factors.seed, split, "noise", sensor)
     arrays[sensor] = (clean / clean.std() + factors.noise * noise.standard_normal(clean.shape)).astype(np.float32)
     held[sensor] = noise.random(count) >= factors.missing.get(sensor, 0.0)
@@ -124,7 +125,7 @@ class SyntheticSource(Source):
 
   @property
   def modalities(self) -> tuple[str, ...]:
-    """Those asked for."""
+    """The modalities asked for."""
     return self._modalities
 
   def has(self, index: int, modality: str) -> bool:
@@ -148,28 +149,12 @@ class SyntheticSource(Source):
 
 
 @dataclasses.dataclass(frozen=True)
-class SyntheticSet:
-  """One evaluation set, as `data.worlds.registry` describes it; `probes` ask every modality for its private factor."""
-
-  split: str
-  role: str
-  candidates: tuple[str, ...]
-  probes: tuple[str, ...] = ("label", "style", "private_{modality}")
-  means: tuple[str, ...] = ("label",)
-  pairs: tuple[tuple[str, str, str], ...] = ()
-
-  def keep(self, row: Mapping[str, Any]) -> bool:
-    """Every row."""
-    return True
-
-
-@dataclasses.dataclass(frozen=True)
 class World:
-  """The builder's side of the world, as `data.worlds.registry` describes it.
+  """The world as `data.worlds.registry` describes it.
 
   Attributes:
-    modalities: what rows have.
-    factors: what it is made of.
+    modalities: of its rows.
+    factors: its latent factors.
   """
 
   modalities: tuple[str, ...] = MODALITIES
@@ -193,17 +178,21 @@ class World:
     return cls(asked or MODALITIES)
 
   def open_split(self, profile: str, split: str) -> SyntheticSource:
-    """The rows of a split: train as many as the profile says, val and test a quarter of that."""
+    """Rows of a split: as many as the profile says for train, a quarter of that for val and test."""
     if profile not in self.PROFILES:
       raise ValueError(f"unknown profile {profile!r} of world {NAME!r}; allowed: {list(self.PROFILES)}")
     rows = self.ROWS[profile] if split == "train" else min(self.ROWS[profile] // 4, 2048)
     return SyntheticSource(self.factors, split, rows, self.modalities)
 
-  def eval_sets(self, profile: str) -> dict[str, SyntheticSet]:
-    """Validation and test; linear probes, which take long, on test alone."""
+  def eval_sets(self, profile: str) -> dict[str, EvalSet]:
+    """Validation and test; linear probes, which take long, on test alone, of every modality's private factor too."""
     labels = tuple(label_name(k) for k in range(self.factors.classes)) if "text" in self.modalities else ()
-    return {"val": SyntheticSet("val", "val", labels, probes=()), "test": SyntheticSet("test", "test", labels)}
+    probes = {"val": (), "test": ("label", "style", "private_{modality}")}
+    return {
+      split: EvalSet(split=split, role=split, candidates=labels, probes=fields, means=("label",))
+      for split, fields in probes.items()
+    }
 
   def package_ids(self, profile: str) -> list[str]:
-    """It is built from nothing."""
+    """None, since it is drawn in memory."""
     return []

@@ -4,46 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from absl import logging
 
 from codebind_jax.data.opening import class_names, open_source
 from codebind_jax.data.worlds import names, registry
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalSet:
-  """A set to evaluate on.
-
-  Attributes:
-    name: metrics are called `eval/<name>/...`.
-    world: the source whose training rows belong to it.
-    role: "val" to choose by, "test" to read once per reported model.
-    source: its rows.
-    whole: the split they are taken from, whose features several sets share; None where they are all of it.
-    picked: their numbers in it.
-    candidates: labels to choose among in zero-shot classification; empty where rows have no labels.
-    probes: fields that a linear probe tells, learned on the training rows and tested here.
-    means: fields told by the nearest class mean of the training rows.
-    pairs: (modality, modality, field): retrieval beyond that with texts; rows of equal field answer each other.
-    slices: fields whose values get an accuracy of their own.
-    probe_group: field whose values the training and the test rows of a probe must not share; None where any may.
-  """
-
-  name: str
-  world: str
-  role: str
-  source: Any
-  candidates: Sequence[str]
-  probes: tuple[str, ...] = ()
-  means: tuple[str, ...] = ()
-  pairs: tuple[tuple[str, str, str], ...] = ()
-  slices: tuple[str, ...] = ()
-  probe_group: str | None = None
-  whole: Any = None
-  picked: Sequence[int] = ()
+from codebind_jax.data.worlds.evalset import EvalSet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +75,9 @@ def _world_task(world: str, data: Any) -> Task:
     if not len(source):
       continue
     source.rows = [annotate(row) for row in source.rows]
-    evals.append(EvalSet(
-      f"{world}_{name}", world, test.role, source, list(test.candidates), tuple(test.probes), tuple(test.means),
-      tuple(test.pairs), tuple(getattr(module, "SLICES", ())),
-      getattr(module, "PROBE_GROUP", None), whole, picked,
-    ))  # fmt: skip
+    evals.append(
+      dataclasses.replace(test, name=f"{world}_{name}", world=world, source=source, whole=whole, picked=picked)
+    )
   extra = {world: opened_split("extra")} if data.extra and hasattr(module, "EXTRA") else {}
   more = f" and {len(extra[world])} further named pictures" if extra else ""
   summary = f"{world}, profile {profile}: {len(train)} training rows{more}; " + ", ".join(

@@ -1,9 +1,9 @@
 """Mode `embed`: embeddings and codes of a manifest of any size, as Parquet shards with ids.
 
 A shard is a run of `config.embed.shard_rows` records of the manifest. It is a pure function of the plan, its number and
-the model, so that processes, restarts and other runners (`tools.embed_beam`) may divide the shards as they like. No
-more than a shard is held in memory: ids are told apart within it, and an id that two shards have is an error only when
-an index is made of them.
+the model, so that processes, restarts and other runners (`tools.embed_beam`) may divide the shards as they like. Memory
+holds one shard at a time: an id that occurs twice is an error within a shard, and across shards only when an index is
+made of them.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from codebind_jax.api import Embeddings, Model, load
 from codebind_jax.data.manifest import parse_record
 from codebind_jax.embedding import shards
 from codebind_jax.embedding.shards import ShardReport
+from codebind_jax.files import write_whole
 from codebind_jax.runtime import distributed
 from codebind_jax.schema import check_keys
 
@@ -37,20 +38,20 @@ _FORMAT = "embed-1"
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """A whole job, small and picklable; every process makes the same one.
+  """A whole job, small and picklable; every process makes an equal one.
 
   Attributes:
-    manifest: what to embed.
+    manifest: the file to embed.
     folder: where the shards go.
     digest: of the run, the manifest's bytes and what decides a shard's content.
-    starts: per shard the offset in bytes and the number of the line it begins at.
-    records: in the manifest.
-    shard_rows: records of every shard but the last.
-    widths: modality -> field of `Embeddings` -> width; what is to be written.
+    starts: per shard, the offset in bytes and the number of its first line.
+    records: number of records in the manifest.
+    shard_rows: number of records of every shard but the last.
+    widths: modality -> field of `Embeddings` to write -> width.
     dtype: of the vectors.
-    batch_size: records decoded at once.
-    threads: that decode.
-    max_bad_records: of the whole job.
+    batch_size: records decoded and embedded at once.
+    threads: number of threads that decode.
+    max_bad_records: bad records that the whole job may leave out.
   """
 
   manifest: pathlib.Path
@@ -70,15 +71,15 @@ class Plan:
     return shards.shard_path(self.folder, number, len(self.starts))
 
   def rows(self, number: int) -> int:
-    """Records of the manifest that a shard covers."""
+    """Number of records that a shard covers."""
     return min(self.shard_rows, self.records - number * self.shard_rows)
 
   def finished(self) -> dict[int, ShardReport]:
-    """Reports of the shards that are there; see `shards.finished_shards`."""
+    """Reports of the finished shards, see `shards.finished_shards`."""
     return shards.finished_shards(self.folder, self.digest, len(self.starts))
 
   def missing(self) -> list[int]:
-    """Numbers of the shards that are still to be computed."""
+    """Numbers of the shards that are not finished."""
     return sorted(set(range(len(self.starts))) - set(self.finished()))
 
   @property
@@ -145,8 +146,8 @@ def embed_shard(
     plan: of the job.
     number: of the shard.
     model: the run's.
-    allowed: bad records left out before it is an error; the whole job's number unless given.
-    advance: told how many records are done, now and then.
+    allowed: bad records left out before it is an error; None for the whole job's number.
+    advance: called after each batch with its number of records.
 
   Raises:
     ValueError: naming file and line of the first bad record, if there are more than `allowed`; nothing is written.
@@ -161,15 +162,15 @@ def embed_shard(
     waiting = submit()
     while waiting:
       current, waiting = [future.result() for future in waiting], submit()
-      kept = []
+      good = []
       for record in current:
         first = seen.setdefault(record.row["id"], record.line) if not record.error else record.line
         if first != record.line:
           record.error = f"id {record.row['id']!r} is there twice, first in line {first}"
         if not record.error:
-          kept.append(record)
+          good.append(record)
           ignored.update(record.ignored)
-      batches += _batch(plan, model, kept)
+      batches += _batch(plan, model, good)
       bad += [f"{plan.manifest}:{record.line}: {record.error}" for record in current if record.error]
       if len(bad) > allowed:
         for future in waiting:
@@ -215,13 +216,13 @@ def _read(plan: Plan, model: Model, number: int, line: bytes) -> _Record:
 
 
 def _batch(plan: Plan, model: Model, records: Sequence[_Record]) -> list[pa.RecordBatch]:
-  """The rows of some records, none or one batch of them; a record whose embedding is not finite gets an error."""
-  found: dict[str, tuple[list[_Record], Embeddings]] = {}
+  """Rows of some records as one batch or none; a record whose embedding is not finite gets an error instead."""
+  by_modality: dict[str, tuple[list[_Record], Embeddings]] = {}
   for m in plan.widths:
     have = [record for record in records if m in record.prepared]
     if have:
-      found[m] = have, model.embed_prepared(m, [record.prepared[m] for record in have])
-      for record, finite in zip(have, np.isfinite(found[m][1].full).all(axis=1)):
+      by_modality[m] = have, model.embed_prepared(m, [record.prepared[m] for record in have])
+      for record, finite in zip(have, np.isfinite(by_modality[m][1].full).all(axis=1)):
         if not finite:
           record.error = f"{m}: its embedding is not finite"
   records = [record for record in records if not record.error]
@@ -230,29 +231,29 @@ def _batch(plan: Plan, model: Model, records: Sequence[_Record]) -> list[pa.Reco
   row_of = {record.line: row for row, record in enumerate(records)}
   columns = [pa.array([record.row.get(name) for record in records], pa.string()) for name in shards.FIELDS]
   for m, parts in plan.widths.items():
-    have, embedded = found.get(m, ((), None))
+    have, embedded = by_modality.get(m, ((), None))
     good = [i for i, record in enumerate(have) if not record.error]
     at = [row_of[have[i].line] for i in good]
     for part, width in parts.items():
       values = getattr(embedded, part)[good] if embedded is not None else np.zeros((0, width))
-      columns.append(shards.spread(values, at, len(records), np.int32 if part in shards.CODES else plan.dtype))
+      columns.append(shards.with_nulls(values, at, len(records), np.int32 if part in shards.CODES else plan.dtype))
   return [pa.RecordBatch.from_arrays(columns, schema=plan.schema)]
 
 
 def embed_shards(plan: Plan, model: Model, *, process: int = 0, processes: int = 1) -> None:
-  """Computes those shards of one process of several that are not finished yet.
+  """Computes the unfinished shards of one process, whose shards are every `processes`-th.
 
   Raises:
     ValueError: for a shard of another job in the folder, or more bad records than allowed.
   """
   plan.folder.mkdir(parents=True, exist_ok=True)
   done = plan.finished()
-  mine = range(process, len(plan.starts), processes)
-  missing = [number for number in mine if number not in done]
-  bad = sum(len(done[number].bad) for number in mine if number in done)
-  logging.info("%d of %d shards of %d records are this process's, %d of them finished", len(mine), len(plan.starts),
-               plan.records, len(mine) - len(missing))  # fmt: skip
-  total, left = (sum(map(plan.rows, numbers)) for numbers in (mine, missing))
+  own = range(process, len(plan.starts), processes)
+  missing = [number for number in own if number not in done]
+  bad = sum(len(done[number].bad) for number in own if number in done)
+  logging.info("%d of %d shards of %d records are this process's, %d of them finished", len(own), len(plan.starts),
+               plan.records, len(own) - len(missing))  # fmt: skip
+  total, left = (sum(map(plan.rows, numbers)) for numbers in (own, missing))
   with tqdm.tqdm(total=total, initial=total - left, desc="embed", unit="record", disable=None) as bar:
     for number in missing:
       report = embed_shard(plan, number, model, allowed=max(plan.max_bad_records - bad, 0), advance=bar.update)
@@ -264,7 +265,7 @@ def summarise(plan: Plan, run: str) -> dict[str, Any]:
 
   Args:
     plan: of the job.
-    run: the folder of the model's run, to be told.
+    run: the folder of the model's run, for the summary.
 
   Raises:
     ValueError: if shards are missing, or there are more bad records than allowed.
@@ -284,7 +285,7 @@ def summarise(plan: Plan, run: str) -> dict[str, Any]:
     "bad_records": bad, "ignored_modalities": dict(ignored), "dtype": plan.dtype, "columns": plan.widths,
     "shards": [{"file": plan.path(number).name, "rows": report.rows} for number, report in enumerate(reports)],
   }  # fmt: skip
-  shards.write_json(plan.folder / shards.SUMMARY, summary)
+  write_whole(plan.folder / shards.SUMMARY, json.dumps(summary, indent=1) + "\n")
   for left in plan.folder.glob("*.part"):  # of processes that were killed
     left.unlink(missing_ok=True)
   if ignored:

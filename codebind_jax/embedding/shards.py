@@ -1,12 +1,10 @@
-"""The Parquet files of mode `embed`: their names, columns and metadata. Needs neither JAX nor a model."""
+"""The Parquet files of mode `embed`: names, columns and metadata, without JAX or a model."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pathlib
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Num
+
+from codebind_jax.files import replacing
 
 FIELDS = ("id", "label", "split")
 PARTS = ("shared", "specific", "full")
@@ -25,7 +25,7 @@ _KEY = b"codebind_jax"
 
 @dataclasses.dataclass(frozen=True)
 class ShardReport:
-  """What a finished shard says of itself, kept in its file.
+  """The report on a finished shard, kept in its file's metadata.
 
   Attributes:
     digest: of the job it belongs to.
@@ -60,8 +60,8 @@ def column_name(modality: str, part: str) -> str:
 def make_schema(columns: Sequence[str], dtype: str) -> pa.Schema:
   """Columns of a shard: id, label and split (null where not given), then vectors and codes as lists.
 
-  All lists of a column are equally long, yet are no lists of fixed size in Arrow's sense: before version 26 Arrow could
-  not read such a column back if one of its rows was null.
+  All lists of a column have one length, but not Arrow's fixed-size type: before version 26 Arrow could not read such a
+  column back if a row was null.
 
   Args:
     columns: names; those that end in one of `CODES` hold int32, others floats.
@@ -72,7 +72,7 @@ def make_schema(columns: Sequence[str], dtype: str) -> pa.Schema:
   return pa.schema([*fields, *(pa.field(name, pa.list_(kind(name))) for name in columns)])
 
 
-def spread(values: Num[np.ndarray, "n w"], at: Sequence[int], rows: int, dtype: Any) -> pa.ListArray:
+def with_nulls(values: Num[np.ndarray, "n w"], at: Sequence[int], rows: int, dtype: Any) -> pa.ListArray:
   """A column of `rows` rows with `values` in the rows `at`, which ascend, and null in the others."""
   length, missing = np.zeros(rows, np.int32), np.ones(rows, bool)
   length[at], missing[at] = values.shape[1], False
@@ -81,24 +81,20 @@ def spread(values: Num[np.ndarray, "n w"], at: Sequence[int], rows: int, dtype: 
 
 
 def write_shard(path: pathlib.Path, schema: pa.Schema, batches: Sequence[pa.RecordBatch], report: ShardReport) -> None:
-  """Writes a shard under a name of its own and renames it when it is whole: a shard is there or it is not."""
+  """Writes a shard whole, with its report in the metadata."""
   metadata = {_KEY: json.dumps(dataclasses.asdict(report)).encode()}
   table = pa.Table.from_batches(batches, schema).replace_schema_metadata(metadata)
   write_table(table, path)
 
 
 def write_table(table: pa.Table, path: pathlib.Path, row_group: int | None = None) -> None:
-  """Writes a Parquet file that appears whole; two that write the same one at once do not disturb each other."""
-  part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
-  try:
-    pq.write_table(table, part, compression="zstd", row_group_size=row_group)
-    os.replace(part, path)
-  finally:
-    part.unlink(missing_ok=True)
+  """Writes a Parquet file whole, see `files.replacing`."""
+  with replacing(path) as temporary:
+    pq.write_table(table, temporary, compression="zstd", row_group_size=row_group)
 
 
 def read_report(path: pathlib.Path) -> ShardReport:
-  """What a shard says of itself.
+  """The report in a shard's metadata.
 
   Raises:
     ValueError: if the file is not a shard of mode `embed`, or damaged.
@@ -116,19 +112,19 @@ def finished_shards(folder: pathlib.Path, digest: str, count: int) -> dict[int, 
     ValueError: naming a file of another job: another run, manifest or setting.
   """
   names = {shard_path(folder, number, count): number for number in range(count)}
-  found = {}
+  reports = {}
   for path in shard_files(folder):
     report = read_report(path)
     if report.digest != digest or path not in names:
       raise ValueError(f"{path} belongs to another job (digest {report.digest[:12]}, {report.shards} shards; this one "
                        f"is {digest[:12]}, {count} shards): the run, the manifest or a setting has changed since; use "
                        "another workdir, or remove the old shards")  # fmt: skip
-    found[names[path]] = report
-  return found
+    reports[names[path]] = report
+  return reports
 
 
 def read_column(folder: pathlib.Path, column: str) -> Iterator[tuple[list[str], Num[np.ndarray, "n w"]]]:
-  """Ids and vectors of a column of all shards of a finished job, in parts; rows without the modality are left out.
+  """Ids and vectors of a column of a finished job, batch by batch; rows without the modality are left out.
 
   Raises:
     ValueError: if shards are missing or belong to several jobs, or none has the column.
@@ -146,18 +142,12 @@ def read_column(folder: pathlib.Path, column: str) -> Iterator[tuple[list[str], 
     raise ValueError(f"{folder}: no column {column!r}; allowed: {[n for n in names if n.endswith(PARTS)]}")
   for path in files:
     for batch in pq.ParquetFile(path).iter_batches(columns=["id", column]):
-      kept = batch.filter(batch.column(column).is_valid())
-      if kept.num_rows:
-        yield kept.column("id").to_pylist(), vectors_of(kept.column(column))
+      valid = batch.filter(batch.column(column).is_valid())
+      if valid.num_rows:
+        yield valid.column("id").to_pylist(), vectors_of(valid.column(column))
 
 
 def vectors_of(column: pa.ListArray | pa.FixedSizeListArray) -> Num[np.ndarray, "n w"]:
-  """The lists of a column without nulls, all equally long and at least one, as rows."""
+  """The lists of a column as rows; there must be at least one, no null, and one length."""
   return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
 
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes a JSON file that appears whole."""
-  part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
-  part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-  os.replace(part, path)

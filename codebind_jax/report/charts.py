@@ -14,7 +14,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-# Drawn in colours that occur nowhere else, which are then replaced by the page's CSS variables.
+# Charts are drawn in colours that occur nowhere else, which are then replaced by the page's CSS variables.
 _INK, _MUTED, _GRID, _PAGE = "#010203", "#010204", "#010205", "#010206"
 _SERIES = tuple(f"#0102{16 + i:02x}" for i in range(6))
 _VARIABLES = {_INK: "--ink", _MUTED: "--muted", _GRID: "--line", _PAGE: "--page"} | {
@@ -30,7 +30,7 @@ class Line:
   """One line of a chart.
 
   Attributes:
-    name: said in the text alternative.
+    name: used in the text alternative.
     x: [N], growing.
     y: [N]; NaN leaves a gap.
     series: which colour and dash, from 0; equal numbers look alike in all charts.
@@ -154,10 +154,10 @@ def line_chart(
       label, (step, 1), xycoords=("data", "axes fraction"), xytext=(3, 0), textcoords="offset points",
       ha="left", va="top", color=_MUTED, fontsize=_SMALL,
     )  # fmt: skip
-  return _svg(figure, name, "; ".join([name.replace("-", " "), *(_told(line) for line in lines)]))
+  return _svg(figure, name, "; ".join([name.replace("-", " "), *(_summary(line) for line in lines)]))
 
 
-def _told(line):
+def _summary(line):
   finite = line.y[np.isfinite(line.y)]
   if not len(finite):
     return f"{line.name}: no finite value"
@@ -186,8 +186,8 @@ def usage_chart(name: str, counts: Num[np.ndarray, "k"]) -> str:
   axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
   axes.yaxis.set_major_locator(MaxNLocator(4))
   axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
-  told = f"{name.replace('-', ' ')}: most used code {share[0]:.2f} % of uses, equal use would be {equal:.2f} %"
-  return _svg(figure, name, f"{told}, {int((share == 0).sum())} of {len(share)} codes unused")
+  most = f"{name.replace('-', ' ')}: most used code {share[0]:.2f} % of uses, equal use would be {equal:.2f} %"
+  return _svg(figure, name, f"{most}, {int((share == 0).sum())} of {len(share)} codes unused")
 
 
 def map_chart(name: str, points: Mapping[str, Float[np.ndarray, "..."]], pairs: Int[np.ndarray, "..."]) -> str:

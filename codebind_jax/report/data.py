@@ -32,13 +32,13 @@ class Score:
     metric: rows of one metric form a group: "Zero-shot top-1".
     on: the evaluation set: "unseen artists (550 ways)".
     value: of the run reported, in `unit`.
-    baseline: the same number of the baseline.
-    chance: of a model that guesses.
+    baseline: the baseline's number.
+    chance: the number of a model that guesses.
     interval: lower and upper end of the 95 % confidence interval.
     spread: standard deviation over seeds, if `value` is their mean.
     unit: "%" or "".
     higher_is_better: which sign of the difference is good.
-    averaged: counts in the mean of the group.
+    averaged: whether the row counts in the mean of its group.
   """
 
   metric: str
@@ -97,7 +97,7 @@ class EmbeddingMap:
 
 @dataclasses.dataclass(frozen=True)
 class Attribution:
-  """Whose work the data is."""
+  """Credit for data or pretrained weights."""
 
   source: str
   licence: str
@@ -106,7 +106,7 @@ class Attribution:
 
 @dataclasses.dataclass(frozen=True)
 class ReportData:
-  """Everything on the page; what is empty is left out, and the page says so.
+  """Everything on the page; empty parts are left out, which the page says.
 
   Attributes:
     title: heading of the page.
@@ -118,7 +118,7 @@ class ReportData:
     data_profile: name of the data profile and why it was chosen.
     data_counts: number of items by split, in order.
     run: the run reported.
-    baseline: what it is compared with.
+    baseline: the run it is compared with.
     scores: headline numbers.
     codebook_sizes: number of codes by codebook.
     code_counts: how often each code was used on the training data, [K] by codebook.
@@ -152,7 +152,7 @@ class ReportData:
 
 
 def scores_from_metrics(
-  found: Mapping[str, float],
+  measured: Mapping[str, float],
   baseline: Mapping[str, float] | None = None,
   *,
   metrics: Mapping[str, str],
@@ -163,7 +163,7 @@ def scores_from_metrics(
   """Headline rows out of metrics named `eval/<set>/<metric>`; pairs that were not measured are left out.
 
   Args:
-    found: metrics of the run.
+    measured: metrics of the run.
     baseline: metrics of the baseline under the same names.
     metrics: title by metric, such as `{"zeroshot/image/top1": "Zero-shot top-1"}`; percentages.
     sets: title by set, such as `{"test_artist": "unseen artists"}`.
@@ -178,17 +178,17 @@ def scores_from_metrics(
   for metric, title in metrics.items():
     for name, on in sets.items():
       key = f"eval/{name}/{metric}"
-      if key not in found:
+      if key not in measured:
         continue
       interval, count = None, (counts or {}).get(f"{name}/{metric}")
-      if f"{key}/low" in found:
-        interval = float(found[f"{key}/low"]), float(found[f"{key}/high"])
+      if f"{key}/low" in measured:
+        interval = float(measured[f"{key}/low"]), float(measured[f"{key}/high"])
       elif count:
-        interval = wilson_interval(float(found[key]), count)
+        interval = wilson_interval(float(measured[key]), count)
       other = None if baseline is None or key not in baseline else float(baseline[key])
-      rows.append(Score(title, on, float(found[key]), other, (chance or {}).get(f"{name}/{metric}"), interval))
+      rows.append(Score(title, on, float(measured[key]), other, (chance or {}).get(f"{name}/{metric}"), interval))
   if not rows:
-    raise ValueError(f"none of {sorted(metrics)} on {sorted(sets)} was measured; there are {sorted(found)[:20]}")
+    raise ValueError(f"none of {sorted(metrics)} on {sorted(sets)} was measured; there are {sorted(measured)[:20]}")
   return rows
 
 
@@ -213,13 +213,13 @@ def build_queries(
   *,
   k: int = 5,
 ) -> list[Query]:
-  """A gallery: each query with its k nearest answers, right where labels are equal.
+  """Each query with its k nearest answers, which are right where labels are equal.
 
   Args:
     asked: N queries.
     asked_labels: [N].
     asked_embeddings: [N, D].
-    found: M candidate answers; a sequence that makes an item when it is asked for row i will do.
+    found: M candidate answers; a sequence may make item i when it is read.
     found_labels: [M].
     found_embeddings: [M, D].
     k: answers shown.
@@ -250,7 +250,7 @@ def embedding_map(
   method: str = "pca",
   seed: int = 0,
 ) -> EmbeddingMap:
-  """Puts embeddings of several modalities into one plane.
+  """Projects embeddings of several modalities into one plane.
 
   Args:
     title: "Before training".
@@ -261,7 +261,7 @@ def embedding_map(
     seed: of t-SNE.
 
   Returns:
-    The map; its note has the method and the mean cosine of the pairs beside that of all other combinations.
+    The map; its note names the method and the mean cosines of the pairs and of all combinations.
 
   Raises:
     ValueError: on an unknown method, differing widths, or rows that are empty or not finite.

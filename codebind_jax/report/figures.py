@@ -34,11 +34,11 @@ def look(text: str) -> str:
 
 
 def _line(run: Run, name: str, series: int, scale: float = 1.0) -> charts.Line | None:
-  """One metric of a run over the step, None if no line of its file has it."""
-  found = [(record["step"], record[name]) for record in run.records if name in record]
-  if not found:
+  """One metric of a run over the step; None if the run has not logged it."""
+  points = [(record["step"], record[name]) for record in run.records if name in record]
+  if not points:
     return None
-  steps, values = np.array(found, float).T
+  steps, values = np.array(points, float).T
   return charts.Line(run.name, steps, scale * values, series)
 
 
@@ -47,7 +47,7 @@ def _names(run: Run) -> list[str]:
 
 
 def _stages(run: Run) -> dict[str, float]:
-  """First step of each stage, empty where there is only one."""
+  """First step of each stage; empty where there is only one."""
   starts: dict[str, float] = {}
   for record in run.records:
     starts.setdefault(str(record.get("stage", "")), float(record["step"]))
@@ -55,25 +55,27 @@ def _stages(run: Run) -> dict[str, float]:
 
 
 def _chart(data: ReportData, name: str, title: str, *, overlay: bool = True, scale: float = 1.0, **options: Any) -> str:
-  """A figure with one metric of the run, over it the baseline's; empty where nothing finite was logged."""
+  """A figure of one metric of the run and of the baseline; empty where nothing finite was logged."""
   runs = [data.run, *([data.baseline] if data.baseline and overlay else [])]
   lines = [line for i, run in enumerate(runs) if (line := _line(run, name, i, scale)) is not None]
   finite = [line.y[np.isfinite(line.y)] for line in lines]
   if not any(map(len, finite)):
     return ""
-  odd = sum(len(line.y) for line in lines) - sum(map(len, finite))
+  not_finite = sum(len(line.y) for line in lines) - sum(map(len, finite))
   last = " · ".join(f"{y[-1]:,.0f}" if abs(y[-1]) >= 1000 else f"{y[-1]:.3g}" for y in finite if len(y)).replace(
     "-", "−"
   )
   drawn = charts.line_chart(name.replace("/", "-"), lines, breaks=_stages(data.run), **options)
   caption = (
-    f"<figcaption>{odd} of {sum(len(line.y) for line in lines)} values not finite: a gap.</figcaption>" if odd else ""
+    f"<figcaption>{not_finite} of {sum(len(line.y) for line in lines)} values not finite: a gap.</figcaption>"
+    if not_finite
+    else ""
   )
   return f'<figure><p class="name">{escape(title)} <span class="small">last {last}</span></p>{drawn}{caption}</figure>'
 
 
 def _key(data: ReportData) -> str:
-  """Which line is which; empty where there is only one run."""
+  """Legend of the curves; empty where there is only one run."""
   if not data.baseline:
     return ""
   parts = []
@@ -171,18 +173,18 @@ def codes(data: ReportData) -> str:
 
 
 def _image(image: np.ndarray, text: str) -> str:
-  """An image no larger than a thumbnail as a data URI, PNG or JPEG, whichever is smaller."""
+  """A thumbnail of an image as a data URI, PNG or JPEG, whichever is smaller."""
   image = np.asarray(image)
   if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
     raise ValueError(f"gallery image {text!r}: expected uint8 [h, w, 3], got {image.dtype} {list(image.shape)}")
   picture = Image.fromarray(image)
   picture.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.LANCZOS)
-  found = []
+  files = []
   for kind, options in (("png", dict(optimize=True)), ("jpeg", dict(quality=88, optimize=True))):
     buffer = io.BytesIO()
     picture.save(buffer, kind, **options)
-    found.append((buffer.getvalue(), kind))
-  data, kind = min(found, key=lambda pair: len(pair[0]))
+    files.append((buffer.getvalue(), kind))
+  data, kind = min(files, key=lambda pair: len(pair[0]))
   source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
   return f'<img src="{source}" alt="{escape(text)}" width="{picture.width}" height="{picture.height}">'
 
@@ -228,7 +230,7 @@ def gallery(queries: Sequence[Query], kind: str) -> str:
 
 
 def maps(shown: Sequence[EmbeddingMap]) -> str:
-  """Embeddings of the modalities in the plane, before and after."""
+  """Embeddings of the modalities in the plane, before and after training."""
   if not shown:
     return ""
   modalities = list(dict.fromkeys(modality for each in shown for modality in each.points))

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML page without any outside part, to read, send and print."""
+"""The report of a run: one self-contained HTML page to read, send and print."""
 
 import importlib.resources
 import os
@@ -12,9 +12,9 @@ import numpy as np
 from absl import logging
 
 from codebind_jax.evaluators import codes
+from codebind_jax.files import write_whole
 from codebind_jax.report import figures as report_figures
 from codebind_jax.report.data import ReportData, Score
-from codebind_jax.runtime.files import write_whole
 
 _LARGE = 3_000_000
 
@@ -25,7 +25,7 @@ def write_report(path: str | os.PathLike, data: ReportData) -> Path:
   Parts for which `data` holds nothing are left out; a line near the top names them.
 
   Args:
-    path: the file; written in one piece, its folder must exist.
+    path: the file, replaced whole; its folder must exist.
     data: what to show.
 
   Returns:
@@ -102,7 +102,7 @@ def _groups(scores: Sequence[Score]) -> dict[str, list[Score]]:
 def _mean(rows: Sequence[Score]) -> Score | None:
   """The mean row of a group, None if fewer than two rows take part.
 
-  Baseline, chance and interval only where every row has one; the interval takes the sets for independent.
+  It has a baseline, chance and interval only where every row has one; the interval assumes independent sets.
   """
   rows = [row for row in rows if row.averaged]
   if len(rows) < 2:
@@ -146,7 +146,7 @@ def _number(value):
 
 
 def _difference(row):
-  """Signed and pointed, so that colour says nothing unwritten; ≈ where the baseline lies in the interval."""
+  """Signed and with an arrow, so that nothing rests on colour alone; ≈ where the baseline lies in the interval."""
   if row.baseline is None or not np.isfinite(row.value - row.baseline):
     return "–"
   change = row.value - row.baseline
@@ -228,7 +228,7 @@ def _marks(row, top):
 
 
 def _shared_codes(data):
-  """Who uses the shared codes."""
+  """Use of the shared codes by each modality."""
   if not data.shared_counts:
     return ""
   rows = []

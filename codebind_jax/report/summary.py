@@ -1,4 +1,4 @@
-"""What a finished run shows: the records of its report, and the table printed at its end."""
+"""The records of a finished run's report, and the table printed at its end."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ MAP_POINTS = 150
 
 
 def headline(config: Any, task: Task, final: Mapping[str, float]) -> list[Score]:
-  """The headline rows: zero-shot and retrieval of every set beside the baseline, and the modality-unique label."""
+  """The headline rows, each beside the baseline: zero-shot, retrieval, linear probes and decomposition of every set."""
   own = {name: value for name, value in final.items() if not name.startswith("baseline/")}
   base = {name.removeprefix("baseline/"): value for name, value in final.items() if name.startswith("baseline/")}
   sets = [s for s in task.evals if s.role == "test" and config.test] or list(task.evals)
   titles = {s.name: f"{s.name} ({len(s.source)} of {len(s.candidates)} ways)" for s in sets}
   metrics, chance = {}, {}
-  asked = {s.name: _asked(s, config.model.towers) for s in sets}
+  test_rows = {s.name: _test_rows(s, config.model.towers) for s in sets}
   for modality in config.model.towers:
     if modality != "text":
       for metric, title, k in (("top1", "top-1", 1), ("top5", "top-5", 5), ("balanced", "balanced over classes", 1)):
@@ -63,29 +63,29 @@ def headline(config: Any, task: Task, final: Mapping[str, float]) -> list[Score]
     )
     metrics[f"decomposition/{factor}/kept"] = f"Decomposition: {factor} in {right}, % of what full has"
     metrics[f"decomposition/{factor}/leaked"] = f"Decomposition: {factor} in {wrong}, points above chance"
-  counts = {f"{name}/{metric}": rows[_asks(metric)] for name, rows in asked.items() for metric in metrics
+  counts = {f"{name}/{metric}": rows[_modality_of(metric)] for name, rows in test_rows.items() for metric in metrics
             if not metric.startswith("decomposition/")}
   return scores_from_metrics(own, base or None, metrics=metrics, sets=titles, counts=counts, chance=chance)
 
 
-def _asks(metric: str) -> str:
-  """The modality whose rows a metric counts: of `zeroshot/depth/top1`, `retrieval/depth_to_text/r5`, ... depth."""
+def _modality_of(metric: str) -> str:
+  """The modality whose rows a metric counts: depth for `zeroshot/depth/top1`, `retrieval/depth_to_text/r5`, ..."""
   kind, first, second, *_ = metric.split("/")
   return {"zeroshot": first, "retrieval": first.split("_to_")[0], "probe": second}[kind]
 
 
-def _asked(test: EvalSet, modalities: Iterable[str]) -> dict[str, int]:
-  """How many rows of each modality a set asks for; of text its distinct main texts."""
+def _test_rows(test: EvalSet, modalities: Iterable[str]) -> dict[str, int]:
+  """Number of test rows of each modality; of text, the number of distinct main texts."""
   rows = range(len(test.source))
-  found = {m: sum(test.source.has(i, m) for i in rows) for m in modalities}
-  return found | {"text": len({test.source.rows[i]["text"][0] for i in rows if test.source.has(i, "text")})}
+  counts = {m: sum(test.source.has(i, m) for i in rows) for m in modalities}
+  return counts | {"text": len({test.source.rows[i]["text"][0] for i in rows if test.source.has(i, "text")})}
 
 
 def report_data(
   config: Any, folder: pathlib.Path, task: Task, evaluation: Evaluation, final: Mapping[str, float],
   models: Mapping[str, Model], seconds: Mapping[str, float],
 ) -> ReportData:
-  """All that the report of a finished run shows."""
+  """The records of a finished run's report."""
   plain = folder / "baseline"
   shown = next((s for s in task.evals if s.role == "val" and s.candidates), None)
   gallery = _gallery(evaluation, models["after"], shown) if shown else ((), ())
@@ -116,7 +116,7 @@ def report_data(
 
 
 def title_of(config: Any) -> str:
-  """What a run's method is called in tables and figures."""
+  """Name of a run's method in tables and figures."""
   if config.method != "codebind":
     return config.method
   return "CodeBind" if config.model.quantize else "InfoNCE"

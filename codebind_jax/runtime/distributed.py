@@ -1,4 +1,4 @@
-"""Several processes that train one model: finding each other, waiting, going first."""
+"""Several processes that train one model: joining, barriers, and process 0 going first."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ import jax
 from absl import logging
 from jax.experimental import multihost_utils
 
-# A process that has been silent for so long is taken for dead, and the others end with an error.
+# A process that has been silent this long counts as dead, and the others end with an error.
 HEARTBEAT_SECONDS = 30
 
 
 def start(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
   """Joins the other processes of this run, before any device is used.
 
-  From the arguments (flags), else the environment variables `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
-  `JAX_PROCESS_ID`, else what TPU pods, SLURM and Open MPI tell JAX. One process alone needs none of these.
+  Settings come from the arguments (flags), else from the environment variables `JAX_COORDINATOR_ADDRESS`,
+  `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, else from TPU pods, SLURM or Open MPI. A single process needs none.
 
   Raises:
     ValueError: if only some of the three are given.
   """
-  given = {
+  settings = {
     "coordinator": coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
     "num_processes": _number(num_processes, "JAX_NUM_PROCESSES"),
     "process_id": _number(process_id, "JAX_PROCESS_ID"),
   }
-  missing = [name for name, value in given.items() if value is None]
+  missing = [name for name, value in settings.items() if value is None]
   if len(missing) == 3 and not _on_a_cluster():
     return
   if missing and len(missing) < 3:
     raise ValueError(f"--{missing[0]}: not given; allowed: --coordinator, --num_processes and --process_id, or none")
   if jax.config.jax_platforms == "cpu":
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-  jax.distributed.initialize(*given.values(), heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+  jax.distributed.initialize(*settings.values(), heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
   logging.info("process %d of %d, %d of %d devices here", jax.process_index(), jax.process_count(),
                jax.local_device_count(), jax.device_count())
 
@@ -56,14 +56,14 @@ def _on_a_cluster() -> bool:
 
 
 def wait_for_all(name: str) -> None:
-  """Returns once every process has come here."""
+  """Waits until every process has called it."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
 
 
 @contextlib.contextmanager
 def first() -> Iterator[None]:
-  """Process 0 runs the body before the others do: they find in the cache on a shared disk what it has put there."""
+  """Process 0 runs the body before the others, which then find its results in the cache on a shared disk."""
   if jax.process_index() > 0:
     wait_for_all("after the first")
   yield

@@ -1,4 +1,4 @@
-"""Metrics on disk, `metrics.jsonl` and TensorBoard event files beside it; and the rate of a training loop."""
+"""Metrics on disk (`metrics.jsonl` and TensorBoard event files beside it), and the rate of a training loop."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 from tensorboardX import SummaryWriter
 
-from codebind_jax.runtime.files import write_whole
+from codebind_jax.files import write_whole
 
 FILE = "metrics.jsonl"
 _RESERVED = ("step", "stage", "warning")
@@ -22,7 +22,7 @@ _RESERVED = ("step", "stage", "warning")
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
   """Reads a metrics file.
 
-  A last line that was cut short (the process was killed while writing it) is left out, and the log says so.
+  A last line that was cut short, as by a kill, is left out and logged.
 
   Args:
     path: `metrics.jsonl` or the folder it lies in.
@@ -40,7 +40,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def _parse(path):
-  """Records of a file and the number of bytes they fill; a partial last line belongs to neither."""
+  """Records of a file and their number of bytes, without a partial last line."""
   records, size = [], 0
   lines = path.read_bytes().splitlines(keepends=True)
   for number, line in enumerate(lines, 1):
@@ -62,7 +62,7 @@ class MetricsWriter:
   """Appends metrics to `DIR/metrics.jsonl` and to TensorBoard files in `DIR/tensorboard`.
 
   Steps are global: they grow over all stages. Lines are in the order written and floats keep all digits, so a run that
-  was killed and resumed (`truncate` to the restored step, then on) leaves the lines of one that was never stopped. For
+  was killed and resumed (with `truncate` to the restored step) leaves the same lines as one that was never stopped. For
   that, write the metrics of a step before its checkpoint, and call `flush` in between.
 
   Example:
@@ -80,7 +80,7 @@ class MetricsWriter:
     Args:
       workdir: folder of the run, made if it is not there.
       tensorboard: also write event files.
-      active: False makes every method do nothing (all processes of a run but the first).
+      active: False makes every method do nothing, for all processes of a run but the first.
 
     Raises:
       ValueError: if there is a metrics file with a line that is not one of metrics.
@@ -119,14 +119,14 @@ class MetricsWriter:
     if not self._active:
       return
     line: dict[str, Any] = {"step": int(step), "stage": str(stage)}
-    odd = []
+    not_finite = []
     for name, value in metrics.items():
       number = _number(name, value)
       if not math.isfinite(number):
-        odd.append(f"{name}={number}")
+        not_finite.append(f"{name}={number}")
       line[name] = number if math.isfinite(number) else None
-    if odd:
-      line["warning"] = "not finite: " + ", ".join(odd)
+    if not_finite:
+      line["warning"] = "not finite: " + ", ".join(not_finite)
       logging.warning("step %d: %s", step, line["warning"])
     self._file.write(json.dumps(line, allow_nan=False) + "\n")
     self._file.flush()
@@ -148,7 +148,7 @@ class MetricsWriter:
     return self._events
 
   def truncate(self, step: int) -> None:
-    """Forgets everything after a step, for a run that goes on from there.
+    """Removes what was written after a step, for a run that resumes there.
 
     Lines of a later step are dropped in one atomic replacement; TensorBoard hides later events (`purge_step`).
 
@@ -159,9 +159,9 @@ class MetricsWriter:
       return
     self._file.close()
     records, _ = _parse(self.path)
-    kept = [record for record in records if record["step"] <= step]
-    if len(kept) < len(records):
-      logging.info("%s: dropped %d lines after step %d", self.path, len(records) - len(kept), step)
+    dropped = sum(record["step"] > step for record in records)
+    if dropped:
+      logging.info("%s: dropped %d lines after step %d", self.path, dropped, step)
       lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
       write_whole(self.path, "".join(line for line, record in zip(lines, records) if record["step"] <= step))
     self._file = open(self.path, "a", encoding="utf-8")
@@ -171,7 +171,7 @@ class MetricsWriter:
     self._purge_step = step + 1
 
   def flush(self) -> None:
-    """Returns when all that was written lies on the disk."""
+    """Returns when all that was written is on the disk."""
     if not self._active:
       return
     self._file.flush()
@@ -207,8 +207,7 @@ def _number(name, value):
 class Throughput:
   """Examples a second, and the share of the time in which steps had to wait for data.
 
-  The loop runs ahead of the device. While it reads a batch, earlier steps may still be running: that costs nothing, and
-  is not counted.
+  The loop runs ahead of the device: reading a batch while an earlier step still runs costs nothing and is not counted.
 
   Example:
     >>> ticks = iter([0.0, 1.0, 1.5, 4.0, 4.0])
@@ -234,7 +233,7 @@ class Throughput:
     """Counts the time inside as waiting for data: all of it, or nothing if the last step still runs at its end.
 
     Args:
-      last: an array that the last step gives; without one everything counts.
+      last: an output of the last step; without one all of the time counts.
     """
     start = self._clock()
     try:
@@ -248,13 +247,13 @@ class Throughput:
     self._examples += examples
 
   def restart(self) -> None:
-    """Forgets what was counted: after compilation, an evaluation or a checkpoint, which are no part of the rate."""
+    """Starts anew, after compilation, an evaluation or a checkpoint, which do not belong to the rate."""
     self._start, self._waited, self._examples = self._clock(), 0.0, 0
 
   def report(self) -> dict[str, float]:
-    """Rate since the last report or restart, then starts again. Wait for the last step's output: steps run ahead."""
+    """Rates since the last report or restart; wait for the last step's output first, as steps run ahead."""
     now = self._clock()
     elapsed = max(now - self._start, 1e-9)
-    found = {"examples_per_second": self._examples / elapsed, "data_wait_share": self._waited / elapsed}
+    rates = {"examples_per_second": self._examples / elapsed, "data_wait_share": self._waited / elapsed}
     self._start, self._waited, self._examples = now, 0.0, 0
-    return found
+    return rates

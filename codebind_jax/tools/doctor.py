@@ -1,4 +1,4 @@
-"""What this installation is and has, for a first look and for issues: `python -m codebind_jax.tools.doctor`.
+"""Describes this installation, for a first look and for issue reports: `python -m codebind_jax.tools.doctor`.
 
 Exit code 1 if something that every run needs does not work.
 """
@@ -19,13 +19,13 @@ import codebind_jax
 from codebind_jax.data.worlds import fetch
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers", "array_record")
-# A module by which each extra of setup.cfg is known to be there.
+# A module of each extra of setup.cfg that is importable where the extra is installed.
 EXTRAS = {"tpu": "libtpu", "gpu": "jax_cuda12_plugin", "search": "faiss", "beam": "apache_beam",
           "bench": "threadpoolctl", "data": "mne", "test": "pytest"}
 
 
 def findings() -> Iterator[tuple[str, str, bool]]:
-  """(what, finding, whether it is as a run needs it); what is optional is always well."""
+  """(subject, finding, whether a run can work with it); always True for what is optional."""
   yield "codebind_jax", f"{codebind_jax.__version__}, Python {platform.python_version()}, {platform.platform()}", True
   for name in LIBRARIES:
     try:
@@ -33,8 +33,8 @@ def findings() -> Iterator[tuple[str, str, bool]]:
     except importlib.metadata.PackageNotFoundError:
       yield name, "missing: pip install -e .", False
   yield "devices", *_devices()
-  there = {extra: importlib.util.find_spec(module) is not None for extra, module in EXTRAS.items()}
-  yield "extras", ", ".join(f"{extra} {'yes' if found else 'no'}" for extra, found in there.items()), True
+  installed = {extra: importlib.util.find_spec(module) is not None for extra, module in EXTRAS.items()}
+  yield "extras", ", ".join(f"{extra} {'yes' if found else 'no'}" for extra, found in installed.items()), True
   yield "data folder", *_data_folder()
   for client in sorted(set(fetch.CLIENT.values())):
     yield f"client {client}", _client(client), True
@@ -60,20 +60,20 @@ def _data_folder() -> tuple[str, bool]:
 
 
 def _client(name: str) -> str:
-  """What a package client says its version is; whether it reaches a registry only fetching shows."""
+  """Version that a package client reports; only a fetch shows whether it reaches its registry."""
   command = [sys.executable, "-m", "pip"] if name == "pip" else [name]
   try:
-    done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60, check=True)
+    result = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60, check=True)
   except (OSError, subprocess.SubprocessError):
     return "does not answer; worlds will hold less"
-  return done.stdout.splitlines()[0].split(" from ")[0]
+  return result.stdout.splitlines()[0].split(" from ")[0]
 
 
 def main(_: list[str]) -> None:
   """Prints the findings."""
-  found = list(findings())
-  sys.stdout.write("".join(f"{'' if well else '! '}{what}: {text}\n" for what, text, well in found))
-  sys.exit(0 if all(well for *_, well in found) else 1)
+  rows = list(findings())
+  sys.stdout.write("".join(f"{'' if well else '! '}{what}: {text}\n" for what, text, well in rows))
+  sys.exit(0 if all(well for *_, well in rows) else 1)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The job of mode `embed` under Apache Beam, for data that outgrows the machines one starts by hand.
+"""The job of mode `embed` under Apache Beam, for data too large for machines that are started by hand.
 
 Command: python -m codebind_jax.tools.embed_beam --config=configs/embed.py --workdir=OUT --config.init_from=RUN \
              --config.data.manifest=FILE.jsonl --beam=--runner=DirectRunner --beam=--direct_num_workers=2
@@ -23,7 +23,7 @@ from codebind_jax.embedding.job import Plan, embed_shard, make_plan, summarise
 
 
 class EmbedShard(beam.DoFn):
-  """Numbers of shards to numbers of their rows; the model is loaded once a worker."""
+  """From a shard's number to the number of its rows; each worker loads the model once."""
 
   def __init__(self, plan: Plan, run: str):
     self._plan, self._run = plan, run
@@ -43,7 +43,7 @@ def embed_with_beam(config: Any, workdir: str, options: Sequence[str] = ()) -> d
   Args:
     config: `configs/embed.py`.
     workdir: where the shards go.
-    options: of Beam.
+    options: command-line options of Beam.
 
   Returns:
     The summary.

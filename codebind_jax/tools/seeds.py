@@ -1,4 +1,4 @@
-"""One config over several seeds: mean and spread beside the baseline.
+"""One config over several seeds: mean and standard deviation beside the baseline.
 
 Command: python -m codebind_jax.tools.seeds --config=configs/stage1.py --workdir=DIR --seeds=3 [--config.KEY=VALUE ...]
 Runs go to DIR/seed0, DIR/seed1, ...; finished ones are not run again. The table is printed and written to DIR/seeds.md.
@@ -28,15 +28,15 @@ def table(runs: Sequence[Mapping[str, float]], prefix: str = "eval/") -> str:
   def cell(values: Sequence[float], sign: str = "") -> str:
     if not values:
       return ""
-    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{np.mean(values):{sign}.1f}{spread}"
+    deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):{sign}.1f}{deviation}"
 
   names = [name for name in runs[0] if name.startswith(prefix)]
   lines = [f"| metric, {len(runs)} seeds | CodeBind | baseline | difference, seed by seed |", "|---|---|---|---|"]
   for name in names:
-    ours, theirs = ([run[key] for run in runs if key in run] for key in (name, BASELINE + name))
-    both = [run[name] - run[BASELINE + name] for run in runs if name in run and BASELINE + name in run]
-    lines.append(f"| {name} | {cell(ours)} | {cell(theirs)} | {cell(both, '+')} |")
+    own, baseline = ([run[key] for run in runs if key in run] for key in (name, BASELINE + name))
+    differences = [run[name] - run[BASELINE + name] for run in runs if name in run and BASELINE + name in run]
+    lines.append(f"| {name} | {cell(own)} | {cell(baseline)} | {cell(differences, '+')} |")
   return "\n".join(lines) + "\n"
 
 

@@ -1,8 +1,8 @@
-"""Which channels of a trained codebook to keep, without training (TOC), and what that does to a run's numbers.
+"""Selects channels of a trained codebook without training (TOC), and evaluates a run with them.
 
 Command: python -m codebind_jax.tools.toc --workdir=RUN --channels=Q [--ratio=1:0] [--evaluate]
 Prints the redundancy of the codes before and after, and with --evaluate the run's validation metrics before and after;
-writes RUN/toc.json. The codes are still searched with all channels; the chosen ones of the embedding are kept.
+writes RUN/toc.json. Codes are still searched with all channels; the embedding keeps the chosen ones.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from codebind_jax.methods import toc
 
 
 def main(_: Sequence[str]) -> None:
-  """Selects, prints, writes."""
+  """Selects the channels, prints and writes the results."""
   if not flags.FLAGS.workdir:
     sys.exit("error: --workdir=RUN is needed")
   try:
@@ -31,16 +31,16 @@ def main(_: Sequence[str]) -> None:
       raise ValueError(f"--ratio: got {flags.FLAGS.ratio!r}; allowed: best:worst, such as 1:0 or 3:1")
     if flags.FLAGS.channels > codes.shape[1]:
       raise ValueError(f"--channels: got {flags.FLAGS.channels}; allowed: 0 to {codes.shape[1]}")
-    found = toc.choose(codes, flags.FLAGS.channels, ratio)
+    choice = toc.choose(codes, flags.FLAGS.channels, ratio)
   except ValueError as error:
     sys.exit(f"error: {error}")
-  lines = [f"kept {len(found['channels'])} of {found['of']} channels: {found['channels']}",
-           f"mean cosine between codes: {found['redundancy_before']:.4f} -> {found['redundancy_after']:.4f}"]
+  lines = [f"kept {len(choice['channels'])} of {choice['of']} channels: {choice['channels']}",
+           f"mean cosine between codes: {choice['redundancy_before']:.4f} -> {choice['redundancy_after']:.4f}"]
   if flags.FLAGS.evaluate:
-    found["metrics"] = channels.evaluate(model, found["channels"], found["of"])
-    lines += [f"{name}: {a:.2f} -> {b:.2f}" for name, (a, b) in found["metrics"].items()]
+    choice["metrics"] = channels.evaluate(model, choice["channels"], choice["of"])
+    lines += [f"{name}: {a:.2f} -> {b:.2f}" for name, (a, b) in choice["metrics"].items()]
   path = pathlib.Path(flags.FLAGS.workdir) / "toc.json"
-  path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+  path.write_text(json.dumps(choice, indent=1) + "\n", encoding="utf-8")
   sys.stdout.write("\n".join(lines) + f"\nwritten to {path}\n")
 
 

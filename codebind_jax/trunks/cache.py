@@ -5,14 +5,13 @@ chunk). It is built under the name `<trunk>-<key>.part` and renamed when whole; 
 finished chunks. The key is a hash of everything that decides the values.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import numpy as np
 import tqdm
 from absl import logging
 
+from codebind_jax import files
 from codebind_jax.trunks.base import Trunk
 
 _FORMAT = "features-1"
@@ -98,7 +98,7 @@ def cached_features(
   folder = Path(cache_dir).expanduser().absolute() / name
   shape = (len(keys), views, trunk.num_tokens, trunk.width)
   folder.parent.mkdir(parents=True, exist_ok=True)
-  with _lock(folder.with_name(f".{name}.lock")):
+  with files.lock(folder.with_name(f".{name}.lock"), f"computes the features {name}"):
     if folder.exists() and (found := _open_whole(folder, shape)) is not None:
       return found
     job = _Job(trunk, keys, read, views, augment, seed, batch, progress)
@@ -117,23 +117,6 @@ def _check(keys: list[str], views: int, augment: Any, hashes: Sequence[str] | No
     raise ValueError(f"views: got {views}; 1 is the clean view alone, more need `augment`")
   if views > 1 and " at 0x" in repr(augment):
     raise ValueError(f"augment: {augment!r} does not say what it does; use a frozen dataclass with __call__")
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-  """Only one process at a time works on a set; the system frees the lock of a process that was killed."""
-  try:
-    import fcntl
-  except ImportError:
-    fcntl = None
-  with open(path, "w") as handle:
-    if fcntl:
-      try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except OSError:
-        logging.info("features: waiting for another process that works on %s", path.stem[1:])
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    yield
 
 
 def _open_array(folder: Path, shape: tuple[int, ...], mode: str) -> np.memmap | None:

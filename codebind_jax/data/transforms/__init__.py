@@ -20,8 +20,8 @@ def readable() -> tuple[str, ...]:
 
 @functools.cache
 def _readable(folders: tuple[str, ...]) -> tuple[str, ...]:
-  found = [module.name for module in pkgutil.iter_modules(folders) if module.name not in _NOT_MODALITIES]
-  return tuple(sorted([*found, "text"]))
+  modules = [module.name for module in pkgutil.iter_modules(folders) if module.name not in _NOT_MODALITIES]
+  return tuple(sorted([*modules, "text"]))
 
 
 def of(modality: str) -> ModuleType:

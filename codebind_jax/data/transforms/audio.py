@@ -1,4 +1,4 @@
-"""Audio: anything libsndfile reads, or an array, to mono at 44,100 Hz; and the two log-mel spectrograms trunks want."""
+"""Audio: anything libsndfile reads, or an array, to mono at 44,100 Hz; and the log-mel spectrograms of two trunks."""
 
 import functools
 import io
@@ -94,9 +94,9 @@ def resample(
   Raises:
     ValueError: if a rate is out of range.
   """
-  for one in (rate, new_rate):
-    if not RATES[0] <= one <= RATES[1]:
-      raise ValueError(f"{name}: got a rate of {one} Hz, allowed are {RATES[0]} to {RATES[1]}")
+  for hertz in (rate, new_rate):
+    if not RATES[0] <= hertz <= RATES[1]:
+      raise ValueError(f"{name}: got a rate of {hertz} Hz, allowed are {RATES[0]} to {RATES[1]}")
   if rate == new_rate:
     return samples.astype(np.float32, copy=False)
   resampled = soxr.resample(samples.astype(np.float32, copy=False), rate, new_rate)
@@ -104,7 +104,7 @@ def resample(
 
 
 def loop_to(samples: Float[np.ndarray, " n"], length: int) -> Float[np.ndarray, " m"]:
-  """The samples, repeated until there are at least `length`, then cut there; longer ones come back whole."""
+  """The samples repeated and cut to `length`; a longer sound is returned whole."""
   if len(samples) >= length:
     return samples
   return np.tile(samples, -(-length // len(samples)))[:length]
@@ -128,7 +128,7 @@ def _sfx_bank() -> np.ndarray:
 
 @functools.cache
 def _kaldi_bank() -> np.ndarray:
-  """Weights [128, 257]: Kaldi's mel scale, 20 to 8,000 Hz; the bin at 8,000 Hz counts nowhere."""
+  """Weights [128, 257]: Kaldi's mel scale, 20 to 8,000 Hz; the bin at 8,000 Hz has weight 0."""
   weights = _triangles(np.arange(256) * IMAGEBIND_RATE / 512, 128, 20.0, 8000.0, lambda f: 1127.0 * np.log1p(f / 700.0))
   return np.pad(weights, ((0, 0), (0, 1))).astype(np.float32)
 

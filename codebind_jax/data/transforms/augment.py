@@ -17,7 +17,7 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 @dataclasses.dataclass(frozen=True)
 class Augment:
-  """How far views of an image on white may differ from it; call it with an image and a generator.
+  """How far a random view of an image on white may differ from it; call it with an image and a generator.
 
   Attributes:
     rotate: largest turn to either side, degrees.
@@ -95,7 +95,7 @@ def line_drawing(image: UInt8[np.ndarray, "h w 3"], width: int = 2) -> UInt8[np.
 
 
 def outside(image: UInt8[np.ndarray, "h w 3"], threshold: int = 10) -> Bool[np.ndarray, "h w"]:
-  """White that touches the border: what surrounds a drawing, not the white inside it."""
+  """White regions that touch the border: the background of a drawing, not the white inside it."""
   white = image.min(axis=-1) >= 255 - threshold
   regions, count = scipy.ndimage.label(white)
   if not count:
@@ -121,7 +121,7 @@ def _restyle(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _recolour(image: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
-  """Turns the hue about the grey axis, then changes saturation, contrast and brightness; the white around stays."""
+  """Turns the hue about the grey axis, then changes saturation, contrast and brightness; the background stays."""
   angle = strength * rng.uniform(-np.pi, np.pi) * (rng.random() < 0.5)
   saturation = 1.0 + strength * rng.uniform(-1.0, 0.6)
   contrast, brightness = 1.0 + strength * rng.uniform(-0.4, 0.4), strength * rng.uniform(-40.0, 40.0)

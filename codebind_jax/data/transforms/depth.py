@@ -19,13 +19,13 @@ _DEEP = ("I;16", "I;16L", "I;16B", "I")
 
 
 def read(value: Any) -> Float32[np.ndarray, "h w"]:
-  """Metres along the camera's axis; 0 where nothing came back.
+  """Metres along the camera's axis; 0 where there was no return.
 
   Integers are millimetres and floats metres, in files as in arrays. An .npz file holds either `depth` in these units,
   or `disparity` with `scale` (focal length in pixels times baseline in metres), from which depth is scale / disparity.
 
   Raises:
-    ValueError: naming the file, if it cannot be read, has another shape or depth of colour, negative values or ones
+    ValueError: naming the file, if it cannot be read, has another shape or depth of colour, negative values or values
       beyond a kilometre, or no return at all.
   """
   if isinstance(value, (str, Path, bytes)):
@@ -51,8 +51,8 @@ def _decoded(value: str | Path | bytes) -> np.ndarray:
       if "disparity" not in arrays:
         return arrays["depth"]
       disparity = np.asarray(arrays["disparity"], np.float64)
-      back = np.isfinite(disparity) & (disparity > 0)
-      return np.divide(float(arrays["scale"]), disparity, out=np.zeros_like(disparity), where=back)
+      returned = np.isfinite(disparity) & (disparity > 0)
+      return np.divide(float(arrays["scale"]), disparity, out=np.zeros_like(disparity), where=returned)
   with Image.open(io.BytesIO(content)) as picture:
     if picture.mode not in _DEEP:
       raise OSError(f"its pixels are {picture.mode}, a picture of depth is no depth: 16-bit integers are needed")
@@ -80,10 +80,10 @@ def _checked(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def to_picture(depth: Float[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
-  """What an image network is shown: near is bright, no return is black.
+  """The picture for an image network: near is bright, no return is black.
 
-  The scale is the scene's own: its median depth stands where the middle of a rendered object does (2.45 with the object
-  between 1.6 and 3.6), so that a cup and a wardrobe that fill the frame alike look alike.
+  Depth is scaled by the scene's median, which becomes the middle of a rendered object (2.45, the object lying between
+  1.6 and 3.6), so that a cup and a wardrobe that fill the frame alike look alike.
   """
   returned = depth > 0
   unit = 2.45 / np.median(depth[returned])

@@ -1,4 +1,4 @@
-"""Images: anything PIL opens, or an array, to RGB on white, to the square a trunk reads."""
+"""Images: anything PIL opens, or an array, to RGB on white, and to the square that a trunk reads."""
 
 import io
 from pathlib import Path
@@ -80,7 +80,7 @@ def check(path: Path) -> None:
 def crop_to_content(
   image: UInt8[np.ndarray, "h w 3"], *, threshold: int = 12, margin: float = 0.04
 ) -> UInt8[np.ndarray, "i j 3"]:
-  """The part that is not white, with a margin; an image that is white throughout comes back as it is.
+  """The part that is not white, with a margin; an image that is white throughout is returned as it is.
 
   Args:
     image: RGB pixels on white.

@@ -1,4 +1,4 @@
-"""Point clouds: .npy, .ply, .obj, .off, or an array, to coordinates and where there are any colours."""
+"""Point clouds: .npy, .ply, .obj, .off, or an array, to coordinates and, where there are any, colours."""
 
 import io
 from pathlib import Path
@@ -14,13 +14,13 @@ _KINDS = {b"ply": "ply", b"OFF": "off", b"COFF": "off", b"NOFF": "off"}
 
 
 def read(value: Any) -> Float32[np.ndarray, "n c"]:
-  """Coordinates [n, 3], or [n, 6] with RGB from 0 to 1 behind them; unit and origin are the file's.
+  """Coordinates [n, 3], or [n, 6] with RGB from 0 to 1 after them; unit and origin are the file's.
 
   The surface of a mesh is sampled at 1,024 points, the same at every call; a file of vertices alone is taken as it is.
 
   Raises:
     ValueError: naming the file, if it cannot be read, has another shape, values that are not finite or colours out of
-      range, or if all points are one.
+      range, or if all points coincide.
   """
   if isinstance(value, (str, Path, bytes)):
     name = "points bytes" if isinstance(value, bytes) else str(value)
@@ -50,7 +50,7 @@ def _from_mesh(content: bytes, name: str) -> np.ndarray:
       raise ValueError("no points in it")
     if len(faces):
       return trimesh.sample.sample_surface(shape, SAMPLES, seed=0)[0]
-  except Exception as error:  # a reader of many formats fails in as many ways
+  except Exception as error:  # trimesh raises many kinds for its many formats
     raise ValueError(f"{name}: not a readable cloud or mesh; allowed: .npy, .ply, .obj and .off ({error})") from error
   colours = getattr(shape, "colors", None)
   if colours is not None and len(colours) == len(vertices):

@@ -14,7 +14,7 @@ REVISION = "text-1"
 
 @dataclasses.dataclass(frozen=True)
 class Tokenize:
-  """One text -> int32 ids of one fixed length, padded with `pad_id`; what is longer is cut, its last id kept.
+  """One text -> int32 ids of one fixed length, padded with `pad_id`; a longer text is cut and keeps its last id.
 
   Attributes:
     tokenizer: a `tokenizers.Tokenizer`.

@@ -27,8 +27,8 @@ def read(
     span: degrees C at 0 and at 255 of 8-bit grey, which has no temperatures of its own.
 
   Raises:
-    ValueError: naming the file, if it cannot be read, has another shape or false colours, or if its temperatures are
-      none, as those of a wrong unit are.
+    ValueError: naming the file, if it cannot be read, has another shape or false colours, or if its values cannot be
+      degrees C, as with a wrong unit.
   """
   if isinstance(value, (str, Path, bytes)):
     name = "thermal bytes" if isinstance(value, bytes) else str(value)
@@ -84,6 +84,6 @@ def _celsius(array: np.ndarray, name: str, scale: float, offset: float, span: tu
 def to_picture(
   thermal: Float[np.ndarray, "h w"], span: tuple[float, float] = RANGE
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """What an image network is shown: grey, black at the lower end of `span` (degrees C) and white at the upper."""
+  """The picture for an image network: grey, black at the lower end of `span` (degrees C) and white at the upper."""
   share = np.clip((thermal - span[0]) / (span[1] - span[0]), 0.0, 1.0)
   return np.repeat((255.0 * share).astype(np.uint8)[..., None], 3, axis=-1)

@@ -33,7 +33,7 @@ def read(value: Any, frames: int = FRAMES) -> UInt8[np.ndarray, "t h w 3"]:
   Args:
     value: a path or the bytes of a film (mp4, webm, mov, ... through PyAV) or of an animated WebP, GIF or PNG; a folder
       of pictures, taken by name; or an array [t, h, w, 3] (uint8, or float in 0 to 1).
-    frames: the most that are kept.
+    frames: the largest number returned.
 
   Raises:
     ValueError: naming the file, if it cannot be read, has no frames, or frames differ in size.
@@ -80,10 +80,10 @@ def _is_picture(source: Any) -> bool:
 
 
 def _pictures(folder: Path) -> list[Path]:
-  found = sorted(path for path in folder.iterdir() if path.suffix.lower() in _PICTURES)
-  if not found:
+  pictures = sorted(path for path in folder.iterdir() if path.suffix.lower() in _PICTURES)
+  if not pictures:
     raise ValueError(f"{folder}: no frames; allowed are files ending in {', '.join(_PICTURES)}")
-  return found
+  return pictures
 
 
 def _stack(pictures: Sequence[np.ndarray], name: str) -> np.ndarray:
@@ -94,8 +94,8 @@ def _stack(pictures: Sequence[np.ndarray], name: str) -> np.ndarray:
 
 
 def _from_folder(folder: Path, frames: int) -> np.ndarray:
-  found = _pictures(folder)
-  return _stack([image.read(found[i]) for i in spaced(len(found), frames)], str(folder))
+  pictures = _pictures(folder)
+  return _stack([image.read(pictures[i]) for i in spaced(len(pictures), frames)], str(folder))
 
 
 def _from_picture(source: Any, name: str, frames: int) -> np.ndarray:
@@ -126,7 +126,7 @@ def _open_film(source: Any, name: str) -> Any:
 
 
 def _from_film(source: Any, name: str, frames: int) -> np.ndarray:
-  """Decodes twice where the file does not say how many frames it has: once to count, once to keep."""
+  """Evenly spaced frames of a film; one whose header does not give the count is decoded twice, first to count them."""
   with _open_film(source, name) as film:
     count = film.streams.video[0].frames
   count = count or sum(1 for _ in _decoded(source, name))

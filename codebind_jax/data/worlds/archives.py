@@ -14,7 +14,7 @@ _BROKEN = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOF
 
 
 def read_members(path: Path, names: Iterable[str]) -> dict[str, bytes]:
-  """Contents of the named files of an archive, those it holds; a name it lacks is absent from the result.
+  """Contents of the named files of an archive; a name that the archive lacks is absent from the result.
 
   Args:
     path: a .tgz, .tar.gz, .whl, .zip or .deb file.
@@ -53,18 +53,18 @@ def member_names(path: Path) -> list[str]:
 
 
 def _tar_members(archive: tarfile.TarFile, wanted: set[str]) -> dict[str, bytes]:
-  found = {}
+  contents = {}
   for member in archive:
     name = member.name.removeprefix("./")
     if name in wanted and member.isfile():
-      found[name] = archive.extractfile(member).read()
-      if len(found) == len(wanted):
+      contents[name] = archive.extractfile(member).read()
+      if len(contents) == len(wanted):
         break
-  return found
+  return contents
 
 
 def deb_tar(data: bytes) -> tarfile.TarFile:
-  """The files of a Debian package: the `data.tar.*` member of an `ar` archive.
+  """Opens the files of a Debian package, the `data.tar.*` member of an `ar` archive.
 
   Raises:
     ValueError: if `data` is no Debian package.

@@ -1,33 +1,48 @@
-"""A test of a packaged world: which of its rows, what for, and what is asked of them."""
+"""A set to evaluate on: which rows of a split, and what is asked of them."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalSet:
-  """Rows of a split and what is asked of them.
+  """A set to evaluate on. A world leaves out `name`, `world`, `source`, `whole` and `picked`: `open_task` adds them.
 
   Attributes:
-    split: split of the world.
+    name: metrics are called `eval/<name>/...`.
+    world: the source whose training rows belong to it.
     role: "val" to choose by, "test" to read once per reported model.
-    candidates: labels to choose among in zero-shot classification; () where nothing is to be named.
+    source: its rows.
+    candidates: labels to choose among in zero-shot classification; empty where rows have no labels.
+    probes: fields that a linear probe predicts, fitted on the training rows and tested here.
+    means: fields predicted by the nearest class mean of the training rows.
+    pairs: (modality, modality, field): retrieval beyond that with texts; rows of equal field answer each other.
+    slices: fields whose values get an accuracy of their own.
+    probe_group: field whose values the training and the test rows of a probe must not share; None where any may.
+    whole: the split they are taken from, whose features several sets share; None where they are all of it.
+    picked: their numbers in it.
+    split: split of the world.
     labelled: whether rows without a label are left out.
     where: (field, values): only rows are kept whose field has one of the values.
-    probes: fields that a linear probe tells, learned on the training rows.
-    means: fields told by the nearest class mean of the training rows.
-    pairs: (modality, modality, field): retrieval beyond that with texts; rows of equal field answer each other.
   """
 
-  split: str
-  role: str
-  candidates: tuple[str, ...] = ()
-  labelled: bool = False
-  where: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+  name: str = ""
+  world: str = ""
+  role: str = "val"
+  source: Any = None
+  candidates: Sequence[str] = ()
   probes: tuple[str, ...] = ()
   means: tuple[str, ...] = ()
   pairs: tuple[tuple[str, str, str], ...] = ()
+  slices: tuple[str, ...] = ()
+  probe_group: str | None = None
+  whole: Any = None
+  picked: Sequence[int] = ()
+  split: str = ""
+  labelled: bool = False
+  where: tuple[tuple[str, tuple[Any, ...]], ...] = ()
 
   def keep(self, row: dict[str, Any]) -> bool:
-    """Whether a row of the split belongs to the test."""
-    return bool(row["label"] or not self.labelled) and all(row[field] in values for field, values in self.where)
+    """Whether a row of the split belongs to the set."""
+    return bool(not self.labelled or row["label"]) and all(row[field] in values for field, values in self.where)

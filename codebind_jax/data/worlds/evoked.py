@@ -1,7 +1,7 @@
-"""World "Evoked": one person's EEG after tones and checkerboards, what the stimulus was, and the stimulus re-made.
+"""World "Evoked": one person's EEG after tones and checkerboards, each stimulus named and reconstructed.
 
-288 epochs of 10 channels, 0.6 s at 150 Hz, from MNE's sample recording. Split in the order of recording, as written in
-the table. The pictures and tones are reconstructions from the description, not the ones that were shown.
+288 epochs of 10 channels, 0.6 s at 150 Hz, from MNE's sample recording, which the table splits in the order of
+recording. The pictures and tones are reconstructions from the description, not the ones that were shown.
 """
 
 import csv
@@ -32,43 +32,28 @@ _RATE = 44_100
 
 
 def package_ids(profile: str) -> list[str]:
-  """The one package that every profile is built from."""
-  _check_profile(profile)
+  """The package that every profile is built from."""
+  store.check_profile("evoked", profile, PROFILES)
   return [PACKAGE]
 
 
-def _check_profile(profile: str) -> None:
-  if profile not in PROFILES:
-    raise ValueError(f"unknown profile {profile!r} of world 'evoked'; allowed: {list(PROFILES)}")
-
-
 def eval_sets(profile: str) -> dict[str, EvalSet]:
-  """Which of four stimuli, and whether tone or checkerboard (the same epochs under another label)."""
-  _check_profile(profile)
+  """Naming one of four stimuli; and naming tone or checkerboard, on the same epochs with the sense as label."""
+  store.check_profile("evoked", profile, PROFILES)
   conditions = tuple(names.table("eeg")["conditions"].values())
   sets = {}
   for role in ("val", "test"):
     pairs = (("eeg", "image", "label"),)
-    sets[f"{role}_condition"] = EvalSet(role, role, conditions, probes=("condition", "sense"), pairs=pairs)
-    sets[f"{role}_sense"] = EvalSet(f"{role}_sense", role, tuple(SENSES.values()))
+    sets[f"{role}_condition"] = EvalSet(
+      split=role, role=role, candidates=conditions, probes=("condition", "sense"), pairs=pairs
+    )  # fmt: skip
+    sets[f"{role}_sense"] = EvalSet(split=f"{role}_sense", role=role, candidates=tuple(SENSES.values()))
   return sets
 
 
 def build(profile: str, root: Path) -> Path:
-  """Fetches the recording and builds the world; returns at once where that is done.
-
-  Args:
-    profile: one of `PROFILES`.
-    root: the data folder.
-
-  Returns:
-    Folder of the built world.
-
-  Raises:
-    ValueError: for an unknown profile, or a file that is not the one the table names.
-    FetchError, ChecksumError, OSError: see `fetch.fetch_all`.
-  """
-  _check_profile(profile)
+  """The world's folder, fetched and built where it is not there yet; see `registry` for arguments and errors."""
+  store.check_profile("evoked", profile, PROFILES)
   folder = store.world_dir(root, "evoked", profile, VERSION)
   if store.read_manifest(folder) is not None:
     return folder
@@ -122,7 +107,7 @@ def checkerboard(side: str, size: int = _SIDE) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def tone(side: str) -> Float32[np.ndarray, "n 2"]:
-  """A beep of 0.5 s in one of two channels. Mono readers, this library's among them, hear no side."""
+  """A beep of 0.5 s in one of two channels; a mono reader, such as this library's, loses the side."""
   t = np.arange(_RATE // 2) / _RATE
   beep = 0.5 * np.sin(2 * np.pi * 1000 * t) * np.minimum(1, np.minimum(t, t[::-1]) / 0.01)
   silence = np.zeros_like(beep)
@@ -132,7 +117,7 @@ def tone(side: str) -> Float32[np.ndarray, "n 2"]:
 def _row(epoch: dict[str, Any], eeg: np.ndarray, by_sense: bool) -> dict[str, Any]:
   condition = epoch["condition"]
   sense, side = condition.split("/")
-  words = names.table("eeg")["conditions"][condition]
+  stimulus = names.table("eeg")["conditions"][condition]
   image = sound = b""
   if sense == "visual":
     out = io.BytesIO()
@@ -142,9 +127,10 @@ def _row(epoch: dict[str, Any], eeg: np.ndarray, by_sense: bool) -> dict[str, An
     out = io.BytesIO()
     soundfile.write(out, tone(side), _RATE, format="FLAC", subtype="PCM_16")
     sound = out.getvalue()
-  main = SENSES[sense] if by_sense else words
+  main = SENSES[sense] if by_sense else stimulus
   return {
-      "id": f"evoked:{epoch['label']:03d}", "label": main, "texts": list(dict.fromkeys([main, words, SENSES[sense]])),
+      "id": f"evoked:{epoch['label']:03d}", "label": main,
+      "texts": list(dict.fromkeys([main, stimulus, SENSES[sense]])),
       "concept": "", "group": f"evoked:{epoch['label']:03d}", "condition": condition, "sense": sense, "side": side,
       "source": PACKAGE, "eeg": store.encode(eeg), "image": image, "audio": sound,
   }

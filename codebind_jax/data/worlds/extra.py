@@ -13,7 +13,7 @@ Words = tuple[str, ...]
 
 
 def stem(word: str) -> str:
-  """A lower-case word without the endings of an English plural and a mute e: "axes", "axe" and "ax" are one."""
+  """A lower-case word without an English plural ending or mute e: "axes", "axe" and "ax" have one stem."""
   if len(word) > 4 and word.endswith("ies"):
     return word[:-3] + "y"
   if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us")):
@@ -29,19 +29,19 @@ def words(name: str) -> Words:
 
 @functools.cache
 def _own_names() -> dict[str, frozenset[Words]]:
-  """Bridge concept -> its names: slug, label, aliases, labels of its emoji."""
-  found = {c: {words(c), words(v["label"])} for c, v in names.concepts().items() if v["split"]}
+  """Names of each bridge concept: its slug, label, aliases and the labels of its emoji."""
+  own = {c: {words(c), words(v["label"])} for c, v in names.concepts().items() if v["split"]}
   for alias, concept in names.table("aliases")["alias"].items():
-    if concept in found:
-      found[concept].add(words(alias))
+    if concept in own:
+      own[concept].add(words(alias))
   for emoji in names.table("emoji")["emoji"]:
-    found[emoji["concept"]].add(words(emoji["label"]))
-  return {concept: frozenset(own) for concept, own in found.items()}
+    own[emoji["concept"]].add(words(emoji["label"]))
+  return {concept: frozenset(phrases) for concept, phrases in own.items()}
 
 
 @functools.cache
 def _refused() -> tuple[dict[Words, str], frozenset[str]]:
-  """(words that name an unseen concept -> the concept, stems of such names that may not begin or end a word)."""
+  """(phrase -> the unseen concept that it names, stems of one-word names that no word may begin or end with)."""
   concepts, own = names.concepts(), _own_names()
   unseen = [c for c in own if concepts[c]["split"] != "train"]
   known = {name for c in own if c not in unseen for name in (*own[c], *map(words, concepts[c]["texts"]))}
@@ -52,17 +52,17 @@ def _refused() -> tuple[dict[Words, str], frozenset[str]]:
 
 
 def unseen_concept(name: str) -> str:
-  """The unseen concept, or the word of one, that a name names; "" if it may be trained on.
+  """The unseen concept, or its word, that a name refers to; "" if the name may be trained on.
 
-  Refused are names that stand for a val or test concept; in which words in a row are a name or alias of one, singular
-  or plural ("eagle-emblem"), or a tag that no seen concept has ("ufo" for the flying saucer); and in which a word
-  begins or ends with the name of one ("mountaintop").
+  A name is refused if it stands for a val or test concept; if consecutive words of it are a name or alias of one,
+  singular or plural ("eagle-emblem"), or a tag that no seen concept has ("ufo" for the flying saucer); or if one of its
+  words begins or ends with the name of one ("mountaintop").
   """
   phrases, parts = _refused()
   concept, own = names.to_concept(name), words(name)
   if names.concepts().get(concept, {}).get("split") in ("val", "test"):
     return concept
-  rows = (own[a:b] for a in range(len(own)) for b in range(a + 1, len(own) + 1))
-  found = next((phrases[row] for row in rows if row in phrases), "")
+  spans = (own[a:b] for a in range(len(own)) for b in range(a + 1, len(own) + 1))
+  named = next((phrases[span] for span in spans if span in phrases), "")
   inside = (part for word in own for part in parts if word.startswith(part) or word.endswith(part))
-  return found or next(inside, "")
+  return named or next(inside, "")

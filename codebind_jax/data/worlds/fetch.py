@@ -15,13 +15,14 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import tqdm
 from absl import logging
 
+from codebind_jax import files
 from codebind_jax.data.worlds import names
 
 CLIENT = {"pip": "pip", "pip-sdist": "pip", "npm": "npm", "apt": "apt-get"}
@@ -29,7 +30,7 @@ _PYTHON = sys.executable
 
 
 class FetchError(RuntimeError):
-  """A client said no. `client` is its name; the message holds the client's own words."""
+  """A client is missing or failed; `client` is its name, and the message quotes it."""
 
   def __init__(self, message: str, client: str = ""):
     super().__init__(message)
@@ -37,7 +38,7 @@ class FetchError(RuntimeError):
 
 
 class ChecksumError(ValueError):
-  """An archive is not the one the tables name."""
+  """An archive differs in size or hash from the one that the tables name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +82,10 @@ def fetch(package_id: str, *, root: str | os.PathLike | None = None) -> Path:
 
 
 def fetch_all(package_ids: Iterable[str], *, root: str | os.PathLike | None = None) -> dict[str, Path]:
-  """Paths of the packages' archives; those not yet cached are fetched, the three clients side by side.
+  """Paths of the packages' archives; those not yet cached are fetched, with the clients side by side.
 
-  A Debian archive with another hash than recorded is kept too (a release updates its packages) and logged: whoever
-  reads it must compare the SHA-1 of each inner file.
+  A Debian archive with another hash than recorded is kept too (a release updates its packages) and logged: its
+  reader must compare the SHA-1 of each inner file.
 
   Args:
     package_ids: ids of `packages()`.
@@ -93,7 +94,7 @@ def fetch_all(package_ids: Iterable[str], *, root: str | os.PathLike | None = No
   Raises:
     ValueError: for an unknown id.
     ChecksumError: if an archive differs in size or hash; the archive is removed.
-    FetchError: if a client is missing or fails; what did arrive is kept.
+    FetchError: if a client is missing or fails; archives that did arrive are kept.
     OSError: if the data folder cannot be written or has too little space.
   """
   ids = list(dict.fromkeys(package_ids))
@@ -101,14 +102,14 @@ def fetch_all(package_ids: Iterable[str], *, root: str | os.PathLike | None = No
   if unknown:
     raise ValueError(f"unknown package {unknown[0]!r}; known: {sorted(packages())}")
   archives = data_dir(root) / "archives"
-  found = {i: path for i in ids if (path := _cached(packages()[i], archives))}
-  missing = [packages()[i] for i in ids if i not in found]
+  paths = {i: path for i in ids if (path := _cached(packages()[i], archives))}
+  missing = [packages()[i] for i in ids if i not in paths]
   if missing:
     make_folder(archives, sum(p.bytes for p in missing))
-    with lock(archives):
+    with files.lock(archives / ".lock", f"is working in {archives}"):
       _fetch_missing([p for p in missing if not _cached(p, archives)], archives)
-    found |= {p.id: _cached(p, archives) for p in missing}
-  return {i: found[i] for i in ids}
+    paths |= {p.id: _cached(p, archives) for p in missing}
+  return {i: paths[i] for i in ids}
 
 
 def make_folder(path: Path, need_bytes: int = 0) -> None:
@@ -130,23 +131,6 @@ def make_folder(path: Path, need_bytes: int = 0) -> None:
                   "CODEBIND_DATA to another disk", str(path))
 
 
-@contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-  """Holds `folder/.lock`, so that two processes never fetch or build the same thing at once."""
-  try:
-    import fcntl
-  except ImportError:
-    fcntl = None
-  with open(folder / ".lock", "w") as handle:
-    if fcntl:
-      try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except OSError:
-        logging.info("waiting for another process that is working in %s", folder)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    yield
-
-
 def sha256_file(path: Path) -> str:
   """SHA-256 of a file, in hex."""
   with open(path, "rb") as handle:
@@ -154,7 +138,7 @@ def sha256_file(path: Path) -> str:
 
 
 def _cached(package: Package, archives: Path) -> Path | None:
-  """The cached archive if there is one, verified."""
+  """The cached archive, verified; None where there is none."""
   folder = archives / package.sha256
   if (folder / package.file).exists():
     _verify(folder / package.file, package.bytes, package.sha256)
@@ -180,14 +164,14 @@ def _verify(path: Path, size: int, sha256: str) -> None:
 
 
 def _fetch_missing(missing: Sequence[Package], archives: Path) -> None:
-  """Runs the clients in `archives/incoming` and moves each archive that is right to its place."""
+  """Runs the clients in `archives/incoming` and moves each archive with the right hash to its place."""
   incoming = archives / "incoming"
   groups: dict[str, list[Package]] = {}
   for package in missing:
     groups.setdefault(package.kind, []).append(package)
   stop = threading.Event()
   try:
-    # A run that was killed may have left whole archives here: they count; anything else is removed.
+    # A run that was killed may have left whole archives here: they are kept, anything else is removed.
     todo = {kind: [p for p in group if not _adopt(p, incoming / kind, archives, leftovers=True)]
             for kind, group in groups.items()}
     shutil.rmtree(incoming, ignore_errors=True)
@@ -241,9 +225,7 @@ def _adopt(package: Package, folder: Path, archives: Path, *, leftovers: bool = 
       _place(path, archives / digest / path.name)
       note = archives / package.sha256 / "other.json"
       note.parent.mkdir(exist_ok=True)
-      temporary = note.with_suffix(".tmp")
-      temporary.write_text(json.dumps({"file": path.name, "bytes": size, "sha256": digest}))
-      temporary.replace(note)
+      files.write_whole(note, json.dumps({"file": path.name, "bytes": size, "sha256": digest}))
       return True
     path.unlink()
     raise ChecksumError(f"{package.file} of {CLIENT[package.kind]} package {package.name}=={package.version}: expected "
@@ -273,35 +255,35 @@ def _arrived(incoming: Path) -> int:
 
 
 def _run_client(kind: str, group: list[Package], folder: Path, stop: threading.Event) -> None:
-  """Lets one client fetch a group of packages into a folder of its own.
+  """Fetches a group of packages with one client, into a folder of its own.
 
   Raises:
-    FetchError: with the client's own message.
+    FetchError: with the client's output.
   """
   client = CLIENT[kind]
   folder.mkdir(parents=True, exist_ok=True)
   if client != "pip" and shutil.which(client) is None:
     raise FetchError(f"no {client} on this machine, needed for {_listed(group)}", client)
-  said = ""
+  output = ""
   with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{kind}-state-") as state:
     for command in _commands(kind, group, folder, Path(state)):
       process = subprocess.Popen(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                  stderr=subprocess.STDOUT, text=True, errors="replace")
-      said += _wait(process, stop)
+      output += _wait(process, stop)
       if process.returncode:
         hint = ""
-        if "No module named pip" in said:
+        if "No module named pip" in output:
           hint = f"; {_PYTHON} has no pip: run `{_PYTHON} -m ensurepip`"
-        raise FetchError(f"{client} could not fetch {_listed(group)}{hint}; it said: {_gist(said)}", client)
+        raise FetchError(f"{client} could not fetch {_listed(group)}{hint}; it said: {_excerpt(output)}", client)
 
 
-def _gist(said: str) -> str:
-  """What a client said: its first complaint, then the whole, shortened in the middle."""
-  lines = said.strip().splitlines() or ["nothing"]
-  complaint = next((line for line in lines if re.match("(npm )?error|E:", line, re.IGNORECASE)), lines[0])
+def _excerpt(output: str) -> str:
+  """A client's output: its first line with an error, then all lines, shortened in the middle."""
+  lines = output.strip().splitlines() or ["nothing"]
+  error = next((line for line in lines if re.match("(npm )?error|E:", line, re.IGNORECASE)), lines[0])
   if len(lines) > 14:
     lines[8:-5] = ["[...]"]
-  return "\n".join([complaint] + (lines if len(lines) > 1 else []))
+  return "\n".join([error] + (lines if len(lines) > 1 else []))
 
 
 def _listed(group: list[Package]) -> str:
@@ -319,7 +301,7 @@ def _wait(process: subprocess.Popen, stop: threading.Event) -> str:
 
 
 def _commands(kind: str, group: list[Package], folder: Path, state: Path) -> list[list[str]]:
-  """The client's command lines; private caches and lists in `state`, so that no root and no home folder is needed."""
+  """A client's command lines, with caches and lists in `state`, so that neither root nor a home folder is needed."""
   pinned = [f"{p.name}{'@' if kind == 'npm' else '=='}{p.version}" for p in group]
   if kind == "npm":
     return [["npm", "pack", "--loglevel=error", "--ignore-scripts", "--fetch-retries=2", "--fetch-timeout=60000",

@@ -18,7 +18,7 @@ _MODELS = _DIST + "lib/resources/models/"
 
 
 def open_libraries(paths: Mapping[str, Path], libraries: Iterable[str]) -> dict[str, zipfile.ZipFile]:
-  """The zip files of some libraries of the Debian package, opened in memory; one that it lacks is absent.
+  """Zip files of some libraries of the Debian package, opened in memory; a library that it lacks is absent.
 
   Args:
     paths: archive of each package.
@@ -28,20 +28,20 @@ def open_libraries(paths: Mapping[str, Path], libraries: Iterable[str]) -> dict[
     ValueError: if an archive is damaged.
   """
   files = {name: _DEBIAN.format(name) for name in libraries}
-  found = archives.read_members(paths[MORE], files.values()) if files else {}
-  return {name: _open_zip(found[inner], inner) for name, inner in files.items() if inner in found}
+  contents = archives.read_members(paths[MORE], files.values()) if files else {}
+  return {name: _open_zip(contents[inner], inner) for name, inner in files.items() if inner in contents}
 
 
 def read_default(paths: Mapping[str, Path], inner: Iterable[str]) -> dict[str, bytes]:
   """Files of the default library by their path below its root, such as "lib/resources/textures/x.jpg"."""
-  found = archives.read_members(paths[DEFAULT], [_DIST + name for name in inner])
-  return {name.removeprefix(_DIST): data for name, data in found.items()}
+  contents = archives.read_members(paths[DEFAULT], [_DIST + name for name in inner])
+  return {name.removeprefix(_DIST): data for name, data in contents.items()}
 
 
 def open_models(paths: Mapping[str, Path], stems: Iterable[str]) -> dict[str, zipfile.ZipFile]:
-  """The zip files of models of the default library by their stem, opened in memory; one that it lacks is absent."""
-  found = archives.read_members(paths[DEFAULT], [f"{_MODELS}{stem}.zip" for stem in stems])
-  return {name.removeprefix(_MODELS).removesuffix(".zip"): _open_zip(data, name) for name, data in found.items()}
+  """Zip files of models of the default library by stem, opened in memory; a model that it lacks is absent."""
+  contents = archives.read_members(paths[DEFAULT], [f"{_MODELS}{stem}.zip" for stem in stems])
+  return {name.removeprefix(_MODELS).removesuffix(".zip"): _open_zip(data, name) for name, data in contents.items()}
 
 
 def _open_zip(data: bytes, name: str) -> zipfile.ZipFile:

@@ -1,7 +1,7 @@
 """World "Household": depth, simulated infrared, colour and points of 905 catalogued objects, and their names.
 
 One row is one view of one object. Geometry and real size are the catalogues'; pictures and points are rendered from
-them, and the infrared is simulated (`infrared.py`). All objects of one shape share a split, which the tables say.
+them, and the infrared is simulated (`infrared.py`). The tables give the splits; all objects of one shape share one.
 """
 
 import functools
@@ -30,19 +30,14 @@ PROBES = ("label", "library", "view")  # what the text names; whose catalogue; f
 _ROW_BYTES = 80_000
 
 
-def _check_profile(profile: str) -> None:
-  if profile not in PROFILES:
-    raise ValueError(f"unknown profile {profile!r} of world 'household'; allowed: {list(PROFILES)}")
-
-
 @functools.cache
 def plan(profile: str) -> tuple[dict[str, Any], ...]:
-  """Objects of a profile as `tables/meshes.json` lists them: tiny has the default library's alone.
+  """Objects of a profile as `tables/meshes.json` lists them; profile tiny has only those of the default library.
 
   Raises:
     ValueError: for an unknown profile.
   """
-  _check_profile(profile)
+  store.check_profile("household", profile, PROFILES)
   return tuple(o for o in names.table("meshes")["objects"] if profile != "tiny" or o["lib"] == "default")
 
 
@@ -52,7 +47,7 @@ def package_ids(profile: str) -> list[str]:
 
 
 def label(entry: dict[str, Any]) -> str:
-  """Class of an object if it is one of the classes with enough objects, else ""."""
+  """Class of an object if that class has enough objects, else ""."""
   return entry["cls"] if entry["cls"] in {c["cls"] for c in names.table("mesh_rules")["classes"]} else ""
 
 
@@ -62,13 +57,13 @@ def _concepts() -> dict[str, str]:
 
 
 def texts(entry: dict[str, Any]) -> list[str]:
-  """Captions of an object: its catalogue name, its class, its concept's label; none twice."""
+  """Captions of an object without repeats: its catalogue name, its class, its concept's label."""
   concept = names.concepts().get(_concepts().get(entry["key"], ""), {})
-  found: dict[str, str] = {}
+  captions: dict[str, str] = {}
   for text in (entry["name"], entry["cls"], concept.get("label")):
     if text:
-      found.setdefault(text.lower(), text)
-  return list(found.values())
+      captions.setdefault(text.lower(), text)
+  return list(captions.values())
 
 
 def eval_sets(profile: str) -> dict[str, EvalSet]:
@@ -80,26 +75,15 @@ def eval_sets(profile: str) -> dict[str, EvalSet]:
   pairs = (("depth", "points", "object"), ("thermal", "depth", "object"), ("image", "depth", "object"))
   sets = {}
   for split in ("val", "test"):
-    sets[split] = EvalSet(split, split, ways, labelled=True, probes=PROBES, means=("label",))
-    sets[f"{split}_objects"] = EvalSet(split, split, pairs=pairs)
+    asked = {"labelled": True, "candidates": ways, "probes": PROBES, "means": ("label",)}
+    sets[split] = EvalSet(split=split, role=split, **asked)
+    sets[f"{split}_objects"] = EvalSet(split=split, role=split, pairs=pairs)
   return sets
 
 
 def build(profile: str, root: Path) -> Path:
-  """Fetches what the profile needs and builds it; returns at once where that is done.
-
-  Args:
-    profile: one of `PROFILES`.
-    root: the data folder.
-
-  Returns:
-    Folder of the built world.
-
-  Raises:
-    ValueError: for an unknown profile, or an archive whose content is not what the tables name.
-    FetchError, ChecksumError, OSError: see `fetch.fetch_all`.
-  """
-  _check_profile(profile)
+  """The world's folder, fetched and built where it is not there yet; see `registry` for arguments and errors."""
+  store.check_profile("household", profile, PROFILES)
   folder = store.world_dir(root, "household", profile, VERSION)
   if store.read_manifest(folder) is not None:
     return folder
@@ -116,9 +100,9 @@ def build(profile: str, root: Path) -> Path:
   def rows(split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     ready = [(entry, path) for entry, path in unpacked() if entry["split"] == split]
     work = joblib.Parallel(n_jobs=min(2, joblib.cpu_count()), return_as="generator")
-    made = work(joblib.delayed(views.sense)(path, entry["key"], entry["name"], entry["cls"], metres(entry))
-                for entry, path in ready)  # fmt: skip
-    for (entry, _), sensed in zip(ready, made, strict=True):
+    rendered = work(joblib.delayed(views.sense)(path, entry["key"], entry["name"], entry["cls"], metres(entry))
+                    for entry, path in ready)  # fmt: skip
+    for (entry, _), sensed in zip(ready, rendered, strict=True):
       bar.update()
       if isinstance(sensed, str):
         tally.dropped[entry["key"]] = sensed
@@ -148,8 +132,8 @@ def unpack(
     objects: rows of `tables/meshes.json`.
     paths: archive of each package.
     folder: where to unpack.
-    dropped: is filled with the reason for each object of the Debian package whose file is missing or differs, as
-      another release may have other files.
+    dropped: filled with the reason for each object of the Debian package whose file is missing or differs, as another
+      release may have other files.
 
   Returns:
     Objects and their OBJ files.
@@ -159,7 +143,7 @@ def unpack(
   """
   boxes = furniture.open_models(paths, {_stem(entry) for entry in objects if entry["lib"] == "default"})
   boxes |= furniture.open_libraries(paths, sorted({entry["lib"] for entry in objects} - {"default"}))
-  found = []
+  unpacked = []
   for entry in objects:
     default = entry["lib"] == "default"
     box = boxes.get(_stem(entry) if default else entry["lib"])
@@ -167,16 +151,16 @@ def unpack(
     target = folder / hashlib.sha256(entry["key"].encode()).hexdigest()[:16]
     reason = "no such archive" if box is None else _extract(box, inner, entry["sha1"], target)
     if not reason:
-      found.append((entry, target / inner))
+      unpacked.append((entry, target / inner))
     elif default:
       raise ValueError(f"{paths[furniture.DEFAULT]}: {entry['key']}: {reason}")
     else:
       dropped[entry["key"]] = reason
   for package in paths:
-    mine = [e["key"] for e in objects if (e["lib"] == "default") == (package == furniture.DEFAULT)]
-    if mine and all(key in dropped for key in mine):
-      raise ValueError(f"{paths[package]}: none of its {len(mine)} objects is as recorded; first: {dropped[mine[0]]}")
-  return found
+    keys = [e["key"] for e in objects if (e["lib"] == "default") == (package == furniture.DEFAULT)]
+    if keys and all(key in dropped for key in keys):
+      raise ValueError(f"{paths[package]}: none of its {len(keys)} objects is as recorded; first: {dropped[keys[0]]}")
+  return unpacked
 
 
 def _stem(entry: dict[str, Any]) -> str:
@@ -184,7 +168,7 @@ def _stem(entry: dict[str, Any]) -> str:
 
 
 def _extract(box: zipfile.ZipFile, inner: str, sha1: str, target: Path) -> str:
-  """Unpacks the folder of a model; why not, if it cannot be used."""
+  """Unpacks the folder of a model; returns the reason if it cannot be used, else ""."""
   try:
     got = hashlib.sha1(box.read(inner)).hexdigest()
   except (KeyError, zipfile.BadZipFile) as error:
@@ -197,7 +181,7 @@ def _extract(box: zipfile.ZipFile, inner: str, sha1: str, target: Path) -> str:
 
 
 def metres(entry: dict[str, Any]) -> float:
-  """Real length of half the diagonal of an object's box, which is the unit that meshes are read in."""
+  """Real length of half the diagonal of an object's box, which is 1 in its mesh."""
   return float(np.linalg.norm([float(side) for side in entry["cm"]])) / 200.0
 
 
@@ -215,9 +199,9 @@ def _row(entry: dict[str, Any], view: int) -> dict[str, Any]:
 
 
 def _creators(profile: str) -> list[str]:
-  """Who made which models under which licence, a line each: some licences ask for the artists' names."""
-  made: dict[tuple[str, str, str], int] = {}
+  """Credits of the models, a line for each library, creator and licence: some licences ask for the artists' names."""
+  counts: dict[tuple[str, str, str], int] = {}
   for entry in plan(profile):
     by = (entry["lib"], entry["creator"], entry["licence"])
-    made[by] = made.get(by, 0) + 1
-  return [f"{lib}: {count} models by {creator} ({licence})" for (lib, creator, licence), count in sorted(made.items())]
+    counts[by] = counts.get(by, 0) + 1
+  return [f"{lib}: {count} models by {creator} ({terms})" for (lib, creator, terms), count in sorted(counts.items())]

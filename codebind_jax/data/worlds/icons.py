@@ -2,7 +2,7 @@
 
 Split by artist family and by concept, so that held-out artists and held-out concepts can both be tested; pictures from
 four other programs are a domain shift. Split "extra" holds further named pictures by training artists, for training
-alone: no name of theirs means an unseen concept. The splits are written in the tables; nothing is drawn at random here.
+alone: none of their names means an unseen concept. The tables give the splits; nothing is drawn at random here.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from typing import Any
 import tqdm
 
 from codebind_jax.data.worlds import archives, fetch, names, render, store
+from codebind_jax.data.worlds.evalset import EvalSet
 from codebind_jax.data.worlds.imagenet import imagenet_names
 from codebind_jax.data.worlds.tally import Tally, features
 
@@ -47,79 +48,37 @@ class Item:
   sha1: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class EvalSet:
-  """A test: the rows of `split` that `keep` accepts, each to be named among `candidates`.
-
-  Attributes:
-    split: split of the world.
-    ways: whose labels are the candidates: "train" (550 concepts), "val" (60), "test" (120) or "all" (730).
-    role: "val" to choose by, "test" to read once per reported model.
-    seen_only: whether rows of unseen concepts are left out.
-    kind: "icon", "drawing" or "photo" if only that kind counts, else "".
-    style: "colour" or "mono" if only that style counts, else "".
-  """
-
-  split: str
-  ways: str
-  role: str
-  seen_only: bool = False
-  kind: str = ""
-  style: str = ""
-
-  @property
-  def candidates(self) -> tuple[str, ...]:
-    """Labels to choose among, in a fixed order (sorted by concept)."""
-    table = names.concepts()
-    wanted = ("train", "val", "test") if self.ways == "all" else (self.ways,)
-    return tuple(table[c]["label"] for c in sorted(table) if table[c]["split"] in wanted)
-
-  @property
-  def probes(self) -> tuple[str, ...]:
-    """The artist family is asked of unseen concepts, so that it cannot be told from the subject."""
-    return ("family",) if self.split.endswith("_concept") else ()
-
-  @property
-  def means(self) -> tuple[str, ...]:
-    """The concept's mean is asked of unseen artists."""
-    return ("label",) if self.split.endswith("_artist") else ()
-
-  @property
-  def pairs(self) -> tuple[tuple[str, str, str], ...]:
-    """No retrieval but that between texts and pictures."""
-    return ()
-
-  def keep(self, row: dict[str, Any]) -> bool:
-    """Whether a row of the split belongs to the test."""
-    return ((row["seen"] or not self.seen_only) and self.kind in ("", row["kind"])
-            and self.style in ("", row["style"]))
-
-
-EVAL_SETS: dict[str, EvalSet] = {
-    "val_artist": EvalSet("val_artist", "train", "val"),
-    "val_concept": EvalSet("val_concept", "val", "val"),
-    "gcompris": EvalSet("gcompris", "all", "val", seen_only=True),
-    "test_artist": EvalSet("test_artist", "train", "test"),
-    "test_concept": EvalSet("test_concept", "test", "test"),
-    "qabcs": EvalSet("qabcs", "all", "test", seen_only=True),
-    "scratch": EvalSet("scratch", "all", "test", seen_only=True),
-    "tuxpaint_photo": EvalSet("tuxpaint", "all", "test", seen_only=True, kind="photo"),
-    "tuxpaint_drawing": EvalSet("tuxpaint", "all", "test", seen_only=True, kind="drawing"),
-}
-
-
 def eval_sets(profile: str) -> dict[str, EvalSet]:
-  """The tests whose split the profile holds."""
-  held = split_names(profile)
-  return {name: test for name, test in EVAL_SETS.items() if test.split in held}
+  """The sets whose split the profile holds.
 
+  Pictures by held-out artists are classified among the 550 seen concepts, those of held-out concepts among these (60 or
+  120), those of other programs, where their concept is seen, among all 730. The probe of the family is fitted and
+  tested on different concepts, so that the subject does not give it away.
+  """
+  table, seen = names.concepts(), ("seen", (True,))
 
-SLICES = ("style", "kind", "imagenet")
-PROBE_GROUP = "label"  # concepts are held out, so that a family cannot be told from the subject
+  def asked(split: str, role: str, ways: tuple[str, ...] = ("train", "val", "test"), **fields: Any) -> EvalSet:
+    labels = tuple(table[c]["label"] for c in sorted(table) if table[c]["split"] in ways)
+    return EvalSet(split=split, role=role, candidates=labels, slices=("style", "kind", "imagenet"),
+                   probe_group="label", **fields)
+
+  sets = {
+      "val_artist": asked("val_artist", "val", ("train",), means=("label",)),
+      "val_concept": asked("val_concept", "val", ("val",), probes=("family",)),
+      "gcompris": asked("gcompris", "val", where=(seen,)),
+      "test_artist": asked("test_artist", "test", ("train",), means=("label",)),
+      "test_concept": asked("test_concept", "test", ("test",), probes=("family",)),
+      "qabcs": asked("qabcs", "test", where=(seen,)),
+      "scratch": asked("scratch", "test", where=(seen,)),
+      "tuxpaint_photo": asked("tuxpaint", "test", where=(seen, ("kind", ("photo",)))),
+      "tuxpaint_drawing": asked("tuxpaint", "test", where=(seen, ("kind", ("drawing",)))),
+  }
+  splits = split_names(profile)
+  return {name: test for name, test in sets.items() if test.split in splits}
 
 
 def annotate(row: dict[str, Any]) -> dict[str, Any]:
-  """`imagenet`: whether the image trunk knows the concept from ImageNet; numbers on those it knows are kept apart."""
+  """Adds `imagenet`, "yes" for a concept that is an ImageNet class: the image trunk has been trained on those."""
   return row | {"imagenet": "yes" if row["concept"] in _in_imagenet() else "no"}
 
 
@@ -130,18 +89,13 @@ def _in_imagenet() -> frozenset[str]:
 
 def split_names(profile: str) -> tuple[str, ...]:
   """Splits of a profile, in order."""
-  _check_profile(profile)
+  store.check_profile("icons", profile, PROFILES)
   return ICON_SPLITS + PICTURE_SOURCES.get(profile, ())
-
-
-def _check_profile(profile: str) -> None:
-  if profile not in PROFILES:
-    raise ValueError(f"unknown profile {profile!r} of world 'icons'; allowed: {list(PROFILES)}")
 
 
 @functools.cache
 def unseen() -> frozenset[str]:
-  """Concepts of val and test: nothing of theirs may be in training, captions included."""
+  """Concepts of val and test, of which nothing may be in training, captions included."""
   return frozenset(c for c, v in names.concepts().items() if v["split"] in ("val", "test"))
 
 
@@ -160,12 +114,12 @@ def package_ids(profile: str) -> list[str]:
 
 @functools.cache
 def plan(profile: str) -> tuple[Item, ...]:
-  """All pictures of a profile, read from the tables alone.
+  """All pictures of a profile, from the tables alone.
 
   Raises:
     ValueError: for an unknown profile.
   """
-  _check_profile(profile)
+  store.check_profile("icons", profile, PROFILES)
   if profile.startswith("tiny"):
     return tuple(_tiny_items(profile)) + tuple(_extra_items("tiny", "material/templates/.icons/material/{}.svg"))
   pictures = tuple(_picture_items(PICTURE_SOURCES[profile]))
@@ -221,20 +175,8 @@ def _extra_items(part: str, inner: str) -> Iterator[Item]:
 
 
 def build(profile: str, root: Path) -> Path:
-  """Fetches what the profile needs and builds it; returns at once where that is done.
-
-  Args:
-    profile: one of `PROFILES`.
-    root: the data folder.
-
-  Returns:
-    Folder of the built world.
-
-  Raises:
-    ValueError: for an unknown profile, or an archive whose content is not what the tables name.
-    FetchError, ChecksumError, OSError: see `fetch.fetch_all`.
-  """
-  _check_profile(profile)
+  """The world's folder, fetched and built where it is not there yet; see `registry` for arguments and errors."""
+  store.check_profile("icons", profile, PROFILES)
   folder = store.world_dir(root, "icons", profile, VERSION)
   if store.read_manifest(folder) is not None:
     return folder
@@ -290,7 +232,7 @@ def _row(item: Item, png: bytes) -> dict[str, Any]:
 
 
 def _is_vector(item: Item) -> bool:
-  """Iconify packages hold SVG bodies without a file ending; all other inner paths have one."""
+  """Whether a picture is SVG: inner paths of Iconify packages, which hold SVG, are the only ones without a suffix."""
   return item.inner.endswith(".svg") or "." not in item.inner
 
 
@@ -300,7 +242,7 @@ def read_items(items: Sequence[Any], paths: dict[str, Path], dropped: dict[str, 
   Args:
     items: the pictures, with the fields `id`, `package`, `inner`, `container` and `sha1` of `Item`.
     paths: archive of each package.
-    dropped: is filled with the reason for each picture of a Debian package that is missing or differs, as a release
+    dropped: filled with the reason for each picture of a Debian package that is missing or differs, as a release
       other than the recorded one may have other files.
 
   Returns:
@@ -312,22 +254,22 @@ def read_items(items: Sequence[Any], paths: dict[str, Path], dropped: dict[str, 
   """
   contents: dict[str, bytes] = {}
   for package_id in sorted({item.package for item in items}):
-    mine = [item for item in items if item.package == package_id]
-    read = _read_package(mine, paths[package_id])
-    for item in mine:
-      if item.id not in read:
+    group = [item for item in items if item.package == package_id]
+    files = _read_package(group, paths[package_id])
+    for item in group:
+      if item.id not in files:
         reason = f"{item.inner} is not in {paths[package_id].name}"
-      elif item.sha1 and hashlib.sha1(read[item.id]).hexdigest() != item.sha1:
-        reason = f"{item.inner}: expected SHA-1 {item.sha1}, got {hashlib.sha1(read[item.id]).hexdigest()}"
+      elif item.sha1 and hashlib.sha1(files[item.id]).hexdigest() != item.sha1:
+        reason = f"{item.inner}: expected SHA-1 {item.sha1}, got {hashlib.sha1(files[item.id]).hexdigest()}"
       else:
-        contents[item.id] = read[item.id]
+        contents[item.id] = files[item.id]
         continue
       if fetch.packages()[package_id].kind != "apt":
         raise ValueError(f"{paths[package_id]}: {reason}")
       dropped[item.id] = reason
-    if not any(item.id in contents for item in mine):
-      raise ValueError(f"{paths[package_id]}: none of its {len(mine)} pictures is as recorded; first: "
-                       f"{dropped[mine[0].id]}")
+    if not any(item.id in contents for item in group):
+      raise ValueError(f"{paths[package_id]}: none of its {len(group)} pictures is as recorded; first: "
+                       f"{dropped[group[0].id]}")
   return contents
 
 

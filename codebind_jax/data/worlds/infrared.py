@@ -1,7 +1,7 @@
 """Simulated long-wave infrared of a rendered object: temperatures by rule, emission, reflection, optics and noise.
 
-Temperatures come from the object's class or name (`tables/thermal.json`), so this exercises a pipeline and is no
-physics: say "simulated" wherever a figure or a number is shown.
+Temperatures are rules by the object's class or name (`tables/thermal.json`), not physics: say "simulated" wherever a
+figure or a number is shown.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ _SKIN = np.array([205, 155, 125])
 
 
 def generator(*key: object) -> np.random.Generator:
-  """A random generator that depends on a key alone."""
+  """A random generator seeded by a key alone."""
   return np.random.default_rng(int(hashlib.sha256(":".join(map(str, key)).encode()).hexdigest()[:16], 16))
 
 

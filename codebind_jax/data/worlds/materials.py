@@ -1,7 +1,7 @@
 """World "Materials": photographs of surfaces of 12 materials, simulated touch of the same places, and their names.
 
-One row is one crop: a photograph and what a touch sensor would see there (`touch.py`, simulated). All crops of a
-texture and of its near-copies share a split, which the tables say.
+One row is one crop: a photograph and what a touch sensor would see there (`touch.py`, simulated). The
+tables give the splits; all crops of a texture and of its near-copies share one.
 """
 
 import functools
@@ -49,19 +49,18 @@ def package_ids(profile: str) -> list[str]:
   Raises:
     ValueError: for an unknown profile.
   """
-  if profile not in PROFILES:
-    raise ValueError(f"unknown profile {profile!r} of world 'materials'; allowed: {list(PROFILES)}")
+  store.check_profile("materials", profile, PROFILES)
   return list(_PACKAGES[profile])
 
 
 def leaks(entry: dict[str, Any]) -> bool:
-  """Whether a training texture is of a material whose concept stays unseen in training (leakage rule 2): brick is."""
+  """Whether a training texture is of a material whose concept is unseen in training, as brick is (leakage rule 2)."""
   return entry["split"] == "train" and names.to_concept(entry["cls"]) in icons.unseen()
 
 
 @functools.cache
 def plan(profile: str) -> tuple[dict[str, Any], ...]:
-  """Textures of a profile as `tables/materials.json` lists them, those of the 12 materials that do not leak."""
+  """Textures of a profile as `tables/materials.json` lists them: those of the 12 materials that do not leak."""
   packages, table = package_ids(profile), names.table("materials")
   classes = {c["cls"] for c in table["classes"]}
   return tuple(
@@ -70,27 +69,15 @@ def plan(profile: str) -> tuple[dict[str, Any], ...]:
 
 
 def eval_sets(profile: str) -> dict[str, EvalSet]:
-  """Materials by name and by probe; touch to the photograph of the same crop, and to any of the same texture."""
+  """Materials by name and by probe; retrieval between touch and photographs of the same crop or the same texture."""
   ways = tuple(sorted({entry["cls"] for entry in plan(profile)}))
   pairs = (("tactile", "image", "id"), ("tactile", "image", "texture"))
-  asked = {"probes": ("label", "roughness"), "means": ("label",), "pairs": pairs}
-  return {split: EvalSet(split, split, ways, **asked) for split in ("val", "test")}
+  asked = {"candidates": ways, "probes": ("label", "roughness"), "means": ("label",), "pairs": pairs}
+  return {split: EvalSet(split=split, role=split, **asked) for split in ("val", "test")}
 
 
 def build(profile: str, root: Path) -> Path:
-  """Fetches what the profile needs and builds it; returns at once where that is done.
-
-  Args:
-    profile: one of `PROFILES`.
-    root: the data folder.
-
-  Returns:
-    Folder of the built world.
-
-  Raises:
-    ValueError: for an unknown profile, or an archive whose content is not what the tables name.
-    FetchError, ChecksumError, OSError: see `fetch.fetch_all`.
-  """
+  """The world's folder, fetched and built where it is not there yet; see `registry` for arguments and errors."""
   textures = plan(profile)
   folder = store.world_dir(root, "materials", profile, VERSION)
   if store.read_manifest(folder) is not None:
@@ -129,7 +116,7 @@ def read_photos(
   Args:
     textures: rows of `tables/materials.json`.
     paths: archive of each package.
-    dropped: is filled with the reason for each texture of a Debian package that is missing or differs, as another
+    dropped: filled with the reason for each texture of a Debian package that is missing or differs, as another
       release may have other files.
 
   Raises:
@@ -137,9 +124,9 @@ def read_photos(
   """
   photos: dict[str, np.ndarray] = {}
   for package in sorted({_package(entry) for entry in textures}):
-    mine = [entry for entry in textures if _package(entry) == package]
-    contents = _contents(package, mine, paths)
-    for entry in mine:
+    group = [entry for entry in textures if _package(entry) == package]
+    contents = _contents(package, group, paths)
+    for entry in group:
       content = contents.get(entry["inner"])
       got = None if content is None else hashlib.sha1(content).hexdigest()
       if got == entry["sha1"]:
@@ -149,9 +136,9 @@ def read_photos(
       else:
         raise ValueError(f"{paths[package]}: {entry['inner']}: expected SHA-1 {entry['sha1']}, got "
                          f"{got or 'no such file'}")
-    if not any(_key(entry) in photos for entry in mine):
-      raise ValueError(f"{paths[package]}: none of its {len(mine)} textures is as recorded; first: "
-                       f"{dropped[_key(mine[0])]}")
+    if not any(_key(entry) in photos for entry in group):
+      raise ValueError(f"{paths[package]}: none of its {len(group)} textures is as recorded; first: "
+                       f"{dropped[_key(group[0])]}")
   return photos
 
 
@@ -162,8 +149,8 @@ def _contents(package: str, textures: list[dict[str, Any]], paths: dict[str, Pat
     return archives.read_members(paths[package], [entry["inner"] for entry in textures])
   libraries = {entry["package"].partition(":")[2].removesuffix(".sh3f") for entry in textures}
   boxes = furniture.open_libraries(paths, sorted(libraries))
-  held = {name: box for box in boxes.values() for name in box.namelist()}
-  return {entry["inner"]: held[entry["inner"]].read(entry["inner"]) for entry in textures if entry["inner"] in held}
+  box_of = {name: box for box in boxes.values() for name in box.namelist()}
+  return {entry["inner"]: box_of[entry["inner"]].read(entry["inner"]) for entry in textures if entry["inner"] in box_of}
 
 
 def read_photo(content: bytes, name: str) -> UInt8[np.ndarray, "h w 3"]:

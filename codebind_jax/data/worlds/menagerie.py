@@ -1,7 +1,7 @@
 """World "Menagerie": recorded animals, instruments and things; instrument notes; animated clips; and their names.
 
-Recordings are split by program they come from, notes by soundfont and key, clips by concept. The splits of recordings
-and clips are written in the tables.
+Recordings are split by the program they come from, notes by soundfont and key, clips by concept. The tables give the
+splits of recordings and clips.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ class Item:
     inner: path in the package, or in `container`.
     concept: what is heard or seen.
     kind: animal, instrument, object or human of a recording; note; clip.
-    group: never split.
+    group: rows of one group share a split.
     heard: whether some training recording has the concept.
     container: a Qt resource file of the package.
     sha1: of the file, "" where none is recorded.
@@ -64,11 +64,6 @@ class Item:
   note: notes.Note | None = None
 
 
-def _check_profile(profile: str) -> None:
-  if profile not in PROFILES:
-    raise ValueError(f"unknown profile {profile!r} of world 'menagerie'; allowed: {list(PROFILES)}")
-
-
 def package_ids(profile: str) -> list[str]:
   """Packages that a profile is built from."""
   return sorted({item.package for item in plan(profile)})
@@ -76,12 +71,12 @@ def package_ids(profile: str) -> list[str]:
 
 @functools.cache
 def plan(profile: str) -> tuple[Item, ...]:
-  """All rows of a profile, read from the tables alone.
+  """All rows of a profile, from the tables alone.
 
   Raises:
     ValueError: for an unknown profile.
   """
-  _check_profile(profile)
+  store.check_profile("menagerie", profile, PROFILES)
   items = [*_recordings(profile), *_notes(profile), *(_clips() if profile == "full" else ())]
   return tuple(items + list(_emergent(items)))
 
@@ -107,7 +102,7 @@ def _notes(profile: str) -> Iterator[Item]:
   font = TRAIN_FONT[profile]
   for note in notes.plain() + notes.extra():
     split = "val" if note.held_out else "train"
-    # Where there is no other source to test on, one of the two held-out keys is the test.
+    # Profile tiny has no other source to test on: one of the two held-out keys is its test.
     if profile == "tiny" and note.held_out and note.name.endswith("-7"):
       split = "test"
     yield _note_item(font, note, split)
@@ -144,12 +139,12 @@ def label(concept: str) -> str:
 
 
 def texts(concept: str) -> tuple[str, ...]:
-  """Captions of a concept: its label and what the bridge says of it, without words of unseen concepts."""
+  """Captions of a concept: its label and its texts in the bridge, without names of unseen concepts."""
   return icons.texts(concept) if concept in names.concepts() else (label(concept),)
 
 
 def eval_sets(profile: str) -> dict[str, EvalSet]:
-  """The tests of a profile; see the fields of each."""
+  """Sounds, instruments, notes and clips by name, as far as the profile has them; retrieval between sound and clip."""
   items = plan(profile)
 
   def labels(form: str, split: str) -> tuple[str, ...]:
@@ -159,41 +154,30 @@ def eval_sets(profile: str) -> dict[str, EvalSet]:
   recording, heard, note, clip = ("form", ("recording",)), ("heard", (True,)), ("form", ("note",)), ("form", ("clip",))
   instruments = tuple(label(one["concept"]) for one in names.table("instruments")["instruments"])
   for role in ("val", "test"):
+    of_role = functools.partial(EvalSet, split=role, role=role)
     if profile != "tiny":
       sounds = (recording, heard)
-      sets[f"{role}_sounds"] = EvalSet(role, role, labels("recording", role), where=sounds)
-      sets[f"{role}_sounds_all"] = EvalSet(role, role, labels("recording", "train"), where=sounds)
-      sets[f"{role}_recordings"] = EvalSet(role, role, where=(recording,), probes=("category",))
-      played = (recording, ("label", instruments))
-      sets[f"{role}_instruments"] = EvalSet(role, role, instruments, where=played)
+      sets[f"{role}_sounds"] = of_role(candidates=labels("recording", role), where=sounds)
+      sets[f"{role}_sounds_all"] = of_role(candidates=labels("recording", "train"), where=sounds)
+      sets[f"{role}_recordings"] = of_role(where=(recording,), probes=("category",))
+      sets[f"{role}_instruments"] = of_role(candidates=instruments, where=(recording, ("label", instruments)))
     if any((i.form, i.split) == ("note", role) for i in items):
-      sets[f"{role}_notes"] = EvalSet(role, role, instruments, where=(note,))
+      sets[f"{role}_notes"] = of_role(candidates=instruments, where=(note,))
     if profile == "full":
       table = names.concepts()
       unseen = tuple(table[c]["label"] for c in sorted(table) if table[c]["split"] == role)
-      sets[f"{role}_video"] = EvalSet(role, role, unseen, where=(clip,))
-      sets[f"{role}_audio_video"] = EvalSet(f"{role}_emergent", role, pairs=(("audio", "video", "concept"),))
+      sets[f"{role}_video"] = of_role(candidates=unseen, where=(clip,))
+      sets[f"{role}_audio_video"] = of_role(split=f"{role}_emergent", pairs=(("audio", "video", "concept"),))
   return sets
 
 
 def build(profile: str, root: Path) -> Path:
-  """Fetches what the profile needs and builds it; returns at once where that is done.
+  """The world's folder, fetched and built where it is not there yet; see `registry` for arguments and errors.
 
-  Without tinysoundfont there are no notes; a world built so is built anew once it is installed.
-
-  Args:
-    profile: one of `PROFILES`.
-    root: the data folder.
-
-  Returns:
-    Folder of the built world.
-
-  Raises:
-    ValueError: for an unknown profile, or an archive whose content is not what the tables name, or if profile tiny,
-      most of which are notes, is asked for without tinysoundfont.
-    FetchError, ChecksumError, OSError: see `fetch.fetch_all`.
+  Without tinysoundfont there are no notes, and the world is built anew once it is installed; profile tiny, most of
+  which are notes, is then a ValueError.
   """
-  _check_profile(profile)
+  store.check_profile("menagerie", profile, PROFILES)
   if not notes.available():
     if profile == "tiny":
       raise ValueError(f"world 'menagerie', profile 'tiny' needs tinysoundfont: {notes.HOW_TO_INSTALL}")
@@ -207,7 +191,7 @@ def build(profile: str, root: Path) -> Path:
 
 
 class _Build:
-  """One build: reads what is planned, keeps what can be read, counts both."""
+  """One build: reads the planned rows, and counts those that are kept and dropped."""
 
   def __init__(self, profile: str, paths: dict[str, Path]):
     self.profile, self.paths = profile, paths
@@ -229,16 +213,16 @@ class _Build:
   @functools.cached_property
   def _files(self) -> dict[str, bytes]:
     """Content of each recording and clip; a Debian file that is not as recorded is dropped."""
-    once = {i.id: i for i in plan(self.profile) if i.form == "recording"}
-    found = icons.read_items(list(once.values()), self.paths, self.tally.dropped)
+    recordings = {i.id: i for i in plan(self.profile) if i.form == "recording"}
+    contents = icons.read_items(list(recordings.values()), self.paths, self.tally.dropped)
     for package in CLIPS:
       clips = {i.inner: i.id for i in plan(self.profile) if i.package == package}
       read = archives.read_members(self.paths[package], clips) if clips else {}
-      lost = sorted(set(clips) - set(read))
-      if lost:
-        raise ValueError(f"{self.paths[package]}: {lost[0]} is not in it")
-      found |= {clips[inner]: data for inner, data in read.items()}
-    return found
+      missing = sorted(set(clips) - set(read))
+      if missing:
+        raise ValueError(f"{self.paths[package]}: {missing[0]} is not in it")
+      contents |= {clips[inner]: data for inner, data in read.items()}
+    return contents
 
   def _rows(self, items: list[Item]) -> Iterator[tuple[str, dict[str, Any]]]:
     for item, content in self._contents(items):
@@ -262,12 +246,12 @@ class _Build:
           yield played[note], notes.flac(samples)
 
   def _soundfont(self, package: str) -> bytes:
-    """A soundfont, the last one kept: several splits have notes of it, and unpacking it takes most of a minute."""
+    """A soundfont; the last one is kept, as several splits have notes of it and unpacking takes most of a minute."""
     if self.font[0] != package:
-      found = archives.read_members(self.paths[package], [FONTS[package]])
-      if FONTS[package] not in found:
+      contents = archives.read_members(self.paths[package], [FONTS[package]])
+      if FONTS[package] not in contents:
         raise ValueError(f"{self.paths[package]}: {FONTS[package]} is not in it")
-      self.font = package, found[FONTS[package]]
+      self.font = package, contents[FONTS[package]]
     return self.font[1]
 
 

@@ -66,17 +66,17 @@ def plain() -> tuple[Note, ...]:
 
 @functools.cache
 def extra() -> tuple[Note, ...]:
-  """More of each instrument for training: notes of other strength and length, phrases and chords; no held-out key."""
-  out = []
+  """Further training notes of each instrument: other velocities and lengths, phrases, chords; no held-out key."""
+  notes = []
   for one in names.table("instruments")["instruments"]:
-    held = {key for j, key in enumerate(plain_keys(one["low"], one["high"])) if j % 4 == HELD_OUT}
-    keys = [key for key in range(one["low"], one["high"] + 1) if key not in held]
-    rng = random.Random(f"notes:{one['concept']}")  # text seeds are hashed: the same on every machine
+    held_out = {key for j, key in enumerate(plain_keys(one["low"], one["high"])) if j % 4 == HELD_OUT}
+    keys = [key for key in range(one["low"], one["high"] + 1) if key not in held_out]
+    rng = random.Random(f"notes:{one['concept']}")  # a text seed gives the same on every machine
     for j in range(EXTRA_NOTES + PHRASES):
       program = one["programs"][j % len(one["programs"])]
       events = _note(keys, rng) if j < EXTRA_NOTES else _phrase(keys, rng)
-      out.append(Note(f"{one['concept']}-{KEYS + j}", one["concept"], program, events, False))
-  return tuple(out)
+      notes.append(Note(f"{one['concept']}-{KEYS + j}", one["concept"], program, events, False))
+  return tuple(notes)
 
 
 def _note(keys: list[int], rng: random.Random) -> tuple[tuple[float, int, int, float], ...]:
@@ -84,7 +84,7 @@ def _note(keys: list[int], rng: random.Random) -> tuple[tuple[float, int, int, f
 
 
 def _phrase(keys: list[int], rng: random.Random) -> tuple[tuple[float, int, int, float], ...]:
-  """A line of notes near each other, one of four times with a second voice."""
+  """A melody in small steps, with a second voice in one of four cases."""
   step, place = rng.choice((0.2, 0.25, 0.33, 0.5)), rng.randrange(len(keys))
   second = rng.randint(3, 5) if rng.random() < 0.25 else 0
   events = []
@@ -98,7 +98,7 @@ def _phrase(keys: list[int], rng: random.Random) -> tuple[tuple[float, int, int,
 
 
 def render(soundfont: bytes, notes: Iterable[Note]) -> Iterator[tuple[Note, Float32[np.ndarray, " n"]]]:
-  """Each note as two seconds of mono sound at 44,100 Hz, its peak brought to 0.5; silence where nothing is heard.
+  """Renders each note as two seconds of mono sound at 44,100 Hz with peak 0.5; silence where nothing is heard.
 
   Raises:
     ValueError: if the soundfont cannot be read.
@@ -117,7 +117,7 @@ def render(soundfont: bytes, notes: Iterable[Note]) -> Iterator[tuple[Note, Floa
 
 
 def _synth_class():
-  """tinysoundfont's synthesizer; the package imports pyaudio, which is needed to play sounds only."""
+  """tinysoundfont's synthesizer, with an empty module for pyaudio where that is missing: only playing needs it."""
   missing = importlib.util.find_spec("pyaudio") is None
   if missing:
     sys.modules["pyaudio"] = types.ModuleType("pyaudio")

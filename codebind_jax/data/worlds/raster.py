@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Int
 
-_CELLS = 1 << 20  # candidate pixels looked at together
+_CELLS = 1 << 20  # candidate pixels in memory at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Camera:
 
   @property
   def eye(self) -> Float[np.ndarray, "3"]:
-    """Where the camera is."""
+    """Position of the camera."""
     return -self.distance * self.axes[2]
 
 
@@ -49,7 +49,7 @@ def z_buffer(
 ) -> tuple[Float[np.ndarray, "h w"], Int[np.ndarray, "h w"]]:
   """Depth along the camera's axis (infinite where nothing is hit) and the index of the triangle seen (-1 for none).
 
-  Both sides of a triangle are seen; of two at the same depth the one with the lower index is.
+  Both sides of a triangle are visible; of two at the same depth the lower index wins.
 
   Args:
     vertices: in units of the scene; all of them in front of the camera.
@@ -74,7 +74,7 @@ def z_buffer(
   area = _edge(column[:, 0], row[:, 0], column[:, 1], row[:, 1], column[:, 2], row[:, 2])
   visible = np.flatnonzero((extent > 0).all(axis=0) & (area != 0))
   depth, seen = np.full(size * size, np.inf), np.full(size * size, -1)
-  # Triangles whose boxes have about the same shape are looked at together.
+  # Triangles whose boxes have about the same shape are processed together.
   power = np.ceil(np.log2(extent[:, visible])).astype(int)
   for height, width in np.unique(power.T, axis=0):
     alike = visible[(power[0] == height) & (power[1] == width)]

@@ -1,10 +1,11 @@
 """Which worlds there are, and how one is found built or gets built.
 
-A world is a module with `VERSION`, `PROFILES`, `build(profile, root) -> folder`, `package_ids(profile)`,
-`eval_sets(profile)`: name -> an object with `split`, `role`, `candidates`, `probes`, `means`, `pairs` and `keep(row)`
-(see `data.task.EvalSet`), and where rows get fields at reading time `annotate(row) -> row`. It may say `UNIQUE`, the
-field that tells training rows apart ("label" unless set), `SLICES` and `PROBE_GROUP` (see `EvalSet`). It trains on
-split `train`. A class `World` instead of these functions stands for worlds that are drawn and not built.
+A world is a module with `VERSION`, `PROFILES`, `package_ids(profile)`, `eval_sets(profile)` (name -> `EvalSet`) and
+`build(profile, root)`, which returns the folder of the built world below the data folder `root`. It raises a ValueError
+for an unknown profile or an archive whose content is not what the tables name, and what `fetch.fetch_all` raises.
+Optional are `annotate(row) -> row`, which adds fields at reading time, `UNIQUE`, the field whose values tell training
+rows apart ("label" unless set), and `EXTRA`, a further split to train on. Split `train` is trained on. A module with a
+class `World` instead of these functions is drawn in memory and not built.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ WORLDS["synthetic"] = "codebind_jax.data.synthetic"
 
 
 def world_module(world: str) -> Any:
-  """The builder of a world; a world that is drawn and not built may carry its modalities in its name.
+  """The builder of a world; the name of a world that is drawn may list its modalities.
 
   Raises:
     ValueError: for an unknown world.
@@ -44,7 +45,7 @@ def world_module(world: str) -> Any:
 def ensure(
   world: str = "icons", profile: str = "auto", data_dir: str | Path | None = None, *, again: bool = False
 ) -> Path:
-  """Folder of a built world, building it first where needed; at once where it is built.
+  """Folder of a built world, which is built first where needed.
 
   Profile "auto" is `small` where npm and apt-get answer, else `tiny`. A choice of `tiny` is remembered with its reason,
   so that a machine without those clients is not asked every time.
@@ -73,7 +74,7 @@ def ensure(
 
 
 def resolve(world: str, profile: str, data_dir: str | Path | None = None) -> str:
-  """The profile that "auto" stands for, the world built; a world that is not built at all takes its smallest."""
+  """The profile that "auto" stands for, built where needed; the smallest of a world that is drawn."""
   module = world_module(world)
   if hasattr(module, "open_split"):
     return module.PROFILES[0] if profile == "auto" else profile

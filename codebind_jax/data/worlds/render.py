@@ -1,7 +1,7 @@
-"""Pictures of any kind to one form: PNG, RGB, square, composited on white. Vector files go through resvg.
+"""Draws bitmaps and vector files as square RGB PNGs on white; vector files go through resvg.
 
-Run as a module it is a worker that renders what it is sent on standard input: a subprocess, because a damaged vector
-file can take its process down, and because two of them keep two cores busy without touching the caller's JAX.
+Run as a module it is a worker that draws what it reads on standard input. Workers are processes because a damaged
+vector file can take its process down, and because they use all cores without touching the caller's JAX.
 """
 
 import collections
@@ -58,7 +58,7 @@ def _rasterise(svg: bytes, size: int) -> bytes:
   import resvg_py
 
   try:
-    # Without a dpi resvg-py takes lengths in pt or cm for nothing and calls the size invalid.
+    # Without a dpi resvg-py takes lengths in pt or cm as zero and calls the size invalid.
     return bytes(resvg_py.svg_to_bytes(
         svg_string=svg.decode("utf-8", "replace"), width=size, height=size, dpi=96, skip_system_fonts=True))
   except BaseException as error:  # a Rust panic is a BaseException
@@ -68,7 +68,7 @@ def _rasterise(svg: bytes, size: int) -> bytes:
 
 
 class Renderer:
-  """Worker processes that draw many pictures; they start when first needed and end with the `with` block."""
+  """Worker processes that draw pictures; they start when first needed and end with the `with` block."""
 
   def __init__(self, size: int = SIZE, workers: int | None = None):
     """Makes a renderer.
@@ -91,7 +91,7 @@ class Renderer:
       worker.close()
 
   def draw(self, pictures: Iterable[tuple[bytes, bool]]) -> Iterator[bytes | RenderError]:
-    """Draws pictures, at most sixteen a worker under way; answers come in the order of the questions.
+    """Draws pictures, at most sixteen a worker at a time, and gives the results in order.
 
     Args:
       pictures: pairs of content and whether it is SVG.

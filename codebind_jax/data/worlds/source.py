@@ -27,7 +27,7 @@ class WorldSource(Source):
     self._records = np.arange(len(rows))
     manifest = (folder / "manifest.json").read_bytes()
     self._fingerprint = hashlib.sha256(manifest).hexdigest()
-    self._held = tuple(json.loads(manifest).get("modalities", ("image",)))
+    self._arrays = tuple(json.loads(manifest).get("modalities", ("image",)))
     self._reader, self._lock = None, threading.Lock()
 
   def __getstate__(self) -> dict[str, Any]:
@@ -40,12 +40,12 @@ class WorldSource(Source):
   @property
   def modalities(self) -> tuple[str, ...]:
     """Modalities of the world."""
-    return (*self._held, "text")
+    return (*self._arrays, "text")
 
   def has(self, index: int, modality: str) -> bool:
     """Whether the row's record holds the modality, by the world's index."""
     row = self.rows[index]
-    return bool(row.get("text")) if modality == "text" else modality in row.get("has", self._held)
+    return bool(row.get("text")) if modality == "text" else modality in row.get("has", self._arrays)
 
   def content_hash(self, index: int, modality: str) -> str:
     """From the world's manifest (package and table hashes, builder version) and the row's id: nothing is decoded."""
@@ -59,7 +59,7 @@ class WorldSource(Source):
     """The row's array, decoded from its record."""
     with self._lock:
       if self._reader is None:
-        self._reader = store.open_records(self._folder, self._split, self._held)
+        self._reader = store.open_records(self._folder, self._split, self._arrays)
     record = self._reader[int(self._records[index])]
     if record["id"].decode() != self.rows[index]["id"]:
       raise ValueError(f"{self._folder}: record {self._records[index]} of split {self._split!r} is {record['id']!r}, "

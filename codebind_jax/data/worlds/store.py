@@ -17,6 +17,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
+from codebind_jax import files
 from codebind_jax.data import transforms
 from codebind_jax.data.worlds import fetch, names
 
@@ -24,6 +25,12 @@ from codebind_jax.data.worlds import fetch, names
 def world_dir(root: Path, world: str, profile: str, version: str) -> Path:
   """Folder of one built world."""
   return root / "worlds" / world / profile / version
+
+
+def check_profile(world: str, profile: str, profiles: Sequence[str]) -> None:
+  """Raises a ValueError unless a profile is one of the world's."""
+  if profile not in profiles:
+    raise ValueError(f"unknown profile {profile!r} of world {world!r}; allowed: {list(profiles)}")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -101,10 +108,10 @@ def build(
     profile: name of the profile.
     version: version of the builder, such as "1.0.0".
     splits: split name -> generator of (id, row).
-    features: gives the tfds features of a row.
+    features: returns the tfds features of a row.
     arrays: the array modalities: fields kept out of the index, which says under `has` which of them a row has.
-    finish: called when all rows are written; gives the manifest and the text of ATTRIBUTION.md.
-    need_bytes: free space that must be there before the work starts.
+    finish: called when all rows are written; returns the manifest and the text of ATTRIBUTION.md.
+    need_bytes: free space needed before the work starts.
 
   Returns:
     The folder of the built world.
@@ -114,21 +121,21 @@ def build(
   """
   final = world_dir(root, world, profile, version)
   fetch.make_folder(final.parent, need_bytes)
-  with fetch.lock(final.parent):
+  with files.lock(final.parent / ".lock", f"is working in {final.parent}"):
     if read_manifest(final) is not None:
       return final
     for stale in final.parent.glob(".building-*"):
       shutil.rmtree(stale)
     with tempfile.TemporaryDirectory(dir=final.parent, prefix=".building-") as scratch:
-      made = _write_records(Path(scratch), world, profile, version, splits, features)
-      _write_index(made, splits, arrays)
+      built = _write_records(Path(scratch), world, profile, version, splits, features)
+      _write_index(built, splits, arrays)
       manifest, attribution = finish()
       manifest["modalities"] = list(arrays)
-      (made / "ATTRIBUTION.md").write_text(attribution)
-      (made / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+      (built / "ATTRIBUTION.md").write_text(attribution)
+      (built / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
       if final.exists():
         shutil.rmtree(final)
-      made.replace(final)
+      built.replace(final)
   logging.info("built world %s, profile %s, in %s", world, profile, final)
   return final
 
@@ -163,7 +170,7 @@ def _write_records(scratch, world, profile, version, splits, features) -> Path:
 
 @contextlib.contextmanager
 def _quiet(progress) -> Iterator[None]:
-  """Without tfds's bars and messages for every step of every split: the world's builder shows one bar of its own."""
+  """Hides tfds's bars and messages of every split; the world's builder shows one bar of its own."""
   active = progress._active
   progress.disable_progress_bar()
   try:
@@ -184,7 +191,7 @@ def _verbosity(limit: int) -> Iterator[None]:
 
 
 def _write_index(folder: Path, splits: Iterable[str], arrays: Iterable[str]) -> None:
-  """Collects the small fields of every record, so that rows can be listed and chosen without decoding."""
+  """Writes the small fields of every record, so that rows can be listed and chosen without decoding."""
   arrays, index = tuple(arrays), {}
   for split in splits:
     records = open_records(folder, split, arrays)

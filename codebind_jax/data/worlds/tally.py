@@ -1,4 +1,4 @@
-"""What the build of a world keeps and drops, from which its manifest and ATTRIBUTION.md are written."""
+"""Counts of what a world's build keeps and drops, for its manifest and ATTRIBUTION.md."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Tally:
   Attributes:
     world, profile, version: of the build.
     paths: package id -> archive it is built from.
-    tables: names of the tables it reads: where one changes, the world is built anew.
+    tables: names of the tables it reads; the world is built anew when one changes.
     kept: split -> rows.
-    dropped: what was left out -> why.
+    dropped: id of a row that was left out -> the reason.
     digest: over the content of all rows, in order.
   """
 
@@ -36,20 +36,20 @@ class Tally:
   digest: Any = dataclasses.field(default_factory=hashlib.sha256)
 
   def keep(self, split: str, *content: bytes) -> None:
-    """Counts a row of a split and what it holds."""
+    """Counts a row of a split and adds its content to the digest."""
     self.kept[split] = self.kept.get(split, 0) + 1
     for part in content:
       self.digest.update(hashlib.sha256(part).digest())
 
   def check(self, split: str, what: str) -> None:
-    """Raises a ValueError if a split has got no row, with the first reason."""
+    """Raises a ValueError with the first reason if a split has no row."""
     if not self.kept.get(split):
       reason = next(iter(self.dropped.values()), "the tables list none")
       raise ValueError(f"world {self.world!r}, profile {self.profile!r}: no {what} of split {split!r} can be made; "
                        f"first: {reason}")
 
   def finish(self, works: Iterable[str] = (), **more: Any) -> tuple[dict[str, Any], str]:
-    """Logs what was dropped; gives the manifest, with the fields of `more`, and the text of ATTRIBUTION.md."""
+    """Logs what was dropped; returns the manifest, with the fields of `more`, and the text of ATTRIBUTION.md."""
     for key, reason in self.dropped.items():
       logging.warning("%s: left out %s: %s", self.world, key, reason)
     used = {i: fetch.packages()[i] for i in self.paths}

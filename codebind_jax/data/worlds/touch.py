@@ -1,6 +1,6 @@
 """Simulated pictures of a GelSight-like touch sensor, from photographs of surfaces.
 
-The photograph's brightness is taken for height, which it is not: say "simulated touch" wherever a number is shown.
+The photograph's brightness stands for height, which is not known: say "simulated touch" wherever a number is shown.
 """
 
 import numpy as np
@@ -24,7 +24,7 @@ def crop(photo: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator) -> UInt8[n
 
 
 def relief(photo: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, "h w"]:
-  """Brightness without its slow changes, from 0 to 1; zero where all is one grey."""
+  """High-pass filtered brightness, scaled to 0 to 1; zero for a picture of one grey."""
   brightness = photo @ _LUMA / 255.0
   rough = brightness - gaussian_filter(brightness, 12)
   reach = np.ptp(rough)

@@ -58,7 +58,7 @@ def look(mesh: Mesh, camera: Camera) -> View:
 def sense(path: Path, key: str, name: str, cls: str | None, metres: float) -> list[dict[str, bytes]] | str:
   """All that the sensors give of one object, view by view, as the records' encoded fields.
 
-  Each view has points of its own: another even draw from the whole surface.
+  Each view has points of its own, sampled evenly from the whole surface.
 
   Args:
     path: its OBJ file.
