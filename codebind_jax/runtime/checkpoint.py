@@ -115,8 +115,8 @@ class Checkpoints:
 
   def _metadata(self, step: int) -> Any:
     """The tree of a checkpoint's state, with its arrays' shapes and types as leaves."""
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-      return reader.metadata(self.path / str(step) / "state").item_metadata.tree
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+      return reader.metadata(self.path / str(step) / "state").tree
 
   def fingerprint(self) -> dict[str, Any] | None:
     """Of the data, from the newest checkpoint that has a readable one; None where none has."""
@@ -161,6 +161,10 @@ class Checkpoints:
 
 def _arrays(tree: Any) -> dict[str, str]:
   """Type and shape of a tree's arrays by path."""
-  flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-  return {jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
-          for path, leaf in flat if hasattr(leaf, "shape")}  # fmt: skip
+  found = {}
+  for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    if hasattr(leaf, "shape"):
+      if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # kept as the numbers of the key
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+      found[jax.tree_util.keystr(path, simple=True, separator="/")] = f"{leaf.dtype}{list(leaf.shape)}"
+  return found
