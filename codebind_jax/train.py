@@ -21,7 +21,7 @@ from codebind_jax import config as config_lib
 from codebind_jax import schema
 from codebind_jax.api import Model
 from codebind_jax.codebook import collapsed, usage_stats
-from codebind_jax.data.batches import Batches, SourceBatches, check_same
+from codebind_jax.data.batches import Batches, SourceBatches
 from codebind_jax.data.task import open_task
 from codebind_jax.evaluate import Evaluation, StageEvaluation
 from codebind_jax.initialise import copy_heads, start_from, whiten_heads
@@ -150,7 +150,10 @@ def run_stages(
   batches = {s.name: (draw or batches_of)(config, s, tables, labels, evaluation.task.extra) for s in stages}
   fingerprint = {name: found.fingerprint for name, found in batches.items()}
   with contextlib.closing(Checkpoints(folder, keep=config.keep_checkpoints)) as store:
-    check_same(store.fingerprint() or fingerprint, fingerprint, f"the run in {str(folder)!r}")
+    changed = schema.difference(store.fingerprint() or fingerprint, fingerprint)
+  if changed:
+    raise ValueError(f"the run in {str(folder)!r} was trained on other data (stage.source.what: then -> now): "
+                     f"{'; '.join(changed)}; go on with the data it began with, or use another workdir")  # fmt: skip
   banner("model")
   programs = programs or Programs()
   layout = make_layout(config)

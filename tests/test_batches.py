@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import os
 import pickle
 import signal
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 
 from codebind_jax.data.ahead import ahead
-from codebind_jax.data.batches import Batches, FeatureTable, SourceBatches, check_same
+from codebind_jax.data.batches import Batches, FeatureTable, SourceBatches
+from codebind_jax.schema import difference
 from tests.batches_fixtures import EXTRA, Failing, Probe, digest, leaves, toy, toy_batches
 from tests.processes import REPOSITORY
 
@@ -135,24 +137,21 @@ def test_kept_batches_are_read_once_and_not_sent():
 
 def test_fingerprint_names_what_changed():
   tables, labels = toy()
-  make = lambda tables=tables, labels=labels, **options: {
-    "bind": Batches({"toy": SourceBatches(tables, labels, **{"rows": 4, "seed": 3} | options)}).fingerprint
-  }
-  check_same(make(), make(process=1, processes=2), "run")
-  check_same(make(), pickle.loads(pickle.dumps(make())), "run")
+  make = lambda tables=tables, labels=labels, **options: Batches({
+    "toy": SourceBatches(tables, labels, **{"rows": 4, "seed": 3} | options)
+  }).fingerprint  # fmt: skip
+  assert make() == make(process=1, processes=2) == json.loads(json.dumps(make()))
   image, text = tables["image"], tables["text"]
   fewer = FeatureTable(image.features, [(), *image.choices[1:-1], ()])
   other = FeatureTable(text.features + np.float16(1), text.choices)
   for changed, what in [
-    (make(labels=[*labels[:-1], "new"]), "labels '"), (make({"image": image}), "rows with text 30 -> None"),
-    (make({"image": fewer, "text": text}), "rows with image 25 -> 24"), (make(rows=6), "rows of a batch 4 -> 6"),
-    (make({"image": image, "text": other}), "features of text '"), (make(seed=4), "seed 3 -> 4"),
-    (make(unique_labels=False), "unique_labels True -> False"), (make(**EXTRA), "further rows of a batch 0 -> 1"),
+    (make(labels=[*labels[:-1], "new"]), {"labels"}), (make(labels=labels[::-1]), {"labels"}),
+    (make({"image": image}), {f"{what} text" for what in ("rows with", "choices of", "features of", "augmented")}),
+    (make({"image": fewer, "text": text}), {"rows with image", "choices of image"}), (make(seed=4), {"seed"}),
+    (make({"image": image, "text": other}), {"features of text"}), (make(rows=6), {"rows of a batch"}),
+    (make(unique_labels=False), {"unique_labels"}), (make(**EXTRA), {"further rows", "further rows of a batch"}),
   ]:  # fmt: skip
-    with pytest.raises(ValueError, match=f"run was trained on other data: .*stage 'bind', source 'toy': {what}"):
-      check_same(make(), changed, "run")
-  with pytest.raises(ValueError, match="source 'more': rows None -> 30"):
-    check_same(make(), {"bind": make()["bind"] | {"more": make()["bind"]["toy"]}}, "run")
+    assert {line.partition(":")[0] for line in difference(make(), changed)} == {f"toy.{name}" for name in what}
 
 
 @pytest.mark.parametrize("options, message", [

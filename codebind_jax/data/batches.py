@@ -6,6 +6,7 @@ No batch depends on those before it, on the number of processes, or on how many 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import mmap
@@ -188,7 +189,7 @@ class Batches:
 
   def __init__(self, sources: Mapping[str, SourceBatches], keep: bool = False):
     self._sources = dict(sources)
-    self._kept: dict[int, Batch] | None = {} if keep else None
+    self._read = functools.cache(self._drawn) if keep else self._drawn
 
   def __reduce__(self) -> tuple[Any, ...]:
     return Batches, (self._sources,)  # a worker process gets no kept batches
@@ -199,44 +200,14 @@ class Batches:
     return {name: source.fingerprint for name, source in self._sources.items()}
 
   def __getitem__(self, step: int) -> Batch:
-    if self._kept is not None and step in self._kept:
-      return self._kept[step]
-    batch = {name: source[step] for name, source in self._sources.items()}
-    if self._kept is not None:
-      self._kept[step] = batch
-    return batch
+    return self._read(step)
+
+  def _drawn(self, step: int) -> Batch:
+    return {name: source[step] for name, source in self._sources.items()}
 
   def start(self, step: int = 0, *, workers: int = 0, threads: int = 2) -> Iterator[Batch]:
     """The batches from a step on, without end, read ahead; see `ahead`. Close the iterator when done."""
     return ahead(self, step, workers=workers, threads=threads)
-
-
-def check_same(before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]], where: str) -> None:
-  """Compares the data that a run has read with what it would go on with.
-
-  Args:
-    before: stage -> fingerprint of its batches, as a checkpoint holds it.
-    now: of the data at hand.
-    where: the run, for the error.
-
-  Raises:
-    ValueError: naming each stage, source and value that differs.
-  """
-  changed = [
-    f"stage {stage!r}, source {source!r}: {what} {old!r} -> {new!r}"
-    for stage in dict.fromkeys([*before, *now])
-    for source in dict.fromkeys([*before.get(stage, {}), *now.get(stage, {})])
-    for what, old, new in _differences(before.get(stage, {}).get(source, {}), now.get(stage, {}).get(source, {}))
-  ]
-  if changed:
-    raise ValueError(f"{where} was trained on other data: {'; '.join(changed)}; go on with the data it began with, or "
-                     "use another workdir")  # fmt: skip
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-  for what in dict.fromkeys([*old, *new]):
-    if old.get(what) != new.get(what):
-      yield what, old.get(what), new.get(what)
 
 
 def _stacked(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

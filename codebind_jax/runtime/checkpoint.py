@@ -15,6 +15,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
+from codebind_jax import schema
+
 FOLDER = "checkpoints"
 
 
@@ -76,7 +78,9 @@ class Checkpoints:
         continue
       position = Position(**meta["position"])
       state = target(position)
-      self._check(step, held, _arrays(state))
+      if differing := schema.difference(held, _arrays(state)):
+        raise ValueError(f"checkpoint {self.path / str(step)} holds other arrays than this run has "
+                         f"({len(differing)} differ): {'; '.join(differing[:5])}")  # fmt: skip
       with self._set_aside_if_damaged(step):
         found = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(state)))
         return position, found["state"]
@@ -105,13 +109,6 @@ class Checkpoints:
         (self.path / str(step)).rename(aside)
       multihost_utils.sync_global_devices(f"damaged checkpoint {step}")
       self._open()
-
-  def _check(self, step: int, held: Mapping[str, str], wanted: Mapping[str, str]) -> None:
-    differing = [path for path in sorted({*held, *wanted}) if held.get(path) != wanted.get(path)]
-    if differing:
-      named = "; ".join(f"{path}: {held.get(path)} -> {wanted.get(path)}" for path in differing[:5])
-      raise ValueError(f"checkpoint {self.path / str(step)} holds other arrays than this run has ({len(differing)} "
-                       f"differ): {named}")  # fmt: skip
 
   def _metadata(self, step: int) -> Any:
     """The tree of a checkpoint's state, with its arrays' shapes and types as leaves."""
