@@ -17,7 +17,7 @@ from absl import app, flags
 from benchmarks.machine import describe, in_turn
 from codebind_jax import build
 from codebind_jax.compile_ahead import report as aot
-from codebind_jax.data.batches import FeatureTable, make_iterator
+from codebind_jax.data.batches import Batches, FeatureTable, SourceBatches
 from codebind_jax.methods.base import make_init, make_method
 from codebind_jax.runtime import optim
 from codebind_jax.runtime import train_state as state_lib
@@ -81,7 +81,7 @@ def ready(rows):
   state = state_lib.create(layout, jax.random.key(0), init)
   tx, table = optim.make_optimizer(state.params, stage.train, config.optim.to_dict(), stage.steps)
   state = state_lib.with_optimizer(state, tx, layout)
-  first = layout.put_batch({"toy": next(iterator(rows))})
+  first = layout.put_batch(next(iterator(rows)))
   state = state.replace(codebooks=jax.jit(make_start(method))(state, first))
   step = state_lib.guarded(make_train_step(method, stage, tx, frozen=optim.frozen(table)))
   return compile_step(step, state, first, layout), state, layout
@@ -94,7 +94,7 @@ def iterator(rows, threads=2):
   items = [(i,) for i in range(4096)]
   tables = {"image": FeatureTable(features(WIDTHS["image"], 2), items, 0.5),
             "text": FeatureTable(features(WIDTHS["text"], 1), items)}  # fmt: skip
-  return make_iterator(tables, [str(i) for i in items], batch_size=rows, seed=0, threads=threads)
+  return Batches({"toy": SourceBatches(tables, [str(i) for i in items], rows=rows, seed=0)}).start(threads=threads)
 
 
 def step_time():
@@ -102,7 +102,7 @@ def step_time():
   contenders = {}
   for rows in BATCHES:
     compiled, state, layout = ready(rows)
-    holder, batch = [state], layout.put_batch({"toy": next(iterator(rows))})
+    holder, batch = [state], layout.put_batch(next(iterator(rows)))
 
     def run(compiled=compiled, holder=holder, batch=batch):
       holder[0], metrics = compiled(holder[0], batch)
@@ -133,7 +133,7 @@ def input_rate(rows=256, batches=20, repeats=3):
       clock = Throughput()
       for _ in range(batches):
         with clock.waiting(state.step):
-          batch = layout.put_batch({"toy": next(batches_of)})
+          batch = layout.put_batch(next(batches_of))
         state, _ = compiled(state, batch)
         clock.add(rows)
       jax.block_until_ready(state.step)

@@ -25,9 +25,9 @@ _CHOICES = {
 _POSITIVE = (
   "steps", "batch_size", "log_steps", "eval_steps", "checkpoint_steps", "keep_checkpoints",
   "model.shared_dim", "codebook.dim", "codebook.shared_codes", "optim.learning_rate", "optim.clip_norm",
-  "embed.shard_rows", "embed.batch_size", "embed.threads",
+  "data.threads", "embed.shard_rows", "embed.batch_size", "embed.threads",
 )
-_COUNTS = ("data.max_bad_records", "seed")
+_COUNTS = ("data.max_bad_records", "data.workers", "seed")
 _SHARES = ("codebook.decay", "codebook.alarm_share", "optim.b1", "optim.b2")
 
 

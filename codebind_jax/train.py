@@ -20,7 +20,7 @@ from codebind_jax import config as config_lib
 from codebind_jax import schema
 from codebind_jax.api import Model
 from codebind_jax.codebook import collapsed, usage_stats
-from codebind_jax.data.batches import make_iterator
+from codebind_jax.data.batches import Batches, SourceBatches
 from codebind_jax.data.task import open_task
 from codebind_jax.evaluate import Evaluation, StageEvaluation
 from codebind_jax.files import write_whole
@@ -42,6 +42,8 @@ from codebind_jax.trunks.featurize import Featurizer
 
 # Keys that no compiled function depends on, and that only the training step's does.
 UNUSED, RATE = ("seed", "test"), "optim.learning_rate"
+# Keys that change no result: a run may go on with others.
+FREE = ("data.workers", "data.threads")
 
 
 def banner(text: str) -> None:
@@ -60,7 +62,8 @@ def claim_workdir(config: ml_collections.ConfigDict, workdir: str | pathlib.Path
   folder.mkdir(parents=True, exist_ok=True)
   path, plain = folder / "config.json", schema.to_plain(config)
   if path.exists():
-    changed = schema.difference(json.loads(path.read_text()), plain)
+    found = schema.difference(json.loads(path.read_text()), plain)
+    changed = [line for line in found if line.partition(":")[0] not in FREE]
     if changed:
       raise ValueError(f"workdir {str(folder)!r} holds a run of another config: {'; '.join(changed)}; use another one")
   elif jax.process_index() == 0:
@@ -123,7 +126,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | pathlib
 def run_stages(
   config: ml_collections.ConfigDict, folder: pathlib.Path, tables: Mapping[str, Mapping[str, Any]],
   labels: Mapping[str, Sequence[str | None]], evaluation: StageEvaluation, programs: Programs | None = None,
-  draw: Callable[..., dict[str, Any]] | None = None,
+  draw: Callable[..., Batches] | None = None,
 ) -> tuple[dict[str, float], dict[str, Model]]:
   """Runs or continues the stages of one config.
 
@@ -134,16 +137,26 @@ def run_stages(
     labels: source -> per training row what tells it apart.
     evaluation: of this config.
     programs: compiled for earlier runs on the same data, to be used again.
-    draw: `iterators_of`, or what gives the same batches.
+    draw: `batches_of`, or what gives the same batches.
 
   Returns:
     The final metrics (on process 0), and the model before and after training.
+
+  Raises:
+    ValueError: if the run in the folder was trained on other data, before anything of it is changed.
   """
+  stages = [stage.on({name: set(found) for name, found in tables.items()}) for stage in stages_of(config)]
+  batches = {s.name: (draw or batches_of)(config, s, tables, labels, evaluation.task.extra) for s in stages}
+  fingerprint = {name: found.fingerprint for name, found in batches.items()}
+  with contextlib.closing(Checkpoints(folder, keep=config.keep_checkpoints)) as store:
+    changed = schema.difference(store.fingerprint() or fingerprint, fingerprint)
+  if changed:
+    raise ValueError(f"the run in {str(folder)!r} was trained on other data (stage.source.what: then -> now): "
+                     f"{'; '.join(changed)}; go on with the data it began with, or use another workdir")  # fmt: skip
   banner("model")
   programs = programs or Programs()
   layout = make_layout(config)
   method = make_method(config)
-  stages = [stage.on({name: set(found) for name, found in tables.items()}) for stage in stages_of(config)]
   first_of = {m: table for found in reversed(tables.values()) for m, table in found.items()}
   shapes = {name: (trunk.num_tokens, trunk.width) for name, trunk in evaluation.trunks.items()}
   create = lambda: state_lib.creator(layout, make_init(method, shapes, config.model.half, stages))
@@ -157,21 +170,17 @@ def run_stages(
     held[stage.name] = tuple(dict.fromkeys((*before, *stage.modalities)))
   untrained_params = jax.device_get(layout.whole(state.params))  # the step donates its state
   optimizers = {stage.name: optimizer_of(config, method, stage, state.params) for stage in stages}
-  make_iterators = lambda stage: (draw or iterators_of)(config, stage, tables, labels, evaluation.task.extra)
 
   with contextlib.closing(Checkpoints(folder, keep=config.keep_checkpoints)) as store, MetricsWriter(
     folder, active=jax.process_index() == 0
   ) as writer, Preemption() as preemption:
     # Order of initialisation: this run's own checkpoint, else random heads and k-means codebooks.
-    by_name = {stage.name: stage for stage in stages}
-    restored = store.restore(
-      lambda at: (state_lib.abstract(state, optimizers[at.stage][0], layout), make_iterators(by_name[at.stage]))
-    )
-    position, iterators = Position(0, stages[0].name, False), {}  # until something is restored
+    restored = store.restore(lambda at: state_lib.abstract(state, optimizers[at.stage][0], layout))
+    position = Position(0, stages[0].name, False)  # until something is restored
     if restored is None:
       logging.info("no checkpoint: starting from random heads")
     else:
-      position, state, iterators = restored
+      position, state = restored
       logging.info("continuing from step %d of stage %r", position.step, position.stage)
     writer.truncate(position.step)
 
@@ -185,7 +194,6 @@ def run_stages(
       tx, table = optimizers[stage.name]
       optim.log_table(state.params, table)
       if position.step <= stage.first_step:
-        iterators = make_iterators(stage)
         earlier = held.get(stages[stages.index(stage) - 1].name if stage is not stages[0] else "", ())
         state = state.replace(params=copy_heads(state.params, config, set(stage.modalities) - set(earlier)))
         fresh = functools.partial(state_lib.optimizer_init, state.params, tx, layout)
@@ -193,10 +201,9 @@ def run_stages(
         state = state.replace(opt_state=make(state.params))
         layout.log(state)
         if state.codebooks:
-          first = {name: next(it) for name, it in make_iterators(stage).items()}
           start = functools.partial(jax.jit, make_start(method), out_shardings=layout.of(state.codebooks, "codebooks"))
           begin = programs.get(f"start {stage.name}", schema.key(config, *UNUSED, RATE), start)
-          state = state.replace(codebooks=begin(state, layout.put_batch(first)))
+          state = state.replace(codebooks=begin(state, layout.put_batch(batches[stage.name][0])))
       compile_for = lambda state, batch, stage=stage, tx=tx, table=table: programs.get(
         f"step {stage.name}", schema.key(config, *UNUSED),
         lambda: compile_step(
@@ -204,8 +211,8 @@ def run_stages(
         ),
       )
       state = run_stage(
-        config, stage, state, compile_for, iterators, layout, store, writer, evaluation, held[stage.name],
-        worlds_until(stages, stage), preemption,
+        config, stage, state, compile_for, batches[stage.name], fingerprint, layout, store, writer, evaluation,
+        held[stage.name], worlds_until(stages, stage), preemption,
       )
       position = Position(stage.last_step, stage.name, True)
       evaluate_stage(config, state, stage, stages, evaluation, writer, held[stage.name], layout)
@@ -226,19 +233,19 @@ def optimizer_of(config: Any, method: Method, stage: Stage, params: Any) -> tupl
   return optim.make_optimizer(params, stage.train, settings, stage.steps, frozen=method.frozen_paths)
 
 
-def iterators_of(
+def batches_of(
   config: Any, stage: Stage, tables: Mapping[str, Mapping[str, Any]], labels: Mapping[str, Sequence[str | None]],
-  extra: Mapping[str, Sequence[Any]],
-) -> dict[str, Any]:
-  """Source -> iterator over a stage's batches, from its beginning; arguments as of `run_stages`."""
-  return {
-    name: make_iterator(
-      {m: table for m, table in tables[name].items() if m in stage.modalities}, labels[name], batch_size=rows,
-      seed=config.seed, unique_labels=stage.unique_labels, name=name, extra=len(extra.get(name, ())),
-      extra_share=config.data.extra,
+  extra: Mapping[str, Sequence[Any]], keep: bool = False,
+) -> Batches:
+  """A stage's batches; arguments as of `run_stages` and `Batches`."""
+  return Batches({
+    name: SourceBatches(
+      {m: table for m, table in tables[name].items() if m in stage.modalities}, labels[name], rows=rows,
+      seed=config.seed, unique_labels=stage.unique_labels, extra=len(extra.get(name, ())),
+      extra_share=config.data.extra, name=name, process=jax.process_index(), processes=jax.process_count(),
     )
     for name, rows in stage.sources.items()
-  }  # fmt: skip
+  }, keep)  # fmt: skip
 
 
 def evaluate_stage(
@@ -259,47 +266,53 @@ def worlds_until(stages: Sequence[Stage], stage: Stage) -> set[str]:
 
 def run_stage(
   config: Any, stage: Stage, state: TrainState, compile_for: Callable[[TrainState, Any], Any],
-  iterators: Mapping[str, Any], layout: Layout, store: Checkpoints, writer: MetricsWriter,
+  batches: Batches, fingerprint: Mapping[str, Any], layout: Layout, store: Checkpoints, writer: MetricsWriter,
   evaluation: StageEvaluation, held: Sequence[str], worlds: Collection[str], preemption: Preemption,
 ) -> TrainState:
   """The loop of one stage, from wherever `state` stands to its last step, by the step that `compile_for` makes."""
-  read = lambda: {name: layout.put_batch(next(it)) for name, it in iterators.items()}
   step, compiled = int(state.step), None
-  clock, watch = Throughput(), Watch(store.path.parent, schema.to_plain(config), stage.name)
+  read = lambda at: layout.put_batch(batches[at - stage.first_step])
+
+  def save(store: Checkpoints, at: int, state: TrainState) -> None:
+    position = Position(at, stage.name, at == stage.last_step, tuple(held))
+    store.save(position, state, fingerprint, schema.to_plain(config))
+
+  clock, watch = Throughput(), Watch(store.path.parent, stage.name, step)
   bar = tqdm.tqdm(total=stage.last_step, initial=step, desc=stage.name, unit="step", disable=None, mininterval=0.5)
-  while step < stage.last_step:
-    with clock.waiting(state.step):
-      watch.before(step, iterators)
-      batch = read()
-    if compiled is None:
-      compiled = compile_for(state, batch)
-      clock.restart()
-    state, metrics = compiled(state, batch)
-    step += 1
-    clock.add(sum(stage.sources.values()))
-    bar.update()
-    last = step == stage.last_step
-    stop = preemption.reached(step) and not last
-    save = step % config.checkpoint_steps == 0 or last or stop
-    if save or step % config.log_steps == 0:
-      watch.check(state, step, iterators, compiled, read, held)
-    if step % config.log_steps == 0 or last:
-      values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-      warn_of_collapse(state.codebooks, config.codebook.alarm_share, step)
-      values["compiled_megabytes"] = compiled.memory_analysis().temp_size_in_bytes / 2**20
-      writer.write(step, stage.name, values | clock.report())
-    if step % config.eval_steps == 0 and not last:
-      bar.clear()
-      current = Model(config, *layout.whole((state.params, state.codebooks)), evaluation.trunks, modalities=held)
-      if jax.process_index() == 0:
-        writer.write(step, stage.name, evaluation.validate(current, worlds))
-      clock.restart()
-    if save:
-      writer.flush()
-      store.save(Position(step, stage.name, last, tuple(held)), state, iterators, schema.to_plain(config))
-    if stop:
-      store.wait()
-      raise Preempted(f"stopped after step {step} of stage {stage.name!r}, state saved; the same command goes on")
+  ahead = batches.start(step - stage.first_step, workers=config.data.workers, threads=config.data.threads)
+  with contextlib.closing(ahead):
+    while step < stage.last_step:
+      with clock.waiting(state.step):
+        batch = layout.put_batch(next(ahead))
+      if compiled is None:
+        compiled = compile_for(state, batch)
+        clock.restart()
+      state, metrics = compiled(state, batch)
+      step += 1
+      clock.add(sum(stage.sources.values()))
+      bar.update()
+      last = step == stage.last_step
+      stop = preemption.reached(step) and not last
+      due = step % config.checkpoint_steps == 0 or last or stop
+      if due or step % config.log_steps == 0:
+        watch.check(state, step, compiled, read, save)
+      if step % config.log_steps == 0 or last:
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        warn_of_collapse(state.codebooks, config.codebook.alarm_share, step)
+        values["compiled_megabytes"] = compiled.memory_analysis().temp_size_in_bytes / 2**20
+        writer.write(step, stage.name, values | clock.report())
+      if step % config.eval_steps == 0 and not last:
+        bar.clear()
+        current = Model(config, *layout.whole((state.params, state.codebooks)), evaluation.trunks, modalities=held)
+        if jax.process_index() == 0:
+          writer.write(step, stage.name, evaluation.validate(current, worlds))
+        clock.restart()
+      if due:
+        writer.flush()
+        save(store, step, state)
+      if stop:
+        store.wait()
+        raise Preempted(f"stopped after step {step} of stage {stage.name!r}, state saved; the same command goes on")
   bar.close()
   return state
 

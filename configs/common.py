@@ -83,6 +83,8 @@ def get_config():
   config.data.classes = ""  # a text file with one class name a line; default: the labels that occur
   config.data.max_bad_records = 0
   config.data.extra = 0.0  # share of a batch drawn from a world's further named pictures; 0 leaves them out
+  config.data.workers = 0  # processes that read batches ahead; 0: threads of this one
+  config.data.threads = 2  # that read batches ahead without workers
   config.data.captions = "each"  # a row's further texts: main (left out), each (captions) or joined (one list)
   config.data.templates = ("{}",)
   config.data.templates_of = ConfigDict()  # source -> templates of its captions and classes, where others suit it

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from codebind_jax.data.batches import FeatureTable, make_iterator
+from codebind_jax.data.batches import FeatureTable, SourceBatches
 from codebind_jax.data.worlds import extra, icons, names
 from codebind_jax.tools.list_extra import WordNet
 from codebind_jax.trunks.featurize import joined
@@ -100,19 +100,15 @@ def test_joined_tables_keep_every_rows_items():
 
 def test_batches_hold_the_share_of_further_rows():
   labels = [f"main{i // 2}" for i in range(20)] + ["main0"] + [f"further{i}" for i in range(9)]
-  make = lambda share: make_iterator({"a": table(30)}, labels, batch_size=8, seed=0, extra=10, extra_share=share)
-  iterator, seen = make(0.25), []
-  for _ in range(4):
-    batch = next(iterator)
+  make = lambda share, rows=8: SourceBatches({"a": table(30)}, labels, rows=rows, seed=0, extra=10, extra_share=share)
+  batches, seen = make(0.25), []
+  for step in range(4):
+    batch = batches[step]
     own = [labels[row] for row in batch["_row"]]
     assert sum(label.startswith("further") for label in own) == 2 and len(set(own)) == 8
     np.testing.assert_array_equal(batch["a"].ravel(), batch["_row"])
     seen += [label for label in own if label.startswith("further")]
   assert len(set(seen)) == 8, "an epoch of the further rows has no repeats"
-  state = iterator.get_state()
-  following = next(iterator)["_row"]
-  iterator.set_state(state)
-  np.testing.assert_array_equal(next(iterator)["_row"], following)
-  assert not any(labels[row].startswith("further") for row in next(make(0.0))["_row"])
+  assert not any(labels[row].startswith("further") for row in make(0.0)[0]["_row"])
   with pytest.raises(ValueError, match="'source': 12 is larger than its 9 distinct labels"):
-    make_iterator({"a": table(30)}, labels, batch_size=16, seed=0, extra=10, extra_share=0.75)
+    make(0.75, rows=16)

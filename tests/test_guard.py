@@ -17,7 +17,7 @@ from tests.train_fixtures import arrays_of, lines_of, tiny_config
 
 TERMINATED_AT_3 = """
 import os, runpy, signal, sys
-from codebind_jax import guard
+from codebind_jax.runtime import guard
 asked = guard.Preemption.reached
 def reached(self, step):
   if step == 3:

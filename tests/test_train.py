@@ -1,6 +1,8 @@
 """The trainer as users run it: a shipped config, shrunk; killed and resumed; on several devices; with bad input."""
 
+import contextlib
 import dataclasses
+import json
 import shutil
 import signal
 import subprocess
@@ -12,11 +14,12 @@ import pytest
 
 import codebind_jax
 from codebind_jax import config as config_lib
+from codebind_jax import schema
 from codebind_jax.runtime.checkpoint import Checkpoints
 from codebind_jax.runtime.optim import param_paths
 from codebind_jax.stages import stages_of
 from codebind_jax.train import baseline_of, claim_workdir, train_and_evaluate, warn_of_collapse
-from tests.processes import REPOSITORY, assert_close, assert_same_run, finish, start, wait_for
+from tests.processes import REPOSITORY, assert_close, assert_same_run, finish, start, started, wait_for
 from tests.train_fixtures import arrays_of, lines_of, tiny_config
 
 
@@ -59,6 +62,20 @@ def test_killed_run_resumes_bit_for_bit(data, whole_run, tmp_path):
   assert_same_run(whole_run[0], workdir)
 
 
+def test_killed_run_with_workers_resumes_bit_for_bit(data, whole_run, tmp_path):
+  command = [sys.executable, "-m", "codebind_jax.main", f"--config=tests/tiny.py:{data[0]},{data[1]}",
+             f"--workdir={tmp_path / 'killed'}", "--config.data.workers=2"]  # fmt: skip
+  process, metrics = started(command), tmp_path / "killed" / "metrics.jsonl"
+  try:
+    wait_for(process, lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 3)
+  finally:
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+  assert 3 <= len(lines_of_partial(tmp_path / "killed")) < 8, "the kill came too late to test anything"
+  finish(started(command))
+  assert_same_run(whole_run[0], tmp_path / "killed")
+
+
 def lines_of_partial(workdir):
   return (workdir / "metrics.jsonl").read_bytes().split(b"\n")[:-1]
 
@@ -82,6 +99,64 @@ def test_checkpoint_cut_short_falls_back_to_the_one_before(data, whole_run, tmp_
   assert "checkpoints/6 cannot be read, trying the one before it" in caplog.text
   assert (workdir / "checkpoints" / "6.damaged").is_dir()
   assert_same_run(whole_run[0], workdir)
+
+
+@pytest.mark.parametrize("target, message", [
+    (lambda at: {"step": jax.ShapeDtypeStruct((), "int32")}, "checkpoints/6 holds other arrays .*codes: 'float32"),
+    (lambda at: {}[at.stage], "bridges")])  # fmt: skip
+def test_a_whole_checkpoint_that_does_not_fit_is_an_error_and_stays(whole_run, tmp_path, target, message):
+  shutil.copytree(whole_run[0] / "checkpoints", tmp_path / "checkpoints")
+  with contextlib.closing(Checkpoints(tmp_path)) as store, pytest.raises((ValueError, KeyError), match=message):
+    store.restore(target)
+  assert (tmp_path / "checkpoints" / "6").is_dir()
+
+
+def test_a_checkpoint_with_the_states_of_iterators_goes_on_from_its_step(data, whole_run, tmp_path):
+  shutil.copytree(whole_run[0], tmp_path / "old")
+  shutil.rmtree(tmp_path / "old" / "checkpoints" / "6")
+  path = tmp_path / "old" / "checkpoints" / "4" / "meta" / "metadata"
+  meta = json.loads(path.read_text())
+  assert meta.pop("fingerprint")["bridges"]["squares"]["rows"] == 24
+  path.write_text(json.dumps(meta | {"data": {"squares": {"next_index": 4}}}))
+  train_and_evaluate(tiny_config(*data), tmp_path / "old")
+  assert_same_run(whole_run[0], tmp_path / "old")
+
+
+def drop_record(manifest):
+  manifest.write_text("".join(line + "\n" for line in manifest.read_text().splitlines() if '"id": "red1"' not in line))
+
+
+def rename_label(manifest):
+  manifest.write_text(manifest.read_text().replace('"label": "gray"', '"label": "grey"'))
+
+
+def take_caption(manifest):
+  manifest.write_text(manifest.read_text().replace('["red", "red square"]', '["red", "scarlet square"]', 1))
+
+
+def swap_picture(manifest):
+  shutil.copy(manifest.parent / "red0.png", manifest.parent / "blue0.png")
+
+
+@pytest.mark.parametrize("change, message", [
+    (drop_record, "rows: 24 -> 23; bridges.squares.rows with image: 24 -> 23"), (rename_label, "labels: '"),
+    (take_caption, "features of text: '"), (swap_picture, "features of image: 'efficientnet_lite0-"),
+    (None, "rows of a batch: 8 -> 4")])  # fmt: skip
+def test_a_run_does_not_go_on_with_other_data_or_another_mixture(data, whole_run, tmp_path, change, message):
+  workdir, manifest = tmp_path / "run", tmp_path / "squares" / "squares.jsonl"
+  shutil.copytree(whole_run[0], workdir)
+  shutil.rmtree(workdir / "checkpoints" / "6")
+  shutil.copytree(data[0].parent, manifest.parent)
+  options = {} if change else {"batch_size": 4}
+  config = tiny_config(manifest, data[1], **options)
+  (workdir / "config.json").write_text(json.dumps(schema.to_plain(config)))  # the run is asked to go on with this one
+  if change:
+    change(manifest)
+  state = lambda: {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in workdir.rglob("*")}
+  before = state()
+  with pytest.raises(ValueError, match=rf"run in '.*' was trained on other data .*bridges\.squares\.{message}"):
+    train_and_evaluate(config, workdir)
+  assert state() == before
 
 
 def test_no_space_for_a_checkpoint_is_an_error_and_the_run_can_be_continued(data, whole_run, tmp_path):
@@ -126,6 +201,7 @@ def test_workdir_of_another_config_is_refused(data, tmp_path):
   claim_workdir(tiny_config(*data), tmp_path)
   with pytest.raises(ValueError, match=r"batch_size: 8 -> 4"):
     claim_workdir(tiny_config(*data, batch_size=4), tmp_path)
+  claim_workdir(tiny_config(*data, **{"data.workers": 2, "data.threads": 1}), tmp_path)  # these change no result
 
 
 def test_batch_larger_than_the_data(data, tmp_path):
@@ -140,6 +216,8 @@ def test_batch_larger_than_the_data(data, tmp_path):
     ("steps", 0, "config.steps: got 0; allowed: any number above 0"),
     ("codebook.distance", "manhattan", "config.codebook.distance: 'manhattan' is not allowed"),
     ("data.extra", 1.0, "config.data.extra: got 1.0; allowed: 0 .none. up to, not including, 1"),
+    ("data.workers", -1, "config.data.workers: got -1; allowed: 0 and up"),
+    ("data.threads", 0, "config.data.threads: got 0; allowed: any number above 0"),
     ("codebook.decay", 1.5, "config.codebook.decay: got 1.5; allowed: 0 to 1"),
     ("data.captions", "some", "config.data.captions: .some. is not allowed; allowed: .*joined"),
     ("tasks", ("zeroshot", "smell"), "config.tasks: .smell. is not allowed; allowed: .*codes"),

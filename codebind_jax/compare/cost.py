@@ -21,7 +21,7 @@ from codebind_jax.runtime.metrics import read_metrics
 from codebind_jax.runtime.sharding import make_layout
 from codebind_jax.stages import stages_of
 from codebind_jax.step import make_start, make_train_step
-from codebind_jax.train import iterators_of, optimizer_of
+from codebind_jax.train import batches_of, optimizer_of
 
 FILE = "speed.json"
 ROUNDS = 5
@@ -94,7 +94,7 @@ def _ready(config: Any, tables: Any, labels: Any, trunks: Any) -> tuple[Any, Any
   state = state_lib.create(layout, jax.random.key(config.seed), make_init(method, shapes, config.model.half, [stage]))
   tx, table = optimizer_of(config, method, stage, state.params)
   state = state_lib.with_optimizer(state, tx, layout)
-  batch = layout.put_batch({name: next(it) for name, it in iterators_of(config, stage, tables, labels, {}).items()})
+  batch = layout.put_batch(batches_of(config, stage, tables, labels, {})[0])
   if state.codebooks:
     start = jax.jit(make_start(method), out_shardings=layout.of(state.codebooks, "codebooks"))
     state = state.replace(codebooks=start(state, batch))

@@ -29,13 +29,14 @@ from codebind_jax.compare.cost import FILE as SPEED
 from codebind_jax.compare.cost import cost, speeds
 from codebind_jax.compare.evaluation import CrossModal, finished, transfers_of
 from codebind_jax.compare.table import write_comparison
-from codebind_jax.data.batches import Drawn, Replay
+from codebind_jax.data.batches import Batches
 from codebind_jax.data.synthetic import NAME, Factors, SyntheticSource
 from codebind_jax.data.task import EvalSet, Task, open_task
 from codebind_jax.files import write_whole
 from codebind_jax.methods.base import unheeded
 from codebind_jax.runtime.compile import Programs
-from codebind_jax.train import claim_workdir, iterators_of, run_stages
+from codebind_jax.stages import Stage
+from codebind_jax.train import batches_of, claim_workdir, run_stages
 from codebind_jax.trunks.featurize import Featurizer
 
 RESULT = "run.json"  # of a finished run that has read the test set, in its folder
@@ -121,14 +122,13 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
       transfers, stages=settings.get("stages", False), tokens=tokens,
     ) for test in (False, True)
   }  # fmt: skip
-  drawn: dict[tuple[int, str], Drawn] = {}
+  drawn: dict[tuple[int, str], Batches] = {}
 
-  def draw(config: Any, stage: Any, *rest: Any) -> dict[str, Replay]:
-    """The batches of a seed, which are the same for all variants: drawn once, kept."""
-    for name in stage.sources:
-      if (config.seed, name) not in drawn:
-        drawn[config.seed, name] = Drawn(lambda name=name: iterators_of(config, stage, *rest)[name])
-    return {name: Replay(drawn[config.seed, name]) for name in stage.sources}
+  def draw(config: Any, stage: Stage, *rest: Any) -> Batches:
+    """A stage's batches with a seed, which are the same for all variants: drawn once, kept."""
+    if (config.seed, stage.name) not in drawn:
+      drawn[config.seed, stage.name] = batches_of(config, stage, *rest, keep=True)
+    return drawn[config.seed, stage.name]
 
   tuned, score = len(settings.learning_rates) > 1, settings.get("score", SCORE)
   bar = tqdm.tqdm(total=len(names) * (len(settings.learning_rates) * tuned + settings.seeds), unit="run", disable=None)

@@ -1,15 +1,26 @@
-"""Grain input: rows with precomputed trunk features -> batches of tokens with masks, exactly resumable."""
+"""Batches of rows with precomputed trunk features, as a function of the step.
+
+No batch depends on those before it, on the number of processes, or on how many threads or workers read it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import hashlib
+import json
+import mmap
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
-import jax
 import numpy as np
-from jaxtyping import Float16
+from jaxtyping import Float16, Int
+
+from codebind_jax.data.ahead import ahead
+
+Batch = dict[str, dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,14 +28,33 @@ class FeatureTable:
   """Features of one modality for the rows of a source.
 
   Attributes:
-    features: [items, views, tokens, width]; may be a memory map.
+    features: [items, views, tokens, width]; may be a memory map, which a worker process opens anew.
     choices: per row the items it may draw from (captions of a text row; one item for an image); empty = missing.
     augmented: how often one of the views after the first, which is clean, is drawn.
+    made_from: a hash of what the features were computed from; empty for one of the features themselves.
   """
 
   features: Float16[np.ndarray, "items views n d"]
   choices: Sequence[Sequence[int]]
   augmented: float = 0.0
+  made_from: str = ""
+
+  @property
+  def fingerprint(self) -> str:
+    """`made_from`, or a hash of the features."""
+    return self.made_from or _hash(np.ascontiguousarray(self.features).data)
+
+  def __reduce__(self) -> tuple[Any, ...]:
+    features, rest = self.features, (self.choices, self.augmented, self.made_from)
+    # A slice of a map has the map as its base, not the file, and does not know where in the file it begins.
+    mapped = isinstance(features, np.memmap) and isinstance(features.base, mmap.mmap) and features.filename
+    if mapped and features.flags.c_contiguous:
+      return _opened, (str(features.filename), features.dtype, features.offset, features.shape, *rest)
+    return FeatureTable, (features, *rest)
+
+
+def _opened(path: str, dtype: np.dtype, offset: int, shape: tuple[int, ...], *rest: Any) -> FeatureTable:
+  return FeatureTable(np.memmap(path, dtype, "r", offset, shape), *rest)
 
 
 class _Pick(grain.transforms.RandomMap):
@@ -48,12 +78,14 @@ class _Pick(grain.transforms.RandomMap):
     return out
 
 
-class _Join(grain.transforms.RandomMap):
-  """Parts of a batch -> one batch in random order, so that mixup also mixes rows of different parts."""
+class _Order(grain.transforms.RandomMap):
+  """Step -> an order of a batch's rows."""
 
-  def random_map(self, parts: tuple[dict, ...], rng: np.random.Generator) -> dict:
-    order = rng.permutation(sum(len(part["_row"]) for part in parts))
-    return jax.tree.map(lambda *columns: np.concatenate(columns)[order], *parts)
+  def __init__(self, rows: int):
+    self._rows = rows
+
+  def random_map(self, step: int, rng: np.random.Generator) -> Int[np.ndarray, "b"]:
+    return rng.permutation(self._rows)
 
 
 def group_rows(labels: Sequence[str | None]) -> list[list[int]]:
@@ -64,125 +96,126 @@ def group_rows(labels: Sequence[str | None]) -> list[list[int]]:
   return list(groups.values())
 
 
-def make_iterator(
-  tables: Mapping[str, FeatureTable],
-  labels: Sequence[str | None],
-  *,
-  batch_size: int,
-  seed: int,
-  unique_labels: bool = True,
-  extra: int = 0,
-  extra_share: float = 0.0,
-  name: str = "source",
-  threads: int = 2,
-) -> grain.DatasetIterator:
-  """Endless shuffled batches `{modality: [b, n, d], _mask: {modality: bool [b]}, _row: int32 [b], _group: int32 [b]}`.
+class SourceBatches:
+  """One source's rows of every batch: `{modality: [b, n, d], _mask: {modality: bool [b]}, _row, _group: int32 [b]}`.
 
-  Rows of equal `_group` have the same label.
-
-  With `unique_labels` an epoch visits every label once and draws one of its rows, so that no batch holds two rows
-  that are each other's false negatives. Each process yields its own rows of the global batch, which is
-  the same for any number of them. The iterator's state goes into the checkpoint.
+  Rows of equal `_group` have the same label. With `unique_labels` an epoch visits every label once and draws one of its
+  rows, so that no batch holds two rows that are each other's false negatives.
 
   The last `extra` rows are further data, which may be many more labels than the others: `extra_share` of a batch is
-  drawn from those of their labels that no other row has, so that both kinds keep their own epochs.
+  drawn from those of their labels that no other row has, so that both kinds keep their own epochs. Rows of both kinds
+  are in random order, so that mixup also mixes rows of different kinds.
+
+  Attributes:
+    fingerprint: what decides the batches, as JSON-ready values by what they are.
 
   Args:
     tables: modality -> FeatureTable, all over the same rows.
     labels: per row its label, or None.
-    batch_size: rows of the global batch.
+    rows: of the global batch.
     seed: of the order and of every draw.
     unique_labels: at most one row of a label in a batch.
     extra: how many of the rows, the last ones, are further data.
-    extra_share: their share of a batch, rounded to whole rows a process.
+    extra_share: their share of the global batch, rounded to whole rows.
     name: of the source, for errors.
-    threads: that draw batches ahead of the loop, in the same order however many there are.
+    process: which of the `processes` reads.
+    processes: that share a batch; each reads consecutive rows of it.
 
   Raises:
-    ValueError: if a part of the batch is larger than its data, or the batch does not divide over the processes.
+    ValueError: if a part of the batch is larger than its data or empty, or the batch does not divide over the
+      processes.
   """
-  same = group_rows(labels)
-  numbers = np.empty(len(labels), np.int32)
-  for number, group in enumerate(same):
-    numbers[group] = number
-  members = same if unique_labels else [[row] for row in range(len(labels))]
-  shards = jax.process_count()
-  if batch_size < 1 or batch_size % shards:
-    raise ValueError(f"batch_size of {name!r}: {batch_size} must be a positive multiple of the {shards} processes")
-  rows, first = batch_size // shards, len(labels) - extra
-  extra_rows = round(extra_share * rows) if extra else 0
 
-  def batches(groups: Sequence[Sequence[int]], size: int, seed: int) -> grain.MapDataset:
-    if size * shards > len(groups):
-      what = "distinct labels (unique_labels is on)" if unique_labels else "rows"
-      raise ValueError(f"batch_size of {name!r}: {size * shards} is larger than its {len(groups)} {what}")
-    # Every process draws the same global batches and reads its own consecutive rows of each, so that the batches do
-    # not depend on how many processes there are.
-    dataset = grain.MapDataset.source(range(len(groups))).seed(seed).shuffle()
-    dataset = dataset.random_map(_Pick(tables, groups, numbers))[: len(groups) // (size * shards) * size * shards]
-    return dataset.batch(size, drop_remainder=True)[jax.process_index() :: shards].repeat()
+  def __init__(
+    self, tables: Mapping[str, FeatureTable], labels: Sequence[str | None], *, rows: int, seed: int,
+    unique_labels: bool = True, extra: int = 0, extra_share: float = 0.0, name: str = "source", process: int = 0,
+    processes: int = 1,
+  ):  # fmt: skip
+    if rows < 1 or rows % processes:
+      raise ValueError(f"batch_size of {name!r}: {rows} must be a positive multiple of the {processes} processes")
+    self._extra = round(extra_share * rows) if extra else 0
+    if extra and extra_share and not 0 < self._extra < rows:
+      raise ValueError(f"config.data.extra: got {extra_share}, which is {self._extra} of the {rows} rows of {name!r}; "
+                       f"allowed: 0, or a share of 1 to {rows - 1} rows")  # fmt: skip
+    self._first = rows - self._extra
+    self._own = range(rows)[process * (rows // processes) : (process + 1) * (rows // processes)]
+    self.fingerprint = {
+      "rows": len(labels), "labels": _hash(json.dumps(list(labels))), "further rows": extra, "rows of a batch": rows,
+      "further rows of a batch": self._extra, "unique_labels": unique_labels, "seed": seed,
+    }  # fmt: skip
+    for m, table in tables.items():
+      self.fingerprint |= {
+        f"rows with {m}": sum(map(bool, table.choices)), f"features of {m}": table.fingerprint,
+        f"choices of {m}": _hash(json.dumps(list(map(list, table.choices)))), f"augmented {m}": table.augmented,
+      }  # fmt: skip
+    same = group_rows(labels)
+    numbers = np.empty(len(labels), np.int32)
+    for number, group in enumerate(same):
+      numbers[group] = number
+    members = same if unique_labels else [[row] for row in range(len(labels))]
 
-  dataset = batches([group for group in members if group[0] < first], rows - extra_rows, seed)
-  if extra_rows:
-    further = batches([group for group in members if group[0] >= first], extra_rows, seed + 1)
-    dataset = grain.experimental.ZipMapDataset([dataset, further]).seed(seed).random_map(_Join())
-  return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4)))
+    def draws(groups: Sequence[Sequence[int]], size: int, seed: int) -> grain.MapDataset:
+      if size > len(groups):
+        what = "distinct labels (unique_labels is on)" if unique_labels else "rows"
+        raise ValueError(f"batch_size of {name!r}: {size} is larger than its {len(groups)} {what}")
+      drawn = grain.MapDataset.source(range(len(groups))).seed(seed).shuffle()
+      return drawn.random_map(_Pick(tables, groups, numbers))[: len(groups) // size * size]
+
+    self._main = draws([group for group in members if group[0] < len(labels) - extra], self._first, seed)
+    if self._extra:
+      self._further = draws([group for group in members if group[0] >= len(labels) - extra], self._extra, seed + 1)
+      self._order = grain.MapDataset.range(sys.maxsize).seed(seed).random_map(_Order(rows))
+
+  def __getitem__(self, step: int) -> dict[str, Any]:
+    places = self._order[step][self._own] if self._extra else self._own
+    return _stacked([self._row(step, int(place)) for place in places])
+
+  def _row(self, step: int, place: int) -> dict[str, Any]:
+    """Row of the global batch, those of the further data last."""
+    if place < self._first:
+      return self._main[step * self._first + place]
+    return self._further[step * self._extra + place - self._first]
 
 
-class Drawn:
-  """The batches of an iterator, kept as they are drawn, for runs that all read the same ones.
+class Batches:
+  """The batches of one stage: `batches[step]` is `{source: rows}`, with this process's rows as of `SourceBatches`.
+
+  Steps count from the beginning of the stage: a stage draws from all of its data anew.
 
   Args:
-    make: an iterator at its beginning, the same at each call.
+    sources: source name -> its rows of every batch.
+    keep: holds every batch that was read, for runs that all read the same ones.
   """
 
-  def __init__(self, make: Callable[[], Any]):
-    self._make, self._source = make, make()
-    self._batches: list[Any] = []
-    self._states = [self._source.get_state()]
+  def __init__(self, sources: Mapping[str, SourceBatches], keep: bool = False):
+    self._sources = dict(sources)
+    self._read = functools.cache(self._drawn) if keep else self._drawn
 
-  def batch(self, number: int) -> Any:
-    """The batch of that number, from 0."""
-    while len(self._batches) <= number:
-      self._batches.append(next(self._source))
-      self._states.append(self._source.get_state())
-    return self._batches[number]
+  def __reduce__(self) -> tuple[Any, ...]:
+    return Batches, (self._sources,)  # a worker process gets no kept batches
 
-  def state(self, number: int) -> Any:
-    """The iterator's state before that batch, one of those that have been asked for or the next."""
-    return self._states[number]
+  @property
+  def fingerprint(self) -> dict[str, dict[str, Any]]:
+    """Source -> what decides its rows, as JSON-ready values by what they are; the same on every process."""
+    return {name: source.fingerprint for name, source in self._sources.items()}
 
-  def at(self, state: Any) -> int | None:
-    """The number of the batch that follows a state; None where it has not been drawn."""
-    return next((number for number, known in enumerate(self._states) if known == state), None)
+  def __getitem__(self, step: int) -> Batch:
+    return self._read(step)
 
-  def fresh(self, state: Any) -> Any:
-    """The iterator itself, at a state."""
-    found = self._make()
-    found.set_state(state)
-    return found
+  def _drawn(self, step: int) -> Batch:
+    return {name: source[step] for name, source in self._sources.items()}
+
+  def start(self, step: int = 0, *, workers: int = 0, threads: int = 2) -> Iterator[Batch]:
+    """The batches from a step on, without end, read ahead; see `ahead`. Close the iterator when done."""
+    return ahead(self, step, workers=workers, threads=threads)
 
 
-class Replay:
-  """Iterates over what `Drawn` keeps, from its beginning; its states are those of the iterator behind it."""
+def _stacked(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  """Rows of a batch, which have the same keys, as one."""
+  stack = lambda values: _stacked(values) if isinstance(values[0], dict) else np.stack(values)
+  return {key: stack([row[key] for row in rows]) for key in rows[0]}
 
-  def __init__(self, drawn: Drawn):
-    self._drawn, self._next, self._own = drawn, 0, None
 
-  def __iter__(self) -> Replay:
-    return self
-
-  def __next__(self) -> Any:
-    if self._own is not None:
-      return next(self._own)
-    self._next += 1
-    return self._drawn.batch(self._next - 1)
-
-  def get_state(self) -> Any:
-    """What a checkpoint keeps."""
-    return self._drawn.state(self._next) if self._own is None else self._own.get_state()
-
-  def set_state(self, state: Any) -> None:
-    """Goes on from a state; from one beyond the kept batches by an iterator of its own."""
-    number = self._drawn.at(state)
-    self._next, self._own = (number, None) if number is not None else (0, self._drawn.fresh(state))
+def _hash(value: Any) -> str:
+  """Hex digits of a string's or a buffer's content."""
+  return hashlib.sha256(value.encode() if isinstance(value, str) else value).hexdigest()[:16]

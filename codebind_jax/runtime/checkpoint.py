@@ -1,19 +1,21 @@
-"""Checkpoints: TrainState, data iterators, config and stage; restored exactly, past a newest one that is damaged."""
+"""Checkpoints: TrainState, config, stage and what the data was; restored exactly, past a newest one that is damaged."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from jax.experimental import multihost_utils
 
-from codebind_jax.runtime import distributed
+from codebind_jax import schema
 
 FOLDER = "checkpoints"
 
@@ -47,53 +49,79 @@ class Checkpoints:
     options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, cleanup_tmp_directories=True)
     self._manager = ocp.CheckpointManager(self.path, options=options)
 
-  def save(self, position: Position, state: Any, iterators: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Starts writing a checkpoint; `iterators` are Grain iterators by source name.
-
-    Their states count global batches and are the same on every process, so that any number of processes can go on.
-    """
-    data = {name: it.get_state() for name, it in iterators.items()}
-    meta = {"position": dataclasses.asdict(position), "config": dict(config), "data": data}
+  def save(self, position: Position, state: Any, fingerprint: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Starts writing a checkpoint; `fingerprint` is of the data, the position says which batch of it follows."""
+    meta = {"position": dataclasses.asdict(position), "config": dict(config), "fingerprint": dict(fingerprint)}
     items: dict[str, Any] = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(meta)}
     self._manager.save(position.step, args=ocp.args.Composite(**items), force=True)
 
-  def restore(
-    self, target: Callable[[Position], tuple[Any, Mapping[str, Any]]]
-  ) -> tuple[Position, Any, Mapping[str, Any]] | None:
+  def restore(self, target: Callable[[Position], Any]) -> tuple[Position, Any] | None:
     """Restores the newest readable checkpoint.
 
     Args:
-      target: position -> (abstract state, fresh iterators by source name); called per checkpoint tried.
+      target: position -> abstract state; called per checkpoint tried.
 
     Returns:
-      (position, state, iterators) or None where there is no checkpoint. A checkpoint that cannot be read is
-      renamed to `<step>.damaged`, named in the log, and the one before it is tried.
+      (position, state) or None where there is no checkpoint. A checkpoint that cannot be read is renamed to
+      `<step>.damaged`, named in the log, and the one before it is tried.
 
     Raises:
       RuntimeError: if there are checkpoints but none can be read.
+      ValueError: if one can be read, and its arrays are not those of the target.
     """
-    self._manager.wait_until_finished()
-    steps = sorted(self._manager.all_steps(), reverse=True)
+    steps = self._steps()
     for step in steps:
-      try:
-        meta = self.read_meta(step)
-        position = Position(**meta["position"])
-        state, iterators = target(position)
+      meta, held = None, None
+      with self._set_aside_if_damaged(step):
+        meta, held = self.read_meta(step), _arrays(self._metadata(step))
+      if held is None:
+        continue
+      position = Position(**meta["position"])
+      state = target(position)
+      if differing := schema.difference(held, _arrays(state)):
+        raise ValueError(f"checkpoint {self.path / str(step)} holds other arrays than this run has "
+                         f"({len(differing)} differ): {'; '.join(differing[:5])}")  # fmt: skip
+      with self._set_aside_if_damaged(step):
         found = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(state)))
-        for name, it in iterators.items():
-          it.set_state(meta["data"][name])
-        return position, found["state"], iterators
-      except Exception as error:  # orbax reports a truncated array as a bare Exception
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        logging.error("checkpoint %s cannot be read, trying the one before it: %s", self.path / str(step), reason)
-        self._manager.close()
-        if jax.process_index() == 0:
-          aside = next(p for n in itertools.count() if not (p := self.path / f"{step}.damaged{n or ''}").exists())
-          (self.path / str(step)).rename(aside)
-        distributed.wait_for_all(f"damaged checkpoint {step}")
-        self._open()
+        return position, found["state"]
     if steps:
       raise RuntimeError(f"none of the checkpoints {steps} in {self.path} can be read; they are kept as *.damaged")
+    return None
+
+  def _steps(self) -> list[int]:
+    """Steps there are checkpoints of, newest first."""
+    self._manager.wait_until_finished()
+    return sorted(self._manager.all_steps(), reverse=True)
+
+  @contextlib.contextmanager
+  def _set_aside_if_damaged(self, step: int) -> Iterator[None]:
+    """Renames the checkpoint where reading it fails by what is in it."""
+    try:
+      yield
+    except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):  # by what the machine has or allows
+      raise
+    except Exception as error:  # orbax reports a truncated array as a bare Exception
+      reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+      logging.error("checkpoint %s cannot be read, trying the one before it: %s", self.path / str(step), reason)
+      self._manager.close()
+      if jax.process_index() == 0:
+        aside = next(p for n in itertools.count() if not (p := self.path / f"{step}.damaged{n or ''}").exists())
+        (self.path / str(step)).rename(aside)
+      multihost_utils.sync_global_devices(f"damaged checkpoint {step}")
+      self._open()
+
+  def _metadata(self, step: int) -> Any:
+    """The tree of a checkpoint's state, with its arrays' shapes and types as leaves."""
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+      return reader.metadata(self.path / str(step) / "state").tree
+
+  def fingerprint(self) -> dict[str, Any] | None:
+    """Of the data, from the newest checkpoint that has a readable one; None where none has."""
+    for step in self._steps():
+      try:
+        return self.read_meta(step).get("fingerprint")
+      except Exception as error:  # a damaged checkpoint, which `restore` names and sets aside
+        logging.debug("checkpoint %d: %s", step, error)
     return None
 
   def read_meta(self, step: int | None = None) -> dict[str, Any]:
@@ -109,15 +137,13 @@ class Checkpoints:
 
   def read_arrays(self, keys: tuple[str, ...] = ("params", "codebooks")) -> dict[str, Any]:
     """Parts of the newest state as nested dicts of numpy arrays, for evaluation and embedding."""
-    self._manager.wait_until_finished()
-    step = self._manager.latest_step()
-    if step is None:
+    steps = self._steps()
+    if not steps:
       raise FileNotFoundError(f"no checkpoint in {self.path}")
-    folder = self.path / str(step) / "state"
+    restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), self._metadata(steps[0]))
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-      tree = reader.metadata(folder).item_metadata.tree
-      restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-      whole = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=restore))
+      args = ocp.args.PyTreeRestore(restore_args=restore)
+      whole = reader.restore(self.path / str(steps[0]) / "state", args=args)
     return {key: whole[key] for key in keys}
 
   def wait(self) -> None:
@@ -128,3 +154,14 @@ class Checkpoints:
     """Waits for the last save and frees the threads."""
     self._manager.wait_until_finished()
     self._manager.close()
+
+
+def _arrays(tree: Any) -> dict[str, str]:
+  """Type and shape of a tree's arrays by path."""
+  found = {}
+  for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    if hasattr(leaf, "shape"):
+      if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # kept as the numbers of the key
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+      found[jax.tree_util.keystr(path, simple=True, separator="/")] = f"{leaf.dtype}{list(leaf.shape)}"
+  return found

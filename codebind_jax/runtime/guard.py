@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import collections
+import contextlib
 import pathlib
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from codebind_jax.runtime.checkpoint import Checkpoints, Position
+from codebind_jax.runtime.checkpoint import Checkpoints
 
 DUMP = "nonfinite"
 
@@ -52,46 +52,37 @@ class Preemption:
 
 
 class Watch:
-  """Remembers where the data stood before each step since the last look at the state, for the dump of a bad one."""
+  """Looks for a step that was not finite, and keeps the state before it and its batch."""
 
-  def __init__(self, folder: pathlib.Path, config: Mapping[str, Any], stage: str):
-    self._folder, self._config, self._stage = folder, config, stage
-    self._positions: collections.OrderedDict[int, dict[str, Any]] = collections.OrderedDict()
-    self._good = -1
+  def __init__(self, folder: pathlib.Path, stage: str, step: int):
+    self._folder, self._stage, self._good = folder, stage, step
 
-  def before(self, step: int, iterators: Mapping[str, Any]) -> None:
-    """Called before the batch of the step after `step` is read."""
-    self._good = step if self._good < 0 else self._good
-    self._positions[step] = {name: it.get_state() for name, it in iterators.items()}
-
-  def check(self, state: Any, step: int, iterators: Mapping[str, Any], run: Any, read: Any, held: Any) -> None:
+  def check(
+    self, state: Any, step: int, run: Callable[[Any, Any], Any], read: Callable[[int], Any],
+    save: Callable[[Checkpoints, int, Any], None],
+  ) -> None:  # fmt: skip
     """Looks at the state after `step`.
 
     Args:
       state: after `step`.
       step: as the host counts.
-      iterators: of the stage; they are wound back if a step was bad.
       run: the compiled step, to name what was not finite.
-      read: reads the next batch.
-      held: modalities that have been trained.
+      read: the batch of the step after the one it is given.
+      save: writes a state at a step into a store.
 
     Raises:
       FloatingPointError: naming the step, the steps in question, the terms and the dump.
     """
     reached = int(state.step)
     if reached >= 0:
-      self._positions.clear()
       self._good = step
       return
     bad = ~reached
-    for name, it in iterators.items():
-      it.set_state(self._positions[bad][name])
     state = state.replace(step=jax.device_put(np.int32(bad), state.step.sharding))
     dump = self._folder / DUMP
-    store = Checkpoints(dump, keep=1)
-    store.save(Position(bad, self._stage, False, tuple(held)), state, iterators, self._config)
-    store.close()
-    batch = read()
+    with contextlib.closing(Checkpoints(dump, keep=1)) as store:
+      save(store, bad, state)
+    batch = read(bad)
     _, metrics = run(state, batch)
     terms = [name for name, value in jax.device_get(metrics).items() if not np.isfinite(value)]
     if jax.process_count() == 1:

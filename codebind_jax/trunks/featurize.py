@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from codebind_jax.data.batches import FeatureTable
 from codebind_jax.data.transforms.augment import Augment
 from codebind_jax.data.worlds import fetch
 from codebind_jax.trunks import load_trunk
-from codebind_jax.trunks.cache import cached_features
+from codebind_jax.trunks.cache import cached_features, content_hash
 
 
 def captions(texts: Sequence[str], templates: Sequence[str], mode: str = "each") -> list[str]:
@@ -41,7 +42,8 @@ def joined(tables: Sequence[FeatureTable]) -> FeatureTable:
     return tables[0]
   starts = [0, *itertools.accumulate(len(table.features) for table in tables)]
   choices = [tuple(start + item for item in own) for start, table in zip(starts, tables) for own in table.choices]
-  return FeatureTable(np.concatenate([table.features for table in tables]), choices, tables[0].augmented)
+  made_from = content_hash(" ".join(table.fingerprint for table in tables))[:16]
+  return FeatureTable(np.concatenate([table.features for table in tables]), choices, tables[0].augmented, made_from)
 
 
 CAPTION_MODES = ("main", "each", "joined")
@@ -94,7 +96,8 @@ class Featurizer:
     number = {row: item for item, row in enumerate(kept)}
     item = {row: number[first[content[row]]] for row in rows}
     choices = [(item[i],) if i in item else () for i in range(len(source))]
-    return FeatureTable(features, choices, tower.augmented if views > 1 else 0.0)
+    made_from = pathlib.Path(features.filename).parent.name  # the cache names a folder by a hash of all that decides it
+    return FeatureTable(features, choices, tower.augmented if views > 1 else 0.0, made_from)
 
   def train_tables(
     self, train: Mapping[str, Any], unique: Mapping[str, str], extra: Mapping[str, Any] | None = None
@@ -141,4 +144,5 @@ class Featurizer:
     number = {caption: n for n, caption in enumerate(strings)}
     logging.info("%s: %d distinct captions of %d rows", source.name, len(strings), len(rows))
     choices = [tuple(number[caption] for caption in by_row.get(row, ())) for row in range(len(source))]
-    return FeatureTable(self.texts(strings)[:, None], choices)
+    made_from = content_hash("\0".join([self.trunks["text"].fingerprint, *strings]))[:16]
+    return FeatureTable(self.texts(strings)[:, None], choices, made_from=made_from)
