@@ -10,15 +10,14 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from codebind_jax import build
+from codebind_jax import config as config_lib
 from codebind_jax.compile_ahead import flops
 from codebind_jax.compile_ahead import report as aot
-from codebind_jax.methods.base import make_init, make_method
+from codebind_jax.methods.base import make_init
 from codebind_jax.runtime import optim
 from codebind_jax.runtime import train_state as state_lib
 from codebind_jax.runtime.compile import compile_step
 from codebind_jax.runtime.sharding import make_layout
-from codebind_jax.stages import stages_of
 from codebind_jax.step import make_start, make_train_step
 from configs import imagebind_huge
 
@@ -36,7 +35,7 @@ def config_of(rows):
   if _DEPTH.value:
     for name in config.model.towers:
       config.model.towers[name].body_options.depth = _DEPTH.value
-  return config.lock()
+  return config_lib.validate(config)
 
 
 def filled(shapes):
@@ -55,18 +54,18 @@ def filled(shapes):
 def measure(rows):
   """Times one batch size and prints its line of the table."""
   config = config_of(rows)
-  layout, stage, method = make_layout(config, jax.devices()[:1]), stages_of(config)[0], make_method(config)
-  inputs = build.token_shapes(config, config.model.towers)
+  layout = make_layout(config.mesh, config.sharding, jax.devices()[:1])
+  stage, method, inputs = config.ordered[0], config_lib.method_of(config), aot.token_shapes(config.model.towers)
   init = make_init(method, inputs, config.model.half, [stage])
   state = state_lib.create(layout, jax.random.key(0), init)
-  tx, table = optim.make_optimizer(state.params, stage.train, config.optim.to_dict(), stage.steps)
+  tx, table = optim.make_optimizer(state.params, stage.train, config.optim, stage.steps)
   state = state_lib.with_optimizer(state, tx, layout)
   batch = jax.device_put(filled(aot.batch_shapes(inputs, stage, layout)), layout.rows)
   frozen = optim.frozen(table)
   state = state.replace(codebooks=jax.jit(make_start(method))(state, batch))
   step = state_lib.guarded(make_train_step(method, stage, tx, frozen=frozen))
   with jax.set_mesh(layout.mesh):
-    model, everything = aot.model_flops(config, state.params, batch, frozen), flops.count(step, state, batch)
+    model, everything = aot.model_flops(method.model, state.params, batch, frozen), flops.count(step, state, batch)
   started = time.perf_counter()
   compiled = compile_step(step, state, batch, layout)
   compile_seconds, taken = time.perf_counter() - started, []

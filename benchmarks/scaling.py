@@ -15,16 +15,15 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks.machine import describe, in_turn
-from codebind_jax import build
+from codebind_jax import config as config_lib
 from codebind_jax.compile_ahead import report as aot
 from codebind_jax.data.batches import Batches, FeatureTable, SourceBatches
-from codebind_jax.methods.base import make_init, make_method
+from codebind_jax.methods.base import make_init
 from codebind_jax.runtime import optim
 from codebind_jax.runtime import train_state as state_lib
 from codebind_jax.runtime.compile import compile_step
 from codebind_jax.runtime.metrics import Throughput
 from codebind_jax.runtime.sharding import make_layout
-from codebind_jax.stages import stages_of
 from codebind_jax.step import make_start, make_train_step
 from configs import stage1
 
@@ -48,7 +47,7 @@ def config_of(rows):
   for name, width in WIDTHS.items():
     config.model.towers[name].trunk = "vectors"
     config.model.towers[name].options = {"width": width, "modality": name}
-  return config.lock()
+  return config_lib.validate(config)
 
 
 def memory():
@@ -64,9 +63,10 @@ def memory():
     for devices in counts:
       config = config_of(rows_of(devices))
       for form, options in FORMS.items():
-        stage = dataclasses.replace(stages_of(config)[0], **options)
-        layout = make_layout(config, jax.devices()[:devices])
-        report = aot.compile_stage(config, stage, layout, aot.CHIPS["v5e"])
+        stage = dataclasses.replace(config.ordered[0], **options)
+        layout = make_layout(config.mesh, config.sharding, jax.devices()[:devices])
+        method = config_lib.method_of(config)
+        report = aot.compile_stage(method, config.model, config.optim, stage, layout, aot.CHIPS["v5e"])
         moved = {kind: traffic.bytes for kind, traffic in report.program.traffic.items()}
         named = [moved.pop(kind, 0) for kind in ("all-gather", "all-reduce", "collective-permute")]
         numbers = [report.arguments, report.temporaries, *named, sum(moved.values())]
@@ -76,10 +76,11 @@ def memory():
 def ready(rows):
   """The compiled step of a batch on one device, a state and the layout."""
   config = config_of(rows)
-  layout, stage, method = make_layout(config, jax.devices()[:1]), stages_of(config)[0], make_method(config)
-  init = make_init(method, build.token_shapes(config, WIDTHS))
+  layout = make_layout(config.mesh, config.sharding, jax.devices()[:1])
+  stage, method = config.ordered[0], config_lib.method_of(config)
+  init = make_init(method, aot.token_shapes(config.model.towers))
   state = state_lib.create(layout, jax.random.key(0), init)
-  tx, table = optim.make_optimizer(state.params, stage.train, config.optim.to_dict(), stage.steps)
+  tx, table = optim.make_optimizer(state.params, stage.train, config.optim, stage.steps)
   state = state_lib.with_optimizer(state, tx, layout)
   first = layout.put_batch(next(iterator(rows)))
   state = state.replace(codebooks=jax.jit(make_start(method))(state, first))

@@ -12,6 +12,7 @@ import hashlib
 import numpy as np
 from absl import app, flags
 
+from codebind_jax import config as config_lib
 from codebind_jax.data.task import open_task
 from codebind_jax.data.worlds import extra
 from codebind_jax.models.towers import whitening
@@ -55,7 +56,8 @@ def main(_):
   config = stage1.get_config().unlock()
   config.data.profile = _PROFILE.value
   config.data.extra = 0.25
-  task, featurizer = open_task(config.data), Featurizer(config)
+  config = config_lib.read(config)
+  task, featurizer = open_task(config.data), Featurizer(config.data, config.model.towers)
   source, further = task.train["icons"], task.extra["icons"]
   images = np.asarray(featurizer.table(source, "image").features[:, 0, 0], np.float64)
   field = lambda name: np.array([row[name] for row in source.rows])

@@ -10,15 +10,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
+from codebind_jax import config as config_lib
 from codebind_jax import schema
 from codebind_jax.data import transforms
 from codebind_jax.evaluators.zeroshot import class_embeddings
-from codebind_jax.methods.base import Method, make_method
+from codebind_jax.methods.base import Method
 from codebind_jax.runtime import checkpoint
 from codebind_jax.step import make_embed_step
 from codebind_jax.trunks import load_trunk
@@ -59,7 +59,7 @@ class Model:
   """A trained model: trunks, heads and codebooks.
 
   Args:
-    config: the training config (plain dict or ConfigDict).
+    config: of the training run (`Config`, ConfigDict or dict).
     params: head parameters.
     codebooks: name -> CodebookState.
     trunks: modality -> Trunk, loaded when first needed if not given.
@@ -71,9 +71,9 @@ class Model:
     self, config: Any, params: Any, codebooks: Any, trunks: dict | None = None, batch: int = 256,
     modalities: Sequence[str] | None = None,
   ):
-    self.config = config if isinstance(config, ml_collections.ConfigDict) else ml_collections.ConfigDict(config)
+    self.config = config_lib.read(config)
     self.params, self.codebooks, self.trunks, self.batch = params, codebooks, dict(trunks or {}), batch
-    self.method = make_method(self.config)
+    self.method = config_lib.method_of(self.config)
     self._embed = _embed_step(self.method)
     self._weights: dict[str, Any] = {}  # of the trunks, where they are used
     self._mesh: jax.sharding.Mesh | None = None
@@ -115,7 +115,7 @@ class Model:
     """The trunk of a modality, fetched and loaded at first use."""
     if modality not in self.trunks:
       tower = self.config.model.towers[modality]
-      self.trunks[modality] = load_trunk(tower.trunk, **tower.options.to_dict())
+      self.trunks[modality] = load_trunk(tower.trunk, **tower.options)
     return self.trunks[modality]
 
   def embed(self, inputs: Mapping[str, Sequence[Any]]) -> dict[str, Embeddings]:
@@ -205,7 +205,7 @@ class Model:
       Per item (label, cosine), best first.
     """
     self._check({modality: items, "text": labels})
-    templates = tuple(templates) or tuple(self.config.data.eval_templates)
+    templates = tuple(templates) or self.config.data.eval_templates
     classes = class_embeddings(lambda texts: self.embed({"text": list(texts)})["text"].shared, list(labels), templates)
     scores = self.embed({modality: items})[modality].shared @ classes.T
     order = np.argsort(-scores, axis=1, kind="stable")
@@ -272,6 +272,6 @@ def load(path: str | pathlib.Path) -> Model:
     config, position = meta["config"], meta["position"]
   finally:
     store.close()
-  config = ml_collections.ConfigDict(config)
-  codebooks = make_method(config).restore(arrays["codebooks"])
+  config = config_lib.reopened(config)
+  codebooks = config_lib.method_of(config).restore(arrays["codebooks"])
   return Model(config, arrays["params"], codebooks, modalities=position["held"])

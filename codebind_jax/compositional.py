@@ -20,7 +20,7 @@ from codebind_jax.codebook.clustering import kmeans
 from codebind_jax.codebook.revival import draw_candidates, sample_rows
 from codebind_jax.codebook.segments import Segments, statistics, straight_through, transposed
 from codebind_jax.codebook.segments import similarity as similarities
-from codebind_jax.codebook.spec import SHARED, Layout
+from codebind_jax.codebook.spec import LAYOUTS, SHARED, UPDATES, Layout
 from codebind_jax.codebook.spec import CompositionalSpec as CompositionalSpec
 from codebind_jax.losses.code_contrast import code_contrast_segments
 from codebind_jax.norm import unit
@@ -95,10 +95,10 @@ def split_parts(
   if x.shape[-1] != shared_dim + specific_dim:
     raise ValueError(f"features must have width {shared_dim} + {specific_dim}, got {x.shape}")
   x = jnp.asarray(x)
+  if layout not in LAYOUTS:
+    raise ValueError(f"layout must be {' or '.join(map(repr, LAYOUTS))}, got {layout!r}")
   if layout == "parts":
     return x[..., :shared_dim], x[..., shared_dim:]
-  if layout != "interleaved":
-    raise ValueError(f"layout must be 'parts' or 'interleaved', got {layout!r}")
   ds, dp = code_dims[0], code_dims[1] if specific_dim else 0
   if shared_dim % ds or (dp and specific_dim * ds != shared_dim * dp):
     raise ValueError(f"widths {shared_dim}, {specific_dim} are not equally many segments of {code_dims}")
@@ -148,8 +148,8 @@ def quantize_modalities(
   Raises:
     ValueError: for a missing codebook, a wrong width or mask, or an unknown `update`.
   """
-  if update not in ("snapshot", "sequential", "none"):
-    raise ValueError(f"update must be 'snapshot', 'sequential' or 'none', got {update!r}")
+  if update not in (*UPDATES, "none"):
+    raise ValueError(f"update must be one of {(*UPDATES, 'none')}, got {update!r}")
   codebooks, masks = dict(codebooks), dict(masks or {})
   rng = jax.random.key(0) if rng is None else rng
   collected: dict[str, list[Segments]] = {}

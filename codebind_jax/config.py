@@ -1,158 +1,334 @@
-"""What a config may say: checked whole, before anything is built."""
+"""The whole config as a type: its sections, how it is read, and what two sections say of one another."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-import ml_collections
-
-from codebind_jax.schema import check_keys, get, has
+from codebind_jax import schema
+from codebind_jax.codebook.spec import SHARED, Codebook
+from codebind_jax.data.task import Data
+from codebind_jax.data.worlds.registry import WORLDS
+from codebind_jax.methods.base import Method, check_stage, make_method, method_options
+from codebind_jax.methods.codebind_terms import TERMS
+from codebind_jax.models.bodies import NO_OPTIONS, body_class
+from codebind_jax.models.towers import ModelSpec
+from codebind_jax.runtime.optim import Optim
+from codebind_jax.runtime.sharding import MeshShape, Sharding
+from codebind_jax.schema import Above, AtLeast, Frozen, check_keys
+from codebind_jax.stages import Stage, stages_of
+from codebind_jax.trunks import trunk_maker, trunk_names
 
 MODES = ("train", "eval", "embed", "compare", "compile")
 TASKS = ("zeroshot", "retrieval", "probe")
-PROFILES = ("auto", "tiny", "tiny-plus", "small", "full")
-_CHOICES = {
-  "mode": MODES,
-  "task": TASKS,
-  "data.profile": PROFILES,
-  "codebook.distance": ("cosine", "l2"),
-  "codebook.layout": ("parts", "interleaved"),
-  "codebook.update_mode": ("snapshot", "sequential"),
-  "codebook.revive": ("random", "closest", "probrandom", "disturbance", "none"),
-  "codebook.revive_mode": ("survive", "codes_only"),
-  "embed.dtype": ("float16", "float32"),
-}
-_POSITIVE = (
-  "steps", "batch_size", "log_steps", "eval_steps", "checkpoint_steps", "keep_checkpoints",
-  "model.shared_dim", "codebook.dim", "codebook.shared_codes", "optim.learning_rate", "optim.clip_norm",
-  "data.threads", "embed.shard_rows", "embed.batch_size", "embed.threads",
-)
-_COUNTS = ("data.max_bad_records", "data.workers", "seed")
-_SHARES = ("codebook.decay", "codebook.alarm_share", "optim.b1", "optim.b2")
+MEASURES = (*TASKS, "codes")
+_RENAMED_TRUNKS = {"raw": "vectors", "words": "hashed_words", "frames": "video_mean"}
 
 
-def validate(config: ml_collections.ConfigDict) -> None:
-  """Checks choices, ranges and references between sections.
+@dataclasses.dataclass(frozen=True)
+class Embed:
+  """Section `embed` of mode `embed`.
+
+  Attributes:
+    shard_rows: records of the manifest a shard.
+    dtype: of the vectors.
+    parts: what is written of every modality.
+    modalities: which; all of the run's unless given.
+    batch_size: records held in memory, decoded, at once (twice: the next ones are being read).
+    threads: that read and decode.
+  """
+
+  shard_rows: Annotated[int, Above(0)] = 16384
+  dtype: Literal["float16", "float32"] = "float16"
+  parts: tuple[Literal["shared", "specific", "full", "codes"], ...] = ("shared", "specific", "full", "codes")
+  modalities: tuple[str, ...] = ()
+  batch_size: Annotated[int, Above(0)] = 256
+  threads: Annotated[int, Above(0)] = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """Section `compare.variants.NAME`: what one variant of a comparison has of its own.
+
+  Attributes:
+    method: as `config.method`.
+    options: as `config.method_options`.
+    losses: as `config.stages.*.losses`, of every stage.
+    quantize: as `config.model.quantize`.
+  """
+
+  method: str = "codebind"
+  options: Mapping[str, Any] = Frozen()
+  losses: Mapping[str, Annotated[float, AtLeast(0, "off")]] = Frozen({"info_nce": 1.0})
+  quantize: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class GradedWorld:
+  """Section `compare.world`: the synthetic world with modalities of graded quality (`data.synthetic.Factors`).
+
+  Attributes:
+    classes, styles: how many values each factor has.
+    noise: standard deviation of what is added to a vector.
+    rows: to train on.
+    seed: of the world.
+    quality: modality -> share of the class's code that it shows; 1 where not named.
+    style_quality: likewise of the style's code.
+  """
+
+  classes: Annotated[int, Above(0)] = 10
+  styles: Annotated[int, Above(0)] = 4
+  noise: Annotated[float, AtLeast(0)] = 0.8
+  rows: Annotated[int, Above(0)] = 2048
+  seed: Annotated[int, AtLeast(0)] = 0
+  quality: Mapping[str, Annotated[float, AtLeast(0)]] = Frozen()
+  style_quality: Mapping[str, Annotated[float, AtLeast(0)]] = Frozen()
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadSets:
+  """Section `compare.transfers.NAME`: rows that heads are learned on and tested on.
+
+  Attributes:
+    worlds: whose training rows the heads are learned on.
+    fields: what is told.
+    val, test: names of the sets they are tested on; those that a profile lacks are left out.
+  """
+
+  worlds: tuple[str, ...]
+  fields: tuple[str, ...]
+  val: tuple[str, ...]
+  test: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare:
+  """Section `compare` of mode `compare`.
+
+  Attributes:
+    variants: by name.
+    only: names of variants with commas between: this call trains these alone.
+    timing: steps of each variant that are timed, in turns, once all have been trained.
+    against: comparison.json of the graded world, for the claims of an equal one.
+    seeds: runs of each variant on the test sets.
+    learning_rates: tried for each variant on the validation sets.
+    fields: what heads tell, where there are no transfers.
+    transfers: by name; empty for one of all sets.
+    world: the synthetic one that is drawn for the comparison; None for those of the data.
+    stages: zero-shot and retrieval as after a stage, too.
+    score: the metric that rates are chosen by.
+    columns: of the table of scores; empty for the usual ones.
+  """
+
+  variants: Mapping[str, Variant] = Frozen()
+  only: str = ""
+  timing: Annotated[int, AtLeast(0, "none")] = 0
+  against: str = ""
+  seeds: Annotated[int, Above(0)] = 3
+  learning_rates: tuple[Annotated[float, Above(0)], ...] = (1e-3,)
+  fields: tuple[str, ...] = ("label",)
+  transfers: Mapping[str, HeadSets] = Frozen()
+  world: GradedWorld | None = None
+  stages: bool = False
+  score: str = "eval/val/label/cross"
+  columns: tuple[str, ...] = ()
+
+  @property
+  def names(self) -> list[str]:
+    """The variants that this call trains: all, or those that `only` names."""
+    return [name for name in self.only.split(",") if name] or list(self.variants)
+
+  def check(self, path: str) -> None:
+    """Refuses names of no variant, and a comparison of nothing."""
+    check_keys(self.names, self.variants, f"{path}.only")
+    if not self.learning_rates:
+      raise ValueError(f"config.{path}.learning_rates: is empty; allowed: one and more")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """All of a run.
+
+  Attributes:
+    mode: what is done.
+    task: what mode `eval` measures.
+    topology: mode `compile`: the TPU slice to compile for, such as v5e:16x16.
+    method: a module of `codebind_jax.methods`.
+    method_options: its fields.
+    seed: of parameters, batches and all draws.
+    steps, batch_size: of the stages that set none of their own.
+    log_steps: steps between two lines of metrics.
+    eval_steps: steps between two evaluations on the validation sets; the end of the run is always evaluated.
+    checkpoint_steps: steps between two checkpoints.
+    keep_checkpoints: how many are kept.
+    init_from: workdir of a finished run whose modalities this one starts with; modes `eval` and `embed`: the run.
+    baseline: train the same heads by plain InfoNCE, without codebooks, and report both.
+    test: read the test sets once, at the end.
+    tasks: what the last evaluation measures; probes take longest.
+    emergent: pairs of modalities that no stage binds, to be retrieved from each other by concept.
+    mesh, sharding, data, model, codebook, optim: sections.
+    stages: sections by name.
+    stage_order: names of the stages that are trained, in order.
+    embed, compare: sections of these modes; None in others.
+  """
+
+  mode: Literal[MODES] = "train"
+  task: Literal[TASKS] = "zeroshot"
+  topology: str = ""
+  method: str = "codebind"
+  method_options: Mapping[str, Any] = Frozen()
+  seed: Annotated[int, AtLeast(0)] = 0
+  steps: Annotated[int, Above(0)] = 500
+  batch_size: Annotated[int, Above(0)] = 256
+  log_steps: Annotated[int, Above(0)] = 20
+  eval_steps: Annotated[int, Above(0)] = 250
+  checkpoint_steps: Annotated[int, Above(0)] = 100
+  keep_checkpoints: Annotated[int, Above(0)] = 2
+  init_from: str = ""
+  baseline: bool = True
+  test: bool = True
+  tasks: tuple[Literal[MEASURES], ...] = MEASURES
+  emergent: tuple[tuple[str, str], ...] = ()
+  mesh: MeshShape = MeshShape()
+  sharding: Sharding = Sharding()
+  data: Data = Data()
+  model: ModelSpec = ModelSpec()
+  codebook: Codebook = Codebook()
+  optim: Optim = Optim()
+  stages: Mapping[str, Stage] = Frozen()
+  stage_order: tuple[str, ...] = ()
+  embed: Embed | None = None
+  compare: Compare | None = None
+
+  @property
+  def ordered(self) -> list[Stage]:
+    """The stages that are trained, with their global steps."""
+    return stages_of(self.stages, self.stage_order)
+
+
+def read(config: Any) -> Config:
+  """A config (ConfigDict or dict; a `Config` is taken as it is) as a type; its sections are checked, each by itself.
 
   Raises:
     ValueError: naming the key, the value got, and what is allowed.
   """
-  check_keys([get(config, "mode")], MODES, "mode")
-  for path, allowed in _CHOICES.items():
-    if has(config, path):
-      check_keys([get(config, path)], allowed, path)
-  for path in _POSITIVE:
-    if has(config, path) and not get(config, path) > 0:
-      raise ValueError(f"config.{path}: got {get(config, path)!r}; allowed: any number above 0")
-  for path in _COUNTS:
-    if has(config, path) and get(config, path) < 0:
-      raise ValueError(f"config.{path}: got {get(config, path)!r}; allowed: 0 and up")
-  for path in _SHARES:
-    if has(config, path) and not 0 <= get(config, path) <= 1:
-      raise ValueError(f"config.{path}: got {get(config, path)!r}; allowed: 0 to 1")
+  return config if isinstance(config, Config) else filled(schema.read(Config, config))
+
+
+def reopened(plain: Mapping[str, Any]) -> Config:
+  """The config of an earlier run, as its config.json and checkpoints have it, also one of an earlier version.
+
+  Keys that there were not yet get their defaults; trunks have their names of today.
+
+  Raises:
+    ValueError: as `read`.
+  """
+  plain = schema.to_plain(plain)
+  for tower in plain.get("model", {}).get("towers", {}).values():
+    tower["trunk"] = _RENAMED_TRUNKS.get(tower["trunk"], tower["trunk"])
+  if not plain.get("compare", {"world": None}).get("world"):  # once {} for none
+    plain.get("compare", {}).pop("world", None)
+  return read(plain)
+
+
+def filled(config: Config) -> Config:
+  """The config with all options of its trunks, bodies and methods: those given, and the defaults of the others.
+
+  Raises:
+    ValueError: for a trunk or method there is none of, an unknown option, or a bad value of one.
+  """
+  towers = {}
+  for name, tower in config.model.towers.items():
+    where = f"model.towers.{name}"
+    check_keys([tower.trunk], trunk_names(), f"{where}.trunk")
+    options = schema.arguments(trunk_maker(tower.trunk), tower.options, f"{where}.options")
+    body = tower.body_options
+    if tower.body:
+      body = schema.arguments(body_class(tower.body), body, f"{where}.body_options", NO_OPTIONS)
+    towers[name] = dataclasses.replace(tower, options=Frozen(options), body_options=Frozen(body))
+  compare = config.compare
+  if compare:
+    variants = {name: dataclasses.replace(v, options=Frozen(method_options(v.method, v.options)))
+                for name, v in compare.variants.items()}  # fmt: skip
+    compare = dataclasses.replace(compare, variants=Frozen(variants))
+  return dataclasses.replace(
+    config, model=dataclasses.replace(config.model, towers=Frozen(towers)), compare=compare,
+    method_options=Frozen(method_options(config.method, config.method_options)),
+  )  # fmt: skip
+
+
+def method_of(config: Config) -> Method:
+  """The config's method over its towers."""
+  return make_method(config.method, config.method_options, config.model, config.codebook, config.ordered)
+
+
+def validate(config: Any) -> Config:
+  """Reads a config and checks what its sections say of one another.
+
+  Raises:
+    ValueError: naming the key, the value got, and what is allowed.
+  """
+  config = read(config)
+  of_run = {"init_from": config.init_from, "data.manifest": config.data.manifest}
+  needed = {"eval": of_run, "embed": of_run | {"embed": config.embed}, "compare": {"compare": config.compare}}
+  for path, value in needed.get(config.mode, {}).items():
+    if not value:
+      raise ValueError(f"config.{path}: must be set for mode {config.mode!r}")
   if config.mode in ("eval", "embed"):
-    for path in ("init_from", "data.manifest"):
-      if not get(config, path):
-        raise ValueError(f"config.{path}: must be set for mode {config.mode!r}")
-    return
-  _validate_train(config)
-
-
-def _validate_train(config: ml_collections.ConfigDict) -> None:
-  if config.optim.accumulate != 1:
-    raise ValueError(
-      f"config.optim.accumulate: got {config.optim.accumulate}; allowed: 1. Gradients summed over small batches are "
-      "not those of a large one here: a row would see the negatives of its small batch alone, and the codebooks would "
-      "move in between. For a batch larger than memory set stages.*.parts, which gives exactly the large batch's step"
-    )
-  from codebind_jax.data.worlds.registry import WORLDS
-  from codebind_jax.methods.base import check_stage, make_method
-  from codebind_jax.methods.codebind_terms import TERMS
-  from codebind_jax.models.bodies import make_body
-  from codebind_jax.stages import stages_of
-  from codebind_jax.trunks import trunk_names
-  from codebind_jax.trunks.featurize import CAPTION_MODES
-
-  check_keys(config.tasks, (*TASKS, "codes"), "tasks")
-  check_keys([config.data.captions], CAPTION_MODES, "data.captions")
-  check_keys([world.split("-")[0] for world in config.data.worlds], WORLDS, "data.worlds")
+    return config
   if not config.data.worlds and not config.data.manifest:
     raise ValueError(f"config.data.worlds: is empty; allowed: some of {sorted(WORLDS)}, or data.manifest set")
-  if not 0 <= config.data.extra < 1:
-    raise ValueError(f"config.data.extra: got {config.data.extra}; allowed: 0 (none) up to, not including, 1")
-  towers = config.model.towers
-  for name, tower in towers.items():
-    check_keys([tower.trunk], trunk_names(), f"model.towers.{name}.trunk")
-    if tower.specific_dim < 0 or tower.specific_dim % config.codebook.dim:
-      raise ValueError(
-        f"config.model.towers.{name}.specific_dim: got {tower.specific_dim}; allowed: 0 or a multiple of "
-        f"codebook.dim ({config.codebook.dim})"
-      )
-    if not 0 <= tower.dropout < 1:
-      raise ValueError(f"config.model.towers.{name}.dropout: got {tower.dropout}; allowed: 0 up to, not including, 1")
-    if not 0 <= tower.whiten <= 1:
-      raise ValueError(f"config.model.towers.{name}.whiten: got {tower.whiten}; allowed: 0 (off) to 1")
-    if tower.whiten and tower.hidden:
-      raise ValueError(
-        f"config.model.towers.{name}.whiten: got {tower.whiten} with hidden {tower.hidden}; allowed: 0, or hidden 0"
-      )
-    if tower.views < 1 or not 0 <= tower.augmented <= 1:
-      raise ValueError(
-        f"config.model.towers.{name}: got views {tower.views}, augmented {tower.augmented}; allowed: 1 and up, 0 to 1"
-      )
-    if tower.body:
-      make_body(tower.body, tower.body_options.to_dict())
-      if tower.meaning or tower.whiten:
-        raise ValueError(f"config.model.towers.{name}.body: {tower.body!r} goes with neither meaning nor whiten")
-    if tower.starts_from:
-      check_keys([tower.starts_from], [m for m in towers if m != name], f"model.towers.{name}.starts_from")
-    if tower.meaning:
-      check_keys([tower.meaning], [m for m in towers if m != name], f"model.towers.{name}.meaning")
-      if tower.meaning_dim < 1:
-        raise ValueError(f"config.model.towers.{name}.meaning_dim: got {tower.meaning_dim}; allowed: 1 and up")
-    if tower.specific_dim and name not in config.codebook.codes:
-      raise ValueError(f"config.codebook.codes: no entry for {name!r}, which has a specific part")
-  if config.model.shared_dim % config.codebook.dim:
-    raise ValueError(
-      f"config.model.shared_dim: got {config.model.shared_dim}; allowed: a multiple of codebook.dim "
-      f"({config.codebook.dim})"
-    )
-  check_keys(config.codebook.codes, towers, "codebook.codes")
+  if not config.stage_order:
+    raise ValueError(f"config.stage_order: is empty; allowed: some of {list(config.stages)}")
   check_keys(config.stage_order, config.stages, "stage_order")
-  method = make_method(config)
-  for stage in stages_of(config):
-    where = f"stages.{stage.name}"
-    check_keys([m for pair in stage.pairs for m in pair], towers, f"{where}.pairs")
-    check_keys(stage.losses, TERMS, f"{where}.losses")
-    for pattern in stage.codes:
-      if not any(re.fullmatch(pattern, name) for name in ("shared", *towers)):
-        raise ValueError(f"config.{where}.codes: {pattern!r} matches none of {['shared', *sorted(towers)]}")
-    decoder = config.model.decoder if stage.losses.get("reconstruction") else None
-    if decoder and (min(decoder.width, decoder.heads, decoder.depth) < 1 or decoder.width % decoder.heads):
-      raise ValueError(f"config.model.decoder: got {decoder.to_dict()}; allowed: above 0, heads divide width")
-    for key in ("steps", "batch_size"):
-      if getattr(stage, key) < 1:
-        raise ValueError(f"config.{where}.{key}: got {getattr(stage, key)}; allowed: any number above 0")
-    if stage.code_rows < 0:
-      raise ValueError(f"config.{where}.code_rows: got {stage.code_rows}; allowed: 0 (all) and up")
-    if not config.data.manifest:
-      check_keys([*stage.sources, *stage.weights], config.data.worlds, f"{where}.sources")
-    for source, rows in stage.sources.items():
-      if rows < 1:
-        raise ValueError(f"config.{where}.sources.{source}: got {rows}; allowed: any number above 0")
-    for source, weight in stage.weights.items():
-      if not weight > 0:
-        raise ValueError(f"config.{where}.weights.{source}: got {weight}; allowed: any number above 0")
-    if stage.learning_rate < 0:
-      raise ValueError(f"config.{where}.learning_rate: got {stage.learning_rate}; allowed: 0 (config.optim's) and up")
-    if stage.parts < 1:
-      raise ValueError(f"config.{where}.parts: got {stage.parts}; allowed: 1 and up")
-    if stage.chunk < 0:
-      raise ValueError(f"config.{where}.chunk: got {stage.chunk}; allowed: 0 (the whole matrix) and up")
-    if stage.mixup < 0:
-      raise ValueError(f"config.{where}.mixup: got {stage.mixup}; allowed: 0 (off) and up")
+  _check_widths(config)
+  method = method_of(config)
+  for stage in config.ordered:
+    _check_stage(config, stage)
     check_stage(config.method, stage)
     if stage.balance and not method.weights(stage).get(method.BASE):
-      raise ValueError(f"config.{where}.balance: got True without the loss {method.BASE!r}, which others are held to")
-    if not stage.temperature > 0:
-      raise ValueError(f"config.{where}.temperature: got {stage.temperature}; allowed: any number above 0")
+      where = f"config.stages.{stage.name}.balance"
+      raise ValueError(f"{where}: got True without the loss {method.BASE!r}, which others are held to")
+  return config
+
+
+def _check_widths(config: Config) -> None:
+  """Every part is made of whole codes, and every specific part has a codebook."""
+  towers, codes, dim = config.model.towers, config.codebook.codes, config.codebook.dim
+  check_keys(codes, towers, "codebook.codes")
+  if config.model.shared_dim % dim:
+    raise ValueError(
+      f"config.model.shared_dim: got {config.model.shared_dim}; allowed: a multiple of codebook.dim ({dim})"
+    )
+  for name, tower in towers.items():
+    if tower.specific_dim % dim:
+      raise ValueError(
+        f"config.model.towers.{name}.specific_dim: got {tower.specific_dim}; allowed: 0 or a multiple of "
+        f"codebook.dim ({dim})"
+      )
+    if tower.specific_dim and name not in codes:
+      raise ValueError(f"config.codebook.codes: no entry for {name!r}, which has a specific part")
+
+
+def _check_stage(config: Config, stage: Stage) -> None:
+  """What a stage names exists, and nothing is done with raw inputs that is meant for tokens."""
+  towers, where = config.model.towers, f"stages.{stage.name}"
+  check_keys([m for pair in stage.pairs for m in pair], towers, f"{where}.pairs")
+  check_keys(stage.losses, TERMS, f"{where}.losses")
+  for pattern in stage.codes:
+    if not any(re.fullmatch(pattern, name) for name in (SHARED, *towers)):
+      raise ValueError(f"config.{where}.codes: {pattern!r} matches none of {[SHARED, *sorted(towers)]}")
+  if not config.data.manifest:
+    check_keys([*stage.sources, *stage.weights], config.data.worlds, f"{where}.sources")
+  raw = [m for m in stage.modalities if towers[m].trunk == "raw_input"]
+  told = "got {} with config.model.towers.{}.trunk 'raw_input', whose {}; allowed: 0, or another trunk"
+  if "text" in raw:
+    for key, value in ((f"{where}.mixup", stage.mixup), ("method_options.noise", config.method_options.get("noise"))):
+      if value:
+        raise ValueError(f"config.{key}: {told.format(value, 'text', 'packed ids of tokens cannot be blended')}")
+  pictures = [m for m in raw if m != "text"]
+  if pictures and stage.losses.get("reconstruction") and config.mode != "compile":  # which only prices the step
+    found = told.format(stage.losses["reconstruction"], pictures[0], "rows of pixels are not what decoders make")
+    raise ValueError(f"config.{where}.losses.reconstruction: {found}")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-import ml_collections
 import numpy as np
 from absl import logging
 
+from codebind_jax import config as config_lib
 from codebind_jax.api import Model, load
+from codebind_jax.config import MEASURES, Config
 from codebind_jax.data.task import EvalSet, Task, open_task
 from codebind_jax.evaluators import base
 from codebind_jax.evaluators.class_mean import NearestClassMean
@@ -25,7 +27,6 @@ from codebind_jax.trunks.featurize import Featurizer
 
 FINAL = "final"  # the stage under which the last evaluation is written to metrics.jsonl
 STAGE_DONE = "eval/stage_done"  # marks the line that a finished stage's evaluation wrote
-TASKS = ("zeroshot", "retrieval", "probe", "codes")
 NEEDS = {
   "zeroshot": "it needs labels, and a model with a text tower",
   "retrieval": "it needs records with a text and another modality",
@@ -62,7 +63,7 @@ class Evaluation:
     trunks: modality -> Trunk.
   """
 
-  def __init__(self, config: Any, task: Task, featurizer: Featurizer, tasks: Sequence[str] = TASKS):
+  def __init__(self, config: Config, task: Task, featurizer: Featurizer, tasks: Sequence[str] = MEASURES):
     self.config, self.task, self.trunks = config, task, featurizer.trunks
     self._featurizer, self._tasks = featurizer, tasks
     self._tokens: dict[tuple[int, str], tuple[np.ndarray, dict[int, int]]] = {}
@@ -149,7 +150,7 @@ class Evaluation:
     found: dict[str, float] = {}
     for role in dict.fromkeys(test.role for test in sets):
       whole = _stacked(tables[test.name] for test in sets if test.role == role)
-      pairs = [tuple(pair) for pair in self.config.emergent if all(m in whole for m in pair)]
+      pairs = [pair for pair in self.config.emergent if all(m in whole for m in pair)]
       evaluators = [evaluator for a, b in pairs if (evaluator := Emergent(a, b)).overlap(whole)]
       found |= base.run_evaluators(evaluators, whole, prefix=f"eval/{role}")
     return found
@@ -330,13 +331,14 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
   Raises:
     ValueError: naming what is wrong with the checkpoint, the manifest, or what the task lacks in it.
   """
+  config = config_lib.read(config)
   model = load(config.init_from)
   task = open_task(config.data, default_split="test")
-  settings = model.config.unlock()
-  settings.test = True
-  settings.data.root, settings.data.eval_templates = config.data.root, config.data.eval_templates
-  settings.data.templates_of, settings.emergent = ml_collections.ConfigDict(), ()
-  evaluation = Evaluation(settings, task, Featurizer(settings, model.trunks), (config.task,))
+  data = dataclasses.replace(
+    model.config.data, root=config.data.root, eval_templates=config.data.eval_templates, templates_of={}
+  )
+  settings = dataclasses.replace(model.config, test=True, emergent=(), data=data)
+  evaluation = Evaluation(settings, task, Featurizer(data, settings.model.towers, model.trunks), (config.task,))
   model.trunks = evaluation.trunks
   found = evaluation.everything(model)
   if not found:

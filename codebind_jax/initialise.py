@@ -14,16 +14,18 @@ import numpy as np
 from absl import logging
 
 from codebind_jax.api import load
-from codebind_jax.models.towers import whitened
+from codebind_jax.models.towers import TowerSpec, whitened
 from codebind_jax.runtime import optim
 from codebind_jax.runtime.sharding import Layout
 from codebind_jax.runtime.train_state import TrainState
 
 
-def whiten_heads(params: Any, config: Any, tables: Mapping[str, Any], layout: Layout) -> Any:
+def whiten_heads(
+  params: Any, towers: Mapping[str, TowerSpec], tables: Mapping[str, Any], layout: Layout
+) -> Any:
   """The random start of the shared heads, with `config.model.towers.*.whiten` folded in where it is set."""
   params = dict(params)
-  for name, tower in config.model.towers.items():
+  for name, tower in towers.items():
     if tower.whiten and name in tables:
       tokens = np.asarray(tables[name].features[:, 0, 0], np.float32)
       head = whitened(layout.whole(params[name]["shared"]), tokens, tower.whiten)
@@ -32,7 +34,7 @@ def whiten_heads(params: Any, config: Any, tables: Mapping[str, Any], layout: La
   return params
 
 
-def copy_heads(params: Any, config: Any, new: Collection[str]) -> Any:
+def copy_heads(params: Any, towers: Mapping[str, TowerSpec], new: Collection[str]) -> Any:
   """Heads of modalities that begin to train, copied from those they start from (`config.model.towers.*.starts_from`).
 
   Raises:
@@ -40,7 +42,7 @@ def copy_heads(params: Any, config: Any, new: Collection[str]) -> Any:
   """
   params = dict(params)
   for name in sorted(new):
-    source = config.model.towers[name].starts_from
+    source = towers[name].starts_from
     if source:
       shapes = [jax.tree.map(lambda x: x.shape, params[m]) for m in (name, source)]
       if shapes[0] != shapes[1]:

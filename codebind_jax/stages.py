@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Annotated
+
+from codebind_jax.schema import DERIVED, Above, AtLeast, Frozen, Regex, keys_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """One stage of progressive alignment (spec section 4).
+  """Section `stages.NAME`: one stage of progressive alignment (spec section 4).
 
   Attributes:
-    name: of the stage; metrics carry it.
     pairs: active pairs (modality, bridge) that InfoNCE and code matching bind.
-    sources: source name -> rows of it in a global batch; empty until `on` fills it in.
+    losses: term name -> weight.
+    sources: source name -> rows of it in a global batch; empty for the only source, with `batch_size` rows.
     weights: source name -> weight of its losses; 1 where not named.
     unique_labels: at most one row of a label in a batch; else rows of equal labels do not count as each other's
       negatives where one side of the pair is text.
-    train: regexes of the parameter paths that train; everything else is frozen.
-    codes: regexes of the codebooks that learn (`shared`, a modality), the others stay as they are.
-    losses: term name -> weight.
-    steps: optimizer steps.
-    batch_size: rows of the global batch where there is one source.
+    steps: optimizer steps; those of the run unless set.
+    batch_size: rows of the global batch where there is one source; that of the run unless set.
     learning_rate: of this stage; 0 for that of `config.optim`.
+    train: regexes of the parameter paths that train; everything else is frozen.
+    codes: regexes of the codebooks that learn (`shared`, and each modality's own under its name); the others stay as
+      they are.
     temperature: of InfoNCE (tau).
     matching_temperature: of the softmax over codes in code matching.
     code_rows: rows of a batch that code contrast and code matching look at; 0 for all. Their cost grows with rows times
@@ -31,34 +33,36 @@ class Stage:
     chunk: rows and columns of the InfoNCE logits held at once; 0 for the whole matrix. Where several devices share the
       rows, these pass from device to device, so that none holds the whole batch.
     ring: they do so with `chunk` 0 as well, the rows of a device at once.
-    parts: the towers see the batch in so many parts, one after the other; losses and codebooks see it whole.
+    parts: the towers see the batch in so many parts, one after the other, for batches larger than memory; losses and
+      codebooks see it whole.
     mixup: rows are mixed with their neighbours in the batch, all modalities by the same share, drawn from Beta(mixup,
       mixup) (Zhang et al., 2018, arXiv 1710.09412); 0 for none.
     balance: the loss balancer (`losses/balance.py`) sets the weights of the terms; `losses` then only says which take
       part.
-    first_step: global step at which the stage begins.
+    name: of the stage; metrics carry it. `stages_of` fills it in.
+    first_step: global step at which the stage begins, likewise.
   """
 
-  name: str
-  pairs: tuple[tuple[str, str], ...]
-  steps: int
-  batch_size: int
-  sources: Mapping[str, int] = dataclasses.field(default_factory=dict)
-  weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  pairs: tuple[tuple[str, str], ...] = (("image", "text"),)
+  losses: Mapping[str, Annotated[float, AtLeast(0, "off")]] = Frozen()
+  sources: Mapping[str, Annotated[int, Above(0)]] = Frozen()
+  weights: Mapping[str, Annotated[float, Above(0)]] = Frozen()
   unique_labels: bool = True
-  learning_rate: float = 0.0
-  train: tuple[str, ...] = (".*",)
-  codes: tuple[str, ...] = (".*",)
-  losses: Mapping[str, float] = dataclasses.field(default_factory=dict)
-  temperature: float = 0.07
-  matching_temperature: float = 1.0
-  code_rows: int = 0
-  mixup: float = 0.0
-  chunk: int = 0
+  steps: Annotated[int, Above(0)] = dataclasses.field(kw_only=True)
+  batch_size: Annotated[int, Above(0)] = dataclasses.field(kw_only=True)
+  learning_rate: Annotated[float, AtLeast(0, "config.optim's")] = 0.0
+  train: tuple[Regex, ...] = (".*",)
+  codes: tuple[Regex, ...] = (".*",)
+  temperature: Annotated[float, Above(0)] = 0.07
+  matching_temperature: Annotated[float, Above(0)] = 1.0
+  code_rows: Annotated[int, AtLeast(0, "all")] = 0
+  chunk: Annotated[int, AtLeast(0, "the whole matrix")] = 0
   ring: bool = False
-  parts: int = 1
+  parts: Annotated[int, AtLeast(1)] = 1
+  mixup: Annotated[float, AtLeast(0, "off")] = 0.0
   balance: bool = False
-  first_step: int = 0
+  name: str = dataclasses.field(default="", metadata=DERIVED)
+  first_step: int = dataclasses.field(default=0, metadata=DERIVED)
 
   @property
   def last_step(self) -> int:
@@ -81,7 +85,7 @@ class Stage:
     """
     if not self.sources and len(held) > 1:
       raise ValueError(f"config.stages.{self.name}.sources: must say which of {sorted(held)} and how many rows of each")
-    sources = self.sources or dict.fromkeys(held, self.batch_size)
+    sources = self.sources or Frozen(dict.fromkeys(held, self.batch_size))
     for name in [*sources, *self.weights]:
       if name not in held:
         raise ValueError(f"config.stages.{self.name}.sources: {name!r} is not allowed; allowed: {sorted(held)}")
@@ -92,41 +96,13 @@ class Stage:
 
 
 # Key of a stage -> its default, for the keys that have one.
-DEFAULTS = {
-  field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-  for field in dataclasses.fields(Stage)
-  if not field.default is field.default_factory is dataclasses.MISSING
-}  # fmt: skip
+DEFAULTS = {key: default for key, (_, default) in keys_of(Stage).items() if default is not dataclasses.MISSING}
 
 
-def stages_of(config: Any) -> list[Stage]:
-  """The stages of a config in order, with their global steps."""
-  stages, step = [], 0
-  for name in config.stage_order:
-    entry = config.stages[name]
-    stages.append(
-      Stage(
-        name=name,
-        pairs=tuple(tuple(pair) for pair in entry.pairs),
-        sources={source: int(rows) for source, rows in entry.sources.items()},
-        weights={source: float(weight) for source, weight in entry.weights.items()},
-        unique_labels=bool(entry.unique_labels),
-        learning_rate=float(entry.learning_rate),
-        train=tuple(entry.train),
-        codes=tuple(entry.get("codes", (".*",))),  # runs of before this key load as well
-        losses={term: float(weight) for term, weight in entry.losses.items()},
-        steps=int(entry.steps),
-        batch_size=int(entry.batch_size),
-        temperature=float(entry.temperature),
-        matching_temperature=float(entry.matching_temperature),
-        code_rows=int(entry.code_rows),
-        mixup=float(entry.mixup),
-        chunk=int(entry.chunk),
-        ring=bool(entry.ring),
-        parts=int(entry.parts),
-        balance=bool(entry.balance),
-        first_step=step,
-      )
-    )
-    step = stages[-1].last_step
-  return stages
+def stages_of(stages: Mapping[str, Stage], order: Sequence[str]) -> list[Stage]:
+  """The stages of a config (`config.stages`, `config.stage_order`) in order, with their names and global steps."""
+  found: list[Stage] = []
+  for name in order:
+    first = found[-1].last_step if found else 0
+    found.append(dataclasses.replace(stages[name], name=name, first_step=first))
+  return found

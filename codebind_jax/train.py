@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import pathlib
@@ -12,7 +13,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
-import ml_collections
 import tqdm
 from absl import logging
 
@@ -20,12 +20,13 @@ from codebind_jax import config as config_lib
 from codebind_jax import schema
 from codebind_jax.api import Model
 from codebind_jax.codebook import collapsed, usage_stats
+from codebind_jax.config import Config
 from codebind_jax.data.batches import Batches, SourceBatches
 from codebind_jax.data.task import open_task
 from codebind_jax.evaluate import Evaluation, StageEvaluation
 from codebind_jax.files import write_whole
 from codebind_jax.initialise import copy_heads, start_from, whiten_heads
-from codebind_jax.methods.base import Method, make_init, make_method
+from codebind_jax.methods.base import Method, make_init
 from codebind_jax.report import summary
 from codebind_jax.report.page import write_report
 from codebind_jax.runtime import distributed, optim
@@ -36,7 +37,7 @@ from codebind_jax.runtime.guard import Preempted, Preemption, Watch
 from codebind_jax.runtime.metrics import MetricsWriter, Throughput
 from codebind_jax.runtime.sharding import Layout, make_layout
 from codebind_jax.runtime.train_state import TrainState
-from codebind_jax.stages import Stage, stages_of
+from codebind_jax.stages import Stage
 from codebind_jax.step import make_start, make_train_step
 from codebind_jax.trunks.featurize import Featurizer
 
@@ -51,7 +52,7 @@ def banner(text: str) -> None:
   logging.info("---- %s ----", text)
 
 
-def claim_workdir(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> pathlib.Path:
+def claim_workdir(config: Config, workdir: str | pathlib.Path) -> pathlib.Path:
   """Makes the run's folder, or checks that the run in it is this one.
 
   Raises:
@@ -62,8 +63,11 @@ def claim_workdir(config: ml_collections.ConfigDict, workdir: str | pathlib.Path
   folder.mkdir(parents=True, exist_ok=True)
   path, plain = folder / "config.json", schema.to_plain(config)
   if path.exists():
-    found = schema.difference(json.loads(path.read_text()), plain)
-    changed = [line for line in found if line.partition(":")[0] not in FREE]
+    try:
+      there = schema.to_plain(config_lib.reopened(json.loads(path.read_text())))
+    except ValueError as error:
+      raise ValueError(f"{path}: {error}") from error
+    changed = [line for line in schema.difference(there, plain) if line.partition(":")[0] not in FREE]
     if changed:
       raise ValueError(f"workdir {str(folder)!r} holds a run of another config: {'; '.join(changed)}; use another one")
   elif jax.process_index() == 0:
@@ -71,23 +75,24 @@ def claim_workdir(config: ml_collections.ConfigDict, workdir: str | pathlib.Path
   return folder
 
 
-def baseline_of(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def baseline_of(config: Config) -> Config:
   """The hard-alignment baseline: same towers, data and steps, plain InfoNCE, no codebooks."""
-  plain = ml_collections.ConfigDict(config.to_dict())
-  plain.baseline = False
-  if plain.init_from:
-    plain.init_from = str(pathlib.Path(plain.init_from) / "baseline")
-  plain.method, plain.method_options = "codebind", ml_collections.ConfigDict()
-  plain.model.quantize = False
-  for entry in plain.stages.values():
-    entry.losses = ml_collections.ConfigDict({"info_nce": 1.0})
-  return plain.lock()
+  losses = schema.Frozen({"info_nce": 1.0})
+  return dataclasses.replace(
+    config, baseline=False, init_from=str(pathlib.Path(config.init_from) / "baseline") if config.init_from else "",
+    method="codebind", method_options=schema.Frozen(), model=dataclasses.replace(config.model, quantize=False),
+    stages=schema.Frozen({name: dataclasses.replace(s, losses=losses) for name, s in config.stages.items()}),
+  )  # fmt: skip
 
 
-def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, float]:
+def train_and_evaluate(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
   """Trains all stages of a config, evaluates, and writes metrics, checkpoints and the report into `workdir`.
 
   A folder that already holds (part of) this run is continued; a finished one is only reported again.
+
+  Args:
+    config: of the run (ConfigDict, dict or `Config`).
+    workdir: its folder.
 
   Returns:
     The final metrics by name; the baseline's under `baseline/...`.
@@ -96,13 +101,13 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | pathlib
     ValueError: for a bad config or a workdir of another run, before any work.
   """
   started = time.time()
-  config_lib.validate(config)
+  config = config_lib.validate(config)
   folder = claim_workdir(config, workdir)
 
   banner("data")
   with distributed.first():  # fetches, builds and computes what is not cached yet
     task = open_task(config.data)
-    featurizer = Featurizer(config)
+    featurizer = Featurizer(config.data, config.model.towers)
     tables, labels = featurizer.train_tables(task.train, task.unique, task.extra)
   evaluation = Evaluation(config, task, featurizer, config.tasks)
 
@@ -124,7 +129,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | pathlib
 
 
 def run_stages(
-  config: ml_collections.ConfigDict, folder: pathlib.Path, tables: Mapping[str, Mapping[str, Any]],
+  config: Config, folder: pathlib.Path, tables: Mapping[str, Mapping[str, Any]],
   labels: Mapping[str, Sequence[str | None]], evaluation: StageEvaluation, programs: Programs | None = None,
   draw: Callable[..., Batches] | None = None,
 ) -> tuple[dict[str, float], dict[str, Model]]:
@@ -145,7 +150,7 @@ def run_stages(
   Raises:
     ValueError: if the run in the folder was trained on other data, before anything of it is changed.
   """
-  stages = [stage.on({name: set(found) for name, found in tables.items()}) for stage in stages_of(config)]
+  stages = [stage.on({name: set(found) for name, found in tables.items()}) for stage in config.ordered]
   batches = {s.name: (draw or batches_of)(config, s, tables, labels, evaluation.task.extra) for s in stages}
   fingerprint = {name: found.fingerprint for name, found in batches.items()}
   with contextlib.closing(Checkpoints(folder, keep=config.keep_checkpoints)) as store:
@@ -155,13 +160,13 @@ def run_stages(
                      f"{'; '.join(changed)}; go on with the data it began with, or use another workdir")  # fmt: skip
   banner("model")
   programs = programs or Programs()
-  layout = make_layout(config)
-  method = make_method(config)
+  layout = make_layout(config.mesh, config.sharding)
+  method = config_lib.method_of(config)
   first_of = {m: table for found in reversed(tables.values()) for m, table in found.items()}
   shapes = {name: (trunk.num_tokens, trunk.width) for name, trunk in evaluation.trunks.items()}
   create = lambda: state_lib.creator(layout, make_init(method, shapes, config.model.half, stages))
   state = programs.get("create", schema.key(config, *UNUSED, RATE), create)(jax.random.key(config.seed))
-  state = state.replace(params=whiten_heads(state.params, config, first_of, layout))
+  state = state.replace(params=whiten_heads(state.params, config.model.towers, first_of, layout))
   held: dict[str, tuple[str, ...]] = {}
   if config.init_from:
     state, held[""] = start_from(state, config.init_from)
@@ -195,7 +200,7 @@ def run_stages(
       optim.log_table(state.params, table)
       if position.step <= stage.first_step:
         earlier = held.get(stages[stages.index(stage) - 1].name if stage is not stages[0] else "", ())
-        state = state.replace(params=copy_heads(state.params, config, set(stage.modalities) - set(earlier)))
+        state = state.replace(params=copy_heads(state.params, config.model.towers, {*stage.modalities} - {*earlier}))
         fresh = functools.partial(state_lib.optimizer_init, state.params, tx, layout)
         make = programs.get(f"optimizer {stage.name}", schema.key(config, *UNUSED, RATE), fresh)
         state = state.replace(opt_state=make(state.params))
@@ -226,15 +231,16 @@ def run_stages(
     return final, {"before": untrained, "after": trained}
 
 
-def optimizer_of(config: Any, method: Method, stage: Stage, params: Any) -> tuple[Any, dict[str, str]]:
+def optimizer_of(config: Config, method: Method, stage: Stage, params: Any) -> tuple[Any, dict[str, str]]:
   """A stage's optimizer and its table of paths, see `optim.make_optimizer`."""
-  own = {"learning_rate": stage.learning_rate} if stage.learning_rate else {}
-  settings = config.optim.to_dict() | own
+  settings = config.optim
+  if stage.learning_rate:
+    settings = dataclasses.replace(settings, learning_rate=stage.learning_rate)
   return optim.make_optimizer(params, stage.train, settings, stage.steps, frozen=method.frozen_paths)
 
 
 def batches_of(
-  config: Any, stage: Stage, tables: Mapping[str, Mapping[str, Any]], labels: Mapping[str, Sequence[str | None]],
+  config: Config, stage: Stage, tables: Mapping[str, Mapping[str, Any]], labels: Mapping[str, Sequence[str | None]],
   extra: Mapping[str, Sequence[Any]], keep: bool = False,
 ) -> Batches:
   """A stage's batches; arguments as of `run_stages` and `Batches`."""
@@ -249,7 +255,7 @@ def batches_of(
 
 
 def evaluate_stage(
-  config: Any, state: TrainState, stage: Stage, stages: Sequence[Stage], evaluation: StageEvaluation,
+  config: Config, state: TrainState, stage: Stage, stages: Sequence[Stage], evaluation: StageEvaluation,
   writer: MetricsWriter, held: Sequence[str], layout: Layout,
 ) -> None:
   """What the modalities brought in so far reach once a stage is done; the last stage's is the final evaluation."""
@@ -265,7 +271,7 @@ def worlds_until(stages: Sequence[Stage], stage: Stage) -> set[str]:
 
 
 def run_stage(
-  config: Any, stage: Stage, state: TrainState, compile_for: Callable[[TrainState, Any], Any],
+  config: Config, stage: Stage, state: TrainState, compile_for: Callable[[TrainState, Any], Any],
   batches: Batches, fingerprint: Mapping[str, Any], layout: Layout, store: Checkpoints, writer: MetricsWriter,
   evaluation: StageEvaluation, held: Sequence[str], worlds: Collection[str], preemption: Preemption,
 ) -> TrainState:

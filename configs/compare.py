@@ -16,6 +16,8 @@ Several processes, or machines that share the folder, can each take some variant
 
 from ml_collections import ConfigDict
 
+from codebind_jax import schema
+from codebind_jax.config import Compare, Variant
 from configs import common, compare_worlds, worlds
 
 QUALITY = {"audio": 0.15, "depth": 0.35, "video": 0.6, "image": 1.0}
@@ -24,9 +26,8 @@ WORLDS, FORMS = ("real", "generalise", "equal"), ("runlocal", "ablations", "full
 
 
 def variant(method="codebind", quantize=True, losses=None, **options):
-  entry = ConfigDict()
-  entry.method, entry.quantize = method, quantize
-  entry.options = ConfigDict(options)
+  entry = ConfigDict(schema.defaults(Variant))
+  entry.method, entry.quantize, entry.options = method, quantize, ConfigDict(options)
   entry.losses = ConfigDict(losses or ({"info_nce": 1.0} if method == "codebind" else {}))
   return entry
 
@@ -84,10 +85,7 @@ def graded(form):
   config.stages.bind = common.stage(config, pairs=pairs, temperature=0.1, unique_labels=False, code_rows=8)
   config.stage_order = ("bind",)
 
-  config.compare = ConfigDict()
-  config.compare.only = ""  # names of variants with commas between: this call trains these alone
-  config.compare.timing = 0  # steps of each variant that are timed, in turns, once all have been trained
-  config.compare.against = ""  # comparison.json of the graded world, for the claims of an equal one
+  config.compare = ConfigDict(schema.defaults(Compare))
   config.compare.seeds = 1 if form == "runlocal" else 3
   config.compare.learning_rates = (2e-3,) if form == "runlocal" else (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
   config.compare.fields = ("label", "style")

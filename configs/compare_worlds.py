@@ -6,6 +6,8 @@ the start, for every method alike, on rows of two worlds a step.
 
 from ml_collections import ConfigDict
 
+from codebind_jax import schema
+from codebind_jax.config import Compare
 from configs import common, worlds
 
 
@@ -23,14 +25,10 @@ def _packaged(form, chosen, sources, pairs):
   )
   if "video" in config.model.towers:
     config.model.towers.video.starts_from = ""
-  config.compare = ConfigDict()
-  config.compare.only = ""
-  config.compare.timing = 0
+  config.compare = ConfigDict(schema.defaults(Compare))
   config.compare.seeds = 1 if form == "runlocal" else 3
   config.compare.learning_rates = (1e-3,) if form == "runlocal" else (1e-3, 3e-3, 1e-2, 3e-2)
-  config.compare.world = ConfigDict()
-  config.compare.stages = True  # zero-shot and retrieval as after a stage, too
-  config.compare.transfers = ConfigDict()
+  config.compare.stages = True
   return config
 
 

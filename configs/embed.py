@@ -9,20 +9,11 @@ Time: that of the trunks, as for the features of a training run; the bar shows t
 
 from ml_collections import ConfigDict
 
+from codebind_jax import schema
+from codebind_jax.config import Embed
+
 
 def get_config():
-  config = ConfigDict()
-  config.mode = "embed"
-  config.init_from = ""  # workdir of a training run
-  config.data = ConfigDict()
-  config.data.manifest = ""
-  config.data.max_bad_records = 0  # in all; each is named in the log and in summary.json
-
-  config.embed = ConfigDict()
-  config.embed.shard_rows = 16384  # records of the manifest a shard
-  config.embed.dtype = "float16"  # of the vectors: float16 or float32
-  config.embed.parts = ("shared", "specific", "full", "codes")  # what is written of every modality
-  config.embed.modalities = ()  # all of the run's unless given
-  config.embed.batch_size = 256  # records held in memory, decoded, at once (twice: the next ones are being read)
-  config.embed.threads = 4  # that read and decode
+  config = ConfigDict({"mode": "embed", "init_from": "", "data": {"manifest": "", "max_bad_records": 0}})
+  config.embed = ConfigDict(schema.defaults(Embed))
   return config.lock()

@@ -9,15 +9,7 @@ from ml_collections import ConfigDict
 
 
 def get_config():
-  config = ConfigDict()
-  config.mode = "eval"
-  config.task = "zeroshot"
-  config.init_from = ""  # workdir of a training run
-  config.data = ConfigDict()
-  config.data.root = ""  # default: $CODEBIND_DATA, else the user's cache folder
-  config.data.manifest = ""
-  config.data.worlds = ()
-  config.data.classes = ""  # a text file with one class name a line; default: the labels that occur
-  config.data.max_bad_records = 0
+  config = ConfigDict({"mode": "eval", "task": "zeroshot", "init_from": ""})
+  config.data = ConfigDict({"root": "", "manifest": "", "worlds": (), "classes": "", "max_bad_records": 0})
   config.data.eval_templates = ("{}", "an image of {}", "an icon of {}", "a drawing of {}", "a photo of {}")
   return config.lock()

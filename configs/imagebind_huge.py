@@ -12,10 +12,9 @@ from configs import common
 LORA = (r".*lora_[ab]", r".*/(shared|specific)/.*", r".*log_logit_scale", r"audio/body/encoder/stem/cls_token")
 
 
-def encoder(modality, **overrides):
+def encoder(modality, lora_rank=0, **overrides):
   """A tower whose body is ImageBind's encoder of a modality."""
-  body = {"modality": modality, "remat": True, "scan": True, "dtype": "bfloat16", "lora_rank": 0, "size": ()}
-  body |= {key: overrides.pop(key) for key in (*body, "width", "depth", "heads") if key in overrides}
+  body = {"modality": modality, "remat": True, "scan": True, "dtype": "bfloat16", "lora_rank": lora_rank}
   return common.tower("raw_input", options={"modality": modality}, body="encoder", body_options=body, **overrides)
 
 

@@ -63,10 +63,9 @@ def menagerie(config):
   towers = {"audio": common.tower("aisfx", specific_dim=384)}
   pairs = [("audio", "text")]
   if config.data.profile == "full":
-    image = config.model.towers.image
-    towers["video"] = image.copy_and_resolve_references()
-    options = image.options.to_dict() | {"frames": 8}
-    towers["video"].update({"trunk": "video_mean", "starts_from": "image", "options": options})
+    image = config.model.towers.image.to_dict()  # whose heads the video's start from, so that they must see the same
+    options = {key: value for key, value in image.pop("options").items() if key != "modality"}
+    towers["video"] = common.tower(**image | {"trunk": "video_mean", "options": options, "starts_from": "image"})
     pairs.append(("video", "text"))
   add(config, "menagerie", towers, tuple(pairs), templates=("{}", "the sound of a {}", "a {}"))
 

@@ -9,15 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from codebind_jax import build
+from codebind_jax import config as config_lib
 from codebind_jax.compositional import new_codebooks
-from codebind_jax.methods import codebind
 from codebind_jax.models.transformer import Transformer
 from codebind_jax.runtime import optim
 from codebind_jax.runtime import train_state as state_lib
 from codebind_jax.runtime.compile import compile_step
 from codebind_jax.runtime.sharding import make_layout
-from codebind_jax.stages import stages_of
 from codebind_jax.step import make_train_step
 from tests.codebook_worker import collectives
 from tests.train_fixtures import tiny_config
@@ -45,20 +43,22 @@ def batches():
 
 def train(config, devices):
   """The layout, the state after ten steps, and what the devices tell each other in one."""
-  layout = make_layout(config, devices)
-  model, spec, stage = build.make_model(config), build.make_spec(config), stages_of(config)[0]
+  config = config_lib.read(config)
+  layout = make_layout(config.mesh, config.sharding, devices)
+  method, stage = config_lib.method_of(config), config.ordered[0]
+  model, spec = method.model, method.spec
 
   def init(rng):
     dummy = {name: jnp.zeros((1, *shape[1:])) for name, shape in SHAPES.items()}
     return model.init(rng, dummy)["params"], new_codebooks(rng, spec, SHAPES) if spec else {}, {}
 
   state = state_lib.create(layout, jax.random.key(0), init)
-  tx, _ = optim.make_optimizer(state.params, stage.train, config.optim.to_dict(), stage.steps)
+  tx, _ = optim.make_optimizer(state.params, stage.train, config.optim, stage.steps)
   state = state_lib.with_optimizer(state, tx, layout)
   compiled = None
   for batch in batches():
     batch = layout.put_batch(batch)
-    compiled = compiled or compile_step(make_train_step(codebind.Method(model, spec), stage, tx), state, batch, layout)
+    compiled = compiled or compile_step(make_train_step(method, stage, tx), state, batch, layout)
     state, _ = compiled(state, batch)
   return layout, state, collectives(compiled.as_text())
 
@@ -79,7 +79,8 @@ def splits(state):
 
 def trunk_collectives(scan):
   """What devices tell each other in a step through a frozen trunk whose weights are split over `fsdp`."""
-  layout = make_layout(config_of("2x4x1"), jax.devices())
+  config = config_lib.read(config_of("2x4x1"))
+  layout = make_layout(config.mesh, config.sharding, jax.devices())
   trunk = Transformer(2, 4, remat=True, scan=scan)
   x = jax.ShapeDtypeStruct((ROWS, 6, 32), jnp.float32, sharding=layout.rows)
   params = jax.eval_shape(trunk.init, jax.random.key(0), x)["params"]

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from codebind_jax.build import token_shapes
+from codebind_jax import config as config_lib
 from codebind_jax.compile_ahead import flops, hlo
 from codebind_jax.compile_ahead import report as aot
-from codebind_jax.models.bodies import make_body
+from codebind_jax.models.bodies import body_class
 from configs import imagebind_huge
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -126,13 +126,12 @@ def test_the_estimate_by_hand():
 
 
 def test_the_shipped_config_has_the_sizes_of_the_publication():
-  config = imagebind_huge.get_config()
-  towers = config.model.towers
-  made = {name: make_body(tower.body, tower.body_options.to_dict()).encoder_spec() for name, tower in towers.items()}
+  towers = config_lib.read(imagebind_huge.get_config()).model.towers
+  made = {name: body_class(tower.body)(**tower.body_options).encoder_spec() for name, tower in towers.items()}
   assert {name: (spec.depth, spec.width) for name, spec in made.items()} == {
     "image": (32, 1280), "text": (24, 1024), "audio": (12, 768)
   }
-  assert token_shapes(config, made) == {"image": (224, 672), "text": (2, 77), "audio": (128, 204)}
+  assert aot.token_shapes(towers) == {"image": (224, 672), "text": (2, 77), "audio": (128, 204)}
 
 
 SMALL = [f"--config.model.towers.{m}.body_options.{key}={value}" for m in ("image", "text", "audio")

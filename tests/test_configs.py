@@ -6,17 +6,17 @@ import re
 
 import pytest
 
+from codebind_jax import command_line, schema
 from codebind_jax import config as config_lib
 from codebind_jax.data.worlds import registry
-from codebind_jax.stages import stages_of
-from configs import common, progressive, stage3, worlds
+from configs import common, compare, imagebind_huge, progressive, stage1, stage3, synthetic, worlds
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 PARTS = ("__init__", "common", "compare_worlds", "worlds")
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in PARTS)
 FORMS = {"stage1": ("", "runlocal"), "progressive": ("", "runlocal", "full", "menagerie,evoked"),
          "synthetic": ("", "runlocal"),
-         "compare": ("", "runlocal", "ablations", "real,runlocal", "real,ablations", "generalise,full"),
+         "compare": ("", "runlocal", "equal", "ablations", "real,runlocal", "real,ablations", "generalise,full"),
          **{f"stage{n}": ("", "runlocal", "full") for n in (2, 3, 4, 5)}}
 
 
@@ -71,10 +71,157 @@ def test_video_is_bound_where_the_data_has_it():
 
 
 def test_later_stages_move_nothing_of_the_modalities_before_them():
-  stages = stages_of(progressive.get_config("full"))
+  stages = config_lib.read(progressive.get_config("full")).ordered
   before = {"text", "image"}
   for stage in stages[1:]:
     new = set(stage.modalities) - before
     trains = lambda path, stage=stage: any(re.fullmatch(pattern, path) for pattern in stage.train)
     assert set(stage.codes) == new and not any(trains(f"{m}/shared/proj/kernel") for m in before), stage.name
     before |= new
+
+
+def test_codes_may_have_any_width_that_the_towers_are_multiples_of():
+  config = stage1.get_config("runlocal").unlock()
+  config.codebook.dim = 6
+  assert config_lib.method_of(config_lib.validate(config)).spec.code_dims == (6, 6)
+
+
+def changed(config, **overrides):
+  config = config.unlock()
+  config.update_from_flattened_dict({key.replace("__", "."): value for key, value in overrides.items()})
+  return config
+
+
+@pytest.mark.parametrize(
+  ("form", "overrides", "message"),
+  [
+    ("", {"stages__audio__mixup": 0.5}, "config.stages.audio.mixup: got 0.5 with config.model.towers.text.trunk"),
+    ("", {"method": "centrobind", "method_options": {"noise": 0.3}, "stages__audio__losses": {},
+          "stages__audio__code_rows": 0}, "config.method_options.noise: got 0.3 with config.model.towers.text.trunk"),
+    ("decoder", {}, "config.stages.audio.losses.reconstruction: got 1.0 with config.model.towers.audio.trunk"),
+  ],
+)  # fmt: skip
+def test_what_is_meant_for_tokens_is_refused_on_raw_inputs(form, overrides, message):
+  with pytest.raises(ValueError, match=f"{message} 'raw_input', .*; allowed: 0, or another trunk"):
+    config_lib.validate(changed(imagebind_huge.get_config(form), **overrides))
+
+
+def test_the_price_of_reconstruction_can_be_compiled():
+  config_lib.validate(changed(imagebind_huge.get_config("decoder"), mode="compile"))
+
+
+def test_a_mode_that_lacks_its_section_is_named():
+  config = compare.get_config("runlocal").unlock()
+  del config["compare"]
+  with pytest.raises(ValueError, match="config.compare: must be set for mode 'compare'"):
+    config_lib.validate(config)
+
+
+FILE = str(FOLDER / "stage1.py:runlocal")
+
+
+def test_options_of_trunks_and_methods_are_keys_of_the_command_line():
+  config = command_line.read_file(FILE, {})
+  assert schema.get(config, "model.towers.image.options.weights") == ""
+  assert config.model.towers.image.options.size == (160, 224) and config.model.towers.text.options.layers == 6
+  assert command_line.read_file(str(FOLDER / "embed.py"), {}).is_locked
+
+
+def test_a_module_that_the_command_names_brings_its_own_options():
+  argv = "main --config=x --config.method dcid --config.model.towers.image.trunk=vectors --config.steps=3"
+  chosen = command_line._chosen(argv.split())
+  assert chosen == {"method": "dcid", "model.towers.image.trunk": "vectors"}
+  config = command_line.read_file(FILE, chosen)
+  assert config.method == "dcid" and config.method_options.codes == 400 and config.method_options.form == "joint"
+  assert config.model.towers.image.options.to_dict() == {"width": 64, "tokens": 1, "modality": "vectors", "weights": ""}
+  assert config.model.towers.text.options.layers == 6
+  # What no module is called is left to `validate`, which says what is allowed.
+  with pytest.raises(ValueError, match="config.method: got 'best'; allowed: "):
+    config_lib.validate(command_line.read_file(FILE, {"method": "best"}))
+  with pytest.raises(ValueError, match="config.model.towers.image.trunk: 'best' is not allowed; allowed: "):
+    config_lib.validate(command_line.read_file(FILE, {"model.towers.image.trunk": "best"}))
+
+
+def test_options_given_in_a_file_stay_beside_the_defaults():
+  config = command_line.read_file(str(FOLDER / "compare.py:runlocal"), {})
+  assert config.compare.variants.dcid.options.codes == 64 and config.compare.variants.dcid.options.beta == 0.25
+  read, file = config_lib.read(config), config_lib.read(compare.get_config("runlocal"))
+  assert read == file  # which gives the defaults when it is read
+
+
+def test_the_config_of_an_earlier_version_opens():
+  """As the commit before sections had types wrote it: no options but those set, other names of trunks, {} for none."""
+  config = config_lib.validate(synthetic.get_config("runlocal"))
+  plain = schema.to_plain(config)
+  for key in ("task", "topology"):
+    del plain[key]
+  for name, tower in plain["model"]["towers"].items():
+    tower["trunk"] = "words" if name == "text" else "raw"
+    tower["options"] = {"width": 64} | ({} if name == "text" else {"modality": name})
+    del tower["starts_from"]
+  del plain["model"]["decoder"], plain["stages"]["bridges"]["codes"]
+  plain["optim"]["clip_norm"] = 1  # a whole number, as JSON may have it
+  assert config_lib.reopened(plain) == config
+  plain["compare"] = {"world": {}, "seeds": 2}
+  assert config_lib.reopened(plain).compare.world is None
+  plain["model"]["towers"]["video"]["trunk"] = "frames"
+  plain["model"]["towers"]["video"]["options"] = {"frames": 4}
+  assert config_lib.reopened(plain).model.towers["video"].trunk == "video_mean"
+  plain["model"]["towers"]["video"]["colour"] = "red"
+  with pytest.raises(ValueError, match="config.model.towers.video.colour: unknown key 'colour'; allowed: "):
+    config_lib.reopened(plain)
+
+
+ABOVE_0 = ("steps", "batch_size", "log_steps", "eval_steps", "checkpoint_steps", "keep_checkpoints", "model.shared_dim",
+           "model.decoder.width", "model.decoder.depth", "codebook.dim", "codebook.shared_codes",
+           "codebook.codes.image", "optim.learning_rate", "optim.clip_norm", "stages.bridges.steps",
+           "stages.bridges.batch_size",
+           "stages.bridges.temperature", "stages.bridges.sources.icons", "stages.bridges.weights.icons",
+           "embed.shard_rows", "embed.batch_size", "embed.threads")  # fmt: skip
+RANGES = [
+  *((path, 0, "any number above 0") for path in ABOVE_0),
+  *((path, -1, "0 and up") for path in ("data.max_bad_records", "seed", "optim.warmup")),
+  *((path, 1.5, "0 to 1") for path in ("codebook.decay", "codebook.alarm_share", "optim.b1", "optim.b2",
+                                       "model.towers.image.augmented")),
+  ("model.towers.image.views", 0, "1 and up"), ("model.towers.image.dropout", 1, "0 up to, not including, 1"),
+  ("model.towers.text.whiten", 1.5, "0 (off) to 1"), ("data.extra", 1, "0 (none) up to, not including, 1"),
+  ("stages.bridges.learning_rate", -1, "0 (config.optim's) and up"), ("stages.bridges.parts", 0, "1 and up"),
+  ("stages.bridges.code_rows", -1, "0 (all) and up"), ("stages.bridges.chunk", -1, "0 (the whole matrix) and up"),
+  ("stages.bridges.mixup", -1, "0 (off) and up"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "value", "allowed"), RANGES, ids=[path for path, _, _ in RANGES])
+def test_a_number_out_of_its_range_is_refused(path, value, allowed):
+  plain = schema.to_plain(stage1.get_config("runlocal"))
+  *parents, last = path.split(".")
+  part = plain
+  for key in parents:
+    part = part.setdefault(key, {})
+  part[last] = value
+  with pytest.raises(ValueError) as error:
+    config_lib.read(plain)
+  assert str(error.value).replace(".0; ", "; ") == f"config.{path}: got {value}; allowed: {allowed}"
+
+
+@pytest.mark.parametrize(
+  ("path", "value", "message"),
+  [
+    ("data.worlds", ("atlantis",), "config.data.worlds: 'atlantis' is not allowed; allowed: "),
+    ("data.worlds", (), "config.data.worlds: is empty; allowed: some of .* or data.manifest set"),
+    ("model.towers.text.starts_from", "smell", "model.towers.text.starts_from: 'smell' is not allowed; allowed: "),
+    ("model.towers.image.meaning_dim", 0, "config.model.towers.image.meaning_dim: got 0; allowed: 1 and up"),
+    ("model.towers.image.body", "mlp", "config.model.towers.image.body: 'mlp' goes with neither meaning nor whiten"),
+    ("model.towers.image.body", "brain", "config.model.towers.image.body: 'brain' is not allowed; allowed: "),
+    ("model.towers.image.specific_dim", 3, "specific_dim: got 3; allowed: 0 or a multiple of codebook.dim .2."),
+    ("model.towers.text.specific_dim", 4, "config.codebook.codes: no entry for 'text', which has a specific part"),
+    ("codebook.codes", {"image": 4, "smell": 4}, "config.codebook.codes: 'smell' is not allowed; allowed: "),
+    ("model.decoder.heads", 5, "config.model.decoder: got .*'heads': 5.*; allowed: heads that divide the width"),
+    ("stages.bridges.sources", {"atlantis": 4}, "config.stages.bridges.sources: 'atlantis' is not allowed; allowed: "),
+    ("sharding.codes", "rows", "config.sharding.codes: got 'rows'; allowed: '' .whole. or "),
+  ],
+)
+def test_keys_that_do_not_go_together_are_named(path, value, message):
+  config = changed(stage1.get_config("runlocal"), **{path.replace(".", "__"): value})
+  with pytest.raises(ValueError, match=message):
+    config_lib.validate(config)

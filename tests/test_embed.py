@@ -37,6 +37,11 @@ def config_of(trained, **overrides):
   return config.lock()
 
 
+def plan_of(config, folder, model):
+  config = config_lib.read(config)
+  return embed_lib.make_plan(config.embed, config.data, folder, model)
+
+
 def manifest_of(folder, trained, lines):
   """A manifest of one's own beside the squares' files."""
   path = folder / "mine.jsonl"
@@ -78,7 +83,7 @@ def test_rows_equal_the_model_s_embeddings(trained, model, tmp_path):
 
 
 def test_command_line_on_two_devices_writes_what_one_device_does(trained, model, tmp_path):
-  plan = embed_lib.make_plan(config_of(trained), tmp_path / "here", model)
+  plan = plan_of(config_of(trained), tmp_path / "here", model)
   run(plan, model)
   command = [sys.executable, "-m", "codebind_jax.main", "--config=configs/embed.py", f"--workdir={tmp_path / 'there'}",
              f"--config.init_from={trained[2]}", f"--config.data.manifest={trained[0]}", "--config.embed.shard_rows=16",
@@ -95,7 +100,7 @@ def test_command_line_on_two_devices_writes_what_one_device_does(trained, model,
 
 
 def test_a_restart_computes_only_what_is_missing(trained, model, tmp_path, monkeypatch):
-  plan = embed_lib.make_plan(config_of(trained, **{"embed.shard_rows": 8}), tmp_path, model)
+  plan = plan_of(config_of(trained, **{"embed.shard_rows": 8}), tmp_path, model)
   real, calls = embed_lib.embed_shard, []
 
   def stopped(plan, number, model, **options):
@@ -126,7 +131,7 @@ def test_a_restart_computes_only_what_is_missing(trained, model, tmp_path, monke
 
 
 def test_processes_divide_the_shards_and_write_what_one_does(trained, model, tmp_path):
-  plans = [embed_lib.make_plan(config_of(trained, **{"embed.shard_rows": 8}), tmp_path / name, model)
+  plans = [plan_of(config_of(trained, **{"embed.shard_rows": 8}), tmp_path / name, model)
            for name in ("one", "two")]  # fmt: skip
   run(plans[0], model)
   embed_lib.embed_shards(plans[1], model, process=1, processes=2)
@@ -141,7 +146,7 @@ def test_processes_divide_the_shards_and_write_what_one_does(trained, model, tmp
 
 def test_shards_of_another_run_manifest_or_setting_are_an_error(trained, model, tmp_path):
   config = config_of(trained)
-  run(embed_lib.make_plan(config, tmp_path, model), model)
+  run(plan_of(config, tmp_path, model), model)
   lines = trained[0].read_text().splitlines()[:20]
   manifest = trained[0].with_name("fewer.jsonl")
   manifest.write_text("\n".join(lines))
@@ -149,17 +154,17 @@ def test_shards_of_another_run_manifest_or_setting_are_an_error(trained, model, 
   shared = changed.codebooks["shared"]
   changed.codebooks["shared"] = shared.replace(codes=np.asarray(shared.codes) + 1e-3)
   plans = [
-    embed_lib.make_plan(config_of(trained, **{"data.manifest": str(manifest)}), tmp_path, model),
-    embed_lib.make_plan(config_of(trained, **{"embed.shard_rows": 20}), tmp_path, model),
-    embed_lib.make_plan(config_of(trained, **{"embed.parts": ("shared",)}), tmp_path, model),
-    embed_lib.make_plan(config, tmp_path, changed),
+    plan_of(config_of(trained, **{"data.manifest": str(manifest)}), tmp_path, model),
+    plan_of(config_of(trained, **{"embed.shard_rows": 20}), tmp_path, model),
+    plan_of(config_of(trained, **{"embed.parts": ("shared",)}), tmp_path, model),
+    plan_of(config, tmp_path, changed),
   ]
   for plan in plans:
     with pytest.raises(ValueError, match="belongs to another job"):
       embed_lib.embed_shards(plan, model)
   shards.shard_path(tmp_path, 0, 3).write_bytes(b"PAR1 and then nothing")
   with pytest.raises(ValueError, match="shard-000000-of-000003.parquet is not a shard"):
-    embed_lib.embed_shards(embed_lib.make_plan(config, tmp_path, model), model)
+    embed_lib.embed_shards(plan_of(config, tmp_path, model), model)
 
 
 BAD = ["{not json", {"image": "missing.png"}, {"image": "SQUARES/squares.jsonl"}, {"id": "a", "text": "twice"},
@@ -172,7 +177,7 @@ def test_bad_records_are_named_counted_and_bounded(trained, model, tmp_path):
   # Beside blank lines, which are no records.
   path = manifest_of(tmp_path, trained, [good[0], "", *BAD, "   ", *good[1:]])
   options = {"data.manifest": str(path), "embed.shard_rows": 5, "embed.batch_size": 2}
-  make = lambda allowed: embed_lib.make_plan(
+  make = lambda allowed: plan_of(
     config_of(trained, **options, **{"data.max_bad_records": allowed}), tmp_path / "out", model
   )
   with pytest.raises(ValueError, match="mine.jsonl:3: not JSON"):
@@ -207,7 +212,7 @@ def test_an_embedding_that_is_not_finite_is_a_bad_record(trained, model, tmp_pat
 
   monkeypatch.setattr(type(model), "embed_prepared", broken)
   path = manifest_of(tmp_path, trained, [{"id": name, "text": name} for name in "abc"])
-  plan = embed_lib.make_plan(config_of(trained, **{"data.manifest": str(path), "data.max_bad_records": 1}),
+  plan = plan_of(config_of(trained, **{"data.manifest": str(path), "data.max_bad_records": 1}),
                              tmp_path / "out", model)  # fmt: skip
   assert run(plan, model)["bad_records"] == [f"{path}:2: text: its embedding is not finite"]
   assert list(table_of(tmp_path / "out")) == ["a", "c"]
@@ -219,10 +224,10 @@ def test_bad_settings(trained, model, tmp_path):
     ("embed.parts", ("codes", "whole"), "'whole' is not allowed; allowed"),
   ]:
     with pytest.raises(ValueError, match=message):
-      embed_lib.make_plan(config_of(trained, **{key: value}), tmp_path, model)
+      plan_of(config_of(trained, **{key: value}), tmp_path, model)
   (tmp_path / "mine.jsonl").write_text("\n \n")
   with pytest.raises(ValueError, match="no records"):
-    embed_lib.make_plan(config_of(trained, **{"data.manifest": str(tmp_path / "mine.jsonl")}), tmp_path, model)
+    plan_of(config_of(trained, **{"data.manifest": str(tmp_path / "mine.jsonl")}), tmp_path, model)
   with pytest.raises(ValueError, match="config.embed.dtype: 'int8' is not allowed"):
     config_lib.validate(config_of(trained, **{"embed.dtype": "int8"}))
   with pytest.raises(ValueError, match="config.init_from: must be set for mode 'embed'"):
@@ -230,7 +235,7 @@ def test_bad_settings(trained, model, tmp_path):
 
 
 def test_index_of_the_shards_finds_what_brute_force_finds(trained, model, tmp_path):
-  run(embed_lib.make_plan(config_of(trained), tmp_path, model), model)
+  run(plan_of(config_of(trained), tmp_path, model), model)
   lines = [json.loads(line) for line in trained[0].read_text().splitlines()]
   found = model.embed({"image": [trained[0].parent / line["image"] for line in lines], "text": ["red", "a cow"]})
   for part, query in (("shared", found["text"].shared), ("specific", found["image"].specific[:3]),
@@ -255,9 +260,9 @@ def test_beam_s_local_runner_writes_what_the_mode_does(trained, model, tmp_path)
   from codebind_jax.tools.embed_beam import embed_with_beam
 
   config = config_of(trained)
-  plan = embed_lib.make_plan(config, tmp_path / "here", model)
+  plan = plan_of(config, tmp_path / "here", model)
   run(plan, model)
-  beside = embed_lib.make_plan(config, tmp_path / "there", model)
+  beside = plan_of(config, tmp_path / "there", model)
   beside.folder.mkdir()
   embed_lib.embed_shard(beside, 1, model)
   inode = beside.path(1).stat().st_ino

@@ -1,5 +1,6 @@
 """Mode `eval` on a user's manifest, and the bad manifests a user may bring."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from codebind_jax import config as config_lib
 from codebind_jax.api import load
 from codebind_jax.data.task import EvalSet, open_task
 from codebind_jax.evaluate import Evaluation, evaluate, named_pairs
@@ -69,11 +71,11 @@ def test_manifest_without_splits_is_all_evaluated(trained, tmp_path):
 def test_classes_come_from_a_file_where_one_is_given(trained, tmp_path):
   names = tmp_path / "classes.txt"
   names.write_text("\n".join([*COLOURS, "pink", "white"]) + "\n")
-  task = open_task(config_of(trained, **{"data.classes": str(names)}).data)
+  task = open_task(config_lib.read(config_of(trained, **{"data.classes": str(names)})).data)
   assert len(task.evals[0].candidates) == 10
   names.write_text("\n")
   with pytest.raises(ValueError, match="empty class list"):
-    open_task(config_of(trained, **{"data.classes": str(names)}).data)
+    open_task(config_lib.read(config_of(trained, **{"data.classes": str(names)})).data)
 
 
 @pytest.mark.parametrize(
@@ -117,14 +119,13 @@ def test_fields_of_one_pair_of_modalities_have_names_of_their_own():
 def test_sets_of_one_split_share_its_features_and_keep_their_rows(trained, tmp_path, monkeypatch):
   manifest, root, run = trained
   model = load(run)
-  task = open_task(config_of(trained).data)
+  task = open_task(config_lib.read(config_of(trained)).data)
   whole = task.evals[0].source
   picked = [5, 1, 2]
   part = EvalSet("part", "squares", "val", whole.select(picked), (), whole=whole, picked=picked)
   every = EvalSet("every", "squares", "val", whole, ())
-  settings = model.config.unlock()
-  settings.data.root = str(root)
-  evaluation = Evaluation(settings, task, Featurizer(settings, model.trunks))
+  data = dataclasses.replace(model.config.data, root=str(root))
+  evaluation = Evaluation(model.config, task, Featurizer(data, model.config.model.towers, model.trunks))
   read = []
   real = evaluation._featurizer.table
   monkeypatch.setattr(evaluation._featurizer, "table", lambda *a, **k: read.append(a) or real(*a, **k))
@@ -136,11 +137,11 @@ def test_sets_of_one_split_share_its_features_and_keep_their_rows(trained, tmp_p
 
 def test_rows_of_one_content_are_seen_once(tmp_path):
   manifest = write_manifest(tmp_path / "squares")
-  config = tiny_config(manifest, tmp_path / "cache")
+  config = config_lib.read(tiny_config(manifest, tmp_path / "cache"))
   source = open_task(config.data).train["squares"]
   twice = source.select([0, 1, 0, 2, 1])
   twice.rows = [row | {"id": f"{number}"} for number, row in enumerate(twice.rows)]
-  featurizer = Featurizer(config)
+  featurizer = Featurizer(config.data, config.model.towers)
   once, table = featurizer.table(source.select([0, 1, 2]), "image"), featurizer.table(twice, "image")
   assert [items for items in table.choices] == [(0,), (1,), (0,), (2,), (1,)]
   np.testing.assert_array_equal(table.features, once.features)

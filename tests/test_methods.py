@@ -11,11 +11,10 @@ import pytest
 
 from codebind_jax import config as config_lib
 from codebind_jax.codebook import unified
-from codebind_jax.methods.base import EXTRA, make_method, method_names
+from codebind_jax.methods.base import EXTRA, method_names
 from codebind_jax.methods.unified import same_steps
 from codebind_jax.runtime.optim import make_optimizer
 from codebind_jax.runtime.train_state import TrainState
-from codebind_jax.stages import stages_of
 from codebind_jax.step import make_embed_step, make_start, make_train_step
 from configs import common
 
@@ -50,6 +49,10 @@ def small_config(method, steps=4, **options):
   return config
 
 
+def method_of(config):
+  return config_lib.method_of(config_lib.read(config))
+
+
 def batch_of(seed=0, tokens=1):
   """Rows of eight classes, a random linear picture of the class in each modality; the last rows lack the audio."""
   rng = np.random.default_rng(seed)
@@ -66,7 +69,8 @@ def batch_of(seed=0, tokens=1):
 
 
 def started(method, config, batch):
-  stage = stages_of(config)[0].on({"world": set(NAMES)})
+  config = config_lib.read(config)
+  stage = config.ordered[0].on({"world": set(NAMES)})
   stage = dataclasses.replace(stage, unique_labels=False)
   tokens = {m: jnp.asarray(batch["world"][m][:1]) for m in NAMES}
 
@@ -78,9 +82,7 @@ def started(method, config, batch):
     return towers | ({EXTRA: extra} if extra else {}), books, aux
 
   params, books, aux = init(jax.random.key(0))
-  tx, _ = make_optimizer(
-    params, stage.train, config.optim.to_dict(), config.steps, frozen=method.frozen_paths
-  )
+  tx, _ = make_optimizer(params, stage.train, config.optim, config.steps, frozen=method.frozen_paths)
   state = TrainState(jnp.zeros((), jnp.int32), params, books, tx.init(params), aux, jax.random.key(1))
   state = state.replace(codebooks=jax.jit(make_start(method))(state, batch))
   return state, jax.jit(make_train_step(method, stage, tx))
@@ -88,7 +90,7 @@ def started(method, config, batch):
 
 def run(name, steps=30, tokens=1, **options):
   config = small_config(name, steps, **options)
-  method, (batch, label) = make_method(config), batch_of(tokens=tokens)
+  method, (batch, label) = method_of(config), batch_of(tokens=tokens)
   state, step = started(method, config, batch)
   history = []
   for _ in range(steps):
@@ -140,7 +142,7 @@ def test_every_module_is_a_method_and_errors_name_what_is_allowed():
 def test_a_config_read_from_json_gives_the_same_method():
   config = small_config("dcid", order=("image", "audio", "text"))
   again = type(config)(json.loads(json.dumps(config.to_dict())))
-  assert make_method(config) == make_method(again) and hash(make_method(config)) == hash(make_method(again))
+  assert method_of(config) == method_of(again) and hash(method_of(config)) == hash(method_of(again))
 
 
 @pytest.mark.parametrize("name", ["fixed_anchor", "fcid"])
@@ -152,7 +154,7 @@ def test_a_source_without_the_modality_all_are_bound_to_is_an_error(name):
 
 @pytest.mark.parametrize("name", ["dcid", "fcid"])
 def test_modalities_may_differ_in_how_many_tokens_they_have(name):
-  method, (batch, _) = make_method(config := small_config(name)), batch_of()
+  method, (batch, _) = method_of(config := small_config(name)), batch_of()
   batch["world"]["audio"] = np.repeat(batch["world"]["audio"], 4, axis=1)  # as groups of points have
 
   def whole(batch):
@@ -174,7 +176,7 @@ def test_a_frozen_anchor_stays():
   batch, _ = batch_of()
   config = small_config("fixed_anchor", frozen=True, anchor="image")
   config.optim.weight_decay = 0.1  # which is no gradient, and yet would move it
-  method = make_method(config)
+  method = method_of(config)
   state, step = started(method, config, batch)
   first = jax.device_get(state.params)
   for _ in range(3):
@@ -210,14 +212,14 @@ def test_teacher_and_queue_live_in_aux():
 
 def test_club_s_own_steps_change_its_networks_and_nothing_else():
   config, (batch, _) = small_config("dcid", club=0.0), batch_of()
-  method = make_method(config)
+  method = method_of(config)
   first, step = started(method, config, batch)
   moved, _ = step(first, batch)
   change = jax.tree.map(lambda a, b: float(np.max(np.abs(a - b))), first.aux["club"], moved.aux["club"])
   assert max(jax.tree.leaves(change["image"]["params"])) > 1e-4
   assert isinstance(moved.aux["club"]["image"]["adam"][0], optax.ScaleByAdamState)
   assert int(moved.aux["club"]["image"]["adam"][0].count) == 5
-  still = make_method(small_config("dcid", club=0.0, club_steps=0))
+  still = method_of(small_config("dcid", club=0.0, club_steps=0))
   frozen, step = started(still, config, batch)
   frozen, _ = step(frozen, batch)
   difference = jax.tree.map(lambda a, b: float(np.max(np.abs(a - b))), moved.params, frozen.params)
@@ -247,7 +249,7 @@ def test_codes_are_asked_of_all_modalities_of_a_source_where_that_is_wanted(monk
   second["sounds"]["_mask"] = {m: v for m, v in batch["world"]["_mask"].items() if m != "image"}
   for by in ("all", "source", "any"):
     config = small_config("dcid", reset_by=by)
-    state, step = started(make_method(config), config, batch)
+    state, step = started(method_of(config), config, batch)
     jax.eval_shape(step, state, second)
     only[by] = {(o["used_by"], o["together"]) for o in asked}
     asked.clear()

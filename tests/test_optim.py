@@ -1,5 +1,7 @@
 """The one table of path patterns, the schedule and the mesh, against hand computations."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,15 +10,15 @@ import pytest
 
 from codebind_jax.runtime import optim, sharding
 
-CONFIG = {
-  "learning_rate": 0.1, "warmup": 0, "final_ratio": 0.02, "b1": 0.9, "b2": 0.95, "weight_decay": 0.5,
-  "clip_norm": 1e9, "rules": ((r".*bias", 1.0, 0.0), (r"a/.*", 0.5, 1.0), (r".*", 1.0, 1.0)),
-}  # fmt: skip
+SETTINGS = optim.Optim(
+  learning_rate=0.1, warmup=0, final_ratio=0.02, b1=0.9, b2=0.95, weight_decay=0.5, clip_norm=1e9,
+  rules=((r".*bias", 1.0, 0.0), (r"a/.*", 0.5, 1.0), (r".*", 1.0, 1.0)),
+)  # fmt: skip
 PARAMS = {"a": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}, "b": {"kernel": jnp.ones(2)}}
 
 
 def test_first_match_decides_and_frozen_stays():
-  tx, table = optim.make_optimizer(PARAMS, (r"a/.*",), CONFIG, steps=10)
+  tx, table = optim.make_optimizer(PARAMS, (r"a/.*",), SETTINGS, steps=10)
   assert table == {"a/bias": "lr*1 wd*0", "a/kernel": "lr*0.5 wd*1", "b/kernel": "frozen"}
   grads = jax.tree.map(jnp.ones_like, PARAMS)
   updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
@@ -27,7 +29,7 @@ def test_first_match_decides_and_frozen_stays():
 
 
 def test_frozen_gradients_do_not_count_in_the_clipping():
-  tx, _ = optim.make_optimizer(PARAMS, (r"a/bias",), CONFIG | {"clip_norm": 1.0}, steps=10)
+  tx, _ = optim.make_optimizer(PARAMS, (r"a/bias",), dataclasses.replace(SETTINGS, clip_norm=1.0), steps=10)
   big = {"a": {"kernel": jnp.full(2, 1e6), "bias": jnp.full(2, 0.1)}, "b": {"kernel": jnp.full(2, 1e6)}}
   _, state = tx.update(big, tx.init(PARAMS), PARAMS)
   moments = [s for s in jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, optax.ScaleByAdamState))
@@ -39,7 +41,7 @@ def test_unmatched_parameter_and_empty_stage_are_errors():
   with pytest.raises(ValueError, match=r"parameter 'b/kernel' matches none of \['a/.*'\]"):
     optim.match_rules(PARAMS, [("a/.*", 1)])
   with pytest.raises(ValueError, match="no parameter matches any of"):
-    optim.make_optimizer(PARAMS, ("c/.*",), CONFIG, steps=10)
+    optim.make_optimizer(PARAMS, ("c/.*",), SETTINGS, steps=10)
 
 
 def test_schedule_warms_up_and_ends_at_the_ratio():
@@ -48,6 +50,6 @@ def test_schedule_warms_up_and_ends_at_the_ratio():
 
 
 def test_mesh_fills_and_refuses():
-  assert dict(sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+  assert dict(sharding.make_mesh(sharding.MeshShape()).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
   with pytest.raises(ValueError, match=r"mesh: .* does not fit 1 devices"):
-    sharding.make_mesh({"data": 3, "fsdp": 1, "tensor": 1})
+    sharding.make_mesh(sharding.MeshShape(data=3))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from codebind_jax.models.bodies import make_body
+from codebind_jax.models.bodies import body_class
 from codebind_jax.trunks import load_trunk, point_groups, point_views
 
 LINE = np.array([[0, 0, 0], [1, 0, 0], [2, 0, 0], [3, 0, 0], [10, 0, 0]], float)
@@ -74,7 +74,7 @@ def test_size_is_kept_where_asked_for():
 
 @pytest.fixture
 def body():
-  made = make_body("points", {"width": 16, "neighbours": 5, "depth": 1, "heads": 2, "dropout": 0.5})
+  made = body_class("points")(width=16, neighbours=5, depth=1, heads=2, dropout=0.5)
   trunk = load_trunk("point_groups", groups=6, neighbours=5)
   tokens = jnp.stack([trunk.preprocess(cloud(seed)) for seed in (0, 1)])
   return made, tokens, made.init(jax.random.key(0), tokens)["params"]
@@ -109,7 +109,7 @@ def test_body_drops_in_training_alone(body):
 def test_body_and_trunk_must_agree():
   tokens = jnp.zeros((1, 3, 20))
   with pytest.raises(ValueError, match="neighbours: 6 needs tokens of 21 values or more, got 20"):
-    make_body("points", {"neighbours": 6}).init(jax.random.key(0), tokens)
+    body_class("points")(neighbours=6).init(jax.random.key(0), tokens)
 
 
 def test_depth_picture_by_hand():

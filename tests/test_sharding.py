@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
-from codebind_jax.runtime.sharding import AXES, make_layout, make_mesh
+from codebind_jax import config as config_lib
+from codebind_jax.runtime.sharding import AXES, MeshShape, make_layout, make_mesh
 from tests import layout_worker
 
 
@@ -76,8 +77,9 @@ def test_the_table_adds_up(eight):
 
 
 def test_what_does_not_divide_stays_whole_and_rules_come_first():
-  config = layout_worker.config_of("1x1x1", **{"sharding.rules": ((r"params/text/.*", ("fsdp", "")),)})
-  layout = make_layout(config)
+  rules = {"sharding.rules": ((r"params/text/.*", ("fsdp", "")),)}
+  config = config_lib.read(layout_worker.config_of("1x1x1", **rules))
+  layout = make_layout(config.mesh, config.sharding)
   layout = dataclasses.replace(layout, mesh=AbstractMesh((1, 4, 2), AXES))
   spec = lambda path, *shape: tuple(layout.spec(path, shape))
   assert spec("params/image/shared/proj/kernel", 8, 6) == ("fsdp", "tensor")
@@ -98,10 +100,11 @@ def test_what_does_not_divide_stays_whole_and_rules_come_first():
 )
 def test_bad_layouts_are_named(key, value, message):
   with pytest.raises(ValueError, match=message):
-    make_layout(layout_worker.config_of("1x1x1", **{key: value}))
+    config = config_lib.read(layout_worker.config_of("1x1x1", **{key: value}))
+    make_layout(config.mesh, config.sharding)
 
 
 def test_a_mesh_of_some_devices():
-  assert dict(make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]).shape) == dict.fromkeys(
+  assert dict(make_mesh(MeshShape(), jax.devices()[:1]).shape) == dict.fromkeys(
     ("data", "fsdp", "tensor"), 1
   )

@@ -1,16 +1,17 @@
 """The training step: mixup, alignment before the quantiser, reconstruction."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from codebind_jax import build
+from codebind_jax import config as config_lib
+from codebind_jax import schema
 from codebind_jax.compositional import new_codebooks
-from codebind_jax.methods import codebind
 from codebind_jax.models.decoder import Decoder
 from codebind_jax.runtime.optim import make_optimizer, param_paths
 from codebind_jax.runtime.train_state import TrainState
-from codebind_jax.stages import stages_of
 from codebind_jax.step import make_embed_step, make_train_step, mixed
 from configs import stage1, synthetic
 
@@ -64,17 +65,18 @@ def test_info_nce_before_the_quantiser_is_that_of_a_model_without_one():
   })
   rng = np.random.default_rng(0)
   batch = {name: jnp.asarray(rng.normal(size=(6, 1, 12)), jnp.float32) for name in ("image", "text")}
-  params = build.make_model(config).init(jax.random.key(0), batch)["params"]
+  params = config_lib.method_of(config_lib.read(config)).model.init(jax.random.key(0), batch)["params"]
   batch["_mask"] = {name: jnp.ones(6, bool) for name in ("image", "text")}
   found = {}
   for quantize in (True, False):
     config.model.quantize = quantize
     config.stages.bridges.losses = {"info_nce": 1.0, "info_nce_plain": 0.5}
-    model, spec, stage = build.make_model(config), build.make_spec(config), stages_of(config)[0]
-    books = new_codebooks(jax.random.key(1), spec, config.model.towers) if spec else {}
-    tx, _ = make_optimizer(params, stage.train, config.optim.to_dict(), 2)
+    run = config_lib.read(config)
+    method, stage = config_lib.method_of(run), run.ordered[0]
+    books = new_codebooks(jax.random.key(1), method.spec, run.model.towers) if quantize else {}
+    tx, _ = make_optimizer(params, stage.train, run.optim, 2)
     state = TrainState(jnp.zeros((), jnp.int32), params, books, tx.init(params), {}, jax.random.key(2))
-    _, found[quantize] = jax.jit(make_train_step(codebind.Method(model, spec), stage, tx))(state, {"rows": batch})
+    _, found[quantize] = jax.jit(make_train_step(method, stage, tx))(state, {"rows": batch})
   quantised, plain = found[True], found[False]
   np.testing.assert_allclose(quantised["train/info_nce_plain"], plain["train/info_nce"], rtol=1e-5)
   np.testing.assert_allclose(plain["train/total"], 1.5 * plain["train/info_nce"], rtol=1e-5)
@@ -82,13 +84,12 @@ def test_info_nce_before_the_quantiser_is_that_of_a_model_without_one():
 
 
 def test_codebooks_that_a_stage_does_not_name_stay_as_they_are():
-  config, model, params, batch = reconstructing({"info_nce": 1.0, "commitment": 1.0})
-  config.stages.bridges.codes = ("image", "dep.*")
-  spec, stage = build.make_spec(config), stages_of(config)[0]
-  books = new_codebooks(jax.random.key(1), spec, config.model.towers)
-  tx, _ = make_optimizer(params, stage.train, config.optim.to_dict(), 2)
+  config, method, params, batch = reconstructing({"info_nce": 1.0, "commitment": 1.0})
+  stage = dataclasses.replace(config.ordered[0], codes=("image", "dep.*"))
+  books = new_codebooks(jax.random.key(1), method.spec, config.model.towers)
+  tx, _ = make_optimizer(params, stage.train, config.optim, 2)
   state = TrainState(jnp.zeros((), jnp.int32), params, books, tx.init(params), {}, jax.random.key(2))
-  after, _ = jax.jit(make_train_step(codebind.Method(model, spec), stage, tx))(state, {"rows": batch})
+  after, _ = jax.jit(make_train_step(method, stage, tx))(state, {"rows": batch})
   moved = {name: bool((book.ema_count != books[name].ema_count).any()) for name, book in after.codebooks.items()}
   assert moved == {"shared": False, "image": True, "depth": True}
   jax.tree.map(np.testing.assert_array_equal, after.codebooks["shared"], books["shared"])
@@ -107,14 +108,15 @@ def reconstructing(losses):
     "steps": 2, "batch_size": 6, "stages.bridges.pairs": (("image", "text"),), "stages.bridges.losses": losses,
   })
   config.stage_order = ("bridges",)
-  model = build.make_model(config)
+  config = config_lib.read(config)
+  method = config_lib.method_of(config)
   rng = np.random.default_rng(0)
   batch = {name: jnp.asarray(3 * rng.normal(size=(6, 1, 12)) + 1, jnp.float32) for name in config.model.towers}
-  params = model.init(jax.random.key(0), batch)["params"]
+  params = method.model.init(jax.random.key(0), batch)["params"]
   batch["_mask"] = {name: jnp.ones(6, bool) for name in config.model.towers}
   batch["_mask"]["depth"] = jnp.asarray([1, 1, 0, 1, 0, 0], bool)
   batch["_group"] = jnp.arange(6)
-  return config, model, params, batch
+  return config, method, params, batch
 
 
 def test_decoders_exist_where_a_stage_reconstructs_and_only_there():
@@ -128,21 +130,21 @@ def test_decoders_exist_where_a_stage_reconstructs_and_only_there():
 
 
 def test_reconstruction_is_the_error_of_standardised_tokens_and_reaches_every_part():
-  config, model, params, batch = reconstructing({"reconstruction": 2.0})
-  spec, stage = build.make_spec(config), stages_of(config)[0]
-  books = new_codebooks(jax.random.key(1), spec, config.model.towers)
-  tx, _ = make_optimizer(params, stage.train, config.optim.to_dict() | {"warmup": 0, "weight_decay": 0.0}, 2)
+  config, method, params, batch = reconstructing({"reconstruction": 2.0})
+  stage = config.ordered[0]
+  books = new_codebooks(jax.random.key(1), method.spec, config.model.towers)
+  tx, _ = make_optimizer(params, stage.train, dataclasses.replace(config.optim, warmup=0, weight_decay=0.0), 2)
   state = TrainState(jnp.zeros((), jnp.int32), params, books, tx.init(params), {}, jax.random.key(2))
-  after, metrics = jax.jit(make_train_step(codebind.Method(model, spec), stage, tx))(state, {"rows": batch})
+  after, metrics = jax.jit(make_train_step(method, stage, tx))(state, {"rows": batch})
 
   tokens = {name: batch[name] for name in config.model.towers}
-  outputs = jax.jit(make_embed_step(codebind.Method(model, spec)))(params, books, tokens)
+  outputs = jax.jit(make_embed_step(method))(params, books, tokens)
   assert all(out.similarity_shared.shape[0] == 0 for out in outputs.values())  # of no use here, and most of the work
   expected = 0.0
   for name in ("image", "depth"):
     x, rows = np.asarray(tokens[name], np.float64), np.asarray(batch["_mask"][name])
     x = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
-    found = Decoder((1,), 12, (1,), cls_token=False, **config.model.decoder).apply(
+    found = Decoder((1,), 12, (1,), cls_token=False, **schema.to_plain(config.model.decoder)).apply(
       {"params": params[name]["decoder"]}, outputs[name].full
     )
     expected += np.mean((np.asarray(found) - x)[rows] ** 2)

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from codebind_jax import build, losses
+from codebind_jax import config as config_lib
+from codebind_jax import losses, schema
 from codebind_jax.compositional import new_codebooks, quantize_modalities
 from codebind_jax.data import synthetic
 from codebind_jax.data.opening import open_source
 from codebind_jax.evaluate import retention
 from codebind_jax.evaluators.retrieval import Emergent
 from codebind_jax.methods import codebind
-from codebind_jax.methods.base import make_init, make_method
+from codebind_jax.methods.base import make_init
 from codebind_jax.runtime import optim
 from codebind_jax.runtime.train_state import TrainState
-from codebind_jax.stages import stages_of
 from codebind_jax.step import make_train_step
 from codebind_jax.train import train_and_evaluate
 from configs import synthetic as config_file
@@ -76,8 +76,9 @@ def test_rows_of_one_group_are_not_each_others_negatives():
 @pytest.fixture(scope="module")
 def parts():
   """Model, spec, state and first stage of a shrunk config with two sources that share the image."""
-  config = shrunk()
-  model, spec, stage = build.make_model(config), build.make_spec(config), stages_of(config)[0]
+  config = config_lib.read(shrunk())
+  method, stage = config_lib.method_of(config), config.ordered[0]
+  model, spec = method.model, method.spec
   tokens = {m: jnp.zeros((1, 1, 64)) for m in config.model.towers}
   params = model.init(jax.random.key(0), tokens)["params"]
   books = new_codebooks(jax.random.key(1), spec, config.model.towers)
@@ -118,7 +119,7 @@ def test_terms_of_several_sources_are_the_weighted_mean_of_each_alone(parts):
   stage = dataclasses.replace(
     stage, pairs=(("image", "text"),), weights={"a": 3.0}, code_rows=3, unique_labels=True, train=(".*",)
   )
-  tx, _ = optim.make_optimizer(params, stage.train, config.optim.to_dict(), 4)
+  tx, _ = optim.make_optimizer(params, stage.train, config.optim, 4)
   state = TrainState(jnp.zeros((), jnp.int32), params, books, tx.init(params), {}, jax.random.key(2))
   step = jax.jit(make_train_step(codebind.Method(model, spec), stage, tx))
   rng = np.random.default_rng(0)
@@ -131,13 +132,12 @@ def test_terms_of_several_sources_are_the_weighted_mean_of_each_alone(parts):
 
 def test_other_methods_weigh_sources_alike(parts):
   config, _, _, stage, _, _ = parts
-  config = config.copy_and_resolve_references().unlock()
-  config.method, config.method_options = "fixed_anchor", {"frozen": False}
-  method = make_method(config.lock())
+  options = schema.Frozen({"frozen": False})
+  method = config_lib.method_of(dataclasses.replace(config, method="fixed_anchor", method_options=options))
   stage = dataclasses.replace(stage, pairs=(("image", "text"),), weights={"a": 3.0}, unique_labels=True, train=(".*",))
   init = make_init(method, {m: (1, 64) for m in config.model.towers})
   params, books, aux = init(jax.random.key(0))
-  tx, _ = optim.make_optimizer(params, stage.train, config.optim.to_dict(), 4)
+  tx, _ = optim.make_optimizer(params, stage.train, config.optim, 4)
   state = TrainState(jnp.zeros((), jnp.int32), params, books, tx.init(params), aux, jax.random.key(2))
   step = jax.jit(make_train_step(method, stage, tx))
   rng = np.random.default_rng(0)

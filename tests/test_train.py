@@ -17,7 +17,6 @@ from codebind_jax import config as config_lib
 from codebind_jax import schema
 from codebind_jax.runtime.checkpoint import Checkpoints
 from codebind_jax.runtime.optim import param_paths
-from codebind_jax.stages import stages_of
 from codebind_jax.train import baseline_of, claim_workdir, train_and_evaluate, warn_of_collapse
 from tests.processes import REPOSITORY, assert_close, assert_same_run, finish, start, started, wait_for
 from tests.train_fixtures import arrays_of, lines_of, tiny_config
@@ -175,8 +174,8 @@ def test_eight_devices_equal_one(data, whole_run, tmp_path):
 
 
 def test_baseline_has_only_info_nce(data):
-  plain = baseline_of(tiny_config(*data))
-  assert not plain.model.quantize and list(plain.stages.bridges.losses) == ["info_nce"]
+  plain = baseline_of(config_lib.read(tiny_config(*data)))
+  assert not plain.model.quantize and list(plain.stages["bridges"].losses) == ["info_nce"]
 
 
 def test_load_and_embed(data, whole_run):
@@ -198,10 +197,11 @@ def test_load_and_embed(data, whole_run):
 
 
 def test_workdir_of_another_config_is_refused(data, tmp_path):
-  claim_workdir(tiny_config(*data), tmp_path)
+  claim_workdir(config_lib.read(tiny_config(*data)), tmp_path)
   with pytest.raises(ValueError, match=r"batch_size: 8 -> 4"):
-    claim_workdir(tiny_config(*data, batch_size=4), tmp_path)
-  claim_workdir(tiny_config(*data, **{"data.workers": 2, "data.threads": 1}), tmp_path)  # these change no result
+    claim_workdir(config_lib.read(tiny_config(*data, batch_size=4)), tmp_path)
+  changed = tiny_config(*data, **{"data.workers": 2, "data.threads": 1})  # these change no result
+  claim_workdir(config_lib.read(changed), tmp_path)
 
 
 def test_batch_larger_than_the_data(data, tmp_path):
@@ -231,6 +231,10 @@ def test_batch_larger_than_the_data(data, tmp_path):
     ("model.towers.image.dropout", 1.0, "config.model.towers.image.dropout: got 1.0"),
     ("stages.bridges.pairs", (("image", "smell"),), "config.stages.bridges.pairs: 'smell' is not allowed"),
     ("stages.bridges.codes", ("depth",), "config.stages.bridges.codes: 'depth' matches none of .'shared', 'image'"),
+    ("data.templates", ("a drawing",), "config.data.templates: got 'a drawing'; allowed: a text with one {}"),
+    ("data.eval_templates", ("{} {}",), "config.data.eval_templates: got '{} {}'; allowed: a text with one {}"),
+    ("stages.bridges.train", ("image/(",), r"stages.bridges.train: got 'image/\('; allowed: a regular expression"),
+    ("stage_order", (), "config.stage_order: is empty; allowed: some of .'bridges'"),
     ("stage_order", ("first",), "config.stage_order: 'first' is not allowed; allowed: .'bridges'"),
   ],
 )
@@ -347,7 +351,7 @@ def test_steps_follow_the_top_level_and_stages_add_up(data):
   config.stages.more = config.stages.bridges.copy_and_resolve_references()
   config.stage_order = ("bridges", "more")
   config.steps = 9
-  first, second = stages_of(config)
+  first, second = config_lib.read(config).ordered
   assert (first.steps, first.last_step, second.first_step, second.last_step) == (9, 9, 9, 15)
   assert first.modalities == ("image", "text")
   assert dataclasses.replace(first, steps=1).last_step == 1

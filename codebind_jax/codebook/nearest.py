@@ -21,6 +21,7 @@ from codebind_jax.norm import unit
 
 # A plain string to the type checker, so that a wrong option gives a ValueError that names the allowed ones.
 Distance = str
+DISTANCES = ("cosine", "l2")
 
 _NARROW = 32  # widest code for which the scan over codes is used
 _UNROLLED_PRODUCTS = 256  # products unrolled in one step of the scan
@@ -34,8 +35,8 @@ _STRIPES = 64
 
 def check_distance(distance: str) -> None:
   """Raises ValueError unless `distance` is known."""
-  if distance not in ("cosine", "l2"):
-    raise ValueError(f"distance must be 'cosine' or 'l2', got {distance!r}")
+  if distance not in DISTANCES:
+    raise ValueError(f"distance must be {' or '.join(map(repr, DISTANCES))}, got {distance!r}")
 
 
 def nearest_code(

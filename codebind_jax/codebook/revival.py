@@ -14,6 +14,7 @@ from codebind_jax.norm import unit
 _COMPARE_ALL = 2**25
 
 Revive = str
+REVIVALS = ("random", "closest", "probrandom", "disturbance", "none")
 
 
 @functools.partial(jax.jit, static_argnames=("revive", "distance"))
@@ -35,10 +36,10 @@ def draw_candidates(
     distance: the similarity that `closest` and `probrandom` use.
   """
   check_distance(distance)
+  if revive not in REVIVALS:
+    raise ValueError(f"revive must be one of {REVIVALS}, got {revive!r}")
   if revive == "none":
     return None
-  if revive not in ("random", "closest", "probrandom", "disturbance"):
-    raise ValueError(f"revive must be random, closest, probrandom, disturbance or none, got {revive!r}")
   rng = jax.random.key(0) if rng is None else rng
   parts = [part._replace(vectors=jax.lax.stop_gradient(part.vectors)) for part in parts]
   if revive in ("closest", "probrandom"):

@@ -1,15 +1,69 @@
-"""The settings of the compositional quantiser."""
+"""The settings of the compositional quantiser, and the section of a config that they are made from."""
+
+from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Annotated, Literal
 
-from codebind_jax.codebook.nearest import Distance
-from codebind_jax.codebook.revival import Revive
-from codebind_jax.codebook.state import ReviveMode
+from codebind_jax.codebook.nearest import DISTANCES, Distance
+from codebind_jax.codebook.revival import REVIVALS, Revive
+from codebind_jax.codebook.state import REVIVE_MODES, ReviveMode
+from codebind_jax.schema import Above, Frozen, Within
 
 SHARED = "shared"
 
 Layout = str
+LAYOUTS = ("parts", "interleaved")
+UPDATES = ("snapshot", "sequential")
+
+
+@dataclasses.dataclass(frozen=True)
+class Codebook:
+  """Section `codebook`: the codebooks and how features are quantised.
+
+  Attributes:
+    dim: width of a code, which the widths of all shared and specific parts are multiples of.
+    shared_codes: number of codes in the shared codebook.
+    codes: modality -> number of codes in its own codebook; needed for each modality with a specific part.
+    distance: that the nearest code is the nearest by, cosine or squared distance.
+    normalize: quantise directions of segments only.
+    layout: parts (shared features first, then specific) or interleaved (chunks of one shared and one specific segment).
+    update_mode: snapshot quantises all modalities with the codes of the step before; sequential updates the codes after
+      each modality, as the release does.
+    decay: of the moving averages that the codes follow.
+    revive: what an unused code moves to, see `codebook.update`.
+    revive_mode: whether a revived code's averages move with it (survive) or not (codes_only, as in the release).
+    detach_similarity: the similarities to the codes give no gradient to the features, as in the release.
+    alarm_share: a warning is logged when a codebook's perplexity is under this share of its size.
+  """
+
+  dim: Annotated[int, Above(0)] = 8
+  shared_codes: Annotated[int, Above(0)] = 1024
+  codes: Mapping[str, Annotated[int, Above(0)]] = Frozen()
+  distance: Literal[DISTANCES] = "cosine"
+  normalize: bool = True
+  layout: Literal[LAYOUTS] = "parts"
+  update_mode: Literal[UPDATES] = "snapshot"
+  decay: Annotated[float, Within(0, 1)] = 0.99
+  revive: Literal[REVIVALS] = "random"
+  revive_mode: Literal[REVIVE_MODES] = "survive"
+  detach_similarity: bool = False
+  alarm_share: Annotated[float, Within(0, 1)] = 0.1
+
+  def spec(self, shared_dim: int, specific_dims: Mapping[str, int]) -> CompositionalSpec:
+    """The quantiser of features of these widths.
+
+    Args:
+      shared_dim: width of the shared part.
+      specific_dims: modality -> width of its specific part.
+    """
+    return CompositionalSpec(
+      shared_dim=shared_dim, specific_dim=0, specific_dims=specific_dims, code_dims=(self.dim, self.dim),
+      num_codes=(self.shared_codes, 0), num_specific_codes=self.codes, layout=self.layout, distance=self.distance,
+      normalize=self.normalize, decay=self.decay, revive=self.revive, revive_mode=self.revive_mode,
+      detach_similarity=self.detach_similarity,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +116,11 @@ class CompositionalSpec:
     for field in ("code_dims", "num_codes", "first"):
       object.__setattr__(self, field, tuple(getattr(self, field)))
     for field, allowed in (
-      ("layout", ("parts", "interleaved")),
+      ("layout", LAYOUTS),
       ("sharing", ("parts", "one", "separate")),
-      ("distance", ("cosine", "l2")),
-      ("revive", ("random", "closest", "probrandom", "disturbance", "none")),
-      ("revive_mode", ("survive", "codes_only")),
+      ("distance", DISTANCES),
+      ("revive", REVIVALS),
+      ("revive_mode", REVIVE_MODES),
     ):
       if getattr(self, field) not in allowed:
         raise ValueError(f"{field} must be one of {allowed}, got {getattr(self, field)!r}")

@@ -23,6 +23,7 @@ from codebind_jax.codebook.segments import Segments, look_up, statistics, straig
 from codebind_jax.norm import unit
 
 ReviveMode = str
+REVIVE_MODES = ("survive", "codes_only")
 
 # How "survive" recovers from a collapse; usage in units of a mean code's. While more than _DEAD_SHARE of the codes are
 # used less than _DEAD_USAGE, a code below _STALE_USAGE that the batch does not use is revived: the paper's rate alone
@@ -210,8 +211,8 @@ def advance(
   """
   if not 0 <= decay < 1:
     raise ValueError(f"decay must be in [0, 1), got {decay}")
-  if revive_mode not in ("survive", "codes_only"):
-    raise ValueError(f"revive_mode must be 'survive' or 'codes_only', got {revive_mode!r}")
+  if revive_mode not in REVIVE_MODES:
+    raise ValueError(f"revive_mode must be {' or '.join(map(repr, REVIVE_MODES))}, got {revive_mode!r}")
   survive = revive_mode == "survive"
   k = state.codes.shape[0]
   total = jnp.sum(counts)

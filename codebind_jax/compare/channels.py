@@ -30,10 +30,9 @@ class Sliced(Model):
 
 def evaluate(model: Model, channels: Sequence[int], width: int) -> dict[str, tuple[float, float]]:
   """Metric -> (before, after) on the validation sets of the model's own data."""
-
-  config = model.config.copy_and_resolve_references().unlock()
-  config.test = False
-  evaluation = Evaluation(config, open_task(config.data), Featurizer(config, model.trunks))
+  config = dataclasses.replace(model.config, test=False)
+  featurizer = Featurizer(config.data, config.model.towers, model.trunks)
+  evaluation = Evaluation(config, open_task(config.data), featurizer)
   model.trunks = evaluation.trunks
   before = evaluation.everything(model)
   after = evaluation.everything(Sliced(model, np.asarray(channels), width))

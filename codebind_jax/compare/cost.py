@@ -12,14 +12,14 @@ import jax
 import numpy as np
 
 from codebind_jax.api import Model
-from codebind_jax.methods.base import EXTRA, make_init, make_method
+from codebind_jax.config import Config, method_of
+from codebind_jax.methods.base import EXTRA, make_init
 from codebind_jax.runtime import optim
 from codebind_jax.runtime import train_state as state_lib
 from codebind_jax.runtime.checkpoint import Checkpoints
 from codebind_jax.runtime.compile import compile_step
 from codebind_jax.runtime.metrics import read_metrics
 from codebind_jax.runtime.sharding import make_layout
-from codebind_jax.stages import stages_of
 from codebind_jax.step import make_start, make_train_step
 from codebind_jax.train import batches_of, optimizer_of
 
@@ -54,7 +54,7 @@ def cost(workdir: pathlib.Path, model: Model) -> dict[str, float]:
 
 
 def speeds(
-  configs: Mapping[str, Any], tables: Mapping[str, Mapping[str, Any]], labels: Mapping[str, Sequence[str | None]],
+  configs: Mapping[str, Config], tables: Mapping[str, Mapping[str, Any]], labels: Mapping[str, Sequence[str | None]],
   trunks: Mapping[str, Any], steps: int,
 ) -> dict[str, Any]:
   """Times the variants' compiled steps in turns, so that whatever else the machine does meets all of them.
@@ -86,10 +86,10 @@ def speeds(
           "device": jax.devices()[0].device_kind}  # fmt: skip
 
 
-def _ready(config: Any, tables: Any, labels: Any, trunks: Any) -> tuple[Any, Any, Any, int]:
+def _ready(config: Config, tables: Any, labels: Any, trunks: Any) -> tuple[Any, Any, Any, int]:
   """(compiled step, state, batch, its rows) at the start of the config's only stage."""
-  layout, method = make_layout(config), make_method(config)
-  stage = stages_of(config)[0].on({name: set(found) for name, found in tables.items()})
+  layout, method = make_layout(config.mesh, config.sharding), method_of(config)
+  stage = config.ordered[0].on({name: set(found) for name, found in tables.items()})
   shapes = {name: (trunk.num_tokens, trunk.width) for name, trunk in trunks.items()}
   state = state_lib.create(layout, jax.random.key(config.seed), make_init(method, shapes, config.model.half, [stage]))
   tx, table = optimizer_of(config, method, stage, state.params)

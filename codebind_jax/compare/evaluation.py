@@ -13,6 +13,7 @@ import numpy as np
 
 from codebind_jax.api import Model
 from codebind_jax.compare.channels import Sliced
+from codebind_jax.config import Compare, Config
 from codebind_jax.data.task import EvalSet, Task
 from codebind_jax.evaluate import FINAL, Evaluation
 from codebind_jax.evaluators.crossmodal import code_sharing, fit_head, recall_at_one, sharing_sets, transfer
@@ -43,24 +44,24 @@ class Transfer:
   fields: tuple[str, ...]
 
 
-def transfers_of(settings: Any, task: Task) -> tuple[Transfer, ...]:
+def transfers_of(settings: Compare, task: Task) -> tuple[Transfer, ...]:
   """Those that `config.compare.transfers` names, as far as the data's profile has the sets; else one of all sets.
 
   Raises:
     ValueError: if the profile has none of the sets of a transfer.
   """
   held = {role: [e.name for e in task.evals if e.role == role] for role in ("val", "test")}
-  if "transfers" not in settings:
+  if not settings.transfers:
     every = {role: tuple(names) for role, names in held.items()}
-    return (Transfer("", tuple(task.train), every, tuple(settings.fields)),)
+    return (Transfer("", tuple(task.train), every, settings.fields),)
   found = []
   for name, entry in settings.transfers.items():
-    sets = {role: tuple(s for s in entry[role] if s in held[role]) for role in held}
+    sets = {role: tuple(s for s in getattr(entry, role) if s in held[role]) for role in held}
     for role, chosen in sets.items():
       if not chosen:
-        raise ValueError(f"config.compare.transfers.{name}.{role}: the data has none of {list(entry[role])}; "
+        raise ValueError(f"config.compare.transfers.{name}.{role}: the data has none of {list(getattr(entry, role))}; "
                          f"allowed: {held[role]}")
-    found.append(Transfer(name, tuple(entry.worlds), sets, tuple(entry.fields)))
+    found.append(Transfer(name, entry.worlds, sets, entry.fields))
   return tuple(found)
 
 
@@ -91,7 +92,7 @@ class CrossModal:
   """
 
   def __init__(
-    self, config: Any, task: Task, featurizer: Featurizer, transfers: Sequence[Transfer], *, stages: bool = False,
+    self, config: Config, task: Task, featurizer: Featurizer, transfers: Sequence[Transfer], *, stages: bool = False,
     tokens: dict[tuple[str, str], Any] | None = None,
   ):
     self.config, self.task, self.trunks, self.transfers = config, task, featurizer.trunks, tuple(transfers)
@@ -236,7 +237,7 @@ class CrossModal:
     finally:
       store.close()
     guide = Model(model.config, teacher | {EXTRA: model.params[EXTRA]}, {}, self.trunks, modalities=model.modalities)
-    pair = next(iter(model.config.stages.values())).pairs[0]
+    pair = model.config.ordered[0].pairs[0]
     one = self.transfers[0]
     table = pooled(self._embed(guide, e.name, e.source) for e in self._sets(one, "val"))
     ids = [i for i in table[pair[0]]["id"] if i in set(table[pair[1]]["id"])][:PLAN_ROWS]

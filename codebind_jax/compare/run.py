@@ -9,6 +9,7 @@ are not needed for that. A variant belongs to one process at a time.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging as standard_logging
 import pathlib
@@ -17,7 +18,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 import tqdm
 from absl import logging
@@ -29,6 +29,7 @@ from codebind_jax.compare.cost import FILE as SPEED
 from codebind_jax.compare.cost import cost, speeds
 from codebind_jax.compare.evaluation import CrossModal, finished, transfers_of
 from codebind_jax.compare.table import write_comparison
+from codebind_jax.config import Config, GradedWorld, Variant
 from codebind_jax.data.batches import Batches
 from codebind_jax.data.synthetic import NAME, Factors, SyntheticSource
 from codebind_jax.data.task import EvalSet, Task, open_task
@@ -41,14 +42,13 @@ from codebind_jax.trunks.featurize import Featurizer
 
 RESULT = "run.json"  # of a finished run that has read the test set, in its folder
 DIVERGED = "diverged.txt"  # why a rate that was tried is out of the question, likewise
-SCORE = "eval/val/label/cross"  # what learning rates are chosen by, unless config.compare.score says
 
 
-def graded_task(world: Any, modalities: Sequence[str]) -> Task:
+def graded_task(world: GradedWorld, modalities: Sequence[str]) -> Task:
   """The synthetic world with modalities of graded quality, as `config.compare.world` describes it."""
   factors = Factors(
-    classes=world.classes, styles=world.styles, noise=world.noise, quality=world.quality.to_dict(),
-    style_quality=world.style_quality.to_dict(), seed=world.seed,
+    classes=world.classes, styles=world.styles, noise=world.noise, quality=dict(world.quality),
+    style_quality=dict(world.style_quality), seed=world.seed,
   )  # fmt: skip
   rows = {"train": world.rows, "val": world.rows // 4, "test": world.rows // 2}
   sources = {split: SyntheticSource(factors, split, count, modalities) for split, count in rows.items()}
@@ -57,37 +57,20 @@ def graded_task(world: Any, modalities: Sequence[str]) -> Task:
   return Task(NAME, summary, {NAME: sources["train"]}, {NAME: "id"}, evals)
 
 
-def chosen(settings: Any) -> list[str]:
-  """The variants that this call trains: all, or those that `config.compare.only` names.
-
-  Raises:
-    ValueError: if one of those is no variant.
-  """
-  names = [name for name in settings.get("only", "").split(",") if name]
-  schema.check_keys(names, settings.variants, "compare.only")
-  return names or list(settings.variants)
+def whole(config: Config) -> Config:
+  """The config of the comparison that a call is a part of: the same for all calls that share its folder."""
+  return dataclasses.replace(config, compare=dataclasses.replace(config.compare, only="", against="", timing=0))
 
 
-def whole(config: Any) -> Any:
-  """The config of the comparison that a call is a part of, without what does not tell comparisons apart."""
-  joined = ml_collections.ConfigDict(config.to_dict())
-  for key in {"only", "against", "timing"} & set(joined.compare):
-    del joined.compare[key]
-  return joined.lock()
-
-
-def run_config(config: Any, variant: Any, rate: float, seed: int, test: bool) -> Any:
+def run_config(config: Config, variant: Variant, rate: float, seed: int, test: bool) -> Config:
   """The config of one run."""
-  run = ml_collections.ConfigDict(config.to_dict())
-  run.mode, run.baseline, run.test, run.seed = "train", False, test, seed
-  run.method, run.method_options = variant.method, ml_collections.ConfigDict(variant.options.to_dict())
-  run.optim.learning_rate = rate
-  run.model.quantize = variant.quantize
-  for entry in run.stages.values():
-    entry.losses = ml_collections.ConfigDict(variant.losses.to_dict())
-    entry.update(unheeded(variant.method))  # what the stage says to other variants
-  del run["compare"]
-  return run.lock()
+  given = {"losses": variant.losses} | unheeded(variant.method)  # without what the stage says to other variants
+  return config_lib.filled(dataclasses.replace(
+    config, mode="train", baseline=False, test=test, seed=seed, compare=None, method=variant.method,
+    method_options=variant.options, optim=dataclasses.replace(config.optim, learning_rate=rate),
+    model=dataclasses.replace(config.model, quantize=variant.quantize),
+    stages=schema.Frozen({name: dataclasses.replace(stage, **given) for name, stage in config.stages.items()}),
+  ))  # fmt: skip
 
 
 def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
@@ -104,33 +87,34 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
     OSError: if `config.compare.against` cannot be read, likewise.
     FloatingPointError: if a run on a chosen rate diverges, or all rates of a variant do. A rate that does is left out.
   """
+  config = config_lib.validate(config)
   settings = config.compare
   if jax.process_count() > 1:
     raise ValueError(f"mode 'compare' runs in one process, got {jax.process_count()}; divide it by config.compare.only")
   for variant in settings.variants.values():
     config_lib.validate(run_config(config, variant, settings.learning_rates[0], 0, False))
-  names = chosen(settings)
-  against = json.loads(pathlib.Path(settings.against).read_text()) if settings.get("against", "") else None
+  names = settings.names
+  against = json.loads(pathlib.Path(settings.against).read_text()) if settings.against else None
   folder = claim_workdir(whole(config), workdir)
   task = graded_task(settings.world, sorted(config.model.towers)) if settings.world else open_task(config.data)
-  featurizer = Featurizer(config)
+  featurizer = Featurizer(config.data, config.model.towers)
   transfers, tokens = transfers_of(settings, task), {}
   tables, labels = featurizer.train_tables(task.train, task.unique)
   evaluations = {
     test: CrossModal(
       run_config(config, settings.variants[names[0]], settings.learning_rates[0], 0, test), task, featurizer,
-      transfers, stages=settings.get("stages", False), tokens=tokens,
+      transfers, stages=settings.stages, tokens=tokens,
     ) for test in (False, True)
   }  # fmt: skip
   drawn: dict[tuple[int, str], Batches] = {}
 
-  def draw(config: Any, stage: Stage, *rest: Any) -> Batches:
+  def draw(config: Config, stage: Stage, *rest: Any) -> Batches:
     """A stage's batches with a seed, which are the same for all variants: drawn once, kept."""
     if (config.seed, stage.name) not in drawn:
       drawn[config.seed, stage.name] = batches_of(config, stage, *rest, keep=True)
     return drawn[config.seed, stage.name]
 
-  tuned, score = len(settings.learning_rates) > 1, settings.get("score", SCORE)
+  tuned, score = len(settings.learning_rates) > 1, settings.score
   bar = tqdm.tqdm(total=len(names) * (len(settings.learning_rates) * tuned + settings.seeds), unit="run", disable=None)
 
   def train(name: str, rate: float, seed: int, test: bool, programs: Programs) -> dict[str, Any]:
@@ -183,7 +167,7 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
   bar.close()
   found = {"summary": task.summary, "config": schema.to_plain(whole(config)), "results": results}
   if len(results) == len(settings.variants):
-    if settings.get("timing", 0):
+    if settings.timing:
       best = {name: run_config(config, settings.variants[name], r["learning_rate"], 0, False)
               for name, r in results.items()}  # fmt: skip
       timed = speeds(best, tables, labels, evaluations[False].trunks, settings.timing)

@@ -25,7 +25,7 @@ def write_comparison(
 ) -> str:
   """Writes all files and returns the text of comparison.md; `against` is another comparison, see `claims`."""
   results, settings = comparison["results"], comparison["config"]["compare"]
-  whole = dict(comparison) | {"rule": RULE, "claims": claims(results, settings["world"], PREFIX, against)}
+  whole = dict(comparison) | {"rule": RULE, "claims": claims(results, settings.get("world"), PREFIX, against)}
   drawn = draw(folder, results, settings, _columns(results, settings))
   text = "\n".join(["# Methods side by side", "", *sections(whole), *(f"![{name}]({name}.svg)\n" for name in drawn)])
   (folder / "comparison.md").write_text(text, encoding="utf-8")
@@ -50,7 +50,7 @@ def sections(whole: Mapping[str, Any], heading: str = "##") -> list[str]:
 
 def _columns(results: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
   measured = {key for result in results.values() for key in result["runs"][0]}
-  return [c for c in settings.get("columns", COLUMNS) if f"{PREFIX}/{c}" in measured]
+  return [c for c in settings.get("columns") or COLUMNS if f"{PREFIX}/{c}" in measured]
 
 
 def _head(whole: Mapping[str, Any]) -> list[str]:
@@ -125,7 +125,7 @@ def draw(
   """Draws the figures that the results allow; returns the names of the files without .svg."""
   drawn = ["bars"]
   figures.bars(folder / "bars.svg", results, [f"{PREFIX}/{c}" for c in columns])
-  quality = (settings["world"] or {}).get("quality", {})
+  quality = (settings.get("world") or {}).get("quality", {})
   if any(f"fixed_anchor_{m}" in results for m in quality):
     figures.anchor_curve(folder / "anchors.svg", results, quality, f"{PREFIX}/label/all")
     drawn.append("anchors")

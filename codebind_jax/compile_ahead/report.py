@@ -12,23 +12,27 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from flax.core import FrozenDict
 
-from codebind_jax import build
 from codebind_jax.compile_ahead import flops, hlo
-from codebind_jax.methods.base import make_init, make_method
+from codebind_jax.methods.base import Method, make_init
+from codebind_jax.models.bodies import body_class
+from codebind_jax.models.towers import CodeBind, ModelSpec, TowerSpec
 from codebind_jax.runtime import optim
 from codebind_jax.runtime import train_state as state_lib
 from codebind_jax.runtime.compile import lower_step
-from codebind_jax.runtime.sharding import Layout, make_layout
-from codebind_jax.stages import Stage, stages_of
+from codebind_jax.runtime.sharding import Layout, MeshShape, Sharding, make_layout
+from codebind_jax.schema import Frozen
+from codebind_jax.stages import Stage
 from codebind_jax.step import make_train_step
+from codebind_jax.trunks import load_trunk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +174,19 @@ def slice_devices(topology: str) -> tuple[list[Any], Chip]:
                      "version is needed: pip install -e '.[tpu]'") from error
 
 
+def token_shapes(towers: Mapping[str, TowerSpec]) -> dict[str, tuple[int, int]]:
+  """Modality -> shape of one item's tokens as the model is fed them; loads the trunk where the body does not say."""
+  shapes = {}
+  for name, tower in towers.items():
+    body = body_class(tower.body)(**tower.body_options) if tower.body else None
+    if hasattr(body, "token_shape"):
+      shapes[name] = body.token_shape()
+    else:
+      trunk = load_trunk(tower.trunk, **tower.options)
+      shapes[name] = (trunk.num_tokens, trunk.width)
+  return shapes
+
+
 def batch_shapes(inputs: Mapping[str, tuple[int, ...]], stage: Stage, layout: Layout) -> dict[str, Any]:
   """Shapes of a global batch of a stage: every source with every modality of the stage.
 
@@ -193,13 +210,22 @@ def batch_shapes(inputs: Mapping[str, tuple[int, ...]], stage: Stage, layout: La
   return batch
 
 
-def compile_stage(config: Any, stage: Stage, layout: Layout, chip: Chip) -> Report:
-  """Compiles the train step of a stage for a slice."""
-  method, inputs = make_method(config), build.token_shapes(config, config.model.towers)
-  shapes = state_lib.shapes(make_init(method, inputs, config.model.half, [stage]))
-  tx, table = optim.make_optimizer(
-    shapes.params, stage.train, config.optim.to_dict(), stage.steps, frozen=method.frozen_paths
-  )
+def compile_stage(
+  method: Method, model: ModelSpec, settings: optim.Optim, stage: Stage, layout: Layout, chip: Chip
+) -> Report:
+  """Compiles the train step of a stage for a slice.
+
+  Args:
+    method: of the run.
+    model: its towers.
+    settings: of the optimizer.
+    stage: whose step.
+    layout: mesh and rules.
+    chip: the slice is made of.
+  """
+  inputs = token_shapes(model.towers)
+  shapes = state_lib.shapes(make_init(method, inputs, model.half, [stage]))
+  tx, table = optim.make_optimizer(shapes.params, stage.train, settings, stage.steps, frozen=method.frozen_paths)
   state, batch = state_lib.abstract(shapes, tx, layout), batch_shapes(inputs, stage, layout)
   for line in layout.table(state):
     logging.info("  %s", line)
@@ -207,7 +233,7 @@ def compile_stage(config: Any, stage: Stage, layout: Layout, chip: Chip) -> Repo
   step = state_lib.guarded(make_train_step(method, stage, tx, frozen=frozen))
   started = time.time()
   with jax.set_mesh(layout.mesh):
-    model_work, all_work = model_flops(config, state.params, batch, frozen), flops.count(step, state, batch)
+    model_work, all_work = model_flops(method.model, state.params, batch, frozen), flops.count(step, state, batch)
   compiled = lower_step(step, state, batch, layout).compile()
   seconds = time.time() - started
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
@@ -222,9 +248,11 @@ def compile_stage(config: Any, stage: Stage, layout: Layout, chip: Chip) -> Repo
   )  # fmt: skip
 
 
-def model_flops(config: Any, params: Any, batch: Mapping[str, Any], frozen: frozenset[str]) -> int:
+def model_flops(model: CodeBind, params: Any, batch: Mapping[str, Any], frozen: frozenset[str]) -> int:
   """Operations of the towers for one global batch, forward and backward to what trains, nothing recomputed."""
-  model = build.make_model(config, remat=False)
+  off = lambda options: Frozen(options | ({"remat": False} if "remat" in options else {}))
+  towers = {name: dataclasses.replace(t, body_options=off(t.body_options)) for name, t in model.towers.items()}
+  model = CodeBind(FrozenDict(towers))
 
   def outputs(params: Any, tokens: Any) -> Any:
     features, scales = model.apply({"params": optim.stop_frozen(params, frozen)}, tokens)
@@ -237,8 +265,19 @@ def model_flops(config: Any, params: Any, batch: Mapping[str, Any], frozen: froz
   return total
 
 
-def compile_mode(config: Any) -> bool:
-  """Compiles every stage of a config for `config.topology` and writes what it takes to standard output.
+def compile_mode(
+  topology: str, mesh: MeshShape, sharding: Sharding, method: Method, model: ModelSpec, settings: optim.Optim,
+  stages: Sequence[Stage],
+) -> bool:
+  """Compiles the train step of every stage for a slice and writes what it takes to standard output.
+
+  Args:
+    topology: the slice, such as v5e:16x16.
+    mesh, sharding: how its chips share the state and the batch.
+    method: of the run.
+    model: its towers.
+    settings: of the optimizer.
+    stages: of the run.
 
   Returns:
     Whether every stage fits.
@@ -246,12 +285,12 @@ def compile_mode(config: Any) -> bool:
   Raises:
     ValueError: for a topology there is none of, a mesh or batch that does not fit it, or without libtpu.
   """
-  devices, chip = slice_devices(config.topology)
-  layout = make_layout(config, devices)
-  sys.stdout.write(f"{config.topology}: {dict(layout.mesh.shape)}, jax {jax.__version__}\n")
+  devices, chip = slice_devices(topology)
+  layout = make_layout(mesh, sharding, devices)
+  sys.stdout.write(f"{topology}: {dict(layout.mesh.shape)}, jax {jax.__version__}\n")
   fits = True
-  for stage in stages_of(config):
-    report = compile_stage(config, stage, layout, chip)
+  for stage in stages:
+    report = compile_stage(method, model, settings, stage, layout, chip)
     sys.stdout.write("\n".join(report.lines()) + "\n")
     sys.stdout.flush()
     fits &= report.fits

@@ -5,13 +5,70 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from absl import logging
 
 from codebind_jax.data.opening import class_names, open_source
 from codebind_jax.data.worlds import names, registry
 from codebind_jax.data.worlds.evalset import EvalSet
+from codebind_jax.schema import Above, AtLeast, Frozen, Within, check_keys
+
+PROFILES = ("auto", "tiny", "tiny-plus", "small", "full")
+CAPTIONS = ("main", "each", "joined")
+
+
+@dataclasses.dataclass(frozen=True)
+class OneGap:
+  """Texts with one `{}`, which a caption or a class name is put in for."""
+
+  def __contains__(self, value: str) -> bool:
+    return value.count("{}") == 1 and not set("{}") & set(value.replace("{}", ""))
+
+  def __str__(self) -> str:
+    return "a text with one {}"
+
+
+Template = Annotated[str, OneGap()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """Section `data`: what a run trains on and is evaluated on.
+
+  Attributes:
+    root: folder of worlds and features; "" for $CODEBIND_DATA, else the user's cache folder.
+    worlds: packaged worlds (`data.worlds.registry`), each a source of its own.
+    profile: how much of them; auto is small where npm and apt-get answer, else tiny.
+    manifest: a JSONL manifest of your own instead of the worlds.
+    classes: a text file with one class name a line; "" for the labels that occur.
+    max_bad_records: of the manifest, that are left out before it is an error; each is named in the log.
+    workers: processes that read batches ahead; 0 for threads of this one.
+    threads: that read batches ahead without workers.
+    extra: share of a batch drawn from a world's further named pictures; 0 leaves them out.
+    captions: what is made of a row's further texts: main (left out), each (captions) or joined (one list).
+    templates: of captions to train on.
+    templates_of: source -> templates of its captions and classes, where others suit it.
+    eval_templates: of class names in zero-shot classification.
+  """
+
+  root: str = ""
+  worlds: tuple[str, ...] = ("icons",)
+  profile: Literal[PROFILES] = "auto"
+  manifest: str = ""
+  classes: str = ""
+  max_bad_records: Annotated[int, AtLeast(0)] = 0
+  workers: Annotated[int, AtLeast(0)] = 0
+  threads: Annotated[int, Above(0)] = 2
+  extra: Annotated[float, Within(0, 1, "none", below=True)] = 0.0
+  captions: Literal[CAPTIONS] = "each"
+  templates: tuple[Template, ...] = ("{}",)
+  templates_of: Mapping[str, tuple[Template, ...]] = Frozen()
+  eval_templates: tuple[Template, ...] = ("{}",)
+
+  def check(self, path: str) -> None:
+    """Refuses worlds there are none of."""
+    check_keys([world.split("-")[0] for world in self.worlds], registry.WORLDS, f"{path}.worlds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +94,11 @@ class Task:
   extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def open_task(data: Any, *, default_split: str = "train") -> Task:
+def open_task(data: Data, *, default_split: str = "train") -> Task:
   """Opens the worlds or the manifest of `config.data`; builds a world where it is not built yet.
 
   Args:
-    data: `config.data`.
+    data: which.
     default_split: of the rows of a manifest that names no splits.
 
   Raises:
@@ -59,7 +116,7 @@ def open_task(data: Any, *, default_split: str = "train") -> Task:
   )  # fmt: skip
 
 
-def _world_task(world: str, data: Any) -> Task:
+def _world_task(world: str, data: Data) -> Task:
   module = registry.world_module(world)
   profile = registry.resolve(world, data.profile, data.root or None)
   opened_split = lambda split: open_source(f"world:{world}", split=split, profile=profile, data_dir=data.root or None)
@@ -89,7 +146,7 @@ def _world_task(world: str, data: Any) -> Task:
   return Task(world, summary, {world: train}, {world: getattr(module, "UNIQUE", "label")}, tuple(evals), credits, extra)
 
 
-def _manifest_task(data: Any, default_split: str) -> Task:
+def _manifest_task(data: Data, default_split: str) -> Task:
   path = pathlib.Path(data.manifest)
   whole = open_source(data.manifest, max_bad_records=data.max_bad_records)
   splits = [row.get("split") or default_split for row in whole.rows]
@@ -110,7 +167,7 @@ def _manifest_task(data: Any, default_split: str) -> Task:
   return Task(path.stem, summary, train, dict.fromkeys(train, "label"), tuple(evals))
 
 
-def _labels(data: Any, source: Any) -> list[str]:
+def _labels(data: Data, source: Any) -> list[str]:
   """Candidate labels: the class list of `config.data.classes`, else every label the rows have; none without labels."""
   if data.classes:
     return list(class_names(source, pathlib.Path(data.classes)))

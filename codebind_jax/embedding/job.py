@@ -24,8 +24,11 @@ import pyarrow as pa
 import tqdm
 from absl import logging
 
+from codebind_jax import config as config_lib
 from codebind_jax.api import Embeddings, Model, load
+from codebind_jax.config import Embed
 from codebind_jax.data.manifest import parse_record
+from codebind_jax.data.task import Data
 from codebind_jax.embedding import shards
 from codebind_jax.embedding.shards import ShardReport
 from codebind_jax.files import write_whole
@@ -89,20 +92,18 @@ class Plan:
     return shards.make_schema(columns, self.dtype)
 
 
-def make_plan(config: Any, workdir: str | pathlib.Path, model: Model) -> Plan:
-  """The job of a config; reads the manifest once, without keeping it.
+def make_plan(settings: Embed, data: Data, workdir: str | pathlib.Path, model: Model) -> Plan:
+  """The job of the two sections; reads the manifest once, without keeping it.
 
   Raises:
     ValueError: for a modality or part that is not there, or a manifest without records.
     OSError: if the manifest cannot be read.
   """
-  settings = config.embed
-  modalities = tuple(settings.modalities) or model.modalities
+  modalities = settings.modalities or model.modalities
   check_keys(modalities, model.modalities, "embed.modalities")
-  check_keys(settings.parts, PARTS, "embed.parts")
   wanted = [part for name in PARTS if name in settings.parts for part in (shards.CODES if name == "codes" else (name,))]
   widths = {m: {part: w for part, w in model.widths(m).items() if w and part in wanted} for m in modalities}
-  manifest = pathlib.Path(config.data.manifest).expanduser().absolute()
+  manifest = pathlib.Path(data.manifest).expanduser().absolute()
   starts, records, content = _scan(manifest, settings.shard_rows)
   if not records:
     raise ValueError(f"{manifest}: no records")
@@ -110,7 +111,7 @@ def make_plan(config: Any, workdir: str | pathlib.Path, model: Model) -> Plan:
   return Plan(
     manifest, pathlib.Path(workdir).expanduser().absolute(), hashlib.sha256(json.dumps(recipe).encode()).hexdigest(),
     starts, records, settings.shard_rows, widths, settings.dtype, settings.batch_size, settings.threads,
-    config.data.max_bad_records,
+    data.max_bad_records,
   )  # fmt: skip
 
 
@@ -307,8 +308,9 @@ def embed(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
   Raises:
     ValueError: naming what is wrong with the run, the manifest or the folder.
   """
+  config = config_lib.validate(config)
   model = load(config.init_from)
-  plan = make_plan(config, workdir, model)
+  plan = make_plan(config.embed, config.data, workdir, model)
   embed_shards(plan, model.on(jax.local_devices()), process=jax.process_index(), processes=jax.process_count())
   distributed.wait_for_all("embed")
-  return summarise(plan, str(config.init_from)) if jax.process_index() == 0 else {}
+  return summarise(plan, config.init_from) if jax.process_index() == 0 else {}

@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from codebind_jax import methods
-from codebind_jax.build import make_model
+from codebind_jax import methods, schema
+from codebind_jax.codebook.spec import Codebook
 from codebind_jax.compositional import ModalityOutput
 from codebind_jax.losses import balance_init
-from codebind_jax.models.towers import CodeBind
+from codebind_jax.models.towers import CodeBind, ModelSpec, make_model
 from codebind_jax.norm import unit
 from codebind_jax.runtime.train_state import TrainState
 from codebind_jax.stages import DEFAULTS, Stage
@@ -63,13 +63,40 @@ def method_class(name: str) -> type[Method]:
   return found
 
 
-def make_method(config: Any) -> Method:
-  """The method that `config.method` names, with `config.method_options`.
+def method_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+  """All of a method's options: those given, read by their types, and the defaults of the others.
+
+  Raises:
+    ValueError: if there is no such method, it has no such option, or a value is none of the option's.
+  """
+  kind = method_class(name)
+  allowed = sorted(schema.keys_of(kind))
+  for option in given:
+    if option not in allowed:
+      more = "" if allowed else "; see config.codebook"
+      raise ValueError(f"config.method_options: {name!r} has no option {option!r}; allowed: {allowed}{more}")
+  return schema.arguments(kind, given, "method_options")
+
+
+def make_method(
+  name: str, options: Mapping[str, Any], model: ModelSpec, codebook: Codebook, stages: Sequence[Stage]
+) -> Method:
+  """The method `name` over the towers of a model.
+
+  Args:
+    name: `config.method`.
+    options: `config.method_options`.
+    model: section of the towers; all but text have decoders if a stage has the loss `reconstruction`.
+    codebook: of the methods that have no options of their own for it.
+    stages: of the run.
 
   Raises:
     ValueError: if there is none, or it has no such option.
   """
-  return method_class(config.method).build(config, make_model(config), _hashable(config.method_options.to_dict()))
+  decoded = any(stage.losses.get("reconstruction") for stage in stages)
+  return method_class(name).build(
+    method_options(name, options), make_model(model, decoded=decoded), model, codebook, stages
+  )
 
 
 def unheeded(name: str) -> dict[str, Any]:
@@ -121,13 +148,6 @@ def make_init(
     return jax.tree_util.tree_map_with_path(keep, params), codebooks, aux
 
   return init
-
-
-def _hashable(value: Any) -> Any:
-  """Lists as tuples, also within; a config read from JSON has lists."""
-  if isinstance(value, Mapping):
-    return {key: _hashable(item) for key, item in value.items()}
-  return tuple(_hashable(item) for item in value) if isinstance(value, list | tuple) else value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,19 +261,13 @@ class Method(abc.ABC):
   BASE = "info_nce"  # the term whose magnitude the loss balancer holds the others to
   FACTORS = {}  # term -> magnitude relative to `BASE`, beside those of `losses.balance`
 
-  model: CodeBind
+  model: CodeBind = dataclasses.field(metadata=schema.DERIVED)
 
   @classmethod
-  def build(cls, config: Any, model: CodeBind, options: Mapping[str, Any]) -> Method:
-    """The method of a config; options are its fields.
-
-    Raises:
-      ValueError: for an option there is not.
-    """
-    allowed = sorted(f.name for f in dataclasses.fields(cls) if f.name != "model")
-    for option in options:
-      if option not in allowed:
-        raise ValueError(f"config.method_options: {config.method!r} has no option {option!r}; allowed: {allowed}")
+  def build(
+    cls, options: Mapping[str, Any], model: CodeBind, towers: ModelSpec, codebook: Codebook, stages: Sequence[Stage]
+  ) -> Method:
+    """The method of a config: options are its fields, the sections are for methods that look at them."""
     return cls(model=model, **options)
 
   @property

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from codebind_jax import build
 from codebind_jax.codebook import CodebookState
+from codebind_jax.codebook.spec import Codebook
 from codebind_jax.compositional import (
   CompositionalSpec,
   ModalityOutput,
@@ -23,8 +23,9 @@ from codebind_jax.compositional import (
 from codebind_jax.methods import base
 from codebind_jax.methods.base import Forward, Rows, Term, output
 from codebind_jax.methods.codebind_terms import TERMS, Quantised
-from codebind_jax.models.towers import CodeBind, decode
+from codebind_jax.models.towers import CodeBind, ModelSpec, decode
 from codebind_jax.runtime.train_state import TrainState
+from codebind_jax.schema import DERIVED
 from codebind_jax.stages import Stage
 
 
@@ -39,19 +40,16 @@ class Method(base.Method):
 
   STAGE_KEYS = frozenset(("losses", "codes", "code_rows", "matching_temperature", "chunk", "ring"))
 
-  spec: CompositionalSpec | None = None
-  update: str = "snapshot"
+  spec: CompositionalSpec | None = dataclasses.field(default=None, metadata=DERIVED)
+  update: str = dataclasses.field(default="snapshot", metadata=DERIVED)
 
   @classmethod
-  def build(cls, config: Any, model: CodeBind, options: Mapping[str, Any]) -> Method:
-    """From `config.codebook`; it has no options of its own.
-
-    Raises:
-      ValueError: if options are given.
-    """
-    if options:
-      raise ValueError(f"config.method_options: 'codebind' has none, got {sorted(options)}; see config.codebook")
-    return cls(model, build.make_spec(config), config.codebook.update_mode)
+  def build(
+    cls, options: Mapping[str, Any], model: CodeBind, towers: ModelSpec, codebook: Codebook, stages: Sequence[Stage]
+  ) -> Method:
+    """From the section `codebook`; it has no options of its own."""
+    spec = codebook.spec(towers.shared_dim, towers.specific_dims) if towers.quantize else None
+    return cls(model, spec, codebook.update_mode)
 
   @property
   def codebook_sizes(self) -> dict[str, int]:

@@ -7,12 +7,11 @@ trunk that only cuts a raw signal into tokens (point groups, EEG patches) cannot
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
-from typing import Any
 
 import flax.linen as nn
 from jaxtyping import Array, Float
 
+NO_OPTIONS = ("parent", "name")  # attributes of every flax module
 BODIES = {
   "encoder": "codebind_jax.models.encoder_body.EncoderBody",
   "mlp": "codebind_jax.models.bodies.Mlp",
@@ -21,21 +20,16 @@ BODIES = {
 }
 
 
-def make_body(name: str, options: Mapping[str, Any]) -> nn.Module:
-  """The module that `config.model.towers.*.body` names.
+def body_class(name: str) -> type[nn.Module]:
+  """The module that `config.model.towers.*.body` names; its attributes, but `NO_OPTIONS`, are `body_options`.
 
   Raises:
-    ValueError: for an unknown body or option.
+    ValueError: if there is none.
   """
   if name not in BODIES:
     raise ValueError(f"body: got {name!r}, allowed are {sorted(BODIES)}")
   module, kind = BODIES[name].rsplit(".", 1)
-  body = getattr(importlib.import_module(module), kind)
-  allowed = sorted(field for field in body.__dataclass_fields__ if field not in ("parent", "name"))
-  for option in options:
-    if option not in allowed:
-      raise ValueError(f"body {name!r}: unknown option {option!r}, allowed are {allowed}")
-  return body(**options)
+  return getattr(importlib.import_module(module), kind)
 
 
 class Mlp(nn.Module):

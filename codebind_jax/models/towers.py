@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -13,8 +13,9 @@ import numpy as np
 from flax.core import FrozenDict
 from jaxtyping import Array, Float
 
-from codebind_jax.models.bodies import make_body
+from codebind_jax.models.bodies import BODIES, body_class
 from codebind_jax.models.decoder import Decoder
+from codebind_jax.schema import DERIVED, Above, AtLeast, Frozen, Regex, Within, check_keys, to_plain
 
 INITS = {
   "orthogonal": nn.initializers.orthogonal(),
@@ -23,36 +24,112 @@ INITS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class TowerSpec:
-  """One modality's tower after its trunk.
+class DecoderSpec:
+  """Section `model.decoder`: the decoders that reconstruct the trunks' tokens, made if a stage has `reconstruction`.
 
   Attributes:
-    shared_dim: width d_s of the shared part; 0 for a head that is specific alone (the release's single head).
+    width: of the blocks.
+    depth: number of blocks.
+    heads: attention heads; must divide the width.
+  """
+
+  width: Annotated[int, Above(0)] = 128
+  depth: Annotated[int, Above(0)] = 1
+  heads: Annotated[int, Above(0)] = 4
+
+  def check(self, path: str) -> None:
+    """Refuses heads that do not divide the width."""
+    if self.width % self.heads:
+      raise ValueError(f"config.{path}: got {to_plain(self)}; allowed: heads that divide the width")
+
+
+@dataclasses.dataclass(frozen=True)
+class TowerSpec:
+  """Section `model.towers.MODALITY`: one modality's trunk, and its tower after it.
+
+  Attributes:
+    shared_dim: width d_s of the shared part, `model.shared_dim`; 0 for a head that is specific alone (the release's
+      single head).
     specific_dim: width d_p of the modality-specific part; 0 for none (text).
+    trunk: name of a module of `trunks` that turns the modality's items into tokens.
+    options: what that module's `make_trunk` takes.
+    views: cached views of a training item: the clean one and views - 1 augmented ones.
+    augmented: how often an augmented view is drawn.
+    body: name of a module of `models.bodies` that trains between the trunk's tokens and the heads; "" for none.
+    body_options: its attributes.
     hidden: width of a hidden GELU layer in the shared head; 0 is the published linear head.
     dropout: on the normalised trunk tokens, while training.
     init: `orthogonal` keeps the trunk's geometry (its inner products, where the head is not narrower), or `lecun`.
+    whiten: the shared head starts with the training tokens' covariance to this negative power in it; 0 for a random
+      start.
+    starts_from: a modality whose heads this one's are copied from when its first stage begins; "" for none.
     logit_scale: multiplies the cosine of this modality (ImageBind's per-modality scale), clipped to 100.
     meaning: another modality, in whose trunk's space the last `meaning_dim` columns of this one's tokens lie (the names
       of what a classifier sees, in text space): they go through that modality's shared head and are added to the
       output of this one's, which sees the other columns.
     meaning_dim: how many columns.
-    body: name of a module of `models.bodies` that trains between the trunk's tokens and the heads; "" for none.
-    body_options: its attributes.
-    decoder: `width`, `depth` and `heads` of the decoder that reconstructs the trunk's tokens; empty for none.
+    decoder: of this tower, `model.decoder`; None for none.
   """
 
-  shared_dim: int
-  specific_dim: int
-  hidden: int = 0
-  dropout: float = 0.0
-  init: str = "orthogonal"
-  logit_scale: float = 1.0
-  meaning: str = ""
-  meaning_dim: int = 0
+  shared_dim: int = dataclasses.field(default=0, metadata=DERIVED)
+  specific_dim: Annotated[int, AtLeast(0, "none")] = 0
+  trunk: str = ""
+  options: Mapping[str, Any] = Frozen()
+  views: Annotated[int, AtLeast(1)] = 1
+  augmented: Annotated[float, Within(0, 1)] = 0.5
   body: str = ""
-  body_options: Mapping[str, Any] = FrozenDict()
-  decoder: Mapping[str, Any] = FrozenDict()
+  body_options: Mapping[str, Any] = Frozen()
+  hidden: Annotated[int, AtLeast(0, "a linear head")] = 0
+  dropout: Annotated[float, Within(0, 1, below=True)] = 0.0
+  init: Literal[tuple(INITS)] = "orthogonal"
+  whiten: Annotated[float, Within(0, 1, "off")] = 0.0
+  starts_from: str = ""
+  logit_scale: Annotated[float, Above(0)] = 1.0
+  meaning: str = ""
+  meaning_dim: Annotated[int, AtLeast(0, "none")] = 0
+  decoder: DecoderSpec | None = dataclasses.field(default=None, metadata=DERIVED)
+
+  def check(self, path: str) -> None:
+    """Refuses keys that do not go together."""
+    if self.whiten and self.hidden:
+      raise ValueError(f"config.{path}.whiten: got {self.whiten} with hidden {self.hidden}; allowed: 0, or hidden 0")
+    if self.body:
+      check_keys([self.body], sorted(BODIES), f"{path}.body")
+      if self.meaning or self.whiten:
+        raise ValueError(f"config.{path}.body: {self.body!r} goes with neither meaning nor whiten")
+    if self.meaning and not self.meaning_dim:
+      raise ValueError(f"config.{path}.meaning_dim: got {self.meaning_dim}; allowed: 1 and up")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+  """Section `model`: the towers and what they have in common.
+
+  Attributes:
+    towers: by modality.
+    shared_dim: width of the shared part of all modalities.
+    quantize: codebooks between heads and losses; without them the features are compared as they are.
+    half: path regexes of parameters kept in bfloat16 (frozen trunks).
+    decoder: of all modalities but text, if a stage has the loss `reconstruction`.
+  """
+
+  towers: Mapping[str, TowerSpec] = Frozen()
+  shared_dim: Annotated[int, Above(0)] = 384
+  quantize: bool = True
+  half: tuple[Regex, ...] = ()
+  decoder: DecoderSpec = DecoderSpec()
+
+  def check(self, path: str) -> None:
+    """Refuses towers that name a modality there is none of."""
+    for name, tower in self.towers.items():
+      for key, other in (("starts_from", tower.starts_from), ("meaning", tower.meaning)):
+        if other:
+          check_keys([other], [m for m in self.towers if m != name], f"{path}.towers.{name}.{key}")
+
+  @property
+  def specific_dims(self) -> dict[str, int]:
+    """Modality -> width of its specific part."""
+    return {name: tower.specific_dim for name, tower in self.towers.items()}
 
 
 class Head(nn.Module):
@@ -118,7 +195,7 @@ class Tower(nn.Module):
     spec = self.spec
     options = {"dropout": spec.dropout, "start": spec.init}
     if spec.body:
-      self.body = make_body(spec.body, spec.body_options)
+      self.body = body_class(spec.body)(**spec.body_options)
     if spec.shared_dim:
       self.shared = Head(spec.shared_dim, spec.hidden, **options)
     if spec.specific_dim:
@@ -144,7 +221,8 @@ class Tower(nn.Module):
   @nn.compact
   def decode(self, full: Float[Array, "b m d"], width: int) -> Float[Array, "b m c"]:
     """The trunk's tokens, `width` wide, from the `full` embeddings of all tokens (spec 1.8, the trunk left out)."""
-    return Decoder((full.shape[1],), width, (1,), cls_token=False, name="decoder", **self.spec.decoder)(full)
+    options = to_plain(self.spec.decoder)
+    return Decoder((full.shape[1],), width, (1,), cls_token=False, name="decoder", **options)(full)
 
 
 class CodeBind(nn.Module):
@@ -187,6 +265,17 @@ class CodeBind(nn.Module):
       )
       scales[name] = jnp.minimum(jnp.exp(log_scale), 100.0)
     return features, scales
+
+
+def make_model(model: ModelSpec, *, decoded: bool = False) -> CodeBind:
+  """The model of a config; `decoded` gives all modalities but text a decoder."""
+  towers = {
+    name: dataclasses.replace(
+      tower, shared_dim=model.shared_dim, decoder=model.decoder if decoded and name != "text" else None
+    )
+    for name, tower in model.towers.items()
+  }
+  return CodeBind(FrozenDict(towers))  # hashable, so that compiled steps can be shared
 
 
 def decode(

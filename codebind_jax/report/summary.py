@@ -13,6 +13,7 @@ import numpy as np
 
 from codebind_jax import schema
 from codebind_jax.api import Model
+from codebind_jax.config import Config
 from codebind_jax.data.task import EvalSet, Task
 from codebind_jax.evaluate import Evaluation, named_pairs
 from codebind_jax.evaluators.decomposition import PRIVATE
@@ -35,7 +36,7 @@ GALLERY = 8
 MAP_POINTS = 150
 
 
-def headline(config: Any, task: Task, final: Mapping[str, float]) -> list[Score]:
+def headline(config: Config, task: Task, final: Mapping[str, float]) -> list[Score]:
   """The headline rows, each beside the baseline: zero-shot, retrieval, linear probes and decomposition of every set."""
   own = {name: value for name, value in final.items() if not name.startswith("baseline/")}
   base = {name.removeprefix("baseline/"): value for name, value in final.items() if name.startswith("baseline/")}
@@ -82,7 +83,7 @@ def _test_rows(test: EvalSet, modalities: Iterable[str]) -> dict[str, int]:
 
 
 def report_data(
-  config: Any, folder: pathlib.Path, task: Task, evaluation: Evaluation, final: Mapping[str, float],
+  config: Config, folder: pathlib.Path, task: Task, evaluation: Evaluation, final: Mapping[str, float],
   models: Mapping[str, Model], seconds: Mapping[str, float],
 ) -> ReportData:
   """The records of a finished run's report."""
@@ -115,7 +116,7 @@ def report_data(
   )
 
 
-def title_of(config: Any) -> str:
+def title_of(config: Config) -> str:
   """Name of a run's method in tables and figures."""
   if config.method != "codebind":
     return config.method

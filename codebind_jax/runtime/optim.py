@@ -2,15 +2,56 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import optax
 from absl import logging
 
+from codebind_jax.schema import Above, AtLeast, Regex, Within
+
 FROZEN = "frozen"
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+  """Section `optim`: AdamW, the schedule of its learning rate, and how each parameter takes part.
+
+  Attributes:
+    learning_rate: the highest, after the warm-up.
+    warmup: steps in which the rate grows linearly from 0, at the start of each stage.
+    final_ratio: share of the rate that is left at the end of the cosine (release: 1/50).
+    b1, b2: of Adam's averages of gradients and their squares.
+    weight_decay: times the learning rate, on the parameters that the rules decay.
+    clip_norm: largest global norm of the gradients.
+    accumulate: batches a step; more than 1 is refused.
+    rules: (path regex, multiplier of the learning rate, multiplier of the weight decay); the first match wins.
+  """
+
+  learning_rate: Annotated[float, Above(0)] = 1e-3
+  warmup: Annotated[int, AtLeast(0)] = 50
+  final_ratio: Annotated[float, AtLeast(0)] = 0.02
+  b1: Annotated[float, Within(0, 1)] = 0.9
+  b2: Annotated[float, Within(0, 1)] = 0.95
+  weight_decay: Annotated[float, AtLeast(0)] = 1e-4
+  clip_norm: Annotated[float, Above(0)] = 1.0
+  accumulate: int = 1
+  rules: tuple[tuple[Regex, Annotated[float, AtLeast(0, "frozen")], Annotated[float, AtLeast(0)]], ...] = (
+    (r".*_log_logit_scale", 1.0, 0.0), (r".*(bias|scale)", 1.0, 0.0), (r".*kernel", 1.0, 1.0),
+    (r"method/codes", 1.0, 0.0), (r".*/decoder/positions", 1.0, 0.0),
+  )  # fmt: skip
+
+  def check(self, path: str) -> None:
+    """Refuses gradients accumulated over batches."""
+    if self.accumulate != 1:
+      raise ValueError(
+        f"config.{path}.accumulate: got {self.accumulate}; allowed: 1. Gradients summed over small batches are not "
+        "those of a large one here: a row would see the negatives of its small batch alone, and the codebooks would "
+        "move in between. For a batch larger than memory set stages.*.parts, which gives exactly the large batch's step"
+      )
 
 
 def param_paths(params: Any) -> dict[str, Any]:
@@ -49,15 +90,14 @@ def make_schedule(learning_rate: float, steps: int, warmup: int, final_ratio: fl
 
 
 def make_optimizer(
-  params: Any, trainable: Sequence[str], config: Mapping[str, Any], steps: int, *, frozen: Sequence[str] = ()
+  params: Any, trainable: Sequence[str], settings: Optim, steps: int, *, frozen: Sequence[str] = ()
 ):
-  """AdamW with clipping, frozen where no `trainable` pattern matches, tuned by `config.rules`.
+  """AdamW with clipping, frozen where no `trainable` pattern matches, tuned by `settings.rules`.
 
   Args:
     params: parameter tree (arrays or shapes).
     trainable: regexes of the paths a stage trains; everything else is frozen.
-    config: `learning_rate, warmup, final_ratio, b1, b2, weight_decay, clip_norm` and `rules`, a tuple of
-      (regex, learning-rate multiplier, weight-decay multiplier).
+    settings: of the optimizer.
     steps: optimizer steps of the stage.
     frozen: regexes of paths that do not train even if `trainable` names them.
 
@@ -67,17 +107,16 @@ def make_optimizer(
   Raises:
     ValueError: if a parameter matches no rule or nothing is trainable.
   """
-  rules = [(pattern, (float(lr), float(decay))) for pattern, lr, decay in config["rules"]]
-  settings = match_rules(params, rules)
+  multipliers = match_rules(params, [(pattern, (rate, decay)) for pattern, rate, decay in settings.rules])
   is_pair = lambda x: isinstance(x, tuple)
 
-  def label(path: Any, setting: tuple[float, float]) -> str:
+  def label(path: Any, multiplier: tuple[float, float]) -> str:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     matches = lambda patterns: any(re.fullmatch(pattern, name) for pattern in patterns)
-    active = matches(trainable) and not matches(frozen) and setting[0] > 0
-    return f"lr*{setting[0]:g} wd*{setting[1]:g}" if active else FROZEN
+    active = matches(trainable) and not matches(frozen) and multiplier[0] > 0
+    return f"lr*{multiplier[0]:g} wd*{multiplier[1]:g}" if active else FROZEN
 
-  labels = jax.tree_util.tree_map_with_path(label, settings, is_leaf=is_pair)
+  labels = jax.tree_util.tree_map_with_path(label, multipliers, is_leaf=is_pair)
   kinds = sorted(set(jax.tree.leaves(labels)))
   if kinds == [FROZEN]:
     raise ValueError(f"stage.train: no parameter matches any of {list(trainable)}; paths: {list(param_paths(params))}")
@@ -88,14 +127,14 @@ def make_optimizer(
       transforms[kind] = optax.set_to_zero()
       continue
     lr, decay = (float(part.split("*")[1]) for part in kind.split())
-    schedule = make_schedule(config["learning_rate"] * lr, steps, config["warmup"], config["final_ratio"])
+    schedule = make_schedule(settings.learning_rate * lr, steps, settings.warmup, settings.final_ratio)
     transforms[kind] = optax.adamw(
-      schedule, b1=config["b1"], b2=config["b2"], weight_decay=config["weight_decay"] * decay
+      schedule, b1=settings.b1, b2=settings.b2, weight_decay=settings.weight_decay * decay
     )
   # Frozen gradients are zeroed before the norm is taken, so that only what trains is clipped.
   freeze = optax.masked(optax.set_to_zero(), jax.tree.map(lambda kind: kind == FROZEN, labels))
   tx = optax.chain(
-    freeze, optax.clip_by_global_norm(config["clip_norm"]), optax.multi_transform(transforms, labels)
+    freeze, optax.clip_by_global_norm(settings.clip_norm), optax.multi_transform(transforms, labels)
   )
   return tx, param_paths(labels)
 

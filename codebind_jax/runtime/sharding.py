@@ -19,6 +19,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from codebind_jax.schema import Regex
+
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # fsdp splits the rows as well: each device gathers the weights it needs, layer by layer
 
@@ -39,17 +41,56 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
-def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-  """Mesh with axes `data`, `fsdp`, `tensor`; one entry may be -1 and is filled.
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+  """Section `mesh`: devices along each axis of the mesh; one number may be -1, for all that are left.
+
+  Attributes:
+    data: over which the rows of a batch are split.
+    fsdp: over which rows and weights are split.
+    tensor: over which the wide axes of weights are split.
+  """
+
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+  """Section `sharding`: how arrays are split over the mesh, beside `RULES`.
+
+  Attributes:
+    rules: (path regex, logical names or mesh axes of the last axes), tried before `RULES`.
+    codes: a mesh axis to split codebooks over; "" keeps them whole.
+  """
+
+  rules: tuple[tuple[Regex, tuple[str, ...]], ...] = ()
+  codes: str = ""
+
+  def check(self, path: str) -> None:
+    """Refuses axes there are none of."""
+    if self.codes not in ("", *AXES):
+      raise ValueError(f"config.{path}.codes: got {self.codes!r}; allowed: '' (whole) or {list(AXES)}")
+    for pattern, names in self.rules:
+      for name in names:
+        if name not in (*LOGICAL, *AXES):
+          raise ValueError(
+            f"config.{path}.rules: {pattern!r} names axis {name!r}; allowed: {sorted((*LOGICAL, *AXES))}"
+          )
+
+
+def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
+  """Mesh with axes `data`, `fsdp`, `tensor`.
 
   Args:
-    shape: axis -> size.
+    shape: devices along each axis.
     devices: devices to use; all by default.
 
   Raises:
     ValueError: if the sizes do not multiply to the number of devices.
   """
-  sizes = [int(shape[axis]) for axis in AXES]
+  sizes = [getattr(shape, axis) for axis in AXES]
   count = jax.device_count() if devices is None else len(devices)
   known = math.prod(size for size in sizes if size != -1)
   if sizes.count(-1) > 1 or known < 1 or count % known or (-1 not in sizes and known != count):
@@ -183,24 +224,16 @@ class Layout:
     return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), gathered)
 
 
-def make_layout(config: Any, devices: Sequence[Any] | None = None) -> Layout:
-  """The layout of `config.mesh` and `config.sharding` (`rules`, tried before `RULES`, and `codes`, a mesh axis or "").
+def make_layout(mesh: MeshShape, sharding: Sharding, devices: Sequence[Any] | None = None) -> Layout:
+  """The layout of the two sections.
 
   Raises:
-    ValueError: for a mesh that does not fit the devices, or an unknown axis in `config.sharding`.
+    ValueError: for a mesh that does not fit the devices.
   """
-  logical = dict(LOGICAL)
-  if config.sharding.codes:
-    if config.sharding.codes not in AXES:
-      raise ValueError(f"config.sharding.codes: got {config.sharding.codes!r}; allowed: '' (whole) or {list(AXES)}")
-    logical["codes"] = (config.sharding.codes,)
-  logical |= {axis: (axis,) for axis in AXES}  # a rule of the user's may name mesh axes
-  rules = tuple((pattern, tuple(names)) for pattern, names in config.sharding.rules)
-  for pattern, names in rules:
-    for name in names:
-      if name not in logical:
-        raise ValueError(f"config.sharding.rules: {pattern!r} names axis {name!r}; allowed: {sorted(logical)}")
-  return Layout(make_mesh(config.mesh.to_dict(), devices), rules + RULES, logical)
+  logical = LOGICAL | {axis: (axis,) for axis in AXES}  # a rule of the user's may name mesh axes
+  if sharding.codes:
+    logical["codes"] = (sharding.codes,)
+  return Layout(make_mesh(mesh, devices), sharding.rules + RULES, logical)
 
 
 def _name(prefix: str, path: Any) -> str:

@@ -15,10 +15,10 @@ from typing import Any
 import apache_beam as beam
 from absl import app, flags
 from apache_beam.options.pipeline_options import PipelineOptions
-from ml_collections import config_flags
 
 from codebind_jax import config as config_lib
 from codebind_jax.api import load
+from codebind_jax.command_line import define_config, parse
 from codebind_jax.embedding.job import Plan, embed_shard, make_plan, summarise
 
 
@@ -51,9 +51,9 @@ def embed_with_beam(config: Any, workdir: str, options: Sequence[str] = ()) -> d
   Raises:
     ValueError: naming what is wrong with the run, the manifest or the folder. Errors in workers come as the runner's.
   """
-  config_lib.validate(config)
-  run = str(config.init_from)
-  plan = make_plan(config, workdir, load(run))
+  config = config_lib.validate(config)
+  run = config.init_from
+  plan = make_plan(config.embed, config.data, workdir, load(run))
   plan.folder.mkdir(parents=True, exist_ok=True)
   missing = plan.missing()
   with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
@@ -72,7 +72,7 @@ def main(_: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":  # flags of its own: importing it defines none
-  config_flags.DEFINE_config_file("config", None, "Config file.")
+  define_config()
   flags.DEFINE_string("workdir", None, "Folder of the shards.")
   flags.DEFINE_multi_string("beam", [], "An option of Beam's, such as --runner=DirectRunner.")
-  app.run(main)
+  app.run(main, flags_parser=parse)

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from absl import app, flags, logging
-from ml_collections import config_flags
+
+from codebind_jax.command_line import define_config, parse
 
 BASELINE = "baseline/"
 
@@ -57,8 +58,8 @@ def main(_: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":  # flags of its own: importing it defines none
-  config_flags.DEFINE_config_file("config", None, "Config file.")
+  define_config()
   flags.DEFINE_string("workdir", None, "Folder of all runs.")
   flags.DEFINE_integer("seeds", 3, "Number of seeds: 0, 1, ...", lower_bound=1)
   logging.set_verbosity(logging.WARNING)
-  app.run(main)
+  app.run(main, flags_parser=parse)

