@@ -24,7 +24,9 @@ from codebind_jax.trunks import trunk_maker, trunk_names
 MODES = ("train", "eval", "embed", "compare", "compile")
 TASKS = ("zeroshot", "retrieval", "probe")
 MEASURES = (*TASKS, "codes")
+# Trunks and options of earlier versions: today's name of the trunk; options that stages have taken over.
 _RENAMED_TRUNKS = {"raw": "vectors", "words": "hashed_words", "frames": "video_mean"}
+_REMOVED_OPTIONS = ("contrast_temperature",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +222,7 @@ def read(config: Any) -> Config:
 def reopened(plain: Mapping[str, Any]) -> Config:
   """The config of an earlier run, as its config.json and checkpoints have it, also one of an earlier version.
 
-  Keys that there were not yet get their defaults; trunks have their names of today.
+  Keys that there were not yet get their defaults; what has another name or is gone is renamed or left out.
 
   Raises:
     ValueError: as `read`.
@@ -228,6 +230,8 @@ def reopened(plain: Mapping[str, Any]) -> Config:
   plain = schema.to_plain(plain)
   for tower in plain.get("model", {}).get("towers", {}).values():
     tower["trunk"] = _RENAMED_TRUNKS.get(tower["trunk"], tower["trunk"])
+  for key in _REMOVED_OPTIONS:
+    plain.get("method_options", {}).pop(key, None)
   if not plain.get("compare", {"world": None}).get("world"):  # once {} for none
     plain.get("compare", {}).pop("world", None)
   return read(plain)

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from codebind_jax import schema
 from codebind_jax.config import Config
+from codebind_jax.methods.base import method_class, method_names
 from codebind_jax.schema import Above, AtLeast, Frozen, Regex, Within, read
 from codebind_jax.trunks import trunk_maker, trunk_names
 
@@ -177,7 +178,8 @@ def bad(hint):
 
 
 SECTIONS = list(dict.fromkeys(sections_of(Config)))
-FIELDS = [(path, kind, name) for path, kind in SECTIONS for name in schema.keys_of(kind)]
+METHODS = [(f"method_options({name})", method_class(name)) for name in method_names()]
+FIELDS = [(path, kind, name) for path, kind in [*SECTIONS, *METHODS] for name in schema.keys_of(kind)]
 
 
 def test_the_sections_are_found():
@@ -193,21 +195,25 @@ def test_a_bad_value_of_a_key_is_named(path, kind, name):
   keys = schema.keys_of(kind)
   needed = {key: good(hint) for key, (hint, default) in keys.items() if default is dataclasses.MISSING}
   hint, default = keys[name]
-  read(kind, needed | ({} if default is dataclasses.MISSING else {name: schema.to_plain(default)}), path)
+  given = {} if default is dataclasses.MISSING else {name: schema.to_plain(default)}
+  schema.arguments(kind, needed | given, path)
   where = f"config.{path}.{name}".replace("..", ".")
   for value in bad(hint):
     with pytest.raises(ValueError, match="allowed: .") as error:
-      read(kind, needed | {name: value}, path)
+      schema.arguments(kind, needed | {name: value}, path)
     assert str(error.value).startswith(where), (value, str(error.value))
 
 
-@pytest.mark.parametrize(("path", "kind"), SECTIONS, ids=[path or "config" for path, _ in SECTIONS])
-def test_every_key_is_explained_and_its_default_is_allowed(path, kind):
-  assert kind.__doc__ and "Attributes:" in kind.__doc__
-  told = kind.__doc__.partition("Attributes:")[2]
+@pytest.mark.parametrize(("path", "kind"), [*SECTIONS, *METHODS], ids=[p or "config" for p, _ in [*SECTIONS, *METHODS]])
+def test_every_key_is_explained(path, kind):
+  told = "".join((base.__doc__ or "").partition("Attributes:")[2] for base in kind.__mro__)
   explained = {name for line in told.splitlines() if line.startswith("    ") and line[4:5].strip() and ":" in line
                for name in line.partition(":")[0].replace(" ", "").split(",")}  # fmt: skip
   assert set(schema.keys_of(kind)) <= explained
+
+
+@pytest.mark.parametrize(("path", "kind"), SECTIONS, ids=[path or "config" for path, _ in SECTIONS])
+def test_the_defaults_of_a_section_make_it(path, kind):
   needed = {key: good(hint) for key, (hint, default) in schema.keys_of(kind).items()
             if default is dataclasses.MISSING}  # fmt: skip
   made = read(kind, ConfigDict(schema.defaults(kind) | needed), path)

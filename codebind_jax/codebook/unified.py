@@ -19,10 +19,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from codebind_jax.codebook.nearest import nearest_code
+from codebind_jax.codebook.state import REVIVE_MODES
 from codebind_jax.norm import wide
 
 Features = Mapping[str, Float[Array | np.ndarray, "b t d"]]
 Masks = Mapping[str, Bool[Array | np.ndarray, "b"]]
+FORMS, PARTNERS = ("joint", "sequential"), ("same", "attention")
 _HIGH = jax.lax.Precision.HIGHEST
 
 
@@ -101,8 +103,8 @@ def partners(features: Features, *, how: str = "same", masks: Masks | None = Non
   Raises:
     ValueError: for an unknown `how`.
   """
-  if how not in ("same", "attention"):
-    raise ValueError(f"how must be 'same' or 'attention', got {how!r}")
+  if how not in PARTNERS:
+    raise ValueError(f"how must be {' or '.join(map(repr, PARTNERS))}, got {how!r}")
 
   def aligned(z, other):
     if how == "same":
@@ -158,8 +160,8 @@ def update_unified(
   Raises:
     ValueError: for an unknown `form`.
   """
-  if form not in ("joint", "sequential"):
-    raise ValueError(f"form must be 'joint' or 'sequential', got {form!r}")
+  if form not in FORMS:
+    raise ValueError(f"form must be {' or '.join(map(repr, FORMS))}, got {form!r}")
   features = {name: jax.lax.stop_gradient(wide(z)) for name, z in features.items()}
   other = partners(features, how=how, masks=masks)
   k = state.codes.shape[0]
@@ -230,7 +232,7 @@ def reset_unified(
   Raises:
     ValueError: for an unknown `used_by` or `keep`.
   """
-  if used_by not in ("all", "any") or keep not in ("survive", "codes_only"):
+  if used_by not in ("all", "any") or keep not in REVIVE_MODES:
     raise ValueError(f"used_by must be 'all' or 'any', keep 'survive' or 'codes_only', got {used_by!r}, {keep!r}")
   k, d = state.codes.shape
   anyone = jnp.min(jnp.stack(list(state.idle.values())), axis=0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from codebind_jax.methods import base
 from codebind_jax.methods.base import EXTRA, Forward, Rows, Term, output
 from codebind_jax.norm import unit
 from codebind_jax.runtime.train_state import TrainState
+from codebind_jax.schema import Above, AtLeast, Within
 from codebind_jax.stages import Stage
 
 
@@ -60,19 +61,15 @@ class Method(base.Method):
   BASE = "contrast"
   FACTORS = {"transport": 0.1, "swapped": 0.1}
 
-  codes: int = 256
-  queue: int = 1024
-  decay: float = 0.995
-  alpha: float = 0.4
-  gamma: float = 0.1
-  solver: str = "ipot"
-  step: float = 0.5
-  iterations: int = 50
-  code_weight: float = 1.0
-
-  def __post_init__(self):
-    if self.solver not in ("ipot", "sinkhorn"):
-      raise ValueError(f"config.method_options.solver: got {self.solver!r}; allowed: ['ipot', 'sinkhorn']")
+  codes: Annotated[int, Above(0)] = 256
+  queue: Annotated[int, AtLeast(0, "none")] = 1024
+  decay: Annotated[float, Within(0, 1)] = 0.995
+  alpha: Annotated[float, Within(0, 1)] = 0.4
+  gamma: Annotated[float, Above(0)] = 0.1
+  solver: Literal["ipot", "sinkhorn"] = "ipot"
+  step: Annotated[float, Above(0)] = 0.5
+  iterations: Annotated[int, Above(0)] = 50
+  code_weight: Annotated[float, AtLeast(0, "off")] = 1.0
 
   @property
   def codebook_sizes(self) -> dict[str, int]:

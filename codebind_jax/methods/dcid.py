@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax
@@ -18,10 +18,11 @@ from jaxtyping import Array
 from codebind_jax.codebook import unified
 from codebind_jax.compositional import ModalityOutput
 from codebind_jax.methods.base import EXTRA, Forward, Rows, Term, output
-from codebind_jax.methods.unified import Unified, chosen_codes, masked_mse, modalities_together, same_steps
+from codebind_jax.methods.unified import Unified, Weight, chosen_codes, masked_mse, modalities_together, same_steps
 from codebind_jax.models.critics import ConditionalGaussian, club_start
 from codebind_jax.models.levels import TokenDecoder
 from codebind_jax.runtime.train_state import TrainState
+from codebind_jax.schema import AtLeast
 from codebind_jax.stages import Stage
 
 # The released code's choices, as options (`config.method_options = dcid.RELEASE`).
@@ -81,9 +82,9 @@ class Method(Unified):
 
   BASE = "coding"
 
-  levels: int = 1
-  second_weight: float = 0.3
-  second_after: int = 100
+  levels: Literal[1, 2] = 1
+  second_weight: Weight = 0.3
+  second_after: Annotated[int, AtLeast(0)] = 100
 
   def init(self, rng: Any, features: Mapping[str, Array], inputs: Mapping[str, Array], towers: Any) -> tuple:
     """Decoders and predictors; the codebook; CLUB's networks."""

@@ -19,7 +19,7 @@ from codebind_jax import losses
 from codebind_jax.codebook import unified
 from codebind_jax.compositional import ModalityOutput
 from codebind_jax.methods.base import EXTRA, Forward, Rows, Term, output
-from codebind_jax.methods.unified import Unified, chosen_codes, masked_mse, modalities_together
+from codebind_jax.methods.unified import Unified, Weight, chosen_codes, masked_mse, modalities_together
 from codebind_jax.models.critics import ConditionalGaussian, club_start
 from codebind_jax.models.levels import CoarseLevel, TokenDecoder
 from codebind_jax.norm import unit
@@ -74,7 +74,7 @@ class Method(Unified):
   BASE = "contrast"
 
   hub: str = "text"
-  contrast: float = 1.0
+  contrast: Weight = 1.0
 
   def _coarse(self, names: Any, width: int) -> CoarseLevel:
     return CoarseLevel(FrozenDict({m: "hub" if m == self.hub else "sensors" for m in names}), width)

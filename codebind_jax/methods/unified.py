@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax
@@ -14,14 +14,17 @@ from jaxtyping import Array
 
 from codebind_jax import losses
 from codebind_jax.codebook import kmeans, unified
+from codebind_jax.codebook.state import REVIVE_MODES
 from codebind_jax.losses.unified import code_distribution, distribution_matching, unified_commitment
 from codebind_jax.methods import base
 from codebind_jax.methods.base import EXTRA, Forward, Rows
 from codebind_jax.models.critics import ConditionalGaussian, FuturePredictor, club_fit
 from codebind_jax.norm import unit
 from codebind_jax.runtime.train_state import TrainState
+from codebind_jax.schema import Above, AtLeast, Within
 from codebind_jax.stages import Stage
 
+Weight = Annotated[float, AtLeast(0, "off")]
 MIN_STEPS = 3  # of a sequence for CPC: a context of two, and a future
 
 
@@ -47,7 +50,8 @@ class Unified(base.Method):
     commitment, matching, club, coding, reconstruction: weights of the terms.
     club_input: "continuous" features (paper), or "quantized" ones (DCID's release).
     club_per_step: mean over steps of the likelihood (eq. 5), or its parts' means (release).
-    club_steps: inner Adam steps a batch, of `club_rate`.
+    club_steps: inner Adam steps a batch.
+    club_rate: their learning rate.
     club_hidden: width of its networks.
     cpc_layers: LSTM layers (paper 1, release 2).
     cpc_over: softmax over "futures" (paper) or "predictions" (release).
@@ -59,41 +63,32 @@ class Unified(base.Method):
 
   FACTORS = {"matching": 0.1, "club": 0.1, "coding": 1.0}
 
-  codes: int = 400
-  first_codes: str = "kmeans"
-  start_count: float = 1.0
-  form: str = "joint"
+  codes: Annotated[int, Above(0)] = 400
+  first_codes: Literal["kmeans", "uniform"] = "kmeans"
+  start_count: Annotated[float, AtLeast(0)] = 1.0
+  form: Literal[unified.FORMS] = "joint"
   order: tuple[str, ...] = ()
-  decay: float = 0.99
-  own: float = 0.5
-  partner: str = "same"
-  beta: float = 0.25
-  reduce: str = "sum"
-  reset_after: int = 300
-  reset_by: str = "all"
-  reset_keep: str = "survive"
-  commitment: float = 1.0
-  matching: float = 1.0
-  club: float = 1.0
-  coding: float = 1.0
-  reconstruction: float = 1.0
-  club_input: str = "continuous"
+  decay: Annotated[float, Within(0, 1)] = 0.99
+  own: Annotated[float, Within(0, 1)] = 0.5
+  partner: Literal[unified.PARTNERS] = "same"
+  beta: Annotated[float, AtLeast(0)] = 0.25
+  reduce: Literal["sum", "mean"] = "sum"
+  reset_after: Annotated[int, AtLeast(0, "no reset")] = 300
+  reset_by: Literal["all", "source", "any"] = "all"
+  reset_keep: Literal[REVIVE_MODES] = "survive"
+  commitment: Weight = 1.0
+  matching: Weight = 1.0
+  club: Weight = 1.0
+  coding: Weight = 1.0
+  reconstruction: Weight = 1.0
+  club_input: Literal["continuous", "quantized"] = "continuous"
   club_per_step: bool = True
-  club_steps: int = 5
-  club_rate: float = 1e-3
-  club_hidden: int = 128
-  cpc_layers: int = 1
-  cpc_over: str = "futures"
-  cpc_self: float = 0.0
-
-  def __post_init__(self):
-    for field, allowed in (
-      ("first_codes", ("kmeans", "uniform")), ("form", ("joint", "sequential")), ("partner", ("same", "attention")),
-      ("reduce", ("sum", "mean")), ("reset_by", ("all", "source", "any")), ("reset_keep", ("survive", "codes_only")),
-      ("club_input", ("continuous", "quantized")), ("cpc_over", ("futures", "predictions")),
-    ):  # fmt: skip
-      if getattr(self, field) not in allowed:
-        raise ValueError(f"config.method_options.{field}: got {getattr(self, field)!r}; allowed: {list(allowed)}")
+  club_steps: Annotated[int, AtLeast(0)] = 5
+  club_rate: Annotated[float, Above(0)] = 1e-3
+  club_hidden: Annotated[int, Above(0)] = 128
+  cpc_layers: Annotated[int, Above(0)] = 1
+  cpc_over: Literal["futures", "predictions"] = "futures"
+  cpc_self: Weight = 0.0
 
   @property
   def codebook_sizes(self) -> dict[str, int]:
