@@ -142,7 +142,7 @@ def test_fingerprint_names_what_changed():
   }).fingerprint  # fmt: skip
   assert make() == make(process=1, processes=2) == json.loads(json.dumps(make()))
   image, text = tables["image"], tables["text"]
-  fewer = FeatureTable(image.features, [(), *image.choices[1:-1], ()])
+  fewer = FeatureTable(image.features, [(), *image.choices[1:-1], ()], image.augmented)
   other = FeatureTable(text.features + np.float16(1), text.choices)
   for changed, what in [
     (make(labels=[*labels[:-1], "new"]), {"labels"}), (make(labels=labels[::-1]), {"labels"}),
