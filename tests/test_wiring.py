@@ -10,6 +10,8 @@ import hashlib
 import math
 import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,7 +19,12 @@ from codebind_jax.api import Embeddings, Model
 from codebind_jax.data.records import Source
 from codebind_jax.data.task import EvalSet, Task
 from codebind_jax.evaluate import Evaluation
+from codebind_jax.methods.base import make_init, make_method
 from codebind_jax.runtime.metrics import MetricsWriter, read_metrics
+from codebind_jax.runtime.optim import frozen
+from codebind_jax.runtime.train_state import TrainState
+from codebind_jax.stages import stages_of
+from codebind_jax.train import optimizer_of
 from codebind_jax.trunks import featurize
 from codebind_jax.trunks.base import Trunk
 from codebind_jax.trunks.cache import content_hash
@@ -274,3 +281,85 @@ def test_code_usage_is_that_of_the_training_rows_of_all_worlds(tmp_path):
   assert found["eval/train/codebook/shared/several_share"] == 0.5
   counts, shared = evaluation.code_counts(model)
   assert counts["shared"].tolist() == [4, 1] and shared["depth"].tolist() == [1, 1]
+
+
+# The step.
+
+ROWS = 6
+
+
+def step_of(method, stage, tx, table):
+  """The training step as a run makes it."""
+  return method.train_step(stage, tx, frozen(table))
+
+
+def step_config(method="codebind", **overrides):
+  """Image and text through linear heads, bound by InfoNCE alone, without codebooks."""
+  config = common.get_config()
+  config.method, config.batch_size, config.steps = method, ROWS, 10
+  config.model.shared_dim, config.model.quantize, config.codebook.dim = 4, False, 4
+  for name in ("image", "text"):
+    config.model.towers[name] = common.tower("vectors", options={"width": 8, "modality": name})
+  config.stages.only = common.stage(config, losses={"info_nce": 1.0}, temperature=0.2)
+  config.stage_order = ("only",)
+  config.update_from_flattened_dict(overrides)
+  return config
+
+
+def started(config, **scales):
+  """A step and its first state, with some modalities' logit scales."""
+  method, stage = make_method(config), stages_of(config)[0]
+  params, books, aux = make_init(method, {m: (1, 8) for m in config.model.towers})(jax.random.key(0))
+  params |= {f"{name}_log_logit_scale": jnp.log(scale) for name, scale in scales.items()}
+  tx, table = optimizer_of(config, stage, params)
+  state = TrainState(jnp.zeros((), jnp.int32), params, books, tx.init(params), aux, jax.random.key(1))
+  return jax.jit(step_of(method, stage, tx, table)), state
+
+
+def batch_of(config):
+  rng = np.random.default_rng(0)
+  rows = {name: rng.normal(size=(ROWS, 1, 8)).astype(np.float32) for name in config.model.towers}
+  return {"rows": rows | {"_mask": {name: np.ones(ROWS, bool) for name in rows}, "_group": np.arange(ROWS)}}
+
+
+def info_nce(params, batch, scale):
+  """InfoNCE by definition, both directions added, behind heads as they start; `scale` multiplies the cosines."""
+  rows = []
+  for name in ("image", "text"):
+    x = np.asarray(batch["rows"][name][:, 0], np.float64)
+    x = (x - x.mean(axis=1, keepdims=True)) / x.std(axis=1, keepdims=True) @ params[name]["shared"]["proj"]["kernel"]
+    rows.append(x / np.linalg.norm(x, axis=1, keepdims=True))
+  logits = scale * rows[0] @ rows[1].T
+  both = [np.logaddexp.reduce(logits, axis=axis) for axis in (0, 1)]
+  return np.mean(both[0] + both[1] - 2 * np.diag(logits))
+
+
+@pytest.mark.parametrize("temperature", [0.2, 0.5])
+def test_info_nce_has_both_logit_scales_up_to_100_and_the_stage_s_temperature(temperature, quick_compiler):
+  config = step_config(**{"stages.only.temperature": temperature})
+  batch = batch_of(config)
+  step, state = started(config)
+  for scales, product in (((2, 3), 6), ((0.5, 3), 1.5), ((1000, 3), 300), ((2, 1000), 200)):
+    logs = dict(zip(("image_log_logit_scale", "text_log_logit_scale"), np.log(np.float32(scales))))
+    found = step(state.replace(params=state.params | logs), batch)[1]["train/info_nce"]
+    np.testing.assert_allclose(found, info_nce(state.params, batch, product / temperature), rtol=1e-4)
+
+
+def test_other_methods_have_the_stage_s_temperature_and_both_scales_too(quick_compiler):
+  config = step_config("fixed_anchor", **{"stages.only.temperature": 0.5})
+  config.method_options = {"anchor": "image", "frozen": False}
+  batch = batch_of(config)
+  step, state = started(config, image=2.0, text=3.0)
+  found = step(state, batch)[1]["train/total"]
+  np.testing.assert_allclose(found, info_nce(state.params, batch, 6 / 0.5), rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["codebind", "fixed_anchor"])
+def test_every_step_draws_another_dropout(method, quick_compiler):
+  config = step_config(method, **{"model.towers.image.dropout": 0.5})
+  batch = batch_of(config)
+  step, state = started(config)
+  losses = [float(step(state.replace(step=jnp.int32(n)), batch)[1]["train/total"]) for n in (0, 1, 2, 0)]
+  assert len(set(losses)) == 3 and losses[3] == losses[0]
+  other = state.replace(rng=jax.random.key(2))
+  assert float(step(other, batch)[1]["train/total"]) not in losses
