@@ -4,12 +4,15 @@ import importlib
 import pathlib
 import re
 
+import jax
 import pytest
 
 from codebind_jax import config as config_lib
 from codebind_jax.data.worlds import registry
+from codebind_jax.methods.base import make_init, make_method
 from codebind_jax.stages import stages_of
-from configs import common, progressive, stage3, worlds
+from codebind_jax.train import optimizer_of
+from configs import common, progressive, stage1, stage3, synthetic, worlds
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 PARTS = ("__init__", "common", "compare_worlds", "worlds")
@@ -78,3 +81,18 @@ def test_later_stages_move_nothing_of_the_modalities_before_them():
     trains = lambda path, stage=stage: any(re.fullmatch(pattern, path) for pattern in stage.train)
     assert set(stage.codes) == new and not any(trains(f"{m}/shared/proj/kernel") for m in before), stage.name
     before |= new
+
+
+@pytest.mark.parametrize("get_config", [stage1.get_config, synthetic.get_config, progressive.get_config])
+def test_weight_decay_is_for_kernels_alone(get_config):
+  config = get_config()
+  shapes = {name: (1, 384 + tower.meaning_dim) for name, tower in config.model.towers.items()}
+  init = make_init(make_method(config), shapes)
+  params = jax.eval_shape(lambda rng: init(rng)[0], jax.random.key(0))
+  for stage in stages_of(config):
+    _, table = optimizer_of(config, stage, params)
+    trained = {path: kind for path, kind in table.items() if kind != "frozen"}
+    decayed = {path for path, kind in trained.items() if not kind.endswith("wd*0")}
+    assert decayed == {path for path in trained if path.endswith("kernel")}, stage.name
+    if stage.name == "bridges" and get_config is not synthetic.get_config:  # words never trained on keep their place
+      assert {kind.split()[0] for path, kind in trained.items() if path.startswith("text/")} == {"lr*0.1"}
