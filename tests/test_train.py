@@ -34,6 +34,10 @@ def test_run_writes_what_it_promises(whole_run):
     assert name in final, sorted(final)
   assert (workdir / "report.html").stat().st_size > 1000
   assert list((workdir / "tensorboard").glob("events*"))
+  store = Checkpoints(workdir)
+  assert sorted(path.name for path in store.path.iterdir()) == ["4", "6"], "as many as keep_checkpoints"
+  assert store.read_meta()["position"]["step"] == 6 and int(store.read_arrays(("step",))["step"]) == 6
+  store.close()
   while_training = [name for name in lines[3] if name.startswith("eval/")]
   assert "eval/squares_val/zeroshot/image/top1" in while_training
   assert not any("squares_test" in name or "/low" in name for name in while_training), while_training
@@ -119,6 +123,12 @@ def test_load_and_embed(data, whole_run):
   alone = model.embed({"image": files[1:]})["image"]
   np.testing.assert_allclose(alone.shared[0], out["image"].shared[1], atol=1e-5)
   assert [label for label, _ in model.classify(files[:1], ["red", "blue"])[0]] in (["red", "blue"], ["blue", "red"])
+  fingerprint = model.fingerprint(["image", "text"])
+  shared = model.codebooks["shared"]
+  model.codebooks = model.codebooks | {"shared": shared.replace(codes=shared.codes + 1)}
+  assert model.fingerprint(["image", "text"]) != fingerprint == codebind_jax.load(whole_run[0]).fingerprint(
+    ["image", "text"]
+  )
   with pytest.raises(ValueError, match=r"'audio' is not in this model; it has \['image', 'text'\]"):
     model.embed({"audio": ["x.wav"]})
   with pytest.raises(ValueError, match=r"image\[1\]"):

@@ -20,6 +20,7 @@ from codebind_jax.data.records import Source
 from codebind_jax.data.task import EvalSet, Task
 from codebind_jax.evaluate import Evaluation
 from codebind_jax.methods.base import make_init, make_method
+from codebind_jax.report import summary
 from codebind_jax.runtime.metrics import MetricsWriter, read_metrics
 from codebind_jax.runtime.optim import frozen
 from codebind_jax.runtime.train_state import TrainState
@@ -81,19 +82,29 @@ def words_trunk(words):
   )  # fmt: skip
 
 
+def pictures_trunk():
+  """A trunk that sees the mean colour of a picture: red and green."""
+  return Trunk(
+    "pictures", "image", 2, 1, {}, lambda _, x: x, lambda x: np.float32(x).mean(axis=(0, 1))[None, :2], "pictures"
+  )
+
+
 def evaluation_of(folder, train, evals, words=None, *, views=1, codes=0, **overrides):
   """A model and the evaluation of some sets; `train` is by world."""
   config = common.get_config()
   config.data.root = str(folder)
   sources = [*train.values(), *(test.source for test in evals)]
-  widths = {m: len(v) for s in sources for m, values in s.arrays.items() for v in values if v is not None}
+  arrays = [(m, v) for source in sources for m, values in source.arrays.items() for v in values if v is not None]
+  widths, trunks = {m: len(v) for m, v in arrays}, {}
   for name, width in widths.items():
     config.model.towers[name] = common.tower("vectors", options={"width": width, "modality": name}, views=views)
+  if any(v.ndim == 3 for _, v in arrays):
+    trunks["image"] = pictures_trunk()
   if words:
-    config.model.towers.text = common.tower("minilm")
+    trunks["text"], config.model.towers.text = words_trunk(words), common.tower("minilm")
   config.update_from_flattened_dict(overrides)
   task = Task("task", "", train, dict.fromkeys(train, "label"), tuple(evals))
-  featurizer = featurize.Featurizer(config, {"text": words_trunk(words)} if words else None)
+  featurizer = featurize.Featurizer(config, trunks)
   return Plain(config, codes), Evaluation(config, task, featurizer)
 
 
@@ -170,13 +181,18 @@ SIDES = [EAST, NORTH, EAST + NORTH / 4, NORTH + EAST / 4]
 
 
 def kinds(test_closed=True):
-  """Training rows of two worlds, and a validation and a test set of each; the test sets must not be read."""
-  rows = [{"label": "east", "text": ["east"]}, {"label": "north", "text": ["north"]}]
-  make = lambda name, closed=False: Rows(name, rows, closed, image=[EAST, NORTH])
-  evals = [
-    EvalSet(f"{world}_{role}", world, role, make(f"{world}_{role}", test_closed and role == "test"), ("east", "north"))
-    for world in ("a", "b") for role in ("val", "test")
-  ]  # fmt: skip
+  """Training rows of two worlds, and a validation and a test set of each, in which pictures show the other label.
+
+  The test sets must not be read if `test_closed`.
+  """
+  rows = [{"label": name, "style": style, "text": [name]} for style in ("old", "new") for name in ("east", "north")]
+  make = lambda name, closed=False, images=(EAST, NORTH): Rows(name, rows, closed, image=2 * images)
+  fields = {"probes": ("label",), "means": ("label",), "slices": ("style",)}
+  evals = []
+  for world in ("a", "b"):
+    for role, closed, images in (("val", False, (EAST, NORTH)), ("test", test_closed, (NORTH, EAST))):
+      name = f"{world}_{role}"
+      evals.append(EvalSet(name, world, role, make(name, closed, images), ("east", "north"), **fields))
   return {world: make(f"{world} train") for world in ("a", "b")}, evals, {"east": EAST, "north": NORTH}
 
 
@@ -198,12 +214,29 @@ def test_a_run_that_may_not_read_the_test_sets_does_not(tmp_path):
     evaluation.after_stage(model, 3, "first", writer, {"a"})
     evaluation.finish(model, 5, writer)
   first, last = read_metrics(tmp_path / "run")
+  kinds_of = lambda found: {name.split("/")[2] for name in found if name.startswith("eval/a_val/")}
+  assert kinds_of(first) == {"zeroshot", "retrieval", "ncm"}
+  assert kinds_of(last) == {"zeroshot", "retrieval", "ncm", "probe"}
   assert sets_of(first) == {"a_val", "a", "stage_done"} and sets_of(last) == {"a_val", "a", "b_val", "b"}
   model, evaluation = evaluation_of(tmp_path, *kinds(), test=True)
   with pytest.raises(AssertionError, match="a_test was read"):
     evaluation.everything(model)
   model, evaluation = evaluation_of(tmp_path, *kinds(test_closed=False), test=True)
-  assert sets_of(evaluation.everything(model)) == {"a_val", "a_test", "a", "b_val", "b_test", "b"}
+  found = evaluation.everything(model)
+  assert sets_of(found) == {"a_val", "a_test", "a", "b_val", "b_test", "b"}
+  # What is chosen by is the mean over the validation sets; accuracies of slices are the test sets' alone.
+  assert [found[f"eval/{name}/zeroshot/image/top1"] for name in ("a_val", "a_test", "a")] == [100, 0, 100]
+  assert {name.split("/")[1] for name in found if "style=" in name} == {"a_test", "b_test"}
+
+
+def test_the_final_evaluation_is_of_the_last_step_and_done_once(tmp_path):
+  model, evaluation = evaluation_of(tmp_path, *kinds(test_closed=False))
+  with MetricsWriter(tmp_path / "run") as writer:
+    writer.write(4, "final", {"eval/old": 1.0})
+    found = evaluation.finish(model, 5, writer)
+    evaluation.everything = None  # is not called again
+    assert evaluation.finish(model, 5, writer) == found and "eval/old" not in found
+  assert [(line["step"], line["stage"]) for line in read_metrics(tmp_path / "run")] == [(4, "final"), (5, "final")]
 
 
 # Templates, views, chance.
@@ -221,7 +254,7 @@ def test_classes_are_named_by_the_templates_of_evaluation(tmp_path):
   evaluation.config.data.templates_of.a = ("a: {}",)
   found = evaluation.everything(model)
   # World a has templates of its own, which name both classes by one vector: a tie, which counts as wrong.
-  assert [found[f"eval/{world}_test/zeroshot/image/top1"] for world in "ab"] == [0, 100]
+  assert [found[f"eval/{world}_val/zeroshot/image/top1"] for world in "ab"] == [0, 100]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,9 +270,37 @@ def test_embeddings_are_of_the_clean_view(tmp_path, monkeypatch):
   train, evals, words = kinds(test_closed=False)
   model, evaluation = evaluation_of(tmp_path, train, evals, words, views=3)
   features = evaluation._featurizer.table(train["a"], "image", augmented=True).features
-  np.testing.assert_array_equal(features[:, 1:, 0], -np.stack([[EAST, EAST], [NORTH, NORTH]]))
+  np.testing.assert_array_equal(features[:, 1:, 0], -np.stack([[EAST, EAST], [NORTH, NORTH]] * 2))
   for table in (evaluation.table(model, evals[0]), evaluation.train_table(model, "a")):
-    np.testing.assert_array_equal(table["image"]["shared"], [EAST, NORTH])
+    np.testing.assert_array_equal(table["image"]["shared"], [EAST, NORTH] * 2)
+
+
+def test_texts_are_asked_once_a_caption_and_only_of_rows_that_have_both_sides(tmp_path):
+  # Three pictures of an east, one of a north without a name, and a name without a picture.
+  rows = [{"text": ["east"]}, {"text": ["east"]}, {"text": ["east"]}, {"id": "nameless"}, {"text": ["north"]}]
+  test = EvalSet("set", "world", "test", Rows("set", rows, image=[EAST, EAST, NORTH, NORTH, None]), ())
+  model, evaluation = evaluation_of(tmp_path, {}, [test], {"east": EAST, "north": NORTH})
+  table = evaluation.table(model, test)
+  assert table["text"]["caption"].tolist() == ["east", "north"]
+  assert table["image"]["caption"].tolist() == ["east", "east", "east", "nameless"]
+  found = evaluation.everything(model)
+  assert found["eval/set/retrieval/text_to_image/median_rank"] == 1
+  assert found["eval/set/retrieval/image_to_text/r1"] == 100  # only one name is left to find
+
+
+def test_groups_that_probes_must_not_share_are_the_set_s(tmp_path):
+  rows = lambda name, *labels: Rows(
+    name, [{"label": label, "family": f"f{i % 2}"} for i, label in enumerate(labels)], image=[EAST, NORTH] * 4
+  )
+  train = {"world": rows("train", *"aabbccdd")}
+  found = {}
+  for labels in ("eeffgghh", "aaffgghh"):
+    test = EvalSet("set", "world", "test", rows(labels, *labels), (), probes=("family",), probe_group="label")
+    model, evaluation = evaluation_of(tmp_path, train, [test])
+    found[labels] = lambda run=evaluation.everything, model=model: run(model)
+  assert found["eeffgghh"]()["eval/set/probe/family/image/shared"] == 100
+  with pytest.raises(ValueError, match="groups: 1 are in training and test, first 'a'"):
+    found["aaffgghh"]()
 
 
 def test_emergent_retrieval_joins_the_sets_of_a_role_and_its_chance_is_of_drawing_without_replacement(tmp_path):
@@ -281,6 +342,98 @@ def test_code_usage_is_that_of_the_training_rows_of_all_worlds(tmp_path):
   assert found["eval/train/codebook/shared/several_share"] == 0.5
   counts, shared = evaluation.code_counts(model)
   assert counts["shared"].tolist() == [4, 1] and shared["depth"].tolist() == [1, 1]
+
+
+# What is trained on.
+
+
+def test_training_tables_have_views_captions_and_what_tells_rows_apart(tmp_path, monkeypatch):
+  monkeypatch.setattr(featurize, "Augment", Turned)
+  rows = [
+    {"label": "east", "style": "old", "text": ["east", "dawn"]},
+    {"label": "north", "style": "new", "text": ["n"]}, {"label": "north", "style": "old", "text": ["n"]},
+  ]  # fmt: skip
+  first = Rows("first", rows, image=[EAST, NORTH, NORTH])
+  more = Rows("more", [{"label": "", "style": "", "text": ["more"]}], image=[SOUTH])
+  names = ["east", "dawn", "n", "a east", "a n", "of east", "of n", "a more", "more", "of more"]
+  words = {name: np.array([i, 1], np.float16) for i, name in enumerate(names)}
+  templates = {"data.templates": ("a {}",), "data.captions": "each"}
+  train = {"first": first, "second": Rows("second", rows, image=[EAST, NORTH, WEST])}
+  _, evaluation = evaluation_of(tmp_path, train, [], words, views=2, **templates)
+  featurizer = evaluation._featurizer
+  featurizer._config.data.templates_of.second = ("of {}",)
+  featurizer._config.model.towers.image.augmented = 0.25
+  featurizer.texts(["n", "of n"])  # in memory before the others
+  tables, labels = featurizer.train_tables(train, {"first": "style", "second": "label"}, {"first": more})
+  assert labels == {"first": ["old", "new", "old", None], "second": ["east", "north", "north"]}
+  image = tables["first"]["image"]
+  assert image.augmented == 0.25 and image.features.shape == (4, 2, 1, 2)
+  # Rows of one content have a clean view alike, but augmented ones of their own.
+  assert image.choices == [(0,), (1,), (2,), (3,)]
+  np.testing.assert_array_equal(image.features[:, 0, 0], [EAST, NORTH, NORTH, SOUTH])
+  np.testing.assert_array_equal(image.features[:, 1], -image.features[:, 0])
+  captions = lambda world: [
+    [names[int(tables[world]["text"].features[i, 0, 0, 0])] for i in own] for own in tables[world]["text"].choices
+  ]
+  assert captions("first") == [["a east", "dawn"], ["a n"], ["a n"], ["a more"]]
+  assert captions("second") == [["of east", "dawn"], ["of n"], ["of n"]]
+  assert tables["first"]["text"].augmented == 0
+
+
+# What is reported.
+
+
+def test_the_report_shows_the_validation_set_both_models_and_the_baseline_s_curves(tmp_path):
+  picture = lambda red, green: np.full((2, 3, 3), (red, green, 0), np.uint8)
+  rows = [{"label": "none"}, {"label": "east", "text": ["east"]}, {"label": "north", "text": ["north"]}]
+  images = [None, picture(200, 0), picture(0, 100)]
+  labels = [f"label {i}" for i in range(10)]
+  make = lambda name, closed=False: Rows(name, rows, closed, image=images)
+  evals = [EvalSet("set_test", "set", "test", make("test", closed=True), labels),
+           EvalSet("set_val", "set", "val", make("val"), labels)]
+  train = {"set": make("train")}
+  model, evaluation = evaluation_of(tmp_path, train, evals, {"east": EAST, "north": NORTH})
+  before = Plain(evaluation.config)
+  before.embed_tokens = lambda modality, tokens: model.embed_tokens(modality, tokens[::-1])
+  for folder, loss in ((tmp_path / "run", 2.0), (tmp_path / "run" / "baseline", 3.0)):
+    with MetricsWriter(folder) as writer:
+      writer.write(1, "only", {"train/total": loss})
+  metric = "zeroshot/image/top1"
+  final = {f"{start}eval/set_{role}/{name}": value for start, value in (("", 50.0), ("baseline/", 40.0))
+           for role in ("test", "val") for name in (metric, "zeroshot/image/top5")}  # fmt: skip
+  models = {"before": before, "after": model}
+  found = summary.report_data(evaluation.config, tmp_path / "run", evaluation.task, evaluation, final, models, {})
+  assert [run.records[0]["train/total"] for run in (found.run, found.baseline)] == [2.0, 3.0]
+  assert [(s.on.split()[0], s.value, s.baseline, s.chance) for s in found.scores] == [
+    ("set_test", 50.0, 40.0, 10.0), ("set_test", 50.0, 40.0, 50.0)
+  ]  # fmt: skip
+  assert [query.asked.text for query in found.text_queries] == ["east", "north"]
+  assert [query.answers[0].image.mean(axis=(0, 1)).tolist() for query in found.text_queries] == [
+    [200, 0, 0], [0, 100, 0]
+  ]  # fmt: skip
+  assert all(query.answers[0].right for query in (*found.text_queries, *found.image_queries))
+  # Pictures and names are joined by their caption; before training each lay on the other's place.
+  notes = [map_.note.split("joined pairs ")[1].split(",")[0] for map_ in found.maps]
+  assert [map_.title for map_ in found.maps] == ["Before training", "After training"] and notes == ["1.00", "1.00"]
+  evaluation.config.test = False
+  shown = summary.headline(evaluation.config, evaluation.task, final)
+  assert {score.on.split()[0] for score in shown} == {"set_test", "set_val"}
+
+
+# The model.
+
+
+def test_classify_takes_the_templates_of_evaluation_and_a_bad_item_is_named_by_its_place(tmp_path):
+  words = {"the east": NORTH, "the north": EAST, "an east": EAST, "an north": NORTH}
+  templates = {"data.templates": ("the {}",), "data.eval_templates": ("an {}",)}
+  model, evaluation = evaluation_of(tmp_path, {"set": Rows("set", [{}], image=[EAST])}, [], words, **templates)
+  model.trunks = evaluation.trunks
+  assert [name for name, _ in model.classify([np.float32([1, 0])], ["east", "north"])[0]] == ["east", "north"]
+  assert model.classify([np.float32([1, 0])], ["east", "north"], templates=["the {}"])[0][0][0] == "north"
+  items = [np.float32([1, 0])] * (model.trunk_rows + 2)
+  items[-1] = np.zeros(3, np.float32)
+  with pytest.raises(ValueError, match=rf"image\[{len(items) - 1}\]"):
+    model.embed({"image": items})
 
 
 # The step.
@@ -363,3 +516,14 @@ def test_every_step_draws_another_dropout(method, quick_compiler):
   assert len(set(losses)) == 3 and losses[3] == losses[0]
   other = state.replace(rng=jax.random.key(2))
   assert float(step(other, batch)[1]["train/total"]) not in losses
+
+
+def test_a_stage_has_its_own_rate_which_falls_over_its_own_steps():
+  config = step_config(**{"stages.only.learning_rate": 0.5, "stages.only.steps": 4, "optim.warmup": 0})
+  params = {"image": {"kernel": jnp.ones(1)}}
+  tx, _ = optimizer_of(config, stages_of(config)[0], params)
+  state, rates = tx.init(params), []
+  for _ in range(5):
+    update, state = tx.update(jax.tree.map(jnp.ones_like, params), state, jax.tree.map(jnp.zeros_like, params))
+    rates.append(float(-update["image"]["kernel"][0]))  # Adam divides equal gradients by their size
+  np.testing.assert_allclose([rates[0], rates[2], rates[4]], [0.5, 0.5 * 1.02 / 2, 0.5 * 0.02], rtol=1e-4)
