@@ -306,7 +306,16 @@ def test_alarm_fires_below_the_share():
       lambda: codebook.update(warm_state(0, 12, 8), normal(0, 5, 8), np.zeros(5, int), decay=1.0),
       "decay.*1.0",
     ),
-    (lambda: codebook.update(warm_state(0, 12, 8), normal(0, 5, 7), np.zeros(5, int)), "width 8"),
+    (
+      lambda: codebook.update(warm_state(0, 12, 8), normal(0, 5, 7), np.zeros(5, int)),
+      r"the codebook has codes of shape \(12, 8\); segments of width 7 need \[k, 7\]",
+    ),
+    (
+      lambda: codebook.update(
+        warm_state(0, 12, 8).replace(ema_sum=jnp.zeros((12, 4))), normal(0, 5, 8), np.zeros(5, int)
+      ),
+      r"codes of shape \(12, 8\), but ema_sum of shape \(12, 4\)",
+    ),
   ],
 )
 def test_bad_input_is_named(call, message):

@@ -222,6 +222,24 @@ def test_bad_input_is_named(x, options, message):
     compositional.quantize_modalities(x, books(), SPEC, **options)
 
 
+@pytest.mark.parametrize("name", ["shared", "image"])
+def test_a_codebook_of_another_width_is_named(name):
+  states, x = books(), {"image": features()["image"]}
+  states[name] = codebook.init_codebook(jax.random.key(0), 12, 4)
+  message = rf"codebook '{name}' has codes of shape \(12, 4\); segments of width 8 need \[k, 8\]"
+  for call in (
+    lambda: compositional.quantize_modalities(x, states, SPEC, update="none"),
+    lambda: compositional.quantize_modalities(x, states, SPEC),
+    lambda: compositional.contrast_all_tokens(x, states, SPEC),
+    lambda: compositional.init_codebooks(jax.random.key(1), x, states, SPEC),
+  ):
+    with pytest.raises(ValueError, match=message):
+      call()
+  del states[name]
+  with pytest.raises(ValueError, match=f"codebooks lack '{name}', which 'image' needs"):
+    compositional.contrast_all_tokens(x, states, SPEC)
+
+
 def test_similarities_of_the_first_rows_alone_change_nothing_else():
   whole, after = compositional.quantize_modalities(features(), books(), SPEC)
   some, again = compositional.quantize_modalities(features(), books(), SPEC, similarity_rows=2)
