@@ -145,6 +145,17 @@ def test_a_module_that_the_command_names_brings_its_own_options():
     config_lib.validate(command_line.read_file(FILE, {"model.towers.image.trunk": "best"}))
 
 
+def test_a_method_that_the_command_names_takes_none_of_the_stages_keys_that_it_does_not_heed():
+  argv = ["main", "--config.method=centrobind"]
+  config = command_line.read_file(FILE, command_line._chosen(argv))
+  assert not config.stages.bridges.losses and config.stages.bridges.code_rows == 0 and config.stages.bridges.mixup == 1
+  assert config_lib.validate(config).method == "centrobind"
+  with config.unlocked():
+    config.stages.bridges.code_rows = 4  # as the command may set it afterwards
+  with pytest.raises(ValueError, match="stages.bridges.code_rows: got 4, which method 'centrobind' does not heed"):
+    config_lib.validate(config)
+
+
 def test_options_given_in_a_file_stay_beside_the_defaults():
   config = command_line.read_file(str(FOLDER / "compare.py:runlocal"), {})
   assert config.compare.variants.dcid.options.codes == 64 and config.compare.variants.dcid.options.beta == 0.25
