@@ -16,15 +16,17 @@ import numpy as np
 import pytest
 
 from codebind_jax.api import Embeddings, Model
+from codebind_jax.config import method_of, read
 from codebind_jax.data.records import Source
-from codebind_jax.data.task import EvalSet, Task
+from codebind_jax.data.task import Task
+from codebind_jax.data.worlds.evalset import EvalSet
 from codebind_jax.evaluate import Evaluation
-from codebind_jax.methods.base import make_init, make_method
+from codebind_jax.methods.base import make_init
 from codebind_jax.report import summary
 from codebind_jax.runtime.metrics import MetricsWriter, read_metrics
 from codebind_jax.runtime.optim import frozen
 from codebind_jax.runtime.train_state import TrainState
-from codebind_jax.stages import stages_of
+from codebind_jax.step import make_train_step
 from codebind_jax.train import optimizer_of
 from codebind_jax.trunks import featurize
 from codebind_jax.trunks.base import Trunk
@@ -104,7 +106,8 @@ def evaluation_of(folder, train, evals, words=None, *, views=1, codes=0, **overr
     trunks["text"], config.model.towers.text = words_trunk(words), common.tower("minilm")
   config.update_from_flattened_dict(overrides)
   task = Task("task", "", train, dict.fromkeys(train, "label"), tuple(evals))
-  featurizer = featurize.Featurizer(config, trunks)
+  config = read(config)
+  featurizer = featurize.Featurizer(config.data, config.model.towers, trunks)
   return Plain(config, codes), Evaluation(config, task, featurizer)
 
 
@@ -249,9 +252,9 @@ def test_classes_are_named_by_the_templates_of_evaluation(tmp_path):
     for name, vector in (("east", east), ("north", north))
   }
   templates = {"data.templates": ("train {}",), "data.eval_templates": ("seen {}",)}
+  templates["data.templates_of"] = {"a": ("a: {}",)}
   train, evals, _ = kinds(test_closed=False)
   model, evaluation = evaluation_of(tmp_path, train, evals, words, **templates)
-  evaluation.config.data.templates_of.a = ("a: {}",)
   found = evaluation.everything(model)
   # World a has templates of its own, which name both classes by one vector: a tie, which counts as wrong.
   assert [found[f"eval/{world}_val/zeroshot/image/top1"] for world in "ab"] == [0, 100]
@@ -357,12 +360,11 @@ def test_training_tables_have_views_captions_and_what_tells_rows_apart(tmp_path,
   more = Rows("more", [{"label": "", "style": "", "text": ["more"]}], image=[SOUTH])
   names = ["east", "dawn", "n", "a east", "a n", "of east", "of n", "a more", "more", "of more"]
   words = {name: np.array([i, 1], np.float16) for i, name in enumerate(names)}
-  templates = {"data.templates": ("a {}",), "data.captions": "each"}
+  templates = {"data.templates": ("a {}",), "data.templates_of": {"second": ("of {}",)}, "data.captions": "each"}
   train = {"first": first, "second": Rows("second", rows, image=[EAST, NORTH, WEST])}
-  _, evaluation = evaluation_of(tmp_path, train, [], words, views=2, **templates)
+  share = {"model.towers.image.augmented": 0.25}
+  _, evaluation = evaluation_of(tmp_path, train, [], words, views=2, **templates, **share)
   featurizer = evaluation._featurizer
-  featurizer._config.data.templates_of.second = ("of {}",)
-  featurizer._config.model.towers.image.augmented = 0.25
   featurizer.texts(["n", "of n"])  # in memory before the others
   tables, labels = featurizer.train_tables(train, {"first": "style", "second": "label"}, {"first": more})
   assert labels == {"first": ["old", "new", "old", None], "second": ["east", "north", "north"]}
@@ -415,8 +417,7 @@ def test_the_report_shows_the_validation_set_both_models_and_the_baseline_s_curv
   # Pictures and names are joined by their caption; before training each lay on the other's place.
   notes = [map_.note.split("joined pairs ")[1].split(",")[0] for map_ in found.maps]
   assert [map_.title for map_ in found.maps] == ["Before training", "After training"] and notes == ["1.00", "1.00"]
-  evaluation.config.test = False
-  shown = summary.headline(evaluation.config, evaluation.task, final)
+  shown = summary.headline(dataclasses.replace(evaluation.config, test=False), evaluation.task, final)
   assert {score.on.split()[0] for score in shown} == {"set_test", "set_val"}
 
 
@@ -441,11 +442,6 @@ def test_classify_takes_the_templates_of_evaluation_and_a_bad_item_is_named_by_i
 ROWS = 6
 
 
-def step_of(method, stage, tx, table):
-  """The training step as a run makes it."""
-  return method.train_step(stage, tx, frozen(table))
-
-
 def step_config(method="codebind", **overrides):
   """Image and text through linear heads, bound by InfoNCE alone, without codebooks."""
   config = common.get_config()
@@ -456,17 +452,17 @@ def step_config(method="codebind", **overrides):
   config.stages.only = common.stage(config, losses={"info_nce": 1.0}, temperature=0.2)
   config.stage_order = ("only",)
   config.update_from_flattened_dict(overrides)
-  return config
+  return read(config)
 
 
 def started(config, **scales):
   """A step and its first state, with some modalities' logit scales."""
-  method, stage = make_method(config), stages_of(config)[0]
+  method, [stage] = method_of(config), config.ordered
   params, books, aux = make_init(method, {m: (1, 8) for m in config.model.towers})(jax.random.key(0))
   params |= {f"{name}_log_logit_scale": jnp.log(scale) for name, scale in scales.items()}
-  tx, table = optimizer_of(config, stage, params)
+  tx, table = optimizer_of(config, method, stage, params)
   state = TrainState(jnp.zeros((), jnp.int32), params, books, tx.init(params), aux, jax.random.key(1))
-  return jax.jit(step_of(method, stage, tx, table)), state
+  return jax.jit(make_train_step(method, stage, tx, frozen=frozen(table))), state
 
 
 def batch_of(config):
@@ -499,8 +495,8 @@ def test_info_nce_has_both_logit_scales_up_to_100_and_the_stage_s_temperature(te
 
 
 def test_other_methods_have_the_stage_s_temperature_and_both_scales_too(quick_compiler):
-  config = step_config("fixed_anchor", **{"stages.only.temperature": 0.5})
-  config.method_options = {"anchor": "image", "frozen": False}
+  options = {"method_options": {"anchor": "image", "frozen": False}}
+  config = step_config("fixed_anchor", **{"stages.only.temperature": 0.5}, **options)
   batch = batch_of(config)
   step, state = started(config, image=2.0, text=3.0)
   found = step(state, batch)[1]["train/total"]
@@ -521,7 +517,7 @@ def test_every_step_draws_another_dropout(method, quick_compiler):
 def test_a_stage_has_its_own_rate_which_falls_over_its_own_steps():
   config = step_config(**{"stages.only.learning_rate": 0.5, "stages.only.steps": 4, "optim.warmup": 0})
   params = {"image": {"kernel": jnp.ones(1)}}
-  tx, _ = optimizer_of(config, stages_of(config)[0], params)
+  tx, _ = optimizer_of(config, method_of(config), config.ordered[0], params)
   state, rates = tx.init(params), []
   for _ in range(5):
     update, state = tx.update(jax.tree.map(jnp.ones_like, params), state, jax.tree.map(jnp.zeros_like, params))
