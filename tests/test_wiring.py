@@ -26,6 +26,7 @@ from codebind_jax.report import summary
 from codebind_jax.runtime.metrics import MetricsWriter, read_metrics
 from codebind_jax.runtime.optim import frozen
 from codebind_jax.runtime.train_state import TrainState
+from codebind_jax.schema import Frozen
 from codebind_jax.step import make_train_step
 from codebind_jax.train import optimizer_of
 from codebind_jax.trunks import featurize
@@ -516,7 +517,8 @@ def test_every_step_draws_another_dropout(method, quick_compiler):
 
 def test_a_stage_has_its_own_rate_which_falls_over_its_own_steps():
   config = step_config(**{"optim.warmup": 0})
-  config.stages.only = common.stage(config, learning_rate=0.5, steps=4)
+  stage = dataclasses.replace(config.stages["only"], learning_rate=0.5, steps=4)
+  config = dataclasses.replace(config, stages=Frozen({"only": stage}))
   assert config.steps == 10
   params = {"image": {"kernel": jnp.ones(1)}}
   tx, _ = optimizer_of(config, method_of(config), config.ordered[0], params)
