@@ -1,15 +1,22 @@
-"""Test setup: offline, on CPU, shapes checked at run time, compiled programs cached between runs."""
+"""Test setup: offline, on CPU, shapes checked at run time, programs compiled fast and kept between runs."""
 
 import fcntl
+import gc
 import json
 import os
 import pathlib
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiled programs are kept between runs and shared with the processes that tests start.
+# Compile time is most of what the suite costs, and its programs run for milliseconds: LLVM's optimisations are off, and
+# so are XLA's fusion emitters, which set up MLIR anew for each program. Processes that tests start inherit this, so that
+# what is compared bit for bit is compiled alike.
+FLAGS = ("--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true",
+         "--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")  # fmt: skip
+os.environ["XLA_FLAGS"] = " ".join((*FLAGS, os.environ.get("XLA_FLAGS", "")))
+# Compiled programs, the smallest ones too, are kept between runs and shared with the processes that tests start.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
@@ -24,6 +31,14 @@ flags.FLAGS.mark_as_parsed()
 
 def pytest_addoption(parser):
   parser.addoption("--kill-seed", type=int, default=0, help="where the slow test of kill -9 kills")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_programs_of_other_files():
+  """Frees a file's compiled programs, of which each takes a megabyte; those needed again are read from disk."""
+  yield
+  jax.clear_caches()
+  gc.collect()
 
 
 @pytest.fixture(scope="session")
