@@ -1,5 +1,6 @@
 """Test setup: offline, on CPU, shapes checked at run time, programs compiled fast and kept between runs."""
 
+import ctypes
 import fcntl
 import gc
 import json
@@ -8,12 +9,13 @@ import pathlib
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compile time is most of what the suite costs, and its programs run for milliseconds: LLVM's optimisations are off, and
-# so are XLA's fusion emitters, which set up MLIR anew for each program. Processes that tests start inherit this, so that
-# what is compared bit for bit is compiled alike.
-FLAGS = ("--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true",
-         "--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")  # fmt: skip
-os.environ["XLA_FLAGS"] = " ".join((*FLAGS, os.environ.get("XLA_FLAGS", "")))
+# Most of what the suite costs is compile time, of programs that run for milliseconds. LLVM's optimisations are off, and
+# XLA's fusion emitters, which load MLIR's dialects anew for each program. Processes that tests start inherit the flags:
+# runs that are compared bit for bit are compiled alike.
+os.environ["XLA_FLAGS"] = (
+  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
+  f"--xla_cpu_parallel_codegen_split_count=1 {os.environ.get('XLA_FLAGS', '')}"
+)
 # Compiled programs, the smallest ones too, are kept between runs and shared with the processes that tests start.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -35,10 +37,13 @@ def pytest_addoption(parser):
 
 @pytest.fixture(autouse=True, scope="module")
 def no_programs_of_other_files():
-  """Frees a file's compiled programs, of which each takes a megabyte; those needed again are read from disk."""
+  """Frees a file's compiled programs, about a megabyte each; those that are needed again are read from disk."""
   yield
   jax.clear_caches()
   gc.collect()
+  libc = ctypes.CDLL(None)
+  if hasattr(libc, "malloc_trim"):  # without it glibc keeps what was freed
+    libc.malloc_trim(0)
 
 
 @pytest.fixture(scope="session")
