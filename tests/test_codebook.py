@@ -322,7 +322,7 @@ def test_alarm_fires_below_the_share():
     (lambda: codebook.nearest_code(normal(0, 3, 4), normal(0, 3, 4), distance="l3"), "cosine.*l2.*l3"),
     (
       lambda: codebook.update(warm_state(0, 12, 8), normal(0, 5, 8), np.zeros(5, int), revive="often"),
-      "random, closest, probrandom, disturbance or none.*often",
+      "revive must be one of .'random', 'closest', 'probrandom', 'disturbance', 'none'., got 'often'",
     ),
     (
       lambda: codebook.update(warm_state(0, 12, 8), normal(0, 5, 8), np.zeros(5, int), decay=1.0),

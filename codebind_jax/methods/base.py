@@ -215,8 +215,8 @@ class Rows:
   """
 
   params: Any
-  inputs: Mapping[str, Float[Array, "b n _"]]
-  features: Mapping[str, Float[Array, "b n _"]]
+  inputs: Mapping[str, Float[Array, "b _ _"]]
+  features: Mapping[str, Float[Array, "b _ _"]]
   masks: Mapping[str, Bool[Array, "b"]]
   scales: Mapping[str, Float[Array, ""]]
   groups: Int[Array, "b"] | None
