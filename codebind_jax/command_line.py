@@ -8,11 +8,11 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from codebind_jax import schema
-from codebind_jax.methods.base import method_class
+from codebind_jax.methods.base import method_class, unheeded
 from codebind_jax.models.bodies import NO_OPTIONS, body_class
 from codebind_jax.trunks import trunk_maker
 
@@ -70,7 +70,21 @@ def read_file(path: str, chosen: Mapping[str, str]) -> ConfigDict:
     except ValueError:
       found = {}  # `config.validate` says what is allowed
     part[key], part[options] = name, ConfigDict(found | given)
+  if "method" in chosen:
+    _forget(config, chosen["method"])
   return config.lock()
+
+
+def _forget(config: ConfigDict, method: str) -> None:
+  """Gives the keys of stages that the file sets for its own method, and the command's does not heed, their defaults."""
+  try:
+    defaults = unheeded(method)
+  except ValueError:
+    return  # `config.validate` says what is allowed
+  for name, stage in config.get("stages", {}).items():
+    for key in (key for key, default in defaults.items() if key in stage and schema.fixed(stage[key]) != default):
+      stage[key] = ConfigDict() if isinstance(defaults[key], Mapping) else defaults[key]
+      logging.info("config.stages.%s.%s: not heeded by method %r, back to its default", name, key, method)
 
 
 class _FileParser(flags.ArgumentParser):

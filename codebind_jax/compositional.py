@@ -146,7 +146,8 @@ def quantize_modalities(
     Outputs by modality, and the codebooks after the update.
 
   Raises:
-    ValueError: for a missing codebook, a wrong width or mask, or an unknown `update`.
+    ValueError: for a missing codebook or one of another width than its segments, features of a wrong width, a wrong
+      mask, or an unknown `update`.
   """
   if update not in (*UPDATES, "none"):
     raise ValueError(f"update must be one of {(*UPDATES, 'none')}, got {update!r}")
@@ -161,8 +162,7 @@ def quantize_modalities(
       if segments is None:
         quantised.append(None)
         continue
-      if name not in codebooks:
-        raise ValueError(f"codebooks lack {name!r}, which {modality!r} needs; they are {sorted(codebooks)}")
+      _check_book(name, codebooks, modality, segments)
       ranges = similarity_rows if isinstance(similarity_rows, Mapping) else {modality: ((0, similarity_rows),)}
       row_ranges = ranges.get(modality) if similarity_rows else None
       result, assigned = _quantize_part(segments, codebooks[name], weights, x, spec, row_ranges)
@@ -197,6 +197,9 @@ def contrast_all_tokens(
     spec: how to cut.
     double_softmax: as in `losses.code_contrast`.
     masks: as in `quantize_modalities`.
+
+  Raises:
+    ValueError: as `quantize_modalities`.
   """
   masks, losses = dict(masks or {}), {}
   for modality in features:
@@ -204,6 +207,7 @@ def contrast_all_tokens(
     total = jnp.zeros((), jnp.float32)
     for name, segments in zip(spec.codebook_names(modality), _segments(x, modality, spec)):
       if segments is not None:
+        _check_book(name, codebooks, modality, segments)
         segments = unit(segments, axis=1) if spec.normalize or spec.distance == "cosine" else segments
         segments = jax.lax.stop_gradient(segments) if spec.detach_similarity else segments
         codes = jax.lax.stop_gradient(codebooks[name].codes) if spec.ema else codebooks[name].codes
@@ -239,6 +243,9 @@ def init_codebooks(
     iterations: rounds of k-means.
     max_segments: a larger batch is sampled down to this many segments per codebook.
     masks: as in `quantize_modalities`.
+
+  Raises:
+    ValueError: as `quantize_modalities`.
   """
   codebooks, masks = dict(codebooks), dict(masks or {})
   collected: dict[str, list[Segments]] = {}
@@ -249,12 +256,11 @@ def init_codebooks(
     x, weights = _check(modality, x, weights, spec)
     for name, segments in zip(spec.codebook_names(modality), _segments(x, modality, spec)):
       if segments is not None:
+        _check_book(name, codebooks, modality, segments)
         segments = unit(segments, axis=1) if spec.normalize or spec.distance == "cosine" else segments
         indices = jnp.zeros((segments.shape[0], segments.shape[2]), jnp.int32)
         collected.setdefault(name, []).append(Segments(segments, indices, weights))
   for name, parts in collected.items():
-    if name not in codebooks:
-      raise ValueError(f"codebooks lack {name!r}; they are {sorted(codebooks)}")
     sample_key, means_key = jax.random.split(_fold(rng, name))
     rows, row_weights = sample_rows(sample_key, parts, max_segments)
     state = codebooks[name]
@@ -293,6 +299,13 @@ def _check(modality, x, mask, spec):
     raise ValueError(f"the mask of {modality!r} must be {x.shape[:1]} or {x.shape[:-1]}, got {mask.shape}")
   mask = jnp.reshape(jnp.asarray(mask, jnp.float32), mask.shape + (1,) * (x.ndim - 1 - mask.ndim))
   return x, jnp.broadcast_to(mask, x.shape[:-1]).reshape(-1)
+
+
+def _check_book(name, codebooks, modality, segments):
+  """Raises ValueError unless there is a codebook of that name whose codes are as wide as the segments [s, d, n]."""
+  if name not in codebooks:
+    raise ValueError(f"codebooks lack {name!r}, which {modality!r} needs; they are {sorted(codebooks)}")
+  cb.check_codes(codebooks[name], segments.shape[1], name)
 
 
 def _segments(x, modality, spec):

@@ -31,7 +31,7 @@ def get_config(arg=""):
   config.codebook.normalize = False
 
   # The text head starts as a rotation of MiniLM's space and moves slowly: words never trained on keep their place.
-  config.optim.rules = ((r"text/.*", 0.1, 1.0), *config.optim.rules)
+  config.optim.rules = ((r"text/.*(bias|scale)", 0.1, 0.0), (r"text/.*", 0.1, 1.0), *config.optim.rules)
 
   config.stages.bridges = common.stage(
     config,

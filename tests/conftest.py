@@ -1,15 +1,24 @@
-"""Test setup: offline, on CPU, shapes checked at run time, compiled programs cached between runs."""
+"""Test setup: offline, on CPU, shapes checked at run time, programs compiled fast and kept between runs."""
 
+import ctypes
 import fcntl
+import gc
 import json
 import os
 import pathlib
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiled programs are kept between runs and shared with the processes that tests start.
+# Most of what the suite costs is compile time, of programs that run for milliseconds. LLVM's optimisations are off, and
+# XLA's fusion emitters, which load MLIR's dialects anew for each program. Processes that tests start inherit the flags:
+# runs that are compared bit for bit are compiled alike.
+os.environ["XLA_FLAGS"] = (
+  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
+  f"--xla_cpu_parallel_codegen_split_count=1 {os.environ.get('XLA_FLAGS', '')}"
+)
+# Compiled programs, the smallest ones too, are kept between runs and shared with the processes that tests start.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
@@ -24,6 +33,17 @@ flags.FLAGS.mark_as_parsed()
 
 def pytest_addoption(parser):
   parser.addoption("--kill-seed", type=int, default=0, help="where the slow test of kill -9 kills")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_programs_of_other_files():
+  """Frees a file's compiled programs, about a megabyte each; those that are needed again are read from disk."""
+  yield
+  jax.clear_caches()
+  gc.collect()
+  libc = ctypes.CDLL(None)
+  if hasattr(libc, "malloc_trim"):  # without it glibc keeps what was freed
+    libc.malloc_trim(0)
 
 
 @pytest.fixture(scope="session")

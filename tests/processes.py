@@ -14,7 +14,8 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 
 
 def environment(devices):
-  return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+  return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 
 def started(command, devices=1):

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from codebind_jax import codebook
 from codebind_jax.codebook.revival import draw_candidates
 from codebind_jax.codebook.segments import Segments
 from codebind_jax.norm import unit
-from tests.arrays import normal
+from tests.arrays import compiled, normal
 
 # Shapes come from short lists, because every new one is compiled.
 hypothesis.settings.register_profile("few", max_examples=12, deadline=None, derandomize=True, database=None)
@@ -55,7 +56,7 @@ def by_definition(z, codes, distance):
 def test_nearest_code_is_the_definition(seed, size, distance, block):
   n, k, d = size
   z, codes = normal(seed, n, d), normal(seed + 1, k, d)
-  found = codebook.nearest_code(z, codes, distance=distance, block=block)
+  found = compiled(codebook.nearest_code, distance=distance, block=block)(z, codes)
   np.testing.assert_array_equal(found, by_definition(z, codes, distance))
   assert found.dtype == jnp.int32
 
@@ -91,8 +92,8 @@ def test_permuting_codes_permutes_indices_and_nothing_else(seed, size, distance)
   n, k, d = size
   z, codes = normal(seed, n, d), normal(seed + 1, k, d)
   order = np.random.default_rng(seed).permutation(k)
-  plain = codebook.quantize(z, codes, distance=distance)
-  permuted = codebook.quantize(z, codes[order], distance=distance)
+  quantize = compiled(codebook.quantize, distance=distance)
+  plain, permuted = quantize(z, codes), quantize(z, codes[order])
   np.testing.assert_array_equal(order[permuted.indices], plain.indices)
   np.testing.assert_array_equal(permuted.vectors, plain.vectors)
 
@@ -102,7 +103,7 @@ def test_permuting_codes_permutes_the_state():
   permuted = state.replace(**{
     name: getattr(state, name)[order] for name in ("codes", "ema_count", "ema_sum", "usage")
   })
-  step = lambda s: codebook.update(s, z, codebook.nearest_code(z, s.codes), revive="closest")
+  step = jax.jit(lambda s: codebook.update(s, z, codebook.nearest_code(z, s.codes), revive="closest"))
   a, b = step(state), step(permuted)
   for name in ("codes", "ema_count", "ema_sum", "usage"):
     np.testing.assert_allclose(getattr(a, name)[order], getattr(b, name), atol=1e-6)
@@ -113,31 +114,31 @@ def test_permuting_codes_permutes_the_state():
 def test_permuting_the_batch_changes_no_state(seed, revive):
   z, state = units(seed, 50, 8), warm_state(seed + 1, 12, 8)
   order = np.random.default_rng(seed).permutation(50)
-  update = functools.partial(codebook.update, state, revive=revive)
+  update = functools.partial(compiled(codebook.update, revive=revive), state)
   a = update(z, codebook.nearest_code(z, state.codes))
   b = update(z[order], codebook.nearest_code(z[order], state.codes))
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), a, b)
+  chex.assert_trees_all_close(a, b, rtol=1e-7, atol=2e-6)
 
 
 @few
 @hypothesis.given(seeds, st.sampled_from(["none", "random", "closest", "disturbance"]))
 def test_masked_rows_have_no_effect(seed, revive):
   z, state, key = units(seed, 50, 8), warm_state(seed + 1, 12, 8), jax.random.key(seed)
-  mask = np.random.default_rng(seed).random(50) < 0.6
+  mask = np.random.default_rng(seed).permutation(50) < 30  # always as many: one program for the rows kept
   rubbish = np.where(mask[:, None], z, np.where(np.random.default_rng(seed).random((50, 8)) < 0.5, np.nan, 1e30))
   indices = codebook.nearest_code(z, state.codes)
-  update = functools.partial(codebook.update, state, revive=revive, rng=key)
+  update = functools.partial(compiled(codebook.update, revive=revive), state, rng=key)
   a = update(z, indices, weights=mask)
   b = update(rubbish.astype(np.float32), np.where(mask, indices, 3), weights=mask)
-  jax.tree.map(np.testing.assert_array_equal, a, b)
+  chex.assert_trees_all_equal(a, b)
   kept = update(z[mask], indices[mask], weights=np.ones(mask.sum(), np.float32))
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), a, kept)
+  chex.assert_trees_all_close(a, kept, rtol=1e-7, atol=2e-6)
 
 
 def test_a_batch_of_padding_leaves_the_state_alone():
   z, state = units(0, 20, 8), warm_state(1, 12, 8)
   new = codebook.update(state, z, np.zeros(20, np.int32), weights=np.zeros(20, bool))
-  jax.tree.map(np.testing.assert_array_equal, new, state)
+  chex.assert_trees_all_equal(new, state)
 
 
 @few
@@ -148,9 +149,10 @@ def test_weights_equal_repeated_rows(seed, revive):
   weights[0] += 60 - weights.sum()
   hypothesis.assume(weights[0] >= 0)
   indices = codebook.nearest_code(z, state.codes)
-  a = codebook.update(state, z, indices, revive=revive, rng=key, weights=weights)
-  b = codebook.update(state, np.repeat(z, weights, 0), np.repeat(indices, weights), revive=revive, rng=key)
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=3e-6), a, b)
+  update = compiled(codebook.update, revive=revive)
+  a = update(state, z, indices, rng=key, weights=weights)
+  b = update(state, np.repeat(z, weights, 0), np.repeat(indices, weights), rng=key)
+  chex.assert_trees_all_close(a, b, rtol=1e-7, atol=3e-6)
 
 
 @few
@@ -158,9 +160,11 @@ def test_weights_equal_repeated_rows(seed, revive):
 def test_counts_conserve_mass(seed, revive, cold):
   z = units(seed, 50, 8)
   state = codebook.init_codebook(jax.random.key(seed), 12, 8) if cold else warm_state(seed, 12, 8)
-  new = codebook.update(state, z, codebook.nearest_code(z, state.codes), revive=revive, rng=jax.random.key(seed))
+  update = compiled(codebook.update, revive=revive)
+  new = update(state, z, codebook.nearest_code(z, state.codes), rng=jax.random.key(seed))
   np.testing.assert_allclose(new.ema_count.sum(), 0.99 * state.ema_count.sum() + 0.01 * 50, rtol=1e-5)
-  assert np.all(np.isfinite(new.codes)) and np.all(np.asarray(new.ema_count) >= 0)
+  chex.assert_tree_all_finite(new)
+  assert np.all(np.asarray(new.ema_count) >= 0)
 
 
 def test_update_is_the_formula():
@@ -179,17 +183,35 @@ def test_update_is_the_formula():
   assert bool(new.initialised)
 
 
+def quantized(z, codes, normalize):
+  return codebook.quantize(z, codes, normalize=normalize).vectors
+
+
+def plain(z, codes, normalize):
+  return unit(z) if normalize else z
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def pulled_back(function, normalize, z, codes, cotangent):
+  """Value, and the gradient of z."""
+  value, pullback = jax.vjp(lambda z: function(z, codes, normalize), z)
+  return value, pullback(cotangent)[0]
+
+
+@jax.jit
+def slope_of_codes(codes, z, cotangent):
+  return jax.grad(lambda c: jnp.sum(quantized(z, c, True) * cotangent))(codes)
+
+
 @few
 @hypothesis.given(seeds, st.booleans())
 def test_straight_through_is_the_identity(seed, normalize):
   z, codes, cotangent = normal(seed, 4, 5, 8), normal(seed + 1, 12, 8), normal(seed + 2, 4, 5, 8)
-  through = lambda z: codebook.quantize(z, codes, normalize=normalize).vectors
-  plain = lambda z: unit(z) if normalize else z
-  value, pullback = jax.vjp(through, z)
-  np.testing.assert_allclose(pullback(cotangent)[0], jax.vjp(plain, z)[1](cotangent)[0], atol=1e-6)
-  np.testing.assert_array_equal(value, codes[codebook.quantize(z, codes, normalize=normalize).indices])
-  to_codes = jax.grad(lambda c: jnp.sum(codebook.quantize(z, c).vectors * cotangent))(codes)
-  np.testing.assert_array_equal(to_codes, 0)
+  value, slope = pulled_back(quantized, normalize, z, codes, cotangent)
+  np.testing.assert_allclose(slope, pulled_back(plain, normalize, z, codes, cotangent)[1], atol=1e-6)
+  found = compiled(codebook.quantize, normalize=normalize)(z, codes)
+  np.testing.assert_array_equal(value, codes[found.indices])
+  np.testing.assert_array_equal(slope_of_codes(codes, z, cotangent), 0)
 
 
 @pytest.mark.parametrize("revive", ["random", "closest", "probrandom", "disturbance"])
@@ -306,7 +328,16 @@ def test_alarm_fires_below_the_share():
       lambda: codebook.update(warm_state(0, 12, 8), normal(0, 5, 8), np.zeros(5, int), decay=1.0),
       "decay.*1.0",
     ),
-    (lambda: codebook.update(warm_state(0, 12, 8), normal(0, 5, 7), np.zeros(5, int)), "width 8"),
+    (
+      lambda: codebook.update(warm_state(0, 12, 8), normal(0, 5, 7), np.zeros(5, int)),
+      r"the codebook has codes of shape \(12, 8\); segments of width 7 need \[k, 7\]",
+    ),
+    (
+      lambda: codebook.update(
+        warm_state(0, 12, 8).replace(ema_sum=jnp.zeros((12, 4))), normal(0, 5, 8), np.zeros(5, int)
+      ),
+      r"codes of shape \(12, 8\), but ema_sum of shape \(12, 4\)",
+    ),
   ],
 )
 def test_bad_input_is_named(call, message):

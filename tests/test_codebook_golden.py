@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from codebind_jax import codebook, compositional, losses
 from codebind_jax.codebook.revival import draw_candidates
+from tests.arrays import compiled
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 FILES = sorted(path.stem.removeprefix("codebind_mvq_") for path in GOLDEN.glob("codebind_mvq_*.npz"))
@@ -63,7 +65,8 @@ def read_books(data, prefix, books, ema=True):
   for book in books:
     fields = STATE if ema else ("codes", "usage")
     read = {field: jnp.asarray(data[f"{prefix}/{book}/{STATE[field]}"]) for field in fields}
-    empty = codebook.init_codebook(jax.random.key(0), *read["codes"].shape)
+    k, d = read["codes"].shape
+    empty = compiled(codebook.init_codebook, num_codes=k, dim=d)(jax.random.key(0))
     states[name_of(book)] = empty.replace(**read)
   return states
 
@@ -141,8 +144,7 @@ def test_three_training_steps_and_evaluation(run):
   for modality in modalities:
     out, new, *_ = call(data[f"eval/{modality}/z"], states, [], modality=modality, spec=spec, update="none")
     check_outputs(data, f"eval/{modality}", modality, out, spec)
-    for name, state in new.items():
-      assert all(jnp.array_equal(a, b) for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(states[name])))
+    chex.assert_trees_all_equal(new, {name: states[name] for name in new})
 
 
 def test_one_sequential_call_takes_the_modalities_in_turn(run):
@@ -165,11 +167,11 @@ def test_code_losses_of_a_step(run, part):
   if part == "common":
     rows = data[f"step0/{modality}/res_common/dist"]
     close(
-      losses.code_contrast(rows.reshape(-1, rows.shape[-1]), double_softmax=True),
+      compiled(losses.code_contrast, double_softmax=True)(rows.reshape(-1, rows.shape[-1])),
       data[f"step0/{modality}/res_common/loss_contra"],
     )
   elif spec.sharing == "parts":
-    close(losses.code_uniform(states[book].codes), data[f"step0/{modality}/res_specific/loss_uni"])
+    close(compiled(losses.code_uniform)(states[book].codes), data[f"step0/{modality}/res_specific/loss_uni"])
 
 
 @pytest.mark.parametrize("distance", ["cos", "l2"])

@@ -22,7 +22,7 @@ def launch(directory, devices, processes):
     probe.bind(("127.0.0.1", 0))
     port = probe.getsockname()[1]
   output = directory / f"{processes}x{devices}"
-  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(WORKER.parents[1])}
+  environment = os.environ | {"PYTHONPATH": str(WORKER.parents[1])}
   running = [
     subprocess.Popen(
       [sys.executable, str(WORKER), str(devices), str(processes), str(i), str(port), str(output)],

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from codebind_jax import codebook, compositional, losses
 from codebind_jax.compositional import CompositionalSpec
-from tests.arrays import normal
+from tests.arrays import compiled, normal
 
 SPEC = CompositionalSpec(shared_dim=32, specific_dim=16, num_codes=(12, 6), revive="none")
 
@@ -21,16 +22,22 @@ def features(seed=0):
   return {"text": normal(seed, 6, 32), "image": normal(seed + 1, 6, 3, 48), "depth": normal(seed + 2, 4, 5, 48)}
 
 
+def quantised(x, states, spec=SPEC, *, rng=None, masks=None, **options):
+  """Outputs and codebooks, as one program for each `spec` and options."""
+  return compiled(compositional.quantize_modalities, spec=spec, **options)(x, states, rng=rng, masks=masks)
+
+
 def books(spec=SPEC):
-  states = compositional.new_codebooks(jax.random.key(0), spec, ["text", "image", "depth"])
+  new = compiled(compositional.new_codebooks, spec=spec, modalities=("text", "image", "depth"))
+  states = new(jax.random.key(0))
   return {
     name: s.replace(ema_count=jnp.ones_like(s.ema_count), usage=jnp.ones_like(s.usage) / s.usage.size)
     for name, s in states.items()
   }
 
 
-def assert_close(a, b, tolerance=2e-6):
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=tolerance), a, b)
+def assert_close(a, b):
+  chex.assert_trees_all_close(a, b, rtol=1e-7, atol=2e-6)
 
 
 def test_segments_and_back():
@@ -66,7 +73,7 @@ def test_the_call_is_split_quantise_merge_normalise(layout, dims):
       parts, dims, spec.codebook_names(name), (out.indices_shared, out.indices_specific)
     ):
       if part.shape[-1]:
-        found = codebook.quantize(compositional.split_segments(part, dim), states[book].codes)
+        found = compiled(codebook.quantize)(compositional.split_segments(part, dim), states[book].codes)
         np.testing.assert_array_equal(indices, found.indices)
         rows.append(np.asarray(found.vectors))
     shared = np.asarray(compositional.merge_segments(rows[0]))
@@ -84,7 +91,7 @@ def test_the_call_is_split_quantise_merge_normalise(layout, dims):
 
 def test_a_snapshot_is_one_update_with_everything():
   x, states = features(), books()
-  outputs, new = compositional.quantize_modalities(x, states, SPEC)
+  outputs, new = quantised(x, states)
   rows, indices = [], []
   for name, out in outputs.items():
     part = compositional.split_segments(x[name][..., :32], 8)
@@ -92,12 +99,12 @@ def test_a_snapshot_is_one_update_with_everything():
     indices.append(np.asarray(out.indices_shared).reshape(-1))
   rows = np.concatenate(rows)
   rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-  want = codebook.update(states["shared"], rows, np.concatenate(indices), revive="none")
+  want = compiled(codebook.update, revive="none")(states["shared"], rows, np.concatenate(indices))
   assert_close(new["shared"], want)
   # The order of the modalities does not matter, and the release's own order would.
   reverse = dict(reversed(x.items()))
-  assert_close(compositional.quantize_modalities(reverse, states, SPEC)[1], new)
-  sequential = compositional.quantize_modalities(x, states, SPEC, update="sequential")[1]
+  assert_close(jax.jit(lambda states: compositional.quantize_modalities(reverse, states, SPEC)[1])(states), new)
+  sequential = quantised(x, states, update="sequential")[1]
   assert np.max(np.abs(sequential["shared"].codes - new["shared"].codes)) > 1e-4
 
 
@@ -115,11 +122,14 @@ def test_masked_rows_touch_neither_state_nor_losses():
   for name, mask in masks.items():
     spoilt[name] = np.where(mask.reshape(mask.shape + (1,) * (3 - mask.ndim)), x[name], np.float32("nan"))
 
+  @jax.jit
   def run(x, masks):
-    loss = lambda x: sum(
-      out.commitment for out in compositional.quantize_modalities(x, books(), spec, masks=masks)[0].values()
-    )
-    return jax.value_and_grad(loss)(x), compositional.quantize_modalities(x, books(), spec, masks=masks)[1]
+    def loss(x):
+      outputs, new = compositional.quantize_modalities(x, books(), spec, masks=masks)
+      return sum(out.commitment for out in outputs.values()), new
+
+    (value, new), gradients = jax.value_and_grad(loss, has_aux=True)(x)
+    return (value, gradients), new
 
   (value, gradients), new = run(x, masks)
   (other, spoilt_gradients), spoilt_new = run(spoilt, masks)
@@ -129,8 +139,8 @@ def test_masked_rows_touch_neither_state_nor_losses():
     assert np.all(gradients[name][~mask] == 0) and np.any(gradients[name][mask] != 0)
     np.testing.assert_allclose(spoilt_gradients[name][mask], gradients[name][mask], atol=1e-6)
   real = {"depth": x["depth"][masks["depth"]]}
-  alone = compositional.quantize_modalities(real, books(), SPEC)
-  with_mask = compositional.quantize_modalities({"depth": x["depth"]}, books(), SPEC, masks={"depth": masks["depth"]})
+  alone = quantised(real, books())
+  with_mask = quantised({"depth": x["depth"]}, books(), masks={"depth": masks["depth"]})
   np.testing.assert_allclose(alone[0]["depth"].commitment, with_mask[0]["depth"].commitment, rtol=1e-6)
   assert_close(alone[1], with_mask[1])
 
@@ -142,7 +152,7 @@ def test_similarities_reach_the_features_unless_detached():
     loss = lambda x: jnp.sum(
       compositional.quantize_modalities({"image": x}, books(), spec, update="none")[0]["image"].similarity_shared ** 2
     )
-    return jax.grad(loss)(x)
+    return jax.jit(jax.grad(loss))(x)
 
   assert np.any(gradient(SPEC)[:, 0] != 0) and np.all(gradient(SPEC)[:, 1:] == 0)
   assert np.all(gradient(dataclasses.replace(SPEC, detach_similarity=True)) == 0)
@@ -150,35 +160,37 @@ def test_similarities_reach_the_features_unless_detached():
 
 def test_contrast_of_all_tokens_is_that_of_the_segments():
   x, states = features(), books()
-  got = compositional.contrast_all_tokens(x, states, SPEC)
+  got = compiled(compositional.contrast_all_tokens, spec=SPEC)(x, states)
   for name in x:
     want = 0.0
     for part, book in zip(compositional.split_parts(x[name], 32, SPEC.specific_width(name)), SPEC.codebook_names(name)):
       if part.shape[-1]:
         rows = np.asarray(compositional.split_segments(part, 8)).reshape(-1, 8)
         rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-        want += losses.code_contrast(rows @ np.asarray(states[book].codes).T)
+        want += compiled(losses.code_contrast)(rows @ np.asarray(states[book].codes).T)
     np.testing.assert_allclose(got[name], want, rtol=1e-4)
   total = lambda spec: lambda x: sum(compositional.contrast_all_tokens(x, books(), spec).values())
-  assert np.all(np.any(jax.grad(total(SPEC))(x)["image"] != 0, axis=-1))
-  assert np.all(jax.grad(total(dataclasses.replace(SPEC, detach_similarity=True)))(x)["image"] == 0)
+  gradient = lambda spec: np.asarray(jax.jit(jax.grad(total(spec)))(x)["image"])
+  assert np.all(np.any(gradient(SPEC) != 0, axis=-1))
+  assert np.all(gradient(dataclasses.replace(SPEC, detach_similarity=True)) == 0)
 
 
 def test_kmeans_start_has_no_transient():
   spec = dataclasses.replace(SPEC, revive="random")
-  x, states = features(), compositional.new_codebooks(jax.random.key(0), SPEC, ["text", "image", "depth"])
-  started = compositional.init_codebooks(jax.random.key(1), x, states, spec)
+  new = compiled(compositional.new_codebooks, spec=SPEC, modalities=("text", "image", "depth"))
+  x, states = features(), new(jax.random.key(0))
+  started = compiled(compositional.init_codebooks, spec=spec)(jax.random.key(1), x, states)
   for state in started.values():
     assert bool(state.initialised) and float(state.ema_count.min()) >= 1
     np.testing.assert_allclose(np.linalg.norm(state.codes, axis=1), 1.0, atol=1e-5)
   assert not bool(states["shared"].initialised)
   for step in range(3):
-    outputs, started = compositional.quantize_modalities(x, started, spec, rng=jax.random.key(step))
+    outputs, started = quantised(x, started, spec, rng=jax.random.key(step))
     assert all(float(out.commitment) < 1.0 for out in outputs.values())
     assert all(float(np.linalg.norm(state.codes, axis=1).max()) < 1.5 for state in started.values())
   # The release's start, from counts of zero, inflates the codes that are not used.
   cold = dataclasses.replace(SPEC, revive_mode="codes_only")
-  codes = compositional.quantize_modalities({"text": x["text"][:1]}, states, cold)[1]["shared"].codes
+  codes = quantised({"text": x["text"][:1]}, states, cold)[1]["shared"].codes
   assert np.linalg.norm(codes, axis=1).max() > 1e2
 
 
@@ -187,9 +199,10 @@ def test_kmeans_start_can_sample_and_take_first_tokens_only():
   spoilt = {**x, "image": x["image"].copy(), "depth": x["depth"].copy()}
   for name in ("image", "depth"):
     spoilt[name][:, 1:] = np.nan
-  started = compositional.init_codebooks(jax.random.key(1), spoilt, states, SPEC, first_token=True)
-  assert all(np.all(np.isfinite(state.codes)) for state in started.values())
-  sampled = compositional.init_codebooks(jax.random.key(1), x, states, SPEC, max_segments=24)
+  start = compiled(compositional.init_codebooks, spec=SPEC, first_token=True)
+  started = start(jax.random.key(1), spoilt, states)
+  chex.assert_tree_all_finite({name: state.codes for name, state in started.items()})
+  sampled = compiled(compositional.init_codebooks, spec=SPEC, max_segments=24)(jax.random.key(1), x, states)
   assert sampled["shared"].ema_count.sum() < 24 + 12
 
 
@@ -222,9 +235,27 @@ def test_bad_input_is_named(x, options, message):
     compositional.quantize_modalities(x, books(), SPEC, **options)
 
 
+@pytest.mark.parametrize("name", ["shared", "image"])
+def test_a_codebook_of_another_width_is_named(name):
+  states, x = books(), {"image": features()["image"]}
+  states[name] = codebook.init_codebook(jax.random.key(0), 12, 4)
+  message = rf"codebook '{name}' has codes of shape \(12, 4\); segments of width 8 need \[k, 8\]"
+  for call in (
+    lambda: compositional.quantize_modalities(x, states, SPEC, update="none"),
+    lambda: compositional.quantize_modalities(x, states, SPEC),
+    lambda: compositional.contrast_all_tokens(x, states, SPEC),
+    lambda: compositional.init_codebooks(jax.random.key(1), x, states, SPEC),
+  ):
+    with pytest.raises(ValueError, match=message):
+      call()
+  del states[name]
+  with pytest.raises(ValueError, match=f"codebooks lack '{name}', which 'image' needs"):
+    compositional.contrast_all_tokens(x, states, SPEC)
+
+
 def test_similarities_of_the_first_rows_alone_change_nothing_else():
-  whole, after = compositional.quantize_modalities(features(), books(), SPEC)
-  some, again = compositional.quantize_modalities(features(), books(), SPEC, similarity_rows=2)
+  whole, after = quantised(features(), books())
+  some, again = quantised(features(), books(), similarity_rows=2)
   for name, out in whole.items():
     part = some[name]
     assert part.similarity_shared.shape[0] == 2

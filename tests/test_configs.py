@@ -4,11 +4,14 @@ import importlib
 import pathlib
 import re
 
+import jax
 import pytest
 
 from codebind_jax import command_line, schema
 from codebind_jax import config as config_lib
 from codebind_jax.data.worlds import registry
+from codebind_jax.methods.base import make_init
+from codebind_jax.train import optimizer_of
 from configs import common, compare, imagebind_huge, progressive, stage1, stage3, synthetic, worlds
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
@@ -142,6 +145,17 @@ def test_a_module_that_the_command_names_brings_its_own_options():
     config_lib.validate(command_line.read_file(FILE, {"model.towers.image.trunk": "best"}))
 
 
+def test_a_method_that_the_command_names_takes_none_of_the_stages_keys_that_it_does_not_heed():
+  argv = ["main", "--config.method=centrobind"]
+  config = command_line.read_file(FILE, command_line._chosen(argv))
+  assert not config.stages.bridges.losses and config.stages.bridges.code_rows == 0 and config.stages.bridges.mixup == 1
+  assert config_lib.validate(config).method == "centrobind"
+  with config.unlocked():
+    config.stages.bridges.code_rows = 4  # as the command may set it afterwards
+  with pytest.raises(ValueError, match="stages.bridges.code_rows: got 4, which method 'centrobind' does not heed"):
+    config_lib.validate(config)
+
+
 def test_options_given_in_a_file_stay_beside_the_defaults():
   config = command_line.read_file(str(FOLDER / "compare.py:runlocal"), {})
   assert config.compare.variants.dcid.options.codes == 64 and config.compare.variants.dcid.options.beta == 0.25
@@ -225,3 +239,19 @@ def test_keys_that_do_not_go_together_are_named(path, value, message):
   config = changed(stage1.get_config("runlocal"), **{path.replace(".", "__"): value})
   with pytest.raises(ValueError, match=message):
     config_lib.validate(config)
+
+
+@pytest.mark.parametrize("get_config", [stage1.get_config, synthetic.get_config, progressive.get_config])
+def test_weight_decay_is_for_kernels_alone(get_config):
+  read = config_lib.read(get_config())
+  shapes = {name: (1, 384 + tower.meaning_dim) for name, tower in read.model.towers.items()}
+  method = config_lib.method_of(read)
+  init = make_init(method, shapes)
+  params = jax.eval_shape(lambda rng: init(rng)[0], jax.random.key(0))
+  for stage in read.ordered:
+    _, table = optimizer_of(read, method, stage, params)
+    trained = {path: kind for path, kind in table.items() if kind != "frozen"}
+    decayed = {path for path, kind in trained.items() if not kind.endswith("wd*0")}
+    assert decayed == {path for path in trained if path.endswith("kernel")}, stage.name
+    if stage.name == "bridges" and get_config is not synthetic.get_config:  # words never trained on keep their place
+      assert {kind.split()[0] for path, kind in trained.items() if path.startswith("text/")} == {"lr*0.1"}

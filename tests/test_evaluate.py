@@ -107,6 +107,25 @@ def test_eval_needs_a_checkpoint_and_a_manifest(trained, tmp_path):
     evaluate(config_of(trained, init_from=str(tmp_path)), tmp_path / "out")
 
 
+def test_the_command_s_own_settings_decide_and_not_the_run_s(trained, tmp_path, monkeypatch):
+  def loaded(path):
+    model = load(path)
+    data = dataclasses.replace(model.config.data, templates_of={"squares": ("the run's {}",)})
+    model.config = dataclasses.replace(model.config, test=False, data=data, emergent=(("image", "text"),))
+    return model
+
+  monkeypatch.setattr("codebind_jax.evaluate.load", loaded)
+  found = evaluate(config_of(trained, task="retrieval"), tmp_path)
+  assert {name.split("/")[1] for name in found} == {"squares_val", "squares_test"}
+  asked, texts = [], Featurizer.texts
+  monkeypatch.setattr(Featurizer, "texts", lambda self, strings: asked.extend(strings) or texts(self, strings))
+  evaluate(config_of(trained, **{"data.eval_templates": ("the command's {}",)}), tmp_path)
+  assert {f"the command's {colour}" for colour in COLOURS} <= {*asked}
+  assert not any(text.startswith("the run's") for text in asked)
+  with pytest.raises(ValueError, match="data.eval_templates.*got 'no place for a name'; allowed: a text with one"):
+    evaluate(config_of(trained, **{"data.eval_templates": ("no place for a name",)}), tmp_path)
+
+
 def test_fields_of_one_pair_of_modalities_have_names_of_their_own():
   pairs = (("tactile", "image", "id"), ("tactile", "image", "texture"), ("image", "text", "label"))
   test = EvalSet("materials_test", "materials", "test", None, (), pairs=pairs)

@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from codebind_jax.config import read
+from codebind_jax.data.batches import FeatureTable
+from codebind_jax.initialise import copy_heads, whiten_heads
 from codebind_jax.models.towers import Head, whitened
+from codebind_jax.runtime.sharding import MeshShape, Sharding, make_layout
+from configs import common
 
 
 def crowded_tokens(width=12):
@@ -34,3 +39,34 @@ def test_shrinking_holds_back_directions_that_hardly_occur():
   params = Head(12).init(jax.random.key(0), jnp.zeros((1, 1, 12)))["params"]
   gain = lambda shrink: np.linalg.norm(whitened(params, crowded_tokens(), 0.5, shrink)["proj"]["kernel"], 2)
   assert gain(0.1) < 0.5 * gain(0.001)
+
+
+def towers_of(**towers):
+  config = common.get_config()
+  for name, options in towers.items():
+    config.model.towers[name] = common.tower("vectors", **options)
+  return read(config).model.towers
+
+
+def test_a_run_whitens_by_the_clean_view_of_the_heads_that_ask_for_it():
+  head, tokens = Head(12), crowded_tokens()
+  params = {m: {"shared": head.init(jax.random.key(0), tokens[:, None])["params"]} for m in ("image", "text")}
+  towers = towers_of(image={"whiten": 0.3, "views": 2}, text={})
+  clean = np.asarray(tokens, np.float16)
+  table = FeatureTable(np.stack([clean, clean[:, ::-1]], axis=1)[:, :, None], [(i,) for i in range(len(clean))])
+  layout = make_layout(MeshShape(), Sharding())
+  found = whiten_heads(params, towers, {"image": table, "text": table}, layout)
+  expected = whitened(params["image"]["shared"], clean.astype(np.float32), 0.3)
+  jax.tree.map(np.testing.assert_array_equal, found["image"]["shared"], expected)
+  assert found["text"] is params["text"]
+
+
+def test_heads_are_copied_when_a_modality_begins_and_not_again():
+  params = {name: {"shared": jnp.full((2, 2), value)} for name, value in (("image", 1.0), ("video", 2.0))}
+  towers = towers_of(image={}, video={"starts_from": "image"})
+  assert copy_heads(params, towers, {"image", "video"})["video"]["shared"].tolist() == [[1, 1], [1, 1]]
+  later = copy_heads(params, towers, ())
+  assert later["video"]["shared"].tolist() == [[2, 2], [2, 2]] and later["image"]["shared"].tolist() == [[1, 1], [1, 1]]
+  params["video"] = {"shared": jnp.ones((3, 2))}
+  with pytest.raises(ValueError, match="towers.video.starts_from: heads of 'image' have shapes"):
+    copy_heads(params, towers, {"video"})

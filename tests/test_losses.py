@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from codebind_jax import losses
 from codebind_jax.codebook.segments import similarity
 from codebind_jax.losses.code_contrast import extreme_bounds, selected
-from tests.arrays import normal
+from tests.arrays import compiled, normal
 
 hypothesis.settings.register_profile("few", max_examples=12, deadline=None, derandomize=True, database=None)
 few = hypothesis.settings.get_profile("few")
@@ -48,7 +49,7 @@ def code_contrast_by_definition(x, top=None):
 def test_info_nce_is_the_definition_in_chunks_too(seed, size):
   rows, chunk = size
   a, b = normal(seed, rows, 8), normal(seed + 1, rows, 8)
-  got = losses.info_nce(a, b, temperature=0.1, chunk=chunk)
+  got = compiled(losses.info_nce, temperature=0.1, chunk=chunk)(a, b)
   np.testing.assert_allclose(got, info_nce_by_definition(a, b, 0.1), rtol=2e-5)
 
 
@@ -63,9 +64,8 @@ def test_chunked_info_nce_has_the_same_value_and_gradients(rows, chunk):
 
   take = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)), static_argnums=4)
   value, grads = take(a, b, 0.3, 1.5, chunk)
-  close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-6)
-  jax.tree.map(close, (value, grads), take(a, b, 0.3, 1.5, 0))
-  np.testing.assert_allclose(value, losses.info_nce(a[mask], b[mask], temperature=0.1), rtol=1e-5)
+  chex.assert_trees_all_close((value, grads), take(a, b, 0.3, 1.5, 0), rtol=1e-4, atol=2e-6)
+  np.testing.assert_allclose(value, compiled(losses.info_nce, temperature=0.1)(a[mask], b[mask]), rtol=1e-5)
   assert np.all(grads[0][~mask] == 0) and np.all(grads[1][~mask] == 0)
 
 
@@ -84,14 +84,15 @@ def test_chunks_make_memory_linear():
 @hypothesis.given(seeds, st.sampled_from([4, 9, 10, 37, 256]), st.sampled_from([1.0, 1e-3, 1e4]))
 def test_code_contrast_is_the_definition_by_sorting(seed, k, scale):
   x = normal(seed, 12, k) * np.float32(scale)
-  np.testing.assert_allclose(losses.code_contrast(x), code_contrast_by_definition(x), rtol=2e-5, atol=1e-6)
+  found = compiled(losses.code_contrast)(x)
+  np.testing.assert_allclose(found, code_contrast_by_definition(x), rtol=2e-5, atol=1e-6)
 
 
 def test_code_contrast_with_ties_and_without_a_sort():
   x = np.round(normal(0, 50, 60) * 2) / 2
-  np.testing.assert_allclose(losses.code_contrast(x), code_contrast_by_definition(x), rtol=1e-5)
+  np.testing.assert_allclose(compiled(losses.code_contrast)(x), code_contrast_by_definition(x), rtol=1e-5)
   constant = np.full((3, 60), 0.25, np.float32)
-  np.testing.assert_allclose(losses.code_contrast(constant), np.log(31), rtol=1e-5)
+  np.testing.assert_allclose(compiled(losses.code_contrast)(constant), np.log(31), rtol=1e-5)
   for double in (False, True):
     loss = functools.partial(losses.code_contrast, double_softmax=double)
     text = jax.jit(jax.grad(loss)).lower(x).as_text()
@@ -111,14 +112,17 @@ def test_contrast_of_all_segments_in_blocks(distance, double):
     return losses.code_contrast(x, double_softmax=double, mask=jnp.tile(weights > 0, 3))
 
   a, b = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(z, codes) for f in (blocks, whole))
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-6), a, b)
+  chex.assert_trees_all_close(a, b, rtol=2e-4, atol=2e-6)
   assert np.all(a[1][0][:, :, np.asarray(weights) == 0] == 0)
 
 
+BOUNDS = jax.jit(extreme_bounds, static_argnums=(1, 2))
+
+
 def check_bounds(x, above, below):
-  top, low = extreme_bounds(jnp.asarray(x), above, below)
+  top, low = BOUNDS(jnp.asarray(x), above, below)
   for rows, bound, count in ((x, top, above), (-x, low, below)):
-    weights, rows = np.asarray(selected(jnp.asarray(rows), bound), np.float64), rows.astype(np.float64)
+    weights, rows = np.asarray(compiled(selected)(rows, bound), np.float64), rows.astype(np.float64)
     np.testing.assert_allclose(weights.sum(axis=1), count, rtol=1e-5)
     np.testing.assert_allclose((weights * rows).sum(axis=1), np.sort(rows, axis=1)[:, -count:].sum(axis=1), atol=1e-4)
 
@@ -139,17 +143,18 @@ def test_code_matching_by_definition():
   p, q = np.exp(log_softmax(a, 2)), np.exp(log_softmax(b, 2))
   score = np.einsum("isk,jsk->sij", p, np.log(q + 1e-10)) + np.einsum("isk,jsk->sij", np.log(p + 1e-10), q)
   want = -np.mean(np.diagonal(log_softmax(score, 2), axis1=1, axis2=2))
-  np.testing.assert_allclose(losses.code_matching(a, b), want, rtol=1e-5)
-  np.testing.assert_allclose(losses.code_matching(a / 4, b / 4), losses.code_matching(a, b, temperature=4.0), rtol=1e-5)
+  matching, warm = compiled(losses.code_matching), compiled(losses.code_matching, temperature=4.0)
+  np.testing.assert_allclose(matching(a, b), want, rtol=1e-5)
+  np.testing.assert_allclose(matching(a / 4, b / 4), warm(a, b), rtol=1e-5)
 
 
 def test_uniformity_by_definition():
   codes = normal(0, 9, 4)
   unit = codes / np.linalg.norm(codes, axis=1, keepdims=True)
   pairs = [np.exp(-np.sum((unit[i] - unit[j]) ** 2)) for i in range(9) for j in range(i)]
-  np.testing.assert_allclose(losses.code_uniform(codes), np.log(np.mean(pairs)), rtol=1e-5)
-  np.testing.assert_allclose(losses.specific_uniform(unit), np.log(np.mean(pairs)), rtol=1e-5)
-  assert losses.specific_uniform(unit[:1]) == 0
+  np.testing.assert_allclose(compiled(losses.code_uniform)(codes), np.log(np.mean(pairs)), rtol=1e-5)
+  np.testing.assert_allclose(compiled(losses.specific_uniform)(unit), np.log(np.mean(pairs)), rtol=1e-5)
+  assert compiled(losses.specific_uniform)(unit[:1]) == 0
 
 
 def test_commitment_and_decomposition_by_hand():
@@ -161,7 +166,7 @@ def test_commitment_and_decomposition_by_hand():
   specific = np.zeros((2, 2, 3), np.float32)
   shared[0, 0, 0] = shared[0, 1, 0] = specific[0, 0, 0] = 2.0
   specific[1, :, 1] = 1.0
-  np.testing.assert_allclose(losses.decomposition(shared, specific), np.sqrt(16 + 16) / 2, rtol=1e-6)
+  np.testing.assert_allclose(compiled(losses.decomposition)(shared, specific), np.sqrt(16 + 16) / 2, rtol=1e-6)
 
 
 def test_decomposition_of_parts_of_different_widths_compares_segments():
@@ -171,10 +176,11 @@ def test_decomposition_of_parts_of_different_widths_compares_segments():
     cosines = [[p @ q / np.linalg.norm(p) / np.linalg.norm(q) for p in t.reshape(4, 2) for q in u.reshape(2, 2)]
                for t in a for u in b]
     total += np.sqrt(np.square(cosines).mean(1).sum()) / 3
-  np.testing.assert_allclose(losses.decomposition(shared, specific, segment=2), total, rtol=1e-5)
+  np.testing.assert_allclose(compiled(losses.decomposition, segment=2)(shared, specific), total, rtol=1e-5)
   one = specific / np.linalg.norm(specific, axis=2, keepdims=True)
   two = shared[..., :4] / np.linalg.norm(shared[..., :4], axis=2, keepdims=True)
-  np.testing.assert_allclose(losses.decomposition(one, two, segment=4), losses.decomposition(one, two), rtol=1e-5)
+  of_segments, whole = compiled(losses.decomposition, segment=4), compiled(losses.decomposition)
+  np.testing.assert_allclose(of_segments(one, two), whole(one, two), rtol=1e-5)
 
 
 masked = {
@@ -192,7 +198,7 @@ def test_masked_rows_have_no_effect(name):
   mask = np.array([1, 1, 0, 1, 0, 1, 1, 0], bool)
   loss = jax.jit(jax.value_and_grad(masked[name], argnums=(0, 1)))
   value, grads = loss(x, y, mask)
-  np.testing.assert_allclose(value, masked[name](x[mask], y[mask], None), rtol=1e-5)
+  np.testing.assert_allclose(value, compiled(masked[name])(x[mask], y[mask], None), rtol=1e-5)
   other, other_grads = loss(np.where(mask[:, None, None], x, 1e3), np.where(mask[:, None, None], y, -1e3), mask)
   np.testing.assert_allclose(value, other, rtol=1e-6)
   for gradient, again in zip(grads, other_grads):
@@ -219,21 +225,26 @@ edges = {
 }
 
 
+@functools.cache
+def with_gradients(name):
+  """Jitted (x, y) -> (loss, gradients of x and y)."""
+  return jax.jit(jax.value_and_grad(of_features[name], argnums=(0, 1)))
+
+
 @pytest.mark.parametrize("edge", sorted(edges))
 @pytest.mark.parametrize("name", sorted(of_features))
 def test_values_and_gradients_are_finite_at_the_edges(name, edge):
   x = jnp.asarray(edges[edge])
   for y in (x, jnp.asarray(normal(5, 6, 4, 12))):
-    value, grads = jax.value_and_grad(of_features[name], argnums=(0, 1))(x, y)
-    assert np.isfinite(value) and all(np.all(np.isfinite(g)) for g in grads)
+    chex.assert_tree_all_finite(with_gradients(name)(x, y))
 
 
 @pytest.mark.parametrize("name", sorted(of_features))
 def test_bfloat16_features_are_computed_in_float32(name):
   x, y = (jnp.asarray(normal(seed, 6, 4, 12), jnp.bfloat16) for seed in (0, 1))
-  value, grads = jax.value_and_grad(of_features[name], argnums=(0, 1))(x, y)
+  value, grads = with_gradients(name)(x, y)
   assert value.dtype == jnp.float32 and grads[0].dtype == jnp.bfloat16
-  np.testing.assert_array_equal(value, of_features[name](x.astype(jnp.float32), y.astype(jnp.float32)))
+  np.testing.assert_array_equal(value, with_gradients(name)(x.astype(jnp.float32), y.astype(jnp.float32))[0])
 
 
 @pytest.mark.parametrize(
@@ -256,18 +267,19 @@ def test_bad_input_is_named(call, message):
 
 def test_balancer_gives_a_late_term_its_weight_at_once_and_bounds_it():
   state = losses.balance_init(["info_nce", "commitment", "decomposition"])
-  state = losses.balance_update(state, {"info_nce": 2.0, "commitment": 0.0})
+  update = jax.jit(losses.balance_update)
+  state = update(state, {"info_nce": 2.0, "commitment": 0.0})
   assert state.weight["commitment"] == 1e4 and state.weight["decomposition"] == 1.0
-  state = losses.balance_update(state, {"info_nce": 5.0, "decomposition": -0.5})
+  state = update(state, {"info_nce": 5.0, "decomposition": -0.5})
   np.testing.assert_allclose(state.weight["decomposition"], 0.1 * 2.0 / 0.5, rtol=1e-5)
   structure = jax.tree.structure(state)
-  assert jax.tree.structure(jax.jit(losses.balance_update)(state, {"info_nce": jnp.ones(())})) == structure
+  assert jax.tree.structure(update(state, {"info_nce": jnp.ones(())})) == structure
 
 
 def test_balancer_weights_carry_no_gradient():
   state = losses.balance_init(["info_nce", "decomposition"])
   weigh = lambda x: losses.balance_update(state, {"info_nce": x, "decomposition": 2 * x}).weight["decomposition"]
-  assert jax.grad(weigh)(1.5) == 0
+  assert jax.jit(jax.grad(weigh))(1.5) == 0
 
 
 def test_decorrelation_is_the_mean_square_of_the_correlations_by_hand():
@@ -275,12 +287,13 @@ def test_decorrelation_is_the_mean_square_of_the_correlations_by_hand():
   shared, specific = rng.normal(size=(40, 3)), rng.normal(size=(40, 5))
   specific[:, 0] = 7 * shared[:, 1] - 2  # scale and shift do not matter
   mask = np.arange(40) < 30
-  found = losses.decorrelation(shared.astype(np.float32), specific.astype(np.float32), mask=mask)
+  decorrelation = compiled(losses.decorrelation)
+  found = decorrelation(shared.astype(np.float32), specific.astype(np.float32), mask=mask)
   both = np.corrcoef(np.concatenate([shared, specific], axis=1)[:30].T)[:3, 3:]
   assert abs(both[1, 0]) > 0.999
   np.testing.assert_allclose(found, (both**2).sum() / np.sqrt(15), rtol=1e-4)
   shared[~mask], specific[~mask] = np.nan, 1e30
-  np.testing.assert_allclose(losses.decorrelation(shared.astype(np.float32), specific, mask=mask), found, rtol=1e-5)
-  value, slope = jax.value_and_grad(losses.decorrelation)(np.ones((30, 3), "f"), specific[:30].astype(np.float32))
+  np.testing.assert_allclose(decorrelation(shared.astype(np.float32), specific, mask=mask), found, rtol=1e-5)
+  value, slope = jax.jit(jax.value_and_grad(losses.decorrelation))(np.ones((30, 3), "f"), specific[:30].astype("f"))
   assert value == 0 and np.isfinite(slope).all()
-  assert losses.decorrelation(np.ones((4, 2), "f"), np.ones((4, 2), "f"), mask=np.zeros(4, bool)) == 0
+  assert decorrelation(np.ones((4, 2), "f"), np.ones((4, 2), "f"), mask=np.zeros(4, bool)) == 0

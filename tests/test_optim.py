@@ -40,13 +40,27 @@ def test_frozen_gradients_do_not_count_in_the_clipping():
 def test_unmatched_parameter_and_empty_stage_are_errors():
   with pytest.raises(ValueError, match=r"parameter 'b/kernel' matches none of \['a/.*'\]"):
     optim.match_rules(PARAMS, [("a/.*", 1)])
-  with pytest.raises(ValueError, match="no parameter matches any of"):
-    optim.make_optimizer(PARAMS, ("c/.*",), SETTINGS, steps=10)
+  with pytest.raises(ValueError, match=r"parameter 'a/bias' matches none of \['a'"):  # a pattern is of the whole path
+    optim.match_rules(PARAMS, [("a", 1), ("b/.*", 1)])
+  for pattern in ("c/.*", "a"):
+    with pytest.raises(ValueError, match="no parameter matches any of"):
+      optim.make_optimizer(PARAMS, (pattern,), SETTINGS, steps=10)
+
+
+def test_two_steps_are_those_of_adam_by_hand():
+  tx, _ = optim.make_optimizer(PARAMS, (r"a/bias",), SETTINGS, steps=10)
+  state, gradients = tx.init(PARAMS), (1.0, -3.0)
+  for gradient in gradients:
+    updates, state = tx.update(optax.tree.full_like(PARAMS, gradient), state, PARAMS)
+  mean = (0.9 * 0.1 * gradients[0] + 0.1 * gradients[1]) / (1 - 0.9**2)
+  square = (0.95 * 0.05 * gradients[0] ** 2 + 0.05 * gradients[1] ** 2) / (1 - 0.95**2)
+  rate = optim.make_schedule(0.1, steps=10, warmup=0, final_ratio=0.02)(1)
+  np.testing.assert_allclose(updates["a"]["bias"], -rate * mean / np.sqrt(square), rtol=1e-4)
 
 
 def test_schedule_warms_up_and_ends_at_the_ratio():
-  schedule = optim.make_schedule(1.0, steps=100, warmup=10, final_ratio=0.02)
-  np.testing.assert_allclose([schedule(0), schedule(5), schedule(10), schedule(100)], [0.0, 0.5, 1.0, 0.02], atol=1e-6)
+  schedule = optim.make_schedule(0.5, steps=100, warmup=10, final_ratio=0.02)
+  np.testing.assert_allclose([schedule(0), schedule(5), schedule(10), schedule(100)], [0.0, 0.25, 0.5, 0.01], atol=1e-6)
 
 
 def test_mesh_fills_and_refuses():

@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression
 
 from codebind_jax import config as config_lib
 from codebind_jax import losses, schema
+from codebind_jax.api import load
 from codebind_jax.compositional import new_codebooks, quantize_modalities
 from codebind_jax.data import synthetic
 from codebind_jax.data.opening import open_source
@@ -195,6 +196,7 @@ def test_stopping_anywhere_and_going_on_is_exact(run, tmp_path, keep):
   for step in (tmp_path / "run" / "checkpoints").iterdir():
     if step.name.isdigit() and int(step.name) > keep:
       shutil.rmtree(step)
+  assert load(tmp_path / "run").modalities == (("image", "text") if keep == 2 else ("depth", "image", "text"))
   assert train_and_evaluate(config, tmp_path / "run") == final
   expected, found = arrays_of(folder / "run"), arrays_of(tmp_path / "run")
   assert found.keys() == expected.keys()

@@ -34,6 +34,13 @@ def test_run_writes_what_it_promises(whole_run):
     assert name in final, sorted(final)
   assert (workdir / "report.html").stat().st_size > 1000
   assert list((workdir / "tensorboard").glob("events*"))
+  store = Checkpoints(workdir)
+  assert sorted(path.name for path in store.path.iterdir()) == ["4", "6"], "as many as keep_checkpoints"
+  assert store.read_meta()["position"]["step"] == 6 and int(store.read_arrays(("step",))["step"]) == 6
+  store.close()
+  while_training = [name for name in lines[3] if name.startswith("eval/")]
+  assert "eval/squares_val/zeroshot/image/top1" in while_training
+  assert not any("squares_test" in name or "/low" in name for name in while_training), while_training
 
 
 def test_training_moves_heads_and_codebooks_but_only_what_the_stage_trains(data, tmp_path):
@@ -188,6 +195,12 @@ def test_load_and_embed(data, whole_run):
   alone = model.embed({"image": files[1:]})["image"]
   np.testing.assert_allclose(alone.shared[0], out["image"].shared[1], atol=1e-5)
   assert [label for label, _ in model.classify(files[:1], ["red", "blue"])[0]] in (["red", "blue"], ["blue", "red"])
+  fingerprint = model.fingerprint(["image", "text"])
+  shared = model.codebooks["shared"]
+  model.codebooks = model.codebooks | {"shared": shared.replace(codes=shared.codes + 1)}
+  assert model.fingerprint(["image", "text"]) != fingerprint == codebind_jax.load(whole_run[0]).fingerprint(
+    ["image", "text"]
+  )
   with pytest.raises(ValueError, match=r"'audio' is not in this model; it has \['image', 'text'\]"):
     model.embed({"audio": ["x.wav"]})
   with pytest.raises(ValueError, match=r"image\[1\]"):
@@ -253,8 +266,10 @@ def test_a_whitened_start_needs_a_linear_head(data, tmp_path):
 def test_a_run_starts_from_whitened_heads_and_its_baseline_from_the_same_without_codebooks(data, tmp_path):
   runs = {}
   for whiten in (0.0, 0.3):
-    frozen_text = {"model.towers.text.whiten": whiten, "stages.bridges.train": ("image/.*",)}
-    train_and_evaluate(tiny_config(*data, steps=1, baseline=bool(whiten), **frozen_text), tmp_path / str(whiten))
+    config = tiny_config(*data, steps=2, baseline=bool(whiten), test=False, **{
+      "model.towers.text.whiten": whiten, "stages.bridges.train": ("image/.*",), "model.towers.image.dropout": 0.1,
+    })  # fmt: skip
+    final = train_and_evaluate(config, tmp_path / str(whiten))
     runs[whiten] = arrays_of(tmp_path / str(whiten))
   path = "params/text/shared/norm/bias"
   assert (runs[0.0][path] == 0).all() and (runs[0.3][path] != 0).any()
@@ -262,6 +277,23 @@ def test_a_run_starts_from_whitened_heads_and_its_baseline_from_the_same_without
   np.testing.assert_array_equal(runs[0.3][path], baseline[path])
   assert any(path.startswith("codebooks") for path in runs[0.3])
   assert not any(path.startswith("codebooks") for path in baseline)
+  # Same rows, dropout and mixup: before anything has moved (the first rate of the warm-up is 0) the losses are equal.
+  own, plain = (lines_of(folder) for folder in (tmp_path / "0.3", tmp_path / "0.3" / "baseline"))
+  assert config.stages.bridges.mixup and own[0]["train/info_nce_plain"] != own[1]["train/info_nce_plain"]
+  for step in (0, 1):
+    np.testing.assert_allclose(plain[step]["train/info_nce"], own[step]["train/info_nce_plain"], rtol=1e-5)
+  assert {name for name in plain[0] if name.startswith("train/")} == {
+    "train/info_nce", "train/total", "train/gradient_norm"
+  }
+  configs = [json.loads((tmp_path / "0.3" / name).read_text()) for name in ("config.json", "baseline/config.json")]
+  changed = {line.split(":")[0] for line in schema.difference(*configs)}
+  kept = {"commitment", "code_contrast", "code_uniform", "code_matching", "decomposition", "specific_uniform"}
+  losses = {f"stages.bridges.losses.{name}" for name in (*kept, "info_nce", "info_nce_plain")}
+  assert changed == {"baseline", "model.quantize", *losses}
+  # `config.test` off: neither of them reads the test set.
+  assert "eval/squares_val/zeroshot/image/top1" in final and "baseline/eval/squares_val/zeroshot/image/top1" in final
+  assert not any("squares_test" in name for name in final)
+  assert not any("squares_test" in name for line in (*own, *plain) for name in line)
 
 
 def test_a_collapse_is_in_the_log(data, tmp_path, caplog):

@@ -90,6 +90,22 @@ def init_codebook(rng: jax.Array, num_codes: int, dim: int) -> CodebookState:
   )
 
 
+def check_codes(state: CodebookState, width: int, name: str = "") -> None:
+  """Raises ValueError unless a codebook has codes, and sums of segments, of one width.
+
+  Args:
+    state: the codebook.
+    width: of the segments that it is to quantise.
+    name: of the codebook, for the message.
+  """
+  shape, sums = state.codes.shape, state.ema_sum.shape
+  book = f"codebook {name!r}" if name else "the codebook"
+  if len(shape) != 2 or shape[1] != width:
+    raise ValueError(f"{book} has codes of shape {shape}; segments of width {width} need [k, {width}]")
+  if sums != shape:
+    raise ValueError(f"{book} has codes of shape {shape}, but ema_sum of shape {sums}; they must be equal")
+
+
 def quantize(
   z: Float[Array | np.ndarray, "*lead d"],
   codes: Float[Array | np.ndarray, "k _d"],
@@ -164,10 +180,9 @@ def update(
     The new state. If all weights are 0 it is the old one.
 
   Raises:
-    ValueError: for an unknown `revive`, `revive_mode` or `distance`, or a width that differs.
+    ValueError: for an unknown `revive`, `revive_mode` or `distance`, or a codebook of another width than z's.
   """
-  if z.shape[-1] != state.codes.shape[-1]:
-    raise ValueError(f"z must have the codebook's width {state.codes.shape[-1]}, got {z.shape}")
+  check_codes(state, z.shape[-1])
   weights = None if weights is None else jnp.asarray(weights, jnp.float32)
   part = Segments(jnp.asarray(z, jnp.float32).T[None], jnp.asarray(indices)[None], weights)
   counts, sums = statistics([part], state.codes.shape[0])

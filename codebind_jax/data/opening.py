@@ -23,16 +23,23 @@ def open_source(
   Args:
     files: path of a JSONL manifest, or `world:NAME` for a packaged world, which is built if it is not there.
     split: train, val or test; "" takes all records of a manifest.
-    profile: of a world.
-    data_dir: where worlds are; see `fetch.data_dir` for the default.
-    max_bad_records: bad records of a manifest that are left out before it is an error.
+    profile: of a world; a manifest has none.
+    data_dir: where worlds are, see `fetch.data_dir` for the default; a manifest has its own place.
+    max_bad_records: bad records of a manifest that are left out before it is an error; a world has none.
 
   Raises:
-    ValueError: for an unknown world, profile or split, a world without `split`, or a bad manifest; see `read_manifest`.
+    ValueError: for an unknown world, profile or split, a world without `split`, an argument that a source of this kind
+      has not, or a bad manifest; see `read_manifest`.
   """
   kind, _, world = str(files).partition(":")
   if kind != "world":
+    if profile != "auto":
+      raise ValueError(f"{files}: got profile {profile!r}; allowed for a manifest: 'auto', only worlds have profiles")
+    if data_dir is not None:
+      raise ValueError(f"{files}: got data_dir {str(data_dir)!r}; allowed for a manifest: None, only worlds are built")
     return read_manifest(Path(files), split=split, max_bad_records=max_bad_records)
+  if max_bad_records:
+    raise ValueError(f"{files}: got max_bad_records {max_bad_records!r}; allowed for a world: 0, it has none")
   if not split:
     raise ValueError(f"{files}: needs a split, such as 'train'")
   module = registry.world_module(world)

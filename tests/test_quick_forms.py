@@ -1,0 +1,122 @@
+"""The quick form of every shipped config starts: two steps of it, shrunk, on drawn worlds of the same modalities."""
+
+import pathlib
+
+import pytest
+
+from codebind_jax.compare.run import compare
+from codebind_jax.embedding.job import embed
+from codebind_jax.evaluate import evaluate
+from codebind_jax.train import train_and_evaluate
+from configs import common, progressive, stage1, stage2, stage3, stage4, stage5, synthetic
+from configs import compare as compare_config
+from configs import embed as embed_config
+from configs import eval as eval_config
+from tests.train_fixtures import lines_of
+
+WORLDS = {
+  "icons": "synthetic-image-text", "household": "synthetic-image-depth-thermal-points-text",
+  "materials": "synthetic-image-tactile-text", "menagerie": "synthetic-audio-text", "evoked": "synthetic-eeg-text",
+}  # fmt: skip
+ROWS = 8
+
+
+def drawn(name):
+  """The drawn world in a packaged one's place; "menagerie_val_notes" has its set of the same role."""
+  world, _, of_set = name.partition("_")
+  return "_".join((WORLDS.get(world, world), *of_set.split("_")[:1])) if of_set else WORLDS.get(world, world)
+
+
+def shrunk(config, folder):
+  """Two steps a stage on few rows of narrow towers; which stages, pairs, losses and methods there are stays."""
+  config = config.unlock()
+  config.update_from_flattened_dict({
+    "steps": 2, "batch_size": ROWS, "log_steps": 1, "eval_steps": 1000, "checkpoint_steps": 1000, "baseline": False,
+    "tasks": ("zeroshot",), "model.shared_dim": 16, "model.decoder": {"width": 8, "depth": 1, "heads": 1},
+    "codebook.shared_codes": 16, "data.profile": "tiny", "data.root": str(folder / "data"),
+  })  # fmt: skip
+  for modality, tower in config.model.towers.items():
+    trunk = "hashed_words" if modality == "text" else "vectors"
+    options = {"width": 16} if modality == "text" else {"width": 64, "modality": modality}
+    kept = {key: tower[key] for key in ("whiten", "starts_from")}
+    config.model.towers[modality] = common.tower(trunk, options=options, specific_dim=16 * (modality != "text"), **kept)
+  for modality in config.codebook.codes:
+    config.codebook.codes[modality] = 8
+  config.data.worlds = tuple(map(drawn, config.data.worlds))
+  config.data.templates_of = {drawn(name): templates for name, templates in config.data.templates_of.items()}
+  for stage in config.stages.values():
+    stage.steps = 2
+    stage.sources = {drawn(name): ROWS for name in stage.sources}
+  return config.lock()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """Trains the quick form of a stage's config from the run of the stage before, once: run(1) is the first's folder."""
+  folder, stages = tmp_path_factory.mktemp("stages"), (stage1, stage2, stage3, stage4, stage5)
+
+  def run(number):
+    workdir = folder / f"stage{number}"
+    if not workdir.exists():
+      config = shrunk(stages[number - 1].get_config("runlocal"), folder).unlock()
+      config.init_from = str(run(number - 1)) if number > 1 else ""
+      train_and_evaluate(config.lock(), workdir)
+    return workdir
+
+  return run
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
+def test_a_stage_of_its_own(run, number):
+  lines = lines_of(run(number))
+  assert [line["step"] for line in lines if "train/total" in line] == [1, 2]
+  assert any("/zeroshot/" in name for name in lines[-1])
+
+
+@pytest.mark.parametrize("module", [progressive, synthetic], ids=["progressive", "synthetic"])
+def test_stages_in_one_run(module, tmp_path):
+  final = train_and_evaluate(shrunk(module.get_config("runlocal"), tmp_path), tmp_path / "run")
+  lines = lines_of(tmp_path / "run")
+  trained = [line["stage"] for line in lines if "train/total" in line]
+  assert trained == [stage for stage in ("bridges", "household", "materials", "menagerie", "evoked") for _ in range(2)]
+  assert any(name.startswith("retention/") for name in final)
+  assert any("/emergent/audio_to_depth/" in name for name in final)
+  assert (tmp_path / "run" / "report.html").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+  ("form", "variant"),
+  [("runlocal", "info_nce"), ("equal,runlocal", "centrobind"), ("real,runlocal", "fcid"),
+   ("generalise,runlocal", "dcid"), ("ablations,runlocal", "codebind_no_codes")],
+)  # fmt: skip
+def test_a_comparison(form, variant, tmp_path):
+  """One variant of each; test_compare.py has the tuning of rates, and test_methods.py the methods."""
+  config = shrunk(compare_config.get_config(form), tmp_path).unlock()
+  config.compare.variants = {variant: config.compare.variants[variant]}
+  if "classes" in config.compare.world:
+    config.compare.world.rows = 64
+  for transfer in config.compare.get("transfers", {}).values():
+    sets = {role: tuple(dict.fromkeys(map(drawn, transfer[role]))) for role in ("val", "test")}
+    transfer.update({"worlds": tuple(map(drawn, transfer.worlds))} | sets)
+  found = compare(config.lock(), tmp_path / "run")["results"][variant]["runs"]
+  assert len(found) == 1 and any(name.startswith("eval/test/") for name in found[0])
+  assert (tmp_path / "run" / "comparison.md").stat().st_size > 100
+
+
+def test_evaluation_and_embedding(trained, tmp_path):
+  manifest, root, workdir = trained
+  given = {"init_from": str(workdir), "data.manifest": str(manifest)}
+  config = eval_config.get_config().unlock()
+  config.update_from_flattened_dict(given | {"data.root": str(root)})
+  assert "eval/squares_test/zeroshot/image/top1" in evaluate(config.lock(), tmp_path / "eval")
+  config = embed_config.get_config().unlock()
+  config.update_from_flattened_dict(given)
+  assert embed(config.lock(), tmp_path / "embed")["rows"] == 40
+
+
+def test_every_config_with_a_mode_that_runs_here_is_above():
+  """`imagebind_huge` is for mode compile: tests/test_aot.py."""
+  folder, parts = pathlib.Path(common.__file__).parent, ("__init__", "common", "compare_worlds", "worlds")
+  names = {path.stem for path in folder.glob("*.py")} - {*parts, "imagebind_huge"}
+  modules = (stage1, stage2, stage3, stage4, stage5, progressive, synthetic, compare_config, eval_config, embed_config)
+  assert names == {module.__name__.removeprefix("configs.") for module in modules}
