@@ -17,7 +17,7 @@ from codebind_jax.models.bodies import NO_OPTIONS, body_class
 from codebind_jax.models.towers import ModelSpec
 from codebind_jax.runtime.optim import Optim
 from codebind_jax.runtime.sharding import MeshShape, Sharding
-from codebind_jax.schema import Above, AtLeast, Frozen, check_keys
+from codebind_jax.schema import Frozen, above, at_least, check_keys
 from codebind_jax.stages import Stage, stages_of
 from codebind_jax.trunks import trunk_maker, trunk_names
 
@@ -42,12 +42,12 @@ class Embed:
     threads: that read and decode.
   """
 
-  shard_rows: Annotated[int, Above(0)] = 16384
+  shard_rows: Annotated[int, above(0)] = 16384
   dtype: Literal["float16", "float32"] = "float16"
   parts: tuple[Literal["shared", "specific", "full", "codes"], ...] = ("shared", "specific", "full", "codes")
   modalities: tuple[str, ...] = ()
-  batch_size: Annotated[int, Above(0)] = 256
-  threads: Annotated[int, Above(0)] = 4
+  batch_size: Annotated[int, above(0)] = 256
+  threads: Annotated[int, above(0)] = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Variant:
 
   method: str = "codebind"
   options: Mapping[str, Any] = Frozen()
-  losses: Mapping[str, Annotated[float, AtLeast(0, "off")]] = Frozen({"info_nce": 1.0})
+  losses: Mapping[str, Annotated[float, at_least(0, "off")]] = Frozen({"info_nce": 1.0})
   quantize: bool = True
 
 
@@ -80,13 +80,13 @@ class GradedWorld:
     style_quality: likewise of the style's code.
   """
 
-  classes: Annotated[int, Above(0)] = 10
-  styles: Annotated[int, Above(0)] = 4
-  noise: Annotated[float, AtLeast(0)] = 0.8
-  rows: Annotated[int, Above(0)] = 2048
-  seed: Annotated[int, AtLeast(0)] = 0
-  quality: Mapping[str, Annotated[float, AtLeast(0)]] = Frozen()
-  style_quality: Mapping[str, Annotated[float, AtLeast(0)]] = Frozen()
+  classes: Annotated[int, above(0)] = 10
+  styles: Annotated[int, above(0)] = 4
+  noise: Annotated[float, at_least(0)] = 0.8
+  rows: Annotated[int, above(0)] = 2048
+  seed: Annotated[int, at_least(0)] = 0
+  quality: Mapping[str, Annotated[float, at_least(0)]] = Frozen()
+  style_quality: Mapping[str, Annotated[float, at_least(0)]] = Frozen()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,10 +126,10 @@ class Compare:
 
   variants: Mapping[str, Variant] = Frozen()
   only: str = ""
-  timing: Annotated[int, AtLeast(0, "none")] = 0
+  timing: Annotated[int, at_least(0, "none")] = 0
   against: str = ""
-  seeds: Annotated[int, Above(0)] = 3
-  learning_rates: tuple[Annotated[float, Above(0)], ...] = (1e-3,)
+  seeds: Annotated[int, above(0)] = 3
+  learning_rates: tuple[Annotated[float, above(0)], ...] = (1e-3,)
   fields: tuple[str, ...] = ("label",)
   transfers: Mapping[str, HeadSets] = Frozen()
   world: GradedWorld | None = None
@@ -181,13 +181,13 @@ class Config:
   topology: str = ""
   method: str = "codebind"
   method_options: Mapping[str, Any] = Frozen()
-  seed: Annotated[int, AtLeast(0)] = 0
-  steps: Annotated[int, Above(0)] = 500
-  batch_size: Annotated[int, Above(0)] = 256
-  log_steps: Annotated[int, Above(0)] = 20
-  eval_steps: Annotated[int, Above(0)] = 250
-  checkpoint_steps: Annotated[int, Above(0)] = 100
-  keep_checkpoints: Annotated[int, Above(0)] = 2
+  seed: Annotated[int, at_least(0)] = 0
+  steps: Annotated[int, above(0)] = 500
+  batch_size: Annotated[int, above(0)] = 256
+  log_steps: Annotated[int, above(0)] = 20
+  eval_steps: Annotated[int, above(0)] = 250
+  checkpoint_steps: Annotated[int, above(0)] = 100
+  keep_checkpoints: Annotated[int, above(0)] = 2
   init_from: str = ""
   baseline: bool = True
   test: bool = True

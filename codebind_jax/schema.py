@@ -38,65 +38,39 @@ class Frozen(dict):
 
 
 @dataclasses.dataclass(frozen=True)
-class Above:
-  """Numbers larger than `low`."""
+class Rule:
+  """What a value must satisfy beside its type, and how an error says it."""
 
-  low: int | float
-
-  def __contains__(self, value: int | float) -> bool:
-    return math.isfinite(value) and value > self.low
-
-  def __str__(self) -> str:
-    return f"any number above {self.low:g}"
+  holds: Callable[[Any], bool]
+  said: str
 
 
-@dataclasses.dataclass(frozen=True)
-class AtLeast:
-  """Numbers from `low` on; `means` says what `low` itself stands for."""
-
-  low: int | float
-  means: str = ""
-
-  def __contains__(self, value: int | float) -> bool:
-    return math.isfinite(value) and value >= self.low
-
-  def __str__(self) -> str:
-    return f"{self.low:g}{f' ({self.means})' if self.means else ''} and up"
+def above(low: int | float) -> Rule:
+  """Finite numbers larger than `low`."""
+  return Rule(lambda value: low < value < math.inf, f"any number above {low:g}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Within:
+def at_least(low: int | float, means: str = "") -> Rule:
+  """Finite numbers from `low` on; `means` says what `low` itself stands for."""
+  return Rule(lambda value: low <= value < math.inf, f"{low:g}{f' ({means})' if means else ''} and up")
+
+
+def within(low: int | float, high: int | float, means: str = "", below: bool = False) -> Rule:
   """Numbers from `low` to `high`, which is left out where `below`; `means` says what `low` itself stands for."""
-
-  low: int | float
-  high: int | float
-  means: str = ""
-  below: bool = False
-
-  def __contains__(self, value: int | float) -> bool:
-    return self.low <= value <= self.high and not (self.below and value == self.high)
-
-  def __str__(self) -> str:
-    to = "up to, not including," if self.below else "to"
-    return f"{self.low:g}{f' ({self.means})' if self.means else ''} {to} {self.high:g}"
+  to = "up to, not including," if below else "to"
+  holds = lambda value: low <= value <= high and not (below and value == high)
+  return Rule(holds, f"{low:g}{f' ({means})' if means else ''} {to} {high:g}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Compiles:
-  """Texts that are regular expressions."""
-
-  def __contains__(self, value: str) -> bool:
-    try:
-      re.compile(value)
-    except re.error:
-      return False
-    return True
-
-  def __str__(self) -> str:
-    return "a regular expression"
+def _compiles(value: str) -> bool:
+  try:
+    re.compile(value)
+  except re.error:
+    return False
+  return True
 
 
-Regex = Annotated[str, Compiles()]
+Regex = Annotated[str, Rule(_compiles, "a regular expression")]
 
 
 def read(kind: Any, value: Any, path: str = "") -> Any:
@@ -114,8 +88,8 @@ def read(kind: Any, value: Any, path: str = "") -> Any:
   if origin is Annotated:
     found = read(args[0], value, path)
     for rule in args[1:]:
-      if found not in rule:
-        raise ValueError(f"config.{path}: got {found!r}; allowed: {rule}")
+      if not rule.holds(found):
+        raise ValueError(f"config.{path}: got {found!r}; allowed: {rule.said}")
     return found
   if origin is Literal:
     check_keys([value], args, path)

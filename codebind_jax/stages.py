@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated
 
-from codebind_jax.schema import DERIVED, Above, AtLeast, Frozen, Regex, keys_of
+from codebind_jax.schema import DERIVED, Frozen, Regex, above, at_least, keys_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,22 +44,22 @@ class Stage:
   """
 
   pairs: tuple[tuple[str, str], ...] = (("image", "text"),)
-  losses: Mapping[str, Annotated[float, AtLeast(0, "off")]] = Frozen()
-  sources: Mapping[str, Annotated[int, Above(0)]] = Frozen()
-  weights: Mapping[str, Annotated[float, Above(0)]] = Frozen()
+  losses: Mapping[str, Annotated[float, at_least(0, "off")]] = Frozen()
+  sources: Mapping[str, Annotated[int, above(0)]] = Frozen()
+  weights: Mapping[str, Annotated[float, above(0)]] = Frozen()
   unique_labels: bool = True
-  steps: Annotated[int, Above(0)] = dataclasses.field(kw_only=True)
-  batch_size: Annotated[int, Above(0)] = dataclasses.field(kw_only=True)
-  learning_rate: Annotated[float, AtLeast(0, "config.optim's")] = 0.0
+  steps: Annotated[int, above(0)] = dataclasses.field(kw_only=True)
+  batch_size: Annotated[int, above(0)] = dataclasses.field(kw_only=True)
+  learning_rate: Annotated[float, at_least(0, "config.optim's")] = 0.0
   train: tuple[Regex, ...] = (".*",)
   codes: tuple[Regex, ...] = (".*",)
-  temperature: Annotated[float, Above(0)] = 0.07
-  matching_temperature: Annotated[float, Above(0)] = 1.0
-  code_rows: Annotated[int, AtLeast(0, "all")] = 0
-  chunk: Annotated[int, AtLeast(0, "the whole matrix")] = 0
+  temperature: Annotated[float, above(0)] = 0.07
+  matching_temperature: Annotated[float, above(0)] = 1.0
+  code_rows: Annotated[int, at_least(0, "all")] = 0
+  chunk: Annotated[int, at_least(0, "the whole matrix")] = 0
   ring: bool = False
-  parts: Annotated[int, AtLeast(1)] = 1
-  mixup: Annotated[float, AtLeast(0, "off")] = 0.0
+  parts: Annotated[int, at_least(1)] = 1
+  mixup: Annotated[float, at_least(0, "off")] = 0.0
   balance: bool = False
   name: str = dataclasses.field(default="", metadata=DERIVED)
   first_step: int = dataclasses.field(default=0, metadata=DERIVED)

@@ -14,23 +14,23 @@ from ml_collections import ConfigDict
 from codebind_jax import schema
 from codebind_jax.config import Config
 from codebind_jax.methods.base import method_class, method_names
-from codebind_jax.schema import Above, AtLeast, Frozen, Regex, Within, read
+from codebind_jax.schema import Frozen, Regex, above, at_least, read, within
 from codebind_jax.trunks import trunk_maker, trunk_names
 
 
 @dataclasses.dataclass(frozen=True)
 class Inner:
-  count: Annotated[int, AtLeast(1)] = 2
+  count: Annotated[int, at_least(1)] = 2
   words: tuple[str, ...] = ("a",)
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-  rate: Annotated[float, Above(0)]
+  rate: Annotated[float, above(0)]
   kind: Literal["one", "two"] = "one"
-  share: Annotated[float, Within(0, 1, "off", below=True)] = 0.0
+  share: Annotated[float, within(0, 1, "off", below=True)] = 0.0
   pairs: tuple[tuple[str, int], ...] = ()
-  sizes: Mapping[str, Annotated[int, Above(0)]] = Frozen()
+  sizes: Mapping[str, Annotated[int, above(0)]] = Frozen()
   options: Mapping[str, Any] = Frozen()
   inner: Inner = Inner()
   maybe: Inner | None = None
@@ -140,8 +140,7 @@ def good(hint):
   """A value that a type allows."""
   origin, args = typing.get_origin(hint), typing.get_args(hint)
   if origin is Annotated:
-    rules = [rule for rule in args[1:]]
-    return next(v for v in (good(args[0]), 1, 0.5, 2, ".*", "{}") if all(v in rule for rule in rules))
+    return next(v for v in (good(args[0]), 1, 0.5, ".*", "{}") if all(rule.holds(v) for rule in args[1:]))
   if origin is Literal:
     return args[0]
   if origin is tuple:
@@ -153,9 +152,10 @@ def bad(hint):
   """Values that a type does not allow, in the form of the type."""
   origin, args = typing.get_origin(hint), typing.get_args(hint)
   if origin is Annotated:
-    for rule in args[1:]:
-      numbers = (getattr(rule, "low", 0) - 1, getattr(rule, "high", math.inf) + 1)
-      yield from [*numbers, math.nan, math.inf] if hasattr(rule, "low") else ["({"]
+    candidates = ["({"] if args[0] is str else [-1, 0, 1.5, math.nan, math.inf]
+    refused = [value for value in candidates if not all(rule.holds(value) for rule in args[1:])]
+    assert refused and (args[0] is str or {-1, 0} & set(refused))
+    yield from refused
     yield from (value for value in bad(args[0]) if not isinstance(value, int | float) or isinstance(value, bool))
   elif origin is Literal:
     yield "nonsense"

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from codebind_jax.codebook.nearest import DISTANCES, Distance
 from codebind_jax.codebook.revival import REVIVALS, Revive
 from codebind_jax.codebook.state import REVIVE_MODES, ReviveMode
-from codebind_jax.schema import Above, Frozen, Within
+from codebind_jax.schema import Frozen, above, within
 
 SHARED = "shared"
 
@@ -38,18 +38,18 @@ class Codebook:
     alarm_share: a warning is logged when a codebook's perplexity is under this share of its size.
   """
 
-  dim: Annotated[int, Above(0)] = 8
-  shared_codes: Annotated[int, Above(0)] = 1024
-  codes: Mapping[str, Annotated[int, Above(0)]] = Frozen()
+  dim: Annotated[int, above(0)] = 8
+  shared_codes: Annotated[int, above(0)] = 1024
+  codes: Mapping[str, Annotated[int, above(0)]] = Frozen()
   distance: Literal[DISTANCES] = "cosine"
   normalize: bool = True
   layout: Literal[LAYOUTS] = "parts"
   update_mode: Literal[UPDATES] = "snapshot"
-  decay: Annotated[float, Within(0, 1)] = 0.99
+  decay: Annotated[float, within(0, 1)] = 0.99
   revive: Literal[REVIVALS] = "random"
   revive_mode: Literal[REVIVE_MODES] = "survive"
   detach_similarity: bool = False
-  alarm_share: Annotated[float, Within(0, 1)] = 0.1
+  alarm_share: Annotated[float, within(0, 1)] = 0.1
 
   def spec(self, shared_dim: int, specific_dims: Mapping[str, int]) -> CompositionalSpec:
     """The quantiser of features of these widths.

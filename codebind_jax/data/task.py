@@ -12,24 +12,17 @@ from absl import logging
 from codebind_jax.data.opening import class_names, open_source
 from codebind_jax.data.worlds import names, registry
 from codebind_jax.data.worlds.evalset import EvalSet
-from codebind_jax.schema import Above, AtLeast, Frozen, Within, check_keys
+from codebind_jax.schema import Frozen, Rule, above, at_least, check_keys, within
 
 PROFILES = ("auto", "tiny", "tiny-plus", "small", "full")
 CAPTIONS = ("main", "each", "joined")
 
 
-@dataclasses.dataclass(frozen=True)
-class OneGap:
-  """Texts with one `{}`, which a caption or a class name is put in for."""
-
-  def __contains__(self, value: str) -> bool:
-    return value.count("{}") == 1 and not set("{}") & set(value.replace("{}", ""))
-
-  def __str__(self) -> str:
-    return "a text with one {}"
+def _one_gap(text: str) -> bool:
+  return text.count("{}") == 1 and not set("{}") & set(text.replace("{}", ""))
 
 
-Template = Annotated[str, OneGap()]
+Template = Annotated[str, Rule(_one_gap, "a text with one {}")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +50,10 @@ class Data:
   profile: Literal[PROFILES] = "auto"
   manifest: str = ""
   classes: str = ""
-  max_bad_records: Annotated[int, AtLeast(0)] = 0
-  workers: Annotated[int, AtLeast(0)] = 0
-  threads: Annotated[int, Above(0)] = 2
-  extra: Annotated[float, Within(0, 1, "none", below=True)] = 0.0
+  max_bad_records: Annotated[int, at_least(0)] = 0
+  workers: Annotated[int, at_least(0)] = 0
+  threads: Annotated[int, above(0)] = 2
+  extra: Annotated[float, within(0, 1, "none", below=True)] = 0.0
   captions: Literal[CAPTIONS] = "each"
   templates: tuple[Template, ...] = ("{}",)
   templates_of: Mapping[str, tuple[Template, ...]] = Frozen()

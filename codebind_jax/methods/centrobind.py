@@ -17,7 +17,7 @@ from codebind_jax.losses.centroid import centroid
 from codebind_jax.methods import base
 from codebind_jax.methods.base import Forward, Rows, Term, joined
 from codebind_jax.runtime.train_state import TrainState
-from codebind_jax.schema import AtLeast
+from codebind_jax.schema import at_least
 from codebind_jax.stages import Stage
 
 
@@ -35,8 +35,8 @@ class Method(base.Method):
 
   BASE = "centrobind"
 
-  noise: Annotated[float, AtLeast(0, "the same view")] = 0.0
-  weights_of: tuple[tuple[str, Annotated[float, AtLeast(0)]], ...] = ()
+  noise: Annotated[float, at_least(0, "the same view")] = 0.0
+  weights_of: tuple[tuple[str, Annotated[float, at_least(0)]], ...] = ()
   normalize_anchor: bool = False
   stop_anchor: bool = False
 

@@ -23,7 +23,7 @@ from codebind_jax.methods import base
 from codebind_jax.methods.base import EXTRA, Forward, Rows, Term, output
 from codebind_jax.norm import unit
 from codebind_jax.runtime.train_state import TrainState
-from codebind_jax.schema import Above, AtLeast, Within
+from codebind_jax.schema import above, at_least, within
 from codebind_jax.stages import Stage
 
 
@@ -61,15 +61,15 @@ class Method(base.Method):
   BASE = "contrast"
   FACTORS = {"transport": 0.1, "swapped": 0.1}
 
-  codes: Annotated[int, Above(0)] = 256
-  queue: Annotated[int, AtLeast(0, "none")] = 1024
-  decay: Annotated[float, Within(0, 1)] = 0.995
-  alpha: Annotated[float, Within(0, 1)] = 0.4
-  gamma: Annotated[float, Above(0)] = 0.1
+  codes: Annotated[int, above(0)] = 256
+  queue: Annotated[int, at_least(0, "none")] = 1024
+  decay: Annotated[float, within(0, 1)] = 0.995
+  alpha: Annotated[float, within(0, 1)] = 0.4
+  gamma: Annotated[float, above(0)] = 0.1
   solver: Literal["ipot", "sinkhorn"] = "ipot"
-  step: Annotated[float, Above(0)] = 0.5
-  iterations: Annotated[int, Above(0)] = 50
-  code_weight: Annotated[float, AtLeast(0, "off")] = 1.0
+  step: Annotated[float, above(0)] = 0.5
+  iterations: Annotated[int, above(0)] = 50
+  code_weight: Annotated[float, at_least(0, "off")] = 1.0
 
   @property
   def codebook_sizes(self) -> dict[str, int]:

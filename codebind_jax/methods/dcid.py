@@ -22,7 +22,7 @@ from codebind_jax.methods.unified import Unified, Weight, chosen_codes, masked_m
 from codebind_jax.models.critics import ConditionalGaussian, club_start
 from codebind_jax.models.levels import TokenDecoder
 from codebind_jax.runtime.train_state import TrainState
-from codebind_jax.schema import AtLeast
+from codebind_jax.schema import at_least
 from codebind_jax.stages import Stage
 
 # The released code's choices, as options (`config.method_options = dcid.RELEASE`).
@@ -84,7 +84,7 @@ class Method(Unified):
 
   levels: Literal[1, 2] = 1
   second_weight: Weight = 0.3
-  second_after: Annotated[int, AtLeast(0)] = 100
+  second_after: Annotated[int, at_least(0)] = 100
 
   def init(self, rng: Any, features: Mapping[str, Array], inputs: Mapping[str, Array], towers: Any) -> tuple:
     """Decoders and predictors; the codebook; CLUB's networks."""

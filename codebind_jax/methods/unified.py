@@ -21,10 +21,10 @@ from codebind_jax.methods.base import EXTRA, Forward, Rows
 from codebind_jax.models.critics import ConditionalGaussian, FuturePredictor, club_fit
 from codebind_jax.norm import unit
 from codebind_jax.runtime.train_state import TrainState
-from codebind_jax.schema import Above, AtLeast, Within
+from codebind_jax.schema import above, at_least, within
 from codebind_jax.stages import Stage
 
-Weight = Annotated[float, AtLeast(0, "off")]
+Weight = Annotated[float, at_least(0, "off")]
 MIN_STEPS = 3  # of a sequence for CPC: a context of two, and a future
 
 
@@ -63,17 +63,17 @@ class Unified(base.Method):
 
   FACTORS = {"matching": 0.1, "club": 0.1, "coding": 1.0}
 
-  codes: Annotated[int, Above(0)] = 400
+  codes: Annotated[int, above(0)] = 400
   first_codes: Literal["kmeans", "uniform"] = "kmeans"
-  start_count: Annotated[float, AtLeast(0)] = 1.0
+  start_count: Annotated[float, at_least(0)] = 1.0
   form: Literal[unified.FORMS] = "joint"
   order: tuple[str, ...] = ()
-  decay: Annotated[float, Within(0, 1)] = 0.99
-  own: Annotated[float, Within(0, 1)] = 0.5
+  decay: Annotated[float, within(0, 1)] = 0.99
+  own: Annotated[float, within(0, 1)] = 0.5
   partner: Literal[unified.PARTNERS] = "same"
-  beta: Annotated[float, AtLeast(0)] = 0.25
+  beta: Annotated[float, at_least(0)] = 0.25
   reduce: Literal["sum", "mean"] = "sum"
-  reset_after: Annotated[int, AtLeast(0, "no reset")] = 300
+  reset_after: Annotated[int, at_least(0, "no reset")] = 300
   reset_by: Literal["all", "source", "any"] = "all"
   reset_keep: Literal[REVIVE_MODES] = "survive"
   commitment: Weight = 1.0
@@ -83,10 +83,10 @@ class Unified(base.Method):
   reconstruction: Weight = 1.0
   club_input: Literal["continuous", "quantized"] = "continuous"
   club_per_step: bool = True
-  club_steps: Annotated[int, AtLeast(0)] = 5
-  club_rate: Annotated[float, Above(0)] = 1e-3
-  club_hidden: Annotated[int, Above(0)] = 128
-  cpc_layers: Annotated[int, Above(0)] = 1
+  club_steps: Annotated[int, at_least(0)] = 5
+  club_rate: Annotated[float, above(0)] = 1e-3
+  club_hidden: Annotated[int, above(0)] = 128
+  cpc_layers: Annotated[int, above(0)] = 1
   cpc_over: Literal["futures", "predictions"] = "futures"
   cpc_self: Weight = 0.0
 

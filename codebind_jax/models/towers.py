@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from codebind_jax.models.bodies import BODIES, body_class
 from codebind_jax.models.decoder import Decoder
-from codebind_jax.schema import DERIVED, Above, AtLeast, Frozen, Regex, Within, check_keys, to_plain
+from codebind_jax.schema import DERIVED, Frozen, Regex, above, at_least, check_keys, to_plain, within
 
 INITS = {
   "orthogonal": nn.initializers.orthogonal(),
@@ -33,9 +33,9 @@ class DecoderSpec:
     heads: attention heads; must divide the width.
   """
 
-  width: Annotated[int, Above(0)] = 128
-  depth: Annotated[int, Above(0)] = 1
-  heads: Annotated[int, Above(0)] = 4
+  width: Annotated[int, above(0)] = 128
+  depth: Annotated[int, above(0)] = 1
+  heads: Annotated[int, above(0)] = 4
 
   def check(self, path: str) -> None:
     """Refuses heads that do not divide the width."""
@@ -72,21 +72,21 @@ class TowerSpec:
   """
 
   shared_dim: int = dataclasses.field(default=0, metadata=DERIVED)
-  specific_dim: Annotated[int, AtLeast(0, "none")] = 0
+  specific_dim: Annotated[int, at_least(0, "none")] = 0
   trunk: str = ""
   options: Mapping[str, Any] = Frozen()
-  views: Annotated[int, AtLeast(1)] = 1
-  augmented: Annotated[float, Within(0, 1)] = 0.5
+  views: Annotated[int, at_least(1)] = 1
+  augmented: Annotated[float, within(0, 1)] = 0.5
   body: str = ""
   body_options: Mapping[str, Any] = Frozen()
-  hidden: Annotated[int, AtLeast(0, "a linear head")] = 0
-  dropout: Annotated[float, Within(0, 1, below=True)] = 0.0
+  hidden: Annotated[int, at_least(0, "a linear head")] = 0
+  dropout: Annotated[float, within(0, 1, below=True)] = 0.0
   init: Literal[tuple(INITS)] = "orthogonal"
-  whiten: Annotated[float, Within(0, 1, "off")] = 0.0
+  whiten: Annotated[float, within(0, 1, "off")] = 0.0
   starts_from: str = ""
-  logit_scale: Annotated[float, Above(0)] = 1.0
+  logit_scale: Annotated[float, above(0)] = 1.0
   meaning: str = ""
-  meaning_dim: Annotated[int, AtLeast(0, "none")] = 0
+  meaning_dim: Annotated[int, at_least(0, "none")] = 0
   decoder: DecoderSpec | None = dataclasses.field(default=None, metadata=DERIVED)
 
   def check(self, path: str) -> None:
@@ -114,7 +114,7 @@ class ModelSpec:
   """
 
   towers: Mapping[str, TowerSpec] = Frozen()
-  shared_dim: Annotated[int, Above(0)] = 384
+  shared_dim: Annotated[int, above(0)] = 384
   quantize: bool = True
   half: tuple[Regex, ...] = ()
   decoder: DecoderSpec = DecoderSpec()

@@ -11,7 +11,7 @@ import jax
 import optax
 from absl import logging
 
-from codebind_jax.schema import Above, AtLeast, Regex, Within
+from codebind_jax.schema import Regex, above, at_least, within
 
 FROZEN = "frozen"
 
@@ -31,15 +31,15 @@ class Optim:
     rules: (path regex, multiplier of the learning rate, multiplier of the weight decay); the first match wins.
   """
 
-  learning_rate: Annotated[float, Above(0)] = 1e-3
-  warmup: Annotated[int, AtLeast(0)] = 50
-  final_ratio: Annotated[float, AtLeast(0)] = 0.02
-  b1: Annotated[float, Within(0, 1)] = 0.9
-  b2: Annotated[float, Within(0, 1)] = 0.95
-  weight_decay: Annotated[float, AtLeast(0)] = 1e-4
-  clip_norm: Annotated[float, Above(0)] = 1.0
+  learning_rate: Annotated[float, above(0)] = 1e-3
+  warmup: Annotated[int, at_least(0)] = 50
+  final_ratio: Annotated[float, at_least(0)] = 0.02
+  b1: Annotated[float, within(0, 1)] = 0.9
+  b2: Annotated[float, within(0, 1)] = 0.95
+  weight_decay: Annotated[float, at_least(0)] = 1e-4
+  clip_norm: Annotated[float, above(0)] = 1.0
   accumulate: int = 1
-  rules: tuple[tuple[Regex, Annotated[float, AtLeast(0, "frozen")], Annotated[float, AtLeast(0)]], ...] = (
+  rules: tuple[tuple[Regex, Annotated[float, at_least(0, "frozen")], Annotated[float, at_least(0)]], ...] = (
     (r".*_log_logit_scale", 1.0, 0.0), (r".*(bias|scale)", 1.0, 0.0), (r".*kernel", 1.0, 1.0),
     (r"method/codes", 1.0, 0.0), (r".*/decoder/positions", 1.0, 0.0),
   )  # fmt: skip
