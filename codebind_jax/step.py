@@ -145,7 +145,7 @@ def usage_metrics(rows: Mapping[str, Rows], sizes: Mapping[str, int]) -> dict[st
   return metrics
 
 
-def make_start(method: Method) -> Callable[[TrainState, Batch], Any]:
+def make_start_codebooks(method: Method) -> Callable[[TrainState, Batch], Any]:
   """(state, first batch of a stage) -> the codebooks that the stage starts with."""
 
   def start(state: TrainState, batch: Batch) -> Any:
