@@ -18,7 +18,7 @@ from codebind_jax.runtime import optim
 from codebind_jax.runtime import train_state as state_lib
 from codebind_jax.runtime.compile import compile_step
 from codebind_jax.runtime.sharding import make_layout
-from codebind_jax.step import make_start, make_train_step
+from codebind_jax.step import make_start_codebooks, make_train_step
 from configs import imagebind_huge
 
 _ROWS = flags.DEFINE_list("rows", ["64", "256"], "Batches to time.")
@@ -62,7 +62,7 @@ def measure(rows):
   state = state_lib.with_optimizer(state, tx, layout)
   batch = jax.device_put(filled(aot.batch_shapes(inputs, stage, layout)), layout.rows)
   frozen = optim.frozen(table)
-  state = state.replace(codebooks=jax.jit(make_start(method))(state, batch))
+  state = state.replace(codebooks=jax.jit(make_start_codebooks(method))(state, batch))
   step = state_lib.guarded(make_train_step(method, stage, tx, frozen=frozen))
   with jax.set_mesh(layout.mesh):
     model, everything = aot.model_flops(method.model, state.params, batch, frozen), flops.count(step, state, batch)

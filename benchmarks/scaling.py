@@ -24,7 +24,7 @@ from codebind_jax.runtime import train_state as state_lib
 from codebind_jax.runtime.compile import compile_step
 from codebind_jax.runtime.metrics import Throughput
 from codebind_jax.runtime.sharding import make_layout
-from codebind_jax.step import make_start, make_train_step
+from codebind_jax.step import make_start_codebooks, make_train_step
 from configs import stage1
 
 _WHAT = flags.DEFINE_enum("what", "memory", ("memory", "time", "input"), "What to measure.")
@@ -83,7 +83,7 @@ def ready(rows):
   tx, table = optim.make_optimizer(state.params, stage.train, config.optim, stage.steps)
   state = state_lib.with_optimizer(state, tx, layout)
   first = layout.put_batch(next(iterator(rows)))
-  state = state.replace(codebooks=jax.jit(make_start(method))(state, first))
+  state = state.replace(codebooks=jax.jit(make_start_codebooks(method))(state, first))
   step = state_lib.guarded(make_train_step(method, stage, tx, frozen=optim.frozen(table)))
   return compile_step(step, state, first, layout), state, layout
 

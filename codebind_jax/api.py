@@ -1,4 +1,4 @@
-"""Using a trained model from Python: `load(DIR).embed({"image": [...], "text": [...]})`."""
+"""A trained model in Python: `load(DIR).embed({"image": [...], "text": [...]})`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from codebind_jax.step import make_embed_step
 from codebind_jax.trunks import load_trunk
 from codebind_jax.trunks.base import fingerprint
 
-_TRUNK_ROWS = 32  # items that a trunk sees at once, a device
+_TRUNK_ROWS = 32  # items of a trunk's batch, a device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Embeddings:
 
   Attributes:
     shared: [N, d_s], comparable with every other modality by cosine.
-    specific: [N, d_p], what is unique to the modality; width 0 for text.
-    full: [N, d_s + d_p].
+    specific: [N, d_p], the modality-specific part; width 0 for text.
+    full: [N, d_s + d_p], both parts together.
     codes_shared: [N, S_s] index of each segment's code in the shared codebook.
-    codes_specific: [N, S_p] likewise in the modality's own.
+    codes_specific: [N, S_p] likewise in the modality's own codebook.
   """
 
   shared: Float[np.ndarray, "n ds"]
@@ -51,7 +51,7 @@ class Embeddings:
     return np.concatenate([self.codes_shared, self.codes_specific], axis=1)
 
   def asdict(self) -> dict[str, np.ndarray]:
-    """Columns by name, as the evaluators take them."""
+    """Name of a field -> array, as the evaluators take them."""
     return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
@@ -62,9 +62,9 @@ class Model:
     config: of the training run (`Config`, ConfigDict or dict).
     params: head parameters.
     codebooks: name -> CodebookState.
-    trunks: modality -> Trunk, loaded when first needed if not given.
+    trunks: modality -> Trunk; those not given are loaded at first use.
     batch: rows embedded at once; smaller inputs are padded to a power of two.
-    modalities: those that have been trained; all of the config's unless given.
+    modalities: the trained ones; all of the config's unless given.
   """
 
   def __init__(
@@ -75,22 +75,22 @@ class Model:
     self.params, self.codebooks, self.trunks, self.batch = params, codebooks, dict(trunks or {}), batch
     self.method = config_lib.method_of(self.config)
     self._embed = _embed_step(self.method)
-    self._weights: dict[str, Any] = {}  # of the trunks, where they are used
+    self._weights: dict[str, Any] = {}  # modality -> its trunk's parameters on the devices
     self._mesh: jax.sharding.Mesh | None = None
     self._modalities = tuple(sorted(self.config.model.towers if modalities is None else modalities))
 
   @property
   def modalities(self) -> tuple[str, ...]:
-    """What the model can embed."""
+    """Modalities that the model can embed, sorted."""
     return self._modalities
 
   @property
   def trunk_rows(self) -> int:
-    """Items that a trunk is given at once."""
+    """Items of a trunk's batch, over all devices."""
     return _TRUNK_ROWS * self._devices
 
   def on(self, devices: Sequence[jax.Device]) -> Model:
-    """This model with its arrays on every one of `devices`, over which all batches are split."""
+    """This model with its arrays replicated over `devices`, and all batches split over them."""
     moved = copy.copy(self)
     moved._weights = {}
     moved._mesh = jax.make_mesh((len(devices),), ("rows",), axis_types=(AxisType.Auto,), devices=devices)
@@ -98,21 +98,21 @@ class Model:
     return moved
 
   def fingerprint(self, modalities: Sequence[str]) -> str:
-    """Hex SHA-256 of what decides the embeddings of some modalities: weights, codebooks, trunks and their options."""
+    """Hex SHA-256 of all that decides the embeddings of `modalities`: weights, codebooks, trunks and their options."""
     plain = schema.to_plain(self.config)
     recipe = {key: plain.get(key) for key in ("method", "method_options", "model", "codebook")}
     recipe |= {"trunks": {m: self.trunk(m).fingerprint for m in modalities}}
     return fingerprint((self.params, self.codebooks), recipe, "model-1")
 
   def widths(self, modality: str) -> dict[str, int]:
-    """Width of each field of `Embeddings`, without computing any."""
+    """Field of `Embeddings` -> its width, from shapes alone."""
     trunk = self.trunk(modality)
     token = jax.ShapeDtypeStruct((1, self.tokens_seen(modality) or trunk.num_tokens, trunk.width), np.float32)
     out = jax.eval_shape(self._embed, self.params, self.codebooks, {modality: token})[modality]
     return {name: column.shape[-1] for name, column in zip(_FIELDS, _columns(out))}
 
   def trunk(self, modality: str) -> Any:
-    """The trunk of a modality, fetched and loaded at first use."""
+    """The trunk of a modality; its first use fetches and loads it."""
     if modality not in self.trunks:
       tower = self.config.model.towers[modality]
       self.trunks[modality] = load_trunk(tower.trunk, **tower.options)
@@ -135,7 +135,7 @@ class Model:
 
   def tokens(self, modality: str, items: Sequence[Any]) -> Float[np.ndarray, "n t c"]:
     """Trunk tokens of raw items, float32 [N, T, C]."""
-    trunk, done = self.trunk(modality), []
+    trunk, tokens = self.trunk(modality), []
     for start in range(0, len(items), self.trunk_rows):
       prepared = []
       for number, item in enumerate(items[start : start + self.trunk_rows], start):
@@ -143,11 +143,11 @@ class Model:
           prepared.append(self.prepare(modality, item))
         except ValueError as error:
           raise ValueError(f"{modality}[{number}]: {error}") from error
-      done.append(self.trunk_tokens(modality, prepared))
-    return np.concatenate(done) if done else np.zeros((0, trunk.num_tokens, trunk.width), np.float32)
+      tokens.append(self.trunk_tokens(modality, prepared))
+    return np.concatenate(tokens) if tokens else np.zeros((0, trunk.num_tokens, trunk.width), np.float32)
 
   def prepare(self, modality: str, item: Any) -> np.ndarray:
-    """One raw item as the trunk takes it; host work, which several threads may share once the trunk is loaded.
+    """One raw item preprocessed for the trunk, on the host; safe in several threads once the trunk is loaded.
 
     Raises:
       ValueError: if it cannot be read.
@@ -166,24 +166,24 @@ class Model:
     return np.asarray(trunk.compiled(self._weights[modality], self._split(trunk.collate(padded))))[:rows]
 
   def embed_prepared(self, modality: str, prepared: Sequence[np.ndarray]) -> Embeddings:
-    """Embeds items that `prepare` has made; no more of their tokens is held than the heads look at."""
+    """Embeds prepared items, keeping in memory only those tokens that the heads use."""
     parts = (prepared[i : i + self.trunk_rows] for i in range(0, len(prepared), self.trunk_rows))
     seen = self.tokens_seen(modality)
     return self.embed_tokens(modality, np.concatenate([self.trunk_tokens(modality, part)[:, :seen] for part in parts]))
 
   def tokens_seen(self, modality: str) -> int | None:
-    """How many of the trunk's tokens decide an embedding: the class token alone, or with a body all (None)."""
+    """Number of the trunk's tokens on which an embedding depends: 1, the class token; with a body None, for all."""
     return None if self.config.model.towers[modality].body else 1
 
   def embed_tokens(self, modality: str, tokens: Float[np.ndarray, "n t c"]) -> Embeddings:
-    """Embeds precomputed trunk tokens; only the first `tokens_seen` are looked at."""
+    """Embeds precomputed trunk tokens, of which only the first `tokens_seen` are used."""
     if not len(tokens):
       raise ValueError(f"{modality}: nothing to embed, got 0 items")
     parts = []
     for start in range(0, len(tokens), self.batch):
       chunk = np.asarray(tokens[start : start + self.batch, : self.tokens_seen(modality)], np.float32)
       rows = len(chunk)
-      # The last of several chunks is filled up: a shape of its own would be compiled.
+      # The last of several chunks is padded to the others' shape, so that one program serves all.
       padded = self._padded(self.batch if start else rows, self.batch)
       chunk = np.pad(chunk, ((0, padded - rows), (0, 0), (0, 0)))
       out = self._embed(self.params, self.codebooks, {modality: self._split(chunk)})[modality]
@@ -216,15 +216,15 @@ class Model:
     return self._mesh.size if self._mesh else 1
 
   def _placed(self, tree: Any) -> Any:
-    """The arrays on every device of `on`; as they are without it."""
+    """The arrays, replicated over the devices of `on` if there are any."""
     return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec())) if self._mesh else tree
 
   def _split(self, batch: Any) -> Any:
-    """A batch's rows divided over the devices of `on`."""
+    """The batch, its rows split over the devices of `on` if there are any."""
     return jax.device_put(batch, NamedSharding(self._mesh, PartitionSpec("rows"))) if self._mesh else batch
 
   def _padded(self, rows: int, batch: int) -> int:
-    """Smallest power of two that holds `rows`, at most `batch`, for few compilations; as many on every device."""
+    """Padded number of rows: the next power of two, at most `batch`, rounded up to a multiple of the devices."""
     return -(-min(batch, 1 << max(rows - 1, 0).bit_length()) // self._devices) * self._devices
 
   def _check(self, inputs: Mapping[str, Any]) -> None:
@@ -234,7 +234,7 @@ class Model:
 
 
 def _opened(modality: str, item: Any) -> Any:
-  """What a path or the bytes of a file hold, by the modality's transform; text and arrays as they are."""
+  """The item read by its modality's transform if it is a path or a file's bytes; text and arrays unchanged."""
   if modality == "text" or not isinstance(item, str | bytes | pathlib.Path):
     return item
   return transforms.of(modality).read(item)
@@ -242,7 +242,7 @@ def _opened(modality: str, item: Any) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _embed_step(method: Method) -> Any:
-  """The compiled embedding step, shared by all models of one architecture and method."""
+  """The jitted embedding step, shared by all models of equal methods and towers."""
   return jax.jit(make_embed_step(method))
 
 
@@ -250,7 +250,7 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(Embeddings))
 
 
 def _columns(out: Any) -> tuple[Any, ...]:
-  """The fields of `Embeddings` among a modality's outputs."""
+  """The arrays of a modality's outputs in the order of `Embeddings`' fields."""
   return out.shared, out.specific, out.full, out.indices_shared, out.indices_specific
 
 
@@ -274,4 +274,4 @@ def load(path: str | pathlib.Path) -> Model:
     store.close()
   config = config_lib.reopened(config)
   codebooks = config_lib.method_of(config).restore(arrays["codebooks"])
-  return Model(config, arrays["params"], codebooks, modalities=position["held"])
+  return Model(config, arrays["params"], codebooks, modalities=position["trained"])

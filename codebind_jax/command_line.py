@@ -1,4 +1,4 @@
-"""`--config=FILE.py[:ARGUMENT] --config.KEY=VALUE ...`: a config file and what a command changes in it."""
+"""The flags `--config=FILE.py[:ARGUMENT] --config.KEY=VALUE ...`: a config file, and changes of its keys."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from codebind_jax.methods.base import method_class, unheeded
 from codebind_jax.models.bodies import NO_OPTIONS, body_class
 from codebind_jax.trunks import trunk_maker
 
-# Key that names a module -> (key of the module's options, what makes it of them).
+# (key of a module's options, function from the module's name to the class or function that takes the options).
 _METHOD, _TRUNK, _BODY = ("method_options", method_class), ("options", trunk_maker), ("body_options", body_class)
 _CHOICE = re.compile(r"--?config\.((?:[\w.]+\.)?(?:method|trunk|body))(?:=(.*))?")
 
 
 def define_config() -> flags.FlagHolder:
   """Defines the flag `config`, whose value is the ConfigDict with the command's changes."""
-  told = "Config file, optionally with an argument: FILE.py:runlocal."
-  holder = config_flags.DEFINE_config_file("config", None, told)
+  help_text = "Config file, optionally with an argument: FILE.py:runlocal."
+  holder = config_flags.DEFINE_config_file("config", None, help_text)
   flags.FLAGS["config"].parser = _FileParser()
   return holder
 
 
 def parse(argv: Sequence[str]) -> list[str]:
-  """absl's parsing, with one clear line where a config key is unknown or a value has the wrong type."""
+  """absl's parsing, which ends with a one-line error for an unknown config key or a value of the wrong type."""
   try:
     return flags.FLAGS(list(argv))
   except (AttributeError, KeyError) as error:
@@ -50,10 +50,10 @@ def read_file(path: str, chosen: Mapping[str, str]) -> ConfigDict:
 
   Args:
     path: file and argument.
-    chosen: key that names a module -> another module than the file's, with the defaults of its options.
+    chosen: config key that names a module -> module that replaces the file's; its options get their defaults.
 
   Raises:
-    ValueError: if there is no such file, or it has no form of that name.
+    ValueError: if there is no such file, or it does not know the argument.
   """
   file, _, argument = path.partition(":")
   if not os.path.isfile(file):
@@ -64,23 +64,23 @@ def read_file(path: str, chosen: Mapping[str, str]) -> ConfigDict:
   config = (module.get_config(argument) if argument else module.get_config()).unlock()
   for at, part, key, (options, maker) in _choices(config):
     name = chosen.get(at + key, part[key])
-    given = part[options].to_dict() if name == part[key] else {}
+    own = part[options].to_dict() if name == part[key] else {}
     try:
-      found = schema.defaults(maker(name), NO_OPTIONS) if name else {}
+      defaults = schema.defaults(maker(name), NO_OPTIONS) if name else {}
     except ValueError:
-      found = {}  # `config.validate` says what is allowed
-    part[key], part[options] = name, ConfigDict(found | given)
+      defaults = {}  # `config.validate` names the fault
+    part[key], part[options] = name, ConfigDict(defaults | own)
   if "method" in chosen:
-    _forget(config, chosen["method"])
+    _reset_unheeded(config, chosen["method"])
   return config.lock()
 
 
-def _forget(config: ConfigDict, method: str) -> None:
-  """Gives the keys of stages that the file sets for its own method, and the command's does not heed, their defaults."""
+def _reset_unheeded(config: ConfigDict, method: str) -> None:
+  """Sets stage keys that the command's method does not heed back to their defaults; the file set them for its own."""
   try:
     defaults = unheeded(method)
   except ValueError:
-    return  # `config.validate` says what is allowed
+    return  # `config.validate` names the fault
   for name, stage in config.get("stages", {}).items():
     for key in (key for key, default in defaults.items() if key in stage and schema.fixed(stage[key]) != default):
       stage[key] = ConfigDict() if isinstance(defaults[key], Mapping) else defaults[key]
@@ -88,7 +88,7 @@ def _forget(config: ConfigDict, method: str) -> None:
 
 
 class _FileParser(flags.ArgumentParser):
-  """Value of the flag `config`."""
+  """Parser of the flag `config`."""
 
   def parse(self, argument: str) -> ConfigDict:
     """See `read_file`."""
@@ -96,13 +96,13 @@ class _FileParser(flags.ArgumentParser):
 
 
 def _chosen(argv: Sequence[str]) -> dict[str, str]:
-  """Keys that name modules, as the command sets them."""
-  found = zip(map(_CHOICE.fullmatch, argv), [*argv[1:], ""])
-  return {match[1]: following if match[2] is None else match[2] for match, following in found if match}
+  """Config key that names a module -> module, for those that the command sets."""
+  matches = zip(map(_CHOICE.fullmatch, argv), [*argv[1:], ""])
+  return {match[1]: following if match[2] is None else match[2] for match, following in matches if match}
 
 
 def _choices(config: ConfigDict) -> Iterator[tuple[str, ConfigDict, str, tuple]]:
-  """(path of a section, the section, its key that names a module, that key's options) for all of a config."""
+  """(path of a section, the section, its key that names a module, see `_METHOD`) for all such keys of a config."""
   if "method" in config:
     yield "", config, "method", _METHOD
   for name, tower in config.get("model", {}).get("towers", {}).items():

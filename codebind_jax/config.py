@@ -1,4 +1,4 @@
-"""The whole config as a type: its sections, how it is read, and what two sections say of one another."""
+"""The type of a whole config: its sections, its reading, and the checks of one section against another."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from codebind_jax.trunks import trunk_maker, trunk_names
 MODES = ("train", "eval", "embed", "compare", "compile")
 TASKS = ("zeroshot", "retrieval", "probe")
 MEASURES = (*TASKS, "codes")
-# Trunks and options of earlier versions: today's name of the trunk; options that stages have taken over.
+# Earlier versions: trunk's name then -> now; method options that are stage keys now.
 _RENAMED_TRUNKS = {"raw": "vectors", "words": "hashed_words", "frames": "video_mean"}
 _REMOVED_OPTIONS = ("contrast_temperature",)
 
@@ -36,10 +36,10 @@ class Embed:
   Attributes:
     shard_rows: records of the manifest a shard.
     dtype: of the vectors.
-    parts: what is written of every modality.
-    modalities: which; all of the run's unless given.
-    batch_size: records held in memory, decoded, at once (twice: the next ones are being read).
-    threads: that read and decode.
+    parts: fields of the embeddings to write, for every modality.
+    modalities: those to write; all of the run's unless given.
+    batch_size: decoded records of a batch, of which two are in memory, since the next one is read ahead.
+    threads: number of threads that read and decode.
   """
 
   shard_rows: Annotated[int, above(0)] = 16384
@@ -52,7 +52,7 @@ class Embed:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-  """Section `compare.variants.NAME`: what one variant of a comparison has of its own.
+  """Section `compare.variants.NAME`: the settings in which one variant of a comparison differs.
 
   Attributes:
     method: as `config.method`.
@@ -72,9 +72,9 @@ class GradedWorld:
   """Section `compare.world`: the synthetic world with modalities of graded quality (`data.synthetic.Factors`).
 
   Attributes:
-    classes, styles: how many values each factor has.
-    noise: standard deviation of what is added to a vector.
-    rows: to train on.
+    classes, styles: number of values of each factor.
+    noise: standard deviation of the noise added to a vector.
+    rows: number of training rows.
     seed: of the world.
     quality: modality -> share of the class's code that it shows; 1 where not named.
     style_quality: likewise of the style's code.
@@ -91,12 +91,12 @@ class GradedWorld:
 
 @dataclasses.dataclass(frozen=True)
 class HeadSets:
-  """Section `compare.transfers.NAME`: rows that heads are learned on and tested on.
+  """Section `compare.transfers.NAME`: training and test rows of the classifier heads that a comparison measures.
 
   Attributes:
-    worlds: whose training rows the heads are learned on.
-    fields: what is told.
-    val, test: names of the sets they are tested on; those that a profile lacks are left out.
+    worlds: whose training rows train the heads.
+    fields: those that the heads predict.
+    val, test: names of the sets that test the heads; those that a profile lacks are left out.
   """
 
   worlds: tuple[str, ...]
@@ -111,16 +111,16 @@ class Compare:
 
   Attributes:
     variants: by name.
-    only: names of variants with commas between: this call trains these alone.
-    timing: steps of each variant that are timed, in turns, once all have been trained.
-    against: comparison.json of the graded world, for the claims of an equal one.
+    only: comma-separated names of variants: this call trains these alone.
+    timing: number of steps of each variant to time, in turns, after all are trained; 0 for none.
+    against: path of the graded world's comparison.json, for the claims that compare an equal world with it.
     seeds: runs of each variant on the test sets.
-    learning_rates: tried for each variant on the validation sets.
-    fields: what heads tell, where there are no transfers.
-    transfers: by name; empty for one of all sets.
-    world: the synthetic one that is drawn for the comparison; None for those of the data.
-    stages: zero-shot and retrieval as after a stage, too.
-    score: the metric that rates are chosen by.
+    learning_rates: candidates for each variant, chosen among on the validation sets.
+    fields: those that the heads predict, if there are no transfers.
+    transfers: by name; empty for a single one over all sets.
+    world: the synthetic world of the comparison; None for the worlds of `data`.
+    stages: also measures zero-shot and retrieval, as after a training stage.
+    score: validation metric that chooses the learning rate.
     columns: of the table of scores; empty for the usual ones.
   """
 
@@ -143,7 +143,7 @@ class Compare:
     return [name for name in self.only.split(",") if name] or list(self.variants)
 
   def check(self, path: str) -> None:
-    """Refuses names of no variant, and a comparison of nothing."""
+    """Refuses unknown variants in `only`, and an empty list of learning rates."""
     check_keys(self.names, self.variants, f"{path}.only")
     if not self.learning_rates:
       raise ValueError(f"config.{path}.learning_rates: is empty; allowed: one and more")
@@ -151,28 +151,28 @@ class Compare:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """All of a run.
+  """The config of a run.
 
   Attributes:
-    mode: what is done.
-    task: what mode `eval` measures.
-    topology: mode `compile`: the TPU slice to compile for, such as v5e:16x16.
-    method: a module of `codebind_jax.methods`.
-    method_options: its fields.
-    seed: of parameters, batches and all draws.
+    mode: the command: train, eval, embed, compare or compile.
+    task: evaluation of mode `eval`.
+    topology: in mode `compile`, the TPU slice to compile for, such as v5e:16x16.
+    method: a module of `codebind_jax.methods`, or the dotted path of another module with a class `Method`.
+    method_options: fields of the method.
+    seed: of parameters, batches and all random draws.
     steps, batch_size: of the stages that set none of their own.
     log_steps: steps between two lines of metrics.
     eval_steps: steps between two evaluations on the validation sets; the end of the run is always evaluated.
     checkpoint_steps: steps between two checkpoints.
-    keep_checkpoints: how many are kept.
-    init_from: workdir of a finished run whose modalities this one starts with; modes `eval` and `embed`: the run.
-    baseline: train the same heads by plain InfoNCE, without codebooks, and report both.
+    keep_checkpoints: number of checkpoints kept, the newest.
+    init_from: workdir of a finished run from whose parameters this one starts; in modes `eval` and `embed`, the run.
+    baseline: also train the same heads by plain InfoNCE, without codebooks, and report both.
     test: read the test sets once, at the end.
-    tasks: what the last evaluation measures; probes take longest.
-    emergent: pairs of modalities that no stage binds, to be retrieved from each other by concept.
+    tasks: evaluators of the final evaluation; probes take the longest.
+    emergent: pairs of modalities that no stage binds, evaluated by retrieval of the same concept.
     mesh, sharding, data, model, codebook, optim: sections.
     stages: sections by name.
-    stage_order: names of the stages that are trained, in order.
+    stage_order: names of the stages to train, in order.
     embed, compare: sections of these modes; None in others.
   """
 
@@ -206,12 +206,12 @@ class Config:
 
   @property
   def ordered(self) -> list[Stage]:
-    """The stages that are trained, with their global steps."""
+    """The stages to train, in order, with their names and global steps."""
     return stages_of(self.stages, self.stage_order)
 
 
 def read(config: Any) -> Config:
-  """A config (ConfigDict or dict; a `Config` is taken as it is) as a type; its sections are checked, each by itself.
+  """A ConfigDict or dict as a `Config` with all options filled in, each section checked by itself.
 
   Raises:
     ValueError: naming the key, the value got, and what is allowed.
@@ -220,9 +220,9 @@ def read(config: Any) -> Config:
 
 
 def reopened(plain: Mapping[str, Any]) -> Config:
-  """The config of an earlier run, as its config.json and checkpoints have it, also one of an earlier version.
+  """The config of an earlier run from its config.json or checkpoint, also if an earlier version wrote it.
 
-  Keys that there were not yet get their defaults; what has another name or is gone is renamed or left out.
+  New keys get their defaults, renamed ones their new names; removed ones are left out.
 
   Raises:
     ValueError: as `read`.
@@ -232,16 +232,16 @@ def reopened(plain: Mapping[str, Any]) -> Config:
     tower["trunk"] = _RENAMED_TRUNKS.get(tower["trunk"], tower["trunk"])
   for key in _REMOVED_OPTIONS:
     plain.get("method_options", {}).pop(key, None)
-  if not plain.get("compare", {"world": None}).get("world"):  # once {} for none
+  if not plain.get("compare", {"world": None}).get("world"):  # earlier versions wrote {} for none
     plain.get("compare", {}).pop("world", None)
   return read(plain)
 
 
 def filled(config: Config) -> Config:
-  """The config with all options of its trunks, bodies and methods: those given, and the defaults of the others.
+  """The config with all options of its trunks, bodies and methods: those set, and the defaults of the others.
 
   Raises:
-    ValueError: for a trunk or method there is none of, an unknown option, or a bad value of one.
+    ValueError: for an unknown trunk, body, method or option, or a value that an option does not allow.
   """
   towers = {}
   for name, tower in config.model.towers.items():
@@ -264,12 +264,12 @@ def filled(config: Config) -> Config:
 
 
 def method_of(config: Config) -> Method:
-  """The config's method over its towers."""
+  """The config's method, with its towers."""
   return make_method(config.method, config.method_options, config.model, config.codebook, config.ordered)
 
 
 def validate(config: Any) -> Config:
-  """Reads a config and checks what its sections say of one another.
+  """Reads a config and checks its sections against one another.
 
   Raises:
     ValueError: naming the key, the value got, and what is allowed.
@@ -299,7 +299,7 @@ def validate(config: Any) -> Config:
 
 
 def _check_widths(config: Config) -> None:
-  """Every part is made of whole codes, and every specific part has a codebook."""
+  """Checks that every part's width is a multiple of the code's, and that every specific part has a codebook."""
   towers, codes, dim = config.model.towers, config.codebook.codes, config.codebook.dim
   check_keys(codes, towers, "codebook.codes")
   if config.model.shared_dim % dim:
@@ -317,7 +317,7 @@ def _check_widths(config: Config) -> None:
 
 
 def _check_stage(config: Config, stage: Stage) -> None:
-  """What a stage names exists, and nothing is done with raw inputs that is meant for tokens."""
+  """Checks that all names in a stage exist, and that no loss or mixup for tokens meets raw inputs."""
   towers, where = config.model.towers, f"stages.{stage.name}"
   check_keys([m for pair in stage.pairs for m in pair], towers, f"{where}.pairs")
   check_keys(stage.losses, TERMS, f"{where}.losses")
@@ -327,12 +327,12 @@ def _check_stage(config: Config, stage: Stage) -> None:
   if not config.data.manifest:
     check_keys([*stage.sources, *stage.weights], config.data.worlds, f"{where}.sources")
   raw = [m for m in stage.modalities if towers[m].trunk == "raw_input"]
-  told = "got {} with config.model.towers.{}.trunk 'raw_input', whose {}; allowed: 0, or another trunk"
+  message = "got {} with config.model.towers.{}.trunk 'raw_input', whose {}; allowed: 0, or another trunk"
   if "text" in raw:
     for key, value in ((f"{where}.mixup", stage.mixup), ("method_options.noise", config.method_options.get("noise"))):
       if value:
-        raise ValueError(f"config.{key}: {told.format(value, 'text', 'packed ids of tokens cannot be blended')}")
+        raise ValueError(f"config.{key}: {message.format(value, 'text', 'packed ids of tokens cannot be blended')}")
   pictures = [m for m in raw if m != "text"]
-  if pictures and stage.losses.get("reconstruction") and config.mode != "compile":  # which only prices the step
-    found = told.format(stage.losses["reconstruction"], pictures[0], "rows of pixels are not what decoders make")
-    raise ValueError(f"config.{where}.losses.reconstruction: {found}")
+  if pictures and stage.losses.get("reconstruction") and config.mode != "compile":  # compile only measures the step
+    reason = message.format(stage.losses["reconstruction"], pictures[0], "rows of pixels are not what decoders make")
+    raise ValueError(f"config.{where}.losses.reconstruction: {reason}")

@@ -1,4 +1,4 @@
-"""Evaluation of a model on the sets of a task, while training, at its end, and on a user's manifest (mode `eval`)."""
+"""Evaluation of a model on a task's sets, during and after training, and on a user's manifest (mode `eval`)."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from codebind_jax.evaluators.zeroshot import ZeroShot
 from codebind_jax.runtime.metrics import MetricsWriter, read_metrics
 from codebind_jax.trunks.featurize import Featurizer
 
-FINAL = "final"  # the stage under which the last evaluation is written to metrics.jsonl
-STAGE_DONE = "eval/stage_done"  # marks the line that a finished stage's evaluation wrote
+FINAL = "final"  # stage name of the final evaluation in metrics.jsonl
+STAGE_DONE = "eval/stage_done"  # metric that marks the line of a finished stage's evaluation
 NEEDS = {
   "zeroshot": "it needs labels, and a model with a text tower",
   "retrieval": "it needs records with a text and another modality",
@@ -36,7 +36,7 @@ NEEDS = {
 
 @runtime_checkable
 class StageEvaluation(Protocol):
-  """What `train.run_stages` asks of an evaluation; `Evaluation` is the usual one.
+  """The evaluation that `train.run_stages` calls; `Evaluation` is the usual one.
 
   Attributes:
     task: the data.
@@ -47,17 +47,17 @@ class StageEvaluation(Protocol):
   trunks: Mapping[str, Any]
 
   def validate(self, model: Model, worlds: Collection[str]) -> dict[str, float]:
-    """Metrics to choose by, while training."""
+    """Validation metrics during training."""
 
   def after_stage(self, model: Model, step: int, stage: str, writer: Any, worlds: Collection[str]) -> None:
-    """Writes what a finished stage, not the last, has reached."""
+    """Writes the metrics after a stage that is not the last."""
 
   def finish(self, model: Model, step: int, writer: Any) -> dict[str, float]:
-    """Evaluates a finished run once, and writes it."""
+    """Evaluates a finished run once, and writes its metrics."""
 
 
 class Evaluation:
-  """The evaluators of a config over the sets of a task; trunk features are taken from the cache.
+  """The evaluators of a config on the sets of a task, with trunk features from the cache.
 
   Attributes:
     trunks: modality -> Trunk.
@@ -69,35 +69,35 @@ class Evaluation:
     self._tokens: dict[tuple[int, str], tuple[np.ndarray, dict[int, int]]] = {}
 
   def validate(self, model: Model, worlds: Collection[str]) -> dict[str, float]:
-    """Zero-shot and retrieval on the worlds' validation sets, and their mean top-1: cheap enough while training."""
+    """Zero-shot and retrieval on the worlds' validation sets, which are cheap enough during training."""
     sets = [s for s in self.task.evals if s.role == "val" and s.world in worlds]
     return self._run(model, sets, [t for t in self._tasks if t in ("zeroshot", "retrieval")], intervals=False)
 
   def everything(self, model: Model) -> dict[str, float]:
-    """All evaluators on the validation sets and, where `config.test` says so, the test sets."""
+    """All evaluators on the validation sets and, if `config.test` is set, the test sets."""
     return self._run(model, self._sets(), self._tasks, means="probe" in self._tasks)
 
   def after_stage(self, model: Model, step: int, stage: str, writer: Any, worlds: Collection[str]) -> None:
-    """Writes zero-shot, retrieval and class means of the worlds once a stage is done: what later ones must not harm.
+    """Writes the worlds' metrics, but for probes, after a stage, unless they are written already.
 
-    A run that was stopped after its last step and before this gets it when it goes on.
+    A run that was stopped between a stage's last step and its evaluation does the evaluation when it is continued.
     """
-    done = read_metrics(writer.path) if writer.path.exists() else []
-    if any(line["stage"] == stage and line["step"] == step and STAGE_DONE in line for line in done):
+    lines = read_metrics(writer.path) if writer.path.exists() else []
+    if any(line["stage"] == stage and line["step"] == step and STAGE_DONE in line for line in lines):
       return
     logging.info("---- evaluation after stage %s ----", stage)
     sets = [s for s in self._sets() if s.world in worlds]
-    found = self._run(model, sets, [t for t in self._tasks if t != "probe"], means=True)
-    writer.write(step, stage, found | {STAGE_DONE: 1.0})
+    metrics = self._run(model, sets, [t for t in self._tasks if t != "probe"], means=True)
+    writer.write(step, stage, metrics | {STAGE_DONE: 1.0})
     writer.flush()
 
   def _sets(self) -> list[EvalSet]:
     return [s for s in self.task.evals if s.role == "val" or self.config.test]
 
   def table(self, model: Model, test: EvalSet) -> base.Table:
-    """Embeddings of one set: one row an item for every modality but text, one row a distinct caption for text."""
-    whole, picked = (test.source, range(len(test.source))) if test.whole is None else (test.whole, test.picked)
-    return self._embed(model, test.source, whole, picked)
+    """Embeddings of one set: a row for every item, and in text a row for every distinct caption."""
+    split, picked = (test.source, range(len(test.source))) if test.whole is None else (test.whole, test.picked)
+    return self._embed(model, test.source, split, picked)
 
   def train_table(self, model: Model, world: str) -> base.Table:
     """Embeddings of a source's training rows (clean views)."""
@@ -111,65 +111,65 @@ class Evaluation:
   def _run(
     self, model: Model, sets: Sequence[EvalSet], tasks: Sequence[str], means: bool = False, intervals: bool = True
   ) -> dict[str, float]:
-    found: dict[str, float] = {}
-    fitted = means or "codes" in tasks
+    metrics: dict[str, float] = {}
     worlds = {test.world for test in sets} if sets else self.task.train
-    train = {world: self.train_table(model, world) for world in self.task.train if world in worlds} if fitted else {}
+    needed = [world for world in self.task.train if world in worlds] if means or "codes" in tasks else []
+    train = {world: self.train_table(model, world) for world in needed}
     tables = {test.name: self.table(model, test) for test in sets}
     linear: dict[tuple[str, str, str], LinearProbe] = {}  # fitted once for all sets of a world
     for test in sets:
       table, prefix = tables[test.name], f"eval/{test.name}"
-      found |= base.run_evaluators(self._evaluators(model, test, table, tasks, intervals), table, prefix=prefix)
+      metrics |= base.run_evaluators(self._evaluators(model, test, table, tasks, intervals), table, prefix=prefix)
       for a, b, field, by in named_pairs(test, table) if "retrieval" in tasks else ():
         if (both := paired(table, a, b, field)) is not None:
-          found |= base.run_evaluators([Retrieval(a, b, match=field, by=by)], both, prefix=prefix)
+          metrics |= base.run_evaluators([Retrieval(a, b, match=field, by=by)], both, prefix=prefix)
       for probe, field in self._probes(test, table, train.get(test.world) or {}, means, "probe" in tasks, linear):
-        told = _told(table, train[test.world], probe.modality, field)
-        found |= base.run_evaluators([probe], told, prefix=prefix)
+        known = _known_values(table, train[test.world], probe.modality, field)
+        metrics |= base.run_evaluators([probe], known, prefix=prefix)
       if any("{modality}" in field for field in test.probes):
-        mine = {name.removeprefix(f"{prefix}/"): value for name, value in found.items() if name.startswith(prefix)}
-        found |= {f"{prefix}/{name}": value for name, value in decomposition(mine, table, test.probes)}
+        of_set = {name.removeprefix(f"{prefix}/"): value for name, value in metrics.items() if name.startswith(prefix)}
+        metrics |= {f"{prefix}/{name}": value for name, value in decomposition(of_set, table, test.probes)}
     if model.method.codebook_sizes and "codes" in tasks and train:
-      found |= base.run_evaluators([self._usage(model, train)], _stacked(train.values()), prefix="eval/train")
+      metrics |= base.run_evaluators([self._usage(model, train)], _stacked(train.values()), prefix="eval/train")
     if "retrieval" in tasks:
-      found |= self._emergent(sets, tables)
-    return found | dict(self._means_over_validation(model, sets, found))
+      metrics |= self._emergent(sets, tables)
+    return metrics | dict(self._means_over_validation(model, sets, metrics))
 
   def code_counts(self, model: Model) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """How often each code is used by the training rows of all sources: by codebook, and the shared ones by modality."""
+    """Use counts of each code over all training rows: (by codebook, of the shared codebook by modality)."""
     train = {world: self.train_table(model, world) for world in self.task.train}
     table, sizes = _stacked(train.values()), self._usage(model, train).sizes
     return table_counts(table, sizes), shared_counts(table, sizes["shared"]) if "shared" in sizes else {}
 
   def _usage(self, model: Model, train: Mapping[str, base.Table]) -> CodebookUsage:
-    held = {"shared", *(m for table in train.values() for m in table)}
-    return CodebookUsage({name: size for name, size in model.method.codebook_sizes.items() if name in held})
+    names = {"shared", *(m for table in train.values() for m in table)}
+    return CodebookUsage({name: size for name, size in model.method.codebook_sizes.items() if name in names})
 
   def _emergent(self, sets: Sequence[EvalSet], tables: Mapping[str, base.Table]) -> dict[str, float]:
-    """Pairs of modalities that no stage binds, joined by concept over all sets of one role."""
-    found: dict[str, float] = {}
+    """Retrieval by concept between modalities that no stage binds, over all sets of one role."""
+    metrics: dict[str, float] = {}
     for role in dict.fromkeys(test.role for test in sets):
-      whole = _stacked(tables[test.name] for test in sets if test.role == role)
-      pairs = [pair for pair in self.config.emergent if all(m in whole for m in pair)]
-      evaluators = [evaluator for a, b in pairs if (evaluator := Emergent(a, b)).overlap(whole)]
-      found |= base.run_evaluators(evaluators, whole, prefix=f"eval/{role}")
-    return found
+      table = _stacked(tables[test.name] for test in sets if test.role == role)
+      pairs = [pair for pair in self.config.emergent if all(m in table for m in pair)]
+      evaluators = [evaluator for a, b in pairs if (evaluator := Emergent(a, b)).overlap(table)]
+      metrics |= base.run_evaluators(evaluators, table, prefix=f"eval/{role}")
+    return metrics
 
   def _means_over_validation(
-    self, model: Model, sets: Sequence[EvalSet], found: Mapping[str, float]
+    self, model: Model, sets: Sequence[EvalSet], metrics: Mapping[str, float]
   ) -> Iterator[tuple[str, float]]:
     for world in self.task.train or [self.task.name]:
       val = [s.name for s in sets if s.role == "val" and s.world == world]
       for metric in ("top1", "top5", "balanced"):
         for modality in model.modalities:
-          values = [found[key] for s in val if (key := f"eval/{s}/zeroshot/{modality}/{metric}") in found]
+          values = [metrics[key] for s in val if (key := f"eval/{s}/zeroshot/{modality}/{metric}") in metrics]
           if values:
             yield f"eval/{world}/zeroshot/{modality}/{metric}", float(np.mean(values))
 
   def _evaluators(
     self, model: Model, test: EvalSet, table: base.Table, tasks: Sequence[str], intervals: bool
   ) -> Iterator[base.Evaluator]:
-    """Zero-shot classification of every modality, where there are labels and texts."""
+    """Zero-shot classification of every modality, if the set has labels and the model a text tower."""
     items = [name for name in table if name != "text"]
     templates = self.config.data.templates_of.get(test.world, self.config.data.eval_templates)
     if "zeroshot" in tasks and test.candidates and "text" in model.modalities:
@@ -181,27 +181,22 @@ class Evaluation:
         )
 
   def _probes(
-    self,
-    test: EvalSet,
-    table: base.Table,
-    train: base.Table,
-    means: bool,
-    probes: bool,
+    self, test: EvalSet, table: base.Table, train: base.Table, means: bool, probes: bool,
     linear: dict[tuple[str, str, str], LinearProbe],
   ) -> Iterator[tuple[base.Evaluator, str]]:
-    """Probes that are fitted on the training rows, and the field each tells."""
+    """(probe fitted on the training rows, field that it predicts)."""
     for name in table:
       if name != "text" and name in train:
-        for field in _told_apart(test.means, name, train[name]) if means else ():
+        for field in _varying_fields(test.means, name, train[name]) if means else ():
           yield NearestClassMean(name, train, field=field), field
-        for field in _told_apart(test.probes, name, train[name]) if probes else ():
+        for field in _varying_fields(test.probes, name, train[name]) if probes else ():
           group = test.probe_group if field != "label" else None
           yield linear.setdefault((test.world, name, field), LinearProbe(name, train, field=field, group=group)), field
 
   def _embed(
-    self, model: Model, source: Any, whole: Any, picked: Sequence[int], augmented: bool = False
+    self, model: Model, source: Any, split: Any, picked: Sequence[int], augmented: bool = False
   ) -> dict[str, dict[str, np.ndarray]]:
-    """Embeddings and fields of a source's rows, which are those `picked` of `whole`."""
+    """Embeddings and fields of a source's rows, which are the rows `picked` of the source `split`."""
     table = {}
     for modality in model.modalities:
       rows = [i for i in range(len(source)) if source.has(i, modality)]
@@ -209,11 +204,11 @@ class Evaluation:
         continue
       fields = _fields([source.rows[i] for i in rows])
       if modality == "text":
-        keep = np.sort(np.unique(fields["caption"], return_index=True)[1])
-        fields = {field: values[keep] for field, values in fields.items()}
+        distinct = np.sort(np.unique(fields["caption"], return_index=True)[1])
+        fields = {field: values[distinct] for field, values in fields.items()}
         tokens = self._featurizer.texts(list(fields["caption"]))
       else:
-        tokens, item = self._class_tokens(whole, modality, model.tokens_seen(modality), augmented)
+        tokens, item = self._class_tokens(split, modality, model.tokens_seen(modality), augmented)
         tokens = tokens[[item[picked[row]] for row in rows]]
       table[modality] = model.embed_tokens(modality, tokens).asdict() | fields
     return table
@@ -221,8 +216,8 @@ class Evaluation:
   def _class_tokens(
     self, source: Any, modality: str, seen: int | None, augmented: bool
   ) -> tuple[np.ndarray, dict[int, int]]:
-    """The first tokens of the clean view, [N, seen, C], and row -> item; read once from the feature cache."""
-    key = id(source), modality  # the task holds its sources as long as this lives
+    """(first `seen` tokens of every item's clean view [N, seen, C], row -> item), kept in memory."""
+    key = id(source), modality  # the task keeps its sources alive, so that an id names one source
     if key not in self._tokens:
       table = self._featurizer.table(source, modality, augmented=augmented)
       item = {row: items[0] for row, items in enumerate(table.choices) if items}
@@ -230,20 +225,21 @@ class Evaluation:
     return self._tokens[key]
 
   def finish(self, model: Model, step: int, writer: Any) -> dict[str, float]:
-    """Evaluates a finished run once: a run that is opened again gets the numbers that were written."""
-    for line in read_metrics(writer.path) if writer.path.exists() else []:
+    """Evaluates a finished run and writes the metrics; a run that is evaluated already gets the written ones."""
+    lines = read_metrics(writer.path) if writer.path.exists() else []
+    for line in lines:
       if line["stage"] == FINAL and line["step"] == step:
         logging.info("the final evaluation was done before; its numbers are in %s", writer.path)
         return {name: value for name, value in line.items() if name not in ("step", "stage", "warning")}
-    found = self.everything(model)
-    found |= retention(found, read_metrics(writer.path) if writer.path.exists() else [])
-    writer.write(step, FINAL, found)
+    metrics = self.everything(model)
+    metrics |= retention(metrics, lines)
+    writer.write(step, FINAL, metrics)
     writer.flush()
-    return found
+    return metrics
 
 
 def retention(final: Mapping[str, float], lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-  """`retention/<metric>`: zero-shot top-1 now minus what it was at the end of the stage that brought the modality in.
+  """`retention/<metric>`: final zero-shot top-1 minus the value after the stage that trained the modality first.
 
   Args:
     final: metrics of the finished run.
@@ -257,16 +253,16 @@ def retention(final: Mapping[str, float], lines: Sequence[Mapping[str, Any]]) ->
   return {f"retention/{name.removeprefix('eval/')}": final[name] - first[name] for name in first if name in final}
 
 
-def _told_apart(fields: Sequence[str], modality: str, columns: base.Columns) -> list[str]:
-  """Those fields that a modality's training rows have with several values: one value (a sound's sense) asks nothing."""
+def _varying_fields(fields: Sequence[str], modality: str, columns: base.Columns) -> list[str]:
+  """Those fields that have several values among a modality's training rows; a field with one value tests nothing."""
   named = [field.format(modality=modality) for field in fields]
   return [field for field in named if field in columns and len(np.unique(columns[field])) > 1]
 
 
 def named_pairs(test: EvalSet, modalities: Iterable[str]) -> list[tuple[str, str, str, str]]:
-  """(modality, modality, field, name): every modality with its text, then the set's own pairs.
+  """(modality, modality, field, name) of retrieval: every modality with text by caption, then the set's own pairs.
 
-  The name is empty for the first field by which two modalities are compared, the field for any further one (touch to
+  The name is empty for the first field by which two modalities are matched, and the field for further ones (touch to
   the photograph of the same crop, and to one of the same texture).
   """
   first: dict[frozenset[str], str] = {}
@@ -278,40 +274,37 @@ def named_pairs(test: EvalSet, modalities: Iterable[str]) -> list[tuple[str, str
 
 
 def paired(table: base.Table, a: str, b: str, field: str) -> base.Table | None:
-  """The rows of two modalities whose field has a value that both have, by `_mask`; None where there are none."""
+  """Two modalities with a `_mask` of the rows whose value of `field` occurs in both; None if no value does."""
   if a not in table or b not in table:
     return None
   both = np.intersect1d(table[a][field], table[b][field])
   both = both[both != ""] if both.dtype.kind in "US" else both
-  keep = {m: dict(table[m]) | {"_mask": np.isin(table[m][field], both)} for m in (a, b)}
-  return keep if len(both) else None
+  masked = {m: dict(table[m]) | {"_mask": np.isin(table[m][field], both)} for m in (a, b)}
+  return masked if len(both) else None
 
 
 def _stacked(tables: Iterable[base.Table]) -> base.Table:
-  """Rows of several tables under one another, by modality; columns that not all have are left out."""
+  """The rows of several tables, concatenated by modality, with the columns that all tables have."""
   parts: dict[str, list[base.Columns]] = {}
   for table in tables:
     for modality, columns in table.items():
       parts.setdefault(modality, []).append(columns)
   return {
-    modality: {field: np.concatenate([c[field] for c in found]) for field in found[0] if all(field in c for c in found)}
-    for modality, found in parts.items()
+    modality: {field: np.concatenate([c[field] for c in each]) for field in each[0] if all(field in c for c in each)}
+    for modality, each in parts.items()
   }
 
 
 def _fields(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
   """Columns of the rows' plain fields, and `caption`, the main text."""
   names = {key for row in rows for key, value in row.items() if isinstance(value, str | bool | int) or value is None}
-  columns = {name: np.array([_plain(row.get(name)) for row in rows]) for name in sorted(names)}
+  plain = lambda value: "" if value is None else value
+  columns = {name: np.array([plain(row.get(name)) for row in rows]) for name in sorted(names)}
   return columns | {"caption": np.array([row["text"][0] if row.get("text") else row["id"] for row in rows])}
 
 
-def _plain(value: Any) -> Any:
-  return "" if value is None else value
-
-
-def _told(table: base.Table, train: base.Table, modality: str, field: str) -> base.Table:
-  """The table with rows masked whose value of `field` no training row has: a probe can only name what it has seen."""
+def _known_values(table: base.Table, train: base.Table, modality: str, field: str) -> base.Table:
+  """A modality with a `_mask` of the rows whose value of `field` occurs in training, as a probe knows no others."""
   known = np.isin(table[modality][field], train[modality][field])
   if not known.all():
     logging.info("%s of %s: %d of %d rows have a value that was trained on", field, modality, known.sum(), len(known))
@@ -319,17 +312,17 @@ def _told(table: base.Table, train: base.Table, modality: str, field: str) -> ba
 
 
 def evaluate(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
-  """Mode `eval`: one task on a user's manifest with a trained model; writes `workdir/metrics.jsonl`.
+  """Mode `eval`: evaluates a trained model on a user's manifest by one task, and writes `workdir/metrics.jsonl`.
 
   Args:
     config: `configs/eval.py`: `init_from`, `task` (zeroshot, retrieval or probe) and `data`.
-    workdir: where the metrics go.
+    workdir: folder of the metrics.
 
   Returns:
     Metrics by name.
 
   Raises:
-    ValueError: naming what is wrong with the checkpoint, the manifest, or what the task lacks in it.
+    ValueError: naming the fault of the checkpoint or the manifest, or what the task needs and the manifest lacks.
   """
   config = config_lib.read(config)
   model = load(config.init_from)
@@ -340,13 +333,13 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
   settings = dataclasses.replace(model.config, test=True, emergent=(), data=data)
   evaluation = Evaluation(settings, task, Featurizer(data, settings.model.towers, model.trunks), (config.task,))
   model.trunks = evaluation.trunks
-  found = evaluation.everything(model)
-  if not found:
+  metrics = evaluation.everything(model)
+  if not metrics:
     raise ValueError(f"task {config.task!r}: {task.name} has nothing to measure; {NEEDS[config.task]}")
   folder = pathlib.Path(workdir).expanduser().absolute()
   with MetricsWriter(folder) as writer:
     writer.truncate(-1)
-    writer.write(0, "eval", found)
-  width = max(map(len, found))
-  sys.stdout.write("".join(f"{name:{width}} {value:8.2f}\n" for name, value in found.items()))
-  return found
+    writer.write(0, "eval", metrics)
+  width = max(map(len, metrics))
+  sys.stdout.write("".join(f"{name:{width}} {value:8.2f}\n" for name, value in metrics.items()))
+  return metrics

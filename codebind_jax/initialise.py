@@ -1,6 +1,6 @@
-"""Where a run's parameters come from before its first step: whitened heads, another modality's, or another run's.
+"""Initial parameters of a run: whitened heads, heads copied from another modality, or those of another run.
 
-Order: this run's checkpoint, else `config.init_from`, else random heads; then `whiten` and `starts_from`.
+Order: random heads, `whiten`, `config.init_from`, the run's own checkpoint; `starts_from` as a modality's stage begins.
 """
 
 from __future__ import annotations
@@ -20,22 +20,27 @@ from codebind_jax.runtime.sharding import Layout
 from codebind_jax.runtime.train_state import TrainState
 
 
-def whiten_heads(
-  params: Any, towers: Mapping[str, TowerSpec], tables: Mapping[str, Any], layout: Layout
-) -> Any:
-  """The random start of the shared heads, with `config.model.towers.*.whiten` folded in where it is set."""
+def whiten_heads(params: Any, towers: Mapping[str, TowerSpec], tables: Mapping[str, Any], layout: Layout) -> Any:
+  """The parameters, with a whitening of the training tokens folded into shared heads where a tower sets `whiten`.
+
+  Args:
+    params: random parameters of the towers.
+    towers: by modality.
+    tables: modality -> FeatureTable of training rows.
+    layout: mesh and rules.
+  """
   params = dict(params)
   for name, tower in towers.items():
     if tower.whiten and name in tables:
       tokens = np.asarray(tables[name].features[:, 0, 0], np.float32)
-      head = whitened(layout.whole(params[name]["shared"]), tokens, tower.whiten)
+      head = whitened(layout.gathered(params[name]["shared"]), tokens, tower.whiten)
       placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), head, params[name]["shared"])
       params[name] = dict(params[name]) | {"shared": placed}
   return params
 
 
 def copy_heads(params: Any, towers: Mapping[str, TowerSpec], new: Collection[str]) -> Any:
-  """Heads of modalities that begin to train, copied from those they start from (`config.model.towers.*.starts_from`).
+  """The parameters, with the heads of the `new` modalities copied from those that their `starts_from` names.
 
   Raises:
     ValueError: if the two modalities' heads differ in shape.
@@ -53,22 +58,22 @@ def copy_heads(params: Any, towers: Mapping[str, TowerSpec], new: Collection[str
 
 
 def start_from(state: TrainState, workdir: str) -> tuple[TrainState, tuple[str, ...]]:
-  """The state with the parameters and codebooks of a finished run, for all modalities that run had, and their names.
+  """(the state with the parameters and codebooks of another run, where it has them; that run's modalities).
 
   Raises:
-    ValueError: if the folder holds no run, or a parameter of it has another shape here.
+    ValueError: if the folder holds no run, or one of its arrays has another shape than in the state.
   """
-  before = load(workdir)
+  model = load(workdir)
   here = optim.param_paths({"params": state.params, "codebooks": state.codebooks})
-  there = optim.param_paths({"params": before.params, "codebooks": before.codebooks})
-  for path, value in there.items():
+  saved = optim.param_paths({"params": model.params, "codebooks": model.codebooks})
+  for path, value in saved.items():
     if path in here and here[path].shape != np.shape(value):
       raise ValueError(f"config.init_from: {workdir!r} has {path} of shape {np.shape(value)}, here {here[path].shape}")
-  logging.info("starting from %s: %s; new: %s", workdir, ", ".join(before.modalities),
-               ", ".join(sorted({path.split("/")[1] for path in set(here) - set(there)})) or "nothing")
+  logging.info("starting from %s: %s; new: %s", workdir, ", ".join(model.modalities),
+               ", ".join(sorted({path.split("/")[1] for path in set(here) - set(saved)})) or "nothing")
   pick = lambda prefix, tree: jax.tree_util.tree_map_with_path(
-    lambda path, x: jax.device_put(there.get(prefix + jax.tree_util.keystr(path, simple=True, separator="/"), x),
+    lambda path, x: jax.device_put(saved.get(prefix + jax.tree_util.keystr(path, simple=True, separator="/"), x),
                                    x.sharding), tree,
   )  # fmt: skip
   state = state.replace(params=pick("params/", state.params), codebooks=pick("codebooks/", state.codebooks))
-  return state, before.modalities
+  return state, model.modalities

@@ -1,9 +1,8 @@
-"""How a config is read: a section is a frozen dataclass, which says keys, types, defaults and ranges once.
+"""Reading of configs: a section is a frozen dataclass, which declares keys, types, defaults and ranges once.
 
 A field is a key. Its type is a scalar, a `Literal` of choices, a tuple, a `Mapping`, another section, `X | None`, or
-`Any`; `Annotated[type, rule]` adds what the value must satisfy. What two keys of a section say of one another is
-checked by the section's method `check(path)`. Every error is a ValueError that names the key, the value got and what
-is allowed.
+`Any`; `Annotated[type, rule]` adds a condition on the value. The section's method `check(path)` checks keys against one
+another. Every error is a ValueError that names the key, the value got and what is allowed.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from typing import Annotated, Any, Literal, Union
 
 import ml_collections
 
-DERIVED = {"key": False}  # metadata of a dataclass field that is no key of a config: the program fills it in
+DERIVED = {"key": False}  # metadata of a dataclass field that is no config key: the program sets it
 _SCALARS = {
   bool: (bool, "True or False"), int: (numbers.Integral, "a whole number"), float: (numbers.Real, "a number"),
   str: (str, "a text"),
@@ -31,7 +30,7 @@ _SCALARS = {
 
 
 class Frozen(dict):
-  """A dict that nobody changes, so that it has a hash and can be a default."""
+  """A dict that must not be changed, so that it can be hashed and be a default."""
 
   def __hash__(self) -> int:
     return hash(frozenset(self.items()))
@@ -74,23 +73,23 @@ Regex = Annotated[str, Rule(_compiles, "a regular expression")]
 
 
 def read(kind: Any, value: Any, path: str = "") -> Any:
-  """A value as the type of its key.
+  """A value converted to the type of its key.
 
   Args:
-    kind: the type; a section's class gives the section.
-    value: a ConfigDict, dict, list, number, ...; an object of the section's class is taken as it is.
-    path: dotted, of the key; "" for the whole config.
+    kind: the type, such as a section's class.
+    value: a ConfigDict, dict, list, number, ...; an object of the section's class is returned unchanged.
+    path: of the key, dotted; "" for the whole config.
 
   Raises:
     ValueError: naming the key, the value got and what is allowed.
   """
   origin, args = typing.get_origin(kind), typing.get_args(kind)
   if origin is Annotated:
-    found = read(args[0], value, path)
+    typed = read(args[0], value, path)
     for rule in args[1:]:
-      if not rule.holds(found):
-        raise ValueError(f"config.{path}: got {found!r}; allowed: {rule.said}")
-    return found
+      if not rule.holds(typed):
+        raise ValueError(f"config.{path}: got {typed!r}; allowed: {rule.said}")
+    return typed
   if origin is Literal:
     check_keys([value], args, path)
     return value
@@ -100,10 +99,10 @@ def read(kind: Any, value: Any, path: str = "") -> Any:
   if dataclasses.is_dataclass(kind):
     if isinstance(value, kind):
       return value
-    made = kind(**arguments(kind, value, path))
-    if hasattr(made, "check"):
-      made.check(path)
-    return made
+    section = kind(**arguments(kind, value, path))
+    if hasattr(section, "check"):
+      section.check(path)
+    return section
   if origin in (dict, collections.abc.Mapping):
     return Frozen({key: read(args[1], item, f"{path}.{key}") for key, item in _items(value, path)})
   if origin is tuple:
@@ -121,49 +120,48 @@ def read(kind: Any, value: Any, path: str = "") -> Any:
   return fixed(value)
 
 
-def arguments(made: Callable[..., Any], value: Any, path: str, leave: Collection[str] = ()) -> dict[str, Any]:
-  """What to call `made` with: the values given, read by its annotations, and its defaults for all other keys.
+def arguments(target: Callable[..., Any], value: Any, path: str, leave: Collection[str] = ()) -> dict[str, Any]:
+  """Arguments for `target`: the values of a mapping, read by its annotations, and its defaults for all other keys.
 
   Args:
-    made: a dataclass or a function with keywords, whose names are the keys.
-    value: mapping of the values given.
-    path: dotted, of the mapping.
+    target: a dataclass or a function with keywords, whose names are the keys.
+    value: mapping of key -> value.
+    path: of the mapping, dotted.
     leave: names that are no keys.
 
   Raises:
-    ValueError: for an unknown key, naming those there are, a missing one, or a bad value.
+    ValueError: for an unknown key, naming the known ones, a missing key, or a bad value.
   """
-  keys, given = keys_of(made, leave), dict(_items(value, path))
+  keys, values = keys_of(target, leave), dict(_items(value, path))
   at = f"{path}." if path else ""
-  for key in given:
+  for key in values:
     if key not in keys:
       raise ValueError(f"config.{at}{key}: unknown key {key!r}; allowed: {sorted(at + name for name in keys)}")
   for key, (_, default) in keys.items():
-    if key not in given and default is dataclasses.MISSING:
+    if key not in values and default is dataclasses.MISSING:
       raise ValueError(f"config.{at}{key}: must be set")
-  return {key: read(hint, given[key], at + key) if key in given else default for key, (hint, default) in keys.items()}
+  return {key: read(hint, values[key], at + key) if key in values else default for key, (hint, default) in keys.items()}
 
 
-def keys_of(made: Callable[..., Any], leave: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:
-  """Key -> (type, default) of a dataclass or a function with keywords; `dataclasses.MISSING` where there is none."""
-  hints = typing.get_type_hints(made, include_extras=True)
-  if dataclasses.is_dataclass(made):
-    found = {f.name: f.default for f in dataclasses.fields(made) if f.metadata.get("key", True)}
+def keys_of(target: Callable[..., Any], leave: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:
+  """Key -> (type, default or `dataclasses.MISSING`) of a dataclass or a function with keywords."""
+  hints = typing.get_type_hints(target, include_extras=True)
+  if dataclasses.is_dataclass(target):
+    keys = {f.name: f.default for f in dataclasses.fields(target) if f.metadata.get("key", True)}
   else:
     missing = lambda default: dataclasses.MISSING if default is inspect.Parameter.empty else default
-    found = {name: missing(p.default) for name, p in inspect.signature(made).parameters.items()}
-  return {name: (hints.get(name, Any), default) for name, default in found.items() if name not in leave}
+    keys = {name: missing(p.default) for name, p in inspect.signature(target).parameters.items()}
+  return {name: (hints.get(name, Any), default) for name, default in keys.items() if name not in leave}
 
 
-def defaults(made: Callable[..., Any], leave: Collection[str] = ()) -> dict[str, Any]:
-  """The keys that have a default, as a plain dict for a ConfigDict; sections that are None are left out."""
-  kept = {name: default for name, (_, default) in keys_of(made, leave).items()}
-  return {name: _plain(default, tuple) for name, default in kept.items()
+def defaults(target: Callable[..., Any], leave: Collection[str] = ()) -> dict[str, Any]:
+  """Key -> default as a plain dict for a ConfigDict; keys without a default, or whose default is None, are left out."""
+  return {name: _plain(default, tuple) for name, (_, default) in keys_of(target, leave).items()
           if default is not dataclasses.MISSING and default is not None}  # fmt: skip
 
 
 def fixed(value: Any) -> Any:
-  """A value that can be hashed: lists as tuples, dicts as `Frozen`, also within."""
+  """The value made hashable: lists become tuples, dicts become `Frozen`, at all depths."""
   if isinstance(value, Mapping | ml_collections.ConfigDict):
     return Frozen({key: fixed(item) for key, item in value.items()})
   return tuple(map(fixed, value)) if isinstance(value, list | tuple) else value
@@ -173,7 +171,7 @@ def get(config: Any, path: str) -> Any:
   """The value of a ConfigDict at a dotted path.
 
   Raises:
-    ValueError: naming the first missing key and the keys there are.
+    ValueError: naming the first missing key and the keys that exist.
   """
   value = config
   done: list[str] = []
@@ -188,21 +186,21 @@ def get(config: Any, path: str) -> Any:
   return value
 
 
-def check_keys(given: Iterable[Any], allowed: Iterable[Any], what: str) -> None:
-  """Raises a ValueError naming the first of `given` that is not among `allowed`."""
+def check_keys(values: Iterable[Any], allowed: Iterable[Any], path: str) -> None:
+  """Raises a ValueError naming the first of `values` that is not among `allowed`."""
   allowed = list(allowed)
-  for name in given:
-    if name not in allowed:
-      raise ValueError(f"config.{what}: {name!r} is not allowed; allowed: {allowed}")
+  for value in values:
+    if value not in allowed:
+      raise ValueError(f"config.{path}: {value!r} is not allowed; allowed: {allowed}")
 
 
 def to_plain(config: Any) -> Any:
-  """A section or ConfigDict as JSON-ready dicts, lists and numbers, for checkpoints and comparisons."""
+  """A section or ConfigDict as JSON-ready dicts, lists and scalars, for checkpoints and comparisons."""
   return _plain(config, list)
 
 
 def difference(a: Any, b: Any, prefix: str = "") -> list[str]:
-  """Dotted paths at which two plain configs differ, with both values."""
+  """Lines "path: a's value -> b's value" for all dotted paths at which two plain configs differ."""
   if isinstance(a, dict) and isinstance(b, dict):
     keys = sorted(set(a) | set(b))
     return [line for key in keys for line in difference(a.get(key), b.get(key), f"{prefix}.{key}" if prefix else key)]
@@ -210,7 +208,7 @@ def difference(a: Any, b: Any, prefix: str = "") -> list[str]:
 
 
 def key(config: Any, *free: str) -> str:
-  """A config as text, without the keys at the dotted paths of `free`: equal for runs that differ in those alone."""
+  """The config as text without the keys at the dotted paths `free`, equal for configs that differ in those alone."""
   plain = to_plain(config)
   for path in free:
     *parents, last = path.split(".")

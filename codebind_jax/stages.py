@@ -1,4 +1,4 @@
-"""Stages as data: what a stage binds, on what, training what, with which losses, for how long."""
+"""Stages: the pairs of modalities that a stage binds, its data, trained parameters, losses and length."""
 
 from __future__ import annotations
 
@@ -14,33 +14,31 @@ class Stage:
   """Section `stages.NAME`: one stage of progressive alignment (spec section 4).
 
   Attributes:
-    pairs: active pairs (modality, bridge) that InfoNCE and code matching bind.
+    pairs: pairs (modality, bridge) that InfoNCE and code matching bind.
     losses: term name -> weight.
-    sources: source name -> rows of it in a global batch; empty for the only source, with `batch_size` rows.
+    sources: source name -> its rows of a global batch; empty for the only source, with `batch_size` rows.
     weights: source name -> weight of its losses; 1 where not named.
-    unique_labels: at most one row of a label in a batch; else rows of equal labels do not count as each other's
-      negatives where one side of the pair is text.
-    steps: optimizer steps; those of the run unless set.
-    batch_size: rows of the global batch where there is one source; that of the run unless set.
+    unique_labels: at most one row of a label in a batch; if False, rows of equal labels are no negatives of each other
+      where one side of the pair is text.
+    steps: optimizer steps; the run's unless set.
+    batch_size: rows of the global batch if there is one source; the run's unless set.
     learning_rate: of this stage; 0 for that of `config.optim`.
-    train: regexes of the parameter paths that train; everything else is frozen.
-    codes: regexes of the codebooks that learn (`shared`, and each modality's own under its name); the others stay as
-      they are.
+    train: regexes of the trained parameters' paths; everything else is frozen.
+    codes: regexes of the updated codebooks (`shared`, and each modality's own under its name); the others are frozen.
     temperature: of InfoNCE (tau).
     matching_temperature: of the softmax over codes in code matching.
-    code_rows: rows of a batch that code contrast and code matching look at; 0 for all. Their cost grows with rows times
-      segments times codes (matching: with the square of the rows), and is most of a step's if all rows take part.
-    chunk: rows and columns of the InfoNCE logits held at once; 0 for the whole matrix. Where several devices share the
-      rows, these pass from device to device, so that none holds the whole batch.
-    ring: they do so with `chunk` 0 as well, the rows of a device at once.
-    parts: the towers see the batch in so many parts, one after the other, for batches larger than memory; losses and
-      codebooks see it whole.
-    mixup: rows are mixed with their neighbours in the batch, all modalities by the same share, drawn from Beta(mixup,
+    code_rows: rows of a batch for code contrast and code matching; 0 for all. Their cost grows with rows times segments
+      times codes (matching: with the square of the rows), and dominates the step if all rows take part.
+    chunk: rows and columns of the InfoNCE logits in memory at once; 0 for the whole matrix. If several devices share
+      the rows, tiles of rows pass from device to device, so that none holds the whole batch.
+    ring: rows also pass from device to device with `chunk` 0, a device's rows at once.
+    parts: number of micro-batches in which the towers run, for batches larger than memory; losses and codebooks take
+      the whole batch.
+    mixup: every row is mixed with its neighbour in the batch, in all modalities by one share drawn from Beta(mixup,
       mixup) (Zhang et al., 2018, arXiv 1710.09412); 0 for none.
-    balance: the loss balancer (`losses/balance.py`) sets the weights of the terms; `losses` then only says which take
-      part.
-    name: of the stage; metrics carry it. `stages_of` fills it in.
-    first_step: global step at which the stage begins, likewise.
+    balance: the loss balancer (`losses/balance.py`) sets the weights of those terms whose weight is not 0.
+    name: of the stage, in the metrics; set by `stages_of`.
+    first_step: global step at which the stage begins; set by `stages_of`.
   """
 
   pairs: tuple[tuple[str, str], ...] = (("image", "text"),)
@@ -74,35 +72,35 @@ class Stage:
     """Modalities that take part, in order of first appearance."""
     return tuple(dict.fromkeys(m for pair in self.pairs for m in pair))
 
-  def on(self, held: Mapping[str, Collection[str]]) -> Stage:
-    """The stage with its sources settled.
+  def on(self, data: Mapping[str, Collection[str]]) -> Stage:
+    """The stage with `sources` filled in for this data.
 
     Args:
-      held: source name -> modalities it has.
+      data: source name -> its modalities.
 
     Raises:
-      ValueError: if a source is unknown, several could be meant, or no source has both sides of a pair.
+      ValueError: if a source is unknown, several are possible, or no source has both modalities of a pair.
     """
-    if not self.sources and len(held) > 1:
-      raise ValueError(f"config.stages.{self.name}.sources: must say which of {sorted(held)} and how many rows of each")
-    sources = self.sources or Frozen(dict.fromkeys(held, self.batch_size))
+    if not self.sources and len(data) > 1:
+      raise ValueError(f"config.stages.{self.name}.sources: must say which of {sorted(data)} and how many rows of each")
+    sources = self.sources or Frozen(dict.fromkeys(data, self.batch_size))
     for name in [*sources, *self.weights]:
-      if name not in held:
-        raise ValueError(f"config.stages.{self.name}.sources: {name!r} is not allowed; allowed: {sorted(held)}")
+      if name not in data:
+        raise ValueError(f"config.stages.{self.name}.sources: {name!r} is not allowed; allowed: {sorted(data)}")
     for a, b in self.pairs:
-      if not any(a in held[name] and b in held[name] for name in sources):
+      if not any(a in data[name] and b in data[name] for name in sources):
         raise ValueError(f"config.stages.{self.name}.pairs: none of {sorted(sources)} has both {a!r} and {b!r}")
     return dataclasses.replace(self, sources=sources)
 
 
-# Key of a stage -> its default, for the keys that have one.
+# Stage key -> its default, for those that have one.
 DEFAULTS = {key: default for key, (_, default) in keys_of(Stage).items() if default is not dataclasses.MISSING}
 
 
 def stages_of(stages: Mapping[str, Stage], order: Sequence[str]) -> list[Stage]:
   """The stages of a config (`config.stages`, `config.stage_order`) in order, with their names and global steps."""
-  found: list[Stage] = []
+  ordered: list[Stage] = []
   for name in order:
-    first = found[-1].last_step if found else 0
-    found.append(dataclasses.replace(stages[name], name=name, first_step=first))
-  return found
+    first_step = ordered[-1].last_step if ordered else 0
+    ordered.append(dataclasses.replace(stages[name], name=name, first_step=first_step))
+  return ordered

@@ -1,4 +1,4 @@
-"""The training step of every method: pure, no I/O, the same on one device and on many."""
+"""The training step of all methods, a pure function that is the same on one device and on many."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def make_train_step(
   """The step of a stage: (state, batch) -> (state, metrics), to be jitted with the state donated.
 
   A batch is `{source: {modality: [b, n, d], "_mask": {modality: bool [b]}, "_group": int [b]}}`. The towers and the
-  method's `observe` see the rows of all sources at once; the terms are taken per source and averaged by the sources'
-  weights.
+  method's `observe` take the rows of all sources at once; each term is computed per source, and averaged by the
+  sources' weights.
 
   Args:
-    method: gives what has state, the terms and their weights.
+    method: gives `observe`, the terms and their weights.
     stage: of the run.
     tx: optimizer of the stage.
     frozen: paths of parameters that do not train; no gradient is computed for them.
   """
-  terms, given = method.terms(stage), method.weights(stage)
-  weighted = [name for name in terms if given[name]]
+  terms, constant = method.terms(stage), method.weights(stage)
+  weighted = [name for name in terms if constant[name]]
 
   def loss_fn(params: Any, state: TrainState, batch: Batch, rng: Any):
     params = optim.stop_frozen(params, frozen)
@@ -48,10 +48,10 @@ def make_train_step(
       name: sum(term(rows[source]) * (share / sum(shares.values())) for source, share in shares.items())
       for name, term in terms.items()
     }  # fmt: skip
-    weights = given
+    weights = constant
     if stage.balance:
       balance = losses.balance_update(aux["balance"], {name: values[name] for name in weighted})
-      weights, aux = given | balance.weight, aux | {"balance": balance}
+      weights, aux = constant | balance.weight, aux | {"balance": balance}
     total = sum(weights[name] * value for name, value in values.items())
     sizes = method.codebook_sizes | {name: book.codes.shape[0] for name, book in codebooks.items()}
     return total, jax.lax.stop_gradient((values, usage_metrics(rows, sizes), codebooks, aux))
@@ -76,7 +76,7 @@ def make_train_step(
 
 
 def forward(method: Method, params: Any, batch: Batch, rng: Any, stage: Stage) -> Forward:
-  """Runs the towers on a training batch: mixup, then dropout and the heads in the stage's micro-batches."""
+  """The towers' outputs for a training batch: mixup, then the towers with dropout in the stage's micro-batches."""
   inputs, masks, owners = merge_sources(batch)
   if stage.mixup:
     inputs = mixed(jax.random.fold_in(rng, 1), inputs, masks, owners, stage.mixup)
@@ -98,17 +98,17 @@ def mixed(
   rng: Array, inputs: Mapping[str, Array], masks: Mapping[str, Array], owners: Mapping[tuple[str, str], slice],
   alpha: float,
 ) -> dict[str, Array]:
-  """Mixup of the towers' inputs: row i becomes w x_i + (1 - w) x_(i-1), one w in [1/2, 1] for all of its modalities.
+  """Mixup of the towers' inputs: row i becomes w x_i + (1 - w) x_(i-1), with one w in [1/2, 1] for all its modalities.
 
-  It asks the heads to be linear between training concepts (Zhang et al., 2018, arXiv 1710.09412). A row whose neighbour
-  lacks one of its modalities stays as it is.
+  Mixup favours heads that are linear between training concepts (Zhang et al., 2018, arXiv 1710.09412). A row whose
+  neighbour lacks one of its modalities is not mixed.
 
   Args:
-    rng: key of the shares.
-    inputs: modality -> [n, t, c], the sources one after the other.
+    rng: key of the draws of w.
+    inputs: modality -> [n, t, c], the sources' rows concatenated.
     masks: modality -> bool [n].
-    owners: (source, modality) -> its rows.
-    alpha: shares are drawn from Beta(alpha, alpha).
+    owners: (source, modality) -> slice of the modality's rows.
+    alpha: w is drawn from Beta(alpha, alpha), and 1 - w taken if it is larger.
   """
   out = dict(inputs)
   for number, source in enumerate(dict.fromkeys(source for source, _ in owners)):
@@ -117,18 +117,18 @@ def mixed(
     weight = jax.random.beta(jax.random.fold_in(rng, number), alpha, alpha, (count,))
     weight = jnp.maximum(weight, 1.0 - weight)
     for name, rows in rows_of.items():
-      has = masks[name][rows]
-      weight = jnp.where(has & ~jnp.roll(has, 1), 1.0, weight)
+      mask = masks[name][rows]
+      weight = jnp.where(mask & ~jnp.roll(mask, 1), 1.0, weight)
     for name, rows in rows_of.items():
-      x, share = inputs[name][rows].astype(jnp.float32), weight[:, None, None]
-      blend = share * x + (1.0 - share) * jnp.roll(x, 1, axis=0)
-      alone = rows == slice(0, out[name].shape[0])
-      out[name] = blend if alone else out[name].astype(jnp.float32).at[rows].set(blend)
+      x, w = inputs[name][rows].astype(jnp.float32), weight[:, None, None]
+      blend = w * x + (1.0 - w) * jnp.roll(x, 1, axis=0)
+      only_source = rows == slice(0, out[name].shape[0])
+      out[name] = blend if only_source else out[name].astype(jnp.float32).at[rows].set(blend)
   return out
 
 
 def usage_metrics(rows: Mapping[str, Rows], sizes: Mapping[str, int]) -> dict[str, Array]:
-  """Usage of every codebook by the codes of a batch's unmasked rows: `codebook/<name>/perplexity` and so on.
+  """Usage statistics of every codebook over a batch's unmasked rows: `codebook/<name>/perplexity` and so on.
 
   Args:
     rows: source -> rows with their `codes`.
@@ -138,15 +138,15 @@ def usage_metrics(rows: Mapping[str, Rows], sizes: Mapping[str, int]) -> dict[st
   for name in dict.fromkeys(name for part in rows.values() for name in part.codes):
     chosen = [pair for part in rows.values() for pair in part.codes.get(name, ())]
     size = sizes[name]
-    # Masked rows count for a code beyond the last.
-    kept = [jnp.where(mask.reshape(-1, *[1] * (x.ndim - 1)), x, size).reshape(-1) for x, mask in chosen]
-    counts = code_counts(jnp.concatenate(kept), size + 1)[:size]
+    # Masked rows are counted as an extra code after the last, which is then dropped.
+    codes = [jnp.where(mask.reshape(-1, *[1] * (x.ndim - 1)), x, size).reshape(-1) for x, mask in chosen]
+    counts = code_counts(jnp.concatenate(codes), size + 1)[:size]
     metrics |= {f"codebook/{name}/{key}": value for key, value in usage_stats(counts).items()}
   return metrics
 
 
-def make_start(method: Method) -> Callable[[TrainState, Batch], Any]:
-  """(state, first batch of a stage) -> the codebooks that the stage starts with."""
+def make_start_codebooks(method: Method) -> Callable[[TrainState, Batch], Any]:
+  """A function (state, first batch of a stage) -> the codebooks with which the stage starts."""
 
   def start(state: TrainState, batch: Batch) -> Any:
     inputs, masks, owners = merge_sources(batch)
@@ -159,7 +159,7 @@ def make_start(method: Method) -> Callable[[TrainState, Batch], Any]:
 
 
 def make_embed_step(method: Method) -> Callable[..., dict[str, Any]]:
-  """(params, codebooks, inputs by modality) -> modality -> outputs; changes no state."""
+  """A function (params, codebooks, modality -> inputs) -> modality -> embeddings, which changes no state."""
 
   def embed(params: Any, codebooks: Any, inputs: Mapping[str, Array]) -> dict[str, Any]:
     features, _ = method.model.apply({"params": params}, inputs)

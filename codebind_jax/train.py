@@ -1,4 +1,4 @@
-"""`train_and_evaluate`: data, model, stages, evaluation, report - one linear run that can be killed and resumed."""
+"""A training run, `train_and_evaluate`: data, model, stages, evaluation, report; it can be killed and continued."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ from codebind_jax.runtime.metrics import MetricsWriter, Throughput
 from codebind_jax.runtime.sharding import Layout, make_layout
 from codebind_jax.runtime.train_state import TrainState
 from codebind_jax.stages import Stage
-from codebind_jax.step import make_start, make_train_step
+from codebind_jax.step import make_start_codebooks, make_train_step
 from codebind_jax.trunks.featurize import Featurizer
 
-# Keys that no compiled function depends on, and that only the training step's does.
+# Config keys on which no compiled function depends, and the one on which only the training step depends.
 UNUSED, RATE = ("seed", "test"), "optim.learning_rate"
-# Keys that change no result: a run may go on with others.
+# Config keys that change no result, so that a run may be continued with other values.
 FREE = ("data.workers", "data.threads")
 
 
 def banner(text: str) -> None:
-  """A line in the log that says which part of the run begins."""
+  """Logs which part of the run begins."""
   logging.info("---- %s ----", text)
 
 
-def claim_workdir(config: Config, workdir: str | pathlib.Path) -> pathlib.Path:
-  """Makes the run's folder, or checks that the run in it is this one.
+def open_run(config: Config, workdir: str | pathlib.Path) -> pathlib.Path:
+  """Creates the run's folder with its config.json, or checks that the folder holds a run of the same config.
 
   Raises:
     ValueError: if the folder holds a run of another config, naming every key that differs.
@@ -64,10 +64,10 @@ def claim_workdir(config: Config, workdir: str | pathlib.Path) -> pathlib.Path:
   path, plain = folder / "config.json", schema.to_plain(config)
   if path.exists():
     try:
-      there = schema.to_plain(config_lib.reopened(json.loads(path.read_text())))
+      earlier = schema.to_plain(config_lib.reopened(json.loads(path.read_text())))
     except ValueError as error:
       raise ValueError(f"{path}: {error}") from error
-    changed = [line for line in schema.difference(there, plain) if line.partition(":")[0] not in FREE]
+    changed = [line for line in schema.difference(earlier, plain) if line.partition(":")[0] not in FREE]
     if changed:
       raise ValueError(f"workdir {str(folder)!r} holds a run of another config: {'; '.join(changed)}; use another one")
   elif jax.process_index() == 0:
@@ -76,7 +76,7 @@ def claim_workdir(config: Config, workdir: str | pathlib.Path) -> pathlib.Path:
 
 
 def baseline_of(config: Config) -> Config:
-  """The hard-alignment baseline: same towers, data and steps, plain InfoNCE, no codebooks."""
+  """The config of the hard-alignment baseline: same towers, data and steps, plain InfoNCE, no codebooks."""
   losses = schema.Frozen({"info_nce": 1.0})
   return dataclasses.replace(
     config, baseline=False, init_from=str(pathlib.Path(config.init_from) / "baseline") if config.init_from else "",
@@ -88,7 +88,7 @@ def baseline_of(config: Config) -> Config:
 def train_and_evaluate(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
   """Trains all stages of a config, evaluates, and writes metrics, checkpoints and the report into `workdir`.
 
-  A folder that already holds (part of) this run is continued; a finished one is only reported again.
+  A run that the folder already holds is continued; if it is finished, only the report is written again.
 
   Args:
     config: of the run (ConfigDict, dict or `Config`).
@@ -102,10 +102,10 @@ def train_and_evaluate(config: Any, workdir: str | pathlib.Path) -> dict[str, fl
   """
   started = time.time()
   config = config_lib.validate(config)
-  folder = claim_workdir(config, workdir)
+  folder = open_run(config, workdir)
 
   banner("data")
-  with distributed.first():  # fetches, builds and computes what is not cached yet
+  with distributed.process_0_first():  # data is fetched and built, and features are computed, where not cached yet
     task = open_task(config.data)
     featurizer = Featurizer(config.data, config.model.towers)
     tables, labels = featurizer.train_tables(task.train, task.unique, task.extra)
@@ -115,7 +115,7 @@ def train_and_evaluate(config: Any, workdir: str | pathlib.Path) -> dict[str, fl
   if config.baseline:
     banner("baseline: the same heads by plain InfoNCE, without codebooks")
     plain = baseline_of(config)
-    inner = claim_workdir(plain, folder / "baseline")
+    inner = open_run(plain, folder / "baseline")
     baseline, _ = run_stages(plain, inner, tables, labels, Evaluation(plain, task, featurizer, config.tasks))
     final |= {f"baseline/{name}": value for name, value in baseline.items()}
 
@@ -131,7 +131,7 @@ def train_and_evaluate(config: Any, workdir: str | pathlib.Path) -> dict[str, fl
 def run_stages(
   config: Config, folder: pathlib.Path, tables: Mapping[str, Mapping[str, Any]],
   labels: Mapping[str, Sequence[str | None]], evaluation: StageEvaluation, programs: Programs | None = None,
-  draw: Callable[..., Batches] | None = None,
+  make_batches: Callable[..., Batches] | None = None,
 ) -> tuple[dict[str, float], dict[str, Model]]:
   """Runs or continues the stages of one config.
 
@@ -139,20 +139,20 @@ def run_stages(
     config: of the run.
     folder: its folder.
     tables: source -> modality -> FeatureTable of the training rows.
-    labels: source -> per training row what tells it apart.
+    labels: source -> label of each training row.
     evaluation: of this config.
-    programs: compiled for earlier runs on the same data, to be used again.
-    draw: `batches_of`, or what gives the same batches.
+    programs: compiled functions of earlier runs on the same data, to be used again.
+    make_batches: gives the same batches as `batches_of`, the default, for the same arguments.
 
   Returns:
-    The final metrics (on process 0), and the model before and after training.
+    The final metrics (empty on other processes than 0), and the models "before" and "after" training.
 
   Raises:
     ValueError: if the run in the folder was trained on other data, before anything of it is changed.
   """
-  stages = [stage.on({name: set(found) for name, found in tables.items()}) for stage in config.ordered]
-  batches = {s.name: (draw or batches_of)(config, s, tables, labels, evaluation.task.extra) for s in stages}
-  fingerprint = {name: found.fingerprint for name, found in batches.items()}
+  stages = [stage.on({name: set(modalities) for name, modalities in tables.items()}) for stage in config.ordered]
+  batches = {s.name: (make_batches or batches_of)(config, s, tables, labels, evaluation.task.extra) for s in stages}
+  fingerprint = {name: of_stage.fingerprint for name, of_stage in batches.items()}
   with contextlib.closing(Checkpoints(folder, keep=config.keep_checkpoints)) as store:
     changed = schema.difference(store.fingerprint() or fingerprint, fingerprint)
   if changed:
@@ -162,24 +162,24 @@ def run_stages(
   programs = programs or Programs()
   layout = make_layout(config.mesh, config.sharding)
   method = config_lib.method_of(config)
-  first_of = {m: table for found in reversed(tables.values()) for m, table in found.items()}
+  first_table = {m: table for by_modality in reversed(tables.values()) for m, table in by_modality.items()}
   shapes = {name: (trunk.num_tokens, trunk.width) for name, trunk in evaluation.trunks.items()}
   create = lambda: state_lib.creator(layout, make_init(method, shapes, config.model.half, stages))
   state = programs.get("create", schema.key(config, *UNUSED, RATE), create)(jax.random.key(config.seed))
-  state = state.replace(params=whiten_heads(state.params, config.model.towers, first_of, layout))
-  held: dict[str, tuple[str, ...]] = {}
+  state = state.replace(params=whiten_heads(state.params, config.model.towers, first_table, layout))
+  earlier: tuple[str, ...] = ()
   if config.init_from:
-    state, held[""] = start_from(state, config.init_from)
-  for number, stage in enumerate(stages):
-    before = held.get(stages[number - 1].name if number else "", ())
-    held[stage.name] = tuple(dict.fromkeys((*before, *stage.modalities)))
-  untrained_params = jax.device_get(layout.whole(state.params))  # the step donates its state
+    state, earlier = start_from(state, config.init_from)
+  new, trained = {}, {}  # stage -> modalities that it is the first to train, and those trained by its end
+  for stage in stages:
+    new[stage.name] = {*stage.modalities} - {*earlier}
+    trained[stage.name] = earlier = tuple(dict.fromkeys((*earlier, *stage.modalities)))
+  untrained_params = jax.device_get(layout.gathered(state.params))  # the step donates its state
   optimizers = {stage.name: optimizer_of(config, method, stage, state.params) for stage in stages}
 
   with contextlib.closing(Checkpoints(folder, keep=config.keep_checkpoints)) as store, MetricsWriter(
     folder, active=jax.process_index() == 0
   ) as writer, Preemption() as preemption:
-    # Order of initialisation: this run's own checkpoint, else random heads and k-means codebooks.
     restored = store.restore(lambda at: state_lib.abstract(state, optimizers[at.stage][0], layout))
     position = Position(0, stages[0].name, False)  # until something is restored
     if restored is None:
@@ -193,22 +193,22 @@ def run_stages(
       if stage.last_step < position.step:
         continue
       if stage.last_step == position.step:
-        evaluate_stage(config, state, stage, stages, evaluation, writer, held[stage.name], layout)
+        evaluate_stage(config, state, stage, stages, evaluation, writer, trained[stage.name], layout)
         continue
       banner(f"stage {stage.name}: {stage.steps} steps on {' + '.join(stage.modalities)}")
       tx, table = optimizers[stage.name]
       optim.log_table(state.params, table)
       if position.step <= stage.first_step:
-        earlier = held.get(stages[stages.index(stage) - 1].name if stage is not stages[0] else "", ())
-        state = state.replace(params=copy_heads(state.params, config.model.towers, {*stage.modalities} - {*earlier}))
-        fresh = functools.partial(state_lib.optimizer_init, state.params, tx, layout)
-        make = programs.get(f"optimizer {stage.name}", schema.key(config, *UNUSED, RATE), fresh)
-        state = state.replace(opt_state=make(state.params))
+        state = state.replace(params=copy_heads(state.params, config.model.towers, new[stage.name]))
+        make = functools.partial(state_lib.optimizer_init, state.params, tx, layout)
+        optimizer_init = programs.get(f"optimizer {stage.name}", schema.key(config, *UNUSED, RATE), make)
+        state = state.replace(opt_state=optimizer_init(state.params))
         layout.log(state)
         if state.codebooks:
-          start = functools.partial(jax.jit, make_start(method), out_shardings=layout.of(state.codebooks, "codebooks"))
-          begin = programs.get(f"start {stage.name}", schema.key(config, *UNUSED, RATE), start)
-          state = state.replace(codebooks=begin(state, layout.put_batch(batches[stage.name][0])))
+          placed = layout.of(state.codebooks, "codebooks")
+          make = functools.partial(jax.jit, make_start_codebooks(method), out_shardings=placed)
+          start_codebooks = programs.get(f"start {stage.name}", schema.key(config, *UNUSED, RATE), make)
+          state = state.replace(codebooks=start_codebooks(state, layout.put_batch(batches[stage.name][0])))
       compile_for = lambda state, batch, stage=stage, tx=tx, table=table: programs.get(
         f"step {stage.name}", schema.key(config, *UNUSED),
         lambda: compile_step(
@@ -217,22 +217,22 @@ def run_stages(
       )
       state = run_stage(
         config, stage, state, compile_for, batches[stage.name], fingerprint, layout, store, writer, evaluation,
-        held[stage.name], worlds_until(stages, stage), preemption,
+        trained[stage.name], worlds_until(stages, stage), preemption,
       )
       position = Position(stage.last_step, stage.name, True)
-      evaluate_stage(config, state, stage, stages, evaluation, writer, held[stage.name], layout)
+      evaluate_stage(config, state, stage, stages, evaluation, writer, trained[stage.name], layout)
 
     banner("evaluation")
-    last = held[stages[-1].name]
-    trained = Model(config, *layout.whole((state.params, state.codebooks)), evaluation.trunks, modalities=last)
-    untrained = Model(baseline_of(config), untrained_params, {}, evaluation.trunks, modalities=last)
-    final = evaluation.finish(trained, int(state.step), writer) if jax.process_index() == 0 else {}
+    all_trained = trained[stages[-1].name]
+    after = Model(config, *layout.gathered((state.params, state.codebooks)), evaluation.trunks, modalities=all_trained)
+    before = Model(baseline_of(config), untrained_params, {}, evaluation.trunks, modalities=all_trained)
+    final = evaluation.finish(after, int(state.step), writer) if jax.process_index() == 0 else {}
     distributed.wait_for_all("evaluation")
-    return final, {"before": untrained, "after": trained}
+    return final, {"before": before, "after": after}
 
 
 def optimizer_of(config: Config, method: Method, stage: Stage, params: Any) -> tuple[Any, dict[str, str]]:
-  """A stage's optimizer and its table of paths, see `optim.make_optimizer`."""
+  """A stage's optimizer and the table of its parameters, see `optim.make_optimizer`."""
   settings = config.optim
   if stage.learning_rate:
     settings = dataclasses.replace(settings, learning_rate=stage.learning_rate)
@@ -243,7 +243,7 @@ def batches_of(
   config: Config, stage: Stage, tables: Mapping[str, Mapping[str, Any]], labels: Mapping[str, Sequence[str | None]],
   extra: Mapping[str, Sequence[Any]], keep: bool = False,
 ) -> Batches:
-  """A stage's batches; arguments as of `run_stages` and `Batches`."""
+  """A stage's batches; the arguments are those of `run_stages` and `Batches`."""
   return Batches({
     name: SourceBatches(
       {m: table for m, table in tables[name].items() if m in stage.modalities}, labels[name], rows=rows,
@@ -256,11 +256,11 @@ def batches_of(
 
 def evaluate_stage(
   config: Config, state: TrainState, stage: Stage, stages: Sequence[Stage], evaluation: StageEvaluation,
-  writer: MetricsWriter, held: Sequence[str], layout: Layout,
+  writer: MetricsWriter, trained: Sequence[str], layout: Layout,
 ) -> None:
-  """What the modalities brought in so far reach once a stage is done; the last stage's is the final evaluation."""
+  """Evaluates all modalities trained so far at a stage's end; the final evaluation does so after the last stage."""
   if stage is not stages[-1]:
-    model = Model(config, *layout.whole((state.params, state.codebooks)), evaluation.trunks, modalities=held)
+    model = Model(config, *layout.gathered((state.params, state.codebooks)), evaluation.trunks, modalities=trained)
     if jax.process_index() == 0:
       evaluation.after_stage(model, stage.last_step, stage.name, writer, worlds_until(stages, stage))
 
@@ -273,14 +273,14 @@ def worlds_until(stages: Sequence[Stage], stage: Stage) -> set[str]:
 def run_stage(
   config: Config, stage: Stage, state: TrainState, compile_for: Callable[[TrainState, Any], Any],
   batches: Batches, fingerprint: Mapping[str, Any], layout: Layout, store: Checkpoints, writer: MetricsWriter,
-  evaluation: StageEvaluation, held: Sequence[str], worlds: Collection[str], preemption: Preemption,
+  evaluation: StageEvaluation, trained: Sequence[str], worlds: Collection[str], preemption: Preemption,
 ) -> TrainState:
-  """The loop of one stage, from wherever `state` stands to its last step, by the step that `compile_for` makes."""
+  """Trains one stage from the step of `state` to its last, with the step function that `compile_for` gives."""
   step, compiled = int(state.step), None
   read = lambda at: layout.put_batch(batches[at - stage.first_step])
 
   def save(store: Checkpoints, at: int, state: TrainState) -> None:
-    position = Position(at, stage.name, at == stage.last_step, tuple(held))
+    position = Position(at, stage.name, at == stage.last_step, tuple(trained))
     store.save(position, state, fingerprint, schema.to_plain(config))
 
   clock, watch = Throughput(), Watch(store.path.parent, stage.name, step)
@@ -309,9 +309,9 @@ def run_stage(
         writer.write(step, stage.name, values | clock.report())
       if step % config.eval_steps == 0 and not last:
         bar.clear()
-        current = Model(config, *layout.whole((state.params, state.codebooks)), evaluation.trunks, modalities=held)
+        model = Model(config, *layout.gathered((state.params, state.codebooks)), evaluation.trunks, modalities=trained)
         if jax.process_index() == 0:
-          writer.write(step, stage.name, evaluation.validate(current, worlds))
+          writer.write(step, stage.name, evaluation.validate(model, worlds))
         clock.restart()
       if due:
         writer.flush()
@@ -324,7 +324,7 @@ def run_stage(
 
 
 def warn_of_collapse(codebooks: Mapping[str, Any], share: float, step: int) -> None:
-  """Logs a warning for every codebook in use the perplexity of whose moving usage is under `share` of its size."""
+  """Warns of every initialised codebook whose moving usage has a perplexity below `share` of its size."""
   for name, book in codebooks.items():
     if book.initialised and collapsed(book.usage, share):
       perplexity = float(usage_stats(book.usage)["perplexity"])

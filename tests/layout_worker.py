@@ -65,7 +65,7 @@ def train(config, devices):
 
 def whole(layout, state):
   """Parameters and codebooks as numpy by path."""
-  kept = layout.whole({"params": state.params, "codebooks": state.codebooks})
+  kept = layout.gathered({"params": state.params, "codebooks": state.codebooks})
   return {path: np.asarray(leaf) for path, leaf in optim.param_paths(kept).items()}
 
 

@@ -15,7 +15,7 @@ from codebind_jax.methods.base import EXTRA, method_names
 from codebind_jax.methods.unified import same_steps
 from codebind_jax.runtime.optim import make_optimizer
 from codebind_jax.runtime.train_state import TrainState
-from codebind_jax.step import make_embed_step, make_start, make_train_step
+from codebind_jax.step import make_embed_step, make_start_codebooks, make_train_step
 from configs import common
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -84,7 +84,7 @@ def started(method, config, batch):
   params, books, aux = init(jax.random.key(0))
   tx, _ = make_optimizer(params, stage.train, config.optim, config.steps, frozen=method.frozen_paths)
   state = TrainState(jnp.zeros((), jnp.int32), params, books, tx.init(params), aux, jax.random.key(1))
-  state = state.replace(codebooks=jax.jit(make_start(method))(state, batch))
+  state = state.replace(codebooks=jax.jit(make_start_codebooks(method))(state, batch))
   return state, jax.jit(make_train_step(method, stage, tx))
 
 

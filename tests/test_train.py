@@ -17,7 +17,7 @@ from codebind_jax import config as config_lib
 from codebind_jax import schema
 from codebind_jax.runtime.checkpoint import Checkpoints
 from codebind_jax.runtime.optim import param_paths
-from codebind_jax.train import baseline_of, claim_workdir, train_and_evaluate, warn_of_collapse
+from codebind_jax.train import baseline_of, open_run, train_and_evaluate, warn_of_collapse
 from tests.processes import REPOSITORY, assert_close, assert_same_run, finish, start, started, wait_for
 from tests.train_fixtures import arrays_of, lines_of, tiny_config
 
@@ -117,13 +117,15 @@ def test_a_whole_checkpoint_that_does_not_fit_is_an_error_and_stays(whole_run, t
   assert (tmp_path / "checkpoints" / "6").is_dir()
 
 
-def test_a_checkpoint_with_the_states_of_iterators_goes_on_from_its_step(data, whole_run, tmp_path):
+def test_a_checkpoint_of_an_earlier_version_opens_and_goes_on_from_its_step(data, whole_run, tmp_path):
   shutil.copytree(whole_run[0], tmp_path / "old")
   shutil.rmtree(tmp_path / "old" / "checkpoints" / "6")
   path = tmp_path / "old" / "checkpoints" / "4" / "meta" / "metadata"
   meta = json.loads(path.read_text())
   assert meta.pop("fingerprint")["bridges"]["squares"]["rows"] == 24
+  meta["position"]["held"] = meta["position"].pop("trained")
   path.write_text(json.dumps(meta | {"data": {"squares": {"next_index": 4}}}))
+  assert codebind_jax.load(tmp_path / "old").modalities == ("image", "text")
   train_and_evaluate(tiny_config(*data), tmp_path / "old")
   assert_same_run(whole_run[0], tmp_path / "old")
 
@@ -210,11 +212,11 @@ def test_load_and_embed(data, whole_run):
 
 
 def test_workdir_of_another_config_is_refused(data, tmp_path):
-  claim_workdir(config_lib.read(tiny_config(*data)), tmp_path)
+  open_run(config_lib.read(tiny_config(*data)), tmp_path)
   with pytest.raises(ValueError, match=r"batch_size: 8 -> 4"):
-    claim_workdir(config_lib.read(tiny_config(*data, batch_size=4)), tmp_path)
+    open_run(config_lib.read(tiny_config(*data, batch_size=4)), tmp_path)
   changed = tiny_config(*data, **{"data.workers": 2, "data.threads": 1})  # these change no result
-  claim_workdir(config_lib.read(changed), tmp_path)
+  open_run(config_lib.read(changed), tmp_path)
 
 
 def test_batch_larger_than_the_data(data, tmp_path):

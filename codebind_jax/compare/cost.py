@@ -20,7 +20,7 @@ from codebind_jax.runtime.checkpoint import Checkpoints
 from codebind_jax.runtime.compile import compile_step
 from codebind_jax.runtime.metrics import read_metrics
 from codebind_jax.runtime.sharding import make_layout
-from codebind_jax.step import make_start, make_train_step
+from codebind_jax.step import make_start_codebooks, make_train_step
 from codebind_jax.train import batches_of, optimizer_of
 
 FILE = "speed.json"
@@ -96,7 +96,7 @@ def _ready(config: Config, tables: Any, labels: Any, trunks: Any) -> tuple[Any, 
   state = state_lib.with_optimizer(state, tx, layout)
   batch = layout.put_batch(batches_of(config, stage, tables, labels, {})[0])
   if state.codebooks:
-    start = jax.jit(make_start(method), out_shardings=layout.of(state.codebooks, "codebooks"))
+    start = jax.jit(make_start_codebooks(method), out_shardings=layout.of(state.codebooks, "codebooks"))
     state = state.replace(codebooks=start(state, batch))
   step = state_lib.guarded(make_train_step(method, stage, tx, frozen=optim.frozen(table)))
   return compile_step(step, state, batch, layout), state, batch, sum(stage.sources.values())

@@ -37,7 +37,7 @@ from codebind_jax.files import write_whole
 from codebind_jax.methods.base import unheeded
 from codebind_jax.runtime.compile import Programs
 from codebind_jax.stages import Stage
-from codebind_jax.train import batches_of, claim_workdir, run_stages
+from codebind_jax.train import batches_of, open_run, run_stages
 from codebind_jax.trunks.featurize import Featurizer
 
 RESULT = "run.json"  # of a finished run that has read the test set, in its folder
@@ -95,7 +95,7 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
     config_lib.validate(run_config(config, variant, settings.learning_rates[0], 0, False))
   names = settings.names
   against = json.loads(pathlib.Path(settings.against).read_text()) if settings.against else None
-  folder = claim_workdir(whole(config), workdir)
+  folder = open_run(whole(config), workdir)
   task = graded_task(settings.world, sorted(config.model.towers)) if settings.world else open_task(config.data)
   featurizer = Featurizer(config.data, config.model.towers)
   transfers, tokens = transfers_of(settings, task), {}
@@ -120,7 +120,7 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
   def train(name: str, rate: float, seed: int, test: bool, programs: Programs) -> dict[str, Any]:
     bar.set_description(f"{name} {rate:g} seed {seed}")
     run = run_config(config, settings.variants[name], rate, seed, test)
-    inner = claim_workdir(run, folder / name / (f"rate{rate:g}" if not test else f"seed{seed}"))
+    inner = open_run(run, folder / name / (f"rate{rate:g}" if not test else f"seed{seed}"))
     if test and (inner / RESULT).exists():
       bar.update()
       return json.loads((inner / RESULT).read_text())

@@ -1,1 +1,1 @@
-"""Methods: the papers as recipes over shared parts."""
+"""Training methods, one module for each paper, over shared towers, codebooks and losses."""

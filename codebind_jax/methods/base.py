@@ -1,4 +1,4 @@
-"""What a method is: its state, what it observes in a batch, its terms and weights, and its embeddings.
+"""The interface of a training method: its initial state, what it computes from a batch, its loss terms, its embeddings.
 
 A method is a frozen dataclass called `Method` in a module of its own; its fields are its options. `config.method` names
 a module of this package, or any importable module by its dotted path. `step.make_train_step` trains every method.
@@ -39,7 +39,7 @@ Term = Callable[["Rows"], Float[Array, ""]]
 
 
 def method_names() -> list[str]:
-  """Methods of this package."""
+  """Names of this package's methods."""
   return sorted(m.name for m in pkgutil.iter_modules(methods.__path__) if m.name not in _NOT_METHODS)
 
 
@@ -55,27 +55,27 @@ def method_class(name: str) -> type[Method]:
   if name in method_names():
     return importlib.import_module(f"{methods.__name__}.{name}").Method
   try:
-    found = importlib.import_module(name).Method if "." in name else None
+    kind = importlib.import_module(name).Method if "." in name else None
   except (ImportError, AttributeError):
-    found = None
-  if found is None:
+    kind = None
+  if kind is None:
     raise ValueError(f"config.method: got {name!r}; allowed: {method_names()}, or a.module.path with a class Method")
-  return found
+  return kind
 
 
-def method_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-  """All of a method's options: those given, read by their types, and the defaults of the others.
+def method_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+  """All options of the method `name`: those of `options`, read by their types, and defaults for the others.
 
   Raises:
-    ValueError: if there is no such method, it has no such option, or a value is none of the option's.
+    ValueError: for an unknown method or option, or a value that the option does not allow.
   """
   kind = method_class(name)
   allowed = sorted(schema.keys_of(kind))
-  for option in given:
+  for option in options:
     if option not in allowed:
       more = "" if allowed else "; see config.codebook"
       raise ValueError(f"config.method_options: {name!r} has no option {option!r}; allowed: {allowed}{more}")
-  return schema.arguments(kind, given, "method_options")
+  return schema.arguments(kind, options, "method_options")
 
 
 def make_method(
@@ -87,11 +87,11 @@ def make_method(
     name: `config.method`.
     options: `config.method_options`.
     model: section of the towers; all but text have decoders if a stage has the loss `reconstruction`.
-    codebook: of the methods that have no options of their own for it.
+    codebook: section of the codebooks, for methods without options of their own for them.
     stages: of the run.
 
   Raises:
-    ValueError: if there is none, or it has no such option.
+    ValueError: as `method_options`.
   """
   decoded = any(stage.losses.get("reconstruction") for stage in stages)
   return method_class(name).build(
@@ -100,7 +100,7 @@ def make_method(
 
 
 def unheeded(name: str) -> dict[str, Any]:
-  """Key of a stage that the method `name` does not heed -> its default, the one value it may have."""
+  """Key of a stage that the method `name` does not heed -> its default, which is the only value allowed."""
   heeded = COMMON_KEYS | method_class(name).STAGE_KEYS
   return {key: default for key, default in DEFAULTS.items() if key not in heeded}
 
@@ -121,16 +121,16 @@ def check_stage(name: str, stage: Stage) -> None:
 def make_init(
   method: Method, shapes: Mapping[str, tuple[int, int]], half: Sequence[str] = (), stages: Sequence[Stage] = ()
 ) -> Callable[[Any], tuple]:
-  """Key -> (params, codebooks, aux), pure: the random start of a run, for `train_state.create`.
+  """A pure function, key -> (params, codebooks, aux) at the start of a run, for `train_state.create`.
 
   Args:
     method: of the run.
     shapes: modality -> (tokens, width) of one item.
-    half: regexes of paths of parameters that are kept in bfloat16 (frozen encoders).
-    stages: of the run; those that balance their terms share one balancer, which is kept in `aux`.
+    half: regexes of the paths of parameters stored in bfloat16 (frozen encoders).
+    stages: of the run; those that balance their terms share one balancer in `aux`.
   """
 
-  def keep(path: Any, x: Any) -> Any:
+  def stored(path: Any, x: Any) -> Any:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     return x.astype(jnp.bfloat16) if any(re.fullmatch(pattern, name) for pattern in half) else x
 
@@ -145,23 +145,23 @@ def make_init(
       fixed = (method.BASE, "reconstruction")
       aux = aux | {"balance": balance_init(balanced, base=method.BASE, fixed=fixed, factors=method.FACTORS)}
     params = towers | ({EXTRA: extra} if extra else {})
-    return jax.tree_util.tree_map_with_path(keep, params), codebooks, aux
+    return jax.tree_util.tree_map_with_path(stored, params), codebooks, aux
 
   return init
 
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-  """The towers' outputs for a batch: each modality once, the rows of its sources one after the other.
+  """The towers' inputs and outputs for a batch, the rows of all sources concatenated by modality.
 
   Attributes:
     params: all parameters; the method's own under `EXTRA`.
-    inputs: modality -> what its tower took, after mixup [b, n, c].
+    inputs: modality -> its tower's input, after mixup [b, n, c].
     features: modality -> heads' output [b, n, d]; the shared part first.
     scales: modality -> logit scale [].
     masks: modality -> rows that have it, bool [b].
-    owners: (source, modality) -> the source's rows among the modality's.
-    groups: source -> int [b], equal for rows of one label, different in every source; None where not given.
+    owners: (source, modality) -> the source's slice of the modality's rows.
+    groups: source -> int [b], equal for rows of one label, different in every source; None without labels.
     apply: (parameters of the towers, inputs, key or None) -> (features, scales), in the stage's micro-batches; a key
       turns dropout on.
   """
@@ -181,7 +181,7 @@ class Forward:
     return tuple(self.groups)
 
   def of(self, source: str, values: Mapping[str, T]) -> dict[str, T]:
-    """The source's rows of values by modality."""
+    """One source's rows of `values`, by modality."""
     return {m: values[m][rows] for (owner, m), rows in self.owners.items() if owner == source}
 
   def rows(self, rng: Any, stage: Stage, state: TrainState) -> dict[str, Rows]:
@@ -198,19 +198,19 @@ class Forward:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-  """One source's rows of a batch, as a term sees them.
+  """One source's rows of a batch, the argument of a loss term.
 
   Attributes:
     params: all parameters; the method's own under `EXTRA`.
-    inputs: modality -> what its tower took [b, n, c].
+    inputs: modality -> its tower's input [b, n, c].
     features: modality -> heads' output [b, n, d]; the shared part first.
     masks: modality -> rows that have it, bool [b].
     scales: modality -> logit scale [].
     groups: int [b], equal for rows of one label; None where no two rows of a batch share a label.
-    stage: the stage.
+    stage: the current stage.
     codebooks: name -> state before the step's update.
     rng: key of this source's draws in this step.
-    made: what the method's `observe` made for its terms.
+    made: results of the method's `observe` that its terms need.
     codes: codebook name -> (indices [b, ...] that the rows chose, mask [b]) pairs, for the usage statistics.
   """
 
@@ -233,14 +233,14 @@ class Rows:
 
   @property
   def temperature(self) -> Float[Array, ""]:
-    """The stage's, divided by the square of the modalities' geometric mean logit scale."""
+    """The stage's temperature, divided by the square of the modalities' geometric mean logit scale."""
     scale = jnp.exp(2 * sum(jnp.log(self.scales[m]) for m in self.features) / len(self.features))
     return self.stage.temperature / scale
 
   def groups_of(self, *modalities: str) -> Int[Array, "b"] | None:
-    """The rows' groups where text is among the modalities, for one caption fits every row of a label; else None.
+    """The rows' groups if text is among the modalities, because one caption fits every row of a label; else None.
 
-    Two items of a label are told apart by their sensors, so that there they are each other's negatives.
+    Between sensors two items of one label differ, so that they are each other's negatives.
     """
     return self.groups if "text" in modalities else None
 
@@ -251,14 +251,14 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Method(abc.ABC):
-  """What the trainer asks of a method over the towers of `model`; hashable, so that compiled steps can be shared.
+  """Base class of the methods, over the towers of `model`; hashable, so that runs share compiled steps.
 
   A step calls `observe` once and each of `terms` once a source; the loss is the terms' weighted sum, averaged over the
   sources.
   """
 
   STAGE_KEYS = frozenset()  # keys of a stage that the method heeds beyond `COMMON_KEYS`
-  BASE = "info_nce"  # the term whose magnitude the loss balancer holds the others to
+  BASE = "info_nce"  # the loss balancer scales the other terms relative to this one
   FACTORS = {}  # term -> magnitude relative to `BASE`, beside those of `losses.balance`
 
   model: CodeBind = dataclasses.field(metadata=schema.DERIVED)
@@ -267,12 +267,12 @@ class Method(abc.ABC):
   def build(
     cls, options: Mapping[str, Any], model: CodeBind, towers: ModelSpec, codebook: Codebook, stages: Sequence[Stage]
   ) -> Method:
-    """The method of a config: options are its fields, the sections are for methods that look at them."""
+    """The method with `options` as its fields; a subclass may also use the sections of the config."""
     return cls(model=model, **options)
 
   @property
   def codebook_sizes(self) -> Mapping[str, int]:
-    """Codebook name -> number of codes, for the usage statistics; the shared codebook is called `shared`."""
+    """Codebook name -> number of codes, for the usage statistics; the shared codebook's name is `shared`."""
     return {}
 
   @property
@@ -285,34 +285,34 @@ class Method(abc.ABC):
 
     Args:
       rng: typed key.
-      features: one row of every modality's heads' output.
-      inputs: one row of what every modality's tower takes.
+      features: modality -> one row of its heads' output.
+      inputs: modality -> one row of its tower's input.
       towers: the towers' parameters.
     """
     return {}, {}, {}
 
   def start_codebooks(self, forward: Forward, state: TrainState, rng: Any) -> Any:
-    """The codebooks as a stage begins, after the features of its first batch (k-means, say)."""
+    """The codebooks at a stage's start, computed from its first batch (by k-means, for example)."""
     return state.codebooks
 
   @abc.abstractmethod
   def observe(self, forward: Forward, state: TrainState, rng: Any, stage: Stage) -> tuple[dict[str, Rows], Any, Any]:
-    """All of a step that has state: quantisation, a teacher, queues, the update of the codebooks.
+    """The part of a step that reads or changes state: quantisation, teacher, queues, update of the codebooks.
 
     Returns:
-      (source -> rows with what the terms need in `made`, codebooks after the batch, aux after the batch).
+      (source -> rows, whose `made` holds what the terms need; codebooks after the batch; aux after the batch).
     """
 
   @abc.abstractmethod
   def terms(self, stage: Stage) -> Mapping[str, Term]:
-    """Name -> pure function of one source's rows."""
+    """Name of a loss term -> pure function of one source's rows."""
 
   def weights(self, stage: Stage) -> Mapping[str, float]:
-    """Weight of every term; 0 for one that is only watched."""
+    """Name of a term -> its weight; a term of weight 0 is only logged."""
     return dict.fromkeys(self.terms(stage), 1.0)
 
   def embed(self, params: Any, codebooks: Any, features: Mapping[str, Array]) -> dict[str, ModalityOutput]:
-    """The embeddings: by default the heads' output, split and normalised."""
+    """Modality -> embeddings: by default the heads' output, split and normalised."""
     return {m: output(self.shared(m, x), self.specific(m, x)) for m, x in features.items()}
 
   def shared(self, modality: str, x: Float[Array, "b n d"]) -> Float[Array, "b n s"]:
@@ -320,7 +320,7 @@ class Method(abc.ABC):
     return x[..., : self.model.towers[modality].shared_dim]
 
   def specific(self, modality: str, x: Float[Array, "b n d"]) -> Float[Array, "b n p"]:
-    """The specific part."""
+    """The specific part of a modality's heads' output."""
     return x[..., self.model.towers[modality].shared_dim :]
 
   def embeddings(self, features: Mapping[str, Float[Array, "b n _"]]) -> dict[str, Float[Array, "b s"]]:
@@ -336,7 +336,7 @@ def output(
   shared: Float[Array, "b n s"], specific: Float[Array, "b n p"], indices: Int[Array, "b n q"] | None = None,
   indices_specific: Int[Array, "b n r"] | None = None,
 ) -> ModalityOutput:
-  """A modality's output from plain vectors and the codes, if any, of each token."""
+  """A modality's output with each token's vectors, normalised, and its codes, if any; without similarities."""
   none = jnp.zeros((*shared.shape[:-1], 0), jnp.int32)
   no_similarity = jnp.zeros((shared.shape[0], 0, 0), jnp.float32)
   return ModalityOutput(
@@ -350,7 +350,7 @@ def output(
 def merge_sources(
   batch: Mapping[str, Any],
 ) -> tuple[dict[str, Array], dict[str, Array], dict[tuple[str, str], slice]]:
-  """Concatenates each modality over the sources that have it, and says which rows are whose."""
+  """(modality -> tokens, modality -> mask, (source, modality) -> slice of rows), the sources' rows concatenated."""
   inputs: dict[str, list[Array]] = {}
   masks: dict[str, list[Array]] = {}
   owners: dict[tuple[str, str], slice] = {}
@@ -364,5 +364,5 @@ def merge_sources(
 
 
 def joined(parts: Sequence[Array]) -> Array:
-  """The rows of several arrays, one array after the other."""
+  """The rows of several arrays, concatenated."""
   return parts[0] if len(parts) == 1 else jnp.concatenate(parts)

@@ -1,6 +1,6 @@
 """CentroBind (arXiv 2410.02086): every modality is aligned with the centroid of all of an instance's embeddings.
 
-`losses.centroid` says which parts are the paper's and which are reconstructed.
+The docstring of `losses.centroid` says which parts are the paper's and which are reconstructed.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from codebind_jax.stages import Stage
 
 @dataclasses.dataclass(frozen=True)
 class Method(base.Method):
-  """L = sum over modalities i of L(A -> F_i) + L(F_i -> A), A the mean over modalities of the other view.
+  """L = sum over modalities i of L(A -> F_i) + L(F_i -> A), with A the mean over modalities of the second view.
 
   Attributes:
-    noise: standard deviation of Gaussian noise, relative to each token's, that makes the centroid's view of the inputs;
-      0 takes the same view (reconstructed: how the paper augments was not read).
-    weights_of: (modality, weight) pairs of a weighted centroid; equal weights where empty.
+    noise: standard deviation of the Gaussian noise, relative to each token's, added to the inputs for the second view;
+      0 uses the first view twice (reconstructed: how the paper augments was not read).
+    weights_of: (modality, weight) pairs of a weighted centroid; empty for equal weights.
     normalize_anchor: L2-normalise the centroid.
     stop_anchor: no gradient through the centroid.
   """
@@ -41,7 +41,7 @@ class Method(base.Method):
   stop_anchor: bool = False
 
   def observe(self, forward: Forward, state: TrainState, rng: Any, stage: Stage) -> tuple[dict[str, Rows], Any, Any]:
-    """The embeddings that make the centroids: of a second, noisy view where `noise` is set."""
+    """Puts the embeddings for the centroids into `made`: of a second, noisy view if `noise` is set."""
     rows = forward.rows(rng, stage, state)
     features = self._second_view(forward, rows) if self.noise else forward.features
     for source, part in rows.items():
@@ -49,11 +49,11 @@ class Method(base.Method):
     return rows, state.codebooks, state.aux
 
   def terms(self, stage: Stage) -> dict[str, Term]:
-    """The alignment, and how far the modalities are from agreeing."""
+    """The alignment, and as `alignment_gap` 1 minus the centroids' mean squared norm: 0 if all modalities agree."""
     return {"centrobind": self._alignment, "alignment_gap": _alignment_gap}
 
   def weights(self, stage: Stage) -> dict[str, float]:
-    """The gap is only watched."""
+    """The gap is only logged."""
     return {"centrobind": 1.0, "alignment_gap": 0.0}
 
   def _alignment(self, rows: Rows) -> Float[Array, ""]:
@@ -76,5 +76,5 @@ class Method(base.Method):
 
 
 def _alignment_gap(rows: Rows) -> Float[Array, ""]:
-  middle = jax.lax.stop_gradient(centroid(rows.made, mask=dict(rows.masks)))
-  return 1.0 - jnp.mean(jnp.sum(middle**2, -1))
+  centroids = jax.lax.stop_gradient(centroid(rows.made, mask=dict(rows.masks)))
+  return 1.0 - jnp.mean(jnp.sum(centroids**2, -1))

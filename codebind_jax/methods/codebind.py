@@ -1,4 +1,4 @@
-"""CodeBind (arXiv 2605.18257): shared and modality-specific compositional codebooks, terms chosen by the stage."""
+"""CodeBind (arXiv 2605.18257): a shared and modality-specific compositional codebooks; the stage chooses the terms."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from codebind_jax.stages import Stage
 
 @dataclasses.dataclass(frozen=True)
 class Method(base.Method):
-  """The loss is `config.stages.*.losses`, the codebooks `config.codebook`; without quantiser it is plain InfoNCE.
+  """Losses of `config.stages.*.losses` on the quantiser's outputs, with the codebooks of `config.codebook`.
 
   Attributes:
-    spec: of the quantiser; None for none.
+    spec: of the quantiser; None compares the features without quantisation.
     update: of the codebooks, `snapshot` or `sequential` (the release).
   """
 
@@ -47,39 +47,39 @@ class Method(base.Method):
   def build(
     cls, options: Mapping[str, Any], model: CodeBind, towers: ModelSpec, codebook: Codebook, stages: Sequence[Stage]
   ) -> Method:
-    """From the section `codebook`; it has no options of its own."""
+    """The method with the quantiser of the section `codebook`; it has no options of its own."""
     spec = codebook.spec(towers.shared_dim, towers.specific_dims) if towers.quantize else None
     return cls(model, spec, codebook.update_mode)
 
   @property
   def codebook_sizes(self) -> dict[str, int]:
-    """Shared, and of every modality with a specific part."""
+    """The shared codebook, and one for every modality with a specific part."""
     if self.spec is None:
       return {}
     return {"shared": self.spec.num_codes[0]} | dict(self.spec.num_specific_codes)
 
   def init(self, rng: Any, features: Mapping[str, Array], inputs: Mapping[str, Array], towers: Any) -> tuple:
-    """Codebooks of random codes."""
+    """Random codebooks; no parameters and no aux."""
     return {}, new_codebooks(rng, self.spec, self.model.towers) if self.spec else {}, {}
 
   def start_codebooks(self, forward: Forward, state: TrainState, rng: Any) -> Any:
-    """k-means start, from all tokens of the batch, of the codebooks that no earlier stage has filled."""
+    """k-means of all tokens of the batch for those codebooks that no earlier stage has initialised."""
     if self.spec is None:
       return state.codebooks
     started = init_codebooks(rng, forward.features, state.codebooks, self.spec, masks=forward.masks)
-    keep = lambda old, new: jax.tree.map(lambda a, b: jnp.where(old.initialised, a, b), old, new)
-    return {name: keep(old, started[name]) for name, old in state.codebooks.items()}
+    choose = lambda old, new: jax.tree.map(lambda a, b: jnp.where(old.initialised, a, b), old, new)
+    return {name: choose(old, started[name]) for name, old in state.codebooks.items()}
 
   def weights(self, stage: Stage) -> dict[str, float]:
-    """Those of the stage that are not 0."""
+    """The stage's weights that are not 0."""
     return {name: weight for name, weight in stage.losses.items() if weight}
 
   def terms(self, stage: Stage) -> dict[str, Term]:
-    """The stage's terms that have a weight."""
+    """The stage's terms whose weight is not 0."""
     return {name: TERMS[name] for name in self.weights(stage)}
 
   def observe(self, forward: Forward, state: TrainState, rng: Any, stage: Stage) -> tuple[dict[str, Rows], Any, Any]:
-    """Quantises all modalities of all sources against one snapshot of the codebooks."""
+    """Quantises all modalities of all sources, and updates those codebooks that the stage trains."""
     outputs = plain = self.plain_outputs(forward.features)
     codebooks, ranges = state.codebooks, {}
     if self.spec is not None:
@@ -89,8 +89,8 @@ class Method(base.Method):
         forward.features, codebooks, self.spec, update=self.update, rng=jax.random.split(rng)[1], masks=forward.masks,
         similarity_rows={m: tuple(ranges[owner] for owner in ranges if owner[1] == m) for m in forward.features},
       )  # fmt: skip
-      learns = lambda name: any(re.fullmatch(pattern, name) for pattern in stage.codes)
-      codebooks = {name: book if learns(name) else state.codebooks[name] for name, book in codebooks.items()}
+      trains = lambda name: any(re.fullmatch(pattern, name) for pattern in stage.codes)
+      codebooks = {name: book if trains(name) else state.codebooks[name] for name, book in codebooks.items()}
     rows, segment = forward.rows(rng, stage, state), self.spec.code_dims[0] if self.spec else 0
     decoded = lambda name, full, width: decode(self.model, forward.params, name, full, width)
     for source, part in rows.items():
@@ -107,14 +107,14 @@ class Method(base.Method):
     return rows, codebooks, state.aux
 
   def embed(self, params: Any, codebooks: Any, features: Mapping[str, Array]) -> dict[str, ModalityOutput]:
-    """The quantiser's outputs without similarities, which are for losses and would be most of the work."""
+    """The quantiser's outputs without similarities, which only losses use and which would cost the most."""
     if self.spec is None:
       return self.plain_outputs(features)
-    nobody = dict.fromkeys(features, ((0, 0),))
-    return quantize_modalities(features, codebooks, self.spec, update="none", similarity_rows=nobody)[0]
+    no_rows = dict.fromkeys(features, ((0, 0),))
+    return quantize_modalities(features, codebooks, self.spec, update="none", similarity_rows=no_rows)[0]
 
   def plain_outputs(self, features: Mapping[str, Float[Array, "b n d"]]) -> dict[str, ModalityOutput]:
-    """The features, split and normalised as after quantisation."""
+    """The features, split and normalised as the quantiser's outputs are."""
     return {m: output(self.shared(m, x), self.specific(m, x)) for m, x in features.items()}
 
   def restore(self, codebooks: Mapping[str, Mapping[str, Any]]) -> dict[str, CodebookState]:
@@ -123,7 +123,7 @@ class Method(base.Method):
 
 
 def similarity_ranges(forward: Forward, code_rows: int) -> dict[tuple[str, str], tuple[int, int]]:
-  """(source, modality) -> rows whose similarities to the codes are computed: the first `code_rows`, 0 for all."""
+  """(source, modality) -> range of rows whose similarities to the codes are computed: the first `code_rows`, or all."""
   return {
     owner: (rows.start, min(rows.start + code_rows, rows.stop) if code_rows else rows.stop)
     for owner, rows in forward.owners.items()
@@ -134,15 +134,15 @@ def outputs_of(
   source: str, outputs: Mapping[str, ModalityOutput], forward: Forward,
   ranges: Mapping[tuple[str, str], tuple[int, int]],
 ) -> dict[str, ModalityOutput]:
-  """One source's rows of outputs; its similarities are those of its range, scalars (commitment) stay as they are."""
-  chosen, passed = {}, dict.fromkeys(outputs, 0)
+  """One source's rows of outputs, and the similarities of its range; scalars (commitment) are common to all sources."""
+  selected, offsets = {}, dict.fromkeys(outputs, 0)
   for (owner, name), rows in forward.owners.items():
     start, stop = ranges.get((owner, name), (0, 0))
-    at = slice(passed[name], passed[name] + stop - start)
-    passed[name] = at.stop
+    at = slice(offsets[name], offsets[name] + stop - start)
+    offsets[name] = at.stop
     if owner == source:
       part = jax.tree.map(lambda x, rows=rows: x[rows] if x.ndim else x, outputs[name])
-      chosen[name] = part.replace(
+      selected[name] = part.replace(
         similarity_shared=outputs[name].similarity_shared[at], similarity_specific=outputs[name].similarity_specific[at]
       )
-  return chosen
+  return selected

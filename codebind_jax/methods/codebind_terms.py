@@ -17,13 +17,13 @@ from codebind_jax.runtime.sharding import row_axes
 
 @dataclasses.dataclass(frozen=True)
 class Quantised:
-  """What CodeBind's terms look at beside the rows (`Rows.made`).
+  """Results of the quantiser for CodeBind's terms (`Rows.made`).
 
   Attributes:
     outputs: modality -> quantiser's outputs.
-    plain: modality -> the same of the features as they were before the quantiser.
+    plain: modality -> outputs of the features before quantisation.
     segment: width of the codes; 0 without a quantiser.
-    decode: (modality, `full` of all its tokens, width) -> the tower's inputs as its decoder has them.
+    decode: (modality, `full` of all its tokens, width) -> the tower's input as its decoder reconstructs it.
   """
 
   outputs: Mapping[str, Any]
@@ -46,13 +46,13 @@ def _info_nce(r: Rows) -> Float[Array, ""]:
 
 
 def _info_nce_plain(r: Rows) -> Float[Array, ""]:
-  """InfoNCE before the quantiser, whose gradient does not pass straight through it."""
+  """InfoNCE of the features before quantisation, whose gradient needs no straight-through estimate."""
   return _align(r, r.made.plain)
 
 
 def _align(r: Rows, outputs: Mapping[str, Any]) -> Float[Array, ""]:
   stage = r.stage
-  tiled = stage.ring or stage.chunk  # the devices pass tiles on; gathered ones would be gathered anew for each tile
+  tiled = stage.ring or stage.chunk  # devices pass tiles around; without `axes` each tile would gather all rows anew
   return _mean([
     losses.info_nce(
       outputs[a].shared[:, 0], outputs[b].shared[:, 0], temperature=stage.temperature, logit_scale_a=r.scales[a],
@@ -117,7 +117,7 @@ def _specific_uniform(r: Rows) -> Float[Array, ""]:
 
 
 def _reconstruction(r: Rows) -> Float[Array, ""]:
-  """Sum over the modalities (spec section 3); inputs are standardised, so that 1 is the error of a constant."""
+  """Sum over the modalities (spec section 3); inputs are standardised, so that a constant has the error 1."""
   total = jnp.zeros((), jnp.float32)
   for name in (m for m in r.made.outputs if m != "text"):
     target = jax.nn.standardize(r.inputs[name].astype(jnp.float32), epsilon=1e-6)

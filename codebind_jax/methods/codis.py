@@ -1,7 +1,7 @@
 """CODIS (arXiv 2203.00048): modalities are bound through their assignments to one learnable codebook.
 
-What was read and what is reconstructed says `losses.prototypes`; of the method, the fusion encoder with its matching
-and masked-word losses is left out, because the towers here end before it.
+The docstring of `losses.prototypes` says what was read and what is reconstructed. The paper's fusion encoder, with its
+matching and masked-word losses, is left out, because the towers here end before it.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from codebind_jax.stages import Stage
 
 @dataclasses.dataclass(frozen=True)
 class Assigned:
-  """What CODIS's terms look at beside the rows (`Rows.made`).
+  """The teacher's embeddings and their assignments to codes, for CODIS's terms (`Rows.made`).
 
   Attributes:
     teacher: modality -> the teacher's unit embeddings [b, d].
-    plans: modality -> transport plan of them to the codes [b, k].
+    plans: modality -> their transport plan to the codes [b, k].
     queue: modality -> older teacher embeddings; None without queues.
   """
 
@@ -44,12 +44,12 @@ class Assigned:
 
 @dataclasses.dataclass(frozen=True)
 class Method(base.Method):
-  """For each pair: <T, cost> for both views + swapped prediction both ways + four-term momentum contrast.
+  """For each pair: <T, cost> of both modalities + swapped prediction both ways + four-term momentum contrast.
 
   Attributes:
-    codes: size K of the codebook, a parameter that gradient trains.
-    queue: older teacher embeddings of a modality that serve as negatives; 0 for none.
-    decay: of the teacher (ALBEF, TCL: 0.995).
+    codes: size K of the codebook, a parameter trained by gradient.
+    queue: number of older teacher embeddings of a modality that serve as negatives; 0 for none.
+    decay: of the teacher's moving average (ALBEF, TCL: 0.995).
     alpha: share of the teacher's soft targets in the contrast (ALBEF, TCL: 0.4).
     gamma: temperature of the softmax over codes.
     solver: "ipot" or "sinkhorn".
@@ -73,11 +73,11 @@ class Method(base.Method):
 
   @property
   def codebook_sizes(self) -> dict[str, int]:
-    """The one codebook, a parameter."""
+    """The shared codebook alone, which is a parameter."""
     return {"shared": self.codes}
 
   def init(self, rng: Any, features: Mapping[str, Array], inputs: Mapping[str, Array], towers: Any) -> tuple:
-    """Random unit codes; a teacher equal to the student; empty queues."""
+    """Random unit codes as parameters; in aux a teacher equal to the student, and empty queues."""
     width = self.model.towers[next(iter(features))].shared_dim
     codes = unit(jax.random.normal(rng, (self.codes, width), jnp.float32))
     aux = {"teacher": jax.tree.map(lambda x: jnp.array(x, copy=True), towers)}
@@ -97,7 +97,7 @@ class Method(base.Method):
     return prototypes.assign(teacher, codes, plan=solve, mask=mask)
 
   def observe(self, forward: Forward, state: TrainState, rng: Any, stage: Stage) -> tuple[dict[str, Rows], Any, Any]:
-    """The teacher follows the student and embeds the batch; each source's rows are assigned, then join the queues."""
+    """Updates the teacher, embeds the batch with it, assigns each source's rows to codes, then enqueues them."""
     student = {name: value for name, value in forward.params.items() if name != EXTRA}
     aux = state.aux | {"teacher": prototypes.teacher_update(state.aux["teacher"], student, self.decay)}
     features, _ = forward.apply(jax.lax.stop_gradient(aux["teacher"]), forward.inputs, None)
@@ -115,11 +115,11 @@ class Method(base.Method):
     return rows, state.codebooks, aux
 
   def terms(self, stage: Stage) -> dict[str, Term]:
-    """Means over the stage's pairs that the rows have."""
+    """Contrast and the two code losses, each the mean over the stage's pairs that the rows have."""
     return {"contrast": self._contrast, "transport": _transport, "swapped": self._swapped}
 
   def weights(self, stage: Stage) -> dict[str, float]:
-    """Of the code losses; the contrast has 1."""
+    """1 for the contrast, `code_weight` for the code losses."""
     return {"contrast": 1.0} | dict.fromkeys(("transport", "swapped"), self.code_weight)
 
   def _contrast(self, rows: Rows) -> Float[Array, ""]:
@@ -131,7 +131,7 @@ class Method(base.Method):
 
   def _swapped(self, rows: Rows) -> Float[Array, ""]:
     z, plans, codes = self.embeddings(rows.features), rows.made.plans, rows.params[EXTRA]["codes"]
-    # A plan's row has mass 1 / (rows with the modality); times that number it is a distribution.
+    # A plan's row has mass 1 / (rows with the modality), so that times `rows` it is a distribution.
     one_way = lambda own, other: prototypes.swapped_prediction(
       plans[own], z[other], codes, temperature=self.gamma, mask=rows.both(own, other), rows=jnp.sum(rows.masks[own])
     )
@@ -139,12 +139,12 @@ class Method(base.Method):
 
   def embed(self, params: Any, codebooks: Any, features: Mapping[str, Array]) -> dict[str, ModalityOutput]:
     """The student's embeddings, and the code nearest to each by cosine."""
-    codes, found = unit(params[EXTRA]["codes"]), {}
+    codes, outputs = unit(params[EXTRA]["codes"]), {}
     for name, x in features.items():
       z = self.shared(name, x)
       nearest = jnp.argmax(jnp.einsum("bnd,kd->bnk", unit(z), codes, precision=jax.lax.Precision.HIGHEST), axis=-1)
-      found[name] = output(z, self.specific(name, x), nearest[..., None].astype(jnp.int32))
-    return found
+      outputs[name] = output(z, self.specific(name, x), nearest[..., None].astype(jnp.int32))
+    return outputs
 
 
 def _transport(rows: Rows) -> Float[Array, ""]:

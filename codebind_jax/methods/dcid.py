@@ -1,7 +1,8 @@
-"""DCID (Uni-Code, NeurIPS 2023) and H-DCID (arXiv 2403.05168 v1): one codebook in which all modalities meet.
+"""DCID (Uni-Code, NeurIPS 2023) and H-DCID (arXiv 2403.05168 v1): one codebook shared by all modalities.
 
-A modality's shared head gives what is general, its specific head (through a ReLU) what is its own; `unified` has the
-quantiser, `losses` the terms. Towers are those of every method here, so the papers' encoders are not ported.
+A modality's shared head gives its general features, its specific head (through a ReLU) its specific features;
+`codebook.unified` has the quantiser, `losses` the terms. The towers are those of every method, so that the papers'
+encoders are not ported.
 """
 
 from __future__ import annotations
@@ -42,20 +43,20 @@ class Level:
     prefix: of its CLUB networks' names; "" for the first level.
     weight: of its terms.
     z: modality -> general vectors [b, t, d].
-    own: modality -> specific vectors [b, t, p].
-    targets: modality -> what is reconstructed [b, t, c].
+    specific: modality -> specific vectors [b, t, p].
+    targets: modality -> vectors to be reconstructed [b, t, c].
     codes: [k, d], before the batch.
     quantized: modality -> quantised vectors.
-    general: modality -> what CLUB compares with `own`.
+    general: modality -> general vectors that CLUB compares with the specific ones.
     club: name -> fitted networks.
-    start_rng, club_rng: keys of the draws.
+    start_rng, club_rng: keys of CPC's start and of CLUB's shuffle.
   """
 
   book: str
   prefix: str
   weight: Any
   z: Mapping[str, Array]
-  own: Mapping[str, Array]
+  specific: Mapping[str, Array]
   targets: Mapping[str, Array]
   codes: Array
   quantized: Mapping[str, unified.UnifiedQuantized]
@@ -65,7 +66,7 @@ class Level:
   club_rng: Any
 
   def named(self, what: str) -> str:
-    """Prefix of the level's parameters."""
+    """Prefix of the level's parameter names: `predict_` or `predict2_`, for example."""
     return f"{what}2_" if self.prefix else f"{what}_"
 
 
@@ -74,10 +75,10 @@ class Method(Unified):
   """L = reconstruction + commitment + CPC + code matching + CLUB, unweighted; an embedding is the quantised vector.
 
   Attributes:
-    levels: 2 adds H-DCID's: the specific features are split once more into general and specific, with a second
-      codebook; its terms count 0.3 after `second_after` steps. `specific` of an embedding is then its code.
-    second_weight: 0.3 in the release.
-    second_after: steps before the second level counts (the release: three epochs).
+    levels: 2 adds H-DCID's second level, which splits the specific features into general and specific ones again, with
+      a codebook of its own; `specific` of an embedding is then the second level's code.
+    second_weight: of the second level's terms (release: 0.3).
+    second_after: number of steps before the second level's terms count (release: three epochs).
   """
 
   BASE = "coding"
@@ -87,21 +88,21 @@ class Method(Unified):
   second_after: Annotated[int, at_least(0)] = 100
 
   def init(self, rng: Any, features: Mapping[str, Array], inputs: Mapping[str, Array], towers: Any) -> tuple:
-    """Decoders and predictors; the codebook; CLUB's networks."""
+    """Parameters of decoders and predictors; the codebooks; CLUB's networks in aux."""
     keys = iter(jax.random.split(rng, 6 * len(features) + 5))
     features = same_steps(features)
     z = {m: self.shared(m, x) for m, x in features.items()}
-    own = {m: self.own_part(m, x) for m, x in features.items()}
+    own = {m: self.specific_features(m, x) for m, x in features.items()}
     params = self.predictors(next(keys), z)
     aux: dict[str, Any] = {"club": {}, "step": jnp.zeros((), jnp.int32)}
     for m in sorted(z):
       decoder = TokenDecoder(inputs[m].shape[-1], z[m].shape[-1])
       params[f"decode_{m}"] = decoder.init(next(keys), z[m], own[m])["params"]
-      if self.has_own(m):
+      if self.has_specific(m):
         aux["club"][m] = club_start(ConditionalGaussian(own[m].shape[-1], self.club_hidden), next(keys), z[m])
     books = {"shared": self.new_codebook(next(keys), z[sorted(z)[0]].shape[-1], z)}
     if self.levels > 1:
-      second = {m: own[m] for m in sorted(own) if self.has_own(m)}
+      second = {m: own[m] for m in sorted(own) if self.has_specific(m)}
       width = z[sorted(z)[0]].shape[-1]
       books["second"] = self.new_codebook(next(keys), width, second)
       steps = {m: jnp.zeros((*x.shape[:2], width)) for m, x in second.items()}
@@ -114,30 +115,30 @@ class Method(Unified):
         aux["club"][f"second_{m}"] = club_start(ConditionalGaussian(width, self.club_hidden), next(keys), deeper)
     return params, books, aux
 
-  def first(self, forward: Forward, codebooks: Any, rng: Any) -> Any:
-    """k-means of the first batch, at every level."""
+  def started_codebooks(self, forward: Forward, codebooks: Any, rng: Any) -> Any:
+    """The codebooks of all levels after k-means of the first batch."""
     features = same_steps(forward.features)
     z = {m: self.shared(m, x) for m, x in features.items()}
-    books = codebooks | {"shared": self.started(codebooks["shared"], z, forward.masks, rng)}
+    books = codebooks | {"shared": self.after_kmeans(codebooks["shared"], z, forward.masks, rng)}
     if self.levels > 1:
-      own = {m: self.own_part(m, x) for m, x in features.items() if self.has_own(m)}
+      own = {m: self.specific_features(m, x) for m, x in features.items() if self.has_specific(m)}
       z2 = {m: self._second(forward.params[EXTRA], "general", m, x) for m, x in own.items()}
-      books["second"] = self.started(codebooks["second"], z2, forward.masks, jax.random.fold_in(rng, 1))
+      books["second"] = self.after_kmeans(codebooks["second"], z2, forward.masks, jax.random.fold_in(rng, 1))
     return books
 
   def observe(self, forward: Forward, state: TrainState, rng: Any, stage: Stage) -> tuple[dict[str, Rows], Any, Any]:
-    """Source after source: the codes of each level, their update, and CLUB's inner steps."""
+    """Quantises each level, updates its codebook and takes CLUB's inner steps, one source after the other."""
     books, aux = state.codebooks, state.aux | {"step": state.aux["step"] + 1}
     rows, together = forward.rows(rng, stage, state), modalities_together(forward)
     for source, part in rows.items():
       features, levels, extra = same_steps(part.features), [], part.params[EXTRA]
       z = {m: self.shared(m, x) for m, x in features.items()}
-      own = {m: self.own_part(m, x) for m, x in features.items()}
+      own = {m: self.specific_features(m, x) for m, x in features.items()}
       targets = {m: x[:, : z[m].shape[1]].astype(jnp.float32) for m, x in part.inputs.items()}
       level, books, aux = self._level("shared", "", 1.0, z, own, targets, part, books, aux, together, part.rng)
       levels.append(level)
       if self.levels > 1:
-        z2 = {m: self._second(extra, "general", m, x) for m, x in own.items() if self.has_own(m)}
+        z2 = {m: self._second(extra, "general", m, x) for m, x in own.items() if self.has_specific(m)}
         own2 = {m: nn.relu(self._second(extra, "specific", m, own[m])) for m in z2}
         weight = jnp.where(aux["step"] > self.second_after, self.second_weight, 0.0)
         level, books, aux = self._level(
@@ -150,7 +151,7 @@ class Method(Unified):
     return rows, books, aux
 
   def terms(self, stage: Stage) -> dict[str, Term]:
-    """Each the weighted sum over the levels; the second has no code matching, as in the release."""
+    """Each term is the weighted sum over the levels; the second level has no code matching, as in the release."""
     def summed(of_level: Callable[[Rows, Level], Array]) -> Term:
       return lambda rows: sum(level.weight * of_level(rows, level) for level in rows.made)
 
@@ -170,7 +171,7 @@ class Method(Unified):
     before = books[book]
     quantized, after = self.quantise(z, before, rows, together, reset_rng)
     general = {m: quantized[m].vectors if self.club_input == "quantized" else x for m, x in z.items()}
-    for m in (m for m in sorted(z) if self.has_own(m)):
+    for m in (m for m in sorted(z) if self.has_specific(m)):
       aux = self.club_fitted(f"{prefix}{m}", general[m], own[m], aux, rows.masks[m])
     level = Level(
       book, prefix, weight, z, own, targets, before.codes, quantized, general, aux["club"], start_rng, club_rng
@@ -180,9 +181,9 @@ class Method(Unified):
   def _club(self, rows: Rows, level: Level) -> Array:
     total = jnp.zeros((), jnp.float32)
     for number, m in enumerate(sorted(level.z)):
-      if self.has_own(m):
+      if self.has_specific(m):
         key, fitted = jax.random.fold_in(level.club_rng, number), level.club[f"{level.prefix}{m}"]
-        total += self.club_of(fitted, level.general[m], level.own[m], key, rows.masks[m])
+        total += self.club_of(fitted, level.general[m], level.specific[m], key, rows.masks[m])
     return total
 
   def _second(self, extra: Any, part: str, name: str, x: Array) -> Array:
@@ -190,17 +191,17 @@ class Method(Unified):
     return nn.Dense(kernel["bias"].shape[0]).apply({"params": kernel}, x)
 
   def embed(self, params: Any, codebooks: Any, features: Mapping[str, Array]) -> dict[str, ModalityOutput]:
-    """`shared` is the code of the general part; `specific` the own part, or the second level's code."""
-    found = {}
+    """`shared` is the code of the general features; `specific` the specific features, or the second level's code."""
+    outputs = {}
     for m, x in features.items():
       first = unified.quantize_unified({m: self.shared(m, x)}, codebooks["shared"].codes)[m]
-      own, second = self.own_part(m, x), None
-      if self.levels > 1 and self.has_own(m):
+      own, second = self.specific_features(m, x), None
+      if self.levels > 1 and self.has_specific(m):
         deeper = self._second(params[EXTRA], "general", m, own)
         second = unified.quantize_unified({m: deeper}, codebooks["second"].codes)[m]
         own, second = second.codes, second.indices[..., None]
-      found[m] = output(first.codes, own, first.indices[..., None], second)
-    return found
+      outputs[m] = output(first.codes, own, first.indices[..., None], second)
+    return outputs
 
 
 def _reconstruction(rows: Rows, level: Level) -> Array:
@@ -208,6 +209,6 @@ def _reconstruction(rows: Rows, level: Level) -> Array:
   for m, target in sorted(level.targets.items()):
     decoder = TokenDecoder(target.shape[-1], level.z[m].shape[-1])
     params = rows.params[EXTRA][f"{level.named('decode')}{m}"]
-    made = decoder.apply({"params": params}, level.quantized[m].vectors, level.own[m])
-    total += masked_mse(made, target, rows.masks[m])
+    decoded = decoder.apply({"params": params}, level.quantized[m].vectors, level.specific[m])
+    total += masked_mse(decoded, target, rows.masks[m])
   return total

@@ -1,4 +1,4 @@
-"""FCID (arXiv 2403.05168 v3): sensors are disentangled finely, then bound with text in a coarse codebook.
+"""FCID (arXiv 2403.05168 v3): a fine level disentangles the sensors, a coarse codebook binds them with text.
 
 The body of the paper was not read: structure and losses follow the released code. The fine level has no codebook (the
 release dropped it); text enters at the coarse level, through a projector of its own.
@@ -39,14 +39,14 @@ GROUPS = ("coarse_sensors", "coarse_hub")  # CLUB networks of the coarse level
 
 @dataclasses.dataclass(frozen=True)
 class Levels:
-  """What FCID's terms look at beside the rows (`Rows.made`).
+  """Both levels' outputs for FCID's terms (`Rows.made`).
 
   Attributes:
     z: modality -> fine general vectors [b, t, d].
     coarse: modality -> the coarse level's outputs.
     codes: [k, d], before the batch.
     quantized: modality -> quantised coarse vectors.
-    compared: name of a CLUB network -> general vectors, specific vectors, mask.
+    compared: name of a CLUB network -> (general vectors, specific vectors, mask) that it compares.
     club: name -> fitted network.
     start_rng: key of CPC's start.
     keys: name of a CLUB network -> key of its shuffle.
@@ -67,8 +67,8 @@ class Method(Unified):
   """L = both levels' reconstruction and CLUB + fine CPC + coarse commitment and code matching + InfoNCE to the hub.
 
   Attributes:
-    hub: the modality that the coarse level binds the others to; it has its own compressor, they share one.
-    contrast: weight of that InfoNCE, in one direction (sensor -> hub), as the release has it.
+    hub: the modality to which the coarse level binds the others; it has its own compressor, they share one.
+    contrast: weight of the InfoNCE to the hub, in one direction (sensor -> hub), as in the release.
   """
 
   BASE = "contrast"
@@ -80,7 +80,7 @@ class Method(Unified):
     return CoarseLevel(FrozenDict({m: "hub" if m == self.hub else "sensors" for m in names}), width)
 
   def init(self, rng: Any, features: Mapping[str, Array], inputs: Mapping[str, Array], towers: Any) -> tuple:
-    """Decoders of both levels, predictors, the compressors; the coarse codebook; CLUB's networks."""
+    """Parameters of decoders, predictors and compressors; the coarse codebook; CLUB's networks in aux."""
     keys = iter(jax.random.split(rng, 6 * len(features) + 6))
     z = {m: self.shared(m, x) for m, x in features.items()}
     fine = {m: x for m, x in z.items() if m != self.hub}
@@ -90,9 +90,9 @@ class Method(Unified):
     for m in sorted(z):
       params[f"coarse_decode_{m}"] = TokenDecoder(width, width).init(next(keys), z[m], z[m])["params"]
       if m in fine:
-        own = self.own_part(m, features[m])
+        own = self.specific_features(m, features[m])
         params[f"decode_{m}"] = TokenDecoder(inputs[m].shape[-1], width).init(next(keys), z[m], own)["params"]
-        if self.has_own(m):
+        if self.has_specific(m):
           aux["club"][m] = club_start(ConditionalGaussian(own.shape[-1], self.club_hidden), next(keys), z[m])
     for group in ("sensors", "hub"):
       aux["club"][f"coarse_{group}"] = club_start(
@@ -100,11 +100,11 @@ class Method(Unified):
       )
     return params, {"shared": self.new_codebook(next(keys), width, z)}, aux
 
-  def first(self, forward: Forward, codebooks: Any, rng: Any) -> Any:
-    """k-means of the first batch's coarse features, every token by itself."""
+  def started_codebooks(self, forward: Forward, codebooks: Any, rng: Any) -> Any:
+    """The coarse codebook after k-means of the first batch, each of whose tokens is compressed by itself."""
     coarse = self._levels(forward.params, {m: self.shared(m, x) for m, x in forward.features.items()}, per_step=True)
     general = {m: c.general for m, c in coarse.items()}
-    return codebooks | {"shared": self.started(codebooks["shared"], general, forward.masks, rng)}
+    return codebooks | {"shared": self.after_kmeans(codebooks["shared"], general, forward.masks, rng)}
 
   def _levels(self, params: Any, z: Mapping[str, Array], per_step: bool = False) -> dict[str, Any]:
     names = [m for m in self.model.towers if f"coarse_decode_{m}" in params[EXTRA]]
@@ -112,7 +112,7 @@ class Method(Unified):
     return level.apply({"params": params[EXTRA]["coarse"]}, dict(z), per_step)
 
   def observe(self, forward: Forward, state: TrainState, rng: Any, stage: Stage) -> tuple[dict[str, Rows], Any, Any]:
-    """Source after source: the coarse codes, their update, and CLUB's inner steps at both levels.
+    """Quantises the coarse features, updates the codebook and takes CLUB's inner steps, one source after the other.
 
     Raises:
       ValueError: if a source lacks the hub or has nothing else.
@@ -137,9 +137,10 @@ class Method(Unified):
     return rows, state.codebooks | {"shared": book}, aux
 
   def _compared(self, z: Any, coarse: Any, rows: Rows) -> dict[str, tuple[Array, Array, Array]]:
-    """Name of a CLUB network -> the general and the specific vectors it compares, and their mask."""
+    """Name of a CLUB network -> (general vectors, specific vectors, mask) that it compares."""
     fine = [m for m in sorted(z) if m != self.hub]
-    compared = {m: (z[m], self.own_part(m, rows.features[m]), rows.masks[m]) for m in fine if self.has_own(m)}
+    own = lambda m: self.specific_features(m, rows.features[m])
+    compared = {m: (z[m], own(m), rows.masks[m]) for m in fine if self.has_specific(m)}
     for name, members in zip(GROUPS, (fine, [self.hub])):
       general, specific = (jnp.concatenate([getattr(coarse[m], part) for m in members]) for part in
                            ("general", "specific"))  # fmt: skip
@@ -147,7 +148,7 @@ class Method(Unified):
     return compared
 
   def terms(self, stage: Stage) -> dict[str, Term]:
-    """Those of both levels together."""
+    """The terms over both levels."""
     general = lambda rows: {m: c.general for m, c in rows.made.coarse.items()}
     fine = lambda rows: {m: x for m, x in rows.made.z.items() if m != self.hub}
     return {
@@ -181,16 +182,16 @@ class Method(Unified):
       )
       total += masked_mse(coarse, made.coarse[m].compressed, rows.masks[m])
       if m != self.hub:
-        own, target = self.own_part(m, rows.features[m]), rows.inputs[m].astype(jnp.float32)
+        own, target = self.specific_features(m, rows.features[m]), rows.inputs[m].astype(jnp.float32)
         fine = TokenDecoder(target.shape[-1], width).apply({"params": extra[f"decode_{m}"]}, made.z[m], own)
         total += masked_mse(fine, target, rows.masks[m])
     return total
 
   def embed(self, params: Any, codebooks: Any, features: Mapping[str, Array]) -> dict[str, ModalityOutput]:
-    """Every token is compressed by itself and quantised, as in the release's inference; `specific` is the fine one."""
-    found = {}
+    """Each token is compressed and quantised by itself (the release's inference); `specific` is the fine level's."""
+    outputs = {}
     for m, x in features.items():
       general = self._levels(params, {m: self.shared(m, x)}, per_step=True)[m].general
       code = unified.quantize_unified({m: general}, codebooks["shared"].codes)[m]
-      found[m] = output(code.codes, self.own_part(m, x), code.indices[..., None])
-    return found
+      outputs[m] = output(code.codes, self.specific_features(m, x), code.indices[..., None])
+    return outputs

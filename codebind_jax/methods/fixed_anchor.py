@@ -17,12 +17,12 @@ from codebind_jax.stages import Stage
 
 @dataclasses.dataclass(frozen=True)
 class Method(base.Method):
-  """L = sum over modalities i other than the anchor of L(A -> F_i) + L(F_i -> A).
+  """L = sum over modalities i other than the anchor A of L(A -> F_i) + L(F_i -> A).
 
   Attributes:
     anchor: the modality that the others are aligned with; every source must have it.
-    frozen: the anchor's tower does not train (its logit scale does), as in the papers, where it is pretrained; a
-      tower that starts at random should train.
+    frozen: the anchor's tower does not train (its logit scale does), as in the papers, where it is pretrained; set it
+      to False for a randomly initialised tower.
   """
 
   BASE = "fixed_anchor"
@@ -32,11 +32,11 @@ class Method(base.Method):
 
   @property
   def frozen_paths(self) -> tuple[str, ...]:
-    """A frozen anchor's tower, which gets no weight decay either."""
+    """The anchor's tower if it is frozen; it gets no weight decay either."""
     return (rf"{re.escape(self.anchor)}/.*",) if self.frozen else ()
 
   def observe(self, forward: Forward, state: TrainState, rng: Any, stage: Stage) -> tuple[dict[str, Rows], Any, Any]:
-    """Nothing: the method has no state.
+    """The rows unchanged: the method has no state.
 
     Raises:
       ValueError: if a source lacks the anchor.
@@ -49,7 +49,7 @@ class Method(base.Method):
     return rows, state.codebooks, state.aux
 
   def terms(self, stage: Stage) -> dict[str, Term]:
-    """The sum over the rows' modalities."""
+    """The alignment with the anchor, summed over the rows' modalities."""
     return {"fixed_anchor": self._alignment}
 
   def _alignment(self, rows: Rows) -> Float[Array, ""]:

@@ -1,4 +1,4 @@
-"""Training-free optimisation of a codebook (TOC): which channels of the codes to keep, of any trained run as well.
+"""Training-free optimisation of a codebook (TOC): the choice of the codes' channels to keep, for any trained run.
 
 Huang et al., arXiv 2403.05168. The body of the paper was not read: score and selection follow the released code.
 """
@@ -64,10 +64,10 @@ def select_channels(
 
 
 def redundancy(codes: Float[Array | np.ndarray, "k d"]) -> Float[Array, ""]:
-  """Mean cosine between different codes: what the selection is to lower."""
+  """Mean cosine between different codes, which the selection should lower."""
   units, count = unit(codes), codes.shape[0]
   total = jnp.sum(units, axis=0)
-  # A code that is 0 has no direction: its cosines count as 0.
+  # A zero code has no direction; its cosines count as 0.
   return (jnp.sum(total * total) - jnp.sum(units * units)) / (count * (count - 1))
 
 
@@ -85,7 +85,7 @@ def codes_of(model: Any) -> Float[np.ndarray, "k d"]:
 
 
 def keep_channels(x: Float[np.ndarray, "n d"], channels: Int[np.ndarray, "q"], width: int) -> Float[np.ndarray, "n _"]:
-  """The chosen channels of embeddings made of segments of `width`, of every segment the same; normalised again.
+  """Embeddings with only the chosen channels of each of their segments, which are `width` wide; normalised again.
 
   Raises:
     ValueError: if the embeddings are not made of such segments.
@@ -97,7 +97,7 @@ def keep_channels(x: Float[np.ndarray, "n d"], channels: Int[np.ndarray, "q"], w
 
 
 def choose(codes: Float[np.ndarray, "k d"], count: int, ratio: tuple[int, int]) -> dict[str, Any]:
-  """Chosen channels, scores, and the mean cosine between codes before and after."""
+  """The `count` best channels (0 for three quarters), all scores, and the codes' redundancy before and after."""
   channels = np.asarray(select_channels(codes, count or max(1, codes.shape[1] * 3 // 4), ratio))
   return {
     "channels": channels.tolist(), "of": codes.shape[1], "scores": np.asarray(channel_scores(codes)).tolist(),

@@ -1,4 +1,4 @@
-"""The base of DCID and FCID: one codebook for all modalities, its losses, CLUB, and prediction across modalities."""
+"""The base class of DCID and FCID: one codebook for all modalities, its losses, CLUB, and cross-modal prediction."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from codebind_jax.schema import above, at_least, within
 from codebind_jax.stages import Stage
 
 Weight = Annotated[float, at_least(0, "off")]
-MIN_STEPS = 3  # of a sequence for CPC: a context of two, and a future
+MIN_STEPS = 3  # shortest sequence for CPC: a context of two steps, and a future
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,31 +34,31 @@ class Unified(base.Method):
 
   Attributes:
     codes: size L of the codebook.
-    first_codes: "kmeans" of the first batch's vectors, or "uniform" U(-1/L, 1/L) (the release).
-    start_count: what a code is taken to have seen before (release: 0).
+    first_codes: initial codes: "kmeans" of the first batch's vectors, or "uniform" U(-1/L, 1/L) (the release).
+    start_count: initial count of every code's moving average (release: 0).
     form: of the update, "joint" (paper) or "sequential" (release).
-    order: of the modalities in the sequential form; those not named come after, by the alphabet.
-    decay: of the averages.
+    order: of the modalities in the sequential form; the others follow in alphabetical order.
+    decay: of the moving averages.
     own: weight of a vector's own value in the update; 1 turns the multi-modal part off.
-    partner: "same" step, or "attention" over the partner's steps (paper; the authors say it makes no difference).
-    beta: of the commitment.
+    partner: a vector's partners: the "same" step, or "attention" over all steps (paper; the authors see no difference).
+    beta: weight inside the commitment.
     reduce: of the commitment over the width, "sum" (paper) or "mean" (release).
     reset_after: idle batches before a code is reset; 0 for no reset.
-    reset_by: "all" modalities must use a code (paper), all of one "source" (ours, where sources lack modalities), or
-      "any" (release).
-    reset_keep: "survive", or "codes_only" (release).
+    reset_by: a code is in use if "all" modalities use it (paper), all of one "source" (ours, where sources lack
+      modalities), or "any" (release).
+    reset_keep: "survive" also gives a reset code a mean code's count; "codes_only" does not (release).
     commitment, matching, club, coding, reconstruction: weights of the terms.
     club_input: "continuous" features (paper), or "quantized" ones (DCID's release).
     club_per_step: mean over steps of the likelihood (eq. 5), or its parts' means (release).
     club_steps: inner Adam steps a batch.
-    club_rate: their learning rate.
-    club_hidden: width of its networks.
+    club_rate: learning rate of the inner steps.
+    club_hidden: hidden width of CLUB's networks.
     cpc_layers: LSTM layers (paper 1, release 2).
     cpc_over: softmax over "futures" (paper) or "predictions" (release).
-    cpc_self: weight of predicting oneself (release 0.1).
+    cpc_self: weight of a modality's prediction of its own future (release 0.1).
 
-  The stage's temperature is that of the InfoNCE that takes CPC's place where there are fewer than three steps; logit
-  scales do not enter.
+  InfoNCE replaces CPC for sequences of fewer than three steps, with the stage's temperature; logit scales have no
+  effect.
   """
 
   FACTORS = {"matching": 0.1, "club": 0.1, "coding": 1.0}
@@ -92,31 +92,33 @@ class Unified(base.Method):
 
   @property
   def codebook_sizes(self) -> dict[str, int]:
-    """The one codebook."""
+    """The shared codebook alone."""
     return {"shared": self.codes}
 
   def weights(self, stage: Stage) -> dict[str, float]:
-    """The options of the terms' names."""
+    """Every term's weight, which is the option of its name."""
     return {name: getattr(self, name) for name in self.terms(stage)}
 
   def new_codebook(self, rng: Any, width: int, modalities: Any) -> unified.UnifiedState:
-    """A codebook that starts from small uniform codes (k-means replaces them, see `started`)."""
+    """A codebook of small uniform codes; `after_kmeans` replaces them."""
     limit = 1.0 / self.codes
     codes = jax.random.uniform(rng, (self.codes, width), jnp.float32, -limit, limit)
     return unified.new_unified(codes, sorted(modalities), count=self.start_count)
 
-  def started(self, book: unified.UnifiedState, z: Mapping[str, Array], masks: Any, rng: Any) -> unified.UnifiedState:
-    """The codebook after k-means of the vectors present, with counts as `start_count` says."""
+  def after_kmeans(
+    self, book: unified.UnifiedState, z: Mapping[str, Array], masks: Any, rng: Any
+  ) -> unified.UnifiedState:
+    """The codebook with the k-means centres of the unmasked vectors as its codes; unchanged for "uniform" codes."""
     if self.first_codes != "kmeans":
       return book
     flat = jnp.concatenate([jnp.where(masks[m][:, None, None], x, 0.0).reshape(-1, x.shape[-1]) for m, x in z.items()])
-    here = jnp.concatenate([jnp.repeat(masks[m], x.shape[1]) for m, x in z.items()]).astype(jnp.float32)
-    means, _ = kmeans(rng, flat, self.codes, distance="l2", normalize=False, weights=here)
+    weights = jnp.concatenate([jnp.repeat(masks[m], x.shape[1]) for m, x in z.items()]).astype(jnp.float32)
+    means, _ = kmeans(rng, flat, self.codes, distance="l2", normalize=False, weights=weights)
     return unified.new_unified(means, sorted(book.idle), count=self.start_count)
 
   def start_codebooks(self, forward: Forward, state: TrainState, rng: Any) -> Any:
-    """At the start of a run the codebooks after its first batch (`first`); later stages go on with theirs."""
-    started = self.first(forward, state.codebooks, rng)
+    """`started_codebooks` of a run's first batch; the codebooks are unchanged at the start of later stages."""
+    started = self.started_codebooks(forward, state.codebooks, rng)
     return jax.tree.map(lambda old, new: jnp.where(state.step == 0, new, old), state.codebooks, started)
 
   def quantise(
@@ -127,8 +129,8 @@ class Unified(base.Method):
 
     Args:
       z: modality -> vectors [b, t, d].
-      book: before the batch.
-      rows: their masks count.
+      book: the codebook before the batch.
+      rows: the vectors' rows, for their masks.
       together: the modalities of each source of the batch.
       rng: key of the reset.
     """
@@ -148,17 +150,14 @@ class Unified(base.Method):
     self, z: Mapping[str, Array], quantized: Mapping[str, unified.UnifiedQuantized], rows: Rows
   ) -> Array:
     """The commitment of all modalities to their own and their partners' codes."""
-    codes = {m: q.codes for m, q in quantized.items()}
-    losses_of = unified_commitment(
-      z, codes, beta=self.beta, reduce=self.reduce, masks={m: rows.masks[m] for m in z}
-    )
-    return sum(losses_of.values())
+    codes, masks = {m: q.codes for m, q in quantized.items()}, {m: rows.masks[m] for m in z}
+    return sum(unified_commitment(z, codes, beta=self.beta, reduce=self.reduce, masks=masks).values())
 
   def matching_of(self, z: Mapping[str, Array], codes: Array, rows: Rows) -> Array:
-    """Code matching of every two modalities."""
-    shares = {m: code_distribution(x, codes) for m, x in z.items()}
+    """Code matching, summed over all pairs of modalities."""
+    distributions = {m: code_distribution(x, codes) for m, x in z.items()}
     return sum(
-      distribution_matching(shares[a], shares[b], mask=rows.both(a, b), groups=rows.groups_of(a, b))
+      distribution_matching(distributions[a], distributions[b], mask=rows.both(a, b), groups=rows.groups_of(a, b))
       for a, b in itertools.combinations(sorted(z), 2)
     )
 
@@ -169,13 +168,13 @@ class Unified(base.Method):
     return aux | {"club": aux["club"] | {name: fitted}}
 
   def club_of(self, fitted: Any, x: Array, y: Array, rng: Any, mask: Array) -> Array:
-    """CLUB's estimate of the information between x and y under a fitted network."""
+    """CLUB's estimate of the mutual information between x and y under a fitted network."""
     mu, logvar = ConditionalGaussian(y.shape[-1], self.club_hidden).apply({"params": fitted["params"]}, x)
     shuffle = jax.random.permutation(rng, x.shape[0])
     return losses.club_estimate(mu, logvar, y, shuffle, per_step=self.club_per_step, mask=mask)
 
   def cross_coding(self, z: Mapping[str, Array], rows: Rows, rng: Any, prefix: str = "predict_") -> Array:
-    """Cross-modal CPC; for sequences too short for it, InfoNCE between every two modalities."""
+    """Cross-modal CPC; InfoNCE between all modalities for sequences that are too short for it."""
     z, masks = same_steps(z), {m: rows.masks[m] for m in z}
     first = next(iter(z.values()))
     if first.shape[1] < MIN_STEPS:
@@ -192,43 +191,43 @@ class Unified(base.Method):
                             groups_of=rows.groups_of)  # fmt: skip
 
   def predictors(self, rng: Any, z: Mapping[str, Array], prefix: str = "predict_") -> dict[str, Any]:
-    """Parameters of the CPC networks, where there are steps enough."""
+    """Parameters of the CPC networks, for sequences that are long enough."""
     z = same_steps(z)
     return {
       f"{prefix}{m}": FuturePredictor(x.shape[-1], 1, self.cpc_layers).init(jax.random.fold_in(rng, i), x)["params"]
       for i, (m, x) in enumerate(sorted(z.items())) if x.shape[1] >= MIN_STEPS
     }  # fmt: skip
 
-  def own_part(self, name: str, x: Array) -> Array:
-    """The specific features: the specific head through a ReLU."""
+  def specific_features(self, name: str, x: Array) -> Array:
+    """The specific head's output through a ReLU."""
     return nn.relu(self.specific(name, x))
 
-  def has_own(self, name: str) -> bool:
+  def has_specific(self, name: str) -> bool:
     """Whether a modality has a specific part."""
     return self.model.towers[name].specific_dim > 0
 
   def restore(self, codebooks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """`UnifiedState`s."""
+    """`UnifiedState`s from the nested arrays of a checkpoint."""
     return {name: unified.UnifiedState(**state) for name, state in codebooks.items()}
 
 
 def same_steps(x: Mapping[str, Array]) -> dict[str, Array]:
-  """Sequences [b, t, d] as they are where all are of one length; else of each the first token, which stands for all.
+  """Sequences [b, t, d] if all have the same length; else the first token of each, the class token.
 
-  The steps of two modalities are partners one by one, so that a cloud of point groups has none in one caption.
+  Step i of one modality is the partner of step i of another; 32 point groups have no such partners in one caption.
   """
   lengths = {value.shape[1] for value in x.values()}
   return {name: value if len(lengths) == 1 else value[:, :1] for name, value in x.items()}
 
 
-def masked_mse(made: Array, target: Array, mask: Array) -> Array:
-  """Mean squared error over the rows that count."""
-  square = jnp.mean((made - target) ** 2, axis=(1, 2))
+def masked_mse(decoded: Array, target: Array, mask: Array) -> Array:
+  """Mean squared error over the unmasked rows."""
+  square = jnp.mean((decoded - target) ** 2, axis=(1, 2))
   return jnp.sum(jnp.where(mask, square, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
 
 
 def chosen_codes(quantized: Mapping[str, unified.UnifiedQuantized], rows: Rows) -> list[tuple[Array, Array]]:
-  """(codes, mask) of every modality, for the usage statistics."""
+  """(code indices, mask) of every modality, for the usage statistics."""
   return [(q.indices, rows.masks[m]) for m, q in quantized.items()]
 
 

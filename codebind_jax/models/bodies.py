@@ -1,7 +1,7 @@
 """Trainable modules between a trunk's tokens and the heads, by name.
 
-A body is a flax module with `__call__(tokens [b, n, c], train=False) -> [b, m, d]`, class token first. It learns what a
-trunk that only cuts a raw signal into tokens (point groups, EEG patches) cannot.
+A body is a flax module with `__call__(tokens [b, n, c], train=False) -> [b, m, d]`, class token first. It is the
+encoder of modalities whose trunk only cuts a raw signal into tokens (point groups, EEG patches).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ BODIES = {
 
 
 def body_class(name: str) -> type[nn.Module]:
-  """The module that `config.model.towers.*.body` names; its attributes, but `NO_OPTIONS`, are `body_options`.
+  """The class that `config.model.towers.*.body` names; its attributes, without `NO_OPTIONS`, are `body_options`.
 
   Raises:
-    ValueError: if there is none.
+    ValueError: for an unknown name.
   """
   if name not in BODIES:
     raise ValueError(f"body: got {name!r}, allowed are {sorted(BODIES)}")

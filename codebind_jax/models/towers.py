@@ -1,4 +1,4 @@
-"""The CodeBind model: trunk tokens of every modality through its heads, and the logit scales."""
+"""The CodeBind model: heads over the trunk tokens of every modality, and logit scales."""
 
 from __future__ import annotations
 
@@ -52,22 +52,22 @@ class TowerSpec:
       single head).
     specific_dim: width d_p of the modality-specific part; 0 for none (text).
     trunk: name of a module of `trunks` that turns the modality's items into tokens.
-    options: what that module's `make_trunk` takes.
+    options: arguments of that module's `make_trunk`.
     views: cached views of a training item: the clean one and views - 1 augmented ones.
-    augmented: how often an augmented view is drawn.
-    body: name of a module of `models.bodies` that trains between the trunk's tokens and the heads; "" for none.
-    body_options: its attributes.
+    augmented: probability of drawing an augmented view.
+    body: name of a trained module of `models.bodies` between the trunk's tokens and the heads; "" for none.
+    body_options: attributes of the body.
     hidden: width of a hidden GELU layer in the shared head; 0 is the published linear head.
     dropout: on the normalised trunk tokens, while training.
     init: `orthogonal` keeps the trunk's geometry (its inner products, where the head is not narrower), or `lecun`.
-    whiten: the shared head starts with the training tokens' covariance to this negative power in it; 0 for a random
-      start.
-    starts_from: a modality whose heads this one's are copied from when its first stage begins; "" for none.
-    logit_scale: multiplies the cosine of this modality (ImageBind's per-modality scale), clipped to 100.
-    meaning: another modality, in whose trunk's space the last `meaning_dim` columns of this one's tokens lie (the names
-      of what a classifier sees, in text space): they go through that modality's shared head and are added to the
-      output of this one's, which sees the other columns.
-    meaning_dim: how many columns.
+    whiten: the shared head starts with the training tokens' covariance, to this negative power, folded in; 0 for a
+      random start.
+    starts_from: modality whose heads are copied to this one as its first stage begins; "" for none.
+    logit_scale: initial factor of this modality's cosine (ImageBind's per-modality scale), clipped to 100.
+    meaning: another modality, in whose trunk's space the last `meaning_dim` columns of this one's tokens lie (a
+      classifier's class names in text space): that modality's shared head maps them, and the result is added to the
+      output of this one's shared head, which takes the other columns.
+    meaning_dim: number of these columns.
     decoder: of this tower, `model.decoder`; None for none.
   """
 
@@ -90,7 +90,7 @@ class TowerSpec:
   decoder: DecoderSpec | None = dataclasses.field(default=None, metadata=DERIVED)
 
   def check(self, path: str) -> None:
-    """Refuses keys that do not go together."""
+    """Refuses keys that exclude each other."""
     if self.whiten and self.hidden:
       raise ValueError(f"config.{path}.whiten: got {self.whiten} with hidden {self.hidden}; allowed: 0, or hidden 0")
     if self.body:
@@ -103,12 +103,12 @@ class TowerSpec:
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-  """Section `model`: the towers and what they have in common.
+  """Section `model`: the towers and their common settings.
 
   Attributes:
     towers: by modality.
     shared_dim: width of the shared part of all modalities.
-    quantize: codebooks between heads and losses; without them the features are compared as they are.
+    quantize: codebooks between heads and losses; if False, losses compare the features without quantisation.
     half: path regexes of parameters kept in bfloat16 (frozen trunks).
     decoder: of all modalities but text, if a stage has the loss `reconstruction`.
   """
@@ -120,7 +120,7 @@ class ModelSpec:
   decoder: DecoderSpec = DecoderSpec()
 
   def check(self, path: str) -> None:
-    """Refuses towers that name a modality there is none of."""
+    """Refuses towers that name an unknown modality, or their own."""
     for name, tower in self.towers.items():
       for key, other in (("starts_from", tower.starts_from), ("meaning", tower.meaning)):
         if other:
@@ -152,7 +152,7 @@ class Head(nn.Module):
 
 
 def whitening(x: Float[np.ndarray, "n c"], power: float, shrink: float = 0.1) -> Float[np.ndarray, "c c"]:
-  """Matrix C^-power of the covariance C of rows, its eigenvalues raised by `shrink` of their mean; 1/2 whitens."""
+  """C^-power of the rows' covariance C, whose eigenvalues are raised by `shrink` of their mean; power 1/2 whitens."""
   values, vectors = np.linalg.eigh(np.cov(x.T))
   values = np.maximum(values, 0.0)
   return (vectors * (values + shrink * values.mean()) ** -power) @ vectors.T
@@ -162,17 +162,17 @@ def whitened(
   head: Mapping[str, Mapping[str, Array | np.ndarray]], tokens: Float[Array | np.ndarray, "n c"], power: float,
   shrink: float = 0.1,
 ) -> dict[str, dict[str, Array | np.ndarray]]:
-  """Parameters of a linear `Head` that start from the training tokens' statistics.
+  """Parameters of a linear `Head` with the whitening of the training tokens folded in.
 
   Normalised tokens x become (x - mean) C^-power P, with C^-power their `whitening`, P the head's projection, and a
-  scale that keeps the size of the output. A frozen encoder crowds its directions (in a text encoder, what all short
-  captions share); power 1/2 whitens, smaller ones go part of the way.
+  scale that keeps the size of the output. A frozen encoder's embeddings share dominant directions (in a text encoder,
+  those common to all short captions); power 1/2 whitens them, smaller powers do so in part.
 
   Args:
     head: parameters `norm` and `proj`.
     tokens: of the training items.
     power: 0 only centres.
-    shrink: keeps directions that hardly occur from being blown up.
+    shrink: keeps rare directions from being amplified.
   """
   x = np.asarray(tokens, np.float64)
   x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-6)
@@ -186,12 +186,12 @@ def whitened(
 
 
 class Tower(nn.Module):
-  """Shared and specific head of one modality, and its decoder where it has one."""
+  """Shared and specific head of one modality, and its body and decoder if it has them."""
 
   spec: TowerSpec
 
   def setup(self):
-    """Makes the heads."""
+    """Creates the body and the heads."""
     spec = self.spec
     options = {"dropout": spec.dropout, "start": spec.init}
     if spec.body:
@@ -204,7 +204,7 @@ class Tower(nn.Module):
   def __call__(
     self, tokens: Float[Array, "b n c"], train: bool = False, added: Float[Array, "b n s"] | None = None
   ) -> Float[Array, "b m d"]:
-    """Trunk tokens (or the body's) to [b, m, shared_dim + specific_dim]; `added` is added to the shared part."""
+    """The heads' output for trunk tokens, [b, m, shared_dim + specific_dim]; `added` is added to the shared part."""
     parts, width = [], tokens.shape[-1]
     if self.spec.body:
       tokens = self.body(tokens, train)
@@ -220,7 +220,7 @@ class Tower(nn.Module):
 
   @nn.compact
   def decode(self, full: Float[Array, "b m d"], width: int) -> Float[Array, "b m c"]:
-    """The trunk's tokens, `width` wide, from the `full` embeddings of all tokens (spec 1.8, the trunk left out)."""
+    """The trunk's tokens, `width` wide, decoded from the `full` embeddings of all tokens (spec 1.8 without trunk)."""
     options = to_plain(self.spec.decoder)
     return Decoder((full.shape[1],), width, (1,), cls_token=False, name="decoder", **options)(full)
 

@@ -1,1 +1,1 @@
-"""What a run needs beside the method: mesh, processes, checkpoints, compiled steps, optimizer, metrics."""
+"""What a run needs beside its method: mesh, processes, checkpoints, compiled steps, optimizer, metrics."""

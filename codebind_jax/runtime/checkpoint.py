@@ -1,4 +1,4 @@
-"""Checkpoints: TrainState, config, stage and what the data was; restored exactly, past a newest one that is damaged."""
+"""Checkpoints: train state, config, stage and the data's fingerprint; a damaged one is skipped for the one before."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ class Position:
 
   Attributes:
     step: global, over all stages.
-    stage: the one it is in.
+    stage: the current stage.
     done: whether that stage is finished.
-    held: modalities that have been trained, by this run and those it started from.
+    trained: modalities trained so far, by this run and those it started from.
   """
 
   step: int
   stage: str
   done: bool
-  held: Sequence[str] = ()
+  trained: Sequence[str] = ()
 
 
 class Checkpoints:
-  """Writes and reads `workdir/checkpoints/<step>`; saves asynchronously, keeps the newest `keep`."""
+  """Writes `workdir/checkpoints/<step>` asynchronously, keeps the newest `keep` of them, and reads them."""
 
   def __init__(self, workdir: str | pathlib.Path, *, keep: int = 2):
     self.path = pathlib.Path(workdir).absolute() / FOLDER
@@ -50,7 +50,7 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(self.path, options=options)
 
   def save(self, position: Position, state: Any, fingerprint: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Starts writing a checkpoint; `fingerprint` is of the data, the position says which batch of it follows."""
+    """Starts to write a checkpoint; `fingerprint` is the data's, the position says which batch of it comes next."""
     meta = {"position": dataclasses.asdict(position), "config": dict(config), "fingerprint": dict(fingerprint)}
     items: dict[str, Any] = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(meta)}
     self._manager.save(position.step, args=ocp.args.Composite(**items), force=True)
@@ -67,38 +67,38 @@ class Checkpoints:
 
     Raises:
       RuntimeError: if there are checkpoints but none can be read.
-      ValueError: if one can be read, and its arrays are not those of the target.
+      ValueError: if a checkpoint's arrays differ from the target's in path, shape or type.
     """
     steps = self._steps()
     for step in steps:
-      meta, held = None, None
+      saved = None
       with self._set_aside_if_damaged(step):
-        meta, held = self.read_meta(step), _arrays(self._metadata(step))
-      if held is None:
+        meta, saved = self.read_meta(step), _arrays(self._metadata(step))
+      if saved is None:
         continue
       position = Position(**meta["position"])
       state = target(position)
-      if differing := schema.difference(held, _arrays(state)):
+      if differing := schema.difference(saved, _arrays(state)):
         raise ValueError(f"checkpoint {self.path / str(step)} holds other arrays than this run has "
                          f"({len(differing)} differ): {'; '.join(differing[:5])}")  # fmt: skip
       with self._set_aside_if_damaged(step):
-        found = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(state)))
-        return position, found["state"]
+        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(state)))
+        return position, restored["state"]
     if steps:
       raise RuntimeError(f"none of the checkpoints {steps} in {self.path} can be read; they are kept as *.damaged")
     return None
 
   def _steps(self) -> list[int]:
-    """Steps there are checkpoints of, newest first."""
+    """Steps that have a checkpoint, newest first."""
     self._manager.wait_until_finished()
     return sorted(self._manager.all_steps(), reverse=True)
 
   @contextlib.contextmanager
   def _set_aside_if_damaged(self, step: int) -> Iterator[None]:
-    """Renames the checkpoint where reading it fails by what is in it."""
+    """Renames the checkpoint to `<step>.damaged` if reading it in the body fails because of its content."""
     try:
       yield
-    except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):  # by what the machine has or allows
+    except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):  # the machine's fault
       raise
     except Exception as error:  # orbax reports a truncated array as a bare Exception
       reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
@@ -111,12 +111,12 @@ class Checkpoints:
       self._open()
 
   def _metadata(self, step: int) -> Any:
-    """The tree of a checkpoint's state, with its arrays' shapes and types as leaves."""
+    """The tree of a checkpoint's state, whose leaves are shapes and types."""
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
       return reader.metadata(self.path / str(step) / "state").tree
 
   def fingerprint(self) -> dict[str, Any] | None:
-    """Of the data, from the newest checkpoint that has a readable one; None where none has."""
+    """The data's fingerprint in the newest readable checkpoint; None where there is none."""
     for step in self._steps():
       try:
         return self.read_meta(step).get("fingerprint")
@@ -125,7 +125,7 @@ class Checkpoints:
     return None
 
   def read_meta(self, step: int | None = None) -> dict[str, Any]:
-    """The position and config stored with a checkpoint (the newest by default).
+    """Position, config and fingerprint stored with a checkpoint (the newest by default).
 
     Raises:
       FileNotFoundError: if there is no checkpoint.
@@ -133,7 +133,10 @@ class Checkpoints:
     step = self._manager.latest_step() if step is None else step
     if step is None:
       raise FileNotFoundError(f"no checkpoint in {self.path}")
-    return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    if "held" in meta["position"]:  # the key's name in earlier versions
+      meta["position"]["trained"] = meta["position"].pop("held")
+    return meta
 
   def read_arrays(self, keys: tuple[str, ...] = ("params", "codebooks")) -> dict[str, Any]:
     """Parts of the newest state as nested dicts of numpy arrays, for evaluation and embedding."""
@@ -143,8 +146,8 @@ class Checkpoints:
     restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), self._metadata(steps[0]))
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
       args = ocp.args.PyTreeRestore(restore_args=restore)
-      whole = reader.restore(self.path / str(steps[0]) / "state", args=args)
-    return {key: whole[key] for key in keys}
+      state = reader.restore(self.path / str(steps[0]) / "state", args=args)
+    return {key: state[key] for key in keys}
 
   def wait(self) -> None:
     """Blocks until the last save is on disk."""
@@ -157,11 +160,11 @@ class Checkpoints:
 
 
 def _arrays(tree: Any) -> dict[str, str]:
-  """Type and shape of a tree's arrays by path."""
-  found = {}
+  """Path -> type and shape of a tree's arrays."""
+  kinds = {}
   for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
     if hasattr(leaf, "shape"):
-      if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # kept as the numbers of the key
+      if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # saved as the key's integers
         leaf = jax.eval_shape(jax.random.key_data, leaf)
-      found[jax.tree_util.keystr(path, simple=True, separator="/")] = f"{leaf.dtype}{list(leaf.shape)}"
-  return found
+      kinds[jax.tree_util.keystr(path, simple=True, separator="/")] = f"{leaf.dtype}{list(leaf.shape)}"
+  return kinds

@@ -1,4 +1,4 @@
-"""Compiling a step for a layout, once, and what the compiler says it takes."""
+"""Compilation of a step for a layout, and compiled functions shared by runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from codebind_jax.runtime.sharding import Layout
 
 
 def lower_step(step: Any, state: Any, batch: Any, layout: Layout) -> Any:
-  """The step lowered for these shapes: the state is donated and stays where the layout has it.
+  """The step lowered for these shapes; the state is donated and keeps the layout's shardings.
 
   Args:
     step: (state, batch) -> (state, metrics).
@@ -26,9 +26,9 @@ def lower_step(step: Any, state: Any, batch: Any, layout: Layout) -> Any:
 
 
 def compile_step(step: Any, state: Any, batch: Any, layout: Layout) -> Any:
-  """Compiles the step for these shapes once and for all (a later shape is an error, not a recompilation)."""
+  """The step compiled for these shapes; a call with other shapes is an error, not a recompilation."""
   started = time.time()
-  # XLA keeps to 256 bits on CPU unless told otherwise; the code search is twice as fast with the whole register.
+  # XLA uses 256-bit vectors on CPU by default; the code search is twice as fast with 512.
   options = {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else None
   compiled = lower_step(step, state, batch, layout).compile(compiler_options=options)
   memory = compiled.memory_analysis()
@@ -40,19 +40,19 @@ def compile_step(step: Any, state: Any, batch: Any, layout: Layout) -> Any:
 
 
 class Programs:
-  """Compiled functions of runs, kept for those after them whose configs make the same function."""
+  """Cache of compiled functions, shared by runs whose configs give the same function."""
 
   def __init__(self) -> None:
-    self._made: dict[tuple[str, str], Any] = {}
+    self._compiled: dict[tuple[str, str], Any] = {}
 
   def get(self, name: str, key: str, make: Callable[[], Any]) -> Any:
-    """The function of that name for a key, made now or for an earlier run.
+    """The function of a name and a key, compiled at its first use.
 
     Args:
       name: of the function.
-      key: whatever the function depends on beside its name, as text; see `schema.key`.
+      key: all that the function depends on beside its name, as text; see `schema.key`.
       make: compiles it.
     """
-    if (name, key) not in self._made:
-      self._made[name, key] = make()
-    return self._made[name, key]
+    if (name, key) not in self._compiled:
+      self._compiled[name, key] = make()
+    return self._compiled[name, key]

@@ -1,4 +1,4 @@
-"""Several processes that train one model: joining, barriers, and process 0 going first."""
+"""Several processes that train one model: start, barriers, and work that process 0 does first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 from absl import logging
 from jax.experimental import multihost_utils
 
-# A process that has been silent this long counts as dead, and the others end with an error.
+# After this silence a process counts as dead, and the others end with an error.
 HEARTBEAT_SECONDS = 30
 
 
@@ -48,8 +48,8 @@ def _number(value: int | None, variable: str) -> int | None:
 def _on_a_cluster() -> bool:
   """Whether the environment says that this process is one of several."""
   several = any(int(os.environ.get(name) or 1) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
-  # Importing JAX sets the first on a Cloud TPU VM, whose metadata, not environment, names the other workers; the second
-  # says that there is no metadata.
+  # JAX's import sets the first variable on a Cloud TPU VM, whose metadata names the other workers (its environment does
+  # not); the second says that there is no metadata.
   tpu_vm = os.environ.get("TPU_ML_PLATFORM") == "JAX" and "TPU_SKIP_MDS_QUERY" not in os.environ
   pods = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
   return several or tpu_vm or pods
@@ -62,7 +62,7 @@ def wait_for_all(name: str) -> None:
 
 
 @contextlib.contextmanager
-def first() -> Iterator[None]:
+def process_0_first() -> Iterator[None]:
   """Process 0 runs the body before the others, which then find its results in the cache on a shared disk."""
   if jax.process_index() > 0:
     wait_for_all("after the first")

@@ -1,4 +1,4 @@
-"""Batches larger than memory: towers run in micro-batches, losses and codebooks see the whole batch (GradCache).
+"""Batches larger than memory (GradCache): towers run in micro-batches, losses and codebooks see the whole batch.
 
 Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021, arXiv 2101.06983: a first
 pass computes all features and keeps none of the activations, the loss of the whole batch gives the features'

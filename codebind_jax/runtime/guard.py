@@ -1,4 +1,4 @@
-"""What stops a run in order: a step that is not finite, or the machine being taken away."""
+"""Two reasons to stop a run in order: a step that is not finite, and preemption of the machine."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ DUMP = "nonfinite"
 
 
 class Preempted(Exception):
-  """The run was told to end (SIGTERM) and has saved its state; the same command goes on."""
+  """SIGTERM has ended the run, whose state is saved; the same command continues it."""
 
 
 class Preemption:
-  """Notices SIGTERM; as a context manager it puts the earlier handler back.
+  """Context manager that notices SIGTERM, and restores the earlier handler at its end.
 
-  With several processes, JAX passes the notice on and names a step that all of them reach.
+  With several processes, JAX passes the signal on and names a step that all of them reach.
   """
 
   def __init__(self):
-    self._told = False
-    self._before: Any = None
-    self._own = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
+    self._signalled = False
+    self._earlier: Any = None
+    self._handles = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
 
   def __enter__(self) -> Preemption:
-    if self._own:
-      self._before = signal.signal(signal.SIGTERM, self._tell)
+    if self._handles:
+      self._earlier = signal.signal(signal.SIGTERM, self._handle)
     return self
 
   def __exit__(self, *_: Any) -> None:
-    if self._own:
-      signal.signal(signal.SIGTERM, self._before)
+    if self._handles:
+      signal.signal(signal.SIGTERM, self._earlier)
 
-  def _tell(self, *_: Any) -> None:
-    self._told = True
+  def _handle(self, *_: Any) -> None:
+    self._signalled = True
 
   def reached(self, step: int) -> bool:
     """Whether the run should save and end after `step`; every process must ask after every step."""
-    return self._told if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
+    return self._signalled if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
 
 
 class Watch:
-  """Looks for a step that was not finite, and keeps the state before it and its batch."""
+  """Finds a step that was not finite, and saves the state before it and its batch."""
 
   def __init__(self, folder: pathlib.Path, stage: str, step: int):
     self._folder, self._stage, self._good = folder, stage, step
@@ -61,17 +61,17 @@ class Watch:
     self, state: Any, step: int, run: Callable[[Any, Any], Any], read: Callable[[int], Any],
     save: Callable[[Checkpoints, int, Any], None],
   ) -> None:  # fmt: skip
-    """Looks at the state after `step`.
+    """Checks the state after `step`.
 
     Args:
-      state: after `step`.
-      step: as the host counts.
-      run: the compiled step, to name what was not finite.
-      read: the batch of the step after the one it is given.
+      state: after `step`; see `train_state.advance`.
+      step: number of steps by the host's count.
+      run: the compiled step, run once more to name the metrics that are not finite.
+      read: number of steps done -> the batch of the next one.
       save: writes a state at a step into a store.
 
     Raises:
-      FloatingPointError: naming the step, the steps in question, the terms and the dump.
+      FloatingPointError: naming the step, the range of steps checked, the metrics and the dump.
     """
     reached = int(state.step)
     if reached >= 0:

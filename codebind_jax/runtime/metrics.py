@@ -1,4 +1,4 @@
-"""Metrics on disk (`metrics.jsonl` and TensorBoard event files beside it), and the rate of a training loop."""
+"""Metrics on disk (`metrics.jsonl` and TensorBoard event files), and the throughput of a training loop."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ _RESERVED = ("step", "stage", "warning")
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
   """Reads a metrics file.
 
-  A last line that was cut short, as by a kill, is left out and logged.
+  A last line that was cut short, as by a kill, is left out and named in the log.
 
   Args:
     path: `metrics.jsonl` or the folder it lies in.
@@ -40,7 +40,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def _parse(path):
-  """Records of a file and their number of bytes, without a partial last line."""
+  """(records of a file, their number of bytes), without a partial last line."""
   records, size = [], 0
   lines = path.read_bytes().splitlines(keepends=True)
   for number, line in enumerate(lines, 1):
@@ -98,11 +98,11 @@ class MetricsWriter:
       return
     _, size = _parse(self.path)
     data = self.path.read_bytes()
-    whole = data[:size].decode()
-    if whole and not whole.endswith("\n"):
-      whole += "\n"
-    if whole.encode() != data:
-      write_whole(self.path, whole)
+    lines = data[:size].decode()
+    if lines and not lines.endswith("\n"):
+      lines += "\n"
+    if lines.encode() != data:
+      write_whole(self.path, lines)
 
   def write(self, step: int, stage: str, metrics: Mapping[str, Any]) -> None:
     """Writes one line, and one TensorBoard scalar a metric.
@@ -148,7 +148,7 @@ class MetricsWriter:
     return self._events
 
   def truncate(self, step: int) -> None:
-    """Removes what was written after a step, for a run that resumes there.
+    """Removes all metrics of later steps, for a run that resumes at this one.
 
     Lines of a later step are dropped in one atomic replacement; TensorBoard hides later events (`purge_step`).
 
@@ -171,7 +171,7 @@ class MetricsWriter:
     self._purge_step = step + 1
 
   def flush(self) -> None:
-    """Returns when all that was written is on the disk."""
+    """Writes all buffered metrics to the disk."""
     if not self._active:
       return
     self._file.flush()
@@ -205,9 +205,9 @@ def _number(name, value):
 
 
 class Throughput:
-  """Examples a second, and the share of the time in which steps had to wait for data.
+  """Examples a second, and the share of time in which the device waited for data.
 
-  The loop runs ahead of the device: reading a batch while an earlier step still runs costs nothing and is not counted.
+  The loop runs ahead of the device, so that reading a batch while an earlier step still runs does not count as waiting.
 
   Example:
     >>> ticks = iter([0.0, 1.0, 1.5, 4.0, 4.0])
@@ -220,20 +220,20 @@ class Throughput:
   """
 
   def __init__(self, clock: Callable[[], float] = time.perf_counter):
-    """Starts counting.
+    """Starts the count.
 
     Args:
-      clock: seconds, growing.
+      clock: gives seconds, monotonically.
     """
     self._clock = clock
     self._start, self._waited, self._examples = clock(), 0.0, 0
 
   @contextlib.contextmanager
   def waiting(self, last: Any = None) -> Iterator[None]:
-    """Counts the time inside as waiting for data: all of it, or nothing if the last step still runs at its end.
+    """Counts the body's time as waiting for data, unless the last step still runs at its end.
 
     Args:
-      last: an output of the last step; without one all of the time counts.
+      last: an output of the last step; without one the time always counts.
     """
     start = self._clock()
     try:
@@ -243,15 +243,15 @@ class Throughput:
         self._waited += self._clock() - start
 
   def add(self, examples: int) -> None:
-    """Counts examples that were trained on."""
+    """Counts trained examples."""
     self._examples += examples
 
   def restart(self) -> None:
-    """Starts anew, after compilation, an evaluation or a checkpoint, which do not belong to the rate."""
+    """Starts the count anew, after a compilation, an evaluation or a checkpoint, whose time does not belong to it."""
     self._start, self._waited, self._examples = self._clock(), 0.0, 0
 
   def report(self) -> dict[str, float]:
-    """Rates since the last report or restart; wait for the last step's output first, as steps run ahead."""
+    """Rates since the last report or restart; call it after the last step's output is ready, as steps run ahead."""
     now = self._clock()
     elapsed = max(now - self._start, 1e-9)
     rates = {"examples_per_second": self._examples / elapsed, "data_wait_share": self._waited / elapsed}

@@ -1,4 +1,4 @@
-"""Optimizer: AdamW under one regex table that says, per parameter path, what trains and how."""
+"""The optimizer: AdamW, with learning rate and weight decay of every parameter by one table of path regexes."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ FROZEN = "frozen"
 
 @dataclasses.dataclass(frozen=True)
 class Optim:
-  """Section `optim`: AdamW, the schedule of its learning rate, and how each parameter takes part.
+  """Section `optim`: AdamW, its learning rate schedule, and the rules of single parameters.
 
   Attributes:
-    learning_rate: the highest, after the warm-up.
+    learning_rate: peak of the schedule, after the warm-up.
     warmup: steps in which the rate grows linearly from 0, at the start of each stage.
-    final_ratio: share of the rate that is left at the end of the cosine (release: 1/50).
-    b1, b2: of Adam's averages of gradients and their squares.
-    weight_decay: times the learning rate, on the parameters that the rules decay.
+    final_ratio: final learning rate of the cosine, as a share of the peak (release: 1/50).
+    b1, b2: decay rates of Adam's averages of gradients and of their squares.
+    weight_decay: decoupled weight decay, multiplied by the learning rate and by the rules.
     clip_norm: largest global norm of the gradients.
-    accumulate: batches a step; more than 1 is refused.
+    accumulate: batches a step; only 1 is allowed.
     rules: (path regex, multiplier of the learning rate, multiplier of the weight decay); the first match wins.
   """
 
@@ -55,13 +55,13 @@ class Optim:
 
 
 def param_paths(params: Any) -> dict[str, Any]:
-  """Flat view of a parameter tree: `towers/image/shared/proj/kernel` -> leaf."""
+  """Path -> leaf of a parameter tree, such as `image/shared/proj/kernel`."""
   leaves = jax.tree_util.tree_flatten_with_path(params)[0]
   return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def match_rules(params: Any, rules: Sequence[tuple[str, Any]], *, what: str = "optim.rules") -> Any:
-  """Tree of the value of the first rule whose regex matches the whole parameter path.
+  """For each parameter the value of the first rule whose regex matches its whole path, as a tree.
 
   Args:
     params: parameter tree (arrays or shapes).
@@ -92,17 +92,17 @@ def make_schedule(learning_rate: float, steps: int, warmup: int, final_ratio: fl
 def make_optimizer(
   params: Any, trainable: Sequence[str], settings: Optim, steps: int, *, frozen: Sequence[str] = ()
 ):
-  """AdamW with clipping, frozen where no `trainable` pattern matches, tuned by `settings.rules`.
+  """AdamW with clipping for the `trainable` parameters, with the multipliers of `settings.rules`; others are frozen.
 
   Args:
     params: parameter tree (arrays or shapes).
-    trainable: regexes of the paths a stage trains; everything else is frozen.
+    trainable: regexes of the paths that a stage trains.
     settings: of the optimizer.
     steps: optimizer steps of the stage.
     frozen: regexes of paths that do not train even if `trainable` names them.
 
   Returns:
-    (optax transformation, table): `table` maps each path to "frozen" or to its learning rate and weight decay.
+    (optax transformation, table): `table` maps each path to "frozen" or its multipliers, such as "lr*1 wd*0".
 
   Raises:
     ValueError: if a parameter matches no rule or nothing is trainable.
@@ -140,12 +140,12 @@ def make_optimizer(
 
 
 def frozen(table: Mapping[str, str]) -> frozenset[str]:
-  """Paths that do not train, from `make_optimizer`'s table."""
+  """Paths of the frozen parameters in `make_optimizer`'s table."""
   return frozenset(path for path, kind in table.items() if kind == FROZEN)
 
 
 def stop_frozen(params: Any, paths: frozenset[str]) -> Any:
-  """The parameters, with no gradient through those at `paths`: none is computed, and none counts in a norm."""
+  """The parameters, those at `paths` behind a stop-gradient: their gradients are not computed and add to no norm."""
 
   def stop(path: Any, x: Any) -> Any:
     return jax.lax.stop_gradient(x) if jax.tree_util.keystr(path, simple=True, separator="/") in paths else x
@@ -154,7 +154,7 @@ def stop_frozen(params: Any, paths: frozenset[str]) -> Any:
 
 
 def log_table(params: Any, table: Mapping[str, str]) -> None:
-  """Logs the resolved table: path, shape, what happens to it."""
+  """Logs path, shape and entry of every parameter in `make_optimizer`'s table."""
   shapes = {path: tuple(leaf.shape) for path, leaf in param_paths(params).items()}
   width = max(len(path) for path in table)
   for path, kind in table.items():

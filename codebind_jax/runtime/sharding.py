@@ -1,7 +1,7 @@
-"""The device mesh and where arrays live on it: one regex table for parameters, optimizer state, codebooks and the rest.
+"""The device mesh, and how arrays are split over it: one table of path regexes for everything in the train state.
 
-A rule gives a path's axes logical names (`embed`, `mlp`, `codes`), a second table says over which mesh axes a logical
-axis is split; model code uses neither. An axis that does not divide is not split, and the printed table shows it.
+A rule gives the axes of a path's array logical names (`embed`, `mlp`, `codes`); a second table maps a logical axis to
+mesh axes. Model code uses neither. An axis that does not divide is not split, and the logged table shows it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from jaxtyping import Array, Float
 from codebind_jax.schema import Regex
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")  # fsdp splits the rows as well: each device gathers the weights it needs, layer by layer
+BATCH = ("data", "fsdp")  # mesh axes that split the rows; under fsdp a device gathers its weights layer by layer
 
 # Logical axis -> mesh axes.
 LOGICAL = {"embed": ("fsdp",), "mlp": ("tensor",), "vocab": ("tensor",), "codes": (), "": ()}
 
-# (path regex, logical names of the last axes); the first match wins. Optimizer state and moving averages carry their
-# parameter's path at the end of their own, so that one table serves all.
+# (path regex, logical names of the last axes); the first match wins. The path of an optimizer state or a moving average
+# ends with its parameter's path, so that one table serves all.
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
   (r"codebooks/.*/(codes|ema_sum)", ("codes", "")),
   (r"codebooks/.*/(ema_count|usage)", ("codes",)),
@@ -37,18 +37,18 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
   (r".*patch/kernel", ("embed",)),
   (r".*/kernel", ("embed", "mlp")),
   (r".*/embedding", ("vocab", "embed")),
-  (r".*", ()),  # vectors, positions, counters: small, whole on every device
+  (r".*", ()),  # vectors, positions, counters: small, so replicated
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-  """Section `mesh`: devices along each axis of the mesh; one number may be -1, for all that are left.
+  """Section `mesh`: devices along each axis of the mesh; one number may be -1, for all remaining devices.
 
   Attributes:
-    data: over which the rows of a batch are split.
-    fsdp: over which rows and weights are split.
-    tensor: over which the wide axes of weights are split.
+    data: this axis splits the rows of a batch.
+    fsdp: this axis splits rows and weights.
+    tensor: this axis splits the wide axes of weights.
   """
 
   data: int = -1
@@ -62,14 +62,14 @@ class Sharding:
 
   Attributes:
     rules: (path regex, logical names or mesh axes of the last axes), tried before `RULES`.
-    codes: a mesh axis to split codebooks over; "" keeps them whole.
+    codes: the mesh axis that splits codebooks; "" replicates them.
   """
 
   rules: tuple[tuple[Regex, tuple[str, ...]], ...] = ()
   codes: str = ""
 
   def check(self, path: str) -> None:
-    """Refuses axes there are none of."""
+    """Refuses unknown axes."""
     if self.codes not in ("", *AXES):
       raise ValueError(f"config.{path}.codes: got {self.codes!r}; allowed: '' (whole) or {list(AXES)}")
     for pattern, names in self.rules:
@@ -100,31 +100,31 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def _splits(axes: tuple[str, ...], length: int) -> int:
-  """Number of devices that axes of the current mesh (`jax.set_mesh`) split `length` over; 1 if there is a remainder."""
+  """Number of devices over which axes of the current mesh (`jax.set_mesh`) split `length`; 1 if it does not divide."""
   mesh = jax.sharding.get_abstract_mesh()
   devices = 1 if mesh.empty or not set(axes) <= set(mesh.axis_names) else math.prod(mesh.shape[a] for a in axes)
   return 1 if length % devices else devices
 
 
 def row_axes(rows: int) -> tuple[str, ...]:
-  """Axes of the current mesh that split this number of rows over several devices; () if none do."""
+  """Axes of the current mesh that split `rows` over several devices; () if none do."""
   return BATCH if _splits(BATCH, rows) > 1 else ()
 
 
 def keep_rows(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-  """Keeps activations split by rows: weights that are split over `fsdp` are gathered, not activations added up.
+  """Keeps activations split by rows, so that XLA gathers weights split over `fsdp` instead of summing activations.
 
-  Returns x as it is without a mesh, or where the rows do not divide over its devices.
+  Returns x unchanged without a mesh, or if the rows do not divide over its devices.
   """
   axes = row_axes(len(x))
   return jax.lax.with_sharding_constraint(x, P(axes)) if axes else x
 
 
 def split_over_devices(x: Float[Array, "s ..."]) -> Float[Array, "s ..."]:
-  """Splits the first axis over as many devices as it divides over; returns x as it is where it divides over none.
+  """Splits the first axis over as many devices as it divides over; returns x unchanged where it divides over none.
 
-  Use it for work on a few rows, which would otherwise run on the few devices that hold them, or on every device alike.
-  The rows are first gathered on every device, so that the batch they come from stays split in the backward pass too.
+  Use it for work on a few rows of a batch, which would otherwise run on the few devices that hold them, or be repeated
+  on every device. The rows are first replicated, so that the batch stays split in the backward pass too.
   """
   axes = max((BATCH, *((axis,) for axis in BATCH)), key=lambda axes: _splits(axes, len(x)))
   if _splits(axes, len(x)) == 1:
@@ -162,7 +162,7 @@ class Layout:
     return math.prod(self.mesh.shape[axis] for axis in BATCH)
 
   def spec(self, path: str, shape: tuple[int, ...]) -> P:
-    """How an array at `path` is split.
+    """The partition of an array at `path`.
 
     Raises:
       ValueError: if no rule matches.
@@ -183,18 +183,18 @@ class Layout:
     return P(*parts)
 
   def of(self, tree: Any, prefix: str = "") -> Any:
-    """Tree of the shardings of a state, or of its part at `prefix`."""
+    """Shardings of a state, or of its part at `prefix`, as a tree."""
     place = lambda path, x: NamedSharding(self.mesh, self.spec(_name(prefix, path), np.shape(x)))
     return jax.tree_util.tree_map_with_path(place, tree)
 
   def log(self, tree: Any, prefix: str = "") -> None:
-    """Logs how each part of the state is split, and its bytes on a device."""
+    """Logs `table` if there are several devices."""
     if self.mesh.size > 1:
       for line in self.table(tree, prefix):
         logging.info("  %s", line)
 
   def table(self, tree: Any, prefix: str = "") -> list[str]:
-    """Lines of (part of the state, split, arrays, bytes in all, bytes on a device, an example)."""
+    """Lines of text: part of the state, its split, number of arrays, size in all and on a device, an example path."""
     groups: dict[tuple[str, str], list[Any]] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
       name = _name(prefix, path)
@@ -211,21 +211,21 @@ class Layout:
     return [*lines, f"{'all':<10} {'':<22} {count:6d} {total / 2**20:10.2f} {local / 2**20:10.2f}"]
 
   def put_batch(self, batch: Any) -> Any:
-    """Moves a host batch to the mesh; every process passes its own rows of the global batch."""
+    """Places a host batch on the mesh, split by rows; every process passes its own rows of the global batch."""
     if jax.process_count() == 1:
       return jax.device_put(batch, self.rows)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.rows, np.asarray(x)), batch)
 
-  def whole(self, tree: Any) -> Any:
-    """The tree with every array gathered and readable by this process: as it is if it is so already, else as numpy."""
+  def gathered(self, tree: Any) -> Any:
+    """The tree with every array whole on this process: unchanged if it already is, else gathered into numpy arrays."""
     if jax.process_count() == 1 and all(x.sharding.is_fully_replicated for x in jax.tree.leaves(tree)):
       return tree
-    gathered = jax.jit(lambda x: x, out_shardings=self.replicated)(tree)
-    return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), gathered)
+    replicated = jax.jit(lambda x: x, out_shardings=self.replicated)(tree)
+    return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), replicated)
 
 
 def make_layout(mesh: MeshShape, sharding: Sharding, devices: Sequence[Any] | None = None) -> Layout:
-  """The layout of the two sections.
+  """The layout of the sections `mesh` and `sharding`.
 
   Raises:
     ValueError: for a mesh that does not fit the devices.

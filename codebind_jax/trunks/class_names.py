@@ -1,8 +1,8 @@
-"""What a classifier sees, said in a text trunk's space (ConSE: Norouzi et al., 2014, arXiv 1312.5650).
+"""ConSE: an image's place in a text trunk's space by a classifier (Norouzi et al., 2014, arXiv 1312.5650).
 
-An ImageNet classifier knows a thousand things by name. The mean of those names' text embeddings, weighted with the
-classifier's probabilities, is a first guess at the image's place in text space, and it holds for words that no training
-caption has used. It is a function of the frozen trunk alone.
+The mean of the thousand ImageNet class names' text embeddings, weighted with the classifier's probabilities, is a first
+estimate of the image's place in text space, also for words that no training caption has used. It depends on the frozen
+trunks alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TEMPERATURE = 2.0
 
 
 def named_classes(kernel: np.ndarray, bias: np.ndarray, text_trunk: str) -> dict[str, Any]:
-  """Parameters of `class_meaning`: the classifier's, and its class names embedded by a text trunk (cached on disk).
+  """Parameters of `class_meaning`: the classifier's, and its class names' embeddings by a text trunk (cached on disk).
 
   Args:
     kernel: [1000, width] of the classifier.
@@ -37,13 +37,13 @@ def named_classes(kernel: np.ndarray, bias: np.ndarray, text_trunk: str) -> dict
   if kernel.shape[0] != len(names):
     raise ValueError(f"class_names: the classifier has {kernel.shape[0]} classes, there are {len(names)} names")
   keys = [f"{number}: {name}" for number, name in enumerate(names)]  # two classes are called crane, and two maillot
-  found = cached_features(
+  features = cached_features(
     load_trunk(text_trunk), keys, names.__getitem__, cache_dir=fetch.data_dir() / "features", hashes=names
   )
   return {
     "kernel": np.ascontiguousarray(kernel.T),
     "bias": np.ascontiguousarray(bias),
-    "names": np.asarray(found[:, 0, 0], np.float32),
+    "names": np.asarray(features[:, 0, 0], np.float32),
   }
 
 

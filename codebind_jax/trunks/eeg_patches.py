@@ -1,6 +1,6 @@
-"""EEG as patches in time: bins of a few samples, standardised with training statistics. Nothing here is trained.
+"""EEG as patches in time: bins of a few samples, standardised with training statistics; no trained parameters.
 
-A body that learns (`models/series.py`) makes embeddings of the patches.
+A trained body (`models/series.py`) encodes the patches.
 """
 
 import importlib.resources
@@ -51,14 +51,14 @@ def _read_statistics(source: str | Path) -> tuple[np.ndarray, np.ndarray]:
 def make_trunk(
   *, channels: int = 10, samples: int = 91, width: int = 5, statistics: str | Path = "evoked", flat: bool = False
 ) -> Trunk:
-  """The EEG trunk: n patches in time with a value a channel, or all of them in one token.
+  """The EEG trunk: n patches in time with one value a channel, or all patches in one token.
 
   Args:
     channels: channels of every recording.
-    samples: length of every recording; another length is refused, as patches must mean the same time.
+    samples: length of every recording; other lengths are refused, because a patch stands for one time.
     width: samples a patch.
-    statistics: what patches are standardised with: "evoked" (training epochs of the world Evoked), or the path of an
-      .npz file that holds what the function `statistics` gives.
+    statistics: mean and deviation of the patches: "evoked" (training epochs of the world Evoked), or the path of an
+      .npz file with the arrays that the function `statistics` returns.
     flat: one token of n * channels values, for a linear head without a body.
 
   Raises:

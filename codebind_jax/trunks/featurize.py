@@ -1,4 +1,4 @@
-"""From rows to token features: the frozen trunks of a config, run once over a source and cached on disk."""
+"""Token features of a source's rows by the frozen trunks of a config, cached on disk."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from codebind_jax.trunks.cache import cached_features, content_hash
 
 
 def captions(texts: Sequence[str], templates: Sequence[str], mode: str = "each") -> list[str]:
-  """Captions to train on, without repeats: every template filled with the main text, and what `mode` makes of the rest.
+  """Training captions of a row without repeats: every template with the main text, and further texts by `mode`.
 
   Args:
     texts: of one row, the main text first.
     templates: strings with one `{}` each.
-    mode: "main" leaves the further texts out, "each" makes every one a caption, "joined" adds one caption that lists
-      all texts (a further text alone, such as "animal", may fit many other rows).
+    mode: "main" omits the further texts, "each" makes every one a caption, "joined" adds one caption that lists all
+      texts (a further text alone, such as "animal", may fit many other rows).
 
   >>> captions(["cow", "calf", "ox"], ["{}", "an icon of a {}"])
   ['cow', 'an icon of a cow', 'calf', 'ox']
@@ -39,7 +39,7 @@ def captions(texts: Sequence[str], templates: Sequence[str], mode: str = "each")
 
 
 def joined(tables: Sequence[FeatureTable]) -> FeatureTable:
-  """The rows of several tables of one modality, one table after the other."""
+  """The rows of several tables of one modality, concatenated."""
   if len(tables) == 1:
     return tables[0]
   starts = [0, *itertools.accumulate(len(table.features) for table in tables)]
@@ -54,7 +54,7 @@ class Featurizer:
   Args:
     data: `root` of the cache, templates and captions.
     towers: by modality.
-    trunks: modality -> Trunk, those that are loaded already.
+    trunks: modality -> Trunk, those already loaded.
 
   Attributes:
     trunks: modality -> Trunk.
@@ -77,8 +77,8 @@ class Featurizer:
     Args:
       source: the rows.
       modality: one of the towers'.
-      augmented: the clean view and the tower's augmented ones, for training; else the clean one alone.
-      templates: of captions, `config.data.templates` unless given.
+      augmented: adds the tower's augmented views to the clean one, for training.
+      templates: of captions; `config.data.templates` unless given.
     """
     rows = [i for i in range(len(source)) if source.has(i, modality)]
     if not rows:
@@ -88,30 +88,30 @@ class Featurizer:
     tower = self._towers[modality]
     views = tower.views if augmented else 1
     hashes = {row: source.content_hash(row, modality) for row in rows}
-    # Rows of one content (a cloud that goes with six pictures) have one clean view; augmented ones are each row's own.
+    # Rows of equal content (a cloud paired with six pictures) share a clean view; augmented views differ by row.
     content = hashes if views == 1 else dict(zip(rows, rows))
     first = {content[row]: row for row in reversed(rows)}
-    kept = sorted(first.values())
-    present = source if len(kept) == len(source) else source.select(kept)
+    distinct = sorted(first.values())
+    present = source if len(distinct) == len(source) else source.select(distinct)
     features = cached_features(
       self.trunks[modality], present.keys, lambda i: present.read(i, modality), cache_dir=self._cache, views=views,
-      augment=Augment() if views > 1 else None, hashes=[hashes[row] for row in kept],
+      augment=Augment() if views > 1 else None, hashes=[hashes[row] for row in distinct],
     )  # fmt: skip
-    number = {row: item for item, row in enumerate(kept)}
+    number = {row: item for item, row in enumerate(distinct)}
     item = {row: number[first[content[row]]] for row in rows}
     choices = [(item[i],) if i in item else () for i in range(len(source))]
-    made_from = pathlib.Path(features.filename).parent.name  # the cache names a folder by a hash of all that decides it
+    made_from = pathlib.Path(features.filename).parent.name  # the folder's name has a hash of all that decides it
     return FeatureTable(features, choices, tower.augmented if views > 1 else 0.0, made_from)
 
   def train_tables(
     self, train: Mapping[str, Any], unique: Mapping[str, str], extra: Mapping[str, Any] | None = None
   ) -> tuple[dict[str, dict[str, FeatureTable]], dict[str, list[str | None]]]:
-    """Features of the towers' modalities that each source has, with augmented views, and what tells its rows apart.
+    """Features of each source's modalities with augmented views, and labels of its rows.
 
     Args:
       train: source name -> training rows.
-      unique: source name -> the field that tells rows apart.
-      extra: source name -> further rows, which come after those of `train`.
+      unique: source name -> the field that is the rows' label.
+      extra: source name -> further rows, appended to those of `train`.
 
     Returns:
       (source -> modality -> table, source -> value of the field per row).

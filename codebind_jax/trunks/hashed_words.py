@@ -1,4 +1,4 @@
-"""Text without a checkpoint: a word has a fixed random vector, a text their normalised sum (for synthetic data)."""
+"""Text without a checkpoint, for synthetic data: the normalised sum of one fixed random vector a word."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def make_trunk(*, width: int = 64, weights: str | Path = "") -> Trunk:
 
   Args:
     width: C.
-    weights: there are none; any value is accepted, as everywhere.
+    weights: unused, as the trunk has none; every trunk takes it.
   """
 
   def word(text: str) -> np.ndarray:

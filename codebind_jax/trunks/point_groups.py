@@ -1,6 +1,6 @@
-"""Point clouds as groups of neighbours (Qi et al. 2017; Yu et al. 2022) and as histograms. Nothing here is trained.
+"""Point clouds as groups of neighbours (Qi et al. 2017; Yu et al. 2022) and histograms; no trained parameters.
 
-A body that learns (`models/points.py`) makes embeddings of the groups; a linear head can do with the histograms.
+A trained body (`models/points.py`) encodes the groups; a linear head needs the histograms alone.
 """
 
 from pathlib import Path
@@ -21,16 +21,16 @@ _PAIRED = 512  # points whose distances are counted
 
 
 def unit_sphere(points: Float[np.ndarray, "p 3"]) -> tuple[Float[np.ndarray, "p 3"], float]:
-  """The cloud with the middle of its box at the origin and its farthest point at distance 1, and what 1 was before."""
+  """(the cloud with its box centred at the origin and its farthest point at distance 1, its radius before)."""
   centred = points - (points.max(axis=0) + points.min(axis=0)) / 2
   radius = float(np.linalg.norm(centred, axis=1).max())
   return centred / radius, radius
 
 
 def farthest_points(points: Float[np.ndarray, "p 3"], count: int) -> Int[np.ndarray, "n"]:
-  """Indices of points that are spread out: each is the farthest from those before; the first is the lowest in x, y, z.
+  """Indices by farthest point sampling, from the point that is lowest in x, then y, then z.
 
-  A cloud of fewer points repeats them in turn.
+  A cloud of fewer points repeats its points in turn.
   """
   chosen = np.empty(count, np.int64)
   chosen[0] = np.lexsort(points.T[::-1])[0]
@@ -44,7 +44,7 @@ def farthest_points(points: Float[np.ndarray, "p 3"], count: int) -> Int[np.ndar
 def group_points(
   points: Float[np.ndarray, "p 3"], count: int, neighbours: int
 ) -> tuple[Float[np.ndarray, "n 3"], Float[np.ndarray, "n k 3"]]:
-  """Centres, and for each the positions of its nearest points (itself first) relative to it, divided by their reach."""
+  """(centres, relative positions of each centre's nearest points, itself first, divided by their mean distance)."""
   centres = points[farthest_points(points, count)]
   distance = ((centres[:, None] - points[None]) ** 2).sum(axis=-1)
   order = np.argsort(distance, axis=1, kind="stable")[:, np.arange(neighbours) % len(points)]
@@ -54,10 +54,10 @@ def group_points(
 
 
 def histograms(points: Float[np.ndarray, "p 3"]) -> Float[np.ndarray, "h"]:
-  """Shape of a cloud in the unit sphere: square roots of counts, so that no cell outweighs the others.
+  """Shape of a cloud in the unit sphere: square roots of histogram counts, so that no cell outweighs the others.
 
-  Of distances between pairs of points, of cells of a grid, and of rings about the y axis by height, each scaled to a
-  mean square of 1; then the sides of the box.
+  The histograms are of distances between points, of cells of a grid, and of rings about the y axis by height, each
+  scaled to a mean square of 1; then follow the sides of the box.
   """
   counts = [np.histogram(pdist(points[:_PAIRED]), DISTANCES, (0.0, 2.0))[0]]
   counts.append(np.histogramdd(points, CELLS, ((-1, 1),) * 3)[0].ravel())
@@ -69,27 +69,26 @@ def histograms(points: Float[np.ndarray, "p 3"]) -> Float[np.ndarray, "h"]:
 def make_trunk(*, groups: int = 32, neighbours: int = 32, size: bool = False, weights: str | Path = "") -> Trunk:
   """The trunk of point clouds: token 0 holds histograms of the whole cloud, then one token a group, padded with zeros.
 
-  A group's token is its centre and its points relative to that. Colours are left out.
+  A group's token is its centre and the relative positions of its points. Colours are not used.
 
   Args:
     groups: number of groups.
     neighbours: points a group.
     size: append the logarithm of the cloud's radius to token 0, for clouds whose unit is known (metres).
-    weights: there are none; any value is accepted, as everywhere.
+    weights: unused, as the trunk has none; every trunk takes it.
 
   Raises:
     ValueError: if a number is below 1.
   """
   if groups < 1 or neighbours < 1:
     raise ValueError(f"groups {groups}, neighbours {neighbours}: allowed are 1 and up")
-  whole = DISTANCES + CELLS**3 + ROUNDS[0] * ROUNDS[1] + 3 + size
-  width = max(whole, 3 + 3 * neighbours)
+  first_width = DISTANCES + CELLS**3 + ROUNDS[0] * ROUNDS[1] + 3 + size  # of token 0
+  width = max(first_width, 3 + 3 * neighbours)
 
   def preprocess(value: Any) -> np.ndarray:
     cloud, radius = unit_sphere(point_transforms.read(value)[:, :3].astype(np.float64))
     tokens = np.zeros((1 + groups, width), np.float32)
-    about = [histograms(cloud), [np.log(radius)] if size else []]
-    tokens[0, :whole] = np.concatenate(about)
+    tokens[0, :first_width] = np.concatenate([histograms(cloud), [np.log(radius)] if size else []])
     centres, relative = group_points(cloud, groups, neighbours)
     tokens[1:, :3], tokens[1:, 3 : 3 + 3 * neighbours] = centres, relative.reshape(groups, -1)
     return tokens

@@ -1,7 +1,7 @@
-"""Point clouds as depth pictures from several sides, seen by the image trunk (PointCLIP, Zhang et al. 2022).
+"""Point clouds as depth pictures from several sides, encoded by the image trunk (PointCLIP, Zhang et al. 2022).
 
-A few hundred objects are too few to learn shapes from; a network that has seen a million pictures knows many. Nothing
-here is trained.
+A few hundred objects are too few to train an encoder of shapes; a network pretrained on a million pictures replaces it.
+No parameters are trained here.
 """
 
 import math
@@ -27,7 +27,7 @@ ELEVATION, DISTANCE, FIELD_OF_VIEW, NEAREST, DEEPEST = 18.0, 2.6, 45.0, 1.6, 2.0
 def depth_picture(
   points: Float[np.ndarray, "p 3"], azimuth: int | float, size: int, radius: int
 ) -> Float[np.ndarray, "size size"]:
-  """A cloud in the unit sphere as a camera sees it: 255 near to 1 far, 0 where nothing is.
+  """A camera's depth picture of a cloud in the unit sphere: 255 near to 1 far, 0 for the background.
 
   Args:
     points: y up.
@@ -82,7 +82,7 @@ def make_trunk(
     weights=weights, size=size, grid=0, levels=levels, stages=stages, head_width=head_width, dont_load=dont_load
   )
   pixels = len(azimuths) * size * size
-  told = len(histograms(np.eye(3))) + metric
+  shape_width = len(histograms(np.eye(3))) + metric
 
   def preprocess(value: Any) -> np.ndarray:
     cloud, reach = unit_sphere(point_transforms.read(value)[:, :3].astype(np.float64))
@@ -92,7 +92,7 @@ def make_trunk(
   def apply(params: Any, batch: jax.Array | np.ndarray) -> jax.Array:
     batch = jnp.asarray(batch)
     views = batch[:, :pixels].reshape(-1, len(azimuths), size, size, 1)
-    # One cloud after the other: a batch of clouds is too many pictures to hold every layer's maps of.
+    # One cloud after the other, because the maps of a whole batch's pictures would take too much memory.
     seen = jax.lax.map(lambda cloud: picture.apply(params, jnp.repeat(cloud, 3, axis=-1))[:, 0], views)
     return jnp.concatenate([seen.mean(axis=1), batch[:, pixels:]], axis=1)[:, None]
 
@@ -101,7 +101,7 @@ def make_trunk(
   return Trunk(
     name="point_views",
     modality="points",
-    width=picture.width + told,
+    width=picture.width + shape_width,
     num_tokens=1,
     params=picture.params,
     apply=apply,

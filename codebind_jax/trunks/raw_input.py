@@ -1,4 +1,4 @@
-"""No trunk at all: preprocessed raw inputs, for towers whose body is the encoder itself (`models/encoder_body.py`)."""
+"""Preprocessed raw inputs as tokens, for towers whose body is the encoder itself (`models/encoder_body.py`)."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ def make_trunk(
 
   Args:
     modality: "image" or "text".
-    size: input size, as the body's; () for ImageBind's.
-    tokenizer: text: path of a `tokenizer.json` whose last id of a text is its highest (CLIP's), or "letters" for tests.
-    weights: not used; there are none.
+    size: input size, the same as the body's; () for ImageBind's.
+    tokenizer: for text, the path of a `tokenizer.json` whose end token has the highest id (CLIP's), or "letters" for
+      tests.
+    weights: unused, as the trunk has none; every trunk takes it.
 
   Raises:
     ValueError: for another modality, or text without a tokenizer.

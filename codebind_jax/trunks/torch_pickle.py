@@ -1,9 +1,9 @@
-"""Reads the tensors of a torch checkpoint without torch and without running anything the file asks for.
+"""Reads the tensors of a torch checkpoint without torch and without running code that the file names.
 
-Both containers are understood: the old stream (three header pickles, the object, then raw storages) and the zip of
-newer releases. The unpickler knows five kinds of name: an ordered dictionary, a storage type, the two functions that
-rebuild a tensor or a parameter, which here only record where the values lie, and those by which a numpy number beside
-the tensors is written, which here make a Python number. Any other name in the file is refused before it is looked up.
+It reads both containers: the old stream (three header pickles, the object, then raw storages) and the zip of newer
+releases. The unpickler knows five kinds of name: an ordered dictionary, a storage type, the two functions that rebuild
+a tensor or a parameter, which here only record where the values are, and the functions of a pickled numpy number, which
+here give a Python number. Any other name in the file is refused before it is looked up.
 """
 
 import collections
@@ -127,7 +127,7 @@ def _unpickle(stream: io.BytesIO, name: str) -> Any:
 
 
 def _materialise(tree: Any, storage_of: Callable[[_Storage], np.ndarray], name: str) -> Any:
-  """Puts arrays in the place of the records, checking that each lies inside its storage."""
+  """The tree with arrays in place of tensor records, each checked to lie inside its storage."""
   if isinstance(tree, _TensorRecord):
     flat = storage_of(tree.storage)
     last = tree.offset + sum((size - 1) * step for size, step in zip(tree.shape, tree.stride, strict=True))

@@ -1,4 +1,4 @@
-"""No network at all: arrays of one shape become tokens as they are, for synthetic data and precomputed features."""
+"""Arrays of one shape as tokens, without a network, for synthetic data and precomputed features."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def make_trunk(*, width: int = 64, tokens: int = 1, modality: str = "vectors", w
     width: C.
     tokens: T; an input is [T, C], or [C] where T is 1.
     modality: for messages.
-    weights: there are none; any value is accepted, as everywhere.
+    weights: unused, as the trunk has none; every trunk takes it.
   """
   shape = (tokens, width)
 

@@ -1,4 +1,4 @@
-"""A video as the mean of its frames, each seen by the image trunk: a head trained on images can start the video's."""
+"""A video as the mean of its frames' image trunk tokens, so that its heads can start from those of images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +35,7 @@ def make_trunk(
   """The video trunk: token 0 is the mean over frames of the image trunk's token 0.
 
   Args:
-    frames: how many evenly spaced frames are seen; a shorter video's are repeated.
+    frames: number of evenly spaced frames; those of a shorter video are repeated.
     each: whether the frames' own tokens follow.
     weights, size, levels, lines, fit, crop, flip, class_names, stages, head_width, dont_load: of the image trunk, see
       `efficientnet_lite0.make_trunk`; with the same values a token has the same meaning.
@@ -54,7 +54,7 @@ def make_trunk(
   )  # fmt: skip
 
   def apply(params: Any, batch: jax.Array | np.ndarray) -> jax.Array:
-    # One video after the other: a batch of videos is too many pictures to hold every layer's maps of.
+    # One video after the other, because the maps of a whole batch's frames would take too much memory.
     seen = jax.lax.map(lambda video: picture.apply(params, video)[:, 0], jnp.asarray(batch))
     mean = jnp.mean(seen, axis=1, keepdims=True)
     return jnp.concatenate([mean, seen], axis=1) if each else mean

