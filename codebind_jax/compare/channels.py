@@ -1,4 +1,4 @@
-"""A trained model with some channels of its codes alone (TOC), and what that does to its numbers."""
+"""A trained model with only some channels of its codes (TOC), and its metrics before and after."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from codebind_jax.trunks.featurize import Featurizer
 
 
 class Sliced(Model):
-  """A trained model whose `shared` embeddings have the chosen channels only."""
+  """A trained model whose `shared` embeddings have only the chosen channels of every segment."""
 
   def __init__(self, model: Model, channels: Int[np.ndarray, "q"], width: int):
     super().__init__(model.config, model.params, model.codebooks, model.trunks, model.batch, model.modalities)
@@ -24,8 +24,8 @@ class Sliced(Model):
 
   def embed_tokens(self, modality: str, tokens: Float[np.ndarray, "n t c"]) -> Embeddings:
     """As `Model`, sliced."""
-    whole = super().embed_tokens(modality, tokens)
-    return dataclasses.replace(whole, shared=keep_channels(whole.shared, self._channels, self._width))
+    full = super().embed_tokens(modality, tokens)
+    return dataclasses.replace(full, shared=keep_channels(full.shared, self._channels, self._width))
 
 
 def evaluate(model: Model, channels: Sequence[int], width: int) -> dict[str, tuple[float, float]]:

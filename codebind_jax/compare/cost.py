@@ -1,4 +1,4 @@
-"""What a method costs beside the towers: speed, temporaries of the compiled step, numbers kept."""
+"""The cost of a method: speed, memory of the compiled step, and sizes of its state beside the towers."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ ROUNDS = 5
 
 
 def cost(workdir: pathlib.Path, model: Model) -> dict[str, float]:
-  """What a run took beside its towers.
+  """The cost of a finished run.
 
   Returns:
-    `examples_per_second`: rows of all sources a second, waiting for data included, compilation and checkpoints not;
-    median over the run's log. `compiled_megabytes`: temporaries of the compiled step, as XLA counts them. Numbers kept:
-    `towers`, `extra_parameters` (the method's own, trained), `codebooks` (codes and their statistics), `aux` (teacher,
-    queue, CLUB's networks).
+    `examples_per_second`: rows of all sources a second, with waiting for data, without compilation and checkpoints;
+    median over the run's log. `compiled_megabytes`: temporaries of the compiled step, as XLA counts them. Sizes in
+    numbers: `towers`, `extra_parameters` (the method's own, trained), `codebooks` (codes and their statistics), `aux`
+    (teacher, queue, CLUB's networks).
   """
   lines = read_metrics(workdir / "metrics.jsonl")
   speeds = [line["examples_per_second"] for line in lines if "examples_per_second" in line]
@@ -57,12 +57,12 @@ def speeds(
   configs: Mapping[str, Config], tables: Mapping[str, Mapping[str, Any]], labels: Mapping[str, Sequence[str | None]],
   trunks: Mapping[str, Any], steps: int,
 ) -> dict[str, Any]:
-  """Times the variants' compiled steps in turns, so that whatever else the machine does meets all of them.
+  """Times the variants' compiled steps in turns, so that other load on the machine affects all of them.
 
   Args:
     configs: variant -> config of a run with one stage.
     tables: source -> modality -> FeatureTable of the training rows.
-    labels: source -> per training row what tells it apart.
+    labels: source -> label of each training row.
     trunks: modality -> Trunk.
     steps: of every variant a turn.
 

@@ -1,4 +1,4 @@
-"""What a comparison measures of a model: heads carried across modalities, and what its codes are used for."""
+"""Metrics of a comparison: heads trained on one modality and tested on others, and the use of codes by modality."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from codebind_jax.runtime.metrics import FILE, read_metrics
 from codebind_jax.trunks.featurize import Featurizer
 
 Table = dict[str, dict[str, np.ndarray]]  # modality -> column -> one value a row
-PLAN_ROWS = 48  # of the batch whose transport plan is shown
+PLAN_ROWS = 48  # rows of the transport plan shown
 
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-  """Rows that heads are learned on and tested on.
+  """Training and test rows of heads.
 
   Attributes:
-    name: in the metrics; "" where there is only one.
-    worlds: whose training rows the heads are learned on.
-    sets: role ("val", "test") -> names of the sets they are tested on.
-    fields: what is told.
+    name: in the metrics; "" if there is only one transfer.
+    worlds: whose training rows train the heads.
+    sets: role ("val", "test") -> names of the sets that test the heads.
+    fields: those that the heads predict.
   """
 
   name: str
@@ -45,28 +45,28 @@ class Transfer:
 
 
 def transfers_of(settings: Compare, task: Task) -> tuple[Transfer, ...]:
-  """Those that `config.compare.transfers` names, as far as the data's profile has the sets; else one of all sets.
+  """The transfers of `config.compare.transfers` with those of their sets that the data has; else one of all sets.
 
   Raises:
     ValueError: if the profile has none of the sets of a transfer.
   """
-  held = {role: [e.name for e in task.evals if e.role == role] for role in ("val", "test")}
+  available = {role: [e.name for e in task.evals if e.role == role] for role in ("val", "test")}
   if not settings.transfers:
-    every = {role: tuple(names) for role, names in held.items()}
+    every = {role: tuple(names) for role, names in available.items()}
     return (Transfer("", tuple(task.train), every, settings.fields),)
-  found = []
+  transfers = []
   for name, entry in settings.transfers.items():
-    sets = {role: tuple(s for s in getattr(entry, role) if s in held[role]) for role in held}
+    sets = {role: tuple(s for s in getattr(entry, role) if s in names) for role, names in available.items()}
     for role, chosen in sets.items():
       if not chosen:
         raise ValueError(f"config.compare.transfers.{name}.{role}: the data has none of {list(getattr(entry, role))}; "
-                         f"allowed: {held[role]}")
-    found.append(Transfer(name, entry.worlds, sets, entry.fields))
-  return tuple(found)
+                         f"allowed: {available[role]}")
+    transfers.append(Transfer(name, entry.worlds, sets, entry.fields))
+  return tuple(transfers)
 
 
 def finished(folder: pathlib.Path) -> dict[str, float] | None:
-  """The final metrics of a run; None where it has not come to them."""
+  """The final metrics of a run; None if it is not finished."""
   for line in read_metrics(folder) if (folder / FILE).exists() else []:
     if line["stage"] == FINAL:
       return {name: value for name, value in line.items() if name not in ("step", "stage", "warning")}
@@ -74,7 +74,7 @@ def finished(folder: pathlib.Path) -> dict[str, float] | None:
 
 
 class CrossModal:
-  """Evaluates a model by heads learned on one modality and tested on the others; what `train.run_stages` asks for.
+  """Evaluates a model by heads trained on one modality and tested on the others; a `StageEvaluation` of the trainer.
 
   Metrics of every role r and field f (`eval/r/NAME/f` where there are several transfers, whose means are `eval/r/cross`
   and `within`): `eval/r/f/A>B`, accuracy on B of a head of A; `within`, `cross` and `all`, means over A = B and A != B,
@@ -83,12 +83,12 @@ class CrossModal:
   `eval/r/zeroshot` (top-1) and `eval/r/retrieval` (recall at 1).
 
   Args:
-    config: of a run, of which the data and `test`, whether the test sets are read, are looked at.
+    config: of a run; only `data` and `test`, whether the test sets are read, are used.
     task: the data.
     featurizer: trunk features.
     transfers: see `Transfer`.
-    stages: measure what a training run measures as well; `recall` is then left to it.
-    tokens: tables of tokens read before, shared between evaluations of one task.
+    stages: also measures zero-shot and retrieval as a training run does, in place of `recall`.
+    tokens: cache of token tables, shared between evaluations of one task.
   """
 
   def __init__(
@@ -104,7 +104,7 @@ class CrossModal:
     return self.heads(model, ("val",))
 
   def after_stage(self, model: Model, step: int, stage: str, writer: Any, worlds: Collection[str]) -> None:
-    """Nothing: comparisons have one stage."""
+    """Does nothing, because comparisons have one stage."""
 
   def finish(self, model: Model, step: int, writer: Any) -> dict[str, float]:
     """All metrics of a finished run, measured once."""
@@ -119,7 +119,7 @@ class CrossModal:
     return found
 
   def heads(self, model: Model, roles: Sequence[str]) -> dict[str, float]:
-    """What heads reach, for all transfers."""
+    """Accuracies of heads, for all transfers."""
     found: dict[str, float] = {}
     train = {world: self._embed(model, f"{world}/train", source) for world, source in self.task.train.items()}
     for role in roles:
@@ -133,7 +133,7 @@ class CrossModal:
     return found
 
   def probe(self, model: Model, folder: pathlib.Path) -> dict[str, Any]:
-    """What the codes of a finished run are used for; of which its folder holds the checkpoint.
+    """The use of the codes of a finished run, whose folder holds the checkpoint.
 
     Returns:
       `sharing` of the codes between modalities, `toc` (redundancy before and after the choice of three quarters of the
@@ -160,7 +160,7 @@ class CrossModal:
     return [e for e in self.task.evals if e.name in one.sets[role]]
 
   def _embed(self, model: Model, name: str, source: Any) -> Table:
-    """Embeddings, codes and fields of every modality's rows, of text one row a string."""
+    """Embeddings, codes and fields of every modality's rows; in text a row for every distinct string."""
     fields, table = {f for one in self.transfers for f in one.fields}, {}
     for m in model.modalities:
       if (name, m) not in self._tables:
@@ -227,9 +227,9 @@ class CrossModal:
     return found
 
   def _plan(self, model: Model, folder: pathlib.Path) -> dict[str, Any]:
-    """The plan of validation rows of the first bound pair of modalities, from the teacher as in training.
+    """The transport plans of the first bound pair's validation rows, from the teacher as in training.
 
-    Rows are ordered by what they show and sum to 1.
+    Rows are ordered by their first field's value and sum to 1.
     """
     store = Checkpoints(folder)
     try:
@@ -258,7 +258,7 @@ def rows(columns: Mapping[str, np.ndarray], keep: np.ndarray) -> dict[str, np.nd
 
 
 def pooled(tables: Iterable[Table]) -> Table:
-  """The rows of several tables under one another, by modality."""
+  """The rows of several tables, concatenated by modality."""
   parts: dict[str, list[Mapping[str, np.ndarray]]] = {}
   for table in tables:
     for m, columns in table.items():

@@ -1,10 +1,10 @@
 """Mode `compare`: methods side by side, on the same towers, data and steps, each with its own learning rate.
 
-The rate is chosen for every method on the validation set, with seed 0; the other seeds are then trained with it and
-read the test set once. Finished runs are not run again, so a stopped comparison goes on where it was, and several
+The rate of every method is chosen on the validation set with seed 0; runs with the other seeds are then trained with
+it, and read the test set once. Finished runs are not repeated, so that a stopped comparison can be continued. Several
 processes or machines can share one: each names its variants in `config.compare.only`, and a last call without it
-collects what they left in the folder: of every run metrics.jsonl, and run.json where the test set was read; checkpoints
-are not needed for that. A variant belongs to one process at a time.
+collects the runs' metrics.jsonl, and run.json of those that read the test set, without needing their checkpoints. Only
+one process at a time may run a variant.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from codebind_jax.stages import Stage
 from codebind_jax.train import batches_of, open_run, run_stages
 from codebind_jax.trunks.featurize import Featurizer
 
-RESULT = "run.json"  # of a finished run that has read the test set, in its folder
-DIVERGED = "diverged.txt"  # why a rate that was tried is out of the question, likewise
+RESULT = "run.json"  # results of a run on the test set, in its folder
+DIVERGED = "diverged.txt"  # error of a run whose learning rate diverged, in its folder
 
 
 def graded_task(world: GradedWorld, modalities: Sequence[str]) -> Task:
-  """The synthetic world with modalities of graded quality, as `config.compare.world` describes it."""
+  """The task of `config.compare.world`, the synthetic world with modalities of graded quality."""
   factors = Factors(
     classes=world.classes, styles=world.styles, noise=world.noise, quality=dict(world.quality),
     style_quality=dict(world.style_quality), seed=world.seed,
@@ -57,35 +57,35 @@ def graded_task(world: GradedWorld, modalities: Sequence[str]) -> Task:
   return Task(NAME, summary, {NAME: sources["train"]}, {NAME: "id"}, evals)
 
 
-def whole(config: Config) -> Config:
-  """The config of the comparison that a call is a part of: the same for all calls that share its folder."""
+def comparison_config(config: Config) -> Config:
+  """The comparison's config without the keys in which its calls may differ."""
   return dataclasses.replace(config, compare=dataclasses.replace(config.compare, only="", against="", timing=0))
 
 
 def run_config(config: Config, variant: Variant, rate: float, seed: int, test: bool) -> Config:
   """The config of one run."""
-  given = {"losses": variant.losses} | unheeded(variant.method)  # without what the stage says to other variants
+  own = {"losses": variant.losses} | unheeded(variant.method)  # stage keys for other methods get their defaults
   return config_lib.filled(dataclasses.replace(
     config, mode="train", baseline=False, test=test, seed=seed, compare=None, method=variant.method,
     method_options=variant.options, optim=dataclasses.replace(config.optim, learning_rate=rate),
     model=dataclasses.replace(config.model, quantize=variant.quantize),
-    stages=schema.Frozen({name: dataclasses.replace(stage, **given) for name, stage in config.stages.items()}),
+    stages=schema.Frozen({name: dataclasses.replace(stage, **own) for name, stage in config.stages.items()}),
   ))  # fmt: skip
 
 
 def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
   """Tunes, trains and evaluates the variants of `config.compare`, and writes comparison.md, .json and .svg files.
 
-  With `config.compare.only` it trains what that names and, unless that is all, writes nothing but the runs themselves.
-  With `config.compare.timing` it times so many steps of every variant, in turns, once all are trained, and keeps that.
+  With `config.compare.only` it trains the named variants and, unless these are all, writes nothing but their runs. With
+  `config.compare.timing` it also times the steps of all variants after training, and saves the result.
 
   Returns:
-    What comparison.json holds.
+    The content of comparison.json.
 
   Raises:
     ValueError: for a bad config, before any work.
-    OSError: if `config.compare.against` cannot be read, likewise.
-    FloatingPointError: if a run on a chosen rate diverges, or all rates of a variant do. A rate that does is left out.
+    OSError: if `config.compare.against` cannot be read, before any work.
+    FloatingPointError: if a run on a chosen rate diverges, or all rates of a variant do; a single one is left out.
   """
   config = config_lib.validate(config)
   settings = config.compare
@@ -95,7 +95,7 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
     config_lib.validate(run_config(config, variant, settings.learning_rates[0], 0, False))
   names = settings.names
   against = json.loads(pathlib.Path(settings.against).read_text()) if settings.against else None
-  folder = open_run(whole(config), workdir)
+  folder = open_run(comparison_config(config), workdir)
   task = graded_task(settings.world, sorted(config.model.towers)) if settings.world else open_task(config.data)
   featurizer = Featurizer(config.data, config.model.towers)
   transfers, tokens = transfers_of(settings, task), {}
@@ -106,13 +106,13 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
       transfers, stages=settings.stages, tokens=tokens,
     ) for test in (False, True)
   }  # fmt: skip
-  drawn: dict[tuple[int, str], Batches] = {}
+  batches: dict[tuple[int, str], Batches] = {}
 
-  def draw(config: Config, stage: Stage, *rest: Any) -> Batches:
-    """A stage's batches with a seed, which are the same for all variants: drawn once, kept."""
-    if (config.seed, stage.name) not in drawn:
-      drawn[config.seed, stage.name] = batches_of(config, stage, *rest, keep=True)
-    return drawn[config.seed, stage.name]
+  def make_batches(config: Config, stage: Stage, *rest: Any) -> Batches:
+    """A stage's batches for a seed, which all variants share, so that each batch is read once."""
+    if (config.seed, stage.name) not in batches:
+      batches[config.seed, stage.name] = batches_of(config, stage, *rest, keep=True)
+    return batches[config.seed, stage.name]
 
   tuned, score = len(settings.learning_rates) > 1, settings.score
   bar = tqdm.tqdm(total=len(names) * (len(settings.learning_rates) * tuned + settings.seeds), unit="run", disable=None)
@@ -129,7 +129,7 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
       level = standard_logging.getLogger("absl").level
       logging.set_verbosity(logging.WARNING)
       try:
-        final, models = run_stages(run, inner, tables, labels, evaluation, programs, draw)
+        final, models = run_stages(run, inner, tables, labels, evaluation, programs, make_batches)
         model = models["after"]
       except FloatingPointError as error:
         if test:
@@ -143,9 +143,9 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
     if model is None:
       model = load(inner)
       model.trunks = featurizer.trunks
-    found = {"metrics": final, "cost": cost(inner, model), "probe": evaluation.probe(model, inner)}
-    write_whole(inner / RESULT, json.dumps(found) + "\n")
-    return found
+    result = {"metrics": final, "cost": cost(inner, model), "probe": evaluation.probe(model, inner)}
+    write_whole(inner / RESULT, json.dumps(result) + "\n")
+    return result
 
   results: dict[str, Any] = {}
   for name in names:
@@ -165,7 +165,7 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
       "cost": runs[-1]["cost"] | {"examples_per_second": speed}, "probes": [run["probe"] for run in runs],
     }  # fmt: skip
   bar.close()
-  found = {"summary": task.summary, "config": schema.to_plain(whole(config)), "results": results}
+  comparison = {"summary": task.summary, "config": schema.to_plain(comparison_config(config)), "results": results}
   if len(results) == len(settings.variants):
     if settings.timing:
       best = {name: run_config(config, settings.variants[name], r["learning_rate"], 0, False)
@@ -173,10 +173,10 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
       timed = speeds(best, tables, labels, evaluations[False].trunks, settings.timing)
       (folder / SPEED).write_text(json.dumps(timed, indent=1) + "\n")
     if (folder / SPEED).exists():
-      found["speed"] = json.loads((folder / SPEED).read_text())
-    sys.stdout.write(write_comparison(folder, found, against))
+      comparison["speed"] = json.loads((folder / SPEED).read_text())
+    sys.stdout.write(write_comparison(folder, comparison, against))
   else:
     sys.stdout.write(f"trained {', '.join(results)} of {len(settings.variants)} variants in {folder}; the same command "
                      "without --config.compare.only collects all and writes comparison.md\n")  # fmt: skip
-  return found
+  return comparison
 
