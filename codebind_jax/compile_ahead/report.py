@@ -1,8 +1,8 @@
-"""Mode `compile`: the config's real train step compiled for a TPU slice that is not there, and what it would take.
+"""Mode `compile`: memory and time of a config's train step on a TPU slice, by compilation without a TPU.
 
-Needs libtpu of jax's version (`pip install -e '.[tpu]'`) and no TPU. Nothing is executed, so nothing but memory and
-the program itself is known; times are estimates from the compiler's own cycles, at a clock for which a large bfloat16
-matrix product runs at the published peak.
+Needs libtpu of jax's version (`pip install -e '.[tpu]'`). Nothing is executed, so that only memory and the program are
+exact; times are estimates from the compiler's cycles, at the clock for which a large bfloat16 matrix product runs at
+the published peak.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from codebind_jax.trunks import load_trunk
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """Published figures of a chip, and the clock at which the compiler's cycles meet its peak.
+  """Published figures of a chip, and the clock at which the compiler's cycles give its peak.
 
   Attributes:
     memory: bytes of HBM.
@@ -63,19 +63,19 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What one step of a stage takes on one chip.
+  """Memory, work and estimated time of one step of a stage on one chip.
 
   Attributes:
-    stage, chips: whose step, on how many chips.
-    compile_seconds: of this machine.
-    arguments, outputs, temporaries, code: bytes; `outputs` without what is donated.
-    memory: bytes there are.
+    stage, chips: name of the stage, and number of chips of the slice.
+    compile_seconds: on this machine.
+    arguments, outputs, temporaries, code: bytes; `outputs` without donated ones.
+    memory: bytes of the chip's HBM.
     model_flops: operations of towers and heads, forward and backward, without recomputation, a chip's share.
     all_flops: of the whole step (quantiser, losses, recomputation), likewise.
     bytes: moved to and from memory, as XLA counts them: bodies of loops once, so this is a lower bound.
     program: traffic and cycles.
     chip: published figures.
-    peak: bytes in use at once at most, as the compiler has it; what it sets aside is more. 0 where it does not say.
+    peak: largest number of bytes in use at once by the compiler's count, less than it reserves; 0 if it gives none.
   """
 
   stage: str
@@ -100,22 +100,22 @@ class Report:
 
   @property
   def fits(self) -> bool:
-    """Whether a chip holds it."""
+    """Whether the step fits into a chip's memory."""
     return self.needed <= self.memory
 
   @property
   def compute_seconds(self) -> float:
-    """Estimated time of all but collectives."""
+    """Estimated time without collectives."""
     return self.program.cycles / self.chip.clock
 
   @property
   def link_seconds(self) -> float:
-    """Time in which the links could carry the collectives' results; a lower bound of theirs."""
+    """Lower bound of the collectives' time: their results at the links' full rate."""
     return sum(traffic.bytes for traffic in self.program.traffic.values()) / self.chip.links
 
   @property
   def model_share(self) -> tuple[float, float]:
-    """Share of the chip's peak that goes into model flops if collectives hide behind computing, and if they do not."""
+    """Model flops as a share of the chip's peak: (if computing hides the collectives, if it does not)."""
     ideal = self.model_flops / self.chip.peak
     return tuple(ideal / max(t, 1e-12) for t in (self.compute_seconds, self.compute_seconds + self.link_seconds))
 
@@ -149,10 +149,10 @@ class Report:
 
 
 def slice_devices(topology: str) -> tuple[list[Any], Chip]:
-  """The devices of a slice such as `v5e:16x16`, and what each is.
+  """The devices of a slice such as `v5e:16x16`, and their kind of chip.
 
   Raises:
-    ValueError: for a slice there is none of, or without libtpu.
+    ValueError: for an unknown slice, or without libtpu.
   """
   match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)
   chip = CHIPS.get(match[1]) if match else None
@@ -160,7 +160,7 @@ def slice_devices(topology: str) -> tuple[list[Any], Chip]:
   if chip is None or len(sides) != len(chip.sides) or any(n > top for n, top in zip(sides, chip.sides)):
     allowed = ", ".join(f"{name}:{'x'.join('AB' if len(c.sides) == 2 else 'ABC')}" for name, c in CHIPS.items())
     raise ValueError(f"config.topology: got {topology!r}; allowed: {allowed}, such as v5e:16x16 (sides of at most 16)")
-  # Without these libtpu looks for the machine it is not on, and a second process that loads it aborts.
+  # Without these libtpu asks for the metadata of a TPU machine, and a second process that loads it aborts.
   for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
                       "TPU_ACCELERATOR_TYPE": "v5litepod-16", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
     os.environ.setdefault(name, value)
@@ -175,7 +175,7 @@ def slice_devices(topology: str) -> tuple[list[Any], Chip]:
 
 
 def token_shapes(towers: Mapping[str, TowerSpec]) -> dict[str, tuple[int, int]]:
-  """Modality -> shape of one item's tokens as the model is fed them; loads the trunk where the body does not say."""
+  """Modality -> shape of one item's tokens, the tower's input; loads the trunk if the body does not give it."""
   shapes = {}
   for name, tower in towers.items():
     body = body_class(tower.body)(**tower.body_options) if tower.body else None
@@ -249,7 +249,7 @@ def compile_stage(
 
 
 def model_flops(model: CodeBind, params: Any, batch: Mapping[str, Any], frozen: frozenset[str]) -> int:
-  """Operations of the towers for one global batch, forward and backward to what trains, nothing recomputed."""
+  """Operations of the towers for one global batch, forward and backward to trained parameters, nothing recomputed."""
   off = lambda options: Frozen(options | ({"remat": False} if "remat" in options else {}))
   towers = {name: dataclasses.replace(t, body_options=off(t.body_options)) for name, t in model.towers.items()}
   model = CodeBind(FrozenDict(towers))
@@ -269,7 +269,7 @@ def compile_mode(
   topology: str, mesh: MeshShape, sharding: Sharding, method: Method, model: ModelSpec, settings: optim.Optim,
   stages: Sequence[Stage],
 ) -> bool:
-  """Compiles the train step of every stage for a slice and writes what it takes to standard output.
+  """Compiles the train step of every stage for a slice and writes the reports to standard output.
 
   Args:
     topology: the slice, such as v5e:16x16.
@@ -283,7 +283,7 @@ def compile_mode(
     Whether every stage fits.
 
   Raises:
-    ValueError: for a topology there is none of, a mesh or batch that does not fit it, or without libtpu.
+    ValueError: for an unknown topology, a mesh or batch that does not fit it, or without libtpu.
   """
   devices, chip = slice_devices(topology)
   layout = make_layout(mesh, sharding, devices)

@@ -1,4 +1,4 @@
-"""Items of a sequence, read ahead of a loop by threads, or by worker processes that hold no JAX and no device."""
+"""Items of a sequence, read ahead of a loop by threads, or by worker processes without JAX and without device."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _items: Any = None  # in a worker process: the sequence it reads
 
 
 def ahead(items: Any, first: int, *, workers: int = 0, threads: int = 2) -> Iterator[Any]:
-  """`items[first]`, `items[first + 1]` and so on without end, in this order however many threads or workers read.
+  """`items[first]`, `items[first + 1]` and so on without end, in this order for any number of threads and workers.
 
   Closing the iterator ends its threads or workers.
 
@@ -29,12 +29,12 @@ def ahead(items: Any, first: int, *, workers: int = 0, threads: int = 2) -> Iter
     items: has `items[n]` for every n from `first` on, safe to call from several threads; picklable if there are
       workers, which get one copy each.
     first: the first number.
-    workers: processes that read, each on one thread; 0 reads in this process.
-    threads: that read if there are no workers.
+    workers: number of reading processes, with one thread each; 0 reads in this process.
+    threads: number of reading threads if there are no workers.
 
   Raises:
     RuntimeError: if a worker process ends.
-    Exception: what reading an item raises, when its turn comes.
+    Exception: that of reading an item, when its turn comes.
   """
   if workers:
     context = multiprocessing.get_context("spawn")  # a fork would copy JAX's threads and locks
@@ -59,7 +59,7 @@ def _begin(pickled: bytes) -> None:
     signal.signal(number, signal.SIG_IGN)
   threading.Thread(target=_end_with_parent, daemon=True).start()
   os.environ["JAX_PLATFORMS"] = "cpu"
-  # Grain takes its tree functions from JAX if that can be imported, else it brings its own, and says so in the log.
+  # Grain uses JAX's tree functions if JAX can be imported, else its own, which it logs.
   absent, verbosity = "jax" not in sys.modules, logging.get_verbosity()
   if absent:
     sys.modules["jax"] = None

@@ -1,6 +1,6 @@
 """Batches of rows with precomputed trunk features, as a function of the step.
 
-No batch depends on those before it, on the number of processes, or on how many threads or workers read it.
+A batch depends neither on earlier batches nor on the number of processes, threads or workers.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class FeatureTable:
   """Features of one modality for the rows of a source.
 
   Attributes:
-    features: [items, views, tokens, width]; may be a memory map, which a worker process opens anew.
-    choices: per row the items it may draw from (captions of a text row; one item for an image); empty = missing.
-    augmented: how often one of the views after the first, which is clean, is drawn.
-    made_from: a hash of what the features were computed from; empty for one of the features themselves.
+    features: [items, views, tokens, width]; may be a memory map, which a worker process opens again.
+    choices: per row the items to draw from (the captions of a text row; one item for an image); empty if missing.
+    augmented: probability of drawing one of the augmented views, which follow the clean first one.
+    made_from: a hash of all that the features were computed from; "" to hash the features themselves.
   """
 
   features: Float16[np.ndarray, "items views n d"]
@@ -46,7 +46,7 @@ class FeatureTable:
 
   def __reduce__(self) -> tuple[Any, ...]:
     features, rest = self.features, (self.choices, self.augmented, self.made_from)
-    # A slice of a map has the map as its base, not the file, and does not know where in the file it begins.
+    # A slice of a map has the map as its base instead of the file, and does not know its offset in the file.
     mapped = isinstance(features, np.memmap) and isinstance(features.base, mmap.mmap) and features.filename
     if mapped and features.flags.c_contiguous:
       return _opened, (str(features.filename), features.dtype, features.offset, features.shape, *rest)
@@ -89,7 +89,7 @@ class _Order(grain.transforms.RandomMap):
 
 
 def group_rows(labels: Sequence[str | None]) -> list[list[int]]:
-  """Rows that share a label form one group, in order of first appearance; a row without label is its own group."""
+  """Groups of rows of equal label, in order of first appearance; a row without label is its own group."""
   groups: dict = {}
   for row, label in enumerate(labels):
     groups.setdefault(("row", row) if label is None else ("label", label), []).append(row)
@@ -102,12 +102,12 @@ class SourceBatches:
   Rows of equal `_group` have the same label. With `unique_labels` an epoch visits every label once and draws one of its
   rows, so that no batch holds two rows that are each other's false negatives.
 
-  The last `extra` rows are further data, which may be many more labels than the others: `extra_share` of a batch is
-  drawn from those of their labels that no other row has, so that both kinds keep their own epochs. Rows of both kinds
+  The last `extra` rows are further data, which may have many more labels than the others: `extra_share` of a batch is
+  drawn from those of their labels that no other row has, so that both kinds have their own epochs. Rows of both kinds
   are in random order, so that mixup also mixes rows of different kinds.
 
   Attributes:
-    fingerprint: what decides the batches, as JSON-ready values by what they are.
+    fingerprint: all that decides the batches, as JSON-ready values by description.
 
   Args:
     tables: modality -> FeatureTable, all over the same rows.
@@ -115,11 +115,11 @@ class SourceBatches:
     rows: of the global batch.
     seed: of the order and of every draw.
     unique_labels: at most one row of a label in a batch.
-    extra: how many of the rows, the last ones, are further data.
+    extra: number of the last rows that are further data.
     extra_share: their share of the global batch, rounded to whole rows.
     name: of the source, for errors.
-    process: which of the `processes` reads.
-    processes: that share a batch; each reads consecutive rows of it.
+    process: number of the reading process.
+    processes: number of processes that share a batch; each reads consecutive rows of it.
 
   Raises:
     ValueError: if a part of the batch is larger than its data or empty, or the batch does not divide over the
@@ -171,7 +171,7 @@ class SourceBatches:
     return _stacked([self._row(step, int(place)) for place in places])
 
   def _row(self, step: int, place: int) -> dict[str, Any]:
-    """Row of the global batch, those of the further data last."""
+    """Row of the global batch, before the random order: the further data is last."""
     if place < self._first:
       return self._main[step * self._first + place]
     return self._further[step * self._extra + place - self._first]
@@ -184,7 +184,7 @@ class Batches:
 
   Args:
     sources: source name -> its rows of every batch.
-    keep: holds every batch that was read, for runs that all read the same ones.
+    keep: keeps every batch read in memory, for several runs with the same batches.
   """
 
   def __init__(self, sources: Mapping[str, SourceBatches], keep: bool = False):
@@ -196,7 +196,7 @@ class Batches:
 
   @property
   def fingerprint(self) -> dict[str, dict[str, Any]]:
-    """Source -> what decides its rows, as JSON-ready values by what they are; the same on every process."""
+    """Source -> `SourceBatches.fingerprint`; the same on every process."""
     return {name: source.fingerprint for name, source in self._sources.items()}
 
   def __getitem__(self, step: int) -> Batch:
@@ -211,11 +211,11 @@ class Batches:
 
 
 def _stacked(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-  """Rows of a batch, which have the same keys, as one."""
+  """Rows with equal keys, stacked into one batch."""
   stack = lambda values: _stacked(values) if isinstance(values[0], dict) else np.stack(values)
   return {key: stack([row[key] for row in rows]) for key in rows[0]}
 
 
 def _hash(value: Any) -> str:
-  """Hex digits of a string's or a buffer's content."""
+  """First 16 hex digits of the SHA-256 of a string or buffer."""
   return hashlib.sha256(value.encode() if isinstance(value, str) else value).hexdigest()[:16]

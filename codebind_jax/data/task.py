@@ -1,4 +1,4 @@
-"""What `config.data` names: rows to train on, sets to evaluate on, and what each is for."""
+"""The data of a run, as `config.data` names it: training rows and evaluation sets."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ Template = Annotated[str, Rule(_one_gap, "a text with one {}")]
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-  """Section `data`: what a run trains on and is evaluated on.
+  """Section `data`: the training and evaluation data of a run.
 
   Attributes:
     root: folder of worlds and features; "" for $CODEBIND_DATA, else the user's cache folder.
     worlds: packaged worlds (`data.worlds.registry`), each a source of its own.
-    profile: how much of them; auto is small where npm and apt-get answer, else tiny.
-    manifest: a JSONL manifest of your own instead of the worlds.
+    profile: size of the worlds; auto is small where npm and apt-get answer, else tiny.
+    manifest: a user's JSONL manifest instead of the worlds.
     classes: a text file with one class name a line; "" for the labels that occur.
-    max_bad_records: of the manifest, that are left out before it is an error; each is named in the log.
-    workers: processes that read batches ahead; 0 for threads of this one.
-    threads: that read batches ahead without workers.
+    max_bad_records: number of the manifest's bad records that are skipped before it is an error; the log names each.
+    workers: processes that read batches ahead; 0 for threads of this process.
+    threads: threads that read batches ahead if there are no workers.
     extra: share of a batch drawn from a world's further named pictures; 0 leaves them out.
-    captions: what is made of a row's further texts: main (left out), each (captions) or joined (one list).
-    templates: of captions to train on.
-    templates_of: source -> templates of its captions and classes, where others suit it.
+    captions: use of a row's further texts: main (not used), each (captions of their own) or joined (one list).
+    templates: of training captions.
+    templates_of: source -> templates of its captions and classes, in place of the common ones.
     eval_templates: of class names in zero-shot classification.
   """
 
@@ -60,22 +60,22 @@ class Data:
   eval_templates: tuple[Template, ...] = ("{}",)
 
   def check(self, path: str) -> None:
-    """Refuses worlds there are none of."""
+    """Refuses unknown worlds."""
     check_keys([world.split("-")[0] for world in self.worlds], registry.WORLDS, f"{path}.worlds")
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """Everything a run needs to know of its data.
+  """The data of a run.
 
   Attributes:
     name: of the worlds or the manifest.
-    summary: a line for each source that a person can read: what it is and how much.
-    train: source name -> rows to train on; empty when only evaluating.
-    unique: source name -> the field by which rows are told apart as each other's negatives.
-    evals: sets to evaluate on.
-    attributions: whose work the data is: (package, licence, credit), to be shown in reports.
-    extra: source name -> further rows to train on, that no probe or class mean looks at.
+    summary: a readable line for each source, with its name and size.
+    train: source name -> training rows; empty for evaluation only.
+    unique: source name -> the field whose values are the rows' labels: rows of one label are no negatives.
+    evals: evaluation sets.
+    attributions: (package, licence, credit) of the data, for reports.
+    extra: source name -> further training rows, which probes and class means do not use.
   """
 
   name: str
@@ -88,14 +88,14 @@ class Task:
 
 
 def open_task(data: Data, *, default_split: str = "train") -> Task:
-  """Opens the worlds or the manifest of `config.data`; builds a world where it is not built yet.
+  """Opens the worlds or the manifest of `config.data`; builds a world that is not built yet.
 
   Args:
-    data: which.
-    default_split: of the rows of a manifest that names no splits.
+    data: section of the config.
+    default_split: of a manifest's rows that name no split.
 
   Raises:
-    ValueError: naming what is wrong with the manifest or profile.
+    ValueError: naming the fault of the manifest or profile.
     OSError: if the data cannot be fetched or written.
   """
   parts = [_manifest_task(data, default_split)] if data.manifest else [_world_task(w, data) for w in data.worlds]
@@ -149,9 +149,9 @@ def _manifest_task(data: Data, default_split: str) -> Task:
     if split.startswith(("val", "test")):
       source = pick(split)
       labels = _labels(data, source)
-      told = ("label",) if labels else ()
+      fields = ("label",) if labels else ()
       role = split[: 3 + split.startswith("test")]
-      evals.append(EvalSet(f"{path.stem}_{split}", path.stem, role, source, labels, told, told))
+      evals.append(EvalSet(f"{path.stem}_{split}", path.stem, role, source, labels, fields, fields))
   if not evals and default_split != "train":
     raise ValueError(f"{path}: nothing to evaluate, every record is of split 'train'; allowed: val, test, or no splits")
   train = {path.stem: pick("train")} if "train" in splits else {}
@@ -161,7 +161,7 @@ def _manifest_task(data: Data, default_split: str) -> Task:
 
 
 def _labels(data: Data, source: Any) -> list[str]:
-  """Candidate labels: the class list of `config.data.classes`, else every label the rows have; none without labels."""
+  """Candidate labels: the class list of `config.data.classes`, else all labels of the rows."""
   if data.classes:
     return list(class_names(source, pathlib.Path(data.classes)))
   return list(class_names(source)) if any(row.get("label") for row in source.rows) else []
