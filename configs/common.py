@@ -1,4 +1,4 @@
-"""What every config starts from. Each key can be set on the command line: --config.KEY=VALUE.
+"""The common base of all configs. Each key can be set on the command line: --config.KEY=VALUE.
 
 The keys, their defaults and what they mean: `codebind_jax.config.Config` and the sections it names.
 """
@@ -34,5 +34,5 @@ def stage(config, **overrides):
 
 
 def get_config():
-  """Everything but towers and stages."""
+  """The default config, without towers and stages."""
   return ConfigDict(schema.defaults(Config))

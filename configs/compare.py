@@ -3,9 +3,9 @@
 Command: python -m codebind_jax.main --config=configs/compare.py --workdir=runs/compare
          configs/compare.py              the synthetic world, with modalities of graded quality
          configs/compare.py:real         Household and Menagerie, rows of both in every step
-         configs/compare.py:generalise   heads carried between sounds, pictures and names (Icons and Menagerie)
-         configs/compare.py:equal        that world with all qualities equal, fixed anchors and CentroBind alone; add
-                                         --config.compare.against=runs/compare/comparison.json to ask what it changes
+         configs/compare.py:generalise   heads transferred between sounds, pictures and names (Icons and Menagerie)
+         configs/compare.py:equal        the synthetic world with equal qualities, fixed anchors and CentroBind alone;
+                                         --config.compare.against=runs/compare/comparison.json adds claims about both
 After a further comma: `ablations` for DCID and CodeBind without their parts, `runlocal` for a quick look (one seed, no
 tuning, little data), `full` (generalise alone) for that profile of the data, which has clips.
 Writes comparison.md, comparison.json and figures; a second run of the command continues the first.
@@ -33,7 +33,7 @@ def variant(method="codebind", quantize=True, losses=None, **options):
 
 
 def methods(anchors, hub, codebind, codes, codis, queue):
-  """Every method once, fixed anchors and CentroBind in their forms."""
+  """All methods as variants, with several fixed anchors and two forms of CentroBind."""
   unified = {"codes": codes, "reduce": "mean", "reset_after": 50}
   return {
     "info_nce": variant(quantize=False), "codebind": variant(losses=codebind),
@@ -45,7 +45,7 @@ def methods(anchors, hub, codebind, codes, codis, queue):
 
 
 def without_parts(dcid, codebind):
-  """DCID and CodeBind, and what is left of them when a part is taken out."""
+  """DCID and CodeBind, and variants of both without one of their parts."""
   off = {
     "no_coding": {"coding": 0.0}, "no_club": {"club": 0.0}, "no_matching": {"matching": 0.0},
     "no_ema": {"own": 1.0}, "no_reset": {"reset_after": 0}, "no_ema_no_reset": {"own": 1.0, "reset_after": 0},
@@ -102,7 +102,7 @@ def graded(form):
 
 
 def equal(form):
-  """Fixed anchors and CentroBind where every sensor shows the class by the mean of the graded shares, and the style."""
+  """Fixed anchors and CentroBind; every sensor shows the class with the mean of the graded qualities, and the style."""
   config, variants = graded(form)
   config.compare.world.quality = ConfigDict(dict.fromkeys(QUALITY, round(sum(QUALITY.values()) / len(QUALITY), 4)))
   config.compare.world.style_quality = ConfigDict()

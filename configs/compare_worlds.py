@@ -1,4 +1,4 @@
-"""What the comparisons on packaged worlds are made of. Not run by itself; `configs/compare.py` is.
+"""Comparisons on packaged worlds, for `configs/compare.py`; not a config by itself.
 
 Trunks are frozen and their features cached, as in the stages; here one stage trains the heads of all modalities from
 the start, for every method alike, on rows of two worlds a step.
@@ -12,7 +12,7 @@ from configs import common, worlds
 
 
 def _packaged(form, chosen, sources, pairs):
-  """Towers and data of the worlds, and one stage that binds the pairs on rows of all sources."""
+  """A config with towers and data of the worlds, and one stage that binds the pairs on rows of all sources."""
   config = worlds.bridges(form)
   worlds.build(config, chosen)
   for name in list(config.stages):
@@ -33,7 +33,7 @@ def _packaged(form, chosen, sources, pairs):
 
 
 def transfer(sources, fields, val, test):
-  """Heads that tell `fields`, learned on the sources' training rows; sets that a profile lacks are left out."""
+  """A transfer: heads that predict `fields`, trained on the sources; sets that a profile lacks are left out."""
   return ConfigDict({"worlds": sources, "fields": fields, "val": val, "test": test})
 
 
@@ -55,9 +55,9 @@ def real(form):
 def generalise(form):
   """Cross-modal generalisation (CMG): sounds, pictures (clips in profile full) and their names, bound by the names.
 
-  No row has both a sound and a picture. A head that tells the concept is learned on the training rows of one modality
-  and tested on held-out rows of another: pictures by unseen artists and sources, sounds from unseen sources. Clips are
-  held out by concept, so that heads are learned on them and not tested.
+  No row has both a sound and a picture. A head that predicts the concept is trained on the training rows of one
+  modality and tested on held-out rows of another: pictures by unseen artists and sources, sounds from unseen sources.
+  Clips are held out by concept, so that they train heads but do not test them.
   """
   pairs = [("image", "text"), ("audio", "text")] + [("video", "text")] * (form == "full")
   config = _packaged(form, ["menagerie"], ("icons", "menagerie"), tuple(pairs))

@@ -2,9 +2,9 @@
 
 Command: python -m codebind_jax.main --config=configs/embed.py --workdir=OUT --config.init_from=RUN \
              --config.data.manifest=FILE.jsonl
-The same command goes on where it was stopped. On several hosts with a disk in common run it on each, with the flags
---coordinator, --num_processes and --process_id where these are not known otherwise.
-Time: that of the trunks, as for the features of a training run; the bar shows the rate.
+The same command continues a stopped run. On several hosts with a shared disk run it on each, with the flags
+--coordinator, --num_processes and --process_id where the environment does not give them.
+Time: that of the trunks, as for the features of a training run; the progress bar shows the rate.
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,9 @@
 """CodeBind on ImageBind-Huge's encoders, raw inputs through the model, LoRA of rank 4: the size of the published run.
 
-Whether it fits a TPU slice, and what a step takes, without a TPU (minutes on two cores; needs pip install -e '.[tpu]'):
+Memory and time of a step on a TPU slice, without a TPU (minutes on two cores; needs pip install -e '.[tpu]'):
   python -m codebind_jax.main --config=configs/imagebind_huge.py --config.mode=compile --config.topology=v5e:16x16
   python -m codebind_jax.main --config=configs/imagebind_huge.py --config.mode=compile --config.topology=v5p:4x4x4
-`:decoder` adds the reconstruction of image and audio, to see its price.
+`:decoder` adds the reconstruction of image and audio, to measure its cost.
 Training needs the public ImageBind weights (loader: `models/imagebind_weights.py`), images, audio and text.
 """
 

@@ -1,4 +1,4 @@
-"""What each packaged world adds to a config: its modalities' towers, its stage, its templates. Not run by itself.
+"""Towers, stage and templates of each packaged world, for the configs of the stages; not a config by itself.
 
 Simulated modalities: thermal (long-wave infrared of catalogue meshes) and tactile (touch relief of photographs); depth,
 points and Household's images are rendered. Numbers on them say so.
@@ -19,12 +19,12 @@ LOSSES = {
 
 
 def trains(*modalities):
-  """Patterns of everything that belongs to the modalities."""
+  """Regexes of all parameter paths of the modalities."""
   return tuple(rf"{name}(/.*|_log_logit_scale)" for name in modalities)
 
 
 def add(config, world, towers, pairs, *, templates, **stage):
-  """A world's towers and the stage that binds them; the bridges' heads and the shared codes stay as they are."""
+  """Adds a world's towers and the stage that binds them, which freezes the bridges' heads and the shared codebook."""
   config.model.towers.update(towers)
   for name in towers:
     config.codebook.codes[name] = 256
@@ -63,7 +63,7 @@ def menagerie(config):
   towers = {"audio": common.tower("aisfx", specific_dim=384)}
   pairs = [("audio", "text")]
   if config.data.profile == "full":
-    image = config.model.towers.image.to_dict()  # whose heads the video's start from, so that they must see the same
+    image = config.model.towers.image.to_dict()  # the video's heads start from the image's, so that tokens must agree
     options = {key: value for key, value in image.pop("options").items() if key != "modality"}
     towers["video"] = common.tower(**image | {"trunk": "video_mean", "options": options, "starts_from": "image"})
     pairs.append(("video", "text"))
@@ -71,9 +71,9 @@ def menagerie(config):
 
 
 def evoked(config):
-  """EEG of one person who hears tones or sees checkerboards, bound to what the stimulus was.
+  """EEG of one person who hears tones or sees checkerboards, bound to the stimulus' name.
 
-  173 epochs allow a linear map of all patches and few steps, not a network that learns patches.
+  173 epochs suffice for a linear map of all patches and few steps, not for an encoder of patches.
   """
   towers = {"eeg": common.tower("eeg_patches", options={"flat": True}, specific_dim=64)}
   add(config, "evoked", towers, (("eeg", "text"),), templates=("{}",), unique_labels=False, mixup=1.0,
@@ -86,7 +86,7 @@ FORMS = ("runlocal", "full")
 
 
 def parse(arg):
-  """Words after the config's colon: (runlocal, full or "", names of worlds)."""
+  """(form: runlocal, full or ""; names of worlds) of the words after the config's colon."""
   words = [word for word in arg.split(",") if word]
   for word in words:
     if word not in (*FORMS, *STAGES):
@@ -115,7 +115,7 @@ def build(config, chosen):
 
 
 def single(world, arg=""):
-  """The config of one stage alone: the towers of all stages up to it, the data and the stage of its own world."""
+  """The config of one world's stage alone, with its data, and the towers of all stages up to it."""
   form, chosen = parse(arg)
   if chosen:
     raise ValueError(f"config argument {chosen[0]!r} is not allowed; allowed: {', '.join(FORMS)}")
