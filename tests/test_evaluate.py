@@ -116,7 +116,7 @@ def test_the_command_s_own_settings_decide_and_not_the_run_s(trained, tmp_path, 
   monkeypatch.setattr("codebind_jax.evaluate.load", loaded)
   found = evaluate(config_of(trained, task="retrieval"), tmp_path)
   assert {name.split("/")[1] for name in found} == {"squares_val", "squares_test"}
-  with pytest.raises(ValueError, match="template 'no place for a name' has no {}"):
+  with pytest.raises(ValueError, match="'no place for a name' has no {}"):
     evaluate(config_of(trained, **{"data.eval_templates": ("no place for a name",)}), tmp_path)
 
 
