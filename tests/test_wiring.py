@@ -516,6 +516,7 @@ def test_every_step_draws_another_dropout(method, quick_compiler):
 
 def test_a_stage_has_its_own_rate_which_falls_over_its_own_steps():
   config = step_config(**{"stages.only.learning_rate": 0.5, "stages.only.steps": 4, "optim.warmup": 0})
+  config = dataclasses.replace(config, steps=10)  # the stage's key refers to the run's, which the override set as well
   params = {"image": {"kernel": jnp.ones(1)}}
   tx, _ = optimizer_of(config, method_of(config), config.ordered[0], params)
   state, rates = tx.init(params), []
