@@ -26,7 +26,6 @@ from codebind_jax.report import summary
 from codebind_jax.runtime.metrics import MetricsWriter, read_metrics
 from codebind_jax.runtime.optim import frozen
 from codebind_jax.runtime.train_state import TrainState
-from codebind_jax.schema import Frozen
 from codebind_jax.step import make_train_step
 from codebind_jax.train import optimizer_of
 from codebind_jax.trunks import featurize
@@ -516,10 +515,8 @@ def test_every_step_draws_another_dropout(method, quick_compiler):
 
 
 def test_a_stage_has_its_own_rate_which_falls_over_its_own_steps():
-  config = step_config(**{"optim.warmup": 0})
-  stage = dataclasses.replace(config.stages["only"], learning_rate=0.5, steps=4)
-  config = dataclasses.replace(config, stages=Frozen({"only": stage}))
-  assert config.steps == 10
+  config = step_config(**{"stages.only.learning_rate": 0.5, "stages.only.steps": 4, "optim.warmup": 0})
+  config = dataclasses.replace(config, steps=10)  # the stage's key refers to the run's, which the override set as well
   params = {"image": {"kernel": jnp.ones(1)}}
   tx, _ = optimizer_of(config, method_of(config), config.ordered[0], params)
   state, rates = tx.init(params), []
