@@ -12,6 +12,7 @@ import numpy as np
 from absl import logging
 
 from codebind_jax import config as config_lib
+from codebind_jax import schema
 from codebind_jax.api import Model, load
 from codebind_jax.config import MEASURES, Config
 from codebind_jax.data.task import EvalSet, Task, open_task
@@ -328,7 +329,8 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
   model = load(config.init_from)
   task = open_task(config.data, default_split="test")
   data = dataclasses.replace(
-    model.config.data, root=config.data.root, eval_templates=config.data.eval_templates, templates_of={}
+    model.config.data, root=config.data.root, eval_templates=config.data.eval_templates,
+    templates_of=schema.Frozen(),
   )
   settings = dataclasses.replace(model.config, test=True, emergent=(), data=data)
   evaluation = Evaluation(settings, task, Featurizer(data, settings.model.towers, model.trunks), (config.task,))

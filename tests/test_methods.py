@@ -11,7 +11,7 @@ import pytest
 
 from codebind_jax import config as config_lib
 from codebind_jax.codebook import unified
-from codebind_jax.methods.base import EXTRA, method_names
+from codebind_jax.methods.base import EXTRA, method_names, unheeded
 from codebind_jax.methods.unified import same_steps
 from codebind_jax.runtime.optim import make_optimizer
 from codebind_jax.runtime.train_state import TrainState
@@ -136,6 +136,21 @@ def test_every_module_is_a_method_and_errors_name_what_is_allowed():
     config = small_config(name)
     config.method_options = options
     with pytest.raises(ValueError, match=message):
+      config_lib.validate(config)
+
+
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_a_stage_key_that_a_method_does_not_heed_is_an_error(name):
+  values = {"losses": {"info_nce": 1.0}, "codes": ("shared",), "code_rows": 4, "matching_temperature": 0.5, "chunk": 2,
+            "ring": True}  # fmt: skip
+  assert set(unheeded(name)) == (set() if name == "codebind" else set(values))
+  for key, value in values.items():
+    config = small_config(name)
+    config.stages.only[key] = value
+    if name == "codebind":
+      config_lib.validate(config)
+      continue
+    with pytest.raises(ValueError, match=rf"^config\.stages\.only\.{key}: got .*'{name}' does not heed; allowed: "):
       config_lib.validate(config)
 
 

@@ -57,6 +57,14 @@ def test_mixup_stays_within_a_source():
   np.testing.assert_array_equal(first["text"], tokens["text"])
 
 
+def test_sources_are_mixed_by_shares_of_their_own():
+  tokens, masks = tokens_of([1] * 6, [1] * 6)
+  twice = tokens | {"image": jnp.concatenate([tokens["image"][:3]] * 2)}
+  owners = {("a", "image"): slice(0, 3), ("b", "image"): slice(3, 6)}
+  out = mixed(jax.random.key(0), twice, masks, owners, 1.0)["image"]
+  assert np.abs(out[:3] - out[3:]).max() > 0.1
+
+
 def test_info_nce_before_the_quantiser_is_that_of_a_model_without_one():
   config = stage1.get_config().unlock()
   config.update_from_flattened_dict({

@@ -19,7 +19,7 @@ from codebind_jax.models.towers import CodeBind, TowerSpec
 from codebind_jax.runtime.optim import frozen as frozen_of
 from codebind_jax.runtime.optim import make_optimizer, param_paths
 from codebind_jax.runtime.train_state import TrainState
-from codebind_jax.step import forward, make_start
+from codebind_jax.step import forward, make_start_codebooks
 from tests.step_fixtures import GROUPS, MASKS, SHARED, SOURCES, SPECIFIC, batch_of, model, setting, stage_of
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -140,7 +140,7 @@ def test_a_fixed_anchor_s_tower_is_frozen_and_its_logit_scale_is_not():
 def test_a_start_reads_no_row_that_lacks_the_modality(name):
   method = dcid.Method(model(), **UNIFIED, levels=2) if name == "hdcid" else METHODS[name]
   start = setting(method, stage_of(losses=LOSSES if name == "codebind" else {}))
-  begin = jax.jit(make_start(method))
+  begin = jax.jit(make_start_codebooks(method))
   one, other = (begin(start.state, batch_of(hidden=hidden)) for hidden in (30.0, -5.0))
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), one, other)
   for book, before in start.state.codebooks.items():

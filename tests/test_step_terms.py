@@ -626,7 +626,7 @@ def test_codis_embeds_the_student_and_names_the_nearest_code(codis_step):
   start, batch, _ = codis_step
   codes = np.asarray(start.state.params[EXTRA]["codes"])
   features = features_of(start.method, start.state.params, batch)["near"]
-  for m, out in start.method.embed(start.state.params, {}, features).items():
+  for m, out in start.method.embed(start.state.params, {}, jax.tree.map(jnp.asarray, features)).items():
     z = unit(features[m][..., :SHARED])
     np.testing.assert_allclose(out.shared, z, atol=1e-5)
     np.testing.assert_array_equal(out.indices_shared[..., 0], (z @ unit(codes).T).argmax(-1))
@@ -636,7 +636,7 @@ def test_h_dcid_embeds_the_codes_of_both_levels(hdcid_step):
   start, batch, _ = hdcid_step
   params, books = start.state.params, start.state.codebooks
   features = features_of(start.method, params, batch)["near"]
-  for m, out in start.method.embed(params, books, features).items():
+  for m, out in start.method.embed(params, books, jax.tree.map(jnp.asarray, features)).items():
     own = np.maximum(features[m][..., SHARED:], 0)
     np.testing.assert_allclose(out.shared, unit(nearest(features[m][..., :SHARED], books["shared"].codes)), atol=1e-5)
     np.testing.assert_array_equal(np.asarray(books["shared"].codes)[out.indices_shared[..., 0]],
@@ -651,7 +651,7 @@ def test_fcid_embeds_the_coarse_code_of_every_token(fcid_step):
   start, batch, _ = fcid_step
   params, codes = start.state.params, start.state.codebooks["shared"].codes
   features = features_of(start.method, params, batch)["near"]
-  for m, out in start.method.embed(params, start.state.codebooks, features).items():
+  for m, out in start.method.embed(params, start.state.codebooks, jax.tree.map(jnp.asarray, features)).items():
     x, coarse, group = features[m], params[EXTRA]["coarse"], "hub" if m == "text" else "sensors"
     general = np.maximum(layer(coarse[f"{group}_general"], layer(coarse[f"{group}_compress"], x[..., :SHARED])), 0)
     np.testing.assert_allclose(out.shared, unit(nearest(general, codes)), atol=1e-5)

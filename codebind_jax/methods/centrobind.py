@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from codebind_jax.losses import centroid_info_nce
 from codebind_jax.losses.centroid import centroid
+from codebind_jax.losses.masks import masked_mean
 from codebind_jax.methods import base
 from codebind_jax.methods.base import Forward, Rows, Term, joined
 from codebind_jax.runtime.train_state import TrainState
@@ -76,5 +77,6 @@ class Method(base.Method):
 
 
 def _alignment_gap(rows: Rows) -> Float[Array, ""]:
+  """1 - |centroid|^2, mean over the rows that have a modality at all."""
   centroids = jax.lax.stop_gradient(centroid(rows.made, mask=dict(rows.masks)))
-  return 1.0 - jnp.mean(jnp.sum(centroids**2, -1))
+  return 1.0 - masked_mean(jnp.sum(centroids**2, -1), jnp.any(jnp.stack(list(rows.masks.values())), axis=0))
