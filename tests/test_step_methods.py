@@ -16,8 +16,8 @@ from codebind_jax.losses.balance import FACTORS
 from codebind_jax.methods import centrobind, codebind, codis, dcid, fcid, fixed_anchor
 from codebind_jax.methods.base import EXTRA, Forward, method_names
 from codebind_jax.models.towers import CodeBind, TowerSpec
+from codebind_jax.runtime.optim import Optim, make_optimizer, param_paths
 from codebind_jax.runtime.optim import frozen as frozen_of
-from codebind_jax.runtime.optim import make_optimizer, param_paths
 from codebind_jax.runtime.train_state import TrainState
 from codebind_jax.step import forward, make_start_codebooks
 from tests.step_fixtures import GROUPS, MASKS, SHARED, SOURCES, SPECIFIC, batch_of, model, setting, stage_of
@@ -127,8 +127,7 @@ def test_frozen_paths_get_no_gradient_and_stay():
 def test_a_fixed_anchor_s_tower_is_frozen_and_its_logit_scale_is_not():
   towers = {"image": {"shared": {"kernel": jnp.ones(2)}}, "images": {"shared": {"kernel": jnp.ones(2)}},
             "image_log_logit_scale": jnp.ones(())}  # fmt: skip
-  settings = {"learning_rate": 1.0, "warmup": 0, "final_ratio": 1.0, "b1": 0.9, "b2": 0.9, "weight_decay": 0.1,
-              "clip_norm": 1.0, "rules": ((".*", 1.0, 1.0),)}  # fmt: skip
+  settings = Optim(rules=((".*", 1.0, 1.0),))
   found = {}
   for frozen in (True, False):
     method = fixed_anchor.Method(model(), anchor="image", frozen=frozen)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from codebind_jax import methods, schema
@@ -363,6 +364,6 @@ def merge_sources(
   return {m: joined(p) for m, p in inputs.items()}, {m: joined(p) for m, p in masks.items()}, owners
 
 
-def joined(parts: Sequence[Array]) -> Array:
+def joined(parts: Sequence[Array | np.ndarray]) -> Array | np.ndarray:
   """The rows of several arrays, concatenated."""
   return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
