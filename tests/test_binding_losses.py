@@ -141,8 +141,8 @@ def test_the_upper_bound_fails_for_a_normalised_centroid():
   assert 5 < sum(violated(seed) for seed in range(40)) < 35
 
 
-def both(anchors, features, **options):
-  return float(compiled(centroid_info_nce, temperature=0.2)(anchors, features, **options))
+def both(anchors, features, weights=None, **options):
+  return float(compiled(centroid_info_nce, temperature=0.2, weights=weights)(anchors, features, **options))
 
 
 def fixed_anchor(anchors, features, temperature=0.2, mask=None, groups=None, **options):
