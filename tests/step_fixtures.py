@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Container
 from typing import Any, NamedTuple
 
 import jax
@@ -35,10 +36,10 @@ MASKS = {
 SHARED = 8
 
 
-def model(decoder: bool = False, dropout: float = 0.0) -> CodeBind:
-  """Towers of three modalities without bodies."""
+def model(decoder: bool = False, dropout: float = 0.0, own: Container[str] = SPECIFIC) -> CodeBind:
+  """Towers of three modalities without bodies; those of `own` have their specific parts."""
   spec = lambda name: TowerSpec(
-    shared_dim=SHARED, specific_dim=SPECIFIC[name], logit_scale=SCALES[name], dropout=dropout,
+    shared_dim=SHARED, specific_dim=SPECIFIC[name] if name in own else 0, logit_scale=SCALES[name], dropout=dropout,
     decoder=DecoderSpec(**DECODER) if decoder and name != "text" else None,
   )  # fmt: skip
   return CodeBind(FrozenDict({name: spec(name) for name in WIDTHS}))

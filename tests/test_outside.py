@@ -84,6 +84,7 @@ def test_a_loss_is_one_file_and_one_entry(outside, tmp_path, monkeypatch, quick_
 
   monkeypatch.setitem(codebind_terms.TERMS, "length", length)
   config = small_config("codebind", steps=2)
+  config.model.quantize = False
   config.stages.only.losses = {"info_nce": 1.0, "length": 0.25}
   lines = [line for line in trained(config, tmp_path) if "train/length" in line]
   assert len(lines) == 2
