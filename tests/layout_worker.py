@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from codebind_jax import config as config_lib
 from codebind_jax.compositional import new_codebooks
-from codebind_jax.models.transformer import Transformer
+from codebind_jax.models.transformer import BlockSpec, Transformer
 from codebind_jax.runtime import optim
 from codebind_jax.runtime import train_state as state_lib
 from codebind_jax.runtime.compile import compile_step
@@ -81,7 +81,7 @@ def trunk_collectives(scan):
   """What devices tell each other in a step through a frozen trunk whose weights are split over `fsdp`."""
   config = config_lib.read(config_of("2x4x1"))
   layout = make_layout(config.mesh, config.sharding, jax.devices())
-  trunk = Transformer(2, 4, remat=True, scan=scan)
+  trunk = Transformer(2, BlockSpec(4), remat=True, scan=scan)
   x = jax.ShapeDtypeStruct((ROWS, 6, 32), jnp.float32, sharding=layout.rows)
   params = jax.eval_shape(trunk.init, jax.random.key(0), x)["params"]
   place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -15,7 +15,7 @@ from codebind_jax.models.imagebind import HUGE
 from codebind_jax.models.imagebind_weights import load, official_names
 from codebind_jax.models.stems import PatchStem, cubic_matrix, patch_grid, resize_positions
 from codebind_jax.models.text import TextStem, pool_at_end
-from codebind_jax.models.transformer import Attention, Transformer
+from codebind_jax.models.transformer import Attention, BlockSpec, Transformer
 from codebind_jax.norm import unit
 from tests.model_fixtures import (
   CLIPS,
@@ -198,7 +198,7 @@ def test_text_is_pooled_at_the_first_largest_id():
 def test_remat_changes_nothing_but_memory():
   x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 16)), jnp.float32)
   params = {"params": encoder_params("text")["trunk"]}
-  modules = [Transformer(1, 2, causal=True, remat=remat) for remat in (False, True)]
+  modules = [Transformer(1, BlockSpec(2), causal=True, remat=remat) for remat in (False, True)]
   loss = lambda p, module: jnp.sum(jnp.sin(module.apply(p, x)))
   results = [jit(jax.value_and_grad(loss), static_argnums=1)(params, module) for module in modules]
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *results)

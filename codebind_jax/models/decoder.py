@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from codebind_jax.models.encoder import EncoderSpec
 from codebind_jax.models.stems import patch_grid
-from codebind_jax.models.transformer import Block, layer_norm
+from codebind_jax.models.transformer import Block, BlockSpec, layer_norm
 
 
 class Decoder(nn.Module):
@@ -74,7 +74,7 @@ class Decoder(nn.Module):
     x = dense(self.width, "embed")(x if self.dtype is None else x.astype(self.dtype))
     block = nn.remat(Block) if self.remat else Block
     for i in range(self.depth):
-      x = block(self.heads, qkv_bias=False, dtype=self.dtype, name=f"blocks_{i}")(x, None)
+      x = block(BlockSpec(self.heads, qkv_bias=False), self.dtype, name=f"blocks_{i}")(x)
     x = layer_norm("norm", dtype=self.dtype)(x[:, int(self.cls_token):])
     x = x.reshape(x.shape[0], *self.grid, self.width)
     stride = self.stride or self.patch

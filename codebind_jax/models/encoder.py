@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import flax.struct
@@ -11,55 +11,87 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from codebind_jax.models.rope import TABLES
 from codebind_jax.models.stems import PatchStem
 from codebind_jax.models.text import TextStem, pool_at_end
-from codebind_jax.models.transformer import Transformer
+from codebind_jax.models.transformer import AttentionPool, BlockSpec, Transformer
 
 
 @dataclasses.dataclass(frozen=True)
-class EncoderSpec:
-  """Shape of an encoder.
+class EncoderSpec(BlockSpec):
+  """Shape of an encoder; the fields of `BlockSpec` describe its blocks.
 
   Attributes:
-    width, depth, heads: of the trunk.
+    width, depth: of the trunk.
     size: input size without channels: (224, 224) pixels, (128, 204) mel bins x frames, (2, 224, 224) with frames
       first, (2000,) samples; (77,) tokens for text.
     patch, stride: of the stem; `patch` () means text, `stride` () means `patch`.
     channels: channels of one input; unused for text.
     stem_norm, stem_bias: LayerNorm and convolution bias of the stem.
+    class_token: whether the stem puts a class token in front of the patches.
+    registers: learned tokens between class token and patches, without positions.
+    positions: whether the stem adds learned positions; `class_position`: also to the class token.
+    rope: rotary positions of the patches, a key of `models.rope.TABLES`; "" for none.
     pre_norm: LayerNorm before the trunk.
-    bias_kv: learned key and value token in every block.
     vocab: number of token ids, text only.
+    causal: whether a text's token attends to earlier ones alone.
+    pad_id: of text whose padding is masked out of the attention; -1 for none.
+    pool: the first of the encoder's tokens: the class token, the mean of the patches, an `AttentionPool`; of text, the
+      token at the end mark, the last or the first one.
+    end_id: of the end mark; -1 for the largest id in the text.
+    mean, std: of pixels in [0, 1], by channel: uint8 inputs are normalised by them, others are taken as they are.
   """
 
-  width: int
-  depth: int
-  heads: int
-  size: tuple[int, ...]
+  width: int = dataclasses.field(kw_only=True)
+  depth: int = dataclasses.field(kw_only=True)
+  size: tuple[int, ...] = dataclasses.field(kw_only=True)
   patch: tuple[int, ...] = ()
   stride: tuple[int, ...] = ()
   channels: int = 1
   stem_norm: bool = True
   stem_bias: bool = False
+  class_token: bool = True
+  registers: int = 0
+  positions: bool = True
+  class_position: bool = True
+  rope: str = ""
   pre_norm: bool = False
-  bias_kv: bool = True
   vocab: int = 49408
+  causal: bool = True
+  pad_id: int = -1
+  pool: Literal["class", "mean", "map", "end", "last", "first"] = "class"
+  end_id: int = -1
+  mean: tuple[float, ...] = ()
+  std: tuple[float, ...] = ()
 
   @property
   def is_text(self) -> bool:
     """Whether inputs are token ids."""
     return not self.patch
 
+  @property
+  def blocks(self) -> BlockSpec:
+    """The form of the blocks alone."""
+    return BlockSpec(**{field.name: getattr(self, field.name) for field in dataclasses.fields(BlockSpec)})
+
+  @property
+  def prefix(self) -> int:
+    """Number of tokens before the patches: class token and registers."""
+    return self.class_token + self.registers
+
   def stem(self, **options: Any) -> nn.Module:
     """The stem's module."""
     if self.is_text:
       return TextStem(self.width, *self.size, self.vocab, **options)
-    return PatchStem(self.width, self.size, self.patch, self.stride, self.stem_norm, self.stem_bias, **options)
+    return PatchStem(
+      self.width, self.size, self.patch, self.stride, self.stem_norm, self.stem_bias, class_token=self.class_token,
+      registers=self.registers, learned=self.positions, class_position=self.class_position, **options,
+    )  # fmt: skip
 
   def trunk(self, **options: Any) -> Transformer:
     """The trunk's module; causal for text."""
-    options = {"causal": self.is_text, **options}
-    return Transformer(self.depth, self.heads, bias_kv=self.bias_kv, pre_norm=self.pre_norm, **options)
+    options = {"causal": self.is_text and self.causal, **options}
+    return Transformer(self.depth, self.blocks, pre_norm=self.pre_norm, **options)
 
   def example(self, batch: int = 1) -> jax.ShapeDtypeStruct:
     """Shape and type of a batch of inputs, for `jax.eval_shape` of `Encoder.init`."""
@@ -73,28 +105,30 @@ class Encoded:
   """Output of an encoder for b items of s clips.
 
   Attributes:
-    trunk: [b * s, n, c] trunk output, all tokens; clips not yet averaged.
-    tokens: [b * s, m, c] input of the heads: the trunk output, or for text its end-of-text token alone.
-    positions: [n, c] the stem's positions, for the decoder.
+    tokens: [b * s, n, c] input of the heads, the pooled token first, clips not yet averaged: the trunk's output where
+      the class token is pooled, its tokens after another pooled one, or for text the pooled token alone.
+    trunk: [b * s, n, c] trunk output, all tokens, for the decoder; None for trunks that have no decoder.
+    positions: [n, c] the stem's positions, for the decoder; None for none.
     clips: s.
+    guess: [b, n, w] a first guess in another modality's space, or None.
   """
 
-  trunk: Any
   tokens: Any
-  positions: Any
+  trunk: Any = None
+  positions: Any = None
   clips: int = flax.struct.field(pytree_node=False, default=1)
+  guess: Any = None
 
 
 class Encoder(nn.Module):
-  """Stem and trunk of one modality under the names `stem` and `trunk`.
+  """Stem and trunk of one modality under the names `stem` and `trunk`, and `pool` for an `AttentionPool`.
 
   Attributes:
     spec: the encoder's shape.
     drop_text_mask: text attends to later tokens, as in the release once a text trunk has LoRA (spec section 7); for
       parity only.
     remat, scan: as in `Transformer`.
-    dtype: compute type; parameters stay float32.
-    lora_rank: of the adapters on the trunk's linear layers; 0 for none.
+    dtype: compute type; parameters keep theirs.
   """
 
   spec: EncoderSpec
@@ -102,10 +136,9 @@ class Encoder(nn.Module):
   remat: bool = False
   scan: bool = False
   dtype: Any = None
-  lora_rank: int = 0
 
   @nn.compact
-  def __call__(self, x: Shaped[Array, "b ..."]) -> Encoded:
+  def __call__(self, x: Shaped[Array, "b ..."], train: bool = False) -> Encoded:
     """Encodes a batch shaped as `spec.example(b)`, or with a clip axis after the batch axis, or images for a clip stem.
 
     Raises:
@@ -114,11 +147,29 @@ class Encoder(nn.Module):
     spec, clips = self.spec, 1
     if not (len(spec.patch) == 3 and x.ndim == 4):
       x, clips = fold_clips(x, len(spec.size) + (not spec.is_text))
+    if x.dtype == jnp.uint8:
+      x = (x.astype(jnp.float32) / 255.0 - jnp.asarray(spec.mean)) / jnp.asarray(spec.std)
     tokens, positions = spec.stem(dtype=self.dtype, name="stem")(x)
-    causal = spec.is_text and not self.drop_text_mask
-    options = {"remat": self.remat, "scan": self.scan, "dtype": self.dtype, "lora_rank": self.lora_rank}
-    trunk = spec.trunk(causal=causal, name="trunk", **options)(tokens)
-    return Encoded(trunk, pool_at_end(trunk, x) if spec.is_text else trunk, positions, clips)
+    rope = TABLES[spec.rope](spec, x.shape[1:-1]) if spec.rope else None
+    mask = (x != spec.pad_id)[:, None, None] if spec.is_text and spec.pad_id >= 0 else None
+    causal = spec.is_text and spec.causal and not self.drop_text_mask
+    run = spec.trunk(causal=causal, remat=self.remat, scan=self.scan, dtype=self.dtype, name="trunk")
+    trunk = run(tokens, mask, rope)
+    return Encoded(self._pooled(trunk, x), trunk, positions, clips)
+
+  def _pooled(self, trunk: Array, x: Array) -> Array:
+    spec = self.spec
+    if spec.pool == "class":
+      return pool_at_end(trunk, x) if spec.is_text else trunk
+    if spec.pool == "end":
+      return pool_at_end(trunk, x, spec.end_id)
+    if spec.pool in ("last", "first"):
+      return trunk[:, -1:] if spec.pool == "last" else trunk[:, :1]
+    if spec.pool == "mean":
+      pooled = trunk[:, spec.prefix :].mean(axis=1, keepdims=True)
+    else:
+      pooled = AttentionPool(spec.blocks, self.dtype, name="pool")(trunk)
+    return jnp.concatenate([pooled, trunk], axis=1)
 
 
 def fold_clips(x: Shaped[Array, "b ..."], item_rank: int) -> tuple[Shaped[Array, "n ..."], int]:

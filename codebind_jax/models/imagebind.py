@@ -2,20 +2,27 @@
 
 from codebind_jax.models.encoder import EncoderSpec
 
+# CLIP's statistics of pixels in [0, 1], which ImageBind's image encoder was trained with.
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _VISION = {"size": (2, 224, 224), "patch": (2, 14, 14), "channels": 3, "stem_norm": False, "pre_norm": True,
-           "bias_kv": False}
+           "bias_kv": False, "mean": CLIP_MEAN, "std": CLIP_STD}
 _SQUARE = {"size": (224, 224), "patch": (16, 16)}
 
 # ImageBind-Huge (arXiv 2305.05665) and the two sensors that CodeBind adds; the shared head is 1024 wide.
+def _spec(width, depth, heads, size, patch=(), stride=(), **options):
+  options = {"bias_kv": True} | options
+  return EncoderSpec(heads, width=width, depth=depth, size=size, patch=patch, stride=stride, **options)
+
+
 HUGE = {
-  "image": EncoderSpec(1280, 32, 16, **_VISION),
-  "text": EncoderSpec(1024, 24, 16, (77,), bias_kv=False),
-  "audio": EncoderSpec(768, 12, 12, (128, 204), (16, 16), (10, 10)),
-  "depth": EncoderSpec(384, 12, 8, **_SQUARE),
-  "thermal": EncoderSpec(768, 12, 12, **_SQUARE),
-  "imu": EncoderSpec(512, 6, 8, (2000,), (8,), channels=6),
-  "tactile": EncoderSpec(768, 12, 12, channels=3, **_SQUARE),
-  "eeg": EncoderSpec(768, 6, 6, (512,), (1,), channels=128, stem_bias=True),
+  "image": _spec(1280, 32, 16, **_VISION),
+  "text": _spec(1024, 24, 16, (77,), bias_kv=False),
+  "audio": _spec(768, 12, 12, (128, 204), (16, 16), (10, 10)),
+  "depth": _spec(384, 12, 8, **_SQUARE),
+  "thermal": _spec(768, 12, 12, **_SQUARE),
+  "imu": _spec(512, 6, 8, (2000,), (8,), channels=6),
+  "tactile": _spec(768, 12, 12, channels=3, **_SQUARE),
+  "eeg": _spec(768, 6, 6, (512,), (1,), channels=128, stem_bias=True),
 }
 
 # Initial value of the learnable factor on the cosine of the shared embedding; the image has none (spec section 1.7).

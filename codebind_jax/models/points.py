@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from codebind_jax.models.transformer import Transformer, layer_norm
+from codebind_jax.models.transformer import BlockSpec, Transformer, layer_norm
 
 
 class Points(nn.Module):
@@ -49,4 +49,4 @@ class Points(nn.Module):
     x = x + nn.Dense(self.width, name="centre2")(nn.gelu(nn.Dense(self.width, name="centre1")(centres)))
     x = nn.Dropout(self.dropout, broadcast_dims=(2,), deterministic=not train)(x)
     x = jnp.concatenate([first, x], axis=1)
-    return layer_norm("norm")(Transformer(self.depth, self.heads, name="blocks")(x))
+    return layer_norm("norm")(Transformer(self.depth, BlockSpec(self.heads), name="blocks")(x))

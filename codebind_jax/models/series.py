@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from codebind_jax.models.transformer import Transformer, layer_norm
+from codebind_jax.models.transformer import BlockSpec, Transformer, layer_norm
 
 
 class Series(nn.Module):
@@ -37,5 +37,5 @@ class Series(nn.Module):
     first = self.param("cls_token", nn.initializers.normal(0.02), (self.width,))
     x = jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], 1, self.width)), x], axis=1)
     x = x + self.param("positions", nn.initializers.normal(0.02), x.shape[1:])
-    x = Transformer(self.depth, self.heads, name="blocks")(x)
+    x = Transformer(self.depth, BlockSpec(self.heads), name="blocks")(x)
     return layer_norm("norm")(x)

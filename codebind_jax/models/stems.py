@@ -34,14 +34,15 @@ def cubic_matrix(size: int, new_size: int) -> np.ndarray:
 
 
 def resize_positions(
-  positions: Float[Array, "n d"], grid: tuple[int, ...], new_grid: tuple[int, ...]
+  positions: Float[Array, "n d"], grid: tuple[int, ...], new_grid: tuple[int, ...], prefix: int = 1
 ) -> Float[Array, "m d"]:
   """Positions of a class token and a patch grid, interpolated to another grid of the same rank.
 
   Args:
-    positions: row 0 is the class token's, then the grid in row-major order.
+    positions: `prefix` rows, such as the class token's, then the grid in row-major order.
     grid: grid of `positions`.
     new_grid: grid of the result.
+    prefix: rows before the grid, which stay as they are.
 
   Raises:
     ValueError: if the ranks of the grids differ.
@@ -50,12 +51,12 @@ def resize_positions(
     raise ValueError(f"new_grid: {new_grid} has another rank than the stem's grid {grid}")
   if grid == new_grid:
     return positions
-  cells = positions[1:].reshape(*grid, -1)
+  cells = positions[prefix:].reshape(*grid, -1)
   for axis, (size, new_size) in enumerate(zip(grid, new_grid)):
     if size != new_size:
       matrix = jnp.asarray(cubic_matrix(size, new_size), cells.dtype)
       cells = jnp.moveaxis(jnp.tensordot(matrix, cells, axes=(1, axis)), 0, axis)
-  return jnp.concatenate([positions[:1], cells.reshape(-1, positions.shape[-1])])
+  return jnp.concatenate([positions[:prefix], cells.reshape(-1, positions.shape[-1])])
 
 
 def patch_grid(size: tuple[int, ...], patch: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
@@ -82,6 +83,10 @@ class PatchStem(nn.Module):
     stride: step between patches; () means `patch`, so that they do not overlap.
     norm: LayerNorm on the patch tokens (all ImageBind stems but the image's).
     bias: bias of the convolution (EEG).
+    class_token: whether there is one.
+    registers: learned tokens after the class token, without positions (DINOv2 with registers, DINOv3).
+    learned: whether there are learned positions.
+    class_position: whether one of them is the class token's.
     dtype: compute type.
   """
 
@@ -91,14 +96,18 @@ class PatchStem(nn.Module):
   stride: tuple[int, ...] = ()
   norm: bool = True
   bias: bool = False
+  class_token: bool = True
+  registers: int = 0
+  learned: bool = True
+  class_position: bool = True
   dtype: Any = None
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b *size c"]) -> tuple[Float[Array, "b n d"], Float[Array, "n d"]]:
+  def __call__(self, x: Float[Array, "b *size c"]) -> tuple[Float[Array, "b n d"], Float[Array, "n d"] | None]:
     """Embeds a batch; a single image given to a clip stem is repeated along time.
 
     Returns:
-      tokens (class token first, positions added) and the positions alone, for the decoder.
+      tokens (class token, registers, patches; positions added) and the positions alone, for the decoder, or None.
 
     Raises:
       ValueError: if the input's rank or size does not fit the patches.
@@ -114,9 +123,22 @@ class PatchStem(nn.Module):
     tokens = keep_rows(conv(x)).reshape(x.shape[0], -1, self.width)
     if self.norm:
       tokens = layer_norm("norm", dtype=self.dtype, eps=STEM_EPS)(tokens)
-    cls_token = self.param("cls_token", nn.initializers.normal(self.width**-0.5), (self.width,))
-    shape = (1 + math.prod(stem_grid), self.width)
-    positions = self.param("positions", nn.initializers.truncated_normal(0.02), shape)
-    positions = resize_positions(positions, stem_grid, grid).astype(tokens.dtype)
-    first = jnp.broadcast_to(cls_token.astype(tokens.dtype), (x.shape[0], 1, self.width))
-    return jnp.concatenate([first, tokens], axis=1) + positions, positions
+    first = lambda value: jnp.broadcast_to(value.astype(tokens.dtype), (x.shape[0], *value.shape[-2:]))
+    positions, prefix = None, int(self.class_token and self.class_position)
+    if self.class_token:
+      cls_token = first(self.param("cls_token", nn.initializers.normal(self.width**-0.5), (self.width,))[None])
+    if self.learned:
+      shape = (prefix + math.prod(stem_grid), self.width)
+      positions = self.param("positions", nn.initializers.truncated_normal(0.02), shape)
+      positions = resize_positions(positions, stem_grid, grid, prefix).astype(tokens.dtype)
+      if prefix:
+        tokens = jnp.concatenate([cls_token, tokens], axis=1) + positions
+      else:
+        tokens = tokens + positions
+    if self.class_token and not (prefix and self.learned):
+      tokens = jnp.concatenate([cls_token, tokens], axis=1)
+    if self.registers:
+      registers = first(self.param("registers", nn.initializers.normal(0.02), (self.registers, self.width)))
+      at = int(self.class_token)
+      tokens = jnp.concatenate([tokens[:, :at], registers, tokens[:, at:]], axis=1)
+    return tokens, positions

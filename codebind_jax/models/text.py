@@ -44,6 +44,13 @@ class TextStem(nn.Module):
     return keep_rows(embed(ids)) + positions, positions
 
 
-def pool_at_end(tokens: Float[Array, "b n d"], ids: Int[Array, "b n"]) -> Float[Array, "b 1 d"]:
-  """The token at argmax(id): CLIP's end-of-text has the largest id; the first one wins."""
-  return jnp.take_along_axis(tokens, jnp.argmax(ids, axis=1)[:, None, None], axis=1)
+def pool_at_end(tokens: Float[Array, "b n d"], ids: Int[Array, "b n"], end_id: int = -1) -> Float[Array, "b 1 d"]:
+  """The token at the first end mark.
+
+  Args:
+    tokens: of the texts.
+    ids: of the tokens.
+    end_id: of the end mark; -1 for the largest id in each text, as CLIP's end mark has the largest one of all.
+  """
+  at = jnp.argmax(ids if end_id < 0 else ids == end_id, axis=1)
+  return jnp.take_along_axis(tokens, at[:, None, None], axis=1)

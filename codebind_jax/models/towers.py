@@ -15,13 +15,8 @@ from jaxtyping import Array, Float
 
 from codebind_jax.models.bodies import BODIES, body_class
 from codebind_jax.models.decoder import Decoder
+from codebind_jax.models.heads import INITS, Head
 from codebind_jax.schema import DERIVED, Frozen, Regex, above, at_least, check_keys, to_plain, within
-
-INITS = {
-  "orthogonal": nn.initializers.orthogonal(),
-  "lecun": nn.initializers.lecun_normal(),
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class DecoderSpec:
@@ -130,25 +125,6 @@ class ModelSpec:
   def specific_dims(self) -> dict[str, int]:
     """Modality -> width of its specific part."""
     return {name: tower.specific_dim for name, tower in self.towers.items()}
-
-
-class Head(nn.Module):
-  """LayerNorm and a linear map without bias on all tokens (spec 1.3); optionally one hidden layer."""
-
-  width: int
-  hidden: int = 0
-  dropout: float = 0.0
-  start: str = "orthogonal"
-
-  @nn.compact
-  def __call__(self, tokens: Float[Array, "b n c"], train: bool = False) -> Float[Array, "b n d"]:
-    """Maps tokens to `width`; dropout needs an rng named `dropout` when `train`."""
-    x = nn.LayerNorm(epsilon=1e-6, name="norm")(tokens)
-    x = nn.Dropout(self.dropout)(x, deterministic=not train)
-    if self.hidden:
-      x = nn.gelu(nn.Dense(self.hidden, name="hidden")(x))
-      x = nn.Dropout(self.dropout)(x, deterministic=not train)
-    return nn.Dense(self.width, use_bias=False, kernel_init=INITS[self.start], name="proj")(x)
 
 
 def whitening(x: Float[np.ndarray, "n c"], power: float, shrink: float = 0.1) -> Float[np.ndarray, "c c"]:

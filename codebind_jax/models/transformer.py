@@ -1,10 +1,13 @@
-"""Pre-LN transformer of the ImageBind family: exact GELU, optional learned key/value token, optional causal mask."""
+"""Transformer blocks of the published encoders: one form for all, described by a `BlockSpec`."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -13,80 +16,108 @@ from codebind_jax.runtime.sharding import keep_rows
 
 TRUNK_EPS = 1e-6
 
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+  "gelu": lambda x: nn.gelu(x, approximate=False),
+  "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+  "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+  "swiglu": lambda x: nn.silu(x),  # of the gate, which multiplies the value
+}
+
 
 def layer_norm(name: str, *, dtype: Any = None, eps: float = TRUNK_EPS) -> nn.LayerNorm:
   """LayerNorm over the last axis with statistics in float32 whatever `dtype` is."""
   return nn.LayerNorm(epsilon=eps, dtype=dtype, use_fast_variance=False, name=name)
 
 
-class Linear(nn.Module):
-  """Dense layer that can carry a low-rank adapter: y = x W + b + (x A) B (LoRA, arXiv 2106.09685, equation 3).
-
-  x A is computed first, so that a frozen W needs no gradient of its size.
+@dataclasses.dataclass(frozen=True)
+class BlockSpec:
+  """Form of a block.
 
   Attributes:
-    features: width of the output.
-    use_bias: whether there is a bias b.
-    rank: of the adapter; 0 for none. B starts at 0, so that nothing changes at first.
-    dtype: compute type; parameters stay float32.
+    heads: attention heads; must divide the width.
+    mlp: width of the hidden layer; 0 for 4 times the width.
+    act: activation of the hidden layer: exact GELU, its tanh form, x sigmoid(1.702 x) (OpenAI's CLIP), or SwiGLU,
+      where `fc1` has 2 `mlp` outputs, the gate first.
+    eps: of the LayerNorms.
+    qkv_bias: whether `qkv` has a bias.
+    bias_kv: adds one learned key and value, appended last, which every token attends to (ImageBind's sensors).
+    layer_scale: a learned factor a channel on what attention and MLP add (DINOv2).
+    sub_norm: LayerNorm before the last layer of attention and MLP (EVA02).
+    post_norm: x + norm(attention(x)) instead of x + attention(norm(x)), and so with the MLP (EVA02-CLIP enormous).
   """
 
-  features: int
-  use_bias: bool = True
-  rank: int = 0
-  dtype: Any = None
+  heads: int
+  mlp: int = 0
+  act: Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"] = "gelu"
+  eps: float = TRUNK_EPS
+  qkv_bias: bool = True
+  bias_kv: bool = False
+  layer_scale: bool = False
+  sub_norm: bool = False
+  post_norm: bool = False
 
-  @nn.compact
-  def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b d"]:
-    """Applies the layer to the last axis."""
-    width = x.shape[-1]
-    kernel = self.param("kernel", nn.initializers.lecun_normal(), (width, self.features))
-    bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
-    cast = lambda value: value if self.dtype is None else jnp.asarray(value, self.dtype)
-    y = cast(x) @ cast(kernel)
-    if self.rank:
-      bound = width**-0.5
-      draw = lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
-      a = self.param("lora_a", draw, (width, self.rank))
-      y = y + cast(x) @ cast(a) @ cast(self.param("lora_b", nn.initializers.zeros, (self.rank, self.features)))
-    return y if bias is None else y + cast(bias)
+
+@flax.struct.dataclass
+class Rope:
+  """Rotary positions: each token's queries and keys are turned, channel pair by channel pair (arXiv 2104.09864).
+
+  Attributes:
+    sin, cos: [n, d] of a head's channels; 0 and 1 leave a token as it is (class tokens, registers).
+    interleaved: pairs are neighbouring channels (EVA, Perception Encoder), else channels i and i + d / 2 (DINOv3).
+  """
+
+  sin: Any
+  cos: Any
+  interleaved: bool = flax.struct.field(pytree_node=False, default=False)
+
+  def __call__(self, x: Float[Array, "b n h d"]) -> Float[Array, "b n h d"]:
+    """The turned queries or keys, computed in float32."""
+    wide = x.astype(jnp.float32)
+    if self.interleaved:
+      turned = jnp.stack([-wide[..., 1::2], wide[..., ::2]], axis=-1).reshape(x.shape)
+    else:
+      first, second = jnp.split(wide, 2, axis=-1)
+      turned = jnp.concatenate([-second, first], axis=-1)
+    return (wide * self.cos[:, None] + turned * self.sin[:, None]).astype(x.dtype)
 
 
 class Attention(nn.Module):
   """Multi-head self-attention with a fused projection `qkv` [d, 3d]; softmax in float32.
 
   Attributes:
-    heads: number of heads; must divide the width.
-    bias_kv: adds one learned key and value, appended last, which every token attends to.
-    qkv_bias: whether `qkv` has a bias (towers: yes, decoder: no).
-    dtype: compute type; parameters stay float32.
-    lora_rank: of the adapters of `qkv` and `out`; 0 for none.
+    spec: form of the block.
+    dtype: compute type; parameters keep theirs.
   """
 
-  heads: int
-  bias_kv: bool = False
-  qkv_bias: bool = True
+  spec: BlockSpec
   dtype: Any = None
-  lora_rank: int = 0
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b n d"], mask: Bool[Array, "n n"] | None = None) -> Float[Array, "b n d"]:
-    """Attends over the tokens; `mask` is True where a row may attend to a column.
+  def __call__(
+    self, x: Float[Array, "b n d"], mask: Bool[Array, "..."] | None = None, rope: Rope | None = None
+  ) -> Float[Array, "b n d"]:
+    """Attends over the tokens; `mask` [n, n] or [b, 1, n, n] is True where a row may attend to a column.
 
     Raises:
       ValueError: if `heads` does not divide the width.
     """
-    width = x.shape[-1]
-    if width % self.heads:
-      raise ValueError(f"heads: {self.heads} does not divide the width {width}")
-    qkv = Linear(3 * width, self.qkv_bias, self.lora_rank, self.dtype, name="qkv")(x)
-    q, k, v = (part.reshape(*x.shape[:2], self.heads, -1) for part in jnp.split(qkv, 3, axis=-1))
-    if self.bias_kv:
+    spec, width = self.spec, x.shape[-1]
+    if width % spec.heads:
+      raise ValueError(f"heads: {spec.heads} does not divide the width {width}")
+    qkv = nn.Dense(3 * width, spec.qkv_bias, dtype=self.dtype, name="qkv")(x)
+    q, k, v = (part.reshape(*x.shape[:2], spec.heads, -1) for part in jnp.split(qkv, 3, axis=-1))
+    if rope is not None:
+      q, k = rope(q), rope(k)
+    if spec.bias_kv:
       k, v = (self._append(part, name) for part, name in ((k, "bias_k"), (v, "bias_v")))
       if mask is not None:
-        mask = jnp.pad(mask, ((0, 0), (0, 1)), constant_values=True)
-    out = jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else mask[None, None])
-    return Linear(width, True, self.lora_rank, self.dtype, name="out")(out.reshape(x.shape))
+        mask = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, 1)], constant_values=True)
+    if mask is not None and mask.ndim == 2:
+      mask = mask[None, None]
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask).reshape(x.shape)
+    if spec.sub_norm:
+      out = layer_norm("norm", dtype=self.dtype, eps=spec.eps)(out)
+    return nn.Dense(width, dtype=self.dtype, name="out")(out)
 
   def _append(self, x: Array, name: str) -> Array:
     token = self.param(name, nn.initializers.normal(x[0, 0].size ** -0.5), (x[0, 0].size,))
@@ -95,34 +126,45 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-  """Two linear layers with the exact (erf) GELU between them."""
+  """Two linear layers with the spec's activation between them; attributes as in `Attention`."""
 
-  ratio: int = 4
+  spec: BlockSpec
   dtype: Any = None
-  lora_rank: int = 0
 
   @nn.compact
   def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
     """Applies the layers to every token."""
-    hidden = Linear(self.ratio * x.shape[-1], True, self.lora_rank, self.dtype, name="fc1")(x)
-    return Linear(x.shape[-1], True, self.lora_rank, self.dtype, name="fc2")(nn.gelu(hidden, approximate=False))
+    spec, width = self.spec, x.shape[-1]
+    hidden, gated = spec.mlp or 4 * width, spec.act == "swiglu"
+    h = nn.Dense((1 + gated) * hidden, dtype=self.dtype, name="fc1")(x)
+    act = ACTIVATIONS[spec.act]
+    h = act(h[..., :hidden]) * h[..., hidden:] if gated else act(h)
+    if spec.sub_norm:
+      h = layer_norm("norm", dtype=self.dtype, eps=spec.eps)(h)
+    return nn.Dense(width, dtype=self.dtype, name="fc2")(h)
 
 
 class Block(nn.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x)). Attributes as in `Attention`."""
+  """x + attention(norm(x)), then x + mlp(norm(x)), in the form of `spec`. Attributes as in `Attention`."""
 
-  heads: int
-  bias_kv: bool = False
-  qkv_bias: bool = True
+  spec: BlockSpec
   dtype: Any = None
-  lora_rank: int = 0
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b n d"], mask: Bool[Array, "n n"] | None = None) -> Float[Array, "b n d"]:
-    """One block; see `Attention` for `mask`."""
-    attention = Attention(self.heads, self.bias_kv, self.qkv_bias, self.dtype, self.lora_rank, name="attn")
-    x = x + attention(layer_norm("norm1", dtype=self.dtype)(x), mask)
-    return x + Mlp(dtype=self.dtype, lora_rank=self.lora_rank, name="mlp")(layer_norm("norm2", dtype=self.dtype)(x))
+  def __call__(
+    self, x: Float[Array, "b n d"], mask: Bool[Array, "..."] | None = None, rope: Rope | None = None
+  ) -> Float[Array, "b n d"]:
+    """One block; see `Attention` for `mask` and `rope`."""
+    attention = Attention(self.spec, self.dtype, name="attn")
+    x = self._added(x, 1, lambda y: attention(y, mask, rope))
+    return self._added(x, 2, Mlp(self.spec, self.dtype, name="mlp"))
+
+  def _added(self, x: Array, number: int, branch: Callable[[Array], Array]) -> Array:
+    norm = layer_norm(f"norm{number}", dtype=self.dtype, eps=self.spec.eps)
+    y = norm(branch(x)) if self.spec.post_norm else branch(norm(x))
+    if self.spec.layer_scale:
+      y = y * self.param(f"scale{number}", nn.initializers.ones, (x.shape[-1],)).astype(y.dtype)
+    return x + y
 
 
 class Transformer(nn.Module):
@@ -130,39 +172,62 @@ class Transformer(nn.Module):
 
   Attributes:
     depth: number of blocks.
-    heads, bias_kv, qkv_bias, dtype, lora_rank: as in `Attention`.
-    pre_norm: LayerNorm before the first block (vision).
-    causal: a token attends to itself and earlier tokens (text).
+    spec: form of the blocks.
+    pre_norm: LayerNorm before the first block (CLIP's images).
+    causal: a token attends to itself and earlier tokens (CLIP's text).
     remat: recompute activations in the backward pass instead of keeping them.
     scan: one block compiled once, its parameters [depth, ...] under `blocks`: deep trunks compile many times faster.
+    dtype: compute type; parameters keep theirs.
   """
 
   depth: int
-  heads: int
-  bias_kv: bool = False
-  qkv_bias: bool = True
+  spec: BlockSpec
   pre_norm: bool = False
   causal: bool = False
   remat: bool = False
   scan: bool = False
   dtype: Any = None
-  lora_rank: int = 0
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-    """Maps tokens (with positions added) to tokens."""
+  def __call__(
+    self, x: Float[Array, "b n d"], mask: Bool[Array, "..."] | None = None, rope: Rope | None = None
+  ) -> Float[Array, "b n d"]:
+    """Maps tokens (with positions added) to tokens; `mask` is beside the causal one, see `Attention`."""
     x = x if self.dtype is None else x.astype(self.dtype)
-    mask = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool)) if self.causal else None
+    if self.causal:
+      causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
+      mask = causal if mask is None else causal & mask
     if self.pre_norm:
-      x = layer_norm("pre_norm", dtype=self.dtype)(x)
-    options = (self.heads, self.bias_kv, self.qkv_bias, self.dtype, self.lora_rank)
+      x = layer_norm("pre_norm", dtype=self.dtype, eps=self.spec.eps)(x)
     if self.scan:
       # A loop already keeps the recomputation separate; the barrier of `prevent_cse` would only cost memory.
       block = nn.remat(Block, prevent_cse=False) if self.remat else Block
-      run = nn.scan(lambda block, x, mask: (block(keep_rows(x), mask), None), variable_axes={"params": 0},
+      run = nn.scan(lambda block, x, mask, rope: (block(keep_rows(x), mask, rope), None), variable_axes={"params": 0},
                     split_rngs={"params": True}, in_axes=nn.broadcast, length=self.depth)  # fmt: skip
-      return run(block(*options, name="blocks"), x, mask)[0]
+      return run(block(self.spec, self.dtype, name="blocks"), x, mask, rope)[0]
     block = nn.remat(Block) if self.remat else Block
     for i in range(self.depth):
-      x = block(*options, name=f"blocks_{i}")(keep_rows(x), mask)
+      x = block(self.spec, self.dtype, name=f"blocks_{i}")(keep_rows(x), mask, rope)
     return x
+
+
+class AttentionPool(nn.Module):
+  """A learned query that attends to all tokens, and an MLP with a residual after it (the MAP head of SigLIP).
+
+  Parameters: `probe` [d], `q` [d, d], `kv` [d, 2d], `out`, `norm`, `mlp`. Attributes as in `Attention`.
+  """
+
+  spec: BlockSpec
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b 1 d"]:
+    """The pooled token."""
+    width, dense = x.shape[-1], lambda dim, name: nn.Dense(dim, dtype=self.dtype, name=name)
+    probe = self.param("probe", nn.initializers.normal(0.02), (width,)).astype(x.dtype)
+    split = lambda y: y.reshape(*y.shape[:-1], self.spec.heads, -1)
+    q = split(dense(width, "q")(jnp.broadcast_to(probe, (x.shape[0], 1, width))))
+    k, v = (split(part) for part in jnp.split(dense(2 * width, "kv")(x), 2, axis=-1))
+    pooled = dense(width, "out")(jax.nn.dot_product_attention(q, k, v).reshape(x.shape[0], 1, width))
+    normed = layer_norm("norm", dtype=self.dtype, eps=self.spec.eps)(pooled)
+    return pooled + Mlp(self.spec, self.dtype, name="mlp")(normed)

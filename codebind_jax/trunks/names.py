@@ -1,0 +1,149 @@
+"""A family's names: parameters of a flax module from the arrays of a checkpoint under their official names.
+
+A family gives rules `(path, names)`: a regex of our path, matched in full, and a template of official names. In a
+template {0}, {1} are the regex's groups and {kind} is weight or bias (of a kernel or scale, of a bias). "a|b" are
+alternatives, of which the first that the checkpoint has is taken; "a+b+c" are joined along the output axis (separate
+query, key and value), where "0" stands for zeros (a key without bias).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from codebind_jax.trunks.checkpoint_files import Entry, Weights
+
+Rules = Sequence[tuple[str, str]]
+KINDS = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+
+
+def from_torch(value: np.ndarray, path: str, shape: tuple[int, ...]) -> np.ndarray:
+  """PyTorch layout -> flax layout: linear [out, in] transposed, convolutions channels last, leading ones dropped."""
+  if path.endswith("deconv/kernel"):
+    # PyTorch's transposed convolution is the gradient of a convolution: its kernel is flax's mirrored.
+    return np.moveaxis(np.flip(value, range(2, value.ndim)), (0, 1), (-2, -1))
+  if path.endswith("patch/kernel"):
+    if value.ndim == 2 and value.size == math.prod(shape):
+      value = value.reshape(-1, shape[-2], *shape[:-2])  # a linear layer over [channels, samples] (ImageBind's IMU)
+    return np.moveaxis(value, (0, 1), (-1, -2))
+  if path.endswith("kernel"):
+    return value.T
+  return value.reshape([n for i, n in enumerate(value.shape) if n != 1 or i >= value.ndim - len(shape)])
+
+
+def as_is(value: np.ndarray, path: str, shape: tuple[int, ...]) -> np.ndarray:
+  """Flax layout: heads of an attention are folded into the width, other values stay."""
+  return value.reshape(shape) if value.size == math.prod(shape) else value
+
+
+def load(
+  shapes: Any,
+  weights: Weights,
+  rules: Rules,
+  *,
+  convert: Callable[[np.ndarray, str, tuple[int, ...]], np.ndarray] = from_torch,
+  ignored: Sequence[str] = (),
+  dont_load: Sequence[str] = (),
+  start: Any = None,
+) -> Any:
+  """Parameters with a checkpoint's values, each read, converted and put in its place before the next one is read.
+
+  Args:
+    shapes: tree of arrays or `jax.ShapeDtypeStruct`; where these have a sharding, values are placed in it. Parameters
+      of scanned blocks, `.../blocks/...`, are stacked of those that the rules name `.../blocks_0/...` and so on.
+    weights: the checkpoint.
+    rules: of the family, see this module.
+    convert: (array, our path, our shape) -> the array in flax layout; `from_torch` or `as_is`.
+    ignored: regexes of official names that are not needed; any other that no parameter uses is an error.
+    dont_load: regexes of our paths that keep their value in `start`.
+    start: tree of initial values, needed for `dont_load`.
+
+  Raises:
+    ValueError: naming every missing, superfluous and misshapen array.
+  """
+  missing, wrong, used = [], [], set()
+  keep = lambda path: any(re.fullmatch(pattern, path) for pattern in dont_load)
+
+  def names_of(path: str, needed: bool = True) -> list[str] | None:
+    kind = KINDS.get(path.rsplit("/", 1)[-1], "")
+    for pattern, template in rules:
+      if match := re.fullmatch(pattern, path):
+        options = [name.format(*match.groups(), kind=kind).split("+") for name in template.split("|")]
+        found = next((o for o in options if all(n == "0" or n in weights for n in o)), None)
+        if found is None and needed:
+          missing.append(f"{' or '.join('+'.join(o) for o in options)} (for {path})")
+        return found
+    if needed:
+      missing.append(f"a rule for {path}")
+    return None
+
+  def value_of(path: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray | None:
+    names = names_of(path)
+    if names is None:
+      return None
+    used.update(names)
+    parts = [None if name == "0" else weights[name].read() for name in names]
+    known = next(part for part in parts if part is not None)
+    part_shape = (*shape[:-1], shape[-1] // len(parts)) if shape else shape
+    arrays = [convert(np.zeros_like(known) if part is None else part, path, part_shape) for part in parts]
+    value = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
+    if value.shape != shape:
+      wrong.append(f"{'+'.join(names)} {tuple(known.shape)} for {path} {shape}")
+      return None
+    return value
+
+  def place(path: Any, leaf: Any, initial: Any = None) -> Any:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if keep(name):
+      used.update(names_of(name, needed=False) or ())
+      return initial
+    shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
+    if "/blocks/" in f"/{name}":
+      layers = [value_of(f"/{name}".replace("/blocks/", f"/blocks_{i}/")[1:], shape[1:], dtype) for i in range(shape[0])]
+      value = None if any(layer is None for layer in layers) else np.stack([layer.astype(dtype) for layer in layers])
+    else:
+      value = value_of(name, shape, dtype)
+    if value is None or missing or wrong:
+      return leaf
+    sharding = getattr(leaf, "sharding", None)
+    value = np.asarray(value, dtype)
+    if sharding is None:
+      return jax.numpy.asarray(value)
+    return jax.make_array_from_callback(shape, sharding, lambda index: value[index])
+
+  extra = (start,) if start is not None else ()
+  loaded = jax.tree_util.tree_map_with_path(place, shapes, *extra)
+  superfluous = sorted(n for n in weights if n not in used and not any(re.fullmatch(p, n) for p in ignored))
+  if missing or superfluous or wrong:
+    raise ValueError(f"{weights.name}: missing {missing}; superfluous {superfluous}; wrong shape {wrong}")
+  return loaded
+
+
+def stacked_as_layers(weights: Weights, pattern: str) -> Weights:
+  """The checkpoint with every array that `pattern` matches, stacked over layers, split into one entry a layer.
+
+  Args:
+    weights: the checkpoint.
+    pattern: regex, searched, with one group: "(encoderblock)/" gives "encoderblock_0/", "encoderblock_1/", ...
+  """
+  entries = {}
+  for name, entry in weights.items():
+    match = re.search(pattern, name)
+    if not match:
+      entries[name] = entry
+      continue
+    at = match.end(1)
+    for i in range(entry.shape[0]):
+      entries[f"{name[:at]}_{i}{name[at:]}"] = Entry(entry.shape[1:], entry.dtype, lambda e=entry, i=i: e.read()[i])
+  return Weights(entries, weights.files)
+
+
+def depth_of(weights: Mapping[str, Any], pattern: str) -> int:
+  """Number of layers: one more than the largest number that `pattern`'s group finds in the names; 0 for none."""
+  numbers = [int(match[1]) for name in weights if (match := re.search(pattern, name))]
+  return max(numbers, default=-1) + 1

@@ -1,0 +1,111 @@
+"""Pictures as published image encoders want them: resized and cropped by PIL, uint8 until the device."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from codebind_jax.data.transforms import image as image_transforms
+from codebind_jax.trunks.base import Input
+
+RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # PIL's numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+  """Resize and middle crop of RGB pixels.
+
+  Attributes:
+    size: (height, width) of the result.
+    resize: "shortest": the shorter side becomes `edge`, the longer one is rounded down; "squash": both sides become
+      `size`; "longest": the longer side becomes that of `size`, the rest is filled with `fill`; "none".
+    edge: of "shortest"; 0 for the shorter side of `size`.
+    resample: PIL's number of the filter, antialiased when it shrinks.
+    crop: rounding of an odd margin of the middle crop: "down" (transformers) or "even" (torchvision, to the even one).
+    fill: grey value of what the picture does not cover.
+  """
+
+  size: tuple[int, int]
+  resize: Literal["shortest", "squash", "longest", "none"] = "shortest"
+  edge: int = 0
+  resample: int = RESAMPLE["bicubic"]
+  crop: Literal["down", "even"] = "down"
+  fill: int = 0
+
+  def __call__(self, pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "i j 3"]:
+    """The prepared pixels."""
+    h, w = pixels.shape[:2]
+    if self.resize == "shortest":
+      short, long = min(h, w), max(h, w)
+      edge = self.edge or min(self.size)
+      new = (edge, int(edge * long / short))
+      pixels = self._resized(pixels, new if h <= w else new[::-1])
+    elif self.resize == "squash":
+      pixels = self._resized(pixels, self.size)
+    elif self.resize == "longest":
+      scale = min(self.size[0] / h, self.size[1] / w)
+      pixels = self._resized(pixels, (max(1, round(h * scale)), max(1, round(w * scale))))
+    return self._cropped(pixels)
+
+  def _resized(self, pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    if pixels.shape[:2] == size:
+      return pixels
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    return np.asarray(image.resize((size[1], size[0]), Image.Resampling(self.resample)))
+
+  def _cropped(self, pixels: np.ndarray) -> np.ndarray:
+    if pixels.shape[:2] == tuple(self.size):
+      return np.ascontiguousarray(pixels)
+    out = np.full((*self.size, 3), self.fill, np.uint8)
+    source, target = [], []
+    for have, want in zip(pixels.shape[:2], self.size):
+      margin = abs(have - want)
+      start = margin // 2 if self.crop == "down" else round(margin / 2)
+      inside, whole = slice(start, start + min(have, want)), slice(0, min(have, want))
+      source.append(inside if have > want else whole)
+      target.append(whole if have > want else inside)
+    out[tuple(target)] = pixels[tuple(source)]
+    return out
+
+
+def picture_input(picture: Picture) -> Input:
+  """Input of an encoder of RGB images."""
+  revision = f"{image_transforms.REVISION} {picture}"
+  read = lambda value: picture(image_transforms.read(value))
+  return Input((*picture.size, 3), "uint8", read, revision=revision)
+
+
+def processor_picture(config: Mapping[str, Any], size: tuple[int, int], where: str | Path) -> Picture:
+  """The `Picture` of a Hugging Face `preprocessor_config.json` (an image processor).
+
+  Args:
+    config: its content.
+    size: (height, width) that the encoder takes, for what the file leaves open.
+    where: the file, for errors.
+
+  Raises:
+    ValueError: for a kind of resizing that is not known, or a result of another size than the encoder takes.
+  """
+  sides = lambda value: (value, value) if isinstance(value, int) else (value["height"], value["width"])
+  wanted, crop = config.get("size", {}), config.get("crop_size", config.get("size", {}))
+  resize, edge = "none", 0
+  if config.get("do_resize", True):
+    if isinstance(wanted, int) or "shortest_edge" in wanted:
+      resize, edge = "shortest", wanted if isinstance(wanted, int) else wanted["shortest_edge"]
+    elif "height" in wanted:
+      resize = "squash"
+    elif wanted:
+      raise ValueError(f"{where}: size {wanted} is not supported; allowed: shortest_edge, or height and width")
+    else:
+      resize = "squash"
+  centred = config.get("do_center_crop", False) and crop and "shortest_edge" not in (crop if isinstance(crop, dict) else {})
+  out = sides(crop) if centred else sides(wanted) if resize == "squash" and wanted else size
+  if tuple(out) != tuple(size):
+    raise ValueError(f"{where}: gives pictures of {tuple(out)}, the encoder takes {tuple(size)}")
+  return Picture(tuple(size), resize, edge, config.get("resample", RESAMPLE["bicubic"]))
