@@ -202,13 +202,13 @@ class Release:
     return decoder, names.load(shapes, part, decoder_rules(modality))
 
   def tower(self, modality: str) -> dict[str, Any]:
-    """Parameters of one modality: {trunk: {stem, trunk}, shared, specific, decoder, log_logit_scale}, if it has them."""
+    """Parameters of one modality, as far as it has them: {trunk: {stem, trunk}, shared, specific, decoder}."""
     spec = self.encoder_spec(modality, heads=1)
     shapes = jax.eval_shape(Encoder(spec).init, jax.random.key(0), spec.example())["params"]
     params = {"trunk": self.encoder(shapes, modality), **self.heads(modality)}
     if decoder := self.decoder(modality):
       params["decoder"] = decoder[1]
-    return params | {"log_logit_scale": jnp.float32(math.log(self.logit_scale(modality)))}
+    return params
 
   def towers(self) -> dict[str, dict[str, Any]]:
     """`tower` of every modality."""
