@@ -12,11 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from codebind_jax import config as config_lib
 from codebind_jax import schema
-from codebind_jax.data import transforms
 from codebind_jax.evaluators.zeroshot import class_embeddings
 from codebind_jax.methods.base import Method
 from codebind_jax.runtime import checkpoint
@@ -74,6 +73,7 @@ class Model:
     self.config = config_lib.read(config)
     self.params, self.codebooks, self.trunks, self.batch = params, codebooks, dict(trunks or {}), batch
     self.method = config_lib.method_of(self.config)
+    self._towers = self.config.model.towers
     self._embed = _embed_step(self.method)
     self._weights: dict[str, Any] = {}  # modality -> its trunk's parameters on the devices
     self._mesh: jax.sharding.Mesh | None = None
@@ -106,10 +106,17 @@ class Model:
 
   def widths(self, modality: str) -> dict[str, int]:
     """Field of `Embeddings` -> its width, from shapes alone."""
-    trunk = self.trunk(modality)
-    token = jax.ShapeDtypeStruct((1, self.tokens_seen(modality) or trunk.num_tokens, trunk.width), np.float32)
+    shape, dtype = self._item(modality)
+    token = jax.ShapeDtypeStruct((1, *shape), dtype)
     out = jax.eval_shape(self._embed, self.params, self.codebooks, {modality: token})[modality]
     return {name: column.shape[-1] for name, column in zip(_FIELDS, _columns(out))}
+
+  def _item(self, modality: str) -> tuple[tuple[int, ...], str]:
+    """Shape and type of one item as the tower takes it: the class token, or a prepared item."""
+    trunk = self.trunk(modality)
+    if self._towers[modality].cache:
+      return (self.tokens_seen(modality) or trunk.num_tokens, trunk.width), "float32"
+    return trunk.input.shape, trunk.input.dtype
 
   def trunk(self, modality: str) -> Any:
     """The trunk of a modality; its first use fetches and loads it."""
@@ -133,9 +140,9 @@ class Model:
     self._check(inputs)
     return {m: self.embed_tokens(m, self.tokens(m, items)) for m, items in inputs.items()}
 
-  def tokens(self, modality: str, items: Sequence[Any]) -> Float[np.ndarray, "n t c"]:
-    """Trunk tokens of raw items, float32 [N, T, C]."""
-    trunk, tokens = self.trunk(modality), []
+  def tokens(self, modality: str, items: Sequence[Any]) -> Shaped[np.ndarray, "n ..."]:
+    """Raw items as the tower takes them: trunk tokens, float32 [N, T, C], or prepared items [N, *shape]."""
+    tokens = []
     for start in range(0, len(items), self.trunk_rows):
       prepared = []
       for number, item in enumerate(items[start : start + self.trunk_rows], start):
@@ -144,7 +151,8 @@ class Model:
         except ValueError as error:
           raise ValueError(f"{modality}[{number}]: {error}") from error
       tokens.append(self.trunk_tokens(modality, prepared))
-    return np.concatenate(tokens) if tokens else np.zeros((0, trunk.num_tokens, trunk.width), np.float32)
+    shape, dtype = self._item(modality)
+    return np.concatenate(tokens) if tokens else np.zeros((0, *shape), dtype)
 
   def prepare(self, modality: str, item: Any) -> np.ndarray:
     """One raw item preprocessed for the trunk, on the host; safe in several threads once the trunk is loaded.
@@ -153,12 +161,20 @@ class Model:
       ValueError: if it cannot be read.
     """
     try:
-      return self.trunk(modality).preprocess(_opened(modality, item))
+      return self.trunk(modality).preprocess(self._opened(modality, item))
     except OSError as error:
       raise ValueError(str(error)) from error
 
-  def trunk_tokens(self, modality: str, prepared: Sequence[np.ndarray]) -> Float[np.ndarray, "n t c"]:
-    """Trunk tokens of at most `trunk_rows` prepared items."""
+  def _opened(self, modality: str, item: Any) -> Any:
+    """The item read as its trunk reads it if it is a path or a file's bytes; text and arrays unchanged."""
+    if modality == "text" or not isinstance(item, str | bytes | pathlib.Path):
+      return item
+    return self.trunk(modality).read(item)
+
+  def trunk_tokens(self, modality: str, prepared: Sequence[np.ndarray]) -> Shaped[np.ndarray, "n ..."]:
+    """Trunk tokens of at most `trunk_rows` prepared items; the items themselves where the trunk runs in the model."""
+    if not self._towers[modality].cache:
+      return np.stack(list(prepared))
     trunk, rows = self.trunk(modality), len(prepared)
     if modality not in self._weights:
       self._weights[modality] = self._placed(trunk.params)
@@ -172,20 +188,22 @@ class Model:
     return self.embed_tokens(modality, np.concatenate([self.trunk_tokens(modality, part)[:, :seen] for part in parts]))
 
   def tokens_seen(self, modality: str) -> int | None:
-    """Number of the trunk's tokens on which an embedding depends: 1, the class token; with a body None, for all."""
-    return None if self.config.model.towers[modality].body else 1
+    """Number of cached tokens on which an embedding depends: 1, the class token; None for a trunk in the model."""
+    return 1 if self._towers[modality].cache else None
 
-  def embed_tokens(self, modality: str, tokens: Float[np.ndarray, "n t c"]) -> Embeddings:
-    """Embeds precomputed trunk tokens, of which only the first `tokens_seen` are used."""
+  def embed_tokens(self, modality: str, tokens: Shaped[np.ndarray, "n ..."]) -> Embeddings:
+    """Embeds precomputed trunk tokens, of which only the first `tokens_seen` are used, or prepared items."""
     if not len(tokens):
       raise ValueError(f"{modality}: nothing to embed, got 0 items")
     parts = []
     for start in range(0, len(tokens), self.batch):
-      chunk = np.asarray(tokens[start : start + self.batch, : self.tokens_seen(modality)], np.float32)
+      chunk = np.asarray(tokens[start : start + self.batch])
+      if self._towers[modality].cache:
+        chunk = chunk[:, : self.tokens_seen(modality)].astype(np.float32)
       rows = len(chunk)
       # The last of several chunks is padded to the others' shape, so that one program serves all.
       padded = self._padded(self.batch if start else rows, self.batch)
-      chunk = np.pad(chunk, ((0, padded - rows), (0, 0), (0, 0)))
+      chunk = np.pad(chunk, [(0, padded - rows)] + [(0, 0)] * (chunk.ndim - 1))
       out = self._embed(self.params, self.codebooks, {modality: self._split(chunk)})[modality]
       parts.append([np.asarray(column)[:rows, 0] for column in _columns(out)])
     return Embeddings(*(np.concatenate(columns) for columns in zip(*parts)))
@@ -231,13 +249,6 @@ class Model:
     for name in inputs:
       if name not in self.modalities:
         raise ValueError(f"modality {name!r} is not in this model; it has {list(self.modalities)}")
-
-
-def _opened(modality: str, item: Any) -> Any:
-  """The item read by its modality's transform if it is a path or a file's bytes; text and arrays unchanged."""
-  if modality == "text" or not isinstance(item, str | bytes | pathlib.Path):
-    return item
-  return transforms.of(modality).read(item)
 
 
 @functools.lru_cache(maxsize=8)
