@@ -1,4 +1,4 @@
-"""A trained model in Python: `load(DIR).embed({"image": [...], "text": [...]})`."""
+"""A trained or published model in Python: `load(SOURCE).embed({"image": [...], "text": [...]})`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from codebind_jax.methods.base import Method
 from codebind_jax.runtime import checkpoint
 from codebind_jax.step import make_embed_step
 from codebind_jax.trunks import load_trunk
+from codebind_jax.trunks.families import families, family_of
 from codebind_jax.trunks.base import fingerprint
 
 _TRUNK_ROWS = 32  # items of a trunk's batch, a device
@@ -196,13 +197,14 @@ class Model:
     if not len(tokens):
       raise ValueError(f"{modality}: nothing to embed, got 0 items")
     parts = []
-    for start in range(0, len(tokens), self.batch):
-      chunk = np.asarray(tokens[start : start + self.batch])
+    batch = self.batch if self._towers[modality].cache else min(self.batch, self.trunk_rows)
+    for start in range(0, len(tokens), batch):
+      chunk = np.asarray(tokens[start : start + batch])
       if self._towers[modality].cache:
         chunk = chunk[:, : self.tokens_seen(modality)].astype(np.float32)
       rows = len(chunk)
       # The last of several chunks is padded to the others' shape, so that one program serves all.
-      padded = self._padded(self.batch if start else rows, self.batch)
+      padded = self._padded(batch if start else rows, batch)
       chunk = np.pad(chunk, [(0, padded - rows)] + [(0, 0)] * (chunk.ndim - 1))
       out = self._embed(self.params, self.codebooks, {modality: self._split(chunk)})[modality]
       parts.append([np.asarray(column)[:rows, 0] for column in _columns(out)])
@@ -265,18 +267,33 @@ def _columns(out: Any) -> tuple[Any, ...]:
   return out.shared, out.specific, out.full, out.indices_shared, out.indices_specific
 
 
-def load(path: str | pathlib.Path) -> Model:
-  """Loads a trained model from a run's folder.
+def load(source: str | pathlib.Path, *, modalities: Sequence[str] | None = None) -> Model:
+  """Loads a trained model, or a published checkpoint.
 
   Args:
-    path: the workdir of a training run.
+    source: the workdir of a training run, or a file or folder of a family that `list_pretrained` names.
+    modalities: those to load; all that the source has unless given.
 
   Raises:
-    ValueError: if the folder holds no checkpoint.
+    ValueError: if there is no such path, it is no supported checkpoint, or lacks a modality.
   """
-  folder = pathlib.Path(path).expanduser()
-  if not (folder / checkpoint.FOLDER).is_dir():
-    raise ValueError(f"{str(path)!r} is not a run's folder: it has no {checkpoint.FOLDER!r} (pass a --workdir of main)")
+  path = pathlib.Path(source).expanduser()
+  if not path.exists():
+    raise ValueError(f"{str(source)!r}: no such file or folder")
+  if (path / checkpoint.FOLDER).is_dir():
+    return _of_run(path, modalities)
+  return _published(path, modalities)
+
+
+def _chosen(wanted: Sequence[str] | None, there: Sequence[str], where: pathlib.Path) -> tuple[str, ...]:
+  """The modalities to load, each of which must be there."""
+  lacking = [name for name in wanted or () if name not in there]
+  if lacking:
+    raise ValueError(f"{where}: has no modality {lacking[0]!r}; it has {', '.join(there)}")
+  return tuple(there if wanted is None else wanted)
+
+
+def _of_run(folder: pathlib.Path, modalities: Sequence[str] | None) -> Model:
   store = checkpoint.Checkpoints(folder)
   try:
     meta, arrays = store.read_meta(), store.read_arrays()
@@ -285,4 +302,23 @@ def load(path: str | pathlib.Path) -> Model:
     store.close()
   config = config_lib.reopened(config)
   codebooks = config_lib.method_of(config).restore(arrays["codebooks"])
-  return Model(config, arrays["params"], codebooks, modalities=position["trained"])
+  return Model(config, arrays["params"], codebooks, modalities=_chosen(modalities, position["trained"], folder))
+
+
+def _published(path: pathlib.Path, modalities: Sequence[str] | None) -> Model:
+  """A model of a checkpoint's own embeddings: trunks and published heads, no codebooks and no specific parts."""
+  family = family_of(path)
+  chosen = _chosen(modalities, families()[family].modalities(path), path)
+  trunks = {name: load_trunk(family, weights=str(path), modality=name) for name in chosen}
+  widths = {name: trunk.head.module.width for name, trunk in trunks.items()}
+  if len(set(widths.values())) > 1:
+    raise ValueError(f"{path}: its embeddings have different widths, {widths}; load some of them by `modalities`")
+  towers = {
+    name: {"trunk": family, "options": {"weights": str(path), "modality": name}, "cache": False, "head": "published",
+           "logit_scale": trunk.head.logit_scale}
+    for name, trunk in trunks.items()
+  }  # fmt: skip
+  model = {"towers": towers, "shared_dim": next(iter(widths.values())), "quantize": False}
+  params = {name: {"trunk": trunk.params, "shared": trunk.head_params} for name, trunk in trunks.items()}
+  scales = {f"{name}_log_logit_scale": np.float32(np.log(trunk.head.logit_scale)) for name, trunk in trunks.items()}
+  return Model({"model": model}, params | scales, {}, trunks)

@@ -20,7 +20,10 @@ from codebind_jax.trunks.base import Trunk
 
 __all__ = ["Trunk", "frozen_by", "input_shapes", "load_trunk", "tower_trunks", "trunk_maker", "trunk_names"]
 
-_NOT_TRUNKS = ("base", "cache", "class_names", "featurize", "line_drawing", "torch_pickle", "weights")
+_NOT_TRUNKS = (
+  "base", "cache", "checkpoint_files", "class_names", "families", "featurize", "line_drawing", "names", "pictures",
+  "tokens", "torch_pickle", "weights",
+)
 
 
 def trunk_names() -> list[str]:
