@@ -23,14 +23,16 @@ from codebind_jax.models.imagebind import CLIP_MEAN, CLIP_STD
 from codebind_jax.trunks import names
 from codebind_jax.trunks.base import Input, PublishedHead, Trunk, fingerprint
 from codebind_jax.trunks.checkpoint_files import Weights, folder_weights, open_weights
+from codebind_jax.trunks.clip_tokenizer import clip_ids
 from codebind_jax.trunks.pictures import RESAMPLE, Picture, picture_input
-from codebind_jax.trunks.tokens import folder_json
+from codebind_jax.trunks.tokens import folder_json, text_input
 
 _REVISION = "open_clip-1"
 MODALITIES = ("image", "text")
 LICENCE = "as the checkpoint's model card says: MIT for OpenAI, LAION, DataComp and EVA-CLIP; MetaCLIP CC-BY-NC 4.0; Apple's own for DFN"  # fmt: skip
 
 _CONFIG = "open_clip_config.json"
+_MARKS = ("<start_of_text>", "<end_of_text>")
 _STEMS = ("open_clip_model", "open_clip_pytorch_model")
 
 
@@ -315,7 +317,7 @@ def _rules(modality: str, weights: Weights, timm: bool) -> tuple[names.Rules, na
     (r"trunk/blocks_(\d+)/scale([12])", layer + "ls_{1}.gamma"),
     (r"trunk/blocks_(\d+)/mlp/fc1/\w+", layer + "mlp.c_fc.{kind}"),
     (r"trunk/blocks_(\d+)/mlp/fc2/\w+", layer + "mlp.c_proj.{kind}"),
-  ), ((rf"norm/\w+", f"{root}{norm}.{{kind}}"),
+  ), ((r"norm/\w+", f"{root}{norm}.{{kind}}"),
       (r"proj/\w+", f"{root}{proj}.{{kind}}" if f"{root}{proj}.weight" in weights else root + proj))  # fmt: skip
 
 
@@ -393,7 +395,7 @@ def make_trunk(
   if modality == "image":
     item = _picture(picture, spec.size, where)
   else:
-    item = _text(spec)
+    item = text_input(clip_ids(spec.size[0], *_MARKS))
   heads = tuple(rule[1].format(kind="(weight|bias)").replace(".", r"\.") for rule in head_rules)
   ignored = (*(_TEXT_ONLY if modality == "image" else _IMAGE_ONLY), *_OTHER, *heads)
   start = tuple(rule[1].split("{kind}")[0] for rule in head_rules)
