@@ -241,10 +241,12 @@ def _text_spec(cfg: Mapping[str, Any], where: str | Path, quick: bool) -> Encode
   pool = cfg.get("pool_type", "argmax")
   if pool not in _TEXT_POOL:
     raise ValueError(f"{where}: text_cfg.pool_type = {pool!r} is not supported; allowed: {', '.join(_TEXT_POOL)}")
-  width = cfg.get("width", 512)
+  width, vocab = cfg.get("width", 512), cfg.get("vocab_size", 49408)
+  if vocab < 49408:
+    raise ValueError(f"{where}: text_cfg.vocab_size = {vocab} is not supported; CLIP's tokenizer has 49408 ids")
   return EncoderSpec(
     **_block(cfg, width, quick), depth=cfg.get("layers", 12), heads=cfg.get("heads", 8),
-    size=(cfg.get("context_length", 77),), vocab=cfg.get("vocab_size", 49408), pool=_TEXT_POOL[pool],
+    size=(cfg.get("context_length", 77),), vocab=vocab, pool=_TEXT_POOL[pool],
     end_id=cfg.get("eos_id", 2) if pool == "eos" else -1, causal=not cfg.get("no_causal_mask", False),
   )  # fmt: skip
 
