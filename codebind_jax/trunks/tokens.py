@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ class Ids:
     length: ids per text.
     pad_id: the id of padding, after the text.
     lower: texts are lower-cased first.
+    clean: what happens to a text before that, such as `clip_tokenizer.clean`; None for nothing.
   """
 
   tokenizer: tokenizers.Tokenizer
   length: int
   pad_id: int
   lower: bool = False
+  clean: Callable[[str], str] | None = None
 
   def __post_init__(self):
     self.tokenizer.no_padding()
@@ -44,6 +47,7 @@ class Ids:
     if not isinstance(text, str):
       raise ValueError(f"text: got {type(text).__name__}, a string is needed")
     out = np.full((self.length,), self.pad_id, np.int32)
+    text = self.clean(text) if self.clean else text
     ids = self.tokenizer.encode(text.lower() if self.lower else text).ids
     out[: len(ids)] = ids
     return out
@@ -52,8 +56,12 @@ class Ids:
 def text_input(ids: Ids) -> Input:
   """Input of a text encoder; the whole tokenizer is part of its revision."""
   vocabulary = json.dumps(json.loads(ids.tokenizer.to_str()), sort_keys=True)
-  revision = f"{text_transforms.REVISION} {ids.length} {ids.pad_id} {ids.lower} {vocabulary}"
+  revision = f"{text_transforms.REVISION} {ids.length} {ids.pad_id} {ids.lower} {_name(ids.clean)}{vocabulary}"
   return Input((ids.length,), "int32", ids, revision=revision)
+
+
+def _name(clean: Callable[[str], str] | None) -> str:
+  return f"{clean.__module__}.{clean.__qualname__} " if clean else ""
 
 
 def folder_tokenizer(folder: Path) -> tokenizers.Tokenizer:
