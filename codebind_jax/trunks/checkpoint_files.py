@@ -27,11 +27,14 @@ _WRAPPERS = ("state_dict", "model", "module")  # keys under which torch files ke
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """One array of a checkpoint: its shape and type, and a function that reads it."""
+  """One array of a checkpoint: its shape and type, a function that reads it, and, where the file allows it, one that
+  reads item i of its first axis alone.
+  """
 
   shape: tuple[int, ...]
   dtype: np.dtype
   read: Callable[[], np.ndarray] = dataclasses.field(repr=False)
+  part: Callable[[int], np.ndarray] | None = dataclasses.field(default=None, repr=False)
 
 
 class Weights(Mapping[str, Entry]):
@@ -148,8 +151,14 @@ def _safetensors(path: Path) -> Weights:
       raise ValueError(f"{path}: tensor {name!r} of shape {shape} does not fit its {stop - start} bytes")
     if 8 + length + stop > size:
       raise ValueError(f"{path}: cut short: tensor {name!r} ends at byte {8 + length + stop}, the file has {size}")
-    entries[name] = Entry(shape, dtype, _reader(path, 8 + length + start, shape, dtype))
+    entries[name] = _in_file(path, 8 + length + start, shape, dtype)
   return Weights(entries, (path,))
+
+
+def _in_file(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Entry:
+  size = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
+  part = lambda i: _reader(path, offset + i * size, shape[1:], dtype)()
+  return Entry(shape, dtype, _reader(path, offset, shape, dtype), part if shape else None)
 
 
 def _reader(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Callable[[], np.ndarray]:
@@ -178,16 +187,27 @@ def _npz(path: Path) -> Weights:
           version = np.lib.format.read_magic(file)
           header = np.lib.format
           read_header = header.read_array_header_1_0 if version == (1, 0) else header.read_array_header_2_0
-          shape, _, dtype = read_header(file)
-        name = member.removesuffix(".npy")
+          shape, by_columns, dtype = read_header(file)
+          start = file.tell()
+        name, info = member.removesuffix(".npy"), archive.getinfo(member)
         if dtype.hasobject:
           raise ValueError(f"array {name!r} holds pickled objects, which are refused")
         if dtype == np.dtype("V2"):  # how numpy saves bfloat16
           dtype = np.dtype(ml_dtypes.bfloat16)
-        entries[name] = Entry(tuple(shape), dtype, _npz_reader(path, name, dtype))
+        if info.compress_type == zipfile.ZIP_STORED and not by_columns and dtype.isnative:
+          entries[name] = _in_file(path, _data_offset(path, info) + start, tuple(shape), dtype)
+        else:
+          entries[name] = Entry(tuple(shape), dtype, _npz_reader(path, name, dtype))
   except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
     raise ValueError(f"{path}: not a readable npz file ({error})") from error
   return Weights(entries, (path,))
+
+
+def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
+  with open(path, "rb") as file:
+    file.seek(info.header_offset + 26)  # lengths of name and extra field, which the directory's may differ from
+    lengths = file.read(4)
+  return info.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
 
 
 def _npz_reader(path: Path, name: str, dtype: np.dtype) -> Callable[[], np.ndarray]:
