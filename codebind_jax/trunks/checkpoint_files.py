@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from codebind_jax.trunks.torch_pickle import load_torch_pickle
+from codebind_jax.trunks.torch_pickle import LazyTensor, open_torch_pickle
 
 ENDINGS = (".safetensors", ".npz", ".pth", ".pt", ".bin")
 _TYPES = {
@@ -91,8 +91,12 @@ def array_weights(arrays: Mapping[str, np.ndarray], path: str | Path) -> Weights
   return Weights({n: Entry(x.shape, x.dtype, lambda x=x: x) for n, x in arrays.items()}, (Path(path),))
 
 
-def open_weights(path: str | Path) -> Weights:
+def open_weights(path: str | Path, *, empty: bool = False) -> Weights:
   """The arrays of a file, or of a sharded checkpoint by its `*.index.json`.
+
+  Args:
+    path: of the file.
+    empty: whether a torch file may hold no tensors (a module without parameters).
 
   Raises:
     ValueError: naming the file, if it is missing, cut short, of an unknown kind, or names foreign code.
@@ -105,12 +109,12 @@ def open_weights(path: str | Path) -> Weights:
   with open(path, "rb") as file:
     head = file.read(9)
   if head[:4] == b"PK\x03\x04":
-    return _npz(path) if path.suffix == ".npz" else _torch(path)
+    return _npz(path) if path.suffix == ".npz" else _torch(path, empty)
   if len(head) == 9 and head[8:] == b"{":
     return _safetensors(path)
   if path.suffix in (".safetensors", ".npz"):
     raise ValueError(f"{path}: not a readable {path.suffix[1:]} file (it is damaged, or of another kind)")
-  return _torch(path)
+  return _torch(path, empty)
 
 
 def _sharded(index: Path) -> Weights:
@@ -222,21 +226,18 @@ def _npz_reader(path: Path, name: str, dtype: np.dtype) -> Callable[[], np.ndarr
   return read
 
 
-def _torch(path: Path, content: bytes | None = None) -> Weights:
-  try:
-    tree: Any = load_torch_pickle(path if content is None else content, name=str(path))
-  except ValueError as error:
-    raise (error if str(path) in str(error) else ValueError(f"{path}: {error}")) from error
+def _torch(path: Path, empty: bool = False, content: bytes | None = None) -> Weights:
+  tree: Any = open_torch_pickle(path if content is None else content, name=str(path))
   if isinstance(tree, tuple) and tree:
     tree = tree[0]  # (state dict, what the training needs to go on)
   while isinstance(tree, dict) and (inner := [k for k in _WRAPPERS if isinstance(tree.get(k), dict)]):
     tree = tree[inner[0]]
   if not isinstance(tree, dict):
     raise ValueError(f"{path}: holds no state dict, but a {type(tree).__name__}")
-  arrays = {name: value for name, value in tree.items() if isinstance(value, np.ndarray)}
-  if not arrays:
+  tensors = {name: value for name, value in tree.items() if isinstance(name, str) and isinstance(value, LazyTensor)}
+  if not tensors and not empty:
     raise ValueError(f"{path}: holds no tensors (names: {sorted(map(str, tree))[:10]})")
-  return array_weights(arrays, path)
+  return Weights({name: Entry(x.shape, x.dtype, x.read) for name, x in tensors.items()}, (path,))
 
 
 def member_file(path: str | Path, member: str) -> Path:
@@ -289,7 +290,7 @@ def open_member(path: str | Path, member: str) -> Weights:
     return open_weights(file)
   content = read_member(file, member)
   if not member.endswith(".safetensors"):
-    return _torch(file, content)
+    return _torch(file, content=content)
   try:
     return array_weights(safetensors.numpy.load(content), file)
   except Exception as error:
