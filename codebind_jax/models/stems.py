@@ -34,11 +34,12 @@ def cubic_matrix(size: int, new_size: int) -> np.ndarray:
 
 
 def antialias_matrix(size: int, new_size: int, a: float = -0.5) -> np.ndarray:
-  """Bicubic weights [new_size, size] as PyTorch's with `antialias`: the filter is as wide as a new cell; rows sum to 1."""
+  """Bicubic weights [new_size, size] as PyTorch's with `antialias`: a coarser grid widens the filter; rows sum to 1."""
   scale = size / new_size
   stretch = max(scale, 1.0)
   centre = scale * (np.arange(new_size) + 0.5)[:, None]
-  low, high = np.maximum(np.trunc(centre - 2 * stretch + 0.5), 0), np.minimum(np.trunc(centre + 2 * stretch + 0.5), size)
+  low = np.maximum(np.trunc(centre - 2 * stretch + 0.5), 0)
+  high = np.minimum(np.trunc(centre + 2 * stretch + 0.5), size)
   at = np.arange(size)
   t = np.abs((at - centre + 0.5) / stretch)
   near = ((a + 2) * t - (a + 3)) * t * t + 1

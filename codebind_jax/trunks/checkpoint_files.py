@@ -169,7 +169,8 @@ def _npz(path: Path) -> Weights:
       for member in members:
         with archive.open(member) as file:
           version = np.lib.format.read_magic(file)
-          read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+          header = np.lib.format
+          read_header = header.read_array_header_1_0 if version == (1, 0) else header.read_array_header_2_0
           shape, _, dtype = read_header(file)
         name = member.removesuffix(".npy")
         if dtype.hasobject:
@@ -195,7 +196,10 @@ def _npz_reader(path: Path, name: str, dtype: np.dtype) -> Callable[[], np.ndarr
 
 
 def _torch(path: Path) -> Weights:
-  tree: Any = load_torch_pickle(path)
+  try:
+    tree: Any = load_torch_pickle(path)
+  except ValueError as error:
+    raise (error if str(path) in str(error) else ValueError(f"{path}: {error}")) from error
   while isinstance(tree, dict) and (inner := [k for k in _WRAPPERS if isinstance(tree.get(k), dict)]):
     tree = tree[inner[0]]
   if not isinstance(tree, dict):

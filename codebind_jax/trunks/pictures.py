@@ -1,4 +1,4 @@
-"""Pictures as published image encoders want them: resized and cropped by PIL, uint8 until the device."""
+"""Pictures as published image encoders want them: resized, cropped, uint8 until the device."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from codebind_jax.data import torch_resize
 from codebind_jax.data.transforms import image as image_transforms
 from codebind_jax.trunks.base import Input
 
@@ -30,6 +31,7 @@ class Picture:
     crop: rounding of an odd margin of the middle crop: "down" (transformers) or "even" (torchvision, to the even one);
       what is filled always begins with the smaller part.
     fill: grey value of what the picture does not cover.
+    backend: whose resize: "pil", or "torch", torchvision's of uint8 pixels (bilinear and bicubic; others are PIL's).
   """
 
   size: tuple[int, int]
@@ -38,6 +40,7 @@ class Picture:
   resample: int = RESAMPLE["bicubic"]
   crop: Literal["down", "even"] = "down"
   fill: int = 0
+  backend: Literal["pil", "torch"] = "pil"
 
   def __call__(self, pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "i j 3"]:
     """The prepared pixels."""
@@ -57,6 +60,8 @@ class Picture:
   def _resized(self, pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if pixels.shape[:2] == size:
       return pixels
+    if self.backend == "torch" and self.resample in torch_resize.FILTERS:
+      return torch_resize.resize(pixels, size, self.resample)
     image = Image.fromarray(np.ascontiguousarray(pixels))
     return np.asarray(image.resize((size[1], size[0]), Image.Resampling(self.resample)))
 
@@ -97,6 +102,8 @@ def processor_picture(config: Mapping[str, Any], size: tuple[int, int], where: s
   wanted, crop = config.get("size", {}), config.get("crop_size", config.get("size", {}))
   resize, edge = "none", 0
   if config.get("do_resize", True):
+    if not isinstance(wanted, int) and "longest_edge" in wanted:
+      raise ValueError(f"{where}: size {wanted} is not supported; allowed: shortest_edge, or height and width")
     if isinstance(wanted, int) or "shortest_edge" in wanted:
       resize, edge = "shortest", wanted if isinstance(wanted, int) else wanted["shortest_edge"]
     elif "height" in wanted:
@@ -105,8 +112,10 @@ def processor_picture(config: Mapping[str, Any], size: tuple[int, int], where: s
       raise ValueError(f"{where}: size {wanted} is not supported; allowed: shortest_edge, or height and width")
     else:
       resize = "squash"
-  centred = config.get("do_center_crop", False) and crop and "shortest_edge" not in (crop if isinstance(crop, dict) else {})
+  square = not (isinstance(crop, dict) and "shortest_edge" in crop)
+  centred = config.get("do_center_crop", False) and crop and square
   out = sides(crop) if centred else sides(wanted) if resize == "squash" and wanted else size
   if tuple(out) != tuple(size):
     raise ValueError(f"{where}: gives pictures of {tuple(out)}, the encoder takes {tuple(size)}")
-  return Picture(tuple(size), resize, edge, config.get("resample", RESAMPLE["bicubic"]))
+  # transformers 5 has torchvision resize.
+  return Picture(tuple(size), resize, edge, config.get("resample", RESAMPLE["bicubic"]), backend="torch")

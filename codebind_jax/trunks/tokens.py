@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,37 @@ def folder_tokenizer(folder: Path) -> tokenizers.Tokenizer:
   except Exception as error:
     raise ValueError(f"{folder}: its tokenizer is not readable ({error})") from error
   raise ValueError(f"{folder}: has no tokenizer (tokenizer.json, or vocab.json with merges.txt)")
+
+
+def model_type(path: Path) -> str:
+  """`model_type` of a folder's `config.json`; "" where there is none, or it is not readable."""
+  try:
+    kind = folder_json(path, "config.json").get("model_type", "")
+  except (ValueError, OSError):
+    return ""
+  return kind if isinstance(kind, str) else ""
+
+
+def family_config(weights: str, folder: Path, kinds: Collection[str], family: str) -> dict[str, Any]:
+  """Content of the `config.json` of a family's folder.
+
+  Args:
+    weights: the user's name of the folder, for errors.
+    folder: its path.
+    kinds: `model_type`s of the family.
+    family: its name, for errors.
+
+  Raises:
+    ValueError: if there is no such folder, or it is not one of the family's.
+  """
+  if not weights or not folder.is_dir():
+    raise ValueError(f"weights: {weights!r} is no folder{'' if folder.exists() else ' (no such path)'}")
+  config = folder_json(folder, "config.json")
+  if config.get("model_type") not in kinds:
+    raise ValueError(f"{weights}: not a folder of {family} in Hugging Face layout: its config.json "
+                     f"{'has model_type ' + repr(config.get('model_type')) if config else 'is missing'}, "
+                     f"allowed are {', '.join(kinds)}")  # fmt: skip
+  return config
 
 
 def folder_json(folder: Path, name: str) -> dict[str, Any]:
