@@ -29,7 +29,7 @@ from codebind_jax.trunks.tokens import folder_json, text_input
 
 _REVISION = "open_clip-1"
 MODALITIES = ("image", "text")
-LICENCE = "as the checkpoint's model card says: MIT for OpenAI, LAION, DataComp and EVA-CLIP; MetaCLIP CC-BY-NC 4.0; Apple's own for DFN"  # fmt: skip
+LICENCE = "see the model card: MIT (OpenAI, LAION, DataComp, EVA-CLIP), CC-BY-NC 4.0 (MetaCLIP), Apple's (DFN)"
 
 _CONFIG = "open_clip_config.json"
 _MARKS = ("<start_of_text>", "<end_of_text>")
@@ -231,7 +231,7 @@ def _block(cfg: Mapping[str, Any], width: int, quick: bool) -> dict[str, Any]:
 
 def _text_spec(cfg: Mapping[str, Any], where: str | Path, quick: bool) -> EncoderSpec:
   if cfg.get("hf_model_name"):
-    raise ValueError(f"{where}: the text tower {cfg['hf_model_name']!r} (hf_model_name) is not supported; allowed: CLIP's")
+    raise ValueError(f"{where}: the text tower {cfg['hf_model_name']!r} is not supported; allowed: CLIP's")
   tokenizer = cfg.get("hf_tokenizer_name")
   if tokenizer and not tokenizer.startswith("openai/clip-"):
     raise ValueError(f"{where}: the tokenizer {tokenizer!r} (hf_tokenizer_name) is not supported; allowed: CLIP's")
@@ -347,6 +347,11 @@ def _picture(cfg: Mapping[str, Any], size: tuple[int, ...], where: str | Path) -
   return picture_input(Picture(size, resize, 0, resample, crop="even", fill=cfg.get("fill_color", 0)))
 
 
+@functools.lru_cache(maxsize=4)
+def _text(length: int) -> Input:
+  return text_input(clip_ids(length, *_MARKS))
+
+
 def make_trunk(
   *, weights: str = "", modality: str = "image", model: str = "", tag: str = "", act: str = "", dtype: str = "",
   remat: bool = False, scan: bool = False,
@@ -397,7 +402,7 @@ def make_trunk(
   if modality == "image":
     item = _picture(picture, spec.size, where)
   else:
-    item = text_input(clip_ids(spec.size[0], *_MARKS))
+    item = _text(spec.size[0])
   heads = tuple(rule[1].format(kind="(weight|bias)").replace(".", r"\.") for rule in head_rules)
   ignored = (*(_TEXT_ONLY if modality == "image" else _IMAGE_ONLY), *_OTHER, *heads)
   start = tuple(rule[1].split("{kind}")[0] for rule in head_rules)
