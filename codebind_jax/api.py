@@ -300,7 +300,7 @@ def _of_run(folder: pathlib.Path, modalities: Sequence[str] | None) -> Model:
     config, position = meta["config"], meta["position"]
   finally:
     store.close()
-  config = config_lib.reopened(config)
+  config = config_lib.read(config)
   codebooks = config_lib.method_of(config).restore(arrays["codebooks"])
   return Model(config, arrays["params"], codebooks, modalities=_chosen(modalities, position["trained"], folder))
 
