@@ -456,7 +456,8 @@ def step_config(method="codebind", **overrides):
 def started(config, **scales):
   """A step and its first state, with some modalities' logit scales."""
   method, [stage] = method_of(config), config.ordered
-  params, books, aux = make_init(method, {m: (1, 8) for m in config.model.towers})(jax.random.key(0))
+  items = {m: jax.ShapeDtypeStruct((1, 8), jnp.float32) for m in config.model.towers}
+  params, books, aux = make_init(method, items)(jax.random.key(0))
   params |= {f"{name}_log_logit_scale": jnp.log(scale) for name, scale in scales.items()}
   tx, table = optimizer_of(config, method, stage, params)
   state = TrainState(jnp.zeros((), jnp.int32), params, books, tx.init(params), aux, jax.random.key(1))
