@@ -13,6 +13,7 @@ from jaxtyping import Int32
 
 from codebind_jax.data.transforms import text as text_transforms
 from codebind_jax.trunks.base import Input
+from codebind_jax.trunks.checkpoint_files import note
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +66,14 @@ def folder_tokenizer(folder: Path) -> tokenizers.Tokenizer:
   file = folder / "tokenizer.json"
   try:
     if file.is_file():
+      note(file)
       return tokenizers.Tokenizer.from_file(str(file))
     if any((folder / name).is_file() for name in ("vocab.json", "spiece.model", "tokenizer.model")):
       from transformers import AutoTokenizer
 
-      return AutoTokenizer.from_pretrained(folder, use_fast=True).backend_tokenizer
+      tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True).backend_tokenizer
+      note(file, tokenizer.to_str().encode())
+      return tokenizer
   except Exception as error:
     raise ValueError(f"{folder}: its tokenizer is not readable ({error})") from error
   raise ValueError(f"{folder}: has no tokenizer (tokenizer.json, or vocab.json with merges.txt)")
@@ -84,6 +88,7 @@ def folder_json(folder: Path, name: str) -> dict[str, Any]:
   path = folder / name
   if not path.is_file():
     return {}
+  note(path)
   try:
     content = json.loads(path.read_text())
   except ValueError as error:
