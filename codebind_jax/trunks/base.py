@@ -61,6 +61,12 @@ class PublishedHead:
   logit_scale: float = 1.0
 
 
+def drawn(module: nn.Module, item: Input, rng: jax.Array | None = None) -> Any:
+  """Parameters of a module that takes such items, drawn with `rng`, or key 0; under `jax.eval_shape` their shapes."""
+  example = jnp.zeros((1, *item.shape), item.dtype)
+  return module.init(jax.random.key(0) if rng is None else rng, example).get("params", {})
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trunk:
   """An encoder of one modality.
@@ -91,7 +97,7 @@ class Trunk:
 
   def init(self, rng: jax.Array) -> Any:
     """Parameters of the module, drawn; under `jax.eval_shape` their shapes."""
-    return self.module.init(rng, jnp.zeros((1, *self.input.shape), self.input.dtype)).get("params", {})
+    return drawn(self.module, self.input, rng)
 
   @functools.cached_property
   def shapes(self) -> Any:
@@ -105,7 +111,7 @@ class Trunk:
 
   def apply(self, params: Any, batch: jax.Array | np.ndarray) -> jax.Array:
     """Tokens [b, n, c] of a prepared batch; pure and jittable."""
-    return self.module.apply({"params": params}, batch).tokens
+    return self.module.apply({"params": params}, jnp.asarray(batch)).tokens
 
   @functools.cached_property
   def compiled(self) -> Callable[[Any, jax.Array | np.ndarray], jax.Array]:

