@@ -32,7 +32,7 @@ _NOT_METHODS = ("base", "codebind_terms", "toc", "unified")
 EXTRA = "method"  # the key of a method's own parameters, beside the towers'
 # Keys of a stage that every method heeds; a method adds its own in `Method.STAGE_KEYS`.
 COMMON_KEYS = frozenset((
-  "name", "pairs", "sources", "weights", "unique_labels", "train", "steps", "batch_size", "learning_rate",
+  "name", "pairs", "sources", "weights", "unique_labels", "train", "tune", "steps", "batch_size", "learning_rate",
   "temperature", "mixup", "parts", "balance", "first_step",
 ))  # fmt: skip
 T = TypeVar("T")

@@ -33,9 +33,24 @@ def cubic_matrix(size: int, new_size: int) -> np.ndarray:
   return weights
 
 
+def antialias_matrix(size: int, new_size: int, a: float = -0.5) -> np.ndarray:
+  """Bicubic weights [new_size, size] as PyTorch's with `antialias`: the filter is as wide as a new cell; rows sum to 1."""
+  scale = size / new_size
+  stretch = max(scale, 1.0)
+  centre = scale * (np.arange(new_size) + 0.5)[:, None]
+  low, high = np.maximum(np.trunc(centre - 2 * stretch + 0.5), 0), np.minimum(np.trunc(centre + 2 * stretch + 0.5), size)
+  at = np.arange(size)
+  t = np.abs((at - centre + 0.5) / stretch)
+  near = ((a + 2) * t - (a + 3)) * t * t + 1
+  far = a * (((t - 5) * t + 8) * t - 4)
+  weights = np.where(t < 1, near, np.where(t < 2, far, 0.0)) * ((at >= low) & (at < high))
+  return weights / weights.sum(axis=1, keepdims=True)
+
+
 def resize_positions(
-  positions: Float[Array, "n d"], grid: tuple[int, ...], new_grid: tuple[int, ...], prefix: int = 1
-) -> Float[Array, "m d"]:
+  positions: Float[Array, "n d"], grid: tuple[int, ...], new_grid: tuple[int, ...], prefix: int = 1,
+  filter: str = "cubic",
+) -> Float[Array, "m d"]:  # fmt: skip
   """Positions of a class token and a patch grid, interpolated to another grid of the same rank.
 
   Args:
@@ -43,6 +58,7 @@ def resize_positions(
     grid: grid of `positions`.
     new_grid: grid of the result.
     prefix: rows before the grid, which stay as they are.
+    filter: "cubic", or "antialias" for one that is wider where the new grid is coarser (DINOv2 with registers).
 
   Raises:
     ValueError: if the ranks of the grids differ.
@@ -54,7 +70,8 @@ def resize_positions(
   cells = positions[prefix:].reshape(*grid, -1)
   for axis, (size, new_size) in enumerate(zip(grid, new_grid)):
     if size != new_size:
-      matrix = jnp.asarray(cubic_matrix(size, new_size), cells.dtype)
+      weights = antialias_matrix(size, new_size) if filter == "antialias" else cubic_matrix(size, new_size)
+      matrix = jnp.asarray(weights, cells.dtype)
       cells = jnp.moveaxis(jnp.tensordot(matrix, cells, axes=(1, axis)), 0, axis)
   return jnp.concatenate([positions[:prefix], cells.reshape(-1, positions.shape[-1])])
 
@@ -87,6 +104,7 @@ class PatchStem(nn.Module):
     registers: learned tokens after the class token, without positions (DINOv2 with registers, DINOv3).
     learned: whether there are learned positions.
     class_position: whether one of them is the class token's.
+    position_filter: `filter` of `resize_positions`.
     dtype: compute type.
   """
 
@@ -100,6 +118,7 @@ class PatchStem(nn.Module):
   registers: int = 0
   learned: bool = True
   class_position: bool = True
+  position_filter: str = "cubic"
   dtype: Any = None
 
   @nn.compact
@@ -130,7 +149,7 @@ class PatchStem(nn.Module):
     if self.learned:
       shape = (prefix + math.prod(stem_grid), self.width)
       positions = self.param("positions", nn.initializers.truncated_normal(0.02), shape)
-      positions = resize_positions(positions, stem_grid, grid, prefix).astype(tokens.dtype)
+      positions = resize_positions(positions, stem_grid, grid, prefix, self.position_filter).astype(tokens.dtype)
       if prefix:
         tokens = jnp.concatenate([cls_token, tokens], axis=1) + positions
       else:

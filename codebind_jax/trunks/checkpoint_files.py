@@ -210,7 +210,8 @@ def _npz(path: Path) -> Weights:
       for member in members:
         with archive.open(member) as file:
           version = np.lib.format.read_magic(file)
-          read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+          header = np.lib.format
+          read_header = header.read_array_header_1_0 if version == (1, 0) else header.read_array_header_2_0
           shape, _, dtype = read_header(file)
         name = member.removesuffix(".npy")
         if dtype.hasobject:
@@ -236,7 +237,10 @@ def _npz_reader(path: Path, name: str, dtype: np.dtype) -> Callable[[], np.ndarr
 
 
 def _torch(path: Path, content: bytes | None = None) -> Weights:
-  tree: Any = load_torch_pickle(path if content is None else content, name=str(path))
+  try:
+    tree: Any = load_torch_pickle(path if content is None else content, name=str(path))
+  except ValueError as error:
+    raise (error if str(path) in str(error) else ValueError(f"{path}: {error}")) from error
   if isinstance(tree, tuple) and tree:
     tree = tree[0]  # (state dict, what the training needs to go on)
   while isinstance(tree, dict) and (inner := [k for k in _WRAPPERS if isinstance(tree.get(k), dict)]):

@@ -15,7 +15,7 @@ from codebind_jax.trunks import names
 from codebind_jax.trunks.base import PublishedHead, Trunk, fingerprint
 from codebind_jax.trunks.checkpoint_files import Weights, folder_weights
 from codebind_jax.trunks.pictures import picture_input, processor_picture
-from codebind_jax.trunks.tokens import Ids, folder_json, folder_tokenizer, text_input
+from codebind_jax.trunks.tokens import Ids, family_config, folder_json, folder_tokenizer, model_type, text_input
 
 _REVISION = "clip-1"
 MODALITIES = ("image", "text")
@@ -23,6 +23,7 @@ LICENCE = "MIT (OpenAI's weights)"
 
 _ACT = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 _TOWER = {"image": "vision_model", "text": "text_model"}
+_KINDS = {"clip": "", "clip_vision_model": "vision_model", "clip_text_model": "text_model"}
 
 
 def _rules(tower: str) -> names.Rules:
@@ -52,18 +53,27 @@ _OTHER = r"logit_scale|(vision_model|text_model)\.embeddings\.position_ids"
 
 def recognises(path: Path) -> bool:
   """Whether a path is a checkpoint of this family."""
-  return path.is_dir() and folder_json(path, "config.json").get("model_type") in (
-    "clip", "clip_vision_model", "clip_text_model")  # fmt: skip
+  return model_type(path) in _KINDS
 
 
 def modalities(path: Path) -> tuple[str, ...]:
   """Modalities that a checkpoint has."""
-  weights = _weights(path)
-  return tuple(m for m in MODALITIES if any(name.startswith(_TOWER[m]) for name in weights))
+  return _modalities(_weights(path))
+
+
+def _modalities(weights: Weights) -> tuple[str, ...]:
+  return tuple(m for m in MODALITIES if any(name.startswith(f"{_TOWER[m]}.") for name in weights))
 
 
 def _weights(path: Path) -> Weights:
-  return folder_weights(path)
+  return tower_named(folder_weights(path), _KINDS[model_type(path)])
+
+
+def tower_named(weights: Weights, tower: str) -> Weights:
+  """Names of a checkpoint with one tower alone, with that tower's prefix, which transformers 5 leaves out."""
+  if not tower or any(name.startswith(f"{tower}.") for name in weights):
+    return weights
+  return weights.renamed(lambda name: f"{tower}.{name}")
 
 
 def spec_of(config: Mapping[str, Any], modality: str, picture: Mapping[str, Any], where: str | Path) -> EncoderSpec:
@@ -114,12 +124,10 @@ def make_trunk(
     ValueError: if the folder is no such checkpoint, or lacks the modality.
   """
   folder = Path(weights).expanduser()
-  if not weights or not recognises(folder):
-    raise ValueError(f"weights: {weights!r} is not a folder of CLIP in Hugging Face layout (config.json)")
+  config = family_config(weights, folder, _KINDS, "CLIP")
   there = _weights(folder)
-  if modality not in MODALITIES or modality not in modalities(folder):
-    raise ValueError(f"{weights}: has no {modality!r}; it has {', '.join(modalities(folder))}")
-  config = folder_json(folder, "config.json")
+  if modality not in _modalities(there):
+    raise ValueError(f"{weights}: has no {modality!r}; it has {', '.join(_modalities(there)) or 'no tower of CLIP'}")
   tower = config.get({"image": "vision_config", "text": "text_config"}[modality], config)
   picture = folder_json(folder, "preprocessor_config.json")
   spec = spec_of(tower, modality, picture, folder / "config.json")

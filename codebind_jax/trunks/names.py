@@ -155,7 +155,8 @@ def load(
       return initial if sharding is None else jax.device_put(initial, sharding)
     shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
     if "/blocks/" in f"/{name}":
-      layers = [value_of(f"/{name}".replace("/blocks/", f"/blocks_{i}/")[1:], shape[1:], dtype) for i in range(shape[0])]
+      paths = [f"/{name}".replace("/blocks/", f"/blocks_{i}/")[1:] for i in range(shape[0])]
+      layers = [value_of(path, shape[1:], dtype) for path in paths]
       value = None if any(layer is None for layer in layers) else np.stack([layer.astype(dtype) for layer in layers])
     else:
       value = value_of(name, shape, dtype)

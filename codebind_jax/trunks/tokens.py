@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ class Ids:
     length: ids per text.
     pad_id: the id of padding, after the text.
     lower: texts are lower-cased first.
+    clean: what happens to a text before that, such as `clip_tokenizer.clean`; None for nothing.
   """
 
   tokenizer: tokenizers.Tokenizer
   length: int
   pad_id: int
   lower: bool = False
+  clean: Callable[[str], str] | None = None
 
   def __post_init__(self):
     self.tokenizer.no_padding()
@@ -45,6 +48,7 @@ class Ids:
     if not isinstance(text, str):
       raise ValueError(f"text: got {type(text).__name__}, a string is needed")
     out = np.full((self.length,), self.pad_id, np.int32)
+    text = self.clean(text) if self.clean else text
     ids = self.tokenizer.encode(text.lower() if self.lower else text).ids
     out[: len(ids)] = ids
     return out
@@ -53,8 +57,12 @@ class Ids:
 def text_input(ids: Ids) -> Input:
   """Input of a text encoder; the whole tokenizer is part of its revision."""
   vocabulary = json.dumps(json.loads(ids.tokenizer.to_str()), sort_keys=True)
-  revision = f"{text_transforms.REVISION} {ids.length} {ids.pad_id} {ids.lower} {vocabulary}"
+  revision = f"{text_transforms.REVISION} {ids.length} {ids.pad_id} {ids.lower} {_name(ids.clean)}{vocabulary}"
   return Input((ids.length,), "int32", ids, revision=revision)
+
+
+def _name(clean: Callable[[str], str] | None) -> str:
+  return f"{clean.__module__}.{clean.__qualname__} " if clean else ""
 
 
 def folder_tokenizer(folder: Path) -> tokenizers.Tokenizer:
@@ -77,6 +85,37 @@ def folder_tokenizer(folder: Path) -> tokenizers.Tokenizer:
   except Exception as error:
     raise ValueError(f"{folder}: its tokenizer is not readable ({error})") from error
   raise ValueError(f"{folder}: has no tokenizer (tokenizer.json, or vocab.json with merges.txt)")
+
+
+def model_type(path: Path) -> str:
+  """`model_type` of a folder's `config.json`; "" where there is none, or it is not readable."""
+  try:
+    kind = folder_json(path, "config.json").get("model_type", "")
+  except (ValueError, OSError):
+    return ""
+  return kind if isinstance(kind, str) else ""
+
+
+def family_config(weights: str, folder: Path, kinds: Collection[str], family: str) -> dict[str, Any]:
+  """Content of the `config.json` of a family's folder.
+
+  Args:
+    weights: the user's name of the folder, for errors.
+    folder: its path.
+    kinds: `model_type`s of the family.
+    family: its name, for errors.
+
+  Raises:
+    ValueError: if there is no such folder, or it is not one of the family's.
+  """
+  if not weights or not folder.is_dir():
+    raise ValueError(f"weights: {weights!r} is no folder{'' if folder.exists() else ' (no such path)'}")
+  config = folder_json(folder, "config.json")
+  if config.get("model_type") not in kinds:
+    raise ValueError(f"{weights}: not a folder of {family} in Hugging Face layout: its config.json "
+                     f"{'has model_type ' + repr(config.get('model_type')) if config else 'is missing'}, "
+                     f"allowed are {', '.join(kinds)}")  # fmt: skip
+  return config
 
 
 def folder_json(folder: Path, name: str) -> dict[str, Any]:
