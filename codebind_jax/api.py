@@ -108,7 +108,7 @@ class Model:
     plain = schema.to_plain(self.config)
     recipe = {key: plain.get(key) for key in ("method", "method_options", "model", "codebook")}
     for tower in recipe["model"]["towers"].values():
-      tower["options"].pop("weights", None)  # a path; the trunk's fingerprint has the content
+      tower.pop("options")  # with paths; the trunk's fingerprint has what they mean
     recipe |= {"trunks": {m: self.trunk(m).fingerprint for m in modalities}}
     return fingerprint((self.params, self.codebooks), recipe, "model-1")
 
@@ -287,8 +287,8 @@ class Model:
     """
     hub.library()
     with tempfile.TemporaryDirectory() as scratch:
-      folder = saved_folder.write(self, pathlib.Path(scratch) / name.rsplit("/", 1)[-1], card_name=f"{hub.PREFIX}{name}")
-      return hub.push(folder, name, private)
+      folder = pathlib.Path(scratch) / "model"
+      return hub.push(saved_folder.write(self, folder, card_name=f"{hub.PREFIX}{name}"), name, private)
 
   def classify(
     self, items: Sequence[Any], labels: Sequence[str], *, modality: str = "image", templates: Sequence[str] = ()

@@ -8,6 +8,8 @@ from typing import Any
 # How the front matter of a model card names a licence -> how texts of licences begin.
 _LICENCES = {"mit": "MIT", "apache-2.0": "Apache-2.0", "cc-by-nc-4.0": "CC-BY-NC 4.0", "cc0-1.0": "CC0"}
 
+_EXAMPLES = {"text": '"a dog barking"', "image": '"dog.png"', "audio": '"dog.wav"'}
+
 
 def licence_id(licences: list[str]) -> str:
   """The one licence of all parts by the name that model cards give it; "other" for several, or for one without name.
@@ -29,19 +31,22 @@ def card(content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], name
     name: of the folder, or on the hub.
   """
   model, trunks = content["config"]["model"], content["trunks"]
-  modalities = content["modalities"]
+  modalities, embeds = content["modalities"], ", ".join(content["modalities"])
+  example = next((m for m in modalities if m in _EXAMPLES), "")
   lines = [
     "---", "library_name: codebind_jax", f"license: {licence_id([trunk['licence'] for trunk in trunks.values()])}",
     "tags:", "- codebind_jax", "- feature-extraction", *(f"- {m}" for m in modalities), "---", "", f"# {name}", "",
-    f"Embeddings of {', '.join(modalities)} in one space of {model['shared_dim']} values, compared by cosine.", "",
-    "```python", "import codebind_jax", "", f'model = codebind_jax.load("{name}")  # the path of this folder',
-    *(f'embeddings = model.embed({{"{m}": [{_EXAMPLES.get(m, 'path')}]}})["{m}"].shared' for m in modalities[:1]),
-    "```", "",
-    "| modality | trunk | parameters | shared | specific | values | licence of the trunk |", "|---|---|---|---|---|---|---|",
+    f"Embeddings of {embeds} in one space of {model['shared_dim']} values, compared by cosine.", "",
+    "```python", "import codebind_jax", "", f'model = codebind_jax.load("{name}")',
+    *([f'embeddings = model.embed({{"{example}": [{_EXAMPLES[example]}]}})["{example}"].shared'] if example else []),
+    "```", "", *([] if name.startswith("hf:") else ["`load` takes the path of this folder.", ""]),
+    "| modality | trunk | parameters | shared | specific | values | licence of the trunk |",
+    "|---|---|---|---|---|---|---|",
   ]  # fmt: skip
   for m in modalities:
     trunk, tower = trunks[m], model["towers"][m]
-    values = "in this folder" if trunk["values"] == "included" else f"of {trunk.get('source') or 'the packaged checkpoint'}"
+    place = trunk.get("source") or "the packaged checkpoint"
+    values = "in this folder" if trunk["values"] == "included" else f"of {place}"
     lines.append(f"| {m} | {trunk['family']} | {trunk['parameters']:,} | {model['shared_dim']} | "
                  f"{tower.get('specific_dim', 0)} | {values} | {trunk['licence'] or 'not stated'} |")  # fmt: skip
   books = {path.split("/")[1]: shape for path, shape in shapes.items()
@@ -56,6 +61,3 @@ def card(content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], name
   lines += ["", f"Written by codebind_jax {content['version']}. Arrays are in `model.safetensors`; `trunks/` has the"
             " tokenizers and preparation of the trunks, and the shapes of their checkpoints.", ""]  # fmt: skip
   return "\n".join(lines)
-
-
-_EXAMPLES = {"text": '"a dog barking"', "image": '"dog.png"', "audio": '"dog.wav"'}  # of others a file of theirs

@@ -9,6 +9,7 @@ checkpoint (`checkpoint_files.write_shapes`). `README.md` is a model card.
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import shutil
@@ -23,7 +24,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-import codebind_jax
 from codebind_jax import config as config_lib
 from codebind_jax import files, schema
 from codebind_jax.methods.base import make_init
@@ -42,8 +42,8 @@ MODES = ("include", "reference")
 # Files of a published folder that families read beside the weights.
 _SMALL = (
   "config.json", "open_clip_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
-  "video_preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-  "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model",
+  "video_preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+  "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model",
 )  # fmt: skip
 _OF_TEXT = frozenset(_SMALL) - {name for name in _SMALL if "config.json" in name and "token" not in name}
 
@@ -131,10 +131,13 @@ def _write(model: Any, part: Path, name: str, mode: str) -> None:
   params = {m: lora.merge(value) if isinstance(value, Mapping) else value for m, value in model.params.items()}
   for m, tower in towers.items():
     trunk = model.trunk(m)
-    options, record = _write_trunk(trunk, tower["trunk"], tower["options"], part, m)
+    options, record, here = _write_trunk(trunk, tower["trunk"], tower["options"], part, m)
     values = trunk.params if tower["cache"] else params[m].get("trunk", {})
+    if mode == "reference" and not here:
+      raise ValueError(f"trunks: got 'reference', but the trunk of {m!r} came from a saved model that includes it; "
+                       "allowed: 'include'")  # fmt: skip
     if mode == "reference" and trunk.load and record["checkpoints"] and _unchanged(trunk, tower, values):
-      options, reference = _reference(m, tower["options"], record)
+      options, reference = _reference(tower["options"], record)
       record |= {"values": "reference", **reference}
       if not record["paths"]:
         shutil.rmtree(part / TRUNKS / m)
@@ -144,7 +147,7 @@ def _write(model: Any, part: Path, name: str, mode: str) -> None:
     record |= {"parameters": sum(int(np.prod(x.shape)) for x in jax.tree.leaves(values))}
     towers[m], records[m] = tower | {"options": options}, record
   arrays = flat({"params": params, "codebooks": model.codebooks, "trunks": outside})
-  content = {"model_type": MODEL_TYPE, "format": FORMAT, "version": codebind_jax.__version__,
+  content = {"model_type": MODEL_TYPE, "format": FORMAT, "version": _version(),
              "modalities": list(model.modalities), "config": plain, "trunks": records}  # fmt: skip
   config = _opened_config(content, part)
   made = {m: _made(part, content, config, m) for m in towers}
@@ -160,8 +163,11 @@ def _write(model: Any, part: Path, name: str, mode: str) -> None:
     raise ValueError(f"the model lacks arrays: {', '.join(missing[:10])}")
   for m in records:
     if records[m]["values"] == "reference":
-      kinds = {p: str(x.dtype) for p, x in arrays.items() if p.startswith(f"params/{m}/trunk/") and x.dtype != np.float32}
+      kinds = {path: str(x.dtype) for path, x in arrays.items()
+               if path.startswith(f"params/{m}/trunk/") and x.dtype != np.float32}  # fmt: skip
       records[m] |= {"types": kinds} if kinds else {}
+  if (part / TRUNKS).is_dir() and not any((part / TRUNKS).iterdir()):
+    (part / TRUNKS).rmdir()
   write_safetensors(part / ARRAYS, keep, {"format": "pt", "library": MODEL_TYPE})
   _write_text(part / CONFIG, json.dumps(content, indent=1) + "\n")
   _write_text(part / CARD, card(content, {path: tuple(x.shape) for path, x in keep.items()}, name))
@@ -182,11 +188,16 @@ def flat(tree: Any) -> dict[str, Any]:
 
 def _write_trunk(
   trunk: Trunk, family: str, options: Mapping[str, Any], part: Path, modality: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Writes what a trunk is made of; gives its options, with paths inside the saved folder, and its record."""
+) -> tuple[dict[str, Any], dict[str, Any], bool]:
+  """Writes what a trunk is made of.
+
+  Returns:
+    its options, with paths inside the saved folder; its record; whether its checkpoint is here, not its shapes alone.
+  """
   known = keys_of(trunk_maker(family))
   # What a trunk found in its checkpoint's path is among the options that it was made with.
-  options = dict(options) | {k: v for k, v in schema.to_plain(dict(trunk.options)).items() if k in known and k != "weights"}
+  found = {key: value for key, value in schema.to_plain(dict(trunk.options)).items() if key in known}
+  options = dict(options) | found | {"weights": options.get("weights", "")}
   with noted() as notes:
     load_trunk(family, **options)
   folder, inside = part / TRUNKS / modality, f"{TRUNKS}/{modality}"
@@ -224,8 +235,9 @@ def _write_trunk(
       checkpoints[file.name] = content.sha256
     else:
       file.write_bytes(content)
-  record = {"family": family, "licence": trunk.licence, "values": "included", "paths": paths, "checkpoints": checkpoints}
-  return options | paths, record
+  record = {"family": family, "licence": trunk.licence, "values": "included", "paths": paths}
+  here = all(file.is_file() for content in contents.values() if isinstance(content, Weights) for file in content.files)
+  return options | paths, record | {"checkpoints": checkpoints}, here
 
 
 def _whole(name: str) -> str:
@@ -242,13 +254,10 @@ def _unchanged(trunk: Trunk, tower: Mapping[str, Any], values: Any) -> bool:
   return all(np.array_equal(np.asarray(x), np.asarray(original[path])) for path, x in flat(values).items())
 
 
-def _reference(modality: str, options: Mapping[str, Any], record: Mapping[str, Any]) -> tuple[dict, dict]:
+def _reference(options: Mapping[str, Any], record: Mapping[str, Any]) -> tuple[dict, dict]:
   """A trunk's options with its own checkpoint, and the place at which that is found again."""
   weights = str(options.get("weights", ""))
   path = Path(weights).expanduser().absolute()
-  if weights and not path.exists():
-    raise ValueError(f"trunks: got 'reference', but the trunk of {modality!r} came from a saved model that includes it; "
-                     "allowed: 'include'")  # fmt: skip
   paths = {key: value for key, value in record["paths"].items() if key != "weights"}
   source = hub.name_of(path) or str(path) if weights else ""
   return dict(options) | paths | {"weights": ""}, {"paths": paths, "source": source}
@@ -304,6 +313,13 @@ def read(folder: Path, modalities: Sequence[str] | None = None) -> Saved:
   return Saved(config, params, codebooks, trunks, chosen)
 
 
+def _version() -> str:
+  try:
+    return importlib.metadata.version("codebind_jax")
+  except importlib.metadata.PackageNotFoundError:
+    return "unknown"
+
+
 def _content(folder: Path) -> dict[str, Any]:
   try:
     content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -313,8 +329,8 @@ def _content(folder: Path) -> dict[str, Any]:
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(f"{folder / CONFIG}: not the config of a saved model ({error!r})") from error
   if newer:
-    raise ValueError(f"{folder / CONFIG}: has format {content['format']}, written by codebind_jax "
-                     f"{content.get('version')}; this is {codebind_jax.__version__}, which reads up to {FORMAT}")  # fmt: skip
+    raise ValueError(f"{folder / CONFIG}: has format {content['format']} (codebind_jax {content.get('version')}); "
+                     f"codebind_jax {_version()} reads up to {FORMAT}")  # fmt: skip
   return content
 
 
