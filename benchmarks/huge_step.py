@@ -19,7 +19,7 @@ from codebind_jax.runtime import train_state as state_lib
 from codebind_jax.runtime.compile import compile_step
 from codebind_jax.runtime.sharding import make_layout
 from codebind_jax.step import make_start_codebooks, make_train_step
-from codebind_jax.trunks import input_shapes
+from codebind_jax.trunks import frozen_by, input_shapes
 from configs import imagebind_huge
 
 _ROWS = flags.DEFINE_list("rows", ["64", "256"], "Batches to time.")
@@ -58,10 +58,12 @@ def measure(rows):
   """Times one batch size and prints its line of the table."""
   config = config_of(rows)
   layout = make_layout(config.mesh, config.sharding, jax.devices()[:1])
-  stage, method, inputs = config.ordered[0], config_lib.method_of(config), input_shapes(config.model, aot.trunks_of(config.model.towers))
+  stage, method = config.ordered[0], config_lib.method_of(config)
+  inputs = input_shapes(config.model, aot.trunks_of(config.model.towers))
   init = make_init(method, inputs, config.model.half, [stage])
   state = state_lib.create(layout, jax.random.key(0), init)
-  tx, table = optim.make_optimizer(state.params, stage.train, config.optim, stage.steps)
+  frozen_trunks = frozen_by(config.model, stage)
+  tx, table = optim.make_optimizer(state.params, stage.train, config.optim, stage.steps, frozen=frozen_trunks)
   state = state_lib.with_optimizer(state, tx, layout)
   batch = jax.device_put(filled(aot.batch_shapes(inputs, stage, layout)), layout.rows)
   frozen = optim.frozen(table)

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import pathlib
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,12 +19,16 @@ from codebind_jax import config as config_lib
 from codebind_jax import schema
 from codebind_jax.evaluators.zeroshot import class_embeddings
 from codebind_jax.methods.base import Method
+from codebind_jax.norm import unit
 from codebind_jax.runtime import checkpoint
+from codebind_jax.saving import folder as saved_folder
+from codebind_jax.saving import hub
 from codebind_jax.step import make_embed_step
 from codebind_jax.trunks import load_trunk
-from codebind_jax.trunks.families import families, family_of
 from codebind_jax.trunks.base import fingerprint
+from codebind_jax.trunks.families import families, family_of
 
+_PIXELS = ("image", "tactile")  # an item has three axes
 _TRUNK_ROWS = 32  # items of a trunk's batch, a device
 
 
@@ -102,6 +107,8 @@ class Model:
     """Hex SHA-256 of all that decides the embeddings of `modalities`: weights, codebooks, trunks and their options."""
     plain = schema.to_plain(self.config)
     recipe = {key: plain.get(key) for key in ("method", "method_options", "model", "codebook")}
+    for tower in recipe["model"]["towers"].values():
+      tower.pop("options")  # with paths; the trunk's fingerprint has what they mean
     recipe |= {"trunks": {m: self.trunk(m).fingerprint for m in modalities}}
     return fingerprint((self.params, self.codebooks), recipe, "model-1")
 
@@ -130,15 +137,19 @@ class Model:
     """Embeds items of any subset of the modalities.
 
     Args:
-      inputs: modality -> items: paths or arrays (image: uint8 [h, w, 3]), strings for text.
+      inputs: modality -> a list of items: strings for text; paths, a file's bytes or arrays for the others (image: PIL
+        images and uint8 [h, w, 3] as well). An array of one axis more is a batch of items.
 
     Returns:
       modality -> Embeddings, rows in the order given.
 
     Raises:
-      ValueError: naming the modality the model lacks and those it has, or the item that cannot be read.
+      ValueError: naming the modality the model lacks and those it has, the item that cannot be read, or what stands
+        where a list is needed: one item, or nothing.
     """
     self._check(inputs)
+    for modality, items in inputs.items():
+      _check_list(modality, items)
     return {m: self.embed_tokens(m, self.tokens(m, items)) for m, items in inputs.items()}
 
   def tokens(self, modality: str, items: Sequence[Any]) -> Shaped[np.ndarray, "n ..."]:
@@ -210,6 +221,75 @@ class Model:
       parts.append([np.asarray(column)[:rows, 0] for column in _columns(out)])
     return Embeddings(*(np.concatenate(columns) for columns in zip(*parts)))
 
+  def combine(
+    self, inputs: Mapping[str, Any], weights: Mapping[str, float] | None = None
+  ) -> Float[np.ndarray, "n ds"]:
+    """One vector for items seen in several modalities: the weighted sum of their shared embeddings, at unit length.
+
+    Args:
+      inputs: modality -> a list of n items as `embed` takes them, or their `Embeddings`.
+      weights: modality -> factor; 1 where not named. A negative one takes a modality away.
+
+    Raises:
+      ValueError: as `embed`; for lists of different lengths, weights of other modalities or that are no finite numbers,
+        or a sum of zero, which has no direction.
+    """
+    if not isinstance(inputs, Mapping) or not inputs:
+      raise ValueError(f"combine: got {inputs!r:.60}; needed: modality -> a list of items, for one modality or more")
+    self._check(inputs)
+    weights = dict(weights or {})
+    for name, weight in weights.items():
+      if name not in inputs or isinstance(weight, bool) or not np.isscalar(weight) or not np.isfinite(weight):
+        raise ValueError(f"weights: got {weight!r} for {name!r}; allowed: a number for {', '.join(inputs)}")
+    raw = {m: items for m, items in inputs.items() if not isinstance(items, Embeddings)}
+    for modality, items in raw.items():
+      _check_list(modality, items)
+    lengths = {m: len(x.shared if isinstance(x, Embeddings) else x) for m, x in inputs.items()}
+    if len(set(lengths.values())) > 1:
+      raise ValueError(f"combine: lists of different lengths, {lengths}")
+    embedded = {**inputs, **self.embed(raw)} if raw else inputs
+    total = sum(np.float32(weights.get(m, 1.0)) * x.shared for m, x in embedded.items())
+    lost = np.flatnonzero(np.linalg.norm(total, axis=1) < 1e-6)
+    if len(lost):
+      raise ValueError(f"combine: the weighted embeddings of item {lost[0]} add up to zero, which has no direction")
+    return np.asarray(unit(total), np.float32)
+
+  def save(self, folder: str | pathlib.Path, *, trunks: str = "include") -> pathlib.Path:
+    """Writes the model to a folder that `load` reads: safetensors, config.json, a model card; LoRA is merged.
+
+    The folder appears whole or not at all.
+
+    Args:
+      folder: new or empty, or one that holds a saved model, which is replaced.
+      trunks: "include" writes all trunks' values, so that the folder needs nothing else. "reference" leaves out those
+        that are as in their checkpoint, and names it and its SHA-256, which `load` compares.
+
+    Returns:
+      the folder.
+
+    Raises:
+      ValueError: for another value of `trunks`, or a folder that holds something else.
+    """
+    return saved_folder.write(self, folder, trunks)
+
+  def push_to_hub(self, name: str, *, private: bool = False) -> str:
+    """Saves the model with its trunks, and uploads it as the model `name` of the Hugging Face hub (extra `hub`).
+
+    Args:
+      name: "org/name"; created where it is not there.
+      private: of a model that is created.
+
+    Returns:
+      the commit's address.
+
+    Raises:
+      ValueError: if huggingface_hub is not installed, or the hub refuses or cannot be reached.
+    """
+    hub.library()
+    with tempfile.TemporaryDirectory() as scratch:
+      folder = pathlib.Path(scratch) / "model"
+      return hub.push(saved_folder.write(self, folder, card_name=f"{hub.PREFIX}{name}"), name, private)
+
   def classify(
     self, items: Sequence[Any], labels: Sequence[str], *, modality: str = "image", templates: Sequence[str] = ()
   ) -> list[list[tuple[str, float]]]:
@@ -253,6 +333,21 @@ class Model:
         raise ValueError(f"modality {name!r} is not in this model; it has {list(self.modalities)}")
 
 
+def _check_list(modality: str, items: Any) -> None:
+  """Refuses what is no list of items: a text would be taken as its letters, a picture as its rows."""
+  if isinstance(items, np.ndarray | jax.Array):
+    # The last axes are one item's; whether there is another one, its reading tells.
+    one, got = items.ndim < 2 and modality != "text" or not items.ndim, f"an array of shape {items.shape}"
+    one |= modality in _PIXELS and items.ndim < 4
+  else:
+    one = not isinstance(items, Sequence) or isinstance(items, str | bytes | bytearray)
+    got = f"{items!r:.60}" if isinstance(items, str | pathlib.Path) else f"one {type(items).__name__}"
+  if one:
+    raise ValueError(f"{modality}: got {got}; a list of items is needed, [item] for one")
+  if not len(items):
+    raise ValueError(f"{modality}: nothing to embed, got 0 items")
+
+
 @functools.lru_cache(maxsize=8)
 def _embed_step(method: Method) -> Any:
   """The jitted embedding step, shared by all models of equal methods and towers."""
@@ -271,17 +366,26 @@ def load(source: str | pathlib.Path, *, modalities: Sequence[str] | None = None)
   """Loads a trained model, or a published checkpoint.
 
   Args:
-    source: the workdir of a training run, or a file or folder of a family that `list_pretrained` names.
+    source: the workdir of a training run, a folder that `Model.save` wrote, a file or folder of a family that
+      `list_pretrained` names, or "hf:org/name[@revision]" for one of these on the Hugging Face hub (extra `hub`).
     modalities: those to load; all that the source has unless given.
 
   Raises:
-    ValueError: if there is no such path, it is no supported checkpoint, or lacks a modality.
+    ValueError: if there is no such path, it is no supported checkpoint, is damaged, or lacks a modality; if the hub
+      lacks the model or cannot be reached.
   """
+  if isinstance(modalities, str):
+    raise ValueError(f"modalities: got {modalities!r}; a list of names is needed, [{modalities!r}] for one")
+  if str(source).startswith(hub.PREFIX):
+    source = hub.fetch(str(source))
   path = pathlib.Path(source).expanduser()
   if not path.exists():
     raise ValueError(f"{str(source)!r}: no such file or folder")
   if (path / checkpoint.FOLDER).is_dir():
     return _of_run(path, modalities)
+  if saved_folder.is_saved(path):
+    parts = saved_folder.read(path, modalities)
+    return Model(parts.config, parts.params, parts.codebooks, parts.trunks, modalities=parts.modalities)
   return _published(path, modalities)
 
 

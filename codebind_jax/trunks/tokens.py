@@ -16,6 +16,7 @@ from jaxtyping import Int32
 from codebind_jax.data import sentencepiece
 from codebind_jax.data.transforms import text as text_transforms
 from codebind_jax.trunks.base import Input
+from codebind_jax.trunks.checkpoint_files import note
 
 SENTENCEPIECE = ("spiece.model", "tokenizer.model", "sentencepiece.model")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -88,6 +89,7 @@ def folder_tokenizer(folder: Path) -> tokenizers.Tokenizer:
   file = folder / "tokenizer.json"
   try:
     if file.is_file():
+      note(file)
       return tokenizers.Tokenizer.from_file(str(file))
     for name in SENTENCEPIECE:
       if (folder / name).is_file():
@@ -95,7 +97,9 @@ def folder_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     if (folder / "vocab.json").is_file():
       from transformers import AutoTokenizer
 
-      return AutoTokenizer.from_pretrained(folder, use_fast=True).backend_tokenizer
+      tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True).backend_tokenizer
+      note(file, tokenizer.to_str().encode())
+      return tokenizer
   except Exception as error:
     raise ValueError(f"{folder}: its tokenizer is not readable ({error})") from error
   files = f"tokenizer.json, {', '.join(SENTENCEPIECE)}, or vocab.json with merges.txt"
@@ -150,6 +154,7 @@ def folder_json(folder: Path, name: str) -> dict[str, Any]:
   path = folder / name
   if not path.is_file():
     return {}
+  note(path)
   try:
     content = json.loads(path.read_text())
   except ValueError as error:
