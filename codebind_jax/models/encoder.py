@@ -31,7 +31,9 @@ class EncoderSpec(BlockSpec):
     class_token: whether the stem puts a class token in front of the patches.
     registers: learned tokens between class token and patches, without positions.
     positions: whether the stem adds learned positions; `class_position`: also to the class token.
+    position_filter: of learned positions that are resized, see `models.stems.resize_positions`.
     rope: rotary positions of the patches, a key of `models.rope.TABLES`; "" for none.
+    rope_theta: base of their frequencies, where it is not the table's own.
     pre_norm: LayerNorm before the trunk.
     vocab: number of token ids, text only.
     causal: whether a text's token attends to earlier ones alone.
@@ -55,7 +57,9 @@ class EncoderSpec(BlockSpec):
   registers: int = 0
   positions: bool = True
   class_position: bool = True
+  position_filter: Literal["cubic", "antialias"] = "cubic"
   rope: str = ""
+  rope_theta: float = 100.0
   pre_norm: bool = False
   vocab: int = 49408
   causal: bool = True
@@ -87,7 +91,8 @@ class EncoderSpec(BlockSpec):
       return TextStem(self.width, *self.size, self.vocab, **options)
     return PatchStem(
       self.width, self.size, self.patch, self.stride, self.stem_norm, self.stem_bias, class_token=self.class_token,
-      registers=self.registers, learned=self.positions, class_position=self.class_position, **options,
+      registers=self.registers, learned=self.positions, class_position=self.class_position,
+      position_filter=self.position_filter, **options,
     )  # fmt: skip
 
   def trunk(self, **options: Any) -> Transformer:

@@ -28,7 +28,8 @@ class Picture:
       `size`; "longest": the longer side becomes that of `size`, the rest is filled with `fill`; "none".
     edge: of "shortest"; 0 for the shorter side of `size`.
     resample: PIL's number of the filter, antialiased when it shrinks.
-    crop: rounding of an odd margin of the middle crop: "down" (transformers) or "even" (torchvision, to the even one).
+    crop: rounding of an odd margin of the middle crop: "down" (transformers) or "even" (torchvision, to the even one);
+      what is filled always begins with the smaller part.
     fill: grey value of what the picture does not cover.
     backend: whose resize: "pil", or "torch", torchvision's of uint8 pixels (bilinear and bicubic; others are PIL's).
   """
@@ -52,8 +53,8 @@ class Picture:
     elif self.resize == "squash":
       pixels = self._resized(pixels, self.size)
     elif self.resize == "longest":
-      scale = min(self.size[0] / h, self.size[1] / w)
-      pixels = self._resized(pixels, (max(1, round(h * scale)), max(1, round(w * scale))))
+      ratio = max(h / self.size[0], w / self.size[1])
+      pixels = self._resized(pixels, (max(1, round(h / ratio)), max(1, round(w / ratio))))
     return self._cropped(pixels)
 
   def _resized(self, pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -71,7 +72,7 @@ class Picture:
     source, target = [], []
     for have, want in zip(pixels.shape[:2], self.size):
       margin = abs(have - want)
-      start = margin // 2 if self.crop == "down" else round(margin / 2)
+      start = margin // 2 if self.crop == "down" or have < want else round(margin / 2)
       inside, whole = slice(start, start + min(have, want)), slice(0, min(have, want))
       source.append(inside if have > want else whole)
       target.append(whole if have > want else inside)

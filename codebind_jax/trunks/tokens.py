@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import string
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,11 @@ SENTENCEPIECE = ("spiece.model", "tokenizer.model", "sentencepiece.model")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
+def without_punctuation(text: str) -> str:
+  """The text without ASCII punctuation, with single blanks for white space (SigLIP's "canonicalize")."""
+  return " ".join(text.translate(_NO_PUNCTUATION).split())
+
+
 @dataclasses.dataclass(frozen=True)
 class Ids:
   """One text -> int32 ids of one fixed length.
@@ -30,15 +35,15 @@ class Ids:
     length: ids per text.
     pad_id: the id of padding, after the text.
     lower: texts are lower-cased first.
+    clean: what happens to a text before that, such as `clip_tokenizer.clean`; None for nothing.
     left: padding stands before the text.
-    bare: ASCII punctuation is left out first, and white space becomes single blanks (SigLIP's "canonicalize").
   """
 
   tokenizer: tokenizers.Tokenizer
   length: int
   pad_id: int
   lower: bool = False
-  bare: bool = False
+  clean: Callable[[str], str] | None = None
   left: bool = False
 
   def __post_init__(self):
@@ -54,10 +59,8 @@ class Ids:
     if not isinstance(text, str):
       raise ValueError(f"text: got {type(text).__name__}, a string is needed")
     out = np.full((self.length,), self.pad_id, np.int32)
-    text = text.lower() if self.lower else text
-    if self.bare:
-      text = " ".join(text.translate(_NO_PUNCTUATION).split())
-    ids = self.tokenizer.encode(text).ids
+    text = self.clean(text) if self.clean else text
+    ids = self.tokenizer.encode(text.lower() if self.lower else text).ids
     start = self.length - len(ids) if self.left else 0
     out[start : start + len(ids)] = ids
     return out
@@ -66,8 +69,13 @@ class Ids:
 def text_input(ids: Ids) -> Input:
   """Input of a text encoder; the whole tokenizer is part of its revision."""
   vocabulary = json.dumps(json.loads(ids.tokenizer.to_str()), sort_keys=True)
-  revision = f"{text_transforms.REVISION} {ids.length} {ids.pad_id} {ids.lower} {ids.bare} {ids.left} {vocabulary}"
+  flags = f"{ids.lower} {ids.left} {_name(ids.clean)}"
+  revision = f"{text_transforms.REVISION} {ids.length} {ids.pad_id} {flags}{vocabulary}"
   return Input((ids.length,), "int32", ids, revision=revision)
+
+
+def _name(clean: Callable[[str], str] | None) -> str:
+  return f"{clean.__module__}.{clean.__qualname__} " if clean else ""
 
 
 def folder_tokenizer(folder: Path) -> tokenizers.Tokenizer:
