@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from codebind_jax.trunks.torch_pickle import load_torch_pickle
+from codebind_jax.trunks.torch_pickle import LazyTensor, open_torch_pickle
 
 ENDINGS = (".safetensors", ".npz", ".pth", ".pt", ".bin")
 _TYPES = {
@@ -84,8 +84,12 @@ def _file_hash(path: str, size: int, time: int) -> str:
   return _HASHES[key]
 
 
-def open_weights(path: str | Path) -> Weights:
+def open_weights(path: str | Path, *, empty: bool = False) -> Weights:
   """The arrays of a file, or of a sharded checkpoint by its `*.index.json`.
+
+  Args:
+    path: of the file.
+    empty: whether a torch file may hold no tensors (a module without parameters).
 
   Raises:
     ValueError: naming the file, if it is missing, cut short, of an unknown kind, or names foreign code.
@@ -98,12 +102,12 @@ def open_weights(path: str | Path) -> Weights:
   with open(path, "rb") as file:
     head = file.read(9)
   if head[:4] == b"PK\x03\x04":
-    return _npz(path) if path.suffix == ".npz" else _torch(path)
+    return _npz(path) if path.suffix == ".npz" else _torch(path, empty)
   if len(head) == 9 and head[8:] == b"{":
     return _safetensors(path)
   if path.suffix in (".safetensors", ".npz"):
     raise ValueError(f"{path}: not a readable {path.suffix[1:]} file (it is damaged, or of another kind)")
-  return _torch(path)
+  return _torch(path, empty)
 
 
 def _sharded(index: Path) -> Weights:
@@ -215,19 +219,19 @@ def _npz_reader(path: Path, name: str, dtype: np.dtype) -> Callable[[], np.ndarr
   return read
 
 
-def _torch(path: Path) -> Weights:
+def _torch(path: Path, empty: bool) -> Weights:
   try:
-    tree: Any = load_torch_pickle(path)
+    tree: Any = open_torch_pickle(path)
   except ValueError as error:
     raise (error if str(path) in str(error) else ValueError(f"{path}: {error}")) from error
   while isinstance(tree, dict) and (inner := [k for k in _WRAPPERS if isinstance(tree.get(k), dict)]):
     tree = tree[inner[0]]
   if not isinstance(tree, dict):
     raise ValueError(f"{path}: holds no state dict, but a {type(tree).__name__}")
-  arrays = {name: value for name, value in tree.items() if isinstance(value, np.ndarray)}
-  if not arrays:
+  tensors = {name: value for name, value in tree.items() if isinstance(name, str) and isinstance(value, LazyTensor)}
+  if not tensors and not empty:
     raise ValueError(f"{path}: holds no tensors (names: {sorted(map(str, tree))[:10]})")
-  return Weights({n: Entry(x.shape, x.dtype, lambda x=x: x) for n, x in arrays.items()}, (path,))
+  return Weights({name: Entry(x.shape, x.dtype, x.read) for name, x in tensors.items()}, (path,))
 
 
 def folder_weights(folder: str | Path, stems: tuple[str, ...] = ("model", "pytorch_model")) -> Weights:
