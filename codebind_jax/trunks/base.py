@@ -54,11 +54,13 @@ class PublishedHead:
     module: its form; parameters {"norm": {scale, bias}, "proj": {kernel, bias}}, as far as the form has them.
     load: shapes of these parameters -> the checkpoint's values; None for a head without parameters.
     logit_scale: the checkpoint's factor on the cosine (not its logarithm), as far as this modality has one.
+    logit_bias: what is added after that (SigLIP, whose logits go into a sigmoid).
   """
 
   module: Head
   load: Callable[[Any], Any] | None = dataclasses.field(default=None, repr=False)
   logit_scale: float = 1.0
+  logit_bias: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
