@@ -128,7 +128,7 @@ class Encoded:
 
 
 class Encoder(nn.Module):
-  """Stem and trunk of one modality under the names `stem`, `trunk`, `norm` (of `out_norm`) and `pool` (an `AttentionPool`).
+  """Stem and trunk of a modality under the names `stem`, `trunk`, `norm` (of `out_norm`) and `pool` (`AttentionPool`).
 
   Attributes:
     spec: the encoder's shape.

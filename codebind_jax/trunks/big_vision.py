@@ -14,7 +14,7 @@ from codebind_jax.trunks import names, siglip
 from codebind_jax.trunks.base import Trunk
 from codebind_jax.trunks.checkpoint_files import Weights, open_weights
 from codebind_jax.trunks.pictures import RESAMPLE, Picture, picture_input
-from codebind_jax.trunks.tokens import SENTENCEPIECE, Ids, folder_tokenizer, text_input
+from codebind_jax.trunks.tokens import SENTENCEPIECE, Ids, folder_tokenizer, text_input, without_punctuation
 
 _REVISION = "big_vision-1"
 MODALITIES, LICENCE = siglip.MODALITIES, siglip.LICENCE
@@ -129,7 +129,8 @@ def _ids(file: Path, tokenizer: str, context: int) -> Ids:
   ids = made.encode("a").ids
   if ids[-1:] != [made.token_to_id(end)] or ids[:1] == [made.token_to_id("<bos>")]:
     made = siglip.with_end(made, end)
-  return Ids(made, context, made.token_to_id(pad), lower=gemma or not whole, bare=not gemma and not whole)
+  clean = None if gemma or whole else without_punctuation
+  return Ids(made, context, made.token_to_id(pad), lower=gemma or not whole, clean=clean)
 
 
 def make_trunk(

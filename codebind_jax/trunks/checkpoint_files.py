@@ -151,6 +151,24 @@ def _opened(path: Path) -> Weights:
   return _torch(path, empty)
 
 
+def mentions(path: str | Path, *marks: str) -> bool:
+  """Whether a safetensors or torch file has a name that begins with one of `marks`, possibly after a prefix.
+
+  Of the file only its names are read; False for what is not readable.
+  """
+  path = Path(path)
+  try:
+    if path.suffix == ".safetensors":
+      return any(mark in name for name in open_weights(path) for mark in marks)
+    if path.suffix in (".pt", ".pth", ".bin") and zipfile.is_zipfile(path):
+      with zipfile.ZipFile(path) as archive:
+        pickles = [archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")]
+      return any(mark.encode() in content for content in pickles for mark in marks)
+  except (ValueError, OSError, zipfile.BadZipFile):
+    pass
+  return False
+
+
 def _sharded(index: Path) -> Weights:
   try:
     shard_of = json.loads(index.read_text())["weight_map"]

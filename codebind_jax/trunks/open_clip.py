@@ -10,7 +10,6 @@ import functools
 import math
 import re
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from codebind_jax.models.heads import Head
 from codebind_jax.models.imagebind import CLIP_MEAN, CLIP_STD
 from codebind_jax.trunks import names
 from codebind_jax.trunks.base import Input, PublishedHead, Trunk, fingerprint
-from codebind_jax.trunks.checkpoint_files import Weights, folder_weights, open_weights, present
+from codebind_jax.trunks.checkpoint_files import Weights, folder_weights, mentions, open_weights, present
 from codebind_jax.trunks.clip_tokenizer import clip_ids
 from codebind_jax.trunks.pictures import RESAMPLE, Picture, picture_input
 from codebind_jax.trunks.tokens import folder_json, text_input
@@ -125,19 +124,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 def recognises(path: Path) -> bool:
   """Whether a path is a folder or file of this family; of a file, its names tell."""
-  if path.is_dir():
-    return bool(_config(path))
-  marks = (b"visual.conv1.weight", b"visual.trunk.")
-  try:
-    if path.suffix == ".safetensors":
-      return any(name.encode().startswith(marks) for name in open_weights(path))
-    if path.suffix in (".pt", ".pth", ".bin") and zipfile.is_zipfile(path):
-      with zipfile.ZipFile(path) as archive:
-        pickles = [archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")]
-      return any(mark in content for content in pickles for mark in marks)
-  except (ValueError, OSError, zipfile.BadZipFile):
-    pass
-  return False
+  return bool(_config(path)) if path.is_dir() else mentions(path, "visual.conv1.weight", "visual.trunk.")
 
 
 def modalities(path: Path) -> tuple[str, ...]:

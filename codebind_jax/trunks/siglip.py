@@ -27,6 +27,7 @@ from codebind_jax.trunks.tokens import (
   model_type,
   processor_config,
   text_input,
+  without_punctuation,
 )  # fmt: skip
 
 _REVISION = "siglip-1"
@@ -149,7 +150,8 @@ def folder_ids(folder: Path, context: int) -> Ids:
   length = min(context, int(settings.get("model_max_length") or context))
   side = settings.get("padding_side", "left" if kind == "Siglip2Tokenizer" else "right")
   lower = gemma or first and settings.get("do_lower_case", True)
-  return Ids(tokenizer, length, tokenizer.token_to_id(pad), lower, bare=first, left=side == "left")
+  clean = without_punctuation if first else None
+  return Ids(tokenizer, length, tokenizer.token_to_id(pad), lower, clean, left=side == "left")
 
 
 def make_trunk(

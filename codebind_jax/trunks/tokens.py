@@ -16,10 +16,14 @@ from jaxtyping import Int32
 from codebind_jax.data import sentencepiece
 from codebind_jax.data.transforms import text as text_transforms
 from codebind_jax.trunks.base import Input
-from codebind_jax.trunks.checkpoint_files import note
 
 SENTENCEPIECE = ("spiece.model", "tokenizer.model", "sentencepiece.model")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def without_punctuation(text: str) -> str:
+  """The text without ASCII punctuation, with single blanks for white space (SigLIP's "canonicalize")."""
+  return " ".join(text.translate(_NO_PUNCTUATION).split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +37,6 @@ class Ids:
     lower: texts are lower-cased first.
     clean: what happens to a text before that, such as `clip_tokenizer.clean`; None for nothing.
     left: padding stands before the text.
-    bare: ASCII punctuation is left out first, and white space becomes single blanks (SigLIP's "canonicalize").
   """
 
   tokenizer: tokenizers.Tokenizer
@@ -41,7 +44,6 @@ class Ids:
   pad_id: int
   lower: bool = False
   clean: Callable[[str], str] | None = None
-  bare: bool = False
   left: bool = False
 
   def __post_init__(self):
@@ -58,10 +60,7 @@ class Ids:
       raise ValueError(f"text: got {type(text).__name__}, a string is needed")
     out = np.full((self.length,), self.pad_id, np.int32)
     text = self.clean(text) if self.clean else text
-    text = text.lower() if self.lower else text
-    if self.bare:
-      text = " ".join(text.translate(_NO_PUNCTUATION).split())
-    ids = self.tokenizer.encode(text).ids
+    ids = self.tokenizer.encode(text.lower() if self.lower else text).ids
     start = self.length - len(ids) if self.left else 0
     out[start : start + len(ids)] = ids
     return out
@@ -70,8 +69,8 @@ class Ids:
 def text_input(ids: Ids) -> Input:
   """Input of a text encoder; the whole tokenizer is part of its revision."""
   vocabulary = json.dumps(json.loads(ids.tokenizer.to_str()), sort_keys=True)
-  rules = f"{ids.length} {ids.pad_id} {ids.lower} {ids.bare} {ids.left} {_name(ids.clean)}"
-  revision = f"{text_transforms.REVISION} {rules}{vocabulary}"
+  flags = f"{ids.lower} {ids.left} {_name(ids.clean)}"
+  revision = f"{text_transforms.REVISION} {ids.length} {ids.pad_id} {flags}{vocabulary}"
   return Input((ids.length,), "int32", ids, revision=revision)
 
 
@@ -89,7 +88,6 @@ def folder_tokenizer(folder: Path) -> tokenizers.Tokenizer:
   file = folder / "tokenizer.json"
   try:
     if file.is_file():
-      note(file)
       return tokenizers.Tokenizer.from_file(str(file))
     for name in SENTENCEPIECE:
       if (folder / name).is_file():
@@ -97,9 +95,7 @@ def folder_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     if (folder / "vocab.json").is_file():
       from transformers import AutoTokenizer
 
-      tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True).backend_tokenizer
-      note(file, tokenizer.to_str().encode())
-      return tokenizer
+      return AutoTokenizer.from_pretrained(folder, use_fast=True).backend_tokenizer
   except Exception as error:
     raise ValueError(f"{folder}: its tokenizer is not readable ({error})") from error
   files = f"tokenizer.json, {', '.join(SENTENCEPIECE)}, or vocab.json with merges.txt"
@@ -154,7 +150,6 @@ def folder_json(folder: Path, name: str) -> dict[str, Any]:
   path = folder / name
   if not path.is_file():
     return {}
-  note(path)
   try:
     content = json.loads(path.read_text())
   except ValueError as error:
