@@ -1,4 +1,4 @@
-"""`codebind_jax.load(folder).embed` of 100 images and 100 texts against transformers on torch: ViT-B/32, random weights.
+"""`codebind_jax.load(folder).embed` of 100 images and texts against transformers on torch: ViT-B/32, random weights.
 
 Run: python -m benchmarks.encoders [--torch=PYTHON]   (needs pip install -e '.[parity]', here or in the other PYTHON)
 Each contender is a process of its own; they are timed in turn, preparation of raw pixels and texts included.
@@ -42,7 +42,8 @@ unit = lambda x: torch.nn.functional.normalize(getattr(x, "pooler_output", x), d
 for line in sys.stdin:
   start = time.perf_counter()
   with torch.inference_mode():
-    a = [model.get_image_features(processor(images[i:i + 32], return_tensors="pt")["pixel_values"]) for i in range(0, items, 32)]
+    pixels = lambda i: processor(images[i:i + 32], return_tensors="pt")["pixel_values"]
+    a = [model.get_image_features(pixels(i)) for i in range(0, items, 32)]
     ids = tokenizer(texts, padding="max_length", truncation=True, max_length=77, return_tensors="pt")
     b = [model.get_text_features(ids["input_ids"][i:i + 32]) for i in range(0, items, 32)]
   found = [np.concatenate([unit(x) for x in part]) for part in (a, b)]

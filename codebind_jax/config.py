@@ -285,8 +285,8 @@ def _check_inputs(config: Config, method: Method) -> None:
       continue
     item = load_trunk(tower.trunk, **tower.options).input
     if len(item.shape) != 2 or item.dtype != "float32":
-      raise ValueError(f"config.model.towers.{name}.cache: got False, but {method.needs_tokens}, and this trunk's items "
-                       f"are {item.dtype} {list(item.shape)}; allowed: True, or a trunk that takes tokens")
+      raise ValueError(f"config.model.towers.{name}.cache: got False, but {method.needs_tokens}, and this trunk's "
+                       f"items are {item.dtype} {list(item.shape)}; allowed: True, or a trunk that takes tokens")
 
 
 def _check_widths(config: Config) -> None:

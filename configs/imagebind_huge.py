@@ -1,4 +1,4 @@
-"""CodeBind on ImageBind-Huge's encoders, raw inputs through the model: the published audio stage, at a pod's batch size.
+"""CodeBind on ImageBind-Huge's encoders, raw inputs through the model: the published audio stage for a pod.
 
 Train on pairs of your own (one line of the manifest: {"audio": "a.wav", "image": "a.jpg", "text": "a dog barking"}):
   python -m codebind_jax.main --config=configs/imagebind_huge.py:imagebind_huge.pth --config.data.manifest=pairs.jsonl \

@@ -219,8 +219,9 @@ def make_trunk(
   announce(there.name, LICENCE)
   spec = encoder_spec(there, modality, heads)
   item = item_input(spec, modality, clips=clips, crops=crops, focal_length=focal_length, baseline=baseline)
-  options = {"weights": weights, "modality": modality, "heads": heads, "width": 0, "depth": 0, "clips": clips, "crops": crops,
-             "focal_length": focal_length, "baseline": baseline, "dtype": dtype, "remat": remat, "scan": scan}
+  options = {"weights": weights, "modality": modality, "heads": heads, "width": 0, "depth": 0, "clips": clips,
+             "crops": crops, "focal_length": focal_length, "baseline": baseline, "dtype": dtype, "remat": remat,
+             "scan": scan}  # fmt: skip
   return Trunk(
     name="imagebind", modality=modality, module=Encoder(spec, remat=remat, scan=scan, dtype=dtype or None), input=item,
     fingerprint=fingerprint({}, {"weights": there.hash(), "modality": modality, "heads": spec.heads, "dtype": dtype},
