@@ -90,6 +90,16 @@ def test_uint8_pixels_are_normalised_by_the_module(file):
   np.testing.assert_allclose(thermal.embed(grey), thermal.embed((grey / 255.0).astype(np.float32)), atol=1e-6)
 
 
+def test_without_weights_the_parameters_are_drawn():
+  for modality in MODALITIES:
+    found = imagebind.make_trunk(modality=modality)
+    assert found.load is None and found.head.load is None and found.licence == ""
+    assert found.module.spec.width == HUGE["image" if modality == "video" else modality].width
+    assert found.head.module.width == 1024
+  shapes = imagebind.make_trunk(modality="eeg", width=12, depth=1, heads=2).shapes
+  assert shapes["stem"]["positions"].shape == (513, 12) and list(shapes["trunk"]) == ["blocks_0"]
+
+
 # --- files
 
 
@@ -119,7 +129,8 @@ def test_recognised_by_its_names_and_nothing_foreign_raises(tmp_path, file):
 @pytest.mark.parametrize(
   ("make", "message"),
   [
-    (lambda f, t: imagebind.make_trunk(), "weights: got ''"),
+    (lambda f, t: imagebind.make_trunk(modality="smell"), "modality: got 'smell', allowed are image, text"),
+    (lambda f, t: imagebind.make_trunk(weights=str(f), width=8), "width 8, depth 0: allowed are 0 with weights"),
     (lambda f, t: imagebind.make_trunk(weights=str(t / "no.pth")), r"no\.pth: no such file"),
     (lambda f, t: imagebind.make_trunk(weights=str(t)), "holds no ImageBind checkpoint; looked for imagebind_huge.pth"),
     (lambda f, t: imagebind.make_trunk(weights=str(t / "a.zip")), r"must end in one of \.pth"),

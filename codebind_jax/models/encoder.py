@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Shaped
 from codebind_jax.models.rope import TABLES
 from codebind_jax.models.stems import PatchStem
 from codebind_jax.models.text import TextStem, pool_at_end
-from codebind_jax.models.transformer import AttentionPool, BlockSpec, Transformer
+from codebind_jax.models.transformer import AttentionPool, BlockSpec, Transformer, layer_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +31,14 @@ class EncoderSpec(BlockSpec):
     class_token: whether the stem puts a class token in front of the patches.
     registers: learned tokens between class token and patches, without positions.
     positions: whether the stem adds learned positions; `class_position`: also to the class token.
+    position_filter: of learned positions that are resized, see `models.stems.resize_positions`.
     rope: rotary positions of the patches, a key of `models.rope.TABLES`; "" for none.
+    rope_theta: base of their frequencies, where it is not the table's own.
     pre_norm: LayerNorm before the trunk.
     vocab: number of token ids, text only.
     causal: whether a text's token attends to earlier ones alone.
     pad_id: of text whose padding is masked out of the attention; -1 for none.
+    out_norm: LayerNorm after the trunk, before the pooling, and so on all tokens (SigLIP's images).
     pool: the first of the encoder's tokens: the class token, the mean of the patches, an `AttentionPool`; of text, the
       token at the end mark, the last or the first one.
     end_id: of the end mark; -1 for the largest id in the text.
@@ -54,11 +57,14 @@ class EncoderSpec(BlockSpec):
   registers: int = 0
   positions: bool = True
   class_position: bool = True
+  position_filter: Literal["cubic", "antialias"] = "cubic"
   rope: str = ""
+  rope_theta: float = 100.0
   pre_norm: bool = False
   vocab: int = 49408
   causal: bool = True
   pad_id: int = -1
+  out_norm: bool = False
   pool: Literal["class", "mean", "map", "end", "last", "first"] = "class"
   end_id: int = -1
   mean: tuple[float, ...] = ()
@@ -85,7 +91,8 @@ class EncoderSpec(BlockSpec):
       return TextStem(self.width, *self.size, self.vocab, **options)
     return PatchStem(
       self.width, self.size, self.patch, self.stride, self.stem_norm, self.stem_bias, class_token=self.class_token,
-      registers=self.registers, learned=self.positions, class_position=self.class_position, **options,
+      registers=self.registers, learned=self.positions, class_position=self.class_position,
+      position_filter=self.position_filter, **options,
     )  # fmt: skip
 
   def trunk(self, **options: Any) -> Transformer:
@@ -121,7 +128,7 @@ class Encoded:
 
 
 class Encoder(nn.Module):
-  """Stem and trunk of one modality under the names `stem` and `trunk`, and `pool` for an `AttentionPool`.
+  """Stem and trunk of a modality under the names `stem`, `trunk`, `norm` (of `out_norm`) and `pool` (`AttentionPool`).
 
   Attributes:
     spec: the encoder's shape.
@@ -147,14 +154,15 @@ class Encoder(nn.Module):
     spec, clips = self.spec, 1
     if not (len(spec.patch) == 3 and x.ndim == 4):
       x, clips = fold_clips(x, len(spec.size) + (not spec.is_text))
-    if x.dtype == jnp.uint8:
-      x = (x.astype(jnp.float32) / 255.0 - jnp.asarray(spec.mean)) / jnp.asarray(spec.std)
+    x = normalised(spec, x)
     tokens, positions = spec.stem(dtype=self.dtype, name="stem")(x)
     rope = TABLES[spec.rope](spec, x.shape[1:-1]) if spec.rope else None
     mask = (x != spec.pad_id)[:, None, None] if spec.is_text and spec.pad_id >= 0 else None
     causal = spec.is_text and spec.causal and not self.drop_text_mask
     run = spec.trunk(causal=causal, remat=self.remat, scan=self.scan, dtype=self.dtype, name="trunk")
     trunk = run(tokens, mask, rope)
+    if spec.out_norm:
+      trunk = layer_norm("norm", dtype=self.dtype, eps=spec.eps)(trunk)
     return Encoded(self._pooled(trunk, x), trunk, positions, clips)
 
   def _pooled(self, trunk: Array, x: Array) -> Array:
@@ -170,6 +178,13 @@ class Encoder(nn.Module):
     else:
       pooled = AttentionPool(spec.blocks, self.dtype, name="pool")(trunk)
     return jnp.concatenate([pooled, trunk], axis=1)
+
+
+def normalised(spec: EncoderSpec, x: Shaped[Array, "b ..."]) -> Shaped[Array, "b ..."]:
+  """uint8 pixels by the encoder's mean and deviation, float32; other inputs as they are."""
+  if x.dtype != jnp.uint8:
+    return x
+  return (x.astype(jnp.float32) / 255.0 - jnp.asarray(spec.mean)) / jnp.asarray(spec.std)
 
 
 def fold_clips(x: Shaped[Array, "b ..."], item_rank: int) -> tuple[Shaped[Array, "n ..."], int]:

@@ -33,9 +33,33 @@ def cubic_matrix(size: int, new_size: int) -> np.ndarray:
   return weights
 
 
+def antialias_matrix(size: int, new_size: int, filter: str = "cubic") -> np.ndarray:
+  """Weights [new_size, size] of PyTorch's resize with `antialias`: a coarser grid widens the filter; rows sum to 1.
+
+  Args:
+    size, new_size: of one axis.
+    filter: "cubic" (a = -0.5) or "linear".
+  """
+  scale, half = size / new_size, 2 if filter == "cubic" else 1
+  stretch = max(scale, 1.0)
+  centre = scale * (np.arange(new_size) + 0.5)[:, None]
+  low = np.maximum(np.trunc(centre - half * stretch + 0.5), 0)
+  high = np.minimum(np.trunc(centre + half * stretch + 0.5), size)
+  at = np.arange(size)
+  t = np.abs((at - centre + 0.5) / stretch)
+  if filter == "cubic":
+    near, far = (1.5 * t - 2.5) * t * t + 1, -0.5 * (((t - 5) * t + 8) * t - 4)
+    weights = np.where(t < 1, near, np.where(t < 2, far, 0.0))
+  else:
+    weights = np.maximum(1 - t, 0.0)
+  weights = weights * ((at >= low) & (at < high))
+  return weights / weights.sum(axis=1, keepdims=True)
+
+
 def resize_positions(
-  positions: Float[Array, "n d"], grid: tuple[int, ...], new_grid: tuple[int, ...], prefix: int = 1
-) -> Float[Array, "m d"]:
+  positions: Float[Array, "n d"], grid: tuple[int, ...], new_grid: tuple[int, ...], prefix: int = 1,
+  filter: str = "cubic",
+) -> Float[Array, "m d"]:  # fmt: skip
   """Positions of a class token and a patch grid, interpolated to another grid of the same rank.
 
   Args:
@@ -43,6 +67,7 @@ def resize_positions(
     grid: grid of `positions`.
     new_grid: grid of the result.
     prefix: rows before the grid, which stay as they are.
+    filter: "cubic", or "antialias" for one that is wider where the new grid is coarser (DINOv2 with registers).
 
   Raises:
     ValueError: if the ranks of the grids differ.
@@ -54,7 +79,8 @@ def resize_positions(
   cells = positions[prefix:].reshape(*grid, -1)
   for axis, (size, new_size) in enumerate(zip(grid, new_grid)):
     if size != new_size:
-      matrix = jnp.asarray(cubic_matrix(size, new_size), cells.dtype)
+      weights = antialias_matrix(size, new_size) if filter == "antialias" else cubic_matrix(size, new_size)
+      matrix = jnp.asarray(weights, cells.dtype)
       cells = jnp.moveaxis(jnp.tensordot(matrix, cells, axes=(1, axis)), 0, axis)
   return jnp.concatenate([positions[:prefix], cells.reshape(-1, positions.shape[-1])])
 
@@ -87,6 +113,7 @@ class PatchStem(nn.Module):
     registers: learned tokens after the class token, without positions (DINOv2 with registers, DINOv3).
     learned: whether there are learned positions.
     class_position: whether one of them is the class token's.
+    position_filter: `filter` of `resize_positions`.
     dtype: compute type.
   """
 
@@ -100,10 +127,11 @@ class PatchStem(nn.Module):
   registers: int = 0
   learned: bool = True
   class_position: bool = True
+  position_filter: str = "cubic"
   dtype: Any = None
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b *size c"]) -> tuple[Float[Array, "b n d"], Float[Array, "n d"] | None]:
+  def __call__(self, x: Float[Array, "b *size c"]) -> tuple[Float[Array, "b n d"], Float[Array, "m d"] | None]:
     """Embeds a batch; a single image given to a clip stem is repeated along time.
 
     Returns:
@@ -130,7 +158,7 @@ class PatchStem(nn.Module):
     if self.learned:
       shape = (prefix + math.prod(stem_grid), self.width)
       positions = self.param("positions", nn.initializers.truncated_normal(0.02), shape)
-      positions = resize_positions(positions, stem_grid, grid, prefix).astype(tokens.dtype)
+      positions = resize_positions(positions, stem_grid, grid, prefix, self.position_filter).astype(tokens.dtype)
       if prefix:
         tokens = jnp.concatenate([cls_token, tokens], axis=1) + positions
       else:

@@ -54,11 +54,19 @@ class PublishedHead:
     module: its form; parameters {"norm": {scale, bias}, "proj": {kernel, bias}}, as far as the form has them.
     load: shapes of these parameters -> the checkpoint's values; None for a head without parameters.
     logit_scale: the checkpoint's factor on the cosine (not its logarithm), as far as this modality has one.
+    logit_bias: what is added after that (SigLIP, whose logits go into a sigmoid).
   """
 
   module: Head
   load: Callable[[Any], Any] | None = dataclasses.field(default=None, repr=False)
   logit_scale: float = 1.0
+  logit_bias: float = 0.0
+
+
+def drawn(module: nn.Module, item: Input, rng: jax.Array | None = None) -> Any:
+  """Parameters of a module that takes such items, drawn with `rng`, or key 0; under `jax.eval_shape` their shapes."""
+  example = jnp.zeros((1, *item.shape), item.dtype)
+  return module.init(jax.random.key(0) if rng is None else rng, example).get("params", {})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,7 +99,7 @@ class Trunk:
 
   def init(self, rng: jax.Array) -> Any:
     """Parameters of the module, drawn; under `jax.eval_shape` their shapes."""
-    return self.module.init(rng, jnp.zeros((1, *self.input.shape), self.input.dtype)).get("params", {})
+    return drawn(self.module, self.input, rng)
 
   @functools.cached_property
   def shapes(self) -> Any:
@@ -101,11 +109,12 @@ class Trunk:
   @functools.cached_property
   def params(self) -> Any:
     """The module's parameters: those of the checkpoint, read at first use, or drawn with key 0."""
-    return self.load(self.shapes) if self.load else jax.jit(self.init)(jax.random.key(0))
+    with jax.ensure_compile_time_eval():  # values, also where a function that is being traced asks for them first
+      return self.load(self.shapes) if self.load else jax.jit(self.init)(jax.random.key(0))
 
   def apply(self, params: Any, batch: jax.Array | np.ndarray) -> jax.Array:
     """Tokens [b, n, c] of a prepared batch; pure and jittable."""
-    return self.module.apply({"params": params}, batch).tokens
+    return self.module.apply({"params": params}, jnp.asarray(batch)).tokens
 
   @functools.cached_property
   def compiled(self) -> Callable[[Any, jax.Array | np.ndarray], jax.Array]:
@@ -123,7 +132,8 @@ class Trunk:
     """Parameters of the published head, read at first use; {} for one without any."""
     token = jax.ShapeDtypeStruct((1, 1, self.width), np.float32)
     shapes = jax.eval_shape(self.head.module.init, jax.random.key(0), token).get("params", {})
-    return self.head.load(shapes) if self.head.load else shapes
+    with jax.ensure_compile_time_eval():
+      return self.head.load(shapes) if self.head.load else shapes
 
   def embed(self, batch: jax.Array | np.ndarray) -> jax.Array:
     """The checkpoint's own embeddings of a prepared batch, [b, d], unit length; clips are averaged after that."""

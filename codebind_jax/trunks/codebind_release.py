@@ -36,7 +36,7 @@ from codebind_jax.models.heads import Head
 from codebind_jax.models.lora import from_release, merge
 from codebind_jax.trunks import imagebind, names
 from codebind_jax.trunks.base import PublishedHead, Trunk, fingerprint
-from codebind_jax.trunks.checkpoint_files import Entry, Weights, open_weights
+from codebind_jax.trunks.checkpoint_files import Entry, Weights, open_weights, present
 from codebind_jax.trunks.imagebind_inputs import BASELINE, FOCAL_LENGTH, item_input
 
 _REVISION = "codebind-release-1"
@@ -373,7 +373,7 @@ def _base(folder: Path, place: Path, base: str) -> Path | None:
     return Path(base)
   names = ("imagebind_huge.pth", "imagebind_huge.safetensors")
   files = [where / name for where in (place, folder, folder.parent) for name in names]
-  return next((file for file in files if file.is_file()), None)
+  return next((file for file in files if present(file)), None)
 
 
 def _named(weights: Weights, module: str, modality: str | None) -> Weights:

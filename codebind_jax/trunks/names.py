@@ -8,6 +8,7 @@ query, key and value), where "0" stands for zeros (a key without bias).
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +42,52 @@ def as_is(value: np.ndarray, path: str, shape: tuple[int, ...]) -> np.ndarray:
   return value.reshape(shape) if value.size == math.prod(shape) else value
 
 
+def channels_last(value: np.ndarray, path: str, shape: tuple[int, ...]) -> np.ndarray:
+  """PyTorch layout -> flax layout for convolutions, of which those of size 1 are linear layers here.
+
+  [out, in, height, width] becomes [height, width, in, out], without the axes of length 1 that `shape` lacks.
+  """
+  moved = np.moveaxis(value, (0, 1), (-1, -2)) if path.endswith("kernel") else value
+  long = lambda sizes: [n for n in sizes if n != 1]
+  return moved.reshape(shape) if long(moved.shape) == long(shape) else moved
+
+
+def folded(weights: Weights, norms: Rules, epsilon: float) -> Weights:
+  """The checkpoint with each batch normalisation folded into the convolution before it, `<convolution>.{weight,bias}`.
+
+  Args:
+    weights: the checkpoint.
+    norms: (regex of a convolution's name, template of its normalisation's), as in rules.
+    epsilon: of the normalisations.
+
+  Raises:
+    ValueError: if a normalisation lacks a tensor.
+  """
+  entries, spent = dict(weights), set()
+
+  def read(convolution: str, norm: str, kind: str) -> np.ndarray:
+    get = lambda part: weights[f"{norm}.{part}"].read()
+    scale = get("weight") / np.sqrt(get("running_var") + epsilon)
+    if kind == "bias":
+      return get("bias") - get("running_mean") * scale
+    return weights[f"{convolution}.weight"].read() * scale[:, None, None, None]
+
+  for name in weights:
+    convolution, _, kind = name.rpartition(".")
+    match = next(((m, norm) for pattern, norm in norms if (m := re.fullmatch(pattern, convolution))), None)
+    if kind != "weight" or match is None:
+      continue
+    norm = match[1].format(*match[0].groups())
+    for part in ("weight", "bias", "running_mean", "running_var"):
+      if f"{norm}.{part}" not in weights:
+        raise ValueError(f"{weights.name}: missing tensor {norm}.{part} (of {convolution}'s normalisation)")
+    spent.update(n for n in weights if n.rpartition(".")[0] == norm)
+    whole = weights[name]
+    for part, shape in (("weight", whole.shape), ("bias", whole.shape[:1])):
+      entries[f"{convolution}.{part}"] = Entry(shape, whole.dtype, lambda c=convolution, n=norm, p=part: read(c, n, p))
+  return Weights({name: entry for name, entry in entries.items() if name not in spent}, weights.files)
+
+
 def load(
   shapes: Any,
   weights: Weights,
@@ -49,7 +96,7 @@ def load(
   convert: Callable[[np.ndarray, str, tuple[int, ...]], np.ndarray] = from_torch,
   ignored: Sequence[str] = (),
   dont_load: Sequence[str] = (),
-  start: Any = None,
+  start: Callable[[], Any] | None = None,
 ) -> Any:
   """Parameters with a checkpoint's values, each read, converted and put in its place before the next one is read.
 
@@ -60,14 +107,19 @@ def load(
     rules: of the family, see this module.
     convert: (array, our path, our shape) -> the array in flax layout; `from_torch` or `as_is`.
     ignored: regexes of official names that are not needed; any other that no parameter uses is an error.
-    dont_load: regexes of our paths that keep their value in `start`.
-    start: tree of initial values, needed for `dont_load`.
+    dont_load: regexes, searched in our paths, of parameters that keep their value in `start`.
+    start: gives the tree of initial values; called only where there is a `dont_load`.
 
   Raises:
-    ValueError: naming every missing, superfluous and misshapen array.
+    ValueError: naming every missing, superfluous and misshapen array, or a pattern that matches no parameter.
   """
   missing, wrong, used = [], [], set()
-  keep = lambda path: any(re.fullmatch(pattern, path) for pattern in dont_load)
+  keep = lambda path: any(re.search(pattern, path) for pattern in dont_load)
+  path_of = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+  paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+  for pattern in dont_load:
+    if not any(re.search(pattern, path) for path in paths):
+      raise ValueError(f"dont_load: pattern {pattern!r} matches none of {len(paths)} parameters, such as {paths[0]!r}")
 
   def names_of(path: str, needed: bool = True) -> list[str] | None:
     kind = KINDS.get(path.rsplit("/", 1)[-1], "")
@@ -98,25 +150,26 @@ def load(
     return value
 
   def place(path: Any, leaf: Any, initial: Any = None) -> Any:
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    name, sharding = path_of(path), getattr(leaf, "sharding", None)
     if keep(name):
       used.update(names_of(name, needed=False) or ())
-      return initial
+      return initial if sharding is None else jax.device_put(initial, sharding)
     shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
     if "/blocks/" in f"/{name}":
-      layers = [value_of(f"/{name}".replace("/blocks/", f"/blocks_{i}/")[1:], shape[1:], dtype) for i in range(shape[0])]
-      value = None if any(layer is None for layer in layers) else np.stack([layer.astype(dtype) for layer in layers])
+      paths = [f"/{name}".replace("/blocks/", f"/blocks_{i}/")[1:] for i in range(shape[0])]
+      layers = [value_of(path, shape[1:], dtype) for path in paths]
+      complete = all(layer is not None for layer in layers)
+      value = np.stack([layer.astype(dtype, copy=False) for layer in layers]) if complete else None
     else:
       value = value_of(name, shape, dtype)
     if value is None or missing or wrong:
       return leaf
-    sharding = getattr(leaf, "sharding", None)
     value = np.asarray(value, dtype)
     if sharding is None:
       return jax.numpy.asarray(value)
     return jax.make_array_from_callback(shape, sharding, lambda index: value[index])
 
-  extra = (start,) if start is not None else ()
+  extra = (start(),) if dont_load else ()
   loaded = jax.tree_util.tree_map_with_path(place, shapes, *extra)
   superfluous = sorted(n for n in weights if n not in used and not any(re.fullmatch(p, n) for p in ignored))
   if missing or superfluous or wrong:
@@ -132,6 +185,8 @@ def stacked_as_layers(weights: Weights, pattern: str) -> Weights:
     pattern: regex, searched, with one group: "(encoderblock)/" gives "encoderblock_0/", "encoderblock_1/", ...
   """
   entries = {}
+  # Of a file that must be read whole, a few arrays are kept: queries, keys and values of one layer after the other.
+  whole = functools.lru_cache(maxsize=4)(lambda name: weights[name].read())
   for name, entry in weights.items():
     match = re.search(pattern, name)
     if not match:
@@ -139,7 +194,8 @@ def stacked_as_layers(weights: Weights, pattern: str) -> Weights:
       continue
     at = match.end(1)
     for i in range(entry.shape[0]):
-      entries[f"{name[:at]}_{i}{name[at:]}"] = Entry(entry.shape[1:], entry.dtype, lambda e=entry, i=i: e.read()[i])
+      read = functools.partial(entry.part, i) if entry.part else lambda name=name, i=i: whole(name)[i]
+      entries[f"{name[:at]}_{i}{name[at:]}"] = Entry(entry.shape[1:], entry.dtype, read)
   return Weights(entries, weights.files)
 
 

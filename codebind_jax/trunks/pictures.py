@@ -1,4 +1,4 @@
-"""Pictures as published image encoders want them: resized and cropped by PIL, uint8 until the device."""
+"""Pictures as published image encoders want them: resized, cropped, uint8 until the device."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from codebind_jax.data import torch_resize
 from codebind_jax.data.transforms import image as image_transforms
 from codebind_jax.trunks.base import Input
 
@@ -27,8 +28,10 @@ class Picture:
       `size`; "longest": the longer side becomes that of `size`, the rest is filled with `fill`; "none".
     edge: of "shortest"; 0 for the shorter side of `size`.
     resample: PIL's number of the filter, antialiased when it shrinks.
-    crop: rounding of an odd margin of the middle crop: "down" (transformers) or "even" (torchvision, to the even one).
+    crop: rounding of an odd margin of the middle crop: "down" (transformers) or "even" (torchvision, to the even one);
+      what is filled always begins with the smaller part.
     fill: grey value of what the picture does not cover.
+    backend: whose resize: "pil", or "torch", torchvision's of uint8 pixels (bilinear and bicubic; others are PIL's).
   """
 
   size: tuple[int, int]
@@ -37,6 +40,7 @@ class Picture:
   resample: int = RESAMPLE["bicubic"]
   crop: Literal["down", "even"] = "down"
   fill: int = 0
+  backend: Literal["pil", "torch"] = "pil"
 
   def __call__(self, pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "i j 3"]:
     """The prepared pixels."""
@@ -49,13 +53,15 @@ class Picture:
     elif self.resize == "squash":
       pixels = self._resized(pixels, self.size)
     elif self.resize == "longest":
-      scale = min(self.size[0] / h, self.size[1] / w)
-      pixels = self._resized(pixels, (max(1, round(h * scale)), max(1, round(w * scale))))
+      ratio = max(h / self.size[0], w / self.size[1])
+      pixels = self._resized(pixels, (max(1, round(h / ratio)), max(1, round(w / ratio))))
     return self._cropped(pixels)
 
   def _resized(self, pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if pixels.shape[:2] == size:
       return pixels
+    if self.backend == "torch" and self.resample in torch_resize.FILTERS:
+      return torch_resize.resize(pixels, size, self.resample)
     image = Image.fromarray(np.ascontiguousarray(pixels))
     return np.asarray(image.resize((size[1], size[0]), Image.Resampling(self.resample)))
 
@@ -66,7 +72,7 @@ class Picture:
     source, target = [], []
     for have, want in zip(pixels.shape[:2], self.size):
       margin = abs(have - want)
-      start = margin // 2 if self.crop == "down" else round(margin / 2)
+      start = margin // 2 if self.crop == "down" or have < want else round(margin / 2)
       inside, whole = slice(start, start + min(have, want)), slice(0, min(have, want))
       source.append(inside if have > want else whole)
       target.append(whole if have > want else inside)
@@ -96,6 +102,8 @@ def processor_picture(config: Mapping[str, Any], size: tuple[int, int], where: s
   wanted, crop = config.get("size", {}), config.get("crop_size", config.get("size", {}))
   resize, edge = "none", 0
   if config.get("do_resize", True):
+    if not isinstance(wanted, int) and "longest_edge" in wanted:
+      raise ValueError(f"{where}: size {wanted} is not supported; allowed: shortest_edge, or height and width")
     if isinstance(wanted, int) or "shortest_edge" in wanted:
       resize, edge = "shortest", wanted if isinstance(wanted, int) else wanted["shortest_edge"]
     elif "height" in wanted:
@@ -104,8 +112,10 @@ def processor_picture(config: Mapping[str, Any], size: tuple[int, int], where: s
       raise ValueError(f"{where}: size {wanted} is not supported; allowed: shortest_edge, or height and width")
     else:
       resize = "squash"
-  centred = config.get("do_center_crop", False) and crop and "shortest_edge" not in (crop if isinstance(crop, dict) else {})
+  square = not (isinstance(crop, dict) and "shortest_edge" in crop)
+  centred = config.get("do_center_crop", False) and crop and square
   out = sides(crop) if centred else sides(wanted) if resize == "squash" and wanted else size
   if tuple(out) != tuple(size):
     raise ValueError(f"{where}: gives pictures of {tuple(out)}, the encoder takes {tuple(size)}")
-  return Picture(tuple(size), resize, edge, config.get("resample", RESAMPLE["bicubic"]))
+  # transformers 5 has torchvision resize.
+  return Picture(tuple(size), resize, edge, config.get("resample", RESAMPLE["bicubic"]), backend="torch")

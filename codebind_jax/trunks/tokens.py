@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+import string
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,17 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int32
 
+from codebind_jax.data import sentencepiece
 from codebind_jax.data.transforms import text as text_transforms
 from codebind_jax.trunks.base import Input
+
+SENTENCEPIECE = ("spiece.model", "tokenizer.model", "sentencepiece.model")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def without_punctuation(text: str) -> str:
+  """The text without ASCII punctuation, with single blanks for white space (SigLIP's "canonicalize")."""
+  return " ".join(text.translate(_NO_PUNCTUATION).split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +36,7 @@ class Ids:
     pad_id: the id of padding, after the text.
     lower: texts are lower-cased first.
     clean: what happens to a text before that, such as `clip_tokenizer.clean`; None for nothing.
+    left: padding stands before the text.
   """
 
   tokenizer: tokenizers.Tokenizer
@@ -33,6 +44,7 @@ class Ids:
   pad_id: int
   lower: bool = False
   clean: Callable[[str], str] | None = None
+  left: bool = False
 
   def __post_init__(self):
     self.tokenizer.no_padding()
@@ -49,14 +61,16 @@ class Ids:
     out = np.full((self.length,), self.pad_id, np.int32)
     text = self.clean(text) if self.clean else text
     ids = self.tokenizer.encode(text.lower() if self.lower else text).ids
-    out[: len(ids)] = ids
+    start = self.length - len(ids) if self.left else 0
+    out[start : start + len(ids)] = ids
     return out
 
 
 def text_input(ids: Ids) -> Input:
   """Input of a text encoder; the whole tokenizer is part of its revision."""
   vocabulary = json.dumps(json.loads(ids.tokenizer.to_str()), sort_keys=True)
-  revision = f"{text_transforms.REVISION} {ids.length} {ids.pad_id} {ids.lower} {_name(ids.clean)}{vocabulary}"
+  flags = f"{ids.lower} {ids.left} {_name(ids.clean)}"
+  revision = f"{text_transforms.REVISION} {ids.length} {ids.pad_id} {flags}{vocabulary}"
   return Input((ids.length,), "int32", ids, revision=revision)
 
 
@@ -65,7 +79,8 @@ def _name(clean: Callable[[str], str] | None) -> str:
 
 
 def folder_tokenizer(folder: Path) -> tokenizers.Tokenizer:
-  """The tokenizer of a folder in Hugging Face layout: `tokenizer.json`, or a slow one's files by transformers.
+  """The tokenizer of a folder in Hugging Face layout: `tokenizer.json`, a SentencePiece model (which adds no marks), or
+  `vocab.json` with `merges.txt` by transformers.
 
   Raises:
     ValueError: if there is none, or it is not readable.
@@ -74,13 +89,56 @@ def folder_tokenizer(folder: Path) -> tokenizers.Tokenizer:
   try:
     if file.is_file():
       return tokenizers.Tokenizer.from_file(str(file))
-    if any((folder / name).is_file() for name in ("vocab.json", "spiece.model", "tokenizer.model")):
+    for name in SENTENCEPIECE:
+      if (folder / name).is_file():
+        return sentencepiece.read_tokenizer(folder / name)
+    if (folder / "vocab.json").is_file():
       from transformers import AutoTokenizer
 
       return AutoTokenizer.from_pretrained(folder, use_fast=True).backend_tokenizer
   except Exception as error:
     raise ValueError(f"{folder}: its tokenizer is not readable ({error})") from error
-  raise ValueError(f"{folder}: has no tokenizer (tokenizer.json, or vocab.json with merges.txt)")
+  files = f"tokenizer.json, {', '.join(SENTENCEPIECE)}, or vocab.json with merges.txt"
+  raise ValueError(f"{folder}: has no tokenizer ({files})")
+
+
+def model_type(path: Path) -> str:
+  """`model_type` of a folder's `config.json`; "" where there is none, or it is not readable."""
+  try:
+    kind = folder_json(path, "config.json").get("model_type", "")
+  except (ValueError, OSError):
+    return ""
+  return kind if isinstance(kind, str) else ""
+
+
+def family_config(weights: str, folder: Path, kinds: Collection[str], family: str) -> dict[str, Any]:
+  """Content of the `config.json` of a family's folder.
+
+  Args:
+    weights: the user's name of the folder, for errors.
+    folder: its path.
+    kinds: `model_type`s of the family.
+    family: its name, for errors.
+
+  Raises:
+    ValueError: if there is no such folder, or it is not one of the family's.
+  """
+  if not weights or not folder.is_dir():
+    raise ValueError(f"weights: {weights!r} is no folder{'' if folder.exists() else ' (no such path)'}")
+  config = folder_json(folder, "config.json")
+  if config.get("model_type") not in kinds:
+    raise ValueError(f"{weights}: not a folder of {family} in Hugging Face layout: its config.json "
+                     f"{'has model_type ' + repr(config.get('model_type')) if config else 'is missing'}, "
+                     f"allowed are {', '.join(kinds)}")  # fmt: skip
+  return config
+
+
+def processor_config(folder: Path) -> tuple[dict[str, Any], Path]:
+  """Content of a folder's image processor, {} if there is none, and its file."""
+  whole = folder_json(folder, "processor_config.json").get("image_processor")  # transformers 5 with a processor
+  if isinstance(whole, dict) and not (folder / "preprocessor_config.json").is_file():
+    return whole, folder / "processor_config.json"
+  return folder_json(folder, "preprocessor_config.json"), folder / "preprocessor_config.json"
 
 
 def folder_json(folder: Path, name: str) -> dict[str, Any]:
