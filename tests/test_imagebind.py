@@ -16,7 +16,7 @@ from PIL import Image
 from codebind_jax.data.transforms import audio, video
 from codebind_jax.models.imagebind import CLIP_MEAN, CLIP_STD, HUGE
 from codebind_jax.trunks import imagebind, imagebind_inputs, names
-from codebind_jax.trunks.checkpoint_files import Entry, Weights, open_weights
+from codebind_jax.trunks.checkpoint_files import Entry, Weights, open_weights, write_shapes
 from tests.model_fixtures import encoder_params, error, golden, inputs, official, spec, state_dict
 from tests.torch_files import torch_zip
 
@@ -115,6 +115,15 @@ def test_a_torch_file_and_a_folder_give_the_same(tmp_path, file):
   wrapped = tmp_path / "wrapped.pth"
   wrapped.write_bytes(torch_zip({f"module.{name}": value for name, value in state.items()}, wrapper="state_dict"))
   jax.tree.map(np.testing.assert_array_equal, trunk(wrapped, "depth").params, found.params)
+
+
+def test_the_same_trunk_is_made_of_the_file_s_shapes(file, tmp_path):
+  """A saved model keeps no values of its trunks' checkpoints."""
+  write_shapes(tmp_path / file.name, open_weights(file))
+  for modality in ("depth", "text"):
+    found, again = trunk(file, modality), trunk(tmp_path / file.name, modality)
+    assert again.fingerprint == found.fingerprint and again.head.logit_scale == pytest.approx(found.head.logit_scale)
+    assert again.shapes == found.shapes
 
 
 def test_recognised_by_its_names_and_nothing_foreign_raises(tmp_path, file):
