@@ -329,6 +329,22 @@ def test_a_video_is_read_by_its_rate(tmp_path):
     found.read(tmp_path / "no.mp4")
 
 
+def test_a_film_is_read_by_its_rate(tmp_path):
+  av = pytest.importorskip("av")
+  path = tmp_path / "film.mp4"
+  with av.open(str(path), "w") as out:
+    stream = out.add_stream("mpeg4", rate=5)
+    stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+    for i in range(20):  # 4 s
+      frame = np.full((48, 64, 3), 12 * i, np.uint8)
+      out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+    out.mux(stream.encode())
+  for source in (path, path.read_bytes()):
+    clips = video.read_clips(source, clips=3)
+    assert clips.shape == (3, 2, 48, 64, 3)
+    assert np.allclose(clips[:, :, 24, 32, 0], 12 * np.array([[0, 9], [5, 14], [10, 19]]), atol=6)
+
+
 @pytest.mark.parametrize("name", ["syn48k_short", "syn22k_stereo"])
 def test_sounds_equal_the_release(name, tmp_path):
   """Another sinc filter than the library's, the first channel alone, and clips that shift each other's mean."""
