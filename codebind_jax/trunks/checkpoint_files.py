@@ -125,7 +125,7 @@ def open_weights(path: str | Path, *, empty: bool = False) -> Weights:
     ValueError: naming the file, if it is missing, cut short, of an unknown kind, or names foreign code.
   """
   path = Path(path).expanduser()
-  weights = _shapes(path) if not path.is_file() and present(path) else _opened(path)
+  weights = _shapes(path) if not path.is_file() and present(path) else _opened(path, empty)
   note(path, weights)
   return weights
 
@@ -135,7 +135,7 @@ def present(path: Path) -> bool:
   return path.is_file() or path.with_name(path.name + SHAPES).is_file()
 
 
-def _opened(path: Path) -> Weights:
+def _opened(path: Path, empty: bool) -> Weights:
   if not path.is_file():
     raise ValueError(f"{path}: no such file")
   if path.name.endswith(".index.json"):
