@@ -12,7 +12,7 @@ from codebind_jax.trunks.tokens import text_input
 
 FOLDER = pathlib.Path(__file__).parent
 MARKS = {"golden/imagebind_text.npz": {},
-         "fixtures/clip_tokenizer.npz": {"start": "<start_of_text>", "end": "<end_of_text>"}}
+         "fixtures/clip_tokenizer.npz": {"start": "<start_of_text>", "end": "<end_of_text>"}}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MARKS)
