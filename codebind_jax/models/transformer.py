@@ -46,6 +46,7 @@ class BlockSpec:
     sub_norm: LayerNorm before the last layer of attention and MLP (EVA02-CLIP).
     mlp_norm: LayerNorm before the last layer of the MLP alone (EVA02).
     post_norm: x + norm(attention(x)) instead of x + attention(norm(x)), and so with the MLP (EVA02-CLIP enormous).
+    sum_norm: norm(x + attention(x)) instead, and so with the MLP (BERT, RoBERTa).
   """
 
   heads: int
@@ -58,6 +59,7 @@ class BlockSpec:
   sub_norm: bool = False
   mlp_norm: bool = False
   post_norm: bool = False
+  sum_norm: bool = False
 
 
 @flax.struct.dataclass
@@ -181,6 +183,8 @@ class Block(nn.Module):
 
   def _added(self, x: Array, number: int, branch: Callable[[Array], Array]) -> Array:
     norm = layer_norm(f"norm{number}", dtype=self.dtype, eps=self.spec.eps)
+    if self.spec.sum_norm:
+      return norm(x + branch(x))
     y = norm(branch(x)) if self.spec.post_norm else branch(norm(x))
     if self.spec.layer_scale:
       y = y * self.param(f"scale{number}", nn.initializers.ones, (x.shape[-1],)).astype(y.dtype)
