@@ -74,8 +74,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if path == "/api/validate-yaml":
       return self.answer({"errors": [], "warnings": []})
     if match := re.fullmatch(r"/api/models/(.+)/preupload/.*", path):
-      files = json.loads(body)["files"]
-      return self.answer({"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]})
+      plain = {"uploadMode": "regular", "shouldIgnore": False}
+      return self.answer({"files": [{"path": file["path"], **plain} for file in json.loads(body)["files"]]})
     if match := re.fullmatch(r"/api/models/(.+)/commit/.*", path):
       for line in map(json.loads, body.decode().splitlines()):
         if line["key"] == "file":

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: from huggingface_hub's cache, from a hub on the loopback interface, and without one."""
+"""Models of the Hugging Face hub: from the cache, from a hub on the loopback interface, and without network."""
 
 import builtins
 import socket
@@ -85,8 +85,8 @@ def test_without_network_or_cache_the_error_is_clear_and_comes_in_seconds(cache,
 def test_only_what_is_needed_is_downloaded(server, tmp_path):
   folder = family_fixtures.unpack("clip_hf", tmp_path / "source")
   files = {path.name: path.read_bytes() for path in folder.iterdir()}
-  more = dict.fromkeys(("pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "onnx/config.json", "README.md"), b"no")
-  server.models["openai/clip-tiny"] = files | more
+  others = ("pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "onnx/config.json", "README.md")
+  server.models["openai/clip-tiny"] = files | dict.fromkeys(others, b"no")
   model = codebind_jax.load("hf:openai/clip-tiny")
   want = codebind_jax.load(folder).embed({"text": ["a dog"]})["text"].shared
   np.testing.assert_array_equal(model.embed({"text": ["a dog"]})["text"].shared, want)

@@ -1,4 +1,4 @@
-"""`codebind_jax.load`: what it refuses, each with the file and what is wrong; `embed` and `combine` of what it gives."""
+"""What `codebind_jax.load` refuses, with the file and what is wrong; `embed` and `combine` of what it gives."""
 
 import io
 import json
@@ -73,7 +73,8 @@ def test_a_config_without_weights(clip):
 def test_weights_of_another_size(clip):
   family_fixtures.change_json(clip / "config.json", vision_config={"hidden_size": 96, "num_attention_heads": 4})
   text = refusal(clip)
-  assert "model.safetensors: missing []; superfluous []; wrong shape [" in text and "class_embedding (32,) for stem/cls_token" in text
+  assert "model.safetensors: missing []; superfluous []; wrong shape [" in text
+  assert "class_embedding (32,) for stem/cls_token" in text
 
 
 def test_all_arrays_that_do_not_fit_are_in_one_error(clip):
