@@ -24,7 +24,7 @@ from codebind_jax.runtime import checkpoint
 from codebind_jax.saving import folder as saved_folder
 from codebind_jax.saving import hub
 from codebind_jax.step import make_embed_step
-from codebind_jax.trunks import load_trunk
+from codebind_jax.trunks import codebind_release, load_trunk
 from codebind_jax.trunks.base import fingerprint
 from codebind_jax.trunks.families import families, family_of
 
@@ -364,13 +364,14 @@ def _columns(out: Any) -> tuple[Any, ...]:
   return out.shared, out.specific, out.full, out.indices_shared, out.indices_specific
 
 
-def load(source: str | pathlib.Path, *, modalities: Sequence[str] | None = None) -> Model:
+def load(source: str | pathlib.Path, *, modalities: Sequence[str] | None = None, **options: Any) -> Model:
   """Loads a trained model, or a published checkpoint.
 
   Args:
     source: the workdir of a training run, a folder that `Model.save` wrote, a file or folder of a family that
       `list_pretrained` names, or "hf:org/name[@revision]" for one of these on the Hugging Face hub (extra `hub`).
     modalities: those to load; all that the source has unless given.
+    **options: of a published family's `make_trunk`, such as `dtype="bfloat16"` or the `base` of a CodeBind release.
 
   Raises:
     ValueError: if there is no such path, it is no supported checkpoint, is damaged, or lacks a modality; if the hub
@@ -383,12 +384,15 @@ def load(source: str | pathlib.Path, *, modalities: Sequence[str] | None = None)
   path = pathlib.Path(source).expanduser()
   if not path.exists():
     raise ValueError(f"{str(source)!r}: no such file or folder")
+  own = (path / checkpoint.FOLDER).is_dir() or saved_folder.is_saved(path)
+  if own and options:
+    raise ValueError(f"{path}: has its own options; {next(iter(options))!r} is for published checkpoints")
   if (path / checkpoint.FOLDER).is_dir():
     return _of_run(path, modalities)
   if saved_folder.is_saved(path):
     parts = saved_folder.read(path, modalities)
     return Model(parts.config, parts.params, parts.codebooks, parts.trunks, modalities=parts.modalities)
-  return _published(path, modalities)
+  return _published(path, modalities, options)
 
 
 def _chosen(wanted: Sequence[str] | None, there: Sequence[str], where: pathlib.Path) -> tuple[str, ...]:
@@ -406,25 +410,54 @@ def _of_run(folder: pathlib.Path, modalities: Sequence[str] | None) -> Model:
     config, position = meta["config"], meta["position"]
   finally:
     store.close()
-  config = config_lib.reopened(config)
+  config = config_lib.read(config)
   codebooks = config_lib.method_of(config).restore(arrays["codebooks"])
   return Model(config, arrays["params"], codebooks, modalities=_chosen(modalities, position["trained"], folder))
 
 
-def _published(path: pathlib.Path, modalities: Sequence[str] | None) -> Model:
-  """A model of a checkpoint's own embeddings: trunks and published heads, no codebooks and no specific parts."""
+def _published(path: pathlib.Path, modalities: Sequence[str] | None, options: Mapping[str, Any]) -> Model:
+  """A model of a checkpoint's own embeddings: trunks and published heads; a CodeBind release has its other parts too."""
   family = family_of(path)
   chosen = _chosen(modalities, families()[family].modalities(path), path)
-  trunks = {name: load_trunk(family, weights=str(path), modality=name) for name in chosen}
+  own = {name: {"weights": str(path), "modality": name} | dict(options) for name in chosen}
+  trunks = {name: load_trunk(family, **own[name]) for name in chosen}
+  headless = [name for name, trunk in trunks.items() if trunk.head is None]
+  if headless:
+    raise ValueError(f"{path}: has no published embedding of {headless[0]!r}; use it as a trunk in a config")
   widths = {name: trunk.head.module.width for name, trunk in trunks.items()}
   if len(set(widths.values())) > 1:
     raise ValueError(f"{path}: its embeddings have different widths, {widths}; load some of them by `modalities`")
   towers = {
-    name: {"trunk": family, "options": {"weights": str(path), "modality": name}, "cache": False, "head": "published",
+    name: {"trunk": family, "options": own[name], "cache": False, "head": "published",
            "logit_scale": trunk.head.logit_scale}
     for name, trunk in trunks.items()
   }  # fmt: skip
-  model = {"towers": towers, "shared_dim": next(iter(widths.values())), "quantize": False}
+  config = {"model": {"towers": towers, "shared_dim": next(iter(widths.values())), "quantize": False}}
   params = {name: {"trunk": trunk.params, "shared": trunk.head_params} for name, trunk in trunks.items()}
   scales = {f"{name}_log_logit_scale": np.float32(np.log(trunk.head.logit_scale)) for name, trunk in trunks.items()}
-  return Model({"model": model}, params | scales, {}, trunks)
+  codebooks = {}
+  if family == "codebind_release":
+    release = codebind_release.open_release(path, **{k: v for k, v in options.items() if k in ("base", "postfix")})
+    config, params, codebooks = _with_release(release, config, params)
+  return Model(config, params | scales, codebooks, trunks)
+
+
+def _with_release(release: codebind_release.Release, config: dict, params: dict) -> tuple[dict, dict, dict]:
+  """(config, parameters, codebooks) of a published model with a release's specific heads and codebooks.
+
+  Raises:
+    ValueError: if its codebooks' codes differ in width.
+  """
+  sizes, codebooks = release.sizes(), release.codebooks()
+  if len(set(sizes.code_dims.values())) != 1:
+    raise ValueError(f"{release.folder}: its codes have different widths, {dict(sizes.code_dims)}; allowed: one width")
+  for name, tower in config["model"]["towers"].items():
+    tower["specific_dim"] = sizes.specific_dims[name]
+    params[name] |= {key: value for key, value in release.heads(name).items() if key == "specific"}
+  config["model"]["quantize"] = True
+  codes = {name: count for name, count in sizes.codes.items() if name in config["model"]["towers"]}
+  config["codebook"] = {
+    "dim": next(iter(sizes.code_dims.values())), "shared_codes": sizes.codes["shared"], "codes": codes,
+    "distance": sizes.distance, "normalize": sizes.normalize, "layout": sizes.layout,
+  }  # fmt: skip
+  return config, params, {name: codebooks[name] for name in ("shared", *codes)}

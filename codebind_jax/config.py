@@ -23,10 +23,6 @@ from codebind_jax.trunks import load_trunk, tower_trunks, trunk_maker, trunk_nam
 MODES = ("train", "eval", "embed", "compare", "compile")
 TASKS = ("zeroshot", "retrieval", "probe")
 MEASURES = (*TASKS, "codes")
-# Earlier versions: trunk's name then -> now; method options that are stage keys now.
-_RENAMED_TRUNKS = {"raw": "vectors", "words": "hashed_words", "frames": "video_mean"}
-_REMOVED_OPTIONS = ("contrast_temperature",)
-
 
 @dataclasses.dataclass(frozen=True)
 class Embed:
@@ -218,24 +214,6 @@ def read(config: Any) -> Config:
   return config if isinstance(config, Config) else filled(schema.read(Config, config))
 
 
-def reopened(plain: Mapping[str, Any]) -> Config:
-  """The config of an earlier run from its config.json or checkpoint, also if an earlier version wrote it.
-
-  New keys get their defaults, renamed ones their new names; removed ones are left out.
-
-  Raises:
-    ValueError: as `read`.
-  """
-  plain = schema.to_plain(plain)
-  for tower in plain.get("model", {}).get("towers", {}).values():
-    tower["trunk"] = _RENAMED_TRUNKS.get(tower["trunk"], tower["trunk"])
-  for key in _REMOVED_OPTIONS:
-    plain.get("method_options", {}).pop(key, None)
-  if not plain.get("compare", {"world": None}).get("world"):  # earlier versions wrote {} for none
-    plain.get("compare", {}).pop("world", None)
-  return read(plain)
-
-
 def filled(config: Config) -> Config:
   """The config with all options of its trunks and methods: those set, and the defaults of the others.
 
@@ -283,7 +261,7 @@ def validate(config: Any) -> Config:
       raise ValueError(f"config.{path}: must be set for mode {config.mode!r}")
   if config.mode in ("eval", "embed"):
     return config
-  if not config.data.worlds and not config.data.manifest:
+  if config.mode != "compile" and not config.data.worlds and not config.data.manifest:
     raise ValueError(f"config.data.worlds: is empty; allowed: some of {sorted(WORLDS)}, or data.manifest set")
   if not config.stage_order:
     raise ValueError(f"config.stage_order: is empty; allowed: some of {list(config.stages)}")
@@ -307,8 +285,8 @@ def _check_inputs(config: Config, method: Method) -> None:
       continue
     item = load_trunk(tower.trunk, **tower.options).input
     if len(item.shape) != 2 or item.dtype != "float32":
-      raise ValueError(f"config.model.towers.{name}.cache: got False, but {method.needs_tokens}, and this trunk's items "
-                       f"are {item.dtype} {list(item.shape)}; allowed: True, or a trunk that takes tokens")
+      raise ValueError(f"config.model.towers.{name}.cache: got False, but {method.needs_tokens}, and this trunk's "
+                       f"items are {item.dtype} {list(item.shape)}; allowed: True, or a trunk that takes tokens")
 
 
 def _check_widths(config: Config) -> None:
@@ -337,7 +315,7 @@ def _check_stage(config: Config, stage: Stage) -> None:
   for pattern in stage.codes:
     if not any(re.fullmatch(pattern, name) for name in (SHARED, *towers)):
       raise ValueError(f"config.{where}.codes: {pattern!r} matches none of {[SHARED, *sorted(towers)]}")
-  if not config.data.manifest:
+  if not config.data.manifest and config.mode != "compile":
     check_keys([*stage.sources, *stage.weights], config.data.worlds, f"{where}.sources")
   check_keys(stage.tune, towers, f"{where}.tune")
   for name, tune in stage.tune.items():

@@ -1,6 +1,7 @@
 """Initial parameters of a run: of published checkpoints, whitened heads, copied heads, or those of another run.
 
-Order: random, the trunks' checkpoints and published heads, `whiten`, `config.init_from`, the run's own checkpoint; `starts_from` as a modality's stage begins.
+Order: random, the trunks' checkpoints and published heads, `whiten`, `config.init_from`, the run's own checkpoint;
+`starts_from` as a modality's stage begins.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from codebind_jax.trunks.base import Trunk
 def load_published(params: Any, model: ModelSpec, trunks: Mapping[str, Trunk]) -> Any:
   """The parameters with the checkpoints' values of trunks that run in the model, and of published heads.
 
-  Each array is read into the sharding and type of the one it replaces, which is freed before. Adapters keep their start.
+  Each array is read into the sharding and type of the one it replaces, which is freed before. Adapters keep their
+  start.
 
   Args:
     params: of all towers.

@@ -65,7 +65,7 @@ def open_run(config: Config, workdir: str | pathlib.Path) -> pathlib.Path:
   path, plain = folder / "config.json", schema.to_plain(config)
   if path.exists():
     try:
-      earlier = schema.to_plain(config_lib.reopened(json.loads(path.read_text())))
+      earlier = schema.to_plain(config_lib.read(json.loads(path.read_text())))
     except ValueError as error:
       raise ValueError(f"{path}: {error}") from error
     changed = [line for line in schema.difference(earlier, plain) if line.partition(":")[0] not in FREE]

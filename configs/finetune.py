@@ -2,7 +2,7 @@
 
 Command: python -m codebind_jax.main --config=configs/finetune.py:WEIGHTS --config.data.manifest=pairs.jsonl \
            --workdir=runs/finetune
-WEIGHTS is a checkpoint with images and texts: a folder of CLIP, SigLIP or OpenCLIP, a big_vision .npz, imagebind_huge.pth.
+WEIGHTS is a checkpoint with images and texts: a folder of CLIP, SigLIP or OpenCLIP, big_vision .npz, ImageBind .pth.
 One line of pairs.jsonl: {"image": "a.jpg", "text": "a cow in the snow", "split": "train"}; some lines of split "test".
 
 `--config.stages.pairs.tune.image=full` trains the whole image trunk, `frozen` the heads and codebooks alone.

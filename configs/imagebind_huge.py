@@ -1,4 +1,4 @@
-"""CodeBind on ImageBind-Huge's encoders, raw inputs through the model: the published audio stage, at a pod's batch size.
+"""CodeBind on ImageBind-Huge's encoders, raw inputs through the model: the published audio stage for a pod.
 
 Train on pairs of your own (one line of the manifest: {"audio": "a.wav", "image": "a.jpg", "text": "a dog barking"}):
   python -m codebind_jax.main --config=configs/imagebind_huge.py:imagebind_huge.pth --config.data.manifest=pairs.jsonl \
@@ -20,6 +20,7 @@ from configs import imagebind
 def get_config(arg=""):
   form, _, weights = arg.partition(",") if arg.startswith("decoder") else ("", "", arg)
   config = imagebind.get_base(weights, sensor="audio", rate=5e-5)
+  config.model.towers.audio.options.clips = 1  # of 2 s; the publication averages three
   config.steps = 10_000
   config.batch_size = 4096
   weights_of = imagebind.losses(50.0, 0.01, 1.0, 0.1, 1.0)

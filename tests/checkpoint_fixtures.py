@@ -1,27 +1,14 @@
-"""Checkpoints of official models by their names and shapes alone, and folders of fixtures."""
+"""Folders of tiny checkpoints, and the names of official models of any depth (see `family_fixtures`)."""
 
-import gzip
 import json
-import pathlib
 
 import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from codebind_jax.trunks.checkpoint_files import Entry, Weights
+from tests.family_fixtures import load_all
 
-FOLDER = pathlib.Path(__file__).parent / "fixtures"
-
-
-def official(file):
-  """Model -> {official name: shape}, of a gzipped JSON fixture."""
-  return json.loads(gzip.decompress((FOLDER / file).read_bytes()))
-
-
-def zeros(shapes, path):
-  """A checkpoint of zeros that take no memory; `path` is an existing file that it claims to lie in."""
-  entry = lambda shape: Entry(tuple(shape), np.dtype(np.float32), lambda: np.broadcast_to(np.float32(0), tuple(shape)))
-  return Weights({name: entry(shape) for name, shape in shapes.items()}, (pathlib.Path(path),))
+_SHAPES = {}
 
 
 def unrolled(shapes):
@@ -39,20 +26,16 @@ def unrolled(shapes):
   return out
 
 
-def check_names(trunk, monkeypatch):
-  """Checks names and shapes of a trunk built with `scan` and of its head against its checkpoint; nothing is placed."""
-  parts = [(trunk.load, unrolled(trunk.shapes))]
-  if trunk.head.load:
-    token = jax.ShapeDtypeStruct((1, 1, trunk.width), np.float32)
-    parts.append((trunk.head.load, jax.eval_shape(trunk.head.module.init, jax.random.key(0), token)["params"]))
-  with monkeypatch.context() as patch:
-    patch.setattr(jax.numpy, "asarray", lambda value, *_: value.shape)
-    for load, shapes in parts:
-      load(shapes)
+def check_names(trunk):
+  """Checks the names and shapes of a trunk that was built with `scan`, and of its head, against its checkpoint."""
+  if trunk.module not in _SHAPES:
+    _SHAPES[trunk.module] = trunk.encoded, unrolled(trunk.shapes)
+  vars(trunk)["encoded"], vars(trunk)["shapes"] = _SHAPES[trunk.module]
+  load_all(trunk)
 
 
 def write(folder, arrays, name="model.safetensors", **jsons):
-  """A checkpoint's folder: arrays as safetensors under `name`, and `jsons` with _ for the last dot of their names."""
+  """A checkpoint's folder: arrays as safetensors under `name`, and JSON files by their names without ending."""
   folder.mkdir(parents=True, exist_ok=True)
   save_file({key: np.ascontiguousarray(value) for key, value in arrays.items()}, folder / name)
   for key, value in jsons.items():

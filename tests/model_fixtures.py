@@ -10,7 +10,8 @@ import numpy as np
 
 from codebind_jax.models.encoder import Encoder, EncoderSpec
 from codebind_jax.models.imagebind import HUGE
-from codebind_jax.models.imagebind_weights import OFFICIAL_NAMES, load
+from codebind_jax.trunks import imagebind, names
+from codebind_jax.trunks.checkpoint_files import Entry, Weights
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 MODALITIES = ("image", "text", "audio", "depth", "thermal", "tactile", "imu", "eeg")
@@ -43,7 +44,18 @@ def state_dict(prefix="w/", name="codebind_model_tiny_weights"):
 
 
 def official(modality):
-  return OFFICIAL_NAMES.get(modality, modality)
+  return "vision" if modality == "image" else modality
+
+
+def weights(arrays, name="golden"):
+  """Arrays in the form of an opened checkpoint."""
+  entries = {key: Entry(value.shape, value.dtype, lambda value=value: value) for key, value in arrays.items()}
+  return Weights(entries, (pathlib.Path(name),))
+
+
+def load(tree, rules, prefix, arrays):
+  """Parameters shaped as `tree` from the official names that begin with `prefix`."""
+  return jax.device_get(names.load(tree, imagebind.part_of(weights(arrays), prefix), rules))
 
 
 @functools.cache
@@ -65,7 +77,8 @@ def inputs(name):
 @functools.cache
 def encoder_params(modality):
   tree = jax.eval_shape(Encoder(spec(modality)).init, jax.random.key(0), spec(modality).example())["params"]
-  return load({modality: tree}, state_dict(), ("modality_(heads|postprocessors).*",))[modality]
+  part = imagebind.encoder_weights(weights(state_dict()), modality)
+  return jax.device_get(names.load(tree, part, imagebind.encoder_rules(modality)))
 
 
 @functools.cache

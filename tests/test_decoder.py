@@ -8,7 +8,7 @@ import pytest
 from codebind_jax.losses.reconstruction import reconstruction, resize_target
 from codebind_jax.models.decoder import Decoder, decoder_for
 from codebind_jax.models.imagebind import HUGE
-from codebind_jax.models.imagebind_weights import load
+from codebind_jax.trunks import codebind_release, names
 from tests.model_fixtures import (
   CLIPS,
   encoded,
@@ -19,6 +19,7 @@ from tests.model_fixtures import (
   official,
   spec,
   state_dict,
+  weights,
 )
 
 TOLERANCE = 1e-5
@@ -52,12 +53,12 @@ def decoder_case(group, name):
     trunk = out.trunk.reshape(-1, CLIPS.get(name, 1), *out.trunk.shape[1:]).mean(1)
     decoder, arguments = decoder_for(spec(modality), **SMALL), (tokens_of(name), trunk, out.positions)
   tree = jax.eval_shape(decoder.init, jax.random.key(0), *map(jnp.asarray, arguments))["params"]
-  weights = state_dict(f"{group}/w/")
   # The release's unused convolutions have no counterpart here and must not be in the way.
   unused = {f"decoder_heads.{text.split(':')[0]}": np.zeros(1) for text in golden(
     "codebind_model_tiny_weights")[f"{group}/unused_head_params"]}
   assert unused
-  params = load({modality: {"decoder": tree}}, weights | unused)[modality]["decoder"]
+  part = codebind_release.decoder_weights(weights(state_dict(f"{group}/w/") | unused), modality)
+  params = names.load(tree, part, codebind_release.decoder_rules(modality))
   return decoder, params, arguments
 
 

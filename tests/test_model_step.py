@@ -12,9 +12,9 @@ from codebind_jax.codebook import CodebookState
 from codebind_jax.compositional import CompositionalSpec, quantize_modalities, split_parts, split_segments
 from codebind_jax.losses.reconstruction import reconstruction
 from codebind_jax.models.decoder import decoder_for
-from codebind_jax.models.imagebind_weights import load
 from codebind_jax.norm import unit
-from tests.model_fixtures import CLIPS, SHARED, encoded, error, golden, inputs, jit, official, spec, state_dict
+from codebind_jax.trunks import codebind_release, names
+from tests.model_fixtures import CLIPS, SHARED, encoded, error, golden, inputs, jit, official, spec, state_dict, weights
 
 STEP = golden("codebind_model_tiny_step")
 ORDER = ("text", "image", "audio")
@@ -39,7 +39,8 @@ def decode_loss(modality):
   fixed = out.trunk.reshape(-1, clips, *out.trunk.shape[1:]).mean(1), out.positions
   tokens = jnp.asarray(STEP[f"step/in/{official(modality)}"])
   tree = jax.eval_shape(decoder.init, jax.random.key(0), tokens, *map(jnp.asarray, fixed))["params"]
-  params = load({modality: {"decoder": tree}}, state_dict("dec/w/"))[modality]["decoder"]
+  part = codebind_release.decoder_weights(weights(state_dict("dec/w/")), modality)
+  params = names.load(tree, part, codebind_release.decoder_rules(modality))
 
   def loss(tokens, x, trunk, positions):
     return reconstruction(decoder.apply({"params": params}, tokens, trunk, positions), x, clips=clips)

@@ -9,7 +9,8 @@ from safetensors.numpy import save_file
 
 from codebind_jax.models.rope import TABLES
 from codebind_jax.trunks import open_clip
-from tests.checkpoint_fixtures import FOLDER, check_names, official, prefixed, write, zeros
+from tests import family_fixtures
+from tests.checkpoint_fixtures import check_names, prefixed, write
 
 LIMIT = 2e-5
 TINY = {"width": 24, "depth": 2, "heads": 2, "patch": (8, 8)}
@@ -22,8 +23,7 @@ TOWERS = {
 
 @pytest.fixture(scope="module")
 def made():
-  with np.load(FOLDER / "open_clip.npz") as file:
-    return {name: file[name] for name in file.files}
+  return family_fixtures.arrays("open_clip")
 
 
 def weights_of(made, case):
@@ -118,13 +118,13 @@ def test_ids_equal_open_clips(made, tmp_path):
 def test_shapes_and_names_of_every_official_model(tmp_path, monkeypatch):
   file = tmp_path / "weights.safetensors"
   file.write_bytes(b"")
-  models = official("open_clip_official.json.gz")
+  models = family_fixtures.official("open_clip")
   assert {name.removesuffix("-quickgelu") for name in open_clip.MODELS} == set(models)
   for model, shapes in models.items():
-    monkeypatch.setattr(open_clip, "_weights", lambda path, shapes=shapes: zeros(shapes, path))
+    monkeypatch.setattr(open_clip, "_weights", lambda path, shapes=shapes: family_fixtures.zeros(shapes, path))
     for modality in open_clip.MODALITIES:
       trunk = open_clip.make_trunk(weights=str(file), modality=modality, model=model, tag="laion2b", scan=True)
-      check_names(trunk, monkeypatch)
+      check_names(trunk)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,8 @@ def test_a_tower_that_is_not_supported_is_refused_by_its_name(made, tmp_path, ch
   config = json.loads(str(made["plain/config"]))
   part = next(iter(change))
   config[part] = config[part] | change[part]
-  folder, modality = folder_of(made, tmp_path, config={"model_cfg": config}), "image" if part == "vision_cfg" else "text"
+  folder = folder_of(made, tmp_path, config={"model_cfg": config})
+  modality = "image" if part == "vision_cfg" else "text"
   other = "text" if modality == "image" else "image"
   assert open_clip.modalities(folder) == (other,)
   with pytest.raises(ValueError, match=f"(?s)open_clip_config.json: .*{said}"):
@@ -204,9 +205,9 @@ def test_arrays_that_do_not_fit_are_named_all_at_once(made, tmp_path):
   arrays["visual.proj"] = arrays["visual.proj"][:, :8]
   trunk = open_clip.make_trunk(weights=str(folder_of(made, tmp_path, arrays=arrays)))
   with pytest.raises(ValueError, match=r"(?s)open_clip_model.*visual.ln_pre.bias.*visual.strange.*visual.conv1.weight"):
-    trunk.params  # noqa: B018
+    trunk.params
   with pytest.raises(ValueError, match="visual.proj"):
-    trunk.head_params  # noqa: B018
+    trunk.head_params
 
 
 def test_what_is_no_checkpoint_is_refused(made, tmp_path):

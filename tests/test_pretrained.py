@@ -231,6 +231,47 @@ def test_fingerprint_follows_weights_and_options():
   assert fingerprint(changed, trunks[0].options, "1") != fingerprint(trunks[0].params, trunks[0].options, "1")
 
 
+@pytest.mark.parametrize(("name", "ending"), [("efficientnet_lite0", "pth"), ("aisfx", "pth"), ("video_mean", "pth")])
+def test_weights_are_read_when_asked_for_and_their_file_is_part_of_the_fingerprint(name, ending, tmp_path):
+  files = [tmp_path / f"{content}.{ending}" for content in ("one", "two")]
+  for file in files:
+    file.write_bytes(file.name.encode())
+  one, two = (load_trunk(name, weights=file) for file in files)
+  assert one.width == two.width > 500 and one.fingerprint != two.fingerprint
+  (tmp_path / "same").mkdir()
+  same = tmp_path / "same" / files[1].name
+  same.write_bytes(files[0].read_bytes())
+  assert load_trunk(name, weights=same).fingerprint == one.fingerprint
+  assert load_trunk(name, weights=same, dont_load=("a",)).fingerprint != one.fingerprint
+  with pytest.raises(ValueError, match=rf"one.{ending}"):
+    one.params
+
+
+SMALL = {
+  "efficientnet_lite0": {"stages": TINY_STAGES, "head_width": 24, "size": (32, 48), "levels": (1,), "lines": 32,
+                         "flip": True},
+  "video_mean": {"stages": TINY_STAGES, "head_width": 24, "size": 32, "frames": 2},
+  "point_views": {"stages": TINY_STAGES, "head_width": 24, "size": 32, "levels": (1,), "azimuths": (0.0, 90.0)},
+  "aisfx": {"widths": (2, 3), "chunks": 2},
+  "minilm": {"layers": 1, "width": 8, "heads": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_parameter_can_be_trained(name):
+  trunk = load_trunk(name, weights="random", **SMALL[name])
+  item = trunk.input
+  batch = np.random.default_rng(0).uniform(0, 40, (2, *item.shape)).astype(item.dtype)
+
+  def loss(params):
+    tokens = trunk.module.apply({"params": params}, jnp.asarray(batch), True).tokens
+    assert tokens.shape[1:] == (trunk.num_tokens, trunk.width)
+    return jnp.sum(jnp.sin(3 * tokens))
+
+  for path, slope in leaves(jax.jit(jax.grad(loss))(trunk.params)).items():
+    assert np.isfinite(slope).all() and (np.any(slope) or path.endswith("key/bias")), path
+
+
 def test_dont_load_keeps_the_random_start(tmp_path):
   model = minilm.Bert(minilm.BertConfig(40, 512, 16, 1, 2, 64))
   params = model.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"]

@@ -8,17 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import logging
 
 from codebind_jax.models import towers as codebind
 from codebind_jax.models.encoder import Encoder, EncoderSpec, fold_clips, mean_clips
 from codebind_jax.models.imagebind import HUGE
-from codebind_jax.models.imagebind_weights import load, official_names
 from codebind_jax.models.lora import lora
 from codebind_jax.models.stems import PatchStem, cubic_matrix, patch_grid, resize_positions
 from codebind_jax.models.text import TextStem, pool_at_end
 from codebind_jax.models.transformer import Attention, BlockSpec, Transformer
 from codebind_jax.norm import unit
+from codebind_jax.trunks import imagebind, names
 from tests.model_fixtures import (
   CLIPS,
   MODALITIES,
@@ -30,29 +29,32 @@ from tests.model_fixtures import (
   golden,
   inputs,
   jit,
+  load,
   official,
   spec,
   state_dict,
+  weights,
 )  # fmt: skip
 
 TOLERANCE = 1e-5
 A = golden("codebind_model_tiny_encoder")
 
 
-def head_params(modality, shared, specific, weights, dont_load=()):
+def head_params(modality, shared, specific, arrays):
   heads = codebind.Tower(codebind.TowerSpec(shared, specific))
   tokens = jax.ShapeDtypeStruct((1, 1, spec(modality).width), jnp.float32)
   tree = jax.eval_shape(heads.init, jax.random.key(0), tokens)["params"]
-  scale = jax.ShapeDtypeStruct((), jnp.float32)
-  rest = ("modality_(preprocessors|trunks).*", *dont_load)
-  loaded = load({modality: tree, f"{modality}_log_logit_scale": scale}, weights, rest)
-  return heads, loaded[modality], np.exp(loaded[f"{modality}_log_logit_scale"])
+  kinds = {"shared": "modality_heads", "specific": "modality_heads_mvq"}
+  params = {part: load(tree[part], imagebind.head_rules(modality, kinds[part]), f"{kinds[part]}.{official(modality)}.",
+                       arrays) for part in tree}  # fmt: skip
+  scale = arrays.get(imagebind.scale_name(modality))
+  return heads, params, 1.0 if scale is None else np.exp(scale)
 
 
 CONFIGURATIONS = {
-  "A": lambda m: (SHARED, SPECIFIC[m], state_dict(), () if SPECIFIC[m] else ("modality_heads_mvq.*",)),
-  "B": lambda m: (0, SHARED + SPECIFIC[m], state_dict() | state_dict("wB/"), (r"modality_heads\..*",)),
-  "C": lambda m: (SHARED, 0, state_dict(), ("modality_heads_mvq.*",)),
+  "A": lambda m: (SHARED, SPECIFIC[m], state_dict()),
+  "B": lambda m: (0, SHARED + SPECIFIC[m], state_dict() | state_dict("wB/")),
+  "C": lambda m: (SHARED, 0, state_dict()),
 }
 
 
@@ -108,19 +110,18 @@ def test_video_clips_are_averaged_after_normalising():
 
 @pytest.mark.parametrize("size", [168, 280])
 def test_other_image_sizes_interpolate_positions_as_imagebind_does(size):
-  weights, arrays = state_dict("w/", "imagebind_tiny_vision"), golden("imagebind_tiny_vision")
+  state, arrays = state_dict("w/", "imagebind_tiny_vision"), golden("imagebind_tiny_vision")
   shape = EncoderSpec(**{**vars(HUGE["image"]), "width": 48, "depth": 2, "heads": 4})
   encoder = Encoder(shape)
   heads = codebind.Tower(codebind.TowerSpec(40, 0))
-  tree = {
-    **jax.eval_shape(encoder.init, jax.random.key(0), shape.example())["params"],
-    **jax.eval_shape(heads.init, jax.random.key(0), jnp.zeros((1, 1, 48)))["params"],
-  }
-  params = load({"image": tree}, weights)["image"]
+  tree = jax.eval_shape(encoder.init, jax.random.key(0), shape.example())["params"]
+  params = names.load(tree, imagebind.encoder_weights(weights(state), "image"), imagebind.encoder_rules("image"))
+  tree = jax.eval_shape(heads.init, jax.random.key(0), jnp.zeros((1, 1, 48)))["params"]["shared"]
+  head = {"shared": load(tree, imagebind.head_rules("image"), "modality_heads.vision.", state)}
   image = np.moveaxis(arrays[f"in/vision{size}"], 1, -1)
-  tokens = jit(encoder.apply)({"params": {key: params[key] for key in ("stem", "trunk")}}, image).tokens
+  tokens = jit(encoder.apply)({"params": params}, image).tokens
   assert tokens.shape[1] == 1 + (size // 14) ** 2
-  out = jax.device_get(run_heads(({"shared": params["shared"]},), tokens, (heads,), 1)[0][1])
+  out = jax.device_get(run_heads((head,), tokens, (heads,), 1)[0][1])
   assert error(out[:, 0], arrays[f"out/vision{size}"]) < TOLERANCE
 
 
@@ -289,63 +290,30 @@ def test_inputs_that_do_not_fit_are_errors(call, message):
     call()
 
 
-def abstract(modality):
-  tree = jax.eval_shape(Encoder(spec(modality)).init, jax.random.key(0), spec(modality).example())["params"]
-  return {modality: tree}
+def shapes(modality, **options):
+  return jax.eval_shape(Encoder(spec(modality), **options).init, jax.random.key(0), spec(modality).example())["params"]
 
 
-def test_load_lists_everything_that_does_not_fit():
-  heads = ("modality_(heads|postprocessors).*",)
-  weights = {name: value for name, value in state_dict().items() if ".eeg." in name}
-  load(abstract("eeg"), weights, heads)
-  broken = dict(weights)
-  del broken["modality_trunks.eeg.blocks.0.attn.bias_k"]
-  broken["modality_trunks.eeg.blocks.7.norm_1.weight"] = np.ones(24)
-  broken["modality_trunks.eeg.blocks.1.mlp.fc1.bias"] = np.ones(7)
-  with pytest.raises(ValueError) as caught:
-    load(abstract("eeg"), broken, heads)
-  for part in ("missing ['eeg/trunk/blocks_0/attn/bias_k']",
-               "unexpected ['modality_trunks.eeg.blocks.7.norm_1.weight']",
-               "eeg/trunk/blocks_1/mlp/fc1/bias (96,) <- modality_trunks.eeg.blocks.1.mlp.fc1.bias (7,)"):
-    assert part in str(caught.value)
-  with pytest.raises(ValueError, match="modality_heads.eeg"):
-    load(abstract("eeg"), weights)
+def eeg(state):
+  return imagebind.encoder_weights(weights(state), "eeg")
 
 
-def test_load_stacks_the_blocks_of_a_scanned_trunk():
-  heads = ("modality_(heads|postprocessors).*",)
-  weights = {name: value for name, value in state_dict().items() if ".eeg." in name}
-  scanned = Encoder(spec("eeg"), scan=True)
-  tree = jax.eval_shape(scanned.init, jax.random.key(0), spec("eeg").example())["params"]
-  params = load({"eeg": tree}, weights, heads)["eeg"]
+def test_loading_stacks_the_blocks_of_a_scanned_trunk():
+  tree, rules = shapes("eeg", scan=True), imagebind.encoder_rules("eeg")
+  params = names.load(tree, eeg(state_dict()), rules)
   assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, tree)
-  out = jit(scanned.apply)({"params": params}, inputs("eeg"))
+  out = jit(Encoder(spec("eeg"), scan=True).apply)({"params": params}, inputs("eeg"))
   np.testing.assert_allclose(out.trunk, encoded("eeg").trunk, atol=1e-5)
-  del weights["modality_trunks.eeg.blocks.1.attn.bias_k"]
-  with pytest.raises(ValueError, match=r"missing \['eeg/trunk/blocks_1/attn/bias_k'\]"):
-    load({"eeg": tree}, weights, heads)
+  state = dict(state_dict())
+  del state["modality_trunks.eeg.blocks.1.attn.bias_k"]
+  with pytest.raises(ValueError, match=r"missing \['modality_trunks.eeg.blocks.1.attn.bias_k .for trunk/blocks_1/attn"):
+    names.load(tree, eeg(state), rules)
 
 
-def test_load_names_the_modalities_it_leaves_out(caplog):
-  logging.get_absl_logger().propagate = True
-  with caplog.at_level("INFO", logger="absl"):
-    load(abstract("eeg"), state_dict() | {"modality_preprocessors.text.mask": np.zeros(1)},
-         ("modality_(heads|postprocessors).*",))
-  assert "'audio'" in caplog.text and "'eeg'" not in caplog.text
-
-
-def test_dont_load_keeps_what_is_there():
-  tree = jax.tree.map(lambda leaf: np.full(leaf.shape, 7.0, np.float32), abstract("eeg"))
-  loaded = load(tree, state_dict(), ("modality_(heads|postprocessors).*", "eeg/stem/.*"))["eeg"]
+def test_what_is_not_to_be_loaded_keeps_what_is_there():
+  tree = shapes("eeg")
+  start = jax.tree.map(lambda leaf: np.full(leaf.shape, 7.0, np.float32), tree)
+  loaded = names.load(tree, eeg(state_dict()), imagebind.encoder_rules("eeg"), dont_load=("stem/.*",), start=start)
   assert {float(leaf.min()) for leaf in jax.tree.leaves(loaded["stem"])} == {7.0}
   theirs = state_dict()["modality_trunks.eeg.blocks.1.attn.in_proj_weight"]
   np.testing.assert_array_equal(loaded["trunk"]["blocks_1"]["attn"]["qkv"]["kernel"], theirs.T)
-
-
-def test_the_image_has_no_logit_scale_in_the_release():
-  assert official_names("image", "log_logit_scale") == ["modality_postprocessors.vision.1.log_logit_scale"]
-  loaded = load({"image_log_logit_scale": np.float32(3)}, {})
-  assert loaded == {"image_log_logit_scale": 0}
-  with pytest.raises(ValueError, match="audio/log_logit_scale"):
-    load({"audio_log_logit_scale": np.float32(3)}, {})
-  assert official_names("image", "shared/hidden/kernel") == []

@@ -1,4 +1,4 @@
-"""Published encoders inside the model: what trains, where parameters come from, mixup and reconstruction of raw inputs."""
+"""Published encoders inside the model: what trains, where parameters come from, mixup and reconstruction."""
 
 import dataclasses
 import re
@@ -6,7 +6,6 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import codebind_jax
@@ -14,8 +13,8 @@ from codebind_jax import config as config_lib
 from codebind_jax.initialise import load_published
 from codebind_jax.methods.base import make_init
 from codebind_jax.runtime import optim
-from codebind_jax.runtime.sharding import Layout, make_layout
-from codebind_jax.runtime.train_state import TrainState, create
+from codebind_jax.runtime.sharding import make_layout
+from codebind_jax.runtime.train_state import create
 from codebind_jax.step import forward, make_train_step
 from codebind_jax.train import optimizer_of, train_and_evaluate
 from codebind_jax.trunks import input_shapes, load_trunk
@@ -40,7 +39,8 @@ def shrunk(clip, squares="", **overrides):
   config = finetune.get_config(str(clip)).unlock()
   config.update_from_flattened_dict({
     "steps": 2, "batch_size": 8, "log_steps": 1, "eval_steps": 100, "checkpoint_steps": 1, "tasks": ("retrieval",),
-    "codebook.dim": 4, "codebook.shared_codes": 8, "codebook.codes.image": 8, "optim.warmup": 0, "data.manifest": str(squares),
+    "codebook.dim": 4, "codebook.shared_codes": 8, "codebook.codes.image": 8, "optim.warmup": 0,
+    "data.manifest": str(squares),
     "data.root": str(clip.parent / "data"),
     "stages.pairs.losses": {"info_nce": 1.0, "commitment": 1.0},
   })  # fmt: skip

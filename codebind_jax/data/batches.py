@@ -28,7 +28,8 @@ class FeatureTable:
   """Tokens or prepared items of one modality for the rows of a source.
 
   Attributes:
-    features: tokens [items, views, tokens, width], or prepared items [items, views, *shape]; may be a memory map, which a worker process opens again.
+    features: tokens [items, views, tokens, width], or prepared items [items, views, *shape]; may be a
+      memory map, which a worker process opens again.
     choices: per row the items to draw from (the captions of a text row; one item for an image); empty if missing.
     augmented: probability of drawing one of the augmented views, which follow the clean first one.
     made_from: a hash of all that the features were computed from; "" to hash the features themselves.

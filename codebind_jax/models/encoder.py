@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Shaped
 from codebind_jax.models.rope import TABLES
 from codebind_jax.models.stems import PatchStem
 from codebind_jax.models.text import TextStem, pool_at_end
-from codebind_jax.models.transformer import AttentionPool, BlockSpec, Transformer
+from codebind_jax.models.transformer import AttentionPool, BlockSpec, Transformer, layer_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,7 @@ class EncoderSpec(BlockSpec):
     vocab: number of token ids, text only.
     causal: whether a text's token attends to earlier ones alone.
     pad_id: of text whose padding is masked out of the attention; -1 for none.
+    out_norm: LayerNorm after the trunk, before the pooling, and so on all tokens (SigLIP's images).
     pool: the first of the encoder's tokens: the class token, the mean of the patches, an `AttentionPool`; of text, the
       token at the end mark, the last or the first one.
     end_id: of the end mark; -1 for the largest id in the text.
@@ -63,6 +64,7 @@ class EncoderSpec(BlockSpec):
   vocab: int = 49408
   causal: bool = True
   pad_id: int = -1
+  out_norm: bool = False
   pool: Literal["class", "mean", "map", "end", "last", "first"] = "class"
   end_id: int = -1
   mean: tuple[float, ...] = ()
@@ -126,7 +128,7 @@ class Encoded:
 
 
 class Encoder(nn.Module):
-  """Stem and trunk of one modality under the names `stem` and `trunk`, and `pool` for an `AttentionPool`.
+  """Stem and trunk of a modality under the names `stem`, `trunk`, `norm` (of `out_norm`) and `pool` (`AttentionPool`).
 
   Attributes:
     spec: the encoder's shape.
@@ -159,6 +161,8 @@ class Encoder(nn.Module):
     causal = spec.is_text and spec.causal and not self.drop_text_mask
     run = spec.trunk(causal=causal, remat=self.remat, scan=self.scan, dtype=self.dtype, name="trunk")
     trunk = run(tokens, mask, rope)
+    if spec.out_norm:
+      trunk = layer_norm("norm", dtype=self.dtype, eps=spec.eps)(trunk)
     return Encoded(self._pooled(trunk, x), trunk, positions, clips)
 
   def _pooled(self, trunk: Array, x: Array) -> Array:

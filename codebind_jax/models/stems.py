@@ -33,17 +33,26 @@ def cubic_matrix(size: int, new_size: int) -> np.ndarray:
   return weights
 
 
-def antialias_matrix(size: int, new_size: int, a: float = -0.5) -> np.ndarray:
-  """Bicubic weights [new_size, size] as PyTorch's with `antialias`: the filter is as wide as a new cell; rows sum to 1."""
-  scale = size / new_size
+def antialias_matrix(size: int, new_size: int, filter: str = "cubic") -> np.ndarray:
+  """Weights [new_size, size] of PyTorch's resize with `antialias`: a coarser grid widens the filter; rows sum to 1.
+
+  Args:
+    size, new_size: of one axis.
+    filter: "cubic" (a = -0.5) or "linear".
+  """
+  scale, half = size / new_size, 2 if filter == "cubic" else 1
   stretch = max(scale, 1.0)
   centre = scale * (np.arange(new_size) + 0.5)[:, None]
-  low, high = np.maximum(np.trunc(centre - 2 * stretch + 0.5), 0), np.minimum(np.trunc(centre + 2 * stretch + 0.5), size)
+  low = np.maximum(np.trunc(centre - half * stretch + 0.5), 0)
+  high = np.minimum(np.trunc(centre + half * stretch + 0.5), size)
   at = np.arange(size)
   t = np.abs((at - centre + 0.5) / stretch)
-  near = ((a + 2) * t - (a + 3)) * t * t + 1
-  far = a * (((t - 5) * t + 8) * t - 4)
-  weights = np.where(t < 1, near, np.where(t < 2, far, 0.0)) * ((at >= low) & (at < high))
+  if filter == "cubic":
+    near, far = (1.5 * t - 2.5) * t * t + 1, -0.5 * (((t - 5) * t + 8) * t - 4)
+    weights = np.where(t < 1, near, np.where(t < 2, far, 0.0))
+  else:
+    weights = np.maximum(1 - t, 0.0)
+  weights = weights * ((at >= low) & (at < high))
   return weights / weights.sum(axis=1, keepdims=True)
 
 
@@ -122,7 +131,7 @@ class PatchStem(nn.Module):
   dtype: Any = None
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b *size c"]) -> tuple[Float[Array, "b n d"], Float[Array, "n d"] | None]:
+  def __call__(self, x: Float[Array, "b *size c"]) -> tuple[Float[Array, "b n d"], Float[Array, "m d"] | None]:
     """Embeds a batch; a single image given to a clip stem is repeated along time.
 
     Returns:

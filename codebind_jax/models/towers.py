@@ -19,6 +19,7 @@ from codebind_jax.models.heads import INITS, Head
 from codebind_jax.models.lora import lora
 from codebind_jax.norm import unit
 from codebind_jax.schema import DERIVED, Frozen, Regex, above, at_least, check_keys, to_plain, within
+
 # Before a modality's name: the trunk's tokens of that modality among a model's features, for its decoder.
 TRUNK = "trunk/"
 

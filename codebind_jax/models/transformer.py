@@ -43,7 +43,8 @@ class BlockSpec:
     qkv_bias: whether `qkv` has a bias.
     bias_kv: adds one learned key and value, appended last, which every token attends to (ImageBind's sensors).
     layer_scale: a learned factor a channel on what attention and MLP add (DINOv2).
-    sub_norm: LayerNorm before the last layer of attention and MLP (EVA02).
+    sub_norm: LayerNorm before the last layer of attention and MLP (EVA02-CLIP).
+    mlp_norm: LayerNorm before the last layer of the MLP alone (EVA02).
     post_norm: x + norm(attention(x)) instead of x + attention(norm(x)), and so with the MLP (EVA02-CLIP enormous).
   """
 
@@ -55,6 +56,7 @@ class BlockSpec:
   bias_kv: bool = False
   layer_scale: bool = False
   sub_norm: bool = False
+  mlp_norm: bool = False
   post_norm: bool = False
 
 
@@ -157,7 +159,7 @@ class Mlp(nn.Module):
     h = nn.Dense((1 + gated) * hidden, dtype=self.dtype, name="fc1")(x)
     act = ACTIVATIONS[spec.act]
     h = act(h[..., :hidden]) * h[..., hidden:] if gated else act(h)
-    if spec.sub_norm:
+    if spec.sub_norm or spec.mlp_norm:
       h = layer_norm("norm", dtype=self.dtype, eps=spec.eps)(h)
     return nn.Dense(width, dtype=self.dtype, name="fc2")(h)
 

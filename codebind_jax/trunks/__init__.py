@@ -82,8 +82,8 @@ def tower_trunks(model: ModelSpec, stages: Sequence[Stage] = ()) -> dict[str, To
     if tower.head == "published":
       if trunk.head is None or trunk.head.module.width != model.shared_dim:
         width = trunk.head.module.width if trunk.head else "none"
-        raise ValueError(f"config.model.towers.{name}.head: the published head of {tower.trunk!r} has the width {width}, "
-                         f"config.model.shared_dim is {model.shared_dim}; allowed: 'linear', or the same width")
+        raise ValueError(f"config.model.towers.{name}.head: the published head of {tower.trunk!r} has the width "
+                         f"{width}, config.model.shared_dim is {model.shared_dim}; allowed: 'linear', or this width")
       form = trunk.head.module
     adapters = any(stage.tune.get(name) == "lora" for stage in stages)
     out[name] = TowerTrunk(None if tower.cache else trunk.module, form, adapters)

@@ -54,11 +54,13 @@ class PublishedHead:
     module: its form; parameters {"norm": {scale, bias}, "proj": {kernel, bias}}, as far as the form has them.
     load: shapes of these parameters -> the checkpoint's values; None for a head without parameters.
     logit_scale: the checkpoint's factor on the cosine (not its logarithm), as far as this modality has one.
+    logit_bias: what is added after that (SigLIP, whose logits go into a sigmoid).
   """
 
   module: Head
   load: Callable[[Any], Any] | None = dataclasses.field(default=None, repr=False)
   logit_scale: float = 1.0
+  logit_bias: float = 0.0
 
 
 def drawn(module: nn.Module, item: Input, rng: jax.Array | None = None) -> Any:
@@ -107,7 +109,8 @@ class Trunk:
   @functools.cached_property
   def params(self) -> Any:
     """The module's parameters: those of the checkpoint, read at first use, or drawn with key 0."""
-    return self.load(self.shapes) if self.load else jax.jit(self.init)(jax.random.key(0))
+    with jax.ensure_compile_time_eval():  # values, also where a function that is being traced asks for them first
+      return self.load(self.shapes) if self.load else jax.jit(self.init)(jax.random.key(0))
 
   def apply(self, params: Any, batch: jax.Array | np.ndarray) -> jax.Array:
     """Tokens [b, n, c] of a prepared batch; pure and jittable."""
@@ -129,7 +132,8 @@ class Trunk:
     """Parameters of the published head, read at first use; {} for one without any."""
     token = jax.ShapeDtypeStruct((1, 1, self.width), np.float32)
     shapes = jax.eval_shape(self.head.module.init, jax.random.key(0), token).get("params", {})
-    return self.head.load(shapes) if self.head.load else shapes
+    with jax.ensure_compile_time_eval():
+      return self.head.load(shapes) if self.head.load else shapes
 
   def embed(self, batch: jax.Array | np.ndarray) -> jax.Array:
     """The checkpoint's own embeddings of a prepared batch, [b, d], unit length; clips are averaged after that."""

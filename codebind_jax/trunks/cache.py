@@ -93,7 +93,8 @@ def cached_features(
   if hashes is None:
     hashes = [content_hash(read(index)) for index in range(len(keys))]
   recipe = {
-    "format": _FORMAT, "trunk": trunk.fingerprint if encode else f"{trunk.input}", "views": views, "augment": repr(augment) if views > 1 else "",
+    "format": _FORMAT, "trunk": trunk.fingerprint if encode else f"{trunk.input}",
+    "views": views, "augment": repr(augment) if views > 1 else "",
     "seed": seed if views > 1 else 0, "items": [[key, str(value)] for key, value in zip(keys, hashes, strict=True)],
   }  # fmt: skip
   name = f"{trunk.name}-{hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:24]}"

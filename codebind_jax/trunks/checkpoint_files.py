@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from codebind_jax.trunks.torch_pickle import load_torch_pickle
+from codebind_jax.trunks.torch_pickle import LazyTensor, open_torch_pickle
 
 ENDINGS = (".safetensors", ".npz", ".pth", ".pt", ".bin")
 _TYPES = {
@@ -37,11 +37,14 @@ _WRAPPERS = ("state_dict", "model", "module")  # keys under which torch files ke
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """One array of a checkpoint: its shape and type, and a function that reads it."""
+  """One array of a checkpoint: its shape and type, a function that reads it, and, where the file allows it, one that
+  reads item i of its first axis alone.
+  """
 
   shape: tuple[int, ...]
   dtype: np.dtype
   read: Callable[[], np.ndarray] = dataclasses.field(repr=False)
+  part: Callable[[int], np.ndarray] | None = dataclasses.field(default=None, repr=False)
 
 
 class Weights(Mapping[str, Entry]):
@@ -111,14 +114,18 @@ def array_weights(arrays: Mapping[str, np.ndarray], path: str | Path) -> Weights
   return Weights({n: Entry(x.shape, x.dtype, lambda x=x: x) for n, x in arrays.items()}, (Path(path),))
 
 
-def open_weights(path: str | Path) -> Weights:
+def open_weights(path: str | Path, *, empty: bool = False) -> Weights:
   """The arrays of a file, or of a sharded checkpoint by its `*.index.json`.
+
+  Args:
+    path: of the file.
+    empty: whether a torch file may hold no tensors (a module without parameters).
 
   Raises:
     ValueError: naming the file, if it is missing, cut short, of an unknown kind, or names foreign code.
   """
   path = Path(path).expanduser()
-  weights = _shapes(path) if not path.is_file() and present(path) else _opened(path)
+  weights = _shapes(path) if not path.is_file() and present(path) else _opened(path, empty)
   note(path, weights)
   return weights
 
@@ -128,7 +135,7 @@ def present(path: Path) -> bool:
   return path.is_file() or path.with_name(path.name + SHAPES).is_file()
 
 
-def _opened(path: Path) -> Weights:
+def _opened(path: Path, empty: bool) -> Weights:
   if not path.is_file():
     raise ValueError(f"{path}: no such file")
   if path.name.endswith(".index.json"):
@@ -136,12 +143,30 @@ def _opened(path: Path) -> Weights:
   with open(path, "rb") as file:
     head = file.read(9)
   if head[:4] == b"PK\x03\x04":
-    return _npz(path) if path.suffix == ".npz" else _torch(path)
+    return _npz(path) if path.suffix == ".npz" else _torch(path, empty)
   if len(head) == 9 and head[8:] == b"{":
     return _safetensors(path)
   if path.suffix in (".safetensors", ".npz"):
     raise ValueError(f"{path}: not a readable {path.suffix[1:]} file (it is damaged, or of another kind)")
-  return _torch(path)
+  return _torch(path, empty)
+
+
+def mentions(path: str | Path, *marks: str) -> bool:
+  """Whether a safetensors or torch file has a name that begins with one of `marks`, possibly after a prefix.
+
+  Of the file only its names are read; False for what is not readable.
+  """
+  path = Path(path)
+  try:
+    if path.suffix == ".safetensors":
+      return any(mark in name for name in open_weights(path) for mark in marks)
+    if path.suffix in (".pt", ".pth", ".bin") and zipfile.is_zipfile(path):
+      with zipfile.ZipFile(path) as archive:
+        pickles = [archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")]
+      return any(mark.encode() in content for content in pickles for mark in marks)
+  except (ValueError, OSError, zipfile.BadZipFile):
+    pass
+  return False
 
 
 def _sharded(index: Path) -> Weights:
@@ -182,8 +207,14 @@ def _safetensors(path: Path) -> Weights:
       raise ValueError(f"{path}: tensor {name!r} of shape {shape} does not fit its {stop - start} bytes")
     if 8 + length + stop > size:
       raise ValueError(f"{path}: cut short: tensor {name!r} ends at byte {8 + length + stop}, the file has {size}")
-    entries[name] = Entry(shape, dtype, _reader(path, 8 + length + start, shape, dtype))
+    entries[name] = _in_file(path, 8 + length + start, shape, dtype)
   return Weights(entries, (path,))
+
+
+def _in_file(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Entry:
+  size = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
+  part = lambda i: _reader(path, offset + i * size, shape[1:], dtype)()
+  return Entry(shape, dtype, _reader(path, offset, shape, dtype), part if shape else None)
 
 
 def _reader(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Callable[[], np.ndarray]:
@@ -212,16 +243,27 @@ def _npz(path: Path) -> Weights:
           version = np.lib.format.read_magic(file)
           header = np.lib.format
           read_header = header.read_array_header_1_0 if version == (1, 0) else header.read_array_header_2_0
-          shape, _, dtype = read_header(file)
-        name = member.removesuffix(".npy")
+          shape, by_columns, dtype = read_header(file)
+          start = file.tell()
+        name, info = member.removesuffix(".npy"), archive.getinfo(member)
         if dtype.hasobject:
           raise ValueError(f"array {name!r} holds pickled objects, which are refused")
         if dtype == np.dtype("V2"):  # how numpy saves bfloat16
           dtype = np.dtype(ml_dtypes.bfloat16)
-        entries[name] = Entry(tuple(shape), dtype, _npz_reader(path, name, dtype))
+        if info.compress_type == zipfile.ZIP_STORED and not by_columns and dtype.isnative:
+          entries[name] = _in_file(path, _data_offset(path, info) + start, tuple(shape), dtype)
+        else:
+          entries[name] = Entry(tuple(shape), dtype, _npz_reader(path, name, dtype))
   except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
     raise ValueError(f"{path}: not a readable npz file ({error})") from error
   return Weights(entries, (path,))
+
+
+def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
+  with open(path, "rb") as file:
+    file.seek(info.header_offset + 26)  # lengths of name and extra field, which the directory's may differ from
+    lengths = file.read(4)
+  return info.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
 
 
 def _npz_reader(path: Path, name: str, dtype: np.dtype) -> Callable[[], np.ndarray]:
@@ -236,21 +278,18 @@ def _npz_reader(path: Path, name: str, dtype: np.dtype) -> Callable[[], np.ndarr
   return read
 
 
-def _torch(path: Path, content: bytes | None = None) -> Weights:
-  try:
-    tree: Any = load_torch_pickle(path if content is None else content, name=str(path))
-  except ValueError as error:
-    raise (error if str(path) in str(error) else ValueError(f"{path}: {error}")) from error
+def _torch(path: Path, empty: bool = False, content: bytes | None = None) -> Weights:
+  tree: Any = open_torch_pickle(path if content is None else content, name=str(path))
   if isinstance(tree, tuple) and tree:
     tree = tree[0]  # (state dict, what the training needs to go on)
   while isinstance(tree, dict) and (inner := [k for k in _WRAPPERS if isinstance(tree.get(k), dict)]):
     tree = tree[inner[0]]
   if not isinstance(tree, dict):
     raise ValueError(f"{path}: holds no state dict, but a {type(tree).__name__}")
-  arrays = {name: value for name, value in tree.items() if isinstance(value, np.ndarray)}
-  if not arrays:
+  tensors = {name: value for name, value in tree.items() if isinstance(name, str) and isinstance(value, LazyTensor)}
+  if not tensors and not empty:
     raise ValueError(f"{path}: holds no tensors (names: {sorted(map(str, tree))[:10]})")
-  return array_weights(arrays, path)
+  return Weights({name: Entry(x.shape, x.dtype, x.read) for name, x in tensors.items()}, (path,))
 
 
 def member_file(path: str | Path, member: str) -> Path:
@@ -308,7 +347,7 @@ def open_member(path: str | Path, member: str) -> Weights:
     return open_weights(file)
   content = read_member(file, member)
   if not member.endswith(".safetensors"):
-    return _torch(file, content)
+    return _torch(file, content=content)
   try:
     return array_weights(safetensors.numpy.load(content), file)
   except Exception as error:

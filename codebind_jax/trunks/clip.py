@@ -15,7 +15,15 @@ from codebind_jax.trunks import names
 from codebind_jax.trunks.base import PublishedHead, Trunk, fingerprint
 from codebind_jax.trunks.checkpoint_files import Weights, folder_weights
 from codebind_jax.trunks.pictures import picture_input, processor_picture
-from codebind_jax.trunks.tokens import Ids, family_config, folder_json, folder_tokenizer, model_type, text_input
+from codebind_jax.trunks.tokens import (
+  Ids,
+  family_config,
+  folder_json,
+  folder_tokenizer,
+  model_type,
+  processor_config,
+  text_input,
+)  # fmt: skip
 
 _REVISION = "clip-1"
 MODALITIES = ("image", "text")
@@ -26,7 +34,8 @@ _TOWER = {"image": "vision_model", "text": "text_model"}
 _KINDS = {"clip": "", "clip_vision_model": "vision_model", "clip_text_model": "text_model"}
 
 
-def _rules(tower: str) -> names.Rules:
+def rules_of(tower: str) -> names.Rules:
+  """Names of a tower's stem and blocks, for CLIP and its relatives; `tower` is their prefix."""
   layer = f"{tower}.encoder.layers.{{0}}."
   attn = layer + "self_attn."
   return (
@@ -76,6 +85,17 @@ def tower_named(weights: Weights, tower: str) -> Weights:
   return weights.renamed(lambda name: f"{tower}.{name}")
 
 
+def activation(name: str, where: str | Path) -> str:
+  """Our name of transformers' activation.
+
+  Raises:
+    ValueError: naming the file, if it is not known.
+  """
+  if name not in _ACT:
+    raise ValueError(f"{where}: hidden_act {name!r} is not supported; allowed: {', '.join(_ACT)}")
+  return _ACT[name]
+
+
 def spec_of(config: Mapping[str, Any], modality: str, picture: Mapping[str, Any], where: str | Path) -> EncoderSpec:
   """The encoder's shape from a tower's part of `config.json`.
 
@@ -88,13 +108,11 @@ def spec_of(config: Mapping[str, Any], modality: str, picture: Mapping[str, Any]
   Raises:
     ValueError: for an activation that is not known.
   """
-  act = config.get("hidden_act", "quick_gelu")
-  if act not in _ACT:
-    raise ValueError(f"{where}: hidden_act {act!r} is not supported; allowed: {', '.join(_ACT)}")
+  act = activation(config.get("hidden_act", "quick_gelu"), where)
   text = modality == "text"
   width = config.get("hidden_size", 512 if text else 768)
   common = {
-    "width": width, "depth": config.get("num_hidden_layers", 12), "act": _ACT[act],
+    "width": width, "depth": config.get("num_hidden_layers", 12), "act": act,
     "heads": config.get("num_attention_heads", 8 if text else 12), "eps": config.get("layer_norm_eps", 1e-5),
     "mlp": config.get("intermediate_size", 2048 if text else 3072),
   }  # fmt: skip
@@ -129,7 +147,7 @@ def make_trunk(
   if modality not in _modalities(there):
     raise ValueError(f"{weights}: has no {modality!r}; it has {', '.join(_modalities(there)) or 'no tower of CLIP'}")
   tower = config.get({"image": "vision_config", "text": "text_config"}[modality], config)
-  picture = folder_json(folder, "preprocessor_config.json")
+  picture, picture_file = processor_config(folder)
   spec = spec_of(tower, modality, picture, folder / "config.json")
   if modality == "text":
     tokenizer = folder_tokenizer(folder)
@@ -140,17 +158,18 @@ def make_trunk(
     pad_id = tokenizer.token_to_id(pad if isinstance(pad, str) else pad["content"])
     item = text_input(Ids(tokenizer, spec.size[0], end if pad_id is None else pad_id))
   else:
-    item = picture_input(processor_picture(picture, spec.size, folder / "preprocessor_config.json"))
+    default = {"size": {"shortest_edge": spec.size[0]}, "crop_size": spec.size[0], "do_center_crop": True}
+    item = picture_input(processor_picture(default | picture, spec.size, picture_file))
   projected = "visual_projection.weight" if modality == "image" else "text_projection.weight"
   width = there[projected].shape[0] if projected in there else spec.width
   others = "|".join(rf"{_TOWER[m]}\..*" for m in MODALITIES if m != modality)
   foreign = "|".join([others, *(_HEAD[m] for m in MODALITIES if m != modality), _OTHER])
   load = functools.partial(
-    names.load, weights=there, rules=_rules(_TOWER[modality]), ignored=(foreign, _HEAD[modality]))  # fmt: skip
+    names.load, weights=there, rules=rules_of(_TOWER[modality]), ignored=(foreign, _HEAD[modality]))  # fmt: skip
   head = functools.partial(names.load, weights=there.renamed(
     lambda name: name if name.startswith(tuple(rule[1].split(".{kind}")[0] for rule in HEAD_RULES[modality])) else ""
   ), rules=HEAD_RULES[modality])  # fmt: skip
-  scale = float(there["logit_scale"].read()) if "logit_scale" in there else 0.0
+  scale = there["logit_scale"].read().item() if "logit_scale" in there else 0.0
   options = {"weights": weights, "modality": modality, "dtype": dtype, "remat": remat, "scan": scan}
   return Trunk(
     name="clip", modality=modality, module=Encoder(spec, remat=remat, scan=scan, dtype=dtype or None), input=item,

@@ -27,9 +27,8 @@ def make_trunk(
     ValueError: if an option is out of its range or the statistics have another shape.
   """
   item = patch_input(channels, samples, patch)
-  mean, deviation = (
-    tuple(map(tuple, one.tolist())) for one in read_statistics(statistics, *item.shape)
-  )  # tuples, because modules are hashed
+  hashable = lambda array: tuple(map(tuple, array.tolist()))  # as modules must be
+  mean, deviation = map(hashable, read_statistics(statistics, *item.shape))
   options = {
     "channels": channels, "samples": samples, "patch": patch, "width": width, "depth": depth, "heads": heads,
     "dropout": dropout,

@@ -8,6 +8,7 @@ query, key and value), where "0" stands for zeros (a key without bias).
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -157,7 +158,8 @@ def load(
     if "/blocks/" in f"/{name}":
       paths = [f"/{name}".replace("/blocks/", f"/blocks_{i}/")[1:] for i in range(shape[0])]
       layers = [value_of(path, shape[1:], dtype) for path in paths]
-      value = None if any(layer is None for layer in layers) else np.stack([layer.astype(dtype) for layer in layers])
+      complete = all(layer is not None for layer in layers)
+      value = np.stack([layer.astype(dtype, copy=False) for layer in layers]) if complete else None
     else:
       value = value_of(name, shape, dtype)
     if value is None or missing or wrong:
@@ -183,6 +185,8 @@ def stacked_as_layers(weights: Weights, pattern: str) -> Weights:
     pattern: regex, searched, with one group: "(encoderblock)/" gives "encoderblock_0/", "encoderblock_1/", ...
   """
   entries = {}
+  # Of a file that must be read whole, a few arrays are kept: queries, keys and values of one layer after the other.
+  whole = functools.lru_cache(maxsize=4)(lambda name: weights[name].read())
   for name, entry in weights.items():
     match = re.search(pattern, name)
     if not match:
@@ -190,7 +194,8 @@ def stacked_as_layers(weights: Weights, pattern: str) -> Weights:
       continue
     at = match.end(1)
     for i in range(entry.shape[0]):
-      entries[f"{name[:at]}_{i}{name[at:]}"] = Entry(entry.shape[1:], entry.dtype, lambda e=entry, i=i: e.read()[i])
+      read = functools.partial(entry.part, i) if entry.part else lambda name=name, i=i: whole(name)[i]
+      entries[f"{name[:at]}_{i}{name[at:]}"] = Entry(entry.shape[1:], entry.dtype, read)
   return Weights(entries, weights.files)
 
 

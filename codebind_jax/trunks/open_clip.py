@@ -10,7 +10,6 @@ import functools
 import math
 import re
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,14 @@ from codebind_jax.models.heads import Head
 from codebind_jax.models.imagebind import CLIP_MEAN, CLIP_STD
 from codebind_jax.trunks import names
 from codebind_jax.trunks.base import Input, PublishedHead, Trunk, fingerprint
-from codebind_jax.trunks.checkpoint_files import Weights, folder_weights, open_weights, present
+from codebind_jax.trunks.checkpoint_files import Weights, folder_weights, mentions, open_weights, present
 from codebind_jax.trunks.clip_tokenizer import clip_ids
 from codebind_jax.trunks.pictures import RESAMPLE, Picture, picture_input
 from codebind_jax.trunks.tokens import folder_json, text_input
 
 _REVISION = "open_clip-1"
 MODALITIES = ("image", "text")
-LICENCE = "as the checkpoint's model card says: MIT for OpenAI, LAION, DataComp and EVA-CLIP; MetaCLIP CC-BY-NC 4.0; Apple's own for DFN"  # fmt: skip
+LICENCE = "see the model card: MIT (OpenAI, LAION, DataComp, EVA-CLIP), CC-BY-NC 4.0 (MetaCLIP), Apple's (DFN)"
 
 _CONFIG = "open_clip_config.json"
 _MARKS = ("<start_of_text>", "<end_of_text>")
@@ -125,19 +124,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 def recognises(path: Path) -> bool:
   """Whether a path is a folder or file of this family; of a file, its names tell."""
-  if path.is_dir():
-    return bool(_config(path))
-  marks = (b"visual.conv1.weight", b"visual.trunk.")
-  try:
-    if path.suffix == ".safetensors":
-      return any(name.encode().startswith(marks) for name in open_weights(path))
-    if path.suffix in (".pt", ".pth", ".bin") and zipfile.is_zipfile(path):
-      with zipfile.ZipFile(path) as archive:
-        pickles = [archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")]
-      return any(mark in content for content in pickles for mark in marks)
-  except (ValueError, OSError, zipfile.BadZipFile):
-    pass
-  return False
+  return bool(_config(path)) if path.is_dir() else mentions(path, "visual.conv1.weight", "visual.trunk.")
 
 
 def modalities(path: Path) -> tuple[str, ...]:
@@ -231,7 +218,7 @@ def _block(cfg: Mapping[str, Any], width: int, quick: bool) -> dict[str, Any]:
 
 def _text_spec(cfg: Mapping[str, Any], where: str | Path, quick: bool) -> EncoderSpec:
   if cfg.get("hf_model_name"):
-    raise ValueError(f"{where}: the text tower {cfg['hf_model_name']!r} (hf_model_name) is not supported; allowed: CLIP's")
+    raise ValueError(f"{where}: the text tower {cfg['hf_model_name']!r} is not supported; allowed: CLIP's")
   tokenizer = cfg.get("hf_tokenizer_name")
   if tokenizer and not tokenizer.startswith("openai/clip-"):
     raise ValueError(f"{where}: the tokenizer {tokenizer!r} (hf_tokenizer_name) is not supported; allowed: CLIP's")
@@ -347,6 +334,11 @@ def _picture(cfg: Mapping[str, Any], size: tuple[int, ...], where: str | Path) -
   return picture_input(Picture(size, resize, 0, resample, crop="even", fill=cfg.get("fill_color", 0)))
 
 
+@functools.lru_cache(maxsize=4)
+def _text(length: int) -> Input:
+  return text_input(clip_ids(length, *_MARKS))
+
+
 def make_trunk(
   *, weights: str = "", modality: str = "image", model: str = "", tag: str = "", act: str = "", dtype: str = "",
   remat: bool = False, scan: bool = False,
@@ -397,7 +389,7 @@ def make_trunk(
   if modality == "image":
     item = _picture(picture, spec.size, where)
   else:
-    item = text_input(clip_ids(spec.size[0], *_MARKS))
+    item = _text(spec.size[0])
   heads = tuple(rule[1].format(kind="(weight|bias)").replace(".", r"\.") for rule in head_rules)
   ignored = (*(_TEXT_ONLY if modality == "image" else _IMAGE_ONLY), *_OTHER, *heads)
   start = tuple(rule[1].split("{kind}")[0] for rule in head_rules)

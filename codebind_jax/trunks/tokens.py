@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import string
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,17 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int32
 
+from codebind_jax.data import sentencepiece
 from codebind_jax.data.transforms import text as text_transforms
 from codebind_jax.trunks.base import Input
-from codebind_jax.trunks.checkpoint_files import note
+
+SENTENCEPIECE = ("spiece.model", "tokenizer.model", "sentencepiece.model")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def without_punctuation(text: str) -> str:
+  """The text without ASCII punctuation, with single blanks for white space (SigLIP's "canonicalize")."""
+  return " ".join(text.translate(_NO_PUNCTUATION).split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +36,7 @@ class Ids:
     pad_id: the id of padding, after the text.
     lower: texts are lower-cased first.
     clean: what happens to a text before that, such as `clip_tokenizer.clean`; None for nothing.
+    left: padding stands before the text.
   """
 
   tokenizer: tokenizers.Tokenizer
@@ -34,6 +44,7 @@ class Ids:
   pad_id: int
   lower: bool = False
   clean: Callable[[str], str] | None = None
+  left: bool = False
 
   def __post_init__(self):
     self.tokenizer.no_padding()
@@ -50,14 +61,16 @@ class Ids:
     out = np.full((self.length,), self.pad_id, np.int32)
     text = self.clean(text) if self.clean else text
     ids = self.tokenizer.encode(text.lower() if self.lower else text).ids
-    out[: len(ids)] = ids
+    start = self.length - len(ids) if self.left else 0
+    out[start : start + len(ids)] = ids
     return out
 
 
 def text_input(ids: Ids) -> Input:
   """Input of a text encoder; the whole tokenizer is part of its revision."""
   vocabulary = json.dumps(json.loads(ids.tokenizer.to_str()), sort_keys=True)
-  revision = f"{text_transforms.REVISION} {ids.length} {ids.pad_id} {ids.lower} {_name(ids.clean)}{vocabulary}"
+  flags = f"{ids.lower} {ids.left} {_name(ids.clean)}"
+  revision = f"{text_transforms.REVISION} {ids.length} {ids.pad_id} {flags}{vocabulary}"
   return Input((ids.length,), "int32", ids, revision=revision)
 
 
@@ -66,7 +79,8 @@ def _name(clean: Callable[[str], str] | None) -> str:
 
 
 def folder_tokenizer(folder: Path) -> tokenizers.Tokenizer:
-  """The tokenizer of a folder in Hugging Face layout: `tokenizer.json`, or a slow one's files by transformers.
+  """The tokenizer of a folder in Hugging Face layout: `tokenizer.json`, a SentencePiece model (which adds no marks), or
+  `vocab.json` with `merges.txt` by transformers.
 
   Raises:
     ValueError: if there is none, or it is not readable.
@@ -74,17 +88,18 @@ def folder_tokenizer(folder: Path) -> tokenizers.Tokenizer:
   file = folder / "tokenizer.json"
   try:
     if file.is_file():
-      note(file)
       return tokenizers.Tokenizer.from_file(str(file))
-    if any((folder / name).is_file() for name in ("vocab.json", "spiece.model", "tokenizer.model")):
+    for name in SENTENCEPIECE:
+      if (folder / name).is_file():
+        return sentencepiece.read_tokenizer(folder / name)
+    if (folder / "vocab.json").is_file():
       from transformers import AutoTokenizer
 
-      tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True).backend_tokenizer
-      note(file, tokenizer.to_str().encode())
-      return tokenizer
+      return AutoTokenizer.from_pretrained(folder, use_fast=True).backend_tokenizer
   except Exception as error:
     raise ValueError(f"{folder}: its tokenizer is not readable ({error})") from error
-  raise ValueError(f"{folder}: has no tokenizer (tokenizer.json, or vocab.json with merges.txt)")
+  files = f"tokenizer.json, {', '.join(SENTENCEPIECE)}, or vocab.json with merges.txt"
+  raise ValueError(f"{folder}: has no tokenizer ({files})")
 
 
 def model_type(path: Path) -> str:
@@ -118,6 +133,14 @@ def family_config(weights: str, folder: Path, kinds: Collection[str], family: st
   return config
 
 
+def processor_config(folder: Path) -> tuple[dict[str, Any], Path]:
+  """Content of a folder's image processor, {} if there is none, and its file."""
+  whole = folder_json(folder, "processor_config.json").get("image_processor")  # transformers 5 with a processor
+  if isinstance(whole, dict) and not (folder / "preprocessor_config.json").is_file():
+    return whole, folder / "processor_config.json"
+  return folder_json(folder, "preprocessor_config.json"), folder / "preprocessor_config.json"
+
+
 def folder_json(folder: Path, name: str) -> dict[str, Any]:
   """Content of a JSON file in a folder; {} if there is none.
 
@@ -127,7 +150,6 @@ def folder_json(folder: Path, name: str) -> dict[str, Any]:
   path = folder / name
   if not path.is_file():
     return {}
-  note(path)
   try:
     content = json.loads(path.read_text())
   except ValueError as error:

@@ -36,6 +36,15 @@ _STORAGE_TYPES = {
 
 
 @dataclasses.dataclass(frozen=True)
+class LazyTensor:
+  """A tensor of a checkpoint: its shape and type, and a function that reads it."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  read: Callable[[], np.ndarray] = dataclasses.field(repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
 class _StorageType:
   dtype: np.dtype
 
@@ -120,30 +129,27 @@ class _TensorUnpickler(pickle.Unpickler):
 def _unpickle(stream: io.BytesIO, name: str) -> Any:
   try:
     return _TensorUnpickler(stream).load()
-  except ValueError:
-    raise
+  except ValueError as error:
+    raise ValueError(f"{name}: {error}") from error
   except Exception as error:
     raise ValueError(f"{name}: not a readable torch checkpoint ({type(error).__name__}: {error})") from error
 
 
-def _materialise(tree: Any, storage_of: Callable[[_Storage], np.ndarray], name: str) -> Any:
-  """The tree with arrays in place of tensor records, each checked to lie inside its storage."""
-  if isinstance(tree, _TensorRecord):
-    flat = storage_of(tree.storage)
-    last = tree.offset + sum((size - 1) * step for size, step in zip(tree.shape, tree.stride, strict=True))
-    negative = tree.offset < 0 or min(tree.shape + tree.stride, default=0) < 0
-    if negative or (math.prod(tree.shape) and last >= flat.size):
-      raise ValueError(
-        f"{name}: a tensor of shape {tree.shape}, stride {tree.stride}, offset {tree.offset} does not fit its storage"
-        f" of {flat.size} values"
-      )
-    steps = tuple(step * flat.itemsize for step in tree.stride)
-    return np.lib.stride_tricks.as_strided(flat[tree.offset :], tree.shape, steps).copy()
-  if isinstance(tree, dict):
-    return {key: _materialise(value, storage_of, name) for key, value in tree.items()}
-  if isinstance(tree, (list, tuple)):
-    return type(tree)(_materialise(value, storage_of, name) for value in tree)
-  return tree
+def _check(record: _TensorRecord, count: int, name: str) -> None:
+  """Raises ValueError unless a tensor lies inside its storage of `count` values."""
+  last = record.offset + sum((size - 1) * step for size, step in zip(record.shape, record.stride, strict=True))
+  negative = record.offset < 0 or min(record.shape + record.stride, default=0) < 0
+  if negative or (math.prod(record.shape) and last >= count):
+    raise ValueError(
+      f"{name}: a tensor of shape {record.shape}, stride {record.stride}, offset {record.offset} does not fit its"
+      f" storage of {count} values"
+    )
+
+
+def _array(record: _TensorRecord, flat: np.ndarray, name: str) -> np.ndarray:
+  _check(record, flat.size, name)
+  steps = tuple(step * flat.itemsize for step in record.stride)
+  return np.lib.stride_tricks.as_strided(flat[record.offset :], record.shape, steps).copy()
 
 
 def _load_stream(stream: io.BytesIO, name: str) -> Any:
@@ -174,12 +180,14 @@ def _load_stream(stream: io.BytesIO, name: str) -> Any:
       raise ValueError(f"{name}: storage {storage.key!r} is missing")
     return storages[storage.key]
 
-  return _materialise(tree, storage_of, name)
+  return _mapped(tree, lambda record: _array(record, storage_of(record.storage), name))
 
 
-def _load_zip(stream: io.BytesIO, name: str) -> Any:
+def _load_zip(source: Path | bytes, name: str) -> Any:
+  """The object with a `LazyTensor` for each tensor; sizes are checked without reading any of them."""
+  opened = lambda: zipfile.ZipFile(io.BytesIO(source) if isinstance(source, bytes) else source)
   try:
-    archive = zipfile.ZipFile(stream)
+    archive = opened()
   except zipfile.BadZipFile as error:
     raise ValueError(f"{name}: not a readable torch checkpoint ({error})") from error
   with archive:
@@ -190,19 +198,28 @@ def _load_zip(stream: io.BytesIO, name: str) -> Any:
     if root + "byteorder" in archive.namelist() and archive.read(root + "byteorder") != b"little":
       raise ValueError(f"{name}: written on a big-endian machine; only little-endian checkpoints are supported")
     tree = _unpickle(io.BytesIO(archive.read(pickles[0])), name)
+    sizes = {member.filename: member.file_size for member in archive.infolist()}
 
-    def storage_of(storage: _Storage) -> np.ndarray:
-      member = f"{root}data/{storage.key}"
-      if member not in archive.namelist():
-        raise ValueError(f"{name}: storage {storage.key!r} is missing")
-      raw = archive.read(member)
-      if len(raw) != storage.count * storage.dtype.itemsize:
-        raise ValueError(
-          f"{name}: storage {storage.key!r} has {len(raw)} bytes, its tensors expect {storage.count} values"
-        )
-      return np.frombuffer(raw, storage.dtype)
+  def lazy(record: _TensorRecord) -> LazyTensor:
+    storage, member = record.storage, f"{root}data/{record.storage.key}"
+    if member not in sizes:
+      raise ValueError(f"{name}: storage {storage.key!r} is missing")
+    if sizes[member] != storage.count * storage.dtype.itemsize:
+      raise ValueError(
+        f"{name}: storage {storage.key!r} has {sizes[member]} bytes, its tensors expect {storage.count} values"
+      )
+    _check(record, storage.count, name)
 
-    return _materialise(tree, storage_of, name)
+    def read() -> np.ndarray:
+      try:
+        with opened() as archive:
+          return _array(record, np.frombuffer(archive.read(member), storage.dtype), name)
+      except (zipfile.BadZipFile, OSError, EOFError, KeyError) as error:
+        raise ValueError(f"{name}: storage {storage.key!r} is not readable ({error})") from error
+
+    return LazyTensor(record.shape, storage.dtype, read)
+
+  return _mapped(tree, lazy)
 
 
 def _records(tree: Any) -> list[_TensorRecord]:
@@ -212,20 +229,49 @@ def _records(tree: Any) -> list[_TensorRecord]:
   return [record for child in children for record in _records(child)]
 
 
-def load_torch_pickle(source: str | Path | bytes, *, name: str | None = None) -> Any:
-  """The object saved in a torch checkpoint, with numpy arrays for its tensors.
+def open_torch_pickle(source: str | Path | bytes, *, name: str | None = None) -> Any:
+  """The object saved in a torch checkpoint, with a `LazyTensor` for each of its tensors.
+
+  A zip container is not read but for its pickle; an old stream is read whole.
 
   Args:
     source: path of a `.pth`/`.pt` file (old stream or zip container), or its bytes.
     name: what to call the file in errors; the path where one is given.
 
+  Raises:
+    ValueError: naming the file, if it names anything but tensors and containers, is damaged, or is no torch checkpoint.
+  """
+  name = name or ("checkpoint" if isinstance(source, bytes) else str(source))
+  source = source if isinstance(source, bytes) else Path(source)
+  if isinstance(source, bytes):
+    head = source[:4]
+  else:
+    with open(source, "rb") as file:
+      head = file.read(4)
+  if head == b"PK\x03\x04":
+    return _load_zip(source, name)
+  data = source if isinstance(source, bytes) else source.read_bytes()
+  as_lazy = lambda tree: _mapped(tree, lambda array: LazyTensor(array.shape, array.dtype, lambda: array))
+  return as_lazy(_load_stream(io.BytesIO(data), name))
+
+
+def load_torch_pickle(source: str | Path | bytes, *, name: str | None = None) -> Any:
+  """The object saved in a torch checkpoint, with numpy arrays for its tensors.
+
+  Args:
+    source, name: as in `open_torch_pickle`, which raises the same errors.
+
   Returns:
     dictionaries, lists, tuples and plain values as saved, each tensor as an `np.ndarray` of its own type and shape.
-
-  Raises:
-    ValueError: if the file names anything but tensors and containers, is damaged, or is no torch checkpoint.
   """
-  data = source if isinstance(source, bytes) else Path(source).read_bytes()
-  name = name or ("checkpoint" if isinstance(source, bytes) else str(source))
-  stream = io.BytesIO(data)
-  return _load_zip(stream, name) if data[:4] == b"PK\x03\x04" else _load_stream(stream, name)
+  return _mapped(open_torch_pickle(source, name=name), lambda tensor: tensor.read())
+
+
+def _mapped(tree: Any, leaf: Callable[[Any], Any]) -> Any:
+  if isinstance(tree, (_TensorRecord, LazyTensor, np.ndarray)):
+    return leaf(tree)
+  if isinstance(tree, dict):
+    return {key: _mapped(value, leaf) for key, value in tree.items()}
+  if isinstance(tree, (list, tuple)):
+    return type(tree)(_mapped(value, leaf) for value in tree)
+  return tree

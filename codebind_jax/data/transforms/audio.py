@@ -2,6 +2,7 @@
 
 import functools
 import io
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -32,16 +33,27 @@ def read(value: Any) -> Float32[np.ndarray, " n"]:
   Raises:
     ValueError: naming the file, if it cannot be read, is empty, or has samples that are not finite or far beyond 1.
   """
+  samples, rate = read_channels(value)
+  mono = np.ascontiguousarray(samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0])
+  return mono if rate == RATE else resample(mono, rate, RATE, _name(value))
+
+
+def read_channels(value: Any) -> tuple[Float32[np.ndarray, "n channels"], int]:
+  """Samples of each channel at the sound's own rate, and that rate in Hz; arguments and errors as of `read`."""
+  name = _name(value)
   if isinstance(value, (str, Path, bytes)):
-    name = "audio bytes" if isinstance(value, bytes) else str(value)
     try:
       samples, rate = _decoded(value)
     except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
       raise ValueError(f"{name}: not a readable sound ({error})") from error
-    return resample(_mono(samples, name), rate, RATE, name)
+    return _checked(samples, name), rate
   if not hasattr(value, "__array__"):
     raise ValueError(f"audio: got {type(value).__name__}, allowed are a path, bytes or an array")
-  return _mono(np.asarray(value), "audio")
+  return _checked(np.asarray(value), name), RATE
+
+
+def _name(value: Any) -> str:
+  return "audio bytes" if isinstance(value, bytes) else str(value) if isinstance(value, (str, Path)) else "audio"
 
 
 def _decoded(value: str | Path | bytes) -> tuple[np.ndarray, int]:
@@ -67,7 +79,7 @@ def check(path: Path) -> None:
     raise ValueError(f"{path}: not a readable sound ({error})") from error
 
 
-def _mono(samples: np.ndarray, name: str) -> np.ndarray:
+def _checked(samples: np.ndarray, name: str) -> np.ndarray:
   if samples.dtype == np.int16:
     samples = samples.astype(np.float32) / 32768.0
   if not np.issubdtype(samples.dtype, np.floating) or samples.ndim not in (1, 2) or 0 in samples.shape:
@@ -77,13 +89,13 @@ def _mono(samples: np.ndarray, name: str) -> np.ndarray:
     )
   if samples.ndim == 2 and samples.shape[1] > 32:
     raise ValueError(f"{name}: got {samples.shape[1]} channels, allowed are 1 to 32; is the array transposed?")
-  mono = samples.mean(axis=1) if samples.ndim == 2 else samples
-  if not np.isfinite(mono).all() or np.abs(mono).max() > _LOUDEST:
+  samples = samples.reshape(len(samples), -1)
+  if not np.isfinite(samples).all() or np.abs(samples).max() > _LOUDEST:
     raise ValueError(
       f"{name}: samples must be finite with full scale 1 (up to {_LOUDEST:g} is let pass), got "
-      f"{mono.min():g} to {mono.max():g}"
+      f"{samples.min():g} to {samples.max():g}"
     )
-  return np.ascontiguousarray(mono, np.float32)
+  return np.ascontiguousarray(samples, np.float32)
 
 
 def resample(
@@ -101,6 +113,43 @@ def resample(
     return samples.astype(np.float32, copy=False)
   resampled = soxr.resample(samples.astype(np.float32, copy=False), rate, new_rate)
   return resampled if resampled.size else np.zeros(1, np.float32)
+
+
+def sinc_resample(
+  samples: Float[np.ndarray, " n"], rate: int, new_rate: int, name: str = "audio"
+) -> Float32[np.ndarray, " m"]:
+  """Samples at another rate, by a sinc filter under a Hann window of six zero crossings, cut off at 0.99 of Nyquist.
+
+  The resampler that ImageBind and other torch models were trained with; `resample` has a longer filter.
+
+  Returns:
+    ceil(n new_rate / rate) samples.
+
+  Raises:
+    ValueError: if a rate is out of range.
+  """
+  for hertz in (rate, new_rate):
+    if not RATES[0] <= hertz <= RATES[1]:
+      raise ValueError(f"{name}: got a rate of {hertz} Hz, allowed are {RATES[0]} to {RATES[1]}")
+  old, new = (hertz // math.gcd(rate, new_rate) for hertz in (rate, new_rate))
+  if old == new:
+    return samples.astype(np.float32, copy=False)
+  cutoff = 0.99 * min(old, new)
+  reach = math.ceil(6 * old / cutoff)  # input samples on each side of an output sample that count
+  length = -(-len(samples) * new // old)
+  periods = -(-length // new)
+  phase = np.arange(new) * old
+  first = phase // new - reach
+  taps = np.arange(2 * reach + 2)
+  # Distance of each tap from the output sample, in zero crossings.
+  distance = np.clip(((first[:, None] + taps) * new - phase[:, None]) * (cutoff / (old * new)), -6.0, 6.0)
+  kernel = np.sinc(distance) * np.cos(distance * (np.pi / 12)) ** 2 * (cutoff / old)
+  padded = np.pad(samples.astype(np.float64), (reach, periods * old + reach + 2 - len(samples)))
+  out = np.zeros((periods, new))
+  start = np.arange(periods)[:, None] * old + first + reach
+  for tap in taps:
+    out += padded[start + tap] * kernel[:, tap]
+  return out.reshape(-1)[:length].astype(np.float32)
 
 
 def loop_to(samples: Float[np.ndarray, " n"], length: int) -> Float[np.ndarray, " m"]:
@@ -175,15 +224,18 @@ def kaldi_log_mel(samples: Float[np.ndarray, " n"]) -> Float32[np.ndarray, "fram
 
 
 def imagebind_log_mel(
-  samples: Float[np.ndarray, " n"], *, clips: int = 3, seconds: float = 2.0, frames: int = 204
+  samples: Float[np.ndarray, "n *channels"], rate: int = RATE, *, clips: int = 3, seconds: float = 2.0,
+  frames: int = 204,
 ) -> Float32[np.ndarray, "clips 128 frames 1"]:
   """ImageBind's audio input: clips of 2 s, evenly spaced, as spectrograms with mean -4.268 and deviation 9.138 removed.
 
-  A clip's spectrogram is filled with zeros or cut to `frames` before it is normalised; a sound shorter than a clip is
-  taken whole, as in the release.
+  Of the first channel. As in the release, a clip's spectrogram is filled with zeros or cut to `frames` before it is
+  normalised, a sound shorter than a clip is taken whole, and the mean of all channels is taken off each clip in place,
+  so that clips which overlap are shifted again (seen where a clip begins or ends inside another one's frame).
 
   Args:
-    samples: mono at 44,100 Hz, as `read` gives.
+    samples: one channel or several.
+    rate: of the samples, Hz.
     clips: how many, from the beginning to the end of the sound.
     seconds: length of a clip.
     frames: spectrogram frames of a clip.
@@ -193,12 +245,13 @@ def imagebind_log_mel(
   """
   if clips < 1:
     raise ValueError(f"clips: got {clips}, allowed are 1 and up")
-  samples = resample(samples, RATE, IMAGEBIND_RATE)
-  length = int(seconds * IMAGEBIND_RATE)
-  last = max(len(samples) - length, 0)
-  starts = [last * i // max(clips - 1, 1) for i in range(clips)]
+  columns = samples.reshape(len(samples), -1).T
+  wave = np.stack([sinc_resample(np.ascontiguousarray(column), rate, IMAGEBIND_RATE) for column in columns])
+  step = max(wave.shape[1] / IMAGEBIND_RATE - seconds, 0.0) / max(clips - 1, 1)
   out = np.zeros((clips, frames, 128), np.float32)
-  for row, start in zip(out, starts, strict=True):
-    mel = kaldi_log_mel(samples[start : start + length])[:frames]
+  for i, row in enumerate(out):
+    clip = wave[:, int(i * step * IMAGEBIND_RATE) : int((i * step + seconds) * IMAGEBIND_RATE)]
+    clip -= clip.mean()
+    mel = kaldi_log_mel(clip[0])[:frames]
     row[: len(mel)] = mel
   return ((out - IMAGEBIND_MEAN) / IMAGEBIND_STD).astype(np.float32).transpose(0, 2, 1)[..., None]
