@@ -28,7 +28,8 @@ from codebind_jax.trunks import codebind_release, load_trunk
 from codebind_jax.trunks.base import fingerprint
 from codebind_jax.trunks.families import families, family_of
 
-_PIXELS = ("image", "tactile")  # an item has three axes
+# Axes of one item as an array, 1 where not named.
+_AXES = {"image": 3, "tactile": 3, "video": 4, "depth": 2, "thermal": 2, "points": 2, "eeg": 2, "imu": 2}
 _TRUNK_ROWS = 32  # items of a trunk's batch, a device
 
 
@@ -133,7 +134,7 @@ class Model:
       self.trunks[modality] = load_trunk(tower.trunk, **tower.options)
     return self.trunks[modality]
 
-  def embed(self, inputs: Mapping[str, Sequence[Any]]) -> dict[str, Embeddings]:
+  def embed(self, inputs: Mapping[str, Any]) -> dict[str, Embeddings]:
     """Embeds items of any subset of the modalities.
 
     Args:
@@ -149,10 +150,10 @@ class Model:
     """
     self._check(inputs)
     for modality, items in inputs.items():
-      _check_list(modality, items)
+      self._check_list(modality, items)
     return {m: self.embed_tokens(m, self.tokens(m, items)) for m, items in inputs.items()}
 
-  def tokens(self, modality: str, items: Sequence[Any]) -> Shaped[np.ndarray, "n ..."]:
+  def tokens(self, modality: str, items: Any) -> Shaped[np.ndarray, "n ..."]:
     """Raw items as the tower takes them: trunk tokens, float32 [N, T, C], or prepared items [N, *shape]."""
     tokens = []
     for start in range(0, len(items), self.trunk_rows):
@@ -222,7 +223,7 @@ class Model:
     return Embeddings(*(np.concatenate(columns) for columns in zip(*parts)))
 
   def combine(
-    self, inputs: Mapping[str, Any], weights: Mapping[str, float] | None = None
+    self, inputs: Mapping[str, Any], weights: Mapping[str, Any] | None = None
   ) -> Float[np.ndarray, "n ds"]:
     """One vector for items seen in several modalities: the weighted sum of their shared embeddings, at unit length.
 
@@ -243,7 +244,7 @@ class Model:
         raise ValueError(f"weights: got {weight!r} for {name!r}; allowed: a number for {', '.join(inputs)}")
     raw = {m: items for m, items in inputs.items() if not isinstance(items, Embeddings)}
     for modality, items in raw.items():
-      _check_list(modality, items)
+      self._check_list(modality, items)
     lengths = {m: len(x.shared if isinstance(x, Embeddings) else x) for m, x in inputs.items()}
     if len(set(lengths.values())) > 1:
       raise ValueError(f"combine: lists of different lengths, {lengths}")
@@ -291,7 +292,7 @@ class Model:
       return hub.push(saved_folder.write(self, folder, card_name=f"{hub.PREFIX}{name}"), name, private)
 
   def classify(
-    self, items: Sequence[Any], labels: Sequence[str], *, modality: str = "image", templates: Sequence[str] = ()
+    self, items: Any, labels: Sequence[str], *, modality: str = "image", templates: Sequence[str] = ()
   ) -> list[list[tuple[str, float]]]:
     """Zero-shot classification against class names.
 
@@ -305,6 +306,7 @@ class Model:
       Per item (label, cosine), best first.
     """
     self._check({modality: items, "text": labels})
+    self._check_list("text", labels, "labels")
     templates = tuple(templates) or self.config.data.eval_templates
     classes = class_embeddings(lambda texts: self.embed({"text": list(texts)})["text"].shared, list(labels), templates)
     scores = self.embed({modality: items})[modality].shared @ classes.T
@@ -332,20 +334,20 @@ class Model:
       if name not in self.modalities:
         raise ValueError(f"modality {name!r} is not in this model; it has {list(self.modalities)}")
 
-
-def _check_list(modality: str, items: Any) -> None:
-  """Refuses what is no list of items: a text would be taken as its letters, a picture as its rows."""
-  if isinstance(items, np.ndarray | jax.Array):
-    # The last axes are one item's; whether there is another one, its reading tells.
-    one, got = items.ndim < 2 and modality != "text" or not items.ndim, f"an array of shape {items.shape}"
-    one |= modality in _PIXELS and items.ndim < 4
-  else:
-    one = not isinstance(items, Sequence) or isinstance(items, str | bytes | bytearray)
-    got = f"{items!r:.60}" if isinstance(items, str | pathlib.Path) else f"one {type(items).__name__}"
-  if one:
-    raise ValueError(f"{modality}: got {got}; a list of items is needed, [item] for one")
-  if not len(items):
-    raise ValueError(f"{modality}: nothing to embed, got 0 items")
+  def _check_list(self, modality: str, items: Any, name: str = "") -> None:
+    """Refuses what is no list of items: a text would be taken as its letters, a picture as its rows."""
+    name, got = name or modality, f"one {type(items).__name__}"
+    if isinstance(items, np.ndarray | jax.Array):
+      axes = 0 if modality == "text" else 1 if self._towers[modality].trunk == "vectors" else _AXES.get(modality, 1)
+      one, got = items.ndim <= axes, f"an array of shape {items.shape}"
+      one |= modality == "audio" and items.ndim == 2 and items.shape[1] <= 8  # a recording's channels
+    else:
+      one = not isinstance(items, Sequence) or isinstance(items, str | bytes | bytearray | memoryview)
+      got = f"{items!r:.60}" if isinstance(items, str | pathlib.Path) else got
+    if one:
+      raise ValueError(f"{name}: got {got}; a list of items is needed, [item] for one")
+    if not len(items):
+      raise ValueError(f"{name}: nothing to embed, got 0 items")
 
 
 @functools.lru_cache(maxsize=8)
