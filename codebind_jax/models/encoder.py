@@ -41,6 +41,7 @@ class EncoderSpec(BlockSpec):
     out_norm: LayerNorm after the trunk, before the pooling, and so on all tokens (SigLIP's images).
     pool: the first of the encoder's tokens: the class token, the mean of the patches, an `AttentionPool`; of text, the
       token at the end mark, the last or the first one.
+    pool_heads, pool_mlp: of an `AttentionPool`, where they differ from `heads` and `mlp`.
     end_id: of the end mark; -1 for the largest id in the text.
     mean, std: of pixels in [0, 1], by channel: uint8 inputs are normalised by them, others are taken as they are.
   """
@@ -66,6 +67,8 @@ class EncoderSpec(BlockSpec):
   pad_id: int = -1
   out_norm: bool = False
   pool: Literal["class", "mean", "map", "end", "last", "first"] = "class"
+  pool_heads: int = 0
+  pool_mlp: int = 0
   end_id: int = -1
   mean: tuple[float, ...] = ()
   std: tuple[float, ...] = ()
@@ -177,7 +180,8 @@ class Encoder(nn.Module):
     if spec.pool == "mean":
       pooled = trunk[:, spec.prefix :].mean(axis=1, keepdims=True)
     else:
-      pooled = AttentionPool(spec.blocks, self.dtype, name="pool")(trunk)
+      form = dataclasses.replace(spec.blocks, heads=spec.pool_heads or spec.heads, mlp=spec.pool_mlp or spec.mlp)
+      pooled = AttentionPool(form, self.dtype, name="pool")(trunk)
     return jnp.concatenate([pooled, trunk], axis=1)
 
 

@@ -21,7 +21,7 @@ _TYPES = {
   "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16, "I64": "<i8", "I32": "<i4", "I16": "<i2",
   "I8": "i1", "U8": "u1", "BOOL": "?", "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
 }  # fmt: skip
-_WRAPPERS = ("state_dict", "model", "module")  # keys under which torch files keep the state dict
+_WRAPPERS = ("state_dict", "model", "module", "weights")  # keys under which torch files keep the state dict
 
 
 @dataclasses.dataclass(frozen=True)

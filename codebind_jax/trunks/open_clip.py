@@ -127,14 +127,15 @@ def recognises(path: Path) -> bool:
   """Whether a path is a folder or file of this family; of a file, its names tell."""
   if path.is_dir():
     return bool(_config(path))
-  marks = (b"visual.conv1.weight", b"visual.trunk.")
+  marks, foreign = (b"visual.conv1.weight", b"visual.trunk."), b"visual.attn_pool.probe"  # Perception Encoder's
   try:
     if path.suffix == ".safetensors":
-      return any(name.encode().startswith(marks) for name in open_weights(path))
+      there = open_weights(path)
+      return any(name.encode().startswith(marks) for name in there) and foreign.decode() not in there
     if path.suffix in (".pt", ".pth", ".bin") and zipfile.is_zipfile(path):
       with zipfile.ZipFile(path) as archive:
         pickles = [archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")]
-      return any(mark in content for content in pickles for mark in marks)
+      return any(mark in content and foreign not in content for content in pickles for mark in marks)
   except (ValueError, OSError, zipfile.BadZipFile):
     pass
   return False
