@@ -24,11 +24,12 @@ from codebind_jax.runtime import checkpoint
 from codebind_jax.saving import folder as saved_folder
 from codebind_jax.saving import hub
 from codebind_jax.step import make_embed_step
-from codebind_jax.trunks import load_trunk
+from codebind_jax.trunks import codebind_release, load_trunk
 from codebind_jax.trunks.base import fingerprint
 from codebind_jax.trunks.families import families, family_of
 
-_PIXELS = ("image", "tactile")  # an item has three axes
+# Axes of one item as an array, 1 where not named.
+_AXES = {"image": 3, "tactile": 3, "video": 4, "depth": 2, "thermal": 2, "points": 2, "eeg": 2, "imu": 2}
 _TRUNK_ROWS = 32  # items of a trunk's batch, a device
 
 
@@ -133,7 +134,7 @@ class Model:
       self.trunks[modality] = load_trunk(tower.trunk, **tower.options)
     return self.trunks[modality]
 
-  def embed(self, inputs: Mapping[str, Sequence[Any]]) -> dict[str, Embeddings]:
+  def embed(self, inputs: Mapping[str, Any]) -> dict[str, Embeddings]:
     """Embeds items of any subset of the modalities.
 
     Args:
@@ -149,10 +150,10 @@ class Model:
     """
     self._check(inputs)
     for modality, items in inputs.items():
-      _check_list(modality, items)
+      self._check_list(modality, items)
     return {m: self.embed_tokens(m, self.tokens(m, items)) for m, items in inputs.items()}
 
-  def tokens(self, modality: str, items: Sequence[Any]) -> Shaped[np.ndarray, "n ..."]:
+  def tokens(self, modality: str, items: Any) -> Shaped[np.ndarray, "n ..."]:
     """Raw items as the tower takes them: trunk tokens, float32 [N, T, C], or prepared items [N, *shape]."""
     tokens = []
     for start in range(0, len(items), self.trunk_rows):
@@ -222,7 +223,7 @@ class Model:
     return Embeddings(*(np.concatenate(columns) for columns in zip(*parts)))
 
   def combine(
-    self, inputs: Mapping[str, Any], weights: Mapping[str, float] | None = None
+    self, inputs: Mapping[str, Any], weights: Mapping[str, Any] | None = None
   ) -> Float[np.ndarray, "n ds"]:
     """One vector for items seen in several modalities: the weighted sum of their shared embeddings, at unit length.
 
@@ -243,7 +244,7 @@ class Model:
         raise ValueError(f"weights: got {weight!r} for {name!r}; allowed: a number for {', '.join(inputs)}")
     raw = {m: items for m, items in inputs.items() if not isinstance(items, Embeddings)}
     for modality, items in raw.items():
-      _check_list(modality, items)
+      self._check_list(modality, items)
     lengths = {m: len(x.shared if isinstance(x, Embeddings) else x) for m, x in inputs.items()}
     if len(set(lengths.values())) > 1:
       raise ValueError(f"combine: lists of different lengths, {lengths}")
@@ -291,7 +292,7 @@ class Model:
       return hub.push(saved_folder.write(self, folder, card_name=f"{hub.PREFIX}{name}"), name, private)
 
   def classify(
-    self, items: Sequence[Any], labels: Sequence[str], *, modality: str = "image", templates: Sequence[str] = ()
+    self, items: Any, labels: Sequence[str], *, modality: str = "image", templates: Sequence[str] = ()
   ) -> list[list[tuple[str, float]]]:
     """Zero-shot classification against class names.
 
@@ -305,6 +306,7 @@ class Model:
       Per item (label, cosine), best first.
     """
     self._check({modality: items, "text": labels})
+    self._check_list("text", labels, "labels")
     templates = tuple(templates) or self.config.data.eval_templates
     classes = class_embeddings(lambda texts: self.embed({"text": list(texts)})["text"].shared, list(labels), templates)
     scores = self.embed({modality: items})[modality].shared @ classes.T
@@ -332,20 +334,20 @@ class Model:
       if name not in self.modalities:
         raise ValueError(f"modality {name!r} is not in this model; it has {list(self.modalities)}")
 
-
-def _check_list(modality: str, items: Any) -> None:
-  """Refuses what is no list of items: a text would be taken as its letters, a picture as its rows."""
-  if isinstance(items, np.ndarray | jax.Array):
-    # The last axes are one item's; whether there is another one, its reading tells.
-    one, got = items.ndim < 2 and modality != "text" or not items.ndim, f"an array of shape {items.shape}"
-    one |= modality in _PIXELS and items.ndim < 4
-  else:
-    one = not isinstance(items, Sequence) or isinstance(items, str | bytes | bytearray)
-    got = f"{items!r:.60}" if isinstance(items, str | pathlib.Path) else f"one {type(items).__name__}"
-  if one:
-    raise ValueError(f"{modality}: got {got}; a list of items is needed, [item] for one")
-  if not len(items):
-    raise ValueError(f"{modality}: nothing to embed, got 0 items")
+  def _check_list(self, modality: str, items: Any, name: str = "") -> None:
+    """Refuses what is no list of items: a text would be taken as its letters, a picture as its rows."""
+    name, got = name or modality, f"one {type(items).__name__}"
+    if isinstance(items, np.ndarray | jax.Array):
+      axes = 0 if modality == "text" else 1 if self._towers[modality].trunk == "vectors" else _AXES.get(modality, 1)
+      one, got = items.ndim <= axes, f"an array of shape {items.shape}"
+      one |= modality == "audio" and items.ndim == 2 and items.shape[1] <= 8  # a recording's channels
+    else:
+      one = not isinstance(items, Sequence) or isinstance(items, str | bytes | bytearray | memoryview)
+      got = f"{items!r:.60}" if isinstance(items, str | pathlib.Path) else got
+    if one:
+      raise ValueError(f"{name}: got {got}; a list of items is needed, [item] for one")
+    if not len(items):
+      raise ValueError(f"{name}: nothing to embed, got 0 items")
 
 
 @functools.lru_cache(maxsize=8)
@@ -362,13 +364,14 @@ def _columns(out: Any) -> tuple[Any, ...]:
   return out.shared, out.specific, out.full, out.indices_shared, out.indices_specific
 
 
-def load(source: str | pathlib.Path, *, modalities: Sequence[str] | None = None) -> Model:
+def load(source: str | pathlib.Path, *, modalities: Sequence[str] | None = None, **options: Any) -> Model:
   """Loads a trained model, or a published checkpoint.
 
   Args:
     source: the workdir of a training run, a folder that `Model.save` wrote, a file or folder of a family that
       `list_pretrained` names, or "hf:org/name[@revision]" for one of these on the Hugging Face hub (extra `hub`).
     modalities: those to load; all that the source has unless given.
+    **options: of a published family's `make_trunk`, such as `dtype="bfloat16"` or the `base` of a CodeBind release.
 
   Raises:
     ValueError: if there is no such path, it is no supported checkpoint, is damaged, or lacks a modality; if the hub
@@ -381,12 +384,15 @@ def load(source: str | pathlib.Path, *, modalities: Sequence[str] | None = None)
   path = pathlib.Path(source).expanduser()
   if not path.exists():
     raise ValueError(f"{str(source)!r}: no such file or folder")
+  own = (path / checkpoint.FOLDER).is_dir() or saved_folder.is_saved(path)
+  if own and options:
+    raise ValueError(f"{path}: has its own options; {next(iter(options))!r} is for published checkpoints")
   if (path / checkpoint.FOLDER).is_dir():
     return _of_run(path, modalities)
   if saved_folder.is_saved(path):
     parts = saved_folder.read(path, modalities)
     return Model(parts.config, parts.params, parts.codebooks, parts.trunks, modalities=parts.modalities)
-  return _published(path, modalities)
+  return _published(path, modalities, options)
 
 
 def _chosen(wanted: Sequence[str] | None, there: Sequence[str], where: pathlib.Path) -> tuple[str, ...]:
@@ -409,20 +415,49 @@ def _of_run(folder: pathlib.Path, modalities: Sequence[str] | None) -> Model:
   return Model(config, arrays["params"], codebooks, modalities=_chosen(modalities, position["trained"], folder))
 
 
-def _published(path: pathlib.Path, modalities: Sequence[str] | None) -> Model:
-  """A model of a checkpoint's own embeddings: trunks and published heads, no codebooks and no specific parts."""
+def _published(path: pathlib.Path, modalities: Sequence[str] | None, options: Mapping[str, Any]) -> Model:
+  """A model of a checkpoint's own embeddings: trunks and published heads; a CodeBind release brings all its parts."""
   family = family_of(path)
   chosen = _chosen(modalities, families()[family].modalities(path), path)
-  trunks = {name: load_trunk(family, weights=str(path), modality=name) for name in chosen}
+  own = {name: {"weights": str(path), "modality": name} | dict(options) for name in chosen}
+  trunks = {name: load_trunk(family, **own[name]) for name in chosen}
+  headless = [name for name, trunk in trunks.items() if trunk.head is None]
+  if headless:
+    raise ValueError(f"{path}: has no published embedding of {headless[0]!r}; use it as a trunk in a config")
   widths = {name: trunk.head.module.width for name, trunk in trunks.items()}
   if len(set(widths.values())) > 1:
     raise ValueError(f"{path}: its embeddings have different widths, {widths}; load some of them by `modalities`")
   towers = {
-    name: {"trunk": family, "options": {"weights": str(path), "modality": name}, "cache": False, "head": "published",
+    name: {"trunk": family, "options": own[name], "cache": False, "head": "published",
            "logit_scale": trunk.head.logit_scale}
     for name, trunk in trunks.items()
   }  # fmt: skip
-  model = {"towers": towers, "shared_dim": next(iter(widths.values())), "quantize": False}
+  config = {"model": {"towers": towers, "shared_dim": next(iter(widths.values())), "quantize": False}}
   params = {name: {"trunk": trunk.params, "shared": trunk.head_params} for name, trunk in trunks.items()}
   scales = {f"{name}_log_logit_scale": np.float32(np.log(trunk.head.logit_scale)) for name, trunk in trunks.items()}
-  return Model({"model": model}, params | scales, {}, trunks)
+  codebooks = {}
+  if family == "codebind_release":
+    release = codebind_release.open_release(path, **{k: v for k, v in options.items() if k in ("base", "postfix")})
+    config, params, codebooks = _with_release(release, config, params)
+  return Model(config, params | scales, codebooks, trunks)
+
+
+def _with_release(release: codebind_release.Release, config: dict, params: dict) -> tuple[dict, dict, dict]:
+  """(config, parameters, codebooks) of a published model with a release's specific heads and codebooks.
+
+  Raises:
+    ValueError: if its codebooks' codes differ in width.
+  """
+  sizes, codebooks = release.sizes(), release.codebooks()
+  if len(set(sizes.code_dims.values())) != 1:
+    raise ValueError(f"{release.folder}: its codes have different widths, {dict(sizes.code_dims)}; allowed: one width")
+  for name, tower in config["model"]["towers"].items():
+    tower["specific_dim"] = sizes.specific_dims[name]
+    params[name] |= {key: value for key, value in release.heads(name).items() if key == "specific"}
+  config["model"]["quantize"] = True
+  codes = {name: count for name, count in sizes.codes.items() if name in config["model"]["towers"]}
+  config["codebook"] = {
+    "dim": next(iter(sizes.code_dims.values())), "shared_codes": sizes.codes["shared"], "codes": codes,
+    "distance": sizes.distance, "normalize": sizes.normalize, "layout": sizes.layout,
+  }  # fmt: skip
+  return config, params, {name: codebooks[name] for name in ("shared", *codes)}

@@ -27,6 +27,8 @@ def library() -> ModuleType:
   """
   try:
     import huggingface_hub
+    import huggingface_hub.constants
+    import huggingface_hub.errors
   except ImportError as error:
     raise ValueError("hf: needs huggingface_hub; install it with pip install 'codebind_jax[hub]'") from error
   return huggingface_hub
@@ -38,7 +40,7 @@ def parsed(source: str) -> tuple[str, str | None]:
   Raises:
     ValueError: for another form.
   """
-  match = re.fullmatch(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", source)
+  match = re.fullmatch(r"hf:(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?", source)
   if not match:
     raise ValueError(f"{source!r}: allowed is hf:org/name or hf:org/name@revision")
   return match["repo"], match["revision"]

@@ -32,7 +32,7 @@ _TYPES = {
 }  # fmt: skip
 SHAPES = ".shapes.json"
 _FEW = 16  # arrays of no more values are kept whole among shapes: factors that a trunk is made with
-_WRAPPERS = ("state_dict", "model", "module")  # keys under which torch files keep the state dict
+_WRAPPERS = ("state_dict", "model", "module", "weights")  # keys under which torch files keep the state dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +135,7 @@ def present(path: Path) -> bool:
   return path.is_file() or path.with_name(path.name + SHAPES).is_file()
 
 
-def _opened(path: Path, empty: bool = False) -> Weights:
+def _opened(path: Path, empty: bool) -> Weights:
   if not path.is_file():
     raise ValueError(f"{path}: no such file")
   if path.name.endswith(".index.json"):
