@@ -135,7 +135,7 @@ def present(path: Path) -> bool:
   return path.is_file() or path.with_name(path.name + SHAPES).is_file()
 
 
-def _opened(path: Path, empty: bool) -> Weights:
+def _opened(path: Path, empty: bool = False) -> Weights:
   if not path.is_file():
     raise ValueError(f"{path}: no such file")
   if path.name.endswith(".index.json"):
