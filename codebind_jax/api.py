@@ -416,7 +416,7 @@ def _of_run(folder: pathlib.Path, modalities: Sequence[str] | None) -> Model:
 
 
 def _published(path: pathlib.Path, modalities: Sequence[str] | None, options: Mapping[str, Any]) -> Model:
-  """A model of a checkpoint's own embeddings: trunks and published heads; a CodeBind release has its other parts too."""
+  """A model of a checkpoint's own embeddings: trunks and published heads; a CodeBind release brings all its parts."""
   family = family_of(path)
   chosen = _chosen(modalities, families()[family].modalities(path), path)
   own = {name: {"weights": str(path), "modality": name} | dict(options) for name in chosen}

@@ -12,6 +12,7 @@ import yaml
 from absl import logging
 from flax.traverse_util import flatten_dict
 
+import codebind_jax
 from codebind_jax.codebook import CodebookState
 from codebind_jax.compositional import CompositionalSpec, quantize_modalities
 from codebind_jax.models import towers
@@ -300,3 +301,24 @@ def test_foreign_folders_are_not_recognised(tmp_path):
 def test_a_modality_that_is_not_there(folder):
   with pytest.raises(ValueError, match="has no 'thermal'; it has image, text, audio, depth, tactile, eeg"):
     codebind_release.make_trunk(weights=str(folder), modality="thermal")
+
+
+def test_load_gives_the_whole_model(folder):
+  model = codebind_jax.load(folder, modalities=["image", "text"], heads=spec("image").heads)
+  pictures = np.random.default_rng(0).integers(0, 256, (2, 240, 250, 3), dtype=np.uint8)
+  found = model.embed({"image": list(pictures)})["image"]
+  release = codebind_release.open_release(folder)
+  tower, trunk = release.tower("image"), model.trunk("image")
+  tokens = Encoder(spec("image")).apply({"params": tower["trunk"]}, jnp.stack([trunk.preprocess(p) for p in pictures]))
+  whole = towers.Tower(towers.TowerSpec(SHARED, SPECIFIC["image"]))
+  features = whole.apply({"params": {part: tower[part] for part in ("shared", "specific")}}, tokens.tokens)
+  books = {name: release.codebooks()[name] for name in ("shared", "image")}
+  quantiser = CompositionalSpec(
+    SHARED, 0, {"image": SPECIFIC["image"], "text": 0}, code_dims=(8, 8), num_codes=(40, 0),
+    num_specific_codes={"image": 20},
+  )  # fmt: skip
+  wanted = quantize_modalities({"image": features}, books, quantiser, update="none", rng=None)[0]["image"]
+  np.testing.assert_array_equal(found.codes_shared, wanted.indices_shared[:, 0])
+  np.testing.assert_array_equal(found.codes_specific, wanted.indices_specific[:, 0])
+  np.testing.assert_allclose(found.shared, wanted.shared[:, 0], atol=1e-5)
+  assert found.codes.shape == (2, SHARED // 8 + SPECIFIC["image"] // 8)

@@ -41,7 +41,10 @@ class EncoderSpec(BlockSpec):
     out_norm: LayerNorm after the trunk, before the pooling, and so on all tokens (SigLIP's images).
     pool: the first of the encoder's tokens: the class token, the mean of the patches, an `AttentionPool`; of text, the
       token at the end mark, the last or the first one.
+    pool_heads, pool_mlp: of an `AttentionPool`, where they differ from `heads` and `mlp`.
     end_id: of the end mark; -1 for the largest id in the text.
+    mean_of: of a video, its number of frames, each encoded like an image (but for `frames`): tokens are the mean of
+      their pooled tokens, and then all others; 0 for none.
     mean, std: of pixels in [0, 1], by channel: uint8 inputs are normalised by them, others are taken as they are.
   """
 
@@ -66,7 +69,10 @@ class EncoderSpec(BlockSpec):
   pad_id: int = -1
   out_norm: bool = False
   pool: Literal["class", "mean", "map", "end", "last", "first"] = "class"
+  pool_heads: int = 0
+  pool_mlp: int = 0
   end_id: int = -1
+  mean_of: int = 0
   mean: tuple[float, ...] = ()
   std: tuple[float, ...] = ()
 
@@ -152,6 +158,8 @@ class Encoder(nn.Module):
       ValueError: if the input's shape does not fit the spec.
     """
     spec, clips = self.spec, 1
+    if spec.mean_of and x.shape[1:2] != (spec.mean_of,):
+      raise ValueError(f"video: shape {x.shape}, allowed [b, {spec.mean_of} frames, height, width, channels]")
     if not (len(spec.patch) == 3 and x.ndim == 4):
       x, clips = fold_clips(x, len(spec.size) + (not spec.is_text))
     x = normalised(spec, x)
@@ -163,7 +171,12 @@ class Encoder(nn.Module):
     trunk = run(tokens, mask, rope)
     if spec.out_norm:
       trunk = layer_norm("norm", dtype=self.dtype, eps=spec.eps)(trunk)
-    return Encoded(self._pooled(trunk, x), trunk, positions, clips)
+    tokens = self._pooled(trunk, x)
+    if spec.mean_of:
+      tokens = tokens.reshape(-1, spec.mean_of, *tokens.shape[1:])
+      rest = tokens[:, :, 1:].reshape(tokens.shape[0], -1, tokens.shape[-1])
+      return Encoded(jnp.concatenate([tokens[:, :, :1].mean(axis=1), rest], axis=1))
+    return Encoded(tokens, trunk, positions, clips)
 
   def _pooled(self, trunk: Array, x: Array) -> Array:
     spec = self.spec
@@ -176,7 +189,8 @@ class Encoder(nn.Module):
     if spec.pool == "mean":
       pooled = trunk[:, spec.prefix :].mean(axis=1, keepdims=True)
     else:
-      pooled = AttentionPool(spec.blocks, self.dtype, name="pool")(trunk)
+      form = dataclasses.replace(spec.blocks, heads=spec.pool_heads or spec.heads, mlp=spec.pool_mlp or spec.mlp)
+      pooled = AttentionPool(form, self.dtype, name="pool")(trunk)
     return jnp.concatenate([pooled, trunk], axis=1)
 
 

@@ -45,7 +45,10 @@ class BlockSpec:
     layer_scale: a learned factor a channel on what attention and MLP add (DINOv2).
     sub_norm: LayerNorm before the last layer of attention and MLP (EVA02-CLIP).
     mlp_norm: LayerNorm before the last layer of the MLP alone (EVA02).
+    frames: of an item, which follow one another along the batch: each place first attends over them (LanguageBind's
+      video); 0 for none.
     post_norm: x + norm(attention(x)) instead of x + attention(norm(x)), and so with the MLP (EVA02-CLIP enormous).
+    sum_norm: norm(x + attention(x)) instead, and so with the MLP (BERT, RoBERTa).
   """
 
   heads: int
@@ -57,7 +60,9 @@ class BlockSpec:
   layer_scale: bool = False
   sub_norm: bool = False
   mlp_norm: bool = False
+  frames: int = 0
   post_norm: bool = False
+  sum_norm: bool = False
 
 
 @flax.struct.dataclass
@@ -175,12 +180,25 @@ class Block(nn.Module):
     self, x: Float[Array, "b n d"], mask: Bool[Array, "..."] | None = None, rope: Rope | None = None
   ) -> Float[Array, "b n d"]:
     """One block; see `Attention` for `mask` and `rope`."""
+    x = self._over_frames(x) if self.spec.frames else x
     attention = Attention(self.spec, self.dtype, name="attn")
     x = self._added(x, 1, lambda y: attention(y, mask, rope))
     return self._added(x, 2, Mlp(self.spec, self.dtype, name="mlp"))
 
+  def _over_frames(self, x: Array) -> Array:
+    spec, (rows, places, width) = self.spec, x.shape
+    y = x.reshape(-1, spec.frames, places, width).swapaxes(1, 2).reshape(-1, spec.frames, width)
+    if spec.frames > 1:
+      embedding = self.param("time_embedding", nn.initializers.normal(width**-0.5), (spec.frames, width))
+      y = y + embedding.astype(y.dtype)
+    norm = layer_norm("time_norm", dtype=self.dtype, eps=spec.eps)
+    y = y + Attention(spec, self.dtype, name="time_attn")(norm(y))
+    return y.reshape(-1, places, spec.frames, width).swapaxes(1, 2).reshape(rows, places, width)
+
   def _added(self, x: Array, number: int, branch: Callable[[Array], Array]) -> Array:
     norm = layer_norm(f"norm{number}", dtype=self.dtype, eps=self.spec.eps)
+    if self.spec.sum_norm:
+      return norm(x + branch(x))
     y = norm(branch(x)) if self.spec.post_norm else branch(norm(x))
     if self.spec.layer_scale:
       y = y * self.param(f"scale{number}", nn.initializers.ones, (x.shape[-1],)).astype(y.dtype)

@@ -32,7 +32,7 @@ _TYPES = {
 }  # fmt: skip
 SHAPES = ".shapes.json"
 _FEW = 16  # arrays of no more values are kept whole among shapes: factors that a trunk is made with
-_WRAPPERS = ("state_dict", "model", "module")  # keys under which torch files keep the state dict
+_WRAPPERS = ("state_dict", "model", "module", "weights")  # keys under which torch files keep the state dict
 
 
 @dataclasses.dataclass(frozen=True)
