@@ -72,6 +72,11 @@ def test_the_scale_of_lora_and_the_mean_over_frames_are_seen(made, tmp_path):
     trunk.embed(made["video/pixels"][:, :2])
 
 
+def test_bfloat16_is_close(made, tmp_path):
+  trunk = languagebind.make_trunk(weights=folder_of(made, tmp_path, "video"), dtype="bfloat16", remat=True, scan=True)
+  assert (trunk.embed(made["video/pixels"]) * made["video/made"]).sum(-1).min() > 0.99
+
+
 @pytest.mark.parametrize("smooth", [False, True])
 def test_pictures_and_depth_are_prepared_as_with_torchvision(made, smooth):
   for i in range(3):

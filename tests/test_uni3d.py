@@ -1,5 +1,6 @@
 """Uni3D's point encoder against a plain torch one on timm's blocks, and the names of the official checkpoints."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from codebind_jax.models.point_patches import farthest_points, nearest_points
 from codebind_jax.trunks import uni3d
 from tests import family_fixtures
 from tests.checkpoint_fixtures import check_names, prefixed, write
+from tests.torch_files import torch_zip
 
 LIMIT = 2e-5
 CASES = ("giant", "base", "tiny")
@@ -57,6 +59,21 @@ def test_the_names_of_parallel_training_are_the_same_model(made, tmp_path):
   arrays = {f"module.{name}": value for name, value in prefixed(made, "base/weights/").items()}
   trunk = uni3d.make_trunk(weights=folder_of(made, tmp_path, arrays=arrays), **SIZES)
   assert np.abs(trunk.embed(batch_of(made, trunk)) - made["base/points"]).max() < LIMIT
+
+
+def test_bfloat16_is_close_and_gradients_are_finite(made, tmp_path):
+  trunk = uni3d.make_trunk(weights=folder_of(made, tmp_path, "base"), dtype="bfloat16", remat=True, **SIZES)
+  batch = batch_of(made, trunk)
+  assert (trunk.embed(batch) * made["base/points"]).sum(-1).min() > 0.99
+  slopes = jax.jit(jax.grad(lambda p: trunk.apply(p, jnp.asarray(batch)).astype(jnp.float32).std()))(trunk.params)
+  assert all(jnp.isfinite(leaf).all() and leaf.any() for leaf in jax.tree.leaves(slopes))
+
+
+def test_torch_files_load(made, tmp_path):
+  (tmp_path / "model.pt").write_bytes(torch_zip(prefixed(made, "giant/weights/"), "module"))
+  assert uni3d.recognises(tmp_path) and uni3d.recognises(tmp_path / "model.pt")
+  trunk = uni3d.make_trunk(weights=str(tmp_path), **SIZES)
+  assert np.abs(trunk.embed(batch_of(made, trunk)) - made["giant/points"]).max() < LIMIT
 
 
 def test_centres_begin_with_the_first_point_and_avoid_the_origin():

@@ -63,10 +63,13 @@ def nearest_points(
   points: Float[Array, "b n 3"], real: Bool[Array, "b n"], centres: Float[Array, "b g 3"], count: int
 ) -> Int[Array, "b g k"]:
   """Indices of each centre's nearest real points, itself among them; the nearest one again where there are too few."""
+  points, centres = jax.lax.stop_gradient((points, centres))
   dot = jnp.einsum("bgc,bnc->bgn", centres, points, precision="highest")
   distance = (centres**2).sum(-1)[:, :, None] + (points**2).sum(-1)[:, None] - 2 * dot
-  near, index = jax.lax.top_k(jnp.where(real[:, None], -distance, -jnp.inf), min(count, points.shape[1]))
-  return jnp.where(jnp.isinf(near), index[..., :1], index)
+  # One row a centre, and the result whole: with more axes, or slices taken of it, XLA sorts whole rows on a CPU.
+  rows = jnp.where(real[:, None], -distance, -jnp.inf).reshape(-1, points.shape[1])
+  near, index = jax.lax.optimization_barrier(jax.lax.top_k(rows, min(count, points.shape[1])))
+  return jnp.where(jnp.isinf(near), index[:, :1], index).reshape(*centres.shape[:2], -1)
 
 
 class PointStem(nn.Module):

@@ -5,8 +5,9 @@ Folders of LanguageBind/LanguageBind_{Image,Video_FT,Audio_FT,Depth,Thermal}: CL
 
 Not compared with the original, whose packages (peft and torchvision 0.14 among them) were not at hand: the tests
 compare with transformers' CLIP and with its layers arranged as the original arranges them. Not verified either: that
-its config.json names the modality in `model_type` or `architectures`, and which of the files hold LoRA unmerged.
-Video is cropped in the middle, where the original crops and mirrors at random.
+config.json names the modality in `model_type` or `architectures`, what `max_depth` is where it is not given (10 is
+taken), and which of the published files hold LoRA unmerged. Video is cropped in the middle, where the original crops
+and mirrors at random.
 """
 
 from __future__ import annotations

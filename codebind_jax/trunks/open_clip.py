@@ -91,7 +91,7 @@ _TAGS: tuple[tuple[str, bool, dict[str, Any]], ...] = (
   (r"dfn5b", True, {"resize_mode": "squash"}),
   (r"dfn2b.*39b", False, {}),
   (r"dfn2b|openai|metaclip_(400m|fullcc|2pt5b)|[blhg]\d\d_(400m|fullcc2_5b)| vit_[bl]_\d\d(_336px)?$", True, {}),
-  (r"laion2b|laion400m|datacomp|commonpool|merged2b|altogether", False, {}),
+  (r"^eva0|laion2b|laion400m|datacomp|commonpool|merged2b|altogether", False, {}),
 )
 
 # What a tower's part of the config may hold beside what is read here: that of training, and defaults.

@@ -21,7 +21,7 @@ from codebind_jax.models.heads import Head
 from codebind_jax.models.point_patches import PointEncoder, PointSpec
 from codebind_jax.trunks import names
 from codebind_jax.trunks.base import Input, PublishedHead, Trunk, fingerprint
-from codebind_jax.trunks.checkpoint_files import Entry, Weights, mentions, open_weights
+from codebind_jax.trunks.checkpoint_files import Entry, Weights, mentions, open_weights, present
 
 _REVISION = "uni3d-1"
 MODALITIES = ("points",)
@@ -195,7 +195,7 @@ def make_trunk(
     ValueError: if there is no such checkpoint, for another modality, or numbers below 1.
   """
   path = Path(weights).expanduser()
-  if not weights or not path.exists():
+  if not weights or not (path.exists() or present(path)):
     raise ValueError(f"weights: {weights!r} does not exist")
   if modality not in MODALITIES:
     raise ValueError(f"{weights}: has no {modality!r}; it has points")
