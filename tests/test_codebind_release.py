@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -227,6 +228,7 @@ def test_the_same_trunk_is_made_of_the_files_shapes(folder, tmp_path):
       found = codebind_release.make_trunk(weights=str(folder), **options)
     kept = tmp_path / modality
     kept.mkdir()
+    assert not [p.name for p in notes if "depth" in p.name or "decoder" in p.name]  # files of its own alone
     for path, content in notes.items():
       if isinstance(content, Weights):
         write_shapes(kept / path.name, content)
@@ -343,3 +345,15 @@ def test_load_gives_the_whole_model(folder):
   np.testing.assert_array_equal(found.codes_specific, wanted.indices_specific[:, 0])
   np.testing.assert_allclose(found.shared, wanted.shared[:, 0], atol=1e-5)
   assert found.codes.shape == (2, SHARED // 8 + SPECIFIC["image"] // 8)
+
+
+def test_a_saved_release_needs_neither_its_files_nor_its_base(tmp_path):
+  write(tmp_path / "release", lora=("lora_audio_all",))
+  model = codebind_jax.load(tmp_path / "release", modalities=["audio"], heads=spec("audio").heads)
+  sound = [np.random.default_rng(1).normal(scale=0.1, size=30_000).astype(np.float32)]
+  wanted = model.embed({"audio": sound})["audio"]
+  model.save(tmp_path / "saved")
+  shutil.rmtree(tmp_path / "release")
+  found = codebind_jax.load(tmp_path / "saved").embed({"audio": sound})["audio"]
+  np.testing.assert_array_equal(found.full, wanted.full)
+  np.testing.assert_array_equal(found.codes, wanted.codes)

@@ -54,6 +54,7 @@ _FILE = re.compile(
   rf"(?:-(?P<modality>{'|'.join(_OFFICIAL)}))?-?(?P<postfix>_\w+)?\.(?:pth|safetensors)"
 )
 _POSTFIXES = ("_best", "_last")
+_NOT_HERE = "holds no file of the CodeBind release (imagebind-heads-vision_best.pth and the like)"
 _UNUSED = r"decoder_heads\.\w+\.(hid_conv|out_conv)\..*"  # convolutions that the release never calls
 _DISTANCES = {"cos": "cosine", "l2": "l2"}
 _LAYOUTS = {1: "parts", 2: "interleaved"}
@@ -305,10 +306,20 @@ def recognises(path: Path) -> bool:
 
 def modalities(path: Path) -> tuple[str, ...]:
   """Modalities that a release has heads of."""
-  return open_release(path, needs_base=False).modalities
+  place, files = _files(Path(path).expanduser())
+  if not files:
+    raise ValueError(f"{path}: {_NOT_HERE}")
+  heads = [(match, file) for match, file in files if match["module"] in ("heads", "heads_mvq")]
+  there = {match["modality"] for match, _ in heads if match["modality"]}
+  for match, file in heads:
+    if not match["modality"]:
+      there |= {name.split(".")[0] for name in open_weights(file)}
+  return tuple(m for m in imagebind.MODALITIES if m != "video" and imagebind.official_name(m) in there)
 
 
-def open_release(folder: str | Path, base: str | Path = "", postfix: str = "", *, needs_base: bool = True) -> Release:
+def open_release(
+  folder: str | Path, base: str | Path = "", postfix: str = "", *, needs_base: bool = True, trunk_of: str = ""
+) -> Release:
   """Opens the files of a release; no array is read but those of adapters.
 
   Args:
@@ -317,6 +328,7 @@ def open_release(folder: str | Path, base: str | Path = "", postfix: str = "", *
     postfix: which of the saved states, such as "_best" or "_last"; "" for the best one that is there. Adapters that
       were saved only at another time are taken, and named in the log.
     needs_base: whether it is an error if there is no base.
+    trunk_of: a modality of which encoder and heads alone are wanted: files of other ones are left shut; "" for all.
 
   Raises:
     ValueError: naming the folder or file, if the release or its base is missing, damaged or of an unknown kind.
@@ -324,7 +336,7 @@ def open_release(folder: str | Path, base: str | Path = "", postfix: str = "", *
   folder = Path(folder).expanduser()
   place, files = _files(folder)
   if not files:
-    raise ValueError(f"{folder}: holds no file of the CodeBind release (imagebind-heads-vision_best.pth and the like)")
+    raise ValueError(f"{folder}: {_NOT_HERE}")
   adapters = [(match, path) for match, path in files if match["module"] == "lora"]
   others = [(match, path) for match, path in files if match["module"] != "lora"]
   postfix = _chosen({match["postfix"] or "" for match, _ in others}, postfix, place)
@@ -339,7 +351,7 @@ def open_release(folder: str | Path, base: str | Path = "", postfix: str = "", *
   there = set()
   # New postprocessors come after the old ones, whose place they take.
   for match, path in sorted(others, key=lambda file: file[0]["module"] == "postprocessors_new"):
-    if (match["postfix"] or "") != postfix:
+    if (match["postfix"] or "") != postfix or (trunk_of and not _of_trunk(match, trunk_of)):
       continue
     if match["module"] == "mvq_adapter":
       raise ValueError(f"{path}: a release with mvq_adapter is not supported")
@@ -351,18 +363,27 @@ def open_release(folder: str | Path, base: str | Path = "", postfix: str = "", *
     named = _named(weights, match["module"], match["modality"])
     there |= {name.split(".")[1] for name in named if name.startswith(("modality_heads.", "modality_heads_mvq."))}
     entries |= named
-  if books is None or not any(name.startswith("mvq_dict.") for name in books):
+  if trunk_of:
+    books = books or Weights({}, (place,))
+  elif books is None or not any(name.startswith("mvq_dict.") for name in books):
     raise ValueError(f"{place}: holds no codebooks of the kind mvq_dict.*.embedding "
                      f"(imagebind-vector_quantise-{postfix}.pth)")  # fmt: skip
   merged = Weights(entries, tuple(sources))
   adapted = []
   for m in sorted({match["modality"] for match, _ in adapters if match["modality"]}):
+    if trunk_of and m != imagebind.official_name(trunk_of):
+      continue
     path = _adapter(adapters, m, postfix)
     if base_file:
       merged = _with_adapters(merged, m, open_weights(path))
     adapted.append(ours(m))
   present = tuple(m for m in imagebind.MODALITIES if m != "video" and imagebind.official_name(m) in there)
   return Release(place, merged, books, present, tuple(adapted), _settings(folder, place))
+
+
+def _of_trunk(match: re.Match[str], modality: str) -> bool:
+  return (match["module"] not in ("decoder_trunk", "decoder_head", "vector_quantise")
+          and match["modality"] in (None, imagebind.official_name(modality)))  # fmt: skip
 
 
 def _chosen(there: set[str], postfix: str, place: Path) -> str:
@@ -478,10 +499,11 @@ def make_trunk(
   modality = "image" if modality == "vision" else modality
   if not weights:
     raise ValueError("weights: got '', the folder of a CodeBind release is needed")
-  release = open_release(weights, base, postfix)
   source = "image" if modality == "video" else modality
-  if source not in release.modalities:
-    raise ValueError(f"{weights}: has no {modality!r}; it has {', '.join(release.modalities)}")
+  available = modalities(Path(weights))
+  if source not in available:
+    raise ValueError(f"{weights}: has no {modality!r}; it has {', '.join(available)}")
+  release = open_release(weights, base, postfix, trunk_of=source)
   imagebind.announce(str(release.folder), LICENCE)
   spec = release.encoder_spec(source, heads)
   item = item_input(spec, modality, clips=clips, crops=crops, focal_length=focal_length, baseline=baseline)
