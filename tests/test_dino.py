@@ -114,6 +114,13 @@ def test_a_picture_of_another_size_is_encoded(tmp_path):
     assert tokens.shape[1] == trunk.module.spec.prefix + 6 * 8 and jnp.isfinite(tokens).all()
 
 
+@pytest.mark.parametrize("name", ["v2_giant", "v3_gated"])
+def test_bfloat16_is_close(tmp_path, name):
+  folder, made = case_of(name, tmp_path)
+  trunk = dino.make_trunk(weights=folder, dtype="bfloat16")
+  assert (trunk.embed(made["pixels"].transpose(0, 2, 3, 1)) * made["image_embeds"]).sum(-1).min() > 0.99
+
+
 @pytest.mark.parametrize(
   "name,changes,said",
   [

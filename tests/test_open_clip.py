@@ -11,6 +11,7 @@ from codebind_jax.models.rope import TABLES
 from codebind_jax.trunks import open_clip
 from tests import family_fixtures
 from tests.checkpoint_fixtures import check_names, prefixed, write
+from tests.torch_files import torch_zip
 
 LIMIT = 2e-5
 TINY = {"width": 24, "depth": 2, "heads": 2, "patch": (8, 8)}
@@ -81,6 +82,13 @@ def test_eva_towers_equal_timm(made, tmp_path, monkeypatch, case, scan):
   assert error(made, folder, f"{case}/image", scan=scan) < LIMIT
 
 
+def test_bfloat16_is_close(made, tmp_path):
+  for modality in ("image", "text"):
+    folder = str(folder_of(made, tmp_path))
+    trunk = open_clip.make_trunk(weights=folder, modality=modality, dtype="bfloat16", remat=True)
+    assert (trunk.embed(batch_of(made, modality)) * made[f"plain/{modality}"]).sum(-1).min() > 0.99
+
+
 def test_rotary_positions_leave_the_class_token_and_follow_the_grid():
   spec = open_clip.spec_of(open_clip.MODELS["EVA02-L-14-336"], "image", "here")
   rope = TABLES[spec.rope](spec, spec.size)
@@ -145,6 +153,7 @@ def test_shapes_and_names_of_every_official_model(tmp_path, monkeypatch):
     ("ViT-L-14", "l14_fullcc2.5b", True, ()),
     ("ViT-B-16", "datacomp_xl_s13b_b90k", False, ()),
     ("ViT-g-14", "laion2b_s34b_b88k", False, ()),
+    ("EVA02-L-14", "mine", False, ()),
   ],
 )
 def test_activation_and_preparation_of_published_weights(model, name, quick, differs):
@@ -168,6 +177,24 @@ def test_a_bare_file_needs_the_models_name_and_warns_of_an_activation_that_nothi
     assert error(made, file, "plain/image", model="tiny", tag="datacomp_xl_s13b_b90k") < LIMIT
     assert error(made, file, "quick/text", "text", model="tiny", tag="openai") < LIMIT
     assert error(made, file, "quick/image", model="tiny", act="quick_gelu") < LIMIT
+
+
+@pytest.mark.parametrize("wrapper", ["", "state_dict"])
+def test_torch_files_load_and_are_recognised_by_their_names(made, tmp_path, monkeypatch, wrapper):
+  content = torch_zip(weights_of(made, "plain"), wrapper)
+  folder = folder_of(made, tmp_path / "folder")
+  (tmp_path / "folder" / "open_clip_model.safetensors").unlink()
+  (tmp_path / "folder" / "open_clip_pytorch_model.bin").write_bytes(content)
+  assert error(made, folder, "plain/image") < LIMIT
+  monkeypatch.setitem(open_clip.MODELS, "tiny", json.loads(str(made["plain/config"])))
+  file = tmp_path / "epoch_3.pt"
+  file.write_bytes(content)
+  assert open_clip.recognises(file) and not open_clip.recognises(tmp_path / "nothing.pt")
+  assert error(made, file, "plain/text", "text", model="tiny", act="gelu") < LIMIT
+  file.write_bytes(content[:1000])
+  assert not open_clip.recognises(file)
+  with pytest.raises(ValueError, match="epoch_3.pt"):
+    open_clip.make_trunk(weights=str(file), model="tiny", act="gelu")
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,8 @@ class EncoderSpec(BlockSpec):
       token at the end mark, the last or the first one.
     pool_heads, pool_mlp: of an `AttentionPool`, where they differ from `heads` and `mlp`.
     end_id: of the end mark; -1 for the largest id in the text.
+    mean_of: of a video, its number of frames, each encoded like an image (but for `frames`): tokens are the mean of
+      their pooled tokens, and then all others; 0 for none.
     mean, std: of pixels in [0, 1], by channel: uint8 inputs are normalised by them, others are taken as they are.
   """
 
@@ -70,6 +72,7 @@ class EncoderSpec(BlockSpec):
   pool_heads: int = 0
   pool_mlp: int = 0
   end_id: int = -1
+  mean_of: int = 0
   mean: tuple[float, ...] = ()
   std: tuple[float, ...] = ()
 
@@ -155,10 +158,11 @@ class Encoder(nn.Module):
       ValueError: if the input's shape does not fit the spec.
     """
     spec, clips = self.spec, 1
+    if spec.mean_of and x.shape[1:2] != (spec.mean_of,):
+      raise ValueError(f"video: shape {x.shape}, allowed [b, {spec.mean_of} frames, height, width, channels]")
     if not (len(spec.patch) == 3 and x.ndim == 4):
       x, clips = fold_clips(x, len(spec.size) + (not spec.is_text))
-    if x.dtype == jnp.uint8:
-      x = (x.astype(jnp.float32) / 255.0 - jnp.asarray(spec.mean)) / jnp.asarray(spec.std)
+    x = normalised(spec, x)
     tokens, positions = spec.stem(dtype=self.dtype, name="stem")(x)
     rope = TABLES[spec.rope](spec, x.shape[1:-1]) if spec.rope else None
     mask = (x != spec.pad_id)[:, None, None] if spec.is_text and spec.pad_id >= 0 else None
@@ -167,7 +171,12 @@ class Encoder(nn.Module):
     trunk = run(tokens, mask, rope)
     if spec.out_norm:
       trunk = layer_norm("norm", dtype=self.dtype, eps=spec.eps)(trunk)
-    return Encoded(self._pooled(trunk, x), trunk, positions, clips)
+    tokens = self._pooled(trunk, x)
+    if spec.mean_of:
+      tokens = tokens.reshape(-1, spec.mean_of, *tokens.shape[1:])
+      rest = tokens[:, :, 1:].reshape(tokens.shape[0], -1, tokens.shape[-1])
+      return Encoded(jnp.concatenate([tokens[:, :, :1].mean(axis=1), rest], axis=1))
+    return Encoded(tokens, trunk, positions, clips)
 
   def _pooled(self, trunk: Array, x: Array) -> Array:
     spec = self.spec
@@ -183,6 +192,13 @@ class Encoder(nn.Module):
       form = dataclasses.replace(spec.blocks, heads=spec.pool_heads or spec.heads, mlp=spec.pool_mlp or spec.mlp)
       pooled = AttentionPool(form, self.dtype, name="pool")(trunk)
     return jnp.concatenate([pooled, trunk], axis=1)
+
+
+def normalised(spec: EncoderSpec, x: Shaped[Array, "b ..."]) -> Shaped[Array, "b ..."]:
+  """uint8 pixels by the encoder's mean and deviation, float32; other inputs as they are."""
+  if x.dtype != jnp.uint8:
+    return x
+  return (x.astype(jnp.float32) / 255.0 - jnp.asarray(spec.mean)) / jnp.asarray(spec.std)
 
 
 def fold_clips(x: Shaped[Array, "b ..."], item_rank: int) -> tuple[Shaped[Array, "n ..."], int]:

@@ -36,7 +36,7 @@ from codebind_jax.models.heads import Head
 from codebind_jax.models.lora import from_release, merge
 from codebind_jax.trunks import imagebind, names
 from codebind_jax.trunks.base import PublishedHead, Trunk, fingerprint
-from codebind_jax.trunks.checkpoint_files import Entry, Weights, open_weights
+from codebind_jax.trunks.checkpoint_files import SHAPES, Entry, Weights, note, open_weights, present
 from codebind_jax.trunks.imagebind_inputs import BASELINE, FOCAL_LENGTH, item_input
 
 _REVISION = "codebind-release-1"
@@ -54,8 +54,6 @@ _FILE = re.compile(
   rf"(?:-(?P<modality>{'|'.join(_OFFICIAL)}))?-?(?P<postfix>_\w+)?\.(?:pth|safetensors)"
 )
 _POSTFIXES = ("_best", "_last")
-_ADAPTED = {"attn/qkv": "attn.in_proj_weight", "attn/out": "attn.out_proj.weight", "mlp/fc1": "mlp.fc1.weight",
-            "mlp/fc2": "mlp.fc2.weight"}  # fmt: skip
 _UNUSED = r"decoder_heads\.\w+\.(hid_conv|out_conv)\..*"  # convolutions that the release never calls
 _DISTANCES = {"cos": "cosine", "l2": "l2"}
 _LAYOUTS = {1: "parts", 2: "interleaved"}
@@ -150,9 +148,8 @@ class Release:
       raise ValueError(f"{self.folder}: distance {distance!r}, seg_type {layout!r}; allowed: cos or l2, 1 or 2")
     shapes = {ours(name): self.books[f"mvq_dict.{name}.embedding.weight"].shape for name in self._book_names()}
     return Sizes(
-      shared_dim=self._shared_dim,
-      specific_dims={m: self._width("modality_heads_mvq", m) - (self._joint(m) and self._shared_dim)
-                     for m in self.modalities},
+      shared_dim=self.shared_dim,
+      specific_dims={m: self._specific_dim(m) for m in self.modalities},
       code_dims={name: shape[1] for name, shape in shapes.items()},
       codes={name: shape[0] for name, shape in shapes.items()},
       distance=_DISTANCES[distance], normalize=bool(setting("norm_code", True)), layout=_LAYOUTS[layout],
@@ -169,12 +166,12 @@ class Release:
     Where the release has one head for both parts (`use_both_head: false`), it is cut in two, which gives the same.
     """
     if self._joint(modality):
-      joint, cut = self._head("modality_heads_mvq", modality), self._shared_dim
+      joint, cut = self._head("modality_heads_mvq", modality), self.shared_dim
       kernel = joint["proj"]["kernel"]
       parts = {"shared": kernel[:, :cut], "specific": kernel[:, cut:]}
       return {k: {"norm": joint["norm"], "proj": {"kernel": v}} for k, v in parts.items() if v.shape[1]}
     heads = {"shared": self._head("modality_heads", modality)}
-    if self._width("modality_heads_mvq", modality):
+    if self._specific_dim(modality):
       heads["specific"] = self._head("modality_heads_mvq", modality)
     return heads
 
@@ -202,13 +199,13 @@ class Release:
     return decoder, names.load(shapes, part, decoder_rules(modality))
 
   def tower(self, modality: str) -> dict[str, Any]:
-    """Parameters of one modality: {trunk: {stem, trunk}, shared, specific, decoder, log_logit_scale}, if it has them."""
+    """Parameters of one modality, as far as it has them: {trunk: {stem, trunk}, shared, specific, decoder}."""
     spec = self.encoder_spec(modality, heads=1)
     shapes = jax.eval_shape(Encoder(spec).init, jax.random.key(0), spec.example())["params"]
     params = {"trunk": self.encoder(shapes, modality), **self.heads(modality)}
     if decoder := self.decoder(modality):
       params["decoder"] = decoder[1]
-    return params | {"log_logit_scale": jnp.float32(math.log(self.logit_scale(modality)))}
+    return params
 
   def towers(self) -> dict[str, dict[str, Any]]:
     """`tower` of every modality."""
@@ -248,8 +245,18 @@ class Release:
     part = imagebind.part_of(self.weights, f"{kind}.{imagebind.official_name(modality)}.")
     return max((entry.shape[0] for entry in part.values() if len(entry.shape) == 2), default=0)
 
+  def _specific_dim(self, modality: str) -> int:
+    # A text's file may hold a second head, which the release never calls.
+    width = 0 if modality == "text" else self._width("modality_heads_mvq", modality)
+    return width - self.shared_dim if self._joint(modality) else width
+
   @property
-  def _shared_dim(self) -> int:
+  def shared_dim(self) -> int:
+    """Width of the shared part.
+
+    Raises:
+      ValueError: if the modalities differ in it.
+    """
     widths = {m: width for m in self.modalities if (width := self._width("modality_heads", m))}
     if len(set(widths.values())) != 1:
       raise ValueError(f"{self.folder}: the shared heads' widths {widths} must be one")
@@ -278,10 +285,11 @@ def _setting(settings: Mapping[str, Any], key: str, default: Any) -> Any:
 
 
 def _files(folder: Path) -> tuple[Path, list[tuple[re.Match[str], Path]]]:
-  """The folder that holds the release's files (it, or `checkpoints` in it), and those files."""
+  """The folder that holds the release's files (it, or `checkpoints` in it), and those files, or their shapes."""
   for place in (folder, folder / "checkpoints"):
     if place.is_dir():
-      found = [(match, path) for path in sorted(place.iterdir()) if (match := _FILE.fullmatch(path.name))]
+      there = sorted({path.name.removesuffix(SHAPES) for path in place.iterdir()})
+      found = [(match, place / name) for name in there if (match := _FILE.fullmatch(name))]
       if found:
         return place, found
   return folder, []
@@ -300,7 +308,7 @@ def modalities(path: Path) -> tuple[str, ...]:
   return open_release(path, needs_base=False).modalities
 
 
-def open_release(folder: str | Path, base: str = "", postfix: str = "", *, needs_base: bool = True) -> Release:
+def open_release(folder: str | Path, base: str | Path = "", postfix: str = "", *, needs_base: bool = True) -> Release:
   """Opens the files of a release; no array is read but those of adapters.
 
   Args:
@@ -364,12 +372,12 @@ def _chosen(there: set[str], postfix: str, place: Path) -> str:
   return choices[0]
 
 
-def _base(folder: Path, place: Path, base: str) -> Path | None:
+def _base(folder: Path, place: Path, base: str | Path) -> Path | None:
   if base:
     return Path(base)
   names = ("imagebind_huge.pth", "imagebind_huge.safetensors")
   files = [where / name for where in (place, folder, folder.parent) for name in names]
-  return next((file for file in files if file.is_file()), None)
+  return next((file for file in files if present(file)), None)
 
 
 def _named(weights: Weights, module: str, modality: str | None) -> Weights:
@@ -394,32 +402,41 @@ def _adapter(files: list[tuple[re.Match[str], Path]], modality: str, postfix: st
 
 def _with_adapters(weights: Weights, official: str, adapter: Weights) -> Weights:
   """The checkpoint with a trunk's adapters folded into its weights as these are read."""
-  layers: dict[str, dict[str, Any]] = collections.defaultdict(dict)
+  layers: dict[str, dict[str, Entry]] = collections.defaultdict(dict)
   try:
-    tree = from_release({name: entry.read() for name, entry in adapter.items()})
+    from_release({name: np.zeros(entry.shape, np.int8) for name, entry in adapter.items()})  # refuses other names
   except ValueError as error:
     raise ValueError(f"{adapter.name}: {error}") from error
-  for path, value in flatten_dict(tree, sep="/").items():
-    block, layer, part = re.fullmatch(r"blocks_(\d+)/(.*)/(lora_[ab])", path).groups()
-    layers[f"modality_trunks.{official}.blocks.{block}.{_ADAPTED[layer]}"][part] = value
+  for name, entry in adapter.items():
+    layer, part = name.removeprefix("lora_model.").rsplit("_lora_", 1)
+    whole = f"modality_trunks.{official}.{layer}{'_' if layer.endswith('in_proj') else '.'}weight"
+    layers[whole][part] = dataclasses.replace(entry, read=functools.partial(_adapter_part, name, entry))
   entries = dict(weights)
   for name, pair in layers.items():
-    shape = entries[name].shape if name in entries else None
-    fits = shape and len(pair) == 2 and (pair["lora_b"].shape[1], pair["lora_a"].shape[0]) == shape
+    shape, parts = entries[name].shape if name in entries else None, {k: e.shape for k, e in pair.items()}
+    fits = shape and len(pair) == 2 and (parts["up"][0], parts["down"][1], parts["up"][1]) == (*shape, parts["down"][0])
     if not fits:
-      raise ValueError(f"{adapter.name}: adapters {({k: v.shape for k, v in pair.items()})} do not fit {name} {shape}")
-    entries[name] = dataclasses.replace(entries[name], read=functools.partial(_adapted, entries[name], pair))
+      raise ValueError(f"{adapter.name}: adapters {parts} do not fit {name} {shape}")
+    entries[name] = dataclasses.replace(entries[name], read=functools.partial(_adapted, entries[name], pair), part=None)
   return Weights(entries, (*weights.files, *adapter.files))
 
 
-def _adapted(entry: Entry, pair: Mapping[str, Any]) -> np.ndarray:
-  return np.asarray(merge({"layer": {"kernel": entry.read().T, **pair}})["layer"]["kernel"]).T
+def _adapter_part(name: str, entry: Entry) -> dict[str, Any]:
+  """{"lora_a": array} or {"lora_b": array} of one of the release's arrays."""
+  (path, value), = flatten_dict(from_release({name: entry.read()})).items()
+  return {path[-1]: value}
+
+
+def _adapted(entry: Entry, pair: Mapping[str, Entry]) -> np.ndarray:
+  layer = {"kernel": entry.read().T} | pair["down"].read() | pair["up"].read()
+  return np.asarray(merge({"layer": layer})["layer"]["kernel"]).T
 
 
 def _settings(folder: Path, place: Path) -> Mapping[str, Any]:
   for where in dict.fromkeys((place, folder, place.parent)):
     path = where / "cfg_all_train.yaml"
     if path.is_file():
+      note(path)
       try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
       except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -434,7 +451,7 @@ def make_trunk(
   *,
   weights: str = "",
   modality: str = "image",
-  base: str = "",
+  base: str | Path = "",
   postfix: str = "",
   heads: int = 0,
   clips: int = 0,
@@ -468,9 +485,9 @@ def make_trunk(
   imagebind.announce(str(release.folder), LICENCE)
   spec = release.encoder_spec(source, heads)
   item = item_input(spec, modality, clips=clips, crops=crops, focal_length=focal_length, baseline=baseline)
-  options = {"weights": weights, "modality": modality, "base": base, "postfix": postfix, "heads": heads, "clips": clips,
-             "crops": crops, "focal_length": focal_length, "baseline": baseline, "dtype": dtype, "remat": remat,
-             "scan": scan}  # fmt: skip
+  options = {"weights": weights, "modality": modality, "base": str(base), "postfix": postfix, "heads": heads,
+             "clips": clips, "crops": crops, "focal_length": focal_length, "baseline": baseline, "dtype": dtype,
+             "remat": remat, "scan": scan}  # fmt: skip
   module = Encoder(
     spec, drop_text_mask=source == "text" and "text" in release.adapted, remat=remat, scan=scan, dtype=dtype or None
   )
@@ -479,6 +496,6 @@ def make_trunk(
     fingerprint=fingerprint({}, {"weights": release.weights.hash(), "modality": modality, "heads": spec.heads,
                                  "dtype": dtype}, f"{_REVISION} {item.revision}"),
     load=functools.partial(release.encoder, modality=source), options=options, licence=LICENCE,
-    head=PublishedHead(Head(release.sizes().shared_dim), lambda shapes: release.heads(source)["shared"],
+    head=PublishedHead(Head(release.shared_dim), lambda shapes: release.heads(source)["shared"],
                        release.logit_scale(source)),
   )  # fmt: skip

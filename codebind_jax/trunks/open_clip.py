@@ -10,7 +10,6 @@ import functools
 import math
 import re
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from codebind_jax.models.heads import Head
 from codebind_jax.models.imagebind import CLIP_MEAN, CLIP_STD
 from codebind_jax.trunks import names
 from codebind_jax.trunks.base import Input, PublishedHead, Trunk, fingerprint
-from codebind_jax.trunks.checkpoint_files import Weights, folder_weights, open_weights
+from codebind_jax.trunks.checkpoint_files import Weights, folder_weights, mentions, open_weights, present
 from codebind_jax.trunks.clip_tokenizer import clip_ids
 from codebind_jax.trunks.pictures import RESAMPLE, Picture, picture_input
 from codebind_jax.trunks.tokens import folder_json, text_input
@@ -92,7 +91,7 @@ _TAGS: tuple[tuple[str, bool, dict[str, Any]], ...] = (
   (r"dfn5b", True, {"resize_mode": "squash"}),
   (r"dfn2b.*39b", False, {}),
   (r"dfn2b|openai|metaclip_(400m|fullcc|2pt5b)|[blhg]\d\d_(400m|fullcc2_5b)| vit_[bl]_\d\d(_336px)?$", True, {}),
-  (r"laion2b|laion400m|datacomp|commonpool|merged2b|altogether", False, {}),
+  (r"^eva0|laion2b|laion400m|datacomp|commonpool|merged2b|altogether", False, {}),
 )
 
 # What a tower's part of the config may hold beside what is read here: that of training, and defaults.
@@ -127,18 +126,8 @@ def recognises(path: Path) -> bool:
   """Whether a path is a folder or file of this family; of a file, its names tell."""
   if path.is_dir():
     return bool(_config(path))
-  marks, foreign = (b"visual.conv1.weight", b"visual.trunk."), b"visual.attn_pool.probe"  # Perception Encoder's
-  try:
-    if path.suffix == ".safetensors":
-      there = open_weights(path)
-      return any(name.encode().startswith(marks) for name in there) and foreign.decode() not in there
-    if path.suffix in (".pt", ".pth", ".bin") and zipfile.is_zipfile(path):
-      with zipfile.ZipFile(path) as archive:
-        pickles = [archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")]
-      return any(mark in content and foreign not in content for content in pickles for mark in marks)
-  except (ValueError, OSError, zipfile.BadZipFile):
-    pass
-  return False
+  # Perception Encoder's files have the same names, and a pooling of their own.
+  return mentions(path, "visual.conv1.weight", "visual.trunk.") and not mentions(path, "visual.attn_pool.probe")
 
 
 def modalities(path: Path) -> tuple[str, ...]:
@@ -373,7 +362,7 @@ def make_trunk(
     ValueError: if there is no such checkpoint, its tower is not supported, or it lacks the modality.
   """
   path = Path(weights).expanduser()
-  if not weights or not path.exists():
+  if not weights or not (path.exists() or present(path)):
     raise ValueError(f"weights: {weights!r} does not exist")
   bare = not path.is_dir()
   if bare:
@@ -411,6 +400,7 @@ def make_trunk(
     names.load, weights=there.renamed(lambda n: n if n.startswith(start) else ""), rules=head_rules,
     convert=functools.partial(_head_convert, linear))  # fmt: skip
   scale = math.exp(float(there["logit_scale"].read().reshape(-1)[0])) if "logit_scale" in there else 1.0
+  act = "quick_gelu" if quick else "gelu"  # as found, since a saved model keeps no names that tell
   options = {"weights": weights, "modality": modality, "model": model, "tag": tag, "act": act, "dtype": dtype,
              "remat": remat, "scan": scan}  # fmt: skip
   width = config["embed_dim"] if projected else spec.width

@@ -176,9 +176,10 @@ def _sfx_bank() -> np.ndarray:
 
 
 @functools.cache
-def _kaldi_bank() -> np.ndarray:
-  """Weights [128, 257]: Kaldi's mel scale, 20 to 8,000 Hz; the bin at 8,000 Hz has weight 0."""
-  weights = _triangles(np.arange(256) * IMAGEBIND_RATE / 512, 128, 20.0, 8000.0, lambda f: 1127.0 * np.log1p(f / 700.0))
+def _kaldi_bank(bands: int) -> np.ndarray:
+  """Weights [bands, 257]: Kaldi's mel scale, 20 to 8,000 Hz; the bin at 8,000 Hz has weight 0."""
+  to_mel = lambda f: 1127.0 * np.log1p(f / 700.0)
+  weights = _triangles(np.arange(256) * IMAGEBIND_RATE / 512, bands, 20.0, 8000.0, to_mel)
   return np.pad(weights, ((0, 0), (0, 1))).astype(np.float32)
 
 
@@ -246,23 +247,24 @@ def decibel_mel(
   return (10.0 * np.log10(mel)).astype(np.float32)
 
 
-def kaldi_log_mel(samples: Float[np.ndarray, " n"]) -> Float32[np.ndarray, "frames 128"]:
-  """Kaldi's filter bank as ImageBind calls it: 25 ms every 10 ms, Hann, 128 bands, natural logarithm, no dither.
+def kaldi_log_mel(samples: Float[np.ndarray, " n"], bands: int = 128) -> Float32[np.ndarray, "frames bands"]:
+  """Kaldi's filter bank as ImageBind calls it: 25 ms every 10 ms, Hann, natural logarithm, no dither.
 
   Per frame: mean taken off, pre-emphasis 0.97, window, power of a 512-point spectrum. A sound shorter than one frame
   gives no frames.
 
   Args:
     samples: mono at 16,000 Hz.
+    bands: of the mel scale; ImageBind has 128.
   """
   if len(samples) < 400:
-    return np.zeros((0, 128), np.float32)
+    return np.zeros((0, bands), np.float32)
   centred = samples.astype(np.float64) - samples.mean(dtype=np.float64)
   frames = np.lib.stride_tricks.sliding_window_view(centred, 400)[::160]
   frames = frames - frames.mean(axis=1, keepdims=True)
   frames = frames - 0.97 * np.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
   window = 0.5 - 0.5 * np.cos(2.0 * np.pi * np.arange(400) / 399)
-  return np.log(np.maximum(_power(frames * window, 512) @ _kaldi_bank().T, _TINY))
+  return np.log(np.maximum(_power(frames * window, 512) @ _kaldi_bank(bands).T, _TINY))
 
 
 def imagebind_log_mel(
