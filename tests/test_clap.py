@@ -59,9 +59,11 @@ def test_text_is_that_of_transformers(folder, scan):
   assert trunk.head.logit_scale == pytest.approx(WANT["scales"][1])
 
 
-def test_remat_changes_nothing(folder):
+def test_remat_changes_nothing_and_bfloat16_little(folder):
   trunk = trunk_of(folder, "audio", remat=True)
   np.testing.assert_allclose(trunk.embed(WANT["mel"]), WANT["audio_embeds"], atol=2e-6)
+  low = trunk_of(folder, "audio", dtype="bfloat16").embed(WANT["mel"])
+  assert np.sum(np.asarray(low) * WANT["audio_embeds"], axis=1).min() > 0.999
 
 
 def test_official_settings_of_the_spectrogram():

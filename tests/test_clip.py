@@ -59,6 +59,21 @@ def test_preparation_of_raw_items_is_that_of_transformers(folder, modality):
   np.testing.assert_array_equal(prepared(clip.make_trunk(weights=str(folder), modality=modality)), IN[modality])
 
 
+def test_preparation_in_a_processor_config_is_read(folder):
+  file = folder / "preprocessor_config.json"
+  (folder / "processor_config.json").write_text(json.dumps({"image_processor": json.loads(file.read_text())}))
+  file.unlink()
+  np.testing.assert_array_equal(prepared(clip.make_trunk(weights=str(folder))), IN["image"])
+  (folder / "processor_config.json").unlink()
+  assert clip.make_trunk(weights=str(folder)).preprocess(RAW["image"][0]).shape == (32, 32, 3)  # CLIP's usual one
+
+
+@BOTH
+def test_bfloat16_stays_close(folder, modality):
+  cosine = np.sum(np.asarray(embedding(folder, modality, dtype="bfloat16")) * WANT[f"{modality}_quick_gelu"], axis=1)
+  assert cosine.min() > 0.999
+
+
 def test_float_pixels_are_taken_as_normalised(folder):
   trunk = clip.make_trunk(weights=str(folder))
   np.testing.assert_allclose(trunk.embed(WANT["normalised"]), WANT["image_quick_gelu"][:1], atol=2e-6)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import codebind_jax
 from codebind_jax.trunks import open_clip, pe_core
 from tests import family_fixtures
 
@@ -47,6 +48,14 @@ def test_embeddings_and_preparation_are_those_of_timm_and_open_clip(tmp_path, mo
   got = trunk.collate([trunk.preprocess(trunk.read(item)) for item in RAW[modality]])
   np.testing.assert_array_equal(got, IN[modality])
   assert trunk.head.logit_scale == pytest.approx(50.0)
+
+
+def test_a_model_is_saved_and_loads_again(tmp_path):
+  path = write(tmp_path / "PE-Core-tiny.safetensors", state())
+  codebind_jax.load(str(path)).save(tmp_path / "saved")
+  got = codebind_jax.load(str(tmp_path / "saved")).embed(RAW)
+  for modality in pe_core.MODALITIES:
+    np.testing.assert_allclose(got[modality].shared, WANT[f"class_{modality}"], atol=2e-6)
 
 
 @pytest.mark.parametrize("name", OFFICIAL)

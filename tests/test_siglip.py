@@ -55,6 +55,12 @@ def test_embeddings_are_those_of_transformers(folder, modality, scan):
 
 
 @BOTH
+def test_bfloat16_stays_close(folder, modality):
+  trunk = siglip.make_trunk(weights=str(folder), modality=modality, dtype="bfloat16")
+  assert np.sum(np.asarray(trunk.embed(IN[modality])) * WANT[f"{modality}_embeds"], axis=1).min() > 0.999
+
+
+@BOTH
 def test_preparation_of_raw_items_is_that_of_transformers(folder, modality):
   np.testing.assert_array_equal(prepared(siglip.make_trunk(weights=str(folder), modality=modality)), IN[modality])
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 _BLOCK = 16  # rows made by one product: a few, so that the product's matrix has few zeros
+_PRODUCT = 1 << 18  # multiplications of one product; BLAS splits larger ones among threads, which then wait for a core
 
 
 def _bilinear(x: np.ndarray) -> np.ndarray:
@@ -61,9 +62,14 @@ def _rows(pixels: UInt8[np.ndarray, "n k"], new_size: int, resample: int) -> UIn
     first, last = start[low], min(start[rows[-1]] + weights.shape[1], size)
     matrix = np.zeros((len(rows), last - first + weights.shape[1]))
     np.put_along_axis(matrix, (start[rows] - first)[:, None] + np.arange(weights.shape[1]), weights[rows], axis=1)
-    # float64 holds every partial sum exactly; integers have no fast matrix product.
-    sums = matrix[:, : last - first] @ pixels[first:last].astype(np.float64)
-    out[low : low + len(rows)] = np.clip(np.floor(sums / (1 << bits) + 0.5), 0, 255)
+    matrix = matrix[:, : last - first] / (1 << bits)
+    step = max(_PRODUCT // matrix.size, 16)
+    for at in range(0, pixels.shape[1], step):
+      # float64 holds every partial sum exactly; integers have no fast matrix product.
+      sums = matrix @ pixels[first:last, at : at + step].astype(np.float64)
+      sums += 0.5
+      np.clip(np.floor(sums, out=sums), 0, 255, out=sums)
+      out[low : low + len(rows), at : at + step] = sums
   return out
 
 

@@ -13,7 +13,7 @@ from codebind_jax.models.encoder import Encoder, EncoderSpec
 from codebind_jax.models.heads import Head
 from codebind_jax.trunks import names
 from codebind_jax.trunks.base import Input, PublishedHead, Trunk, fingerprint
-from codebind_jax.trunks.checkpoint_files import ENDINGS, Weights, open_weights
+from codebind_jax.trunks.checkpoint_files import ENDINGS, Weights, listed, mentions, open_weights, present
 from codebind_jax.trunks.clip_tokenizer import clip_ids
 from codebind_jax.trunks.pictures import RESAMPLE, Picture, picture_input
 from codebind_jax.trunks.siglip import with_split_projection
@@ -66,17 +66,15 @@ HEAD_RULES = {
 def _file(path: Path) -> Path | None:
   """The weights of a path; of a folder the one that is named like a model."""
   if path.is_dir():
-    return next((file for ending in ENDINGS for file in sorted(path.glob(f"PE-Core-*{ending}"))), None)
-  return path if path.is_file() and path.suffix in ENDINGS else None
+    return next((f for ending in ENDINGS for f in listed(path) if f.name.startswith("PE-Core-") and f.suffix == ending),
+                None)  # fmt: skip
+  return path if present(path) and path.suffix in ENDINGS else None
 
 
 def recognises(path: Path) -> bool:
   """Whether a path is a checkpoint of this family."""
   file = _file(path)
-  try:
-    return file is not None and file.suffix != ".npz" and _MARK in _weights(file)
-  except (ValueError, OSError):
-    return False
+  return file is not None and mentions(file, _MARK)
 
 
 def modalities(path: Path) -> tuple[str, ...]:
@@ -150,7 +148,7 @@ def make_trunk(
     ValueError: if it is no such checkpoint, or lacks the modality.
   """
   path = Path(weights).expanduser()
-  if not weights or not path.exists():
+  if not weights or not (path.exists() or present(path)):
     raise ValueError(f"weights: {weights!r} does not exist")
   file = _file(path)
   if file is None:
