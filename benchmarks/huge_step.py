@@ -19,6 +19,7 @@ from codebind_jax.runtime import train_state as state_lib
 from codebind_jax.runtime.compile import compile_step
 from codebind_jax.runtime.sharding import make_layout
 from codebind_jax.step import make_start_codebooks, make_train_step
+from codebind_jax.trunks import frozen_by, input_shapes
 from configs import imagebind_huge
 
 _ROWS = flags.DEFINE_list("rows", ["64", "256"], "Batches to time.")
@@ -34,7 +35,7 @@ def config_of(rows):
   config.batch_size, config.mesh.data, config.mesh.fsdp = rows, -1, 1
   if _DEPTH.value:
     for name in config.model.towers:
-      config.model.towers[name].body_options.depth = _DEPTH.value
+      config.model.towers[name].options.depth = _DEPTH.value
   return config_lib.validate(config)
 
 
@@ -44,8 +45,10 @@ def filled(shapes):
   def leaf(path, shape):
     if shape.dtype == bool:
       return jnp.ones(shape.shape, bool)
-    if shape.dtype == jnp.int32:
-      return jnp.arange(shape.shape[0])
+    if shape.dtype == jnp.int32:  # group numbers, and ids whose largest, the end mark, is the last
+      return jnp.broadcast_to(jnp.arange(shape.shape[-1], dtype=jnp.int32), shape.shape)
+    if shape.dtype == jnp.uint8:
+      return jax.random.randint(jax.random.key(1), shape.shape, 0, 256, jnp.int32).astype(jnp.uint8)
     return jax.random.normal(jax.random.key(len(jax.tree_util.keystr(path))), shape.shape, shape.dtype)
 
   return jax.tree_util.tree_map_with_path(leaf, shapes)
@@ -55,10 +58,12 @@ def measure(rows):
   """Times one batch size and prints its line of the table."""
   config = config_of(rows)
   layout = make_layout(config.mesh, config.sharding, jax.devices()[:1])
-  stage, method, inputs = config.ordered[0], config_lib.method_of(config), aot.token_shapes(config.model.towers)
+  stage, method = config.ordered[0], config_lib.method_of(config)
+  inputs = input_shapes(config.model, aot.trunks_of(config.model.towers))
   init = make_init(method, inputs, config.model.half, [stage])
   state = state_lib.create(layout, jax.random.key(0), init)
-  tx, table = optim.make_optimizer(state.params, stage.train, config.optim, stage.steps)
+  frozen_trunks = frozen_by(config.model, stage)
+  tx, table = optim.make_optimizer(state.params, stage.train, config.optim, stage.steps, frozen=frozen_trunks)
   state = state_lib.with_optimizer(state, tx, layout)
   batch = jax.device_put(filled(aot.batch_shapes(inputs, stage, layout)), layout.rows)
   frozen = optim.frozen(table)

@@ -25,6 +25,7 @@ from codebind_jax.runtime.compile import compile_step
 from codebind_jax.runtime.metrics import Throughput
 from codebind_jax.runtime.sharding import make_layout
 from codebind_jax.step import make_start_codebooks, make_train_step
+from codebind_jax.trunks import input_shapes
 from configs import stage1
 
 _WHAT = flags.DEFINE_enum("what", "memory", ("memory", "time", "input"), "What to measure.")
@@ -78,7 +79,7 @@ def ready(rows):
   config = config_of(rows)
   layout = make_layout(config.mesh, config.sharding, jax.devices()[:1])
   stage, method = config.ordered[0], config_lib.method_of(config)
-  init = make_init(method, aot.token_shapes(config.model.towers))
+  init = make_init(method, input_shapes(config.model, aot.trunks_of(config.model.towers)))
   state = state_lib.create(layout, jax.random.key(0), init)
   tx, table = optim.make_optimizer(state.params, stage.train, config.optim, stage.steps)
   state = state_lib.with_optimizer(state, tx, layout)

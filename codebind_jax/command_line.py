@@ -13,12 +13,11 @@ from ml_collections import ConfigDict, config_flags
 
 from codebind_jax import schema
 from codebind_jax.methods.base import method_class, unheeded
-from codebind_jax.models.bodies import NO_OPTIONS, body_class
 from codebind_jax.trunks import trunk_maker
 
 # (key of a module's options, function from the module's name to the class or function that takes the options).
-_METHOD, _TRUNK, _BODY = ("method_options", method_class), ("options", trunk_maker), ("body_options", body_class)
-_CHOICE = re.compile(r"--?config\.((?:[\w.]+\.)?(?:method|trunk|body))(?:=(.*))?")
+_METHOD, _TRUNK = ("method_options", method_class), ("options", trunk_maker)
+_CHOICE = re.compile(r"--?config\.((?:[\w.]+\.)?(?:method|trunk))(?:=(.*))?")
 
 
 def define_config() -> flags.FlagHolder:
@@ -46,7 +45,7 @@ def parse(argv: Sequence[str]) -> list[str]:
 
 
 def read_file(path: str, chosen: Mapping[str, str]) -> ConfigDict:
-  """The config of FILE.py or FILE.py:ARGUMENT, its methods, trunks and bodies with all their options.
+  """The config of FILE.py or FILE.py:ARGUMENT, its methods and trunks with all their options.
 
   Args:
     path: file and argument.
@@ -66,7 +65,7 @@ def read_file(path: str, chosen: Mapping[str, str]) -> ConfigDict:
     name = chosen.get(at + key, part[key])
     own = part[options].to_dict() if name == part[key] else {}
     try:
-      defaults = schema.defaults(maker(name), NO_OPTIONS) if name else {}
+      defaults = schema.defaults(maker(name)) if name else {}
     except ValueError:
       defaults = {}  # `config.validate` names the fault
     part[key], part[options] = name, ConfigDict(defaults | own)
@@ -106,7 +105,6 @@ def _choices(config: ConfigDict) -> Iterator[tuple[str, ConfigDict, str, tuple]]
   if "method" in config:
     yield "", config, "method", _METHOD
   for name, tower in config.get("model", {}).get("towers", {}).items():
-    for key, of in (("trunk", _TRUNK), ("body", _BODY)):
-      yield f"model.towers.{name}.", tower, key, of
+    yield f"model.towers.{name}.", tower, "trunk", _TRUNK
   for name, variant in config.get("compare", {}).get("variants", {}).items():
     yield f"compare.variants.{name}.", variant, "method", ("options", method_class)

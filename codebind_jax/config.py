@@ -13,21 +13,16 @@ from codebind_jax.data.task import Data
 from codebind_jax.data.worlds.registry import WORLDS
 from codebind_jax.methods.base import Method, check_stage, make_method, method_options
 from codebind_jax.methods.codebind_terms import TERMS
-from codebind_jax.models.bodies import NO_OPTIONS, body_class
 from codebind_jax.models.towers import ModelSpec
 from codebind_jax.runtime.optim import Optim
 from codebind_jax.runtime.sharding import MeshShape, Sharding
 from codebind_jax.schema import Frozen, above, at_least, check_keys
 from codebind_jax.stages import Stage, stages_of
-from codebind_jax.trunks import trunk_maker, trunk_names
+from codebind_jax.trunks import load_trunk, tower_trunks, trunk_maker, trunk_names
 
 MODES = ("train", "eval", "embed", "compare", "compile")
 TASKS = ("zeroshot", "retrieval", "probe")
 MEASURES = (*TASKS, "codes")
-# Earlier versions: trunk's name then -> now; method options that are stage keys now.
-_RENAMED_TRUNKS = {"raw": "vectors", "words": "hashed_words", "frames": "video_mean"}
-_REMOVED_OPTIONS = ("contrast_temperature",)
-
 
 @dataclasses.dataclass(frozen=True)
 class Embed:
@@ -219,39 +214,18 @@ def read(config: Any) -> Config:
   return config if isinstance(config, Config) else filled(schema.read(Config, config))
 
 
-def reopened(plain: Mapping[str, Any]) -> Config:
-  """The config of an earlier run from its config.json or checkpoint, also if an earlier version wrote it.
-
-  New keys get their defaults, renamed ones their new names; removed ones are left out.
-
-  Raises:
-    ValueError: as `read`.
-  """
-  plain = schema.to_plain(plain)
-  for tower in plain.get("model", {}).get("towers", {}).values():
-    tower["trunk"] = _RENAMED_TRUNKS.get(tower["trunk"], tower["trunk"])
-  for key in _REMOVED_OPTIONS:
-    plain.get("method_options", {}).pop(key, None)
-  if not plain.get("compare", {"world": None}).get("world"):  # earlier versions wrote {} for none
-    plain.get("compare", {}).pop("world", None)
-  return read(plain)
-
-
 def filled(config: Config) -> Config:
-  """The config with all options of its trunks, bodies and methods: those set, and the defaults of the others.
+  """The config with all options of its trunks and methods: those set, and the defaults of the others.
 
   Raises:
-    ValueError: for an unknown trunk, body, method or option, or a value that an option does not allow.
+    ValueError: for an unknown trunk, method or option, or a value that an option does not allow.
   """
   towers = {}
   for name, tower in config.model.towers.items():
     where = f"model.towers.{name}"
     check_keys([tower.trunk], trunk_names(), f"{where}.trunk")
     options = schema.arguments(trunk_maker(tower.trunk), tower.options, f"{where}.options")
-    body = tower.body_options
-    if tower.body:
-      body = schema.arguments(body_class(tower.body), body, f"{where}.body_options", NO_OPTIONS)
-    towers[name] = dataclasses.replace(tower, options=Frozen(options), body_options=Frozen(body))
+    towers[name] = dataclasses.replace(tower, options=Frozen(options))
   compare = config.compare
   if compare:
     variants = {name: dataclasses.replace(v, options=Frozen(method_options(v.method, v.options)))
@@ -264,8 +238,13 @@ def filled(config: Config) -> Config:
 
 
 def method_of(config: Config) -> Method:
-  """The config's method, with its towers."""
-  return make_method(config.method, config.method_options, config.model, config.codebook, config.ordered)
+  """The config's method, with its towers.
+
+  Raises:
+    ValueError: naming the tower whose trunk cannot be made, or whose published head does not fit.
+  """
+  stages, trunks = config.ordered, tower_trunks(config.model, config.ordered)
+  return make_method(config.method, config.method_options, config.model, config.codebook, stages, trunks)
 
 
 def validate(config: Any) -> Config:
@@ -282,13 +261,14 @@ def validate(config: Any) -> Config:
       raise ValueError(f"config.{path}: must be set for mode {config.mode!r}")
   if config.mode in ("eval", "embed"):
     return config
-  if not config.data.worlds and not config.data.manifest:
+  if config.mode != "compile" and not config.data.worlds and not config.data.manifest:
     raise ValueError(f"config.data.worlds: is empty; allowed: some of {sorted(WORLDS)}, or data.manifest set")
   if not config.stage_order:
     raise ValueError(f"config.stage_order: is empty; allowed: some of {list(config.stages)}")
   check_keys(config.stage_order, config.stages, "stage_order")
   _check_widths(config)
   method = method_of(config)
+  _check_inputs(config, method)
   for stage in config.ordered:
     _check_stage(config, stage)
     check_stage(config.method, stage)
@@ -296,6 +276,17 @@ def validate(config: Any) -> Config:
       where = f"config.stages.{stage.name}.balance"
       raise ValueError(f"{where}: got True without the loss {method.BASE!r}, which others are held to")
   return config
+
+
+def _check_inputs(config: Config, method: Method) -> None:
+  """Checks that a method that changes or reconstructs its towers' inputs gets tokens."""
+  for name, tower in config.model.towers.items():
+    if tower.cache or not method.needs_tokens:
+      continue
+    item = load_trunk(tower.trunk, **tower.options).input
+    if len(item.shape) != 2 or item.dtype != "float32":
+      raise ValueError(f"config.model.towers.{name}.cache: got False, but {method.needs_tokens}, and this trunk's "
+                       f"items are {item.dtype} {list(item.shape)}; allowed: True, or a trunk that takes tokens")
 
 
 def _check_widths(config: Config) -> None:
@@ -317,22 +308,17 @@ def _check_widths(config: Config) -> None:
 
 
 def _check_stage(config: Config, stage: Stage) -> None:
-  """Checks that all names in a stage exist, and that no loss or mixup for tokens meets raw inputs."""
+  """Checks that all names in a stage exist, and that no trunk is tuned whose tokens are cached."""
   towers, where = config.model.towers, f"stages.{stage.name}"
   check_keys([m for pair in stage.pairs for m in pair], towers, f"{where}.pairs")
   check_keys(stage.losses, TERMS, f"{where}.losses")
   for pattern in stage.codes:
     if not any(re.fullmatch(pattern, name) for name in (SHARED, *towers)):
       raise ValueError(f"config.{where}.codes: {pattern!r} matches none of {[SHARED, *sorted(towers)]}")
-  if not config.data.manifest:
+  if not config.data.manifest and config.mode != "compile":
     check_keys([*stage.sources, *stage.weights], config.data.worlds, f"{where}.sources")
-  raw = [m for m in stage.modalities if towers[m].trunk == "raw_input"]
-  message = "got {} with config.model.towers.{}.trunk 'raw_input', whose {}; allowed: 0, or another trunk"
-  if "text" in raw:
-    for key, value in ((f"{where}.mixup", stage.mixup), ("method_options.noise", config.method_options.get("noise"))):
-      if value:
-        raise ValueError(f"config.{key}: {message.format(value, 'text', 'packed ids of tokens cannot be blended')}")
-  pictures = [m for m in raw if m != "text"]
-  if pictures and stage.losses.get("reconstruction") and config.mode != "compile":  # compile only measures the step
-    reason = message.format(stage.losses["reconstruction"], pictures[0], "rows of pixels are not what decoders make")
-    raise ValueError(f"config.{where}.losses.reconstruction: {reason}")
+  check_keys(stage.tune, towers, f"{where}.tune")
+  for name, tune in stage.tune.items():
+    if towers[name].cache and tune != "frozen":
+      raise ValueError(f"config.{where}.tune.{name}: got {tune!r}, but the tokens of its trunk are cached; allowed: "
+                       f"'frozen', or config.model.towers.{name}.cache False")

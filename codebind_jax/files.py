@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,16 @@ def write_whole(path: Path, text: str) -> None:
   """Writes a UTF-8 text file as `replacing` does."""
   with replacing(path) as temporary:
     temporary.write_text(text, encoding="utf-8")
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+  """Puts a folder in the place of another one, or of none; a kill between leaves the old one as `.NAME.HEX.old`."""
+  old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old")
+  if folder.exists():
+    os.replace(folder, old)
+  os.replace(new, folder)
+  _flush(folder.parent)
+  shutil.rmtree(old, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

@@ -1,23 +1,60 @@
-"""Initial parameters of a run: whitened heads, heads copied from another modality, or those of another run.
+"""Initial parameters of a run: of published checkpoints, whitened heads, copied heads, or those of another run.
 
-Order: random heads, `whiten`, `config.init_from`, the run's own checkpoint; `starts_from` as a modality's stage begins.
+Order: random, the trunks' checkpoints and published heads, `whiten`, `config.init_from`, the run's own checkpoint;
+`starts_from` as a modality's stage begins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from codebind_jax.api import load
-from codebind_jax.models.towers import TowerSpec, whitened
+from codebind_jax.models.towers import ModelSpec, TowerSpec, whitened
 from codebind_jax.runtime import optim
 from codebind_jax.runtime.sharding import Layout
 from codebind_jax.runtime.train_state import TrainState
+from codebind_jax.trunks.base import Trunk
+
+
+def load_published(params: Any, model: ModelSpec, trunks: Mapping[str, Trunk]) -> Any:
+  """The parameters with the checkpoints' values of trunks that run in the model, and of published heads.
+
+  Each array is read into the sharding and type of the one it replaces, which is freed before. Adapters keep their
+  start.
+
+  Args:
+    params: of all towers.
+    model: section.
+    trunks: modality -> Trunk.
+
+  Raises:
+    ValueError: as the trunks' `load`.
+  """
+  params = dict(params)
+  for name, tower in model.towers.items():
+    trunk = trunks[name]
+    if not tower.cache and trunk.load:
+      params[name] = params[name] | {"trunk": _loaded(params[name]["trunk"], trunk.load)}
+    if tower.head == "published" and trunk.head.load:
+      params[name] = params[name] | {"shared": _loaded(params[name]["shared"], trunk.head.load)}
+  return params
+
+
+def _loaded(tree: Any, load: Callable[[Any], Any]) -> Any:
+  """The tree with loaded values; adapters stay."""
+  flat = flatten_dict(tree)
+  own = {path: x for path, x in flat.items() if path[-1] not in ("lora_a", "lora_b")}
+  shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for path, x in own.items()}
+  for x in own.values():
+    x.delete()
+  return unflatten_dict(flat | flatten_dict(load(unflatten_dict(shapes))))
 
 
 def whiten_heads(params: Any, towers: Mapping[str, TowerSpec], tables: Mapping[str, Any], layout: Layout) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 from codebind_jax.schema import DERIVED, Frozen, Regex, above, at_least, keys_of
 
@@ -24,6 +24,8 @@ class Stage:
     batch_size: rows of the global batch if there is one source; the run's unless set.
     learning_rate: of this stage; 0 for that of `config.optim`.
     train: regexes of the trained parameters' paths; everything else is frozen.
+    tune: modality -> how its trunk trains, where it runs in the model: `frozen`, `lora` (adapters and the class token)
+      or `full`. Those not named are frozen if they have a checkpoint, else they train in full.
     codes: regexes of the updated codebooks (`shared`, and each modality's own under its name); the others are frozen.
     temperature: of InfoNCE (tau).
     matching_temperature: of the softmax over codes in code matching.
@@ -50,6 +52,7 @@ class Stage:
   batch_size: Annotated[int, above(0)] = dataclasses.field(kw_only=True)
   learning_rate: Annotated[float, at_least(0, "config.optim's")] = 0.0
   train: tuple[Regex, ...] = (".*",)
+  tune: Mapping[str, Literal["frozen", "lora", "full"]] = Frozen()
   codes: tuple[Regex, ...] = (".*",)
   temperature: Annotated[float, above(0)] = 0.07
   matching_temperature: Annotated[float, above(0)] = 1.0

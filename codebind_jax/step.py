@@ -14,6 +14,7 @@ from codebind_jax import losses
 from codebind_jax.codebook import usage_stats
 from codebind_jax.codebook.segments import code_counts
 from codebind_jax.methods.base import Forward, Method, Rows, merge_sources
+from codebind_jax.models.towers import TRUNK
 from codebind_jax.runtime import optim
 from codebind_jax.runtime.gradient_cache import in_parts
 from codebind_jax.runtime.train_state import TrainState
@@ -78,39 +79,53 @@ def make_train_step(
 def forward(method: Method, params: Any, batch: Batch, rng: Any, stage: Stage) -> Forward:
   """The towers' outputs for a training batch: mixup, then the towers with dropout in the stage's micro-batches."""
   inputs, masks, owners = merge_sources(batch)
-  if stage.mixup:
-    inputs = mixed(jax.random.fold_in(rng, 1), inputs, masks, owners, stage.mixup)
+  shares = mixup_shares(jax.random.fold_in(rng, 1), masks, owners, stage.mixup) if stage.mixup else {}
+  ids = {name for name, x in inputs.items() if x.dtype == jnp.int32}
+  inputs = inputs | {name: mixed(inputs[name], w, owners, name) for name, w in shares.items() if name not in ids}
 
   def apply(params: Any, inputs: Mapping[str, Array], rng: Any) -> tuple[dict[str, Array], dict[str, Array]]:
     train = rng is not None
-    run = lambda params, x, key: method.model.apply({"params": params}, x, train=train, rngs={"dropout": key})
-    return in_parts(run, params, inputs, rng if train else jax.random.key(0), stage.parts)
+    run = lambda params, x, key: method.model.apply(
+      {"params": params}, x, train=train, trunks=True, rngs={"dropout": key}
+    )
+    features, scales = in_parts(run, params, inputs, rng if train else jax.random.key(0), stage.parts)
+    # Ids cannot be blended; the embeddings of their texts are.
+    return features | {name: mixed(features[name], shares[name], owners, name) for name in ids & set(shares)}, scales
 
-  features, scales = apply(params, inputs, jax.random.split(rng)[0])
+  outputs, scales = apply(params, inputs, jax.random.split(rng)[0])
+  features = {name: x for name, x in outputs.items() if not name.startswith(TRUNK)}
+  trunks = {name.removeprefix(TRUNK): x for name, x in outputs.items() if name.startswith(TRUNK)}
   groups = {
     source: content["_group"] * len(batch) + number if "_group" in content else None
     for number, (source, content) in enumerate(batch.items())
   }  # fmt: skip
-  return Forward(params, inputs, features, scales, masks, owners, groups, apply)
+  return Forward(params, inputs, features, scales, masks, owners, groups, towers_alone(apply), trunks)
 
 
-def mixed(
-  rng: Array, inputs: Mapping[str, Array], masks: Mapping[str, Array], owners: Mapping[tuple[str, str], slice],
-  alpha: float,
+def towers_alone(apply: Callable[..., tuple[dict[str, Array], dict[str, Array]]]) -> Callable[..., tuple]:
+  """`apply` without the trunks' tokens among its features."""
+
+  def run(*args: Any) -> tuple[dict[str, Array], dict[str, Array]]:
+    outputs, scales = apply(*args)
+    return {name: x for name, x in outputs.items() if not name.startswith(TRUNK)}, scales
+
+  return run
+
+
+def mixup_shares(
+  rng: Array, masks: Mapping[str, Array], owners: Mapping[tuple[str, str], slice], alpha: float
 ) -> dict[str, Array]:
-  """Mixup of the towers' inputs: row i becomes w x_i + (1 - w) x_(i-1), with one w in [1/2, 1] for all its modalities.
+  """Modality -> each row's own share w in [1/2, 1] of its mixture, one draw for all modalities of a row; float [n].
 
-  Mixup favours heads that are linear between training concepts (Zhang et al., 2018, arXiv 1710.09412). A row whose
-  neighbour lacks one of its modalities is not mixed.
+  A row whose neighbour lacks one of its modalities is not mixed (w = 1).
 
   Args:
     rng: key of the draws of w.
-    inputs: modality -> [n, t, c], the sources' rows concatenated.
-    masks: modality -> bool [n].
+    masks: modality -> bool [n], the sources' rows concatenated.
     owners: (source, modality) -> slice of the modality's rows.
     alpha: w is drawn from Beta(alpha, alpha), and 1 - w taken if it is larger.
   """
-  out = dict(inputs)
+  out = {name: jnp.ones(mask.shape, jnp.float32) for name, mask in masks.items()}
   for number, source in enumerate(dict.fromkeys(source for source, _ in owners)):
     rows_of = {name: rows for (owner, name), rows in owners.items() if owner == source}
     count = next(rows.stop - rows.start for rows in rows_of.values())
@@ -120,10 +135,29 @@ def mixed(
       mask = masks[name][rows]
       weight = jnp.where(mask & ~jnp.roll(mask, 1), 1.0, weight)
     for name, rows in rows_of.items():
-      x, w = inputs[name][rows].astype(jnp.float32), weight[:, None, None]
-      blend = w * x + (1.0 - w) * jnp.roll(x, 1, axis=0)
-      only_source = rows == slice(0, out[name].shape[0])
-      out[name] = blend if only_source else out[name].astype(jnp.float32).at[rows].set(blend)
+      whole = rows == slice(0, out[name].shape[0])
+      out[name] = weight if whole else out[name].at[rows].set(weight)
+  return out
+
+
+def mixed(x: Array, shares: Array, owners: Mapping[tuple[str, str], slice], modality: str) -> Array:
+  """Mixup of a modality's rows: row i of a source becomes w x_i + (1 - w) x_(i-1), with its own share w.
+
+  Mixup favours heads that are linear between training concepts (Zhang et al., 2018, arXiv 1710.09412).
+
+  Args:
+    x: tokens, features or pixels [n, ...], the sources' rows concatenated; uint8 pixels stay uint8.
+    shares: [n], from `mixup_shares`.
+    owners: (source, modality) -> slice of the modality's rows.
+    modality: of x.
+  """
+  out = x
+  for rows in (rows for (_, name), rows in owners.items() if name == modality):
+    own, w = x[rows].astype(jnp.float32), shares[rows].reshape(-1, *[1] * (x.ndim - 1))
+    blend = w * own + (1.0 - w) * jnp.roll(own, 1, axis=0)
+    if x.dtype == jnp.uint8:
+      blend = jnp.round(blend).astype(jnp.uint8)
+    out = blend if rows == slice(0, x.shape[0]) else out.astype(blend.dtype).at[rows].set(blend)
   return out
 
 

@@ -25,7 +25,7 @@ from codebind_jax.data.batches import Batches, SourceBatches
 from codebind_jax.data.task import open_task
 from codebind_jax.evaluate import Evaluation, StageEvaluation
 from codebind_jax.files import write_whole
-from codebind_jax.initialise import copy_heads, start_from, whiten_heads
+from codebind_jax.initialise import copy_heads, load_published, start_from, whiten_heads
 from codebind_jax.methods.base import Method, make_init
 from codebind_jax.report import summary
 from codebind_jax.report.page import write_report
@@ -39,6 +39,7 @@ from codebind_jax.runtime.sharding import Layout, make_layout
 from codebind_jax.runtime.train_state import TrainState
 from codebind_jax.stages import Stage
 from codebind_jax.step import make_start_codebooks, make_train_step
+from codebind_jax.trunks import frozen_by, input_shapes
 from codebind_jax.trunks.featurize import Featurizer
 
 # Config keys on which no compiled function depends, and the one on which only the training step depends.
@@ -64,7 +65,7 @@ def open_run(config: Config, workdir: str | pathlib.Path) -> pathlib.Path:
   path, plain = folder / "config.json", schema.to_plain(config)
   if path.exists():
     try:
-      earlier = schema.to_plain(config_lib.reopened(json.loads(path.read_text())))
+      earlier = schema.to_plain(config_lib.read(json.loads(path.read_text())))
     except ValueError as error:
       raise ValueError(f"{path}: {error}") from error
     changed = [line for line in schema.difference(earlier, plain) if line.partition(":")[0] not in FREE]
@@ -163,9 +164,10 @@ def run_stages(
   layout = make_layout(config.mesh, config.sharding)
   method = config_lib.method_of(config)
   first_table = {m: table for by_modality in reversed(tables.values()) for m, table in by_modality.items()}
-  shapes = {name: (trunk.num_tokens, trunk.width) for name, trunk in evaluation.trunks.items()}
+  shapes = input_shapes(config.model, evaluation.trunks)
   create = lambda: state_lib.creator(layout, make_init(method, shapes, config.model.half, stages))
   state = programs.get("create", schema.key(config, *UNUSED, RATE), create)(jax.random.key(config.seed))
+  state = state.replace(params=load_published(state.params, config.model, evaluation.trunks))
   state = state.replace(params=whiten_heads(state.params, config.model.towers, first_table, layout))
   earlier: tuple[str, ...] = ()
   if config.init_from:
@@ -236,7 +238,8 @@ def optimizer_of(config: Config, method: Method, stage: Stage, params: Any) -> t
   settings = config.optim
   if stage.learning_rate:
     settings = dataclasses.replace(settings, learning_rate=stage.learning_rate)
-  return optim.make_optimizer(params, stage.train, settings, stage.steps, frozen=method.frozen_paths)
+  frozen = (*method.frozen_paths, *frozen_by(config.model, stage))
+  return optim.make_optimizer(params, stage.train, settings, stage.steps, frozen=frozen)
 
 
 def batches_of(

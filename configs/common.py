@@ -7,18 +7,16 @@ from ml_collections import ConfigDict
 
 from codebind_jax import schema
 from codebind_jax.config import Config
-from codebind_jax.models.bodies import NO_OPTIONS, body_class
 from codebind_jax.models.towers import TowerSpec
 from codebind_jax.stages import Stage
 from codebind_jax.trunks import trunk_maker
 
 
-def tower(trunk, *, options=(), body="", body_options=(), **overrides):
-  """One modality (`TowerSpec`): its trunk and body with all their options, and its heads."""
+def tower(trunk, *, options=(), **overrides):
+  """One modality (`TowerSpec`): its trunk with all its options, and its heads."""
   config = ConfigDict(schema.defaults(TowerSpec))
-  config.trunk, config.body = trunk, body
+  config.trunk = trunk
   config.options = ConfigDict(schema.defaults(trunk_maker(trunk)) | dict(options))
-  config.body_options = ConfigDict((schema.defaults(body_class(body), NO_OPTIONS) if body else {}) | dict(body_options))
   config.update(overrides)
   return config
 

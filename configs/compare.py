@@ -78,7 +78,7 @@ def graded(form):
   config.codebook.shared_codes = 256
   for sensor in QUALITY:
     config.model.towers[sensor] = common.tower(
-      "vectors", options={"width": 64, "modality": sensor}, body="mlp", body_options={"width": 128}, specific_dim=32
+      "mlp", options={"inputs": 64, "modality": sensor, "width": 128}, cache=False, specific_dim=32
     )
     config.codebook.codes[sensor] = 64
   pairs = tuple((a, b) for a in QUALITY for b in QUALITY if a < b)

@@ -29,7 +29,7 @@ def get_config(arg=""):
   config.model.towers.text = common.tower("hashed_words", options={"width": 64})
   for sensor in SENSORS:
     config.model.towers[sensor] = common.tower(
-      "vectors", options={"width": 64, "modality": sensor}, body="mlp", body_options={"width": 256}, specific_dim=32,
+      "mlp", options={"inputs": 64, "modality": sensor, "width": 256}, cache=False, specific_dim=32,
     )
     config.codebook.codes[sensor] = 128
   config.emergent = (("audio", "video"), ("audio", "depth"), ("audio", "points"), ("thermal", "points"))

@@ -83,7 +83,7 @@ def setting(
 ) -> Setting:
   """The method's random start, after `change`, and its step."""
   tx = optax.sgd(0.1) if tx is None else tx
-  shapes = {name: (tokens, width) for name, width in WIDTHS.items()}
+  shapes = {name: jax.ShapeDtypeStruct((tokens, width), jnp.float32) for name, width in WIDTHS.items()}
   params, books, aux = jax.jit(make_init(method, shapes, stages=[stage]))(jax.random.key(3))
   state = TrainState(jnp.zeros((), jnp.int32), params, books, tx.init(params), aux, jax.random.key(5))
   return Setting(method, stage, change(state), jax.jit(make_train_step(method, stage, tx, frozen=frozen)))

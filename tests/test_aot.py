@@ -12,7 +12,7 @@ import pytest
 from codebind_jax import config as config_lib
 from codebind_jax.compile_ahead import flops, hlo
 from codebind_jax.compile_ahead import report as aot
-from codebind_jax.models.bodies import body_class
+from codebind_jax.trunks import input_shapes, load_trunk
 from configs import imagebind_huge
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -127,14 +127,17 @@ def test_the_estimate_by_hand():
 
 def test_the_shipped_config_has_the_sizes_of_the_publication():
   towers = config_lib.read(imagebind_huge.get_config()).model.towers
-  made = {name: body_class(tower.body)(**tower.body_options).encoder_spec() for name, tower in towers.items()}
-  assert {name: (spec.depth, spec.width) for name, spec in made.items()} == {
+  trunks = {name: load_trunk(tower.trunk, **tower.options) for name, tower in towers.items()}
+  assert {name: (trunk.module.spec.depth, trunk.module.spec.width) for name, trunk in trunks.items()} == {
     "image": (32, 1280), "text": (24, 1024), "audio": (12, 768)
   }
-  assert aot.token_shapes(towers) == {"image": (224, 672), "text": (2, 77), "audio": (128, 204)}
+  items = input_shapes(config_lib.read(imagebind_huge.get_config()).model, trunks)
+  assert {name: (item.shape, str(item.dtype)) for name, item in items.items()} == {
+    "image": ((224, 224, 3), "uint8"), "text": ((77,), "int32"), "audio": ((1, 128, 204, 1), "float32")
+  }
 
 
-SMALL = [f"--config.model.towers.{m}.body_options.{key}={value}" for m in ("image", "text", "audio")
+SMALL = [f"--config.model.towers.{m}.options.{key}={value}" for m in ("image", "text", "audio")
          for key, value in {"width": 64, "depth": 2, "heads": 4}.items()]  # fmt: skip
 
 

@@ -44,7 +44,7 @@ SIGNATURES = {
   "methods.toc.select_channels": "(codes, q, ratio=(1, 0)",
   "api.load": "(",
   "evaluate.evaluate": "(config, workdir)",
-  "trunks.load_trunk": "(name",
+  "trunks.load_trunk": "(name, *, weights='', **options)",
   "data.open_source": "(files",
 }  # fmt: skip
 

@@ -11,7 +11,8 @@ from codebind_jax.trunks.clip_tokenizer import clean, clip_ids, clip_tokenizer
 from codebind_jax.trunks.tokens import text_input
 
 FOLDER = pathlib.Path(__file__).parent
-MARKS = {"golden/imagebind_text.npz": {}, "fixtures/clip_tokenizer.npz": {"start": "<start_of_text>", "end": "<end_of_text>"}}
+MARKS = {"golden/imagebind_text.npz": {},
+         "fixtures/clip_tokenizer.npz": {"start": "<start_of_text>", "end": "<end_of_text>"}}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MARKS)

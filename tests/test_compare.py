@@ -93,7 +93,7 @@ def small(tmp_path, only=""):
   config.data.root = str(tmp_path / "data")
   config.compare.only = only
   for sensor in ("audio", "image"):
-    config.model.towers[sensor].body_options.width = 16
+    config.model.towers[sensor].options.width = 16
   for sensor in ("depth", "video"):
     del config.model.towers[sensor]
     del config.codebook.codes[sensor]

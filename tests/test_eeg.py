@@ -1,9 +1,10 @@
-"""EEG: files and arrays to microvolts, patches against hand computation, the body that learns from them."""
+"""EEG: files and arrays to microvolts, patches against hand computation, the network that learns from them."""
 
 import io
 import struct
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -97,6 +98,10 @@ def test_patches_are_means_over_time_standardised_by_training_rows(tmp_path):
   flat = load_trunk("eeg_patches", flat=True, **options)
   one = flat.compiled(flat.params, flat.collate([flat.preprocess(rows[0])]))
   np.testing.assert_allclose(one[0, 0], tokens[0].ravel(), atol=1e-6)
+  trained = load_trunk("eeg", **options | {"patch": options["width"], "width": 8})
+  tower = Series(8).bind({"params": trained.params})
+  seen = trained.compiled(trained.params, trained.collate([trained.preprocess(rows[0])]))
+  np.testing.assert_allclose(seen, tower(jnp.asarray(tokens[:1])).tokens, atol=1e-5)
   with pytest.raises(ValueError, match="got 3 channels of 21 samples, allowed: 3 of 22"):
     trunk.preprocess(rows[0, :, 1:])
   with pytest.raises(ValueError, match=r"means of shape \(5, 3\).*needed are \(5, 4\)"):
@@ -108,17 +113,17 @@ def test_patches_are_means_over_time_standardised_by_training_rows(tmp_path):
 
 
 @pytest.mark.parametrize(("depth", "tokens"), [(0, 1), (1, 7)])
-def test_the_body_gives_a_class_token_that_sees_every_patch(depth, tokens):
-  body = Series(width=8, depth=depth, heads=2, dropout=0.5)
+def test_the_network_gives_a_class_token_that_sees_every_patch(depth, tokens):
+  network = Series(width=8, depth=depth, heads=2, dropout=0.5)
   x = jax.random.normal(jax.random.key(0), (2, 6, 3))
-  params = jax.jit(body.init)(jax.random.key(1), x)
-  apply = jax.jit(body.apply)
+  params = jax.jit(network.init)(jax.random.key(1), x)
+  apply = jax.jit(lambda params, x: network.apply(params, x).tokens)
   out = apply(params, x)
   assert out.shape == (2, tokens, 8)
-  slope = jax.jit(jax.grad(lambda x: (body.apply(params, x)[0, 0] ** 2).sum()))(x)
+  slope = jax.jit(jax.grad(lambda x: (network.apply(params, x).tokens[0, 0] ** 2).sum()))(x)
   assert (abs(slope[0]) > 0).any(axis=-1).all() and not slope[1].any()
   # The order of patches matters.
   assert abs(apply(params, x[:, ::-1])[:, 0] - out[:, 0]).max() > 1e-4
-  train = jax.jit(lambda key: body.apply(params, x, train=True, rngs={"dropout": key})[:, 0])
+  train = jax.jit(lambda key: network.apply(params, x, train=True, rngs={"dropout": key}).tokens[:, 0])
   noisy = [train(jax.random.key(k)) for k in (0, 1)]
   assert abs(noisy[0] - noisy[1]).max() > 1e-4

@@ -8,24 +8,34 @@ import sys
 import textwrap
 import time
 
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from codebind_jax.models.encoder import Encoded
 from codebind_jax.trunks import cache as features
-from codebind_jax.trunks.base import Trunk
+from codebind_jax.trunks.base import Input, Trunk
 from codebind_jax.trunks.cache import cached_features, content_hash
 from tests.pretrained_fixtures import tiny_text_trunk
 
 
-def mean_trunk(fingerprint="weights 1", scale=1.0):
+class Mean(nn.Module):
+  """Images -> the mean colour and its double, times `scale`; times `bright` as well where the batch is not black."""
+
+  bright: float = 1.0
+
+  @nn.compact
+  def __call__(self, images, train=False):
+    mean = jnp.mean(images.astype(jnp.float32), axis=(1, 2)) * self.param("scale", nn.initializers.ones, ())
+    mean = mean * jnp.where(images.max() > 0, self.bright, 1)
+    return Encoded(jnp.stack([mean, 2 * mean], axis=1))
+
+
+def mean_trunk(fingerprint="weights 1", scale=1.0, bright=1.0):
   """A trunk whose two tokens are the mean colour and its double."""
-
-  def apply(params, images):
-    mean = jnp.mean(jnp.asarray(images, jnp.float32), axis=(1, 2)) * params
-    return jnp.stack([mean, 2 * mean], axis=1)
-
-  return Trunk("mean", "image", 3, 2, jnp.float32(scale), apply, lambda value: np.asarray(value), fingerprint)
+  load = lambda shapes: {"scale": jnp.full(shapes["scale"].shape, scale)}
+  return Trunk("mean", "image", Mean(bright), Input((4, 4, 3), "uint8", np.asarray), fingerprint, load)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,9 +266,7 @@ def test_values_that_are_not_finite_are_named(tmp_path, scale):
   items = Items(8)
   items.images[:] = 0
   items.images[5] = 9
-  trunk = dataclasses.replace(
-    mean_trunk(), apply=lambda p, x: mean_trunk().apply(p, x) * jnp.where(x.max() > 0, scale, 1)
-  )
+  trunk = mean_trunk(bright=scale)
   with pytest.raises(ValueError, match="not finite in float16 for 'item 5'"):
     cached_features(trunk, items.keys, items, cache_dir=tmp_path, batch=1)
   assert all(entry.name.endswith(".part") for entry in tmp_path.iterdir() if entry.is_dir())

@@ -9,7 +9,8 @@ ROOT = pathlib.Path(codebind_jax.__file__).parent
 # From the top floor down; rooms of one floor do not import each other.
 FLOORS = (
   "main tools", "__init__", "compare", "train", "report search", "embedding evaluate initialise", "api compile_ahead",
-  "command_line config step", "methods", "trunks", "compositional models", "losses", "codebook data runtime transport",
+  "saving", "command_line config step", "methods", "trunks", "compositional models", "losses",
+  "codebook data runtime transport",
   "evaluators files norm stages", "schema",
 )  # fmt: skip
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}

@@ -38,7 +38,7 @@ def small_config(method, steps=4, **options):
   config.model.towers.text = common.tower("hashed_words", options={"width": 16})
   for name in ("audio", "image"):
     config.model.towers[name] = common.tower(
-      "vectors", options={"width": 64, "modality": name}, body="mlp", body_options={"width": 16}, specific_dim=4
+      "mlp", options={"inputs": 64, "modality": name, "width": 16}, cache=False, specific_dim=4
     )
     config.codebook.codes[name] = 8
   config.stages.only = common.stage(

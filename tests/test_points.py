@@ -1,12 +1,13 @@
-"""Point groups by hand and against brute force, and the body that learns from them."""
+"""Point groups by hand and against brute force, the network that learns from them, and pictures of clouds."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from codebind_jax.models.bodies import body_class
-from codebind_jax.trunks import load_trunk, point_groups, point_views
+from codebind_jax.models.points import Points
+from codebind_jax.trunks import load_trunk, point_views
+from codebind_jax.trunks import points as point_groups
 
 LINE = np.array([[0, 0, 0], [1, 0, 0], [2, 0, 0], [3, 0, 0], [10, 0, 0]], float)
 
@@ -50,66 +51,65 @@ def test_histograms_have_unit_mean_square():
   assert rings[:, 1:].sum() == 0 and (rings[:, 0] > 0).sum() == 9
 
 
-def test_trunk_forgets_place_and_size_but_not_shape():
-  trunk = load_trunk("point_groups", groups=8, neighbours=5)
+def test_groups_forget_place_and_size_but_not_shape():
+  trunk = load_trunk("points", groups=8, neighbours=5)
   tokens = trunk.preprocess(cloud())
-  assert tokens.shape == (9, trunk.width) == (trunk.num_tokens, 379)
+  assert tokens.shape == trunk.input.shape == (9, 379) and tokens.dtype == trunk.input.dtype
   moved = trunk.preprocess(3.0 * cloud() + [5.0, 0.0, 1.0])
   np.testing.assert_allclose(tokens, moved, atol=1e-4)
   assert np.abs(tokens - trunk.preprocess(cloud() * [1, 1, 4])).max() > 0.1
   colours = np.c_[cloud(), np.full((200, 3), 0.5)]
   np.testing.assert_array_equal(tokens, trunk.preprocess(colours))
   assert not tokens[1:, 18:].any() and trunk.modality == "points"
-  np.testing.assert_array_equal(trunk.compiled(trunk.params, tokens[None])[0], tokens)
 
 
 def test_size_is_kept_where_asked_for():
-  sized = load_trunk("point_groups", groups=2, neighbours=2, size=True)
+  sized = load_trunk("points", groups=2, neighbours=2, size=True)
   one, three = (sized.preprocess(scale * cloud())[0, 379] for scale in (1.0, 3.0))
   assert three - one == pytest.approx(np.log(3.0), abs=1e-5)
-  assert sized.fingerprint != load_trunk("point_groups", groups=2, neighbours=2).fingerprint
+  assert sized.fingerprint != load_trunk("points", groups=2, neighbours=2).fingerprint
   with pytest.raises(ValueError, match="groups 0"):
-    load_trunk("point_groups", groups=0)
+    load_trunk("points", groups=0)
 
 
-@pytest.fixture
-def body():
-  made = body_class("points")(width=16, neighbours=5, depth=1, heads=2, dropout=0.5)
-  trunk = load_trunk("point_groups", groups=6, neighbours=5)
-  tokens = jnp.stack([trunk.preprocess(cloud(seed)) for seed in (0, 1)])
-  return made, tokens, made.init(jax.random.key(0), tokens)["params"]
+@pytest.fixture(scope="module")
+def network():
+  trunk = load_trunk("points", groups=6, neighbours=5, width=16, depth=1, heads=2, dropout=0.5)
+  assert (trunk.num_tokens, trunk.width, trunk.load) == (7, 16, None)
+  tokens = jnp.asarray(trunk.collate([trunk.preprocess(cloud(seed)) for seed in (0, 1)]))
+  return trunk.module, tokens, trunk.params
 
 
-def test_body_does_not_care_for_the_order_of_points_and_groups(body):
-  made, tokens, params = body
-  out = made.apply({"params": params}, tokens)
+def test_network_does_not_care_for_the_order_of_points_and_groups(network):
+  made, tokens, params = network
+  out = made.apply({"params": params}, tokens).tokens
   assert out.shape == (2, 7, 16)
   points = tokens[:, 1:, 3:18].reshape(2, 6, 5, 3)[:, :, ::-1].reshape(2, 6, 15)
   shuffled = jnp.concatenate([tokens[:, :1], tokens.at[:, 1:, 3:18].set(points)[:, :0:-1]], axis=1)
-  again = made.apply({"params": params}, shuffled)
+  again = made.apply({"params": params}, shuffled).tokens
   np.testing.assert_allclose(again[:, 0], out[:, 0], atol=1e-5)
   np.testing.assert_allclose(again[:, :0:-1], out[:, 1:], atol=1e-5)
 
 
-def test_every_part_of_a_cloud_reaches_the_class_token(body):
-  made, tokens, params = body
-  slope = jax.grad(lambda t: made.apply({"params": params}, t)[:, 0].sum() ** 2)(tokens)
+def test_every_part_of_a_cloud_reaches_the_class_token(network):
+  made, tokens, params = network
+  slope = jax.grad(lambda t: made.apply({"params": params}, t).tokens[:, 0].sum() ** 2)(tokens)
   for part in (slope[:, :1], slope[:, 1:, :3], slope[:, 1:, 3:18]):
     assert jnp.abs(part).max() > 0
   assert not slope[:, 1:, 18:].any()
 
 
-def test_body_drops_in_training_alone(body):
-  made, tokens, params = body
-  run = lambda key: made.apply({"params": params}, tokens, True, rngs={"dropout": jax.random.key(key)})
-  assert jnp.abs(run(0) - run(1)).max() > 0
-  np.testing.assert_array_equal(made.apply({"params": params}, tokens), made.apply({"params": params}, tokens))
+def test_network_drops_in_training_alone(network):
+  made, tokens, params = network
+  run = lambda key, train: made.apply({"params": params}, tokens, train, rngs={"dropout": jax.random.key(key)}).tokens
+  assert jnp.abs(run(0, True) - run(1, True)).max() > 0
+  np.testing.assert_array_equal(run(0, False), run(1, False))
 
 
-def test_body_and_trunk_must_agree():
+def test_network_and_input_must_agree():
   tokens = jnp.zeros((1, 3, 20))
   with pytest.raises(ValueError, match="neighbours: 6 needs tokens of 21 values or more, got 20"):
-    body_class("points")(neighbours=6).init(jax.random.key(0), tokens)
+    Points(neighbours=6).init(jax.random.key(0), tokens)
 
 
 def test_depth_picture_by_hand():
@@ -138,7 +138,7 @@ def test_views_are_seen_by_the_image_trunk():
   one = cloud()
   unit, radius = point_groups.unit_sphere(one)
   views = [np.repeat(point_views.depth_picture(unit, a, 32, 2)[..., None], 3, -1) for a in (0, 90)]
-  expected = np.asarray(picture.apply(picture.params, np.stack(views)))[:, 0].mean(axis=0)
+  expected = np.asarray(picture.apply(trunk.params["picture"], np.stack(views)))[:, 0].mean(axis=0)
   tokens = np.asarray(trunk.apply(trunk.params, np.stack([trunk.preprocess(one), trunk.preprocess(2 * one)])))
   assert tokens.shape == (2, 1, trunk.width)
   np.testing.assert_allclose(tokens[0, 0], np.r_[expected, point_groups.histograms(unit), np.log(radius)], rtol=2e-4,

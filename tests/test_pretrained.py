@@ -1,5 +1,6 @@
 """Pretrained trunks against second implementations: numpy for random weights, torch's recorded values for real ones."""
 
+import functools
 import json
 import math
 import zipfile
@@ -16,8 +17,8 @@ from hypothesis import strategies as st
 from codebind_jax.data.transforms import image as image_transforms
 from codebind_jax.trunks import efficientnet_lite0, load_trunk, minilm
 from codebind_jax.trunks.base import fingerprint
+from codebind_jax.trunks.checkpoint_files import array_weights, open_weights
 from codebind_jax.trunks.line_drawing import line_drawing
-from codebind_jax.trunks.weights import merge
 from tests.pretrained_fixtures import TINY_STAGES, package, tiny_image_trunk, tiny_text_trunk
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -101,9 +102,9 @@ def test_efficientnet_equals_plain_numpy(size):
   state = random_state(TINY_STAGES, 24, rng)
   model = efficientnet_lite0.EfficientNetLite0(stages=TINY_STAGES, head_width=24)
   images = rng.integers(0, 256, (2, *size, 3)).astype(np.uint8)
-  params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"])
-  params = merge(params, efficientnet_lite0.convert(state, TINY_STAGES), (), "state")
-  maps = jax.jit(model.apply)({"params": params}, images)
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"])
+  params = efficientnet_lite0.load(shapes, array_weights(state, "state"))
+  maps = jax.jit(functools.partial(model.apply, method="maps"))({"params": params}, images)
   for image, *got in zip(images, *maps, strict=True):
     for a, b in zip(got, naive_efficientnet(state, image, TINY_STAGES), strict=True):
       np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4)
@@ -169,7 +170,7 @@ def test_several_sizes_are_averaged_block_by_block():
   model = efficientnet_lite0.EfficientNetLite0(stages=TINY_STAGES, head_width=24)
   expected = np.zeros((1, 2, 36))
   for pixels in (large[None], small):
-    maps = model.apply({"params": trunk.params}, jnp.asarray(pixels))
+    maps = model.apply({"params": trunk.params}, jnp.asarray(pixels), method="maps")
     blocks = [np.asarray(efficientnet_lite0.pool_tokens(maps[index], 1)) for index in (-1, 1)]
     blocks = [(b - b.mean(-1, keepdims=True)) / np.sqrt(b.var(-1, keepdims=True) + 1e-6) for b in blocks]
     expected += 0.5 * np.concatenate(blocks, axis=-1)
@@ -230,20 +231,66 @@ def test_fingerprint_follows_weights_and_options():
   assert fingerprint(changed, trunks[0].options, "1") != fingerprint(trunks[0].params, trunks[0].options, "1")
 
 
+@pytest.mark.parametrize(("name", "ending"), [("efficientnet_lite0", "pth"), ("aisfx", "pth"), ("video_mean", "pth")])
+def test_weights_are_read_when_asked_for_and_their_file_is_part_of_the_fingerprint(name, ending, tmp_path):
+  files = [tmp_path / f"{content}.{ending}" for content in ("one", "two")]
+  for file in files:
+    file.write_bytes(file.name.encode())
+  one, two = (load_trunk(name, weights=file) for file in files)
+  assert one.width == two.width > 500 and one.fingerprint != two.fingerprint
+  (tmp_path / "same").mkdir()
+  same = tmp_path / "same" / files[1].name
+  same.write_bytes(files[0].read_bytes())
+  assert load_trunk(name, weights=same).fingerprint == one.fingerprint
+  assert load_trunk(name, weights=same, dont_load=("a",)).fingerprint != one.fingerprint
+  with pytest.raises(ValueError, match=rf"one.{ending}"):
+    one.params
+
+
+SMALL = {
+  "efficientnet_lite0": {"stages": TINY_STAGES, "head_width": 24, "size": (32, 48), "levels": (1,), "lines": 32,
+                         "flip": True},
+  "video_mean": {"stages": TINY_STAGES, "head_width": 24, "size": 32, "frames": 2},
+  "point_views": {"stages": TINY_STAGES, "head_width": 24, "size": 32, "levels": (1,), "azimuths": (0.0, 90.0)},
+  "aisfx": {"widths": (2, 3), "chunks": 2},
+  "minilm": {"layers": 1, "width": 8, "heads": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_parameter_can_be_trained(name):
+  trunk = load_trunk(name, weights="random", **SMALL[name])
+  item = trunk.input
+  batch = np.random.default_rng(0).uniform(0, 40, (2, *item.shape)).astype(item.dtype)
+
+  def loss(params):
+    tokens = trunk.module.apply({"params": params}, jnp.asarray(batch), True).tokens
+    assert tokens.shape[1:] == (trunk.num_tokens, trunk.width)
+    return jnp.sum(jnp.sin(3 * tokens))
+
+  for path, slope in leaves(jax.jit(jax.grad(loss))(trunk.params)).items():
+    assert np.isfinite(slope).all() and (np.any(slope) or path.endswith("key/bias")), path
+
+
 def test_dont_load_keeps_the_random_start(tmp_path):
   model = minilm.Bert(minilm.BertConfig(40, 512, 16, 1, 2, 64))
-  ids = jnp.ones((1, 4), jnp.int32)
-  params = model.init(jax.random.key(0), ids, ids)["params"]
-  other = jax.tree.map(lambda leaf: leaf + 1.0, params)
-  merged = merge(params, other, [r"layer_0/up", r"^norm/"], "checkpoint")
+  params = model.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"]
+  state = random_bert_state(model.config, np.random.default_rng(0))
+  load = lambda dont_load=(): minilm.load(
+    params, array_weights(state, "checkpoint"), dont_load=dont_load, start=lambda: params)
+  other, merged = load(), load([r"layer_0/up", r"^norm/"])
   for path, leaf in leaves(merged).items():
     kept = path.startswith(("layer_0/up", "norm/"))
     np.testing.assert_array_equal(leaf, leaves(params if kept else other)[path])
+    assert kept or (np.asarray(leaf) != leaves(params)[path]).any()
   with pytest.raises(ValueError, match="pattern 'layer_9' matches none"):
-    merge(params, other, ["layer_9"], "checkpoint")
-  del other["words"]
-  with pytest.raises(ValueError, match=r"checkpoint: parameter 'words/embedding' needs shape \(40, 16\)"):
-    merge(params, other, (), "checkpoint")
+    load(["layer_9"])
+  state["embeddings.word_embeddings.weight"] = state["embeddings.word_embeddings.weight"][:30]
+  with pytest.raises(ValueError, match=r"checkpoint: .*weight \(30, 16\) for words/embedding \(40, 16\)"):
+    load()
+  del state["embeddings.word_embeddings.weight"]
+  with pytest.raises(ValueError, match=r"checkpoint: missing .*word_embeddings.weight \(for words/embedding\)"):
+    load()
 
 
 @pytest.mark.parametrize(
@@ -340,9 +387,9 @@ def test_bert_equals_plain_numpy(prefix, tmp_path):
   ids = jnp.asarray(rng.integers(1, 30, (3, 9)).astype(np.int32))
   lengths = [9, 4, 1]
   mask = jnp.arange(9)[None] < jnp.array(lengths)[:, None]
-  params = jax.eval_shape(lambda: model.init(jax.random.key(0), ids, mask)["params"])
-  params = minilm.load(params, tmp_path / "model.safetensors", config=config)
-  states = jax.jit(model.apply)({"params": params}, ids, mask)
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), ids)["params"])
+  params = minilm.load(shapes, open_weights(tmp_path / "model.safetensors"))
+  states = jax.jit(functools.partial(model.apply, method="states"))({"params": params}, ids, mask)
   embedding = minilm.sentence_embedding(states[-1], mask)
   for row, length in enumerate(lengths):
     expected = naive_bert(state, np.asarray(ids[row]), np.asarray(mask[row]), config.heads, config.layers)
@@ -372,7 +419,7 @@ def test_efficientnet_real_weights_equal_torch():
   expected = np.load(FIXTURES / "pretrained_efficientnet_lite0.npz")
   trunk = load_trunk("efficientnet_lite0", weights=package("efflite0"), size=224, grid=2)
   model = efficientnet_lite0.EfficientNetLite0()
-  maps = jax.jit(model.apply)({"params": trunk.params}, expected["images"])
+  maps = jax.jit(functools.partial(model.apply, method="maps"))({"params": trunk.params}, expected["images"])
   assert len(maps) == 8
   for index, feature_map in enumerate(maps):
     want = expected[f"map_{index}"]
@@ -390,7 +437,8 @@ def test_minilm_real_weights_equal_torch():
   length = expected["ids"].shape[1]
   np.testing.assert_array_equal(batch[:, :length], expected["ids"])
   assert not batch[:, length:].any()
-  states = jax.jit(minilm.Bert().apply)({"params": trunk.params}, batch, batch != 0)
+  run = jax.jit(functools.partial(minilm.Bert().apply, method="states"))
+  states = run({"params": trunk.params}, batch, batch != 0)
   real = expected["mask"].astype(bool)
   for index in (0, 1, 6):
     np.testing.assert_allclose(states[index][:, :length][real], expected[f"state_{index}"][real], atol=2e-5, rtol=1e-4)

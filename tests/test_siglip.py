@@ -270,6 +270,7 @@ def test_npz_takes_a_tokenizer_json_or_a_folder(npz, folder, tmp_path):
   path = npz()
   (tmp_path / "sentencepiece.model").unlink()
   text = error(path, "text", big_vision)
+  assert big_vision.modalities(path) == ("image",)
   assert "tokenizer.json or a SentencePiece model" in text and str(path) in text
   trunk = big_vision.make_trunk(weights=str(path), modality="text", tokenizer=str(folder))
   np.testing.assert_array_equal(prepared(trunk), IN["text"])

@@ -109,7 +109,9 @@ def reconstructing(losses):
     del config.model.towers[name]
     del config.codebook.codes[name]
   for name in ("image", "depth"):
-    config.model.towers[name].update({"specific_dim": 8, "body_options": {"width": 8}})
+    config.model.towers[name].update({"specific_dim": 8})
+    if "width" in config.model.towers[name].options and name != "text":
+      config.model.towers[name].options.width = 8
     config.codebook.codes[name] = 4
   config.update_from_flattened_dict({
     "model.shared_dim": 8, "codebook.shared_codes": 4, "model.decoder.width": 8, "model.decoder.heads": 2,

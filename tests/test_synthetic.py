@@ -105,7 +105,8 @@ def shrunk(**overrides):
     "codebook.shared_codes": 16, "codebook.codes.image": 8, "codebook.codes.depth": 8,
   })
   for name in ("image", "depth"):
-    config.model.towers[name].update({"specific_dim": 16, "body_options": {"width": 16}})
+    config.model.towers[name].specific_dim = 16
+    config.model.towers[name].options.width = 16
   config.update_from_flattened_dict(overrides)
   return config.lock()
 
@@ -136,7 +137,7 @@ def test_other_methods_weigh_sources_alike(parts):
   options = schema.Frozen({"frozen": False})
   method = config_lib.method_of(dataclasses.replace(config, method="fixed_anchor", method_options=options))
   stage = dataclasses.replace(stage, pairs=(("image", "text"),), weights={"a": 3.0}, unique_labels=True, train=(".*",))
-  init = make_init(method, {m: (1, 64) for m in config.model.towers})
+  init = make_init(method, {m: jax.ShapeDtypeStruct((1, 64), jnp.float32) for m in config.model.towers})
   params, books, aux = init(jax.random.key(0))
   tx, _ = optim.make_optimizer(params, stage.train, config.optim, 4)
   state = TrainState(jnp.zeros((), jnp.int32), params, books, tx.init(params), aux, jax.random.key(2))

@@ -25,7 +25,7 @@ def snippets(tmp_path_factory):
   """The document's transform and trunk as modules of their packages, and its config as a module."""
   folder = tmp_path_factory.mktemp("imu")
   transform, trunk, config = re.findall(r"```python\n(.*?)```", DOC.read_text(), re.S)
-  for package, name, code in ((transforms, "imu", transform), (pretrained, "imu_patches", trunk)):
+  for package, name, code in ((transforms, "imu", transform), (pretrained, "imu_series", trunk)):
     home = folder / package.__name__.rsplit(".", 1)[1]
     home.mkdir()
     (home / f"{name}.py").write_text(code)
@@ -35,7 +35,7 @@ def snippets(tmp_path_factory):
   motion = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(motion)
   yield folder, motion
-  for package, name in ((transforms, "imu"), (pretrained, "imu_patches")):
+  for package, name in ((transforms, "imu"), (pretrained, "imu_series")):
     package.__path__.pop()
     sys.modules.pop(f"{package.__name__}.{name}", None)
 

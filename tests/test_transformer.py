@@ -3,6 +3,7 @@
 import functools
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from codebind_jax.models import towers as codebind
 from codebind_jax.models.encoder import Encoder, EncoderSpec, fold_clips, mean_clips
 from codebind_jax.models.imagebind import HUGE
+from codebind_jax.models.lora import lora
 from codebind_jax.models.stems import PatchStem, cubic_matrix, patch_grid, resize_positions
 from codebind_jax.models.text import TextStem, pool_at_end
 from codebind_jax.models.transformer import Attention, BlockSpec, Transformer
@@ -205,17 +207,27 @@ def test_remat_changes_nothing_but_memory():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *results)
 
 
+class Adapted(nn.Module):
+  """A module with adapters on all linear layers."""
+
+  inner: nn.Module
+
+  def __call__(self, x):
+    with nn.intercept_methods(lora(".*", 2)):
+      return self.inner(x)
+
+
 def test_scanned_blocks_equal_blocks_one_by_one():
   x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 16)), jnp.float32)
-  make = lambda scan: Transformer(3, BlockSpec(2, bias_kv=True), causal=True, remat=scan, scan=scan)
+  make = lambda scan: Adapted(Transformer(3, BlockSpec(2, bias_kv=True), causal=True, remat=scan, scan=scan))
   plain, scanned = make(False), make(True)
-  params = jit(plain.init)(jax.random.key(0), x)["params"]
+  params = jit(plain.init)(jax.random.key(0), x)["params"]["inner"]
   params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), params)
   blocks = lambda tree: [tree[f"blocks_{i}"] for i in range(3)]
   stack = lambda tree: {"blocks": jax.tree.map(lambda *layers: jnp.stack(layers), *blocks(tree))}
-  shapes = jax.eval_shape(scanned.init, jax.random.key(0), x)["params"]
+  shapes = jax.eval_shape(scanned.init, jax.random.key(0), x)["params"]["inner"]
   assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, stack(params))
-  loss = lambda p, module: jnp.sum(jnp.sin(module.apply({"params": p}, x)))
+  loss = lambda p, module: jnp.sum(jnp.sin(module.apply({"params": {"inner": p}}, x)))
   value, gradient = jit(jax.value_and_grad(loss), static_argnums=1)(params, plain)
   found, of_stack = jit(jax.value_and_grad(loss), static_argnums=1)(stack(params), scanned)
   np.testing.assert_allclose(found, value, rtol=1e-5)

@@ -128,7 +128,8 @@ def test_the_trunk_is_the_mean_of_the_image_trunk_over_frames():
   clip = np.random.default_rng(0).integers(0, 256, (8, 24, 24, 3)).astype(np.uint8)
   tokens = trunk.compiled(trunk.params, trunk.collate([trunk.preprocess(clip), trunk.preprocess(clip[::-1])]))
   assert tokens.shape == (2, 5, trunk.width) and trunk.width == picture.width and trunk.modality == "video"
-  seen = picture.compiled(picture.params, picture.collate([picture.preprocess(clip[i]) for i in (1, 3, 5, 7)]))[:, 0]
+  frames = picture.collate([picture.preprocess(clip[i]) for i in (1, 3, 5, 7)])
+  seen = picture.compiled(trunk.params["picture"], frames)[:, 0]
   np.testing.assert_allclose(tokens[0, 1:], seen, atol=1e-5)
   np.testing.assert_allclose(tokens[0, 0], seen.mean(axis=0), atol=1e-5)
   still = trunk.preprocess(clip[:1])

@@ -29,8 +29,9 @@ from codebind_jax.runtime.train_state import TrainState
 from codebind_jax.step import make_train_step
 from codebind_jax.train import optimizer_of
 from codebind_jax.trunks import featurize
-from codebind_jax.trunks.base import Trunk
+from codebind_jax.trunks.base import Input, Trunk
 from codebind_jax.trunks.cache import content_hash
+from codebind_jax.trunks.vectors import Prepared
 from configs import common
 
 EAST, NORTH, WEST, SOUTH = (np.array(direction, np.float16) for direction in ([1, 0], [0, 1], [-1, 0], [0, -1]))
@@ -78,17 +79,14 @@ class Plain(Model):
 def words_trunk(words):
   """A trunk that knows some texts, and their vectors."""
   digest = hashlib.sha256(repr(sorted((text, list(map(float, v))) for text, v in words.items())).encode()).hexdigest()
-  return Trunk(
-    "words", "text", len(next(iter(words.values()))), 1, {}, lambda _, x: x,
-    lambda text: np.asarray(words[text], np.float32)[None], digest,
-  )  # fmt: skip
+  item = Input((1, len(next(iter(words.values())))), "float32", lambda text: np.asarray(words[text], np.float32)[None])
+  return Trunk("words", "text", Prepared(), item, digest)
 
 
 def pictures_trunk():
   """A trunk that sees the mean colour of a picture: red and green."""
-  return Trunk(
-    "pictures", "image", 2, 1, {}, lambda _, x: x, lambda x: np.float32(x).mean(axis=(0, 1))[None, :2], "pictures"
-  )
+  item = Input((1, 2), "float32", lambda x: np.float32(x).mean(axis=(0, 1))[None, :2])
+  return Trunk("pictures", "image", Prepared(), item, "pictures")
 
 
 def evaluation_of(folder, train, evals, words=None, *, views=1, codes=0, **overrides):
@@ -458,7 +456,8 @@ def step_config(method="codebind", **overrides):
 def started(config, **scales):
   """A step and its first state, with some modalities' logit scales."""
   method, [stage] = method_of(config), config.ordered
-  params, books, aux = make_init(method, {m: (1, 8) for m in config.model.towers})(jax.random.key(0))
+  items = {m: jax.ShapeDtypeStruct((1, 8), jnp.float32) for m in config.model.towers}
+  params, books, aux = make_init(method, items)(jax.random.key(0))
   params |= {f"{name}_log_logit_scale": jnp.log(scale) for name, scale in scales.items()}
   tx, table = optimizer_of(config, method, stage, params)
   state = TrainState(jnp.zeros((), jnp.int32), params, books, tx.init(params), aux, jax.random.key(1))

@@ -22,6 +22,7 @@ from codebind_jax.runtime.metrics import read_metrics
 from codebind_jax.runtime.sharding import make_layout
 from codebind_jax.step import make_start_codebooks, make_train_step
 from codebind_jax.train import batches_of, optimizer_of
+from codebind_jax.trunks import input_shapes
 
 FILE = "speed.json"
 ROUNDS = 5
@@ -90,7 +91,7 @@ def _ready(config: Config, tables: Any, labels: Any, trunks: Any) -> tuple[Any, 
   """(compiled step, state, batch, its rows) at the start of the config's only stage."""
   layout, method = make_layout(config.mesh, config.sharding), method_of(config)
   stage = config.ordered[0].on({name: set(found) for name, found in tables.items()})
-  shapes = {name: (trunk.num_tokens, trunk.width) for name, trunk in trunks.items()}
+  shapes = input_shapes(config.model, trunks)
   state = state_lib.create(layout, jax.random.key(config.seed), make_init(method, shapes, config.model.half, [stage]))
   tx, table = optimizer_of(config, method, stage, state.params)
   state = state_lib.with_optimizer(state, tx, layout)

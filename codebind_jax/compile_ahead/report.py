@@ -23,16 +23,15 @@ from flax.core import FrozenDict
 
 from codebind_jax.compile_ahead import flops, hlo
 from codebind_jax.methods.base import Method, make_init
-from codebind_jax.models.bodies import body_class
 from codebind_jax.models.towers import CodeBind, ModelSpec, TowerSpec
 from codebind_jax.runtime import optim
 from codebind_jax.runtime import train_state as state_lib
 from codebind_jax.runtime.compile import lower_step
 from codebind_jax.runtime.sharding import Layout, MeshShape, Sharding, make_layout
-from codebind_jax.schema import Frozen
 from codebind_jax.stages import Stage
 from codebind_jax.step import make_train_step
-from codebind_jax.trunks import load_trunk
+from codebind_jax.trunks import frozen_by, input_shapes, load_trunk
+from codebind_jax.trunks.base import Trunk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,24 +173,16 @@ def slice_devices(topology: str) -> tuple[list[Any], Chip]:
                      "version is needed: pip install -e '.[tpu]'") from error
 
 
-def token_shapes(towers: Mapping[str, TowerSpec]) -> dict[str, tuple[int, int]]:
-  """Modality -> shape of one item's tokens, the tower's input; loads the trunk if the body does not give it."""
-  shapes = {}
-  for name, tower in towers.items():
-    body = body_class(tower.body)(**tower.body_options) if tower.body else None
-    if hasattr(body, "token_shape"):
-      shapes[name] = body.token_shape()
-    else:
-      trunk = load_trunk(tower.trunk, **tower.options)
-      shapes[name] = (trunk.num_tokens, trunk.width)
-  return shapes
+def trunks_of(towers: Mapping[str, TowerSpec]) -> dict[str, Trunk]:
+  """Modality -> its trunk."""
+  return {name: load_trunk(tower.trunk, **tower.options) for name, tower in towers.items()}
 
 
-def batch_shapes(inputs: Mapping[str, tuple[int, ...]], stage: Stage, layout: Layout) -> dict[str, Any]:
+def batch_shapes(inputs: Mapping[str, jax.ShapeDtypeStruct], stage: Stage, layout: Layout) -> dict[str, Any]:
   """Shapes of a global batch of a stage: every source with every modality of the stage.
 
   Args:
-    inputs: modality -> shape of one item's tokens.
+    inputs: modality -> shape and type of one item, the tower's input.
     stage: whose batch.
     layout: mesh and rules.
 
@@ -204,7 +195,7 @@ def batch_shapes(inputs: Mapping[str, tuple[int, ...]], stage: Stage, layout: La
       raise ValueError(f"config.stages.{stage.name}: {rows} rows of {source!r} do not divide over the "
                        f"{layout.row_devices} devices of mesh axes data and fsdp")
     shape = lambda inner, dtype, rows=rows: jax.ShapeDtypeStruct((rows, *inner), dtype, sharding=layout.rows)
-    batch[source] = {name: shape(inputs[name], jnp.float32) for name in stage.modalities}
+    batch[source] = {name: shape(inputs[name].shape, inputs[name].dtype) for name in stage.modalities}
     batch[source] |= {"_mask": {name: shape((), bool) for name in stage.modalities}}
     batch[source] |= {"_row": shape((), np.int32), "_group": shape((), np.int32)}
   return batch
@@ -223,9 +214,10 @@ def compile_stage(
     layout: mesh and rules.
     chip: the slice is made of.
   """
-  inputs = token_shapes(model.towers)
+  inputs = input_shapes(model, trunks_of(model.towers))
   shapes = state_lib.shapes(make_init(method, inputs, model.half, [stage]))
-  tx, table = optim.make_optimizer(shapes.params, stage.train, settings, stage.steps, frozen=method.frozen_paths)
+  frozen_paths = (*method.frozen_paths, *frozen_by(model, stage))
+  tx, table = optim.make_optimizer(shapes.params, stage.train, settings, stage.steps, frozen=frozen_paths)
   state, batch = state_lib.abstract(shapes, tx, layout), batch_shapes(inputs, stage, layout)
   for line in layout.table(state):
     logging.info("  %s", line)
@@ -250,9 +242,11 @@ def compile_stage(
 
 def model_flops(model: CodeBind, params: Any, batch: Mapping[str, Any], frozen: frozenset[str]) -> int:
   """Operations of the towers for one global batch, forward and backward to trained parameters, nothing recomputed."""
-  off = lambda options: Frozen(options | ({"remat": False} if "remat" in options else {}))
-  towers = {name: dataclasses.replace(t, body_options=off(t.body_options)) for name, t in model.towers.items()}
-  model = CodeBind(FrozenDict(towers))
+  trunks = {}
+  for name, trunk in model.trunks.items():
+    module = trunk.module.clone(remat=False) if getattr(trunk.module, "remat", False) else trunk.module
+    trunks[name] = dataclasses.replace(trunk, module=module)
+  model = CodeBind(model.towers, FrozenDict(trunks))
 
   def outputs(params: Any, tokens: Any) -> Any:
     features, scales = model.apply({"params": optim.stop_frozen(params, frozen)}, tokens)

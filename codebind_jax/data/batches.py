@@ -16,7 +16,7 @@ from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Float16, Int
+from jaxtyping import Int, Shaped
 
 from codebind_jax.data.ahead import ahead
 
@@ -25,16 +25,17 @@ Batch = dict[str, dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class FeatureTable:
-  """Features of one modality for the rows of a source.
+  """Tokens or prepared items of one modality for the rows of a source.
 
   Attributes:
-    features: [items, views, tokens, width]; may be a memory map, which a worker process opens again.
+    features: tokens [items, views, tokens, width], or prepared items [items, views, *shape]; may be a
+      memory map, which a worker process opens again.
     choices: per row the items to draw from (the captions of a text row; one item for an image); empty if missing.
     augmented: probability of drawing one of the augmented views, which follow the clean first one.
     made_from: a hash of all that the features were computed from; "" to hash the features themselves.
   """
 
-  features: Float16[np.ndarray, "items views n d"]
+  features: Shaped[np.ndarray, "items views ..."]
   choices: Sequence[Sequence[int]]
   augmented: float = 0.0
   made_from: str = ""

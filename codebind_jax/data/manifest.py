@@ -43,6 +43,10 @@ class ManifestSource(Source):
     super()._choose(chosen)
     self._files = [self._files[i] for i in chosen]
 
+  def item(self, index: int, modality: str) -> Path:
+    """The file that the record names."""
+    return self._files[index][modality]
+
   def read(self, index: int, modality: str) -> np.ndarray:
     """The array in the file that the record names, by the modality's transform."""
     try:

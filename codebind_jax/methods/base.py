@@ -17,13 +17,13 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from codebind_jax import methods, schema
 from codebind_jax.codebook.spec import Codebook
 from codebind_jax.compositional import ModalityOutput
 from codebind_jax.losses import balance_init
-from codebind_jax.models.towers import CodeBind, ModelSpec, make_model
+from codebind_jax.models.towers import CodeBind, ModelSpec, TowerTrunk, make_model
 from codebind_jax.norm import unit
 from codebind_jax.runtime.train_state import TrainState
 from codebind_jax.stages import DEFAULTS, Stage
@@ -32,7 +32,7 @@ _NOT_METHODS = ("base", "codebind_terms", "toc", "unified")
 EXTRA = "method"  # the key of a method's own parameters, beside the towers'
 # Keys of a stage that every method heeds; a method adds its own in `Method.STAGE_KEYS`.
 COMMON_KEYS = frozenset((
-  "name", "pairs", "sources", "weights", "unique_labels", "train", "steps", "batch_size", "learning_rate",
+  "name", "pairs", "sources", "weights", "unique_labels", "train", "tune", "steps", "batch_size", "learning_rate",
   "temperature", "mixup", "parts", "balance", "first_step",
 ))  # fmt: skip
 T = TypeVar("T")
@@ -80,7 +80,8 @@ def method_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_method(
-  name: str, options: Mapping[str, Any], model: ModelSpec, codebook: Codebook, stages: Sequence[Stage]
+  name: str, options: Mapping[str, Any], model: ModelSpec, codebook: Codebook, stages: Sequence[Stage],
+  trunks: Mapping[str, TowerTrunk] | None = None,
 ) -> Method:
   """The method `name` over the towers of a model.
 
@@ -90,13 +91,14 @@ def make_method(
     model: section of the towers; all but text have decoders if a stage has the loss `reconstruction`.
     codebook: section of the codebooks, for methods without options of their own for them.
     stages: of the run.
+    trunks: of towers whose trunk runs in the model or whose head is published.
 
   Raises:
     ValueError: as `method_options`.
   """
   decoded = any(stage.losses.get("reconstruction") for stage in stages)
   return method_class(name).build(
-    method_options(name, options), make_model(model, decoded=decoded), model, codebook, stages
+    method_options(name, options), make_model(model, trunks, decoded=decoded), model, codebook, stages
   )
 
 
@@ -120,13 +122,13 @@ def check_stage(name: str, stage: Stage) -> None:
 
 
 def make_init(
-  method: Method, shapes: Mapping[str, tuple[int, int]], half: Sequence[str] = (), stages: Sequence[Stage] = ()
+  method: Method, shapes: Mapping[str, jax.ShapeDtypeStruct], half: Sequence[str] = (), stages: Sequence[Stage] = ()
 ) -> Callable[[Any], tuple]:
   """A pure function, key -> (params, codebooks, aux) at the start of a run, for `train_state.create`.
 
   Args:
     method: of the run.
-    shapes: modality -> (tokens, width) of one item.
+    shapes: modality -> shape and type of one item, the tower's input.
     half: regexes of the paths of parameters stored in bfloat16 (frozen encoders).
     stages: of the run; those that balance their terms share one balancer in `aux`.
   """
@@ -137,7 +139,7 @@ def make_init(
 
   def init(rng: Any) -> tuple[Any, Any, Any]:
     head_rng, code_rng = jax.random.split(rng)
-    dummy = {name: jnp.zeros((1, *shape), jnp.float32) for name, shape in shapes.items()}
+    dummy = {name: jnp.zeros((1, *item.shape), item.dtype) for name, item in shapes.items()}
     towers = method.model.init(head_rng, dummy)["params"]
     features, _ = method.model.apply({"params": towers}, dummy)
     extra, codebooks, aux = method.init(code_rng, features, dummy, towers)
@@ -157,7 +159,7 @@ class Forward:
 
   Attributes:
     params: all parameters; the method's own under `EXTRA`.
-    inputs: modality -> its tower's input, after mixup [b, n, c].
+    inputs: modality -> its tower's input, after mixup: tokens [b, n, c], or prepared items.
     features: modality -> heads' output [b, n, d]; the shared part first.
     scales: modality -> logit scale [].
     masks: modality -> rows that have it, bool [b].
@@ -165,16 +167,18 @@ class Forward:
     groups: source -> int [b], equal for rows of one label, different in every source; None without labels.
     apply: (parameters of the towers, inputs, key or None) -> (features, scales), in the stage's micro-batches; a key
       turns dropout on.
+    trunks: modality -> the trunk's tokens [b, n, c], where a decoder needs them.
   """
 
   params: Any
-  inputs: Mapping[str, Float[Array, "..."]]
+  inputs: Mapping[str, Shaped[Array, "..."]]
   features: Mapping[str, Float[Array, "..."]]
   scales: Mapping[str, Float[Array, ""]]
   masks: Mapping[str, Bool[Array, "_"]]
   owners: Mapping[tuple[str, str], slice]
   groups: Mapping[str, Int[Array, "_"] | None]
   apply: Callable[[Any, Mapping[str, Array], Any], tuple[dict[str, Array], dict[str, Array]]]
+  trunks: Mapping[str, Float[Array, "..."]] = dataclasses.field(default_factory=dict)
 
   @property
   def sources(self) -> tuple[str, ...]:
@@ -183,7 +187,7 @@ class Forward:
 
   def of(self, source: str, values: Mapping[str, T]) -> dict[str, T]:
     """One source's rows of `values`, by modality."""
-    return {m: values[m][rows] for (owner, m), rows in self.owners.items() if owner == source}
+    return {m: values[m][rows] for (owner, m), rows in self.owners.items() if owner == source and m in values}
 
   def rows(self, rng: Any, stage: Stage, state: TrainState) -> dict[str, Rows]:
     """Source -> its rows, each with a key of its own."""
@@ -192,6 +196,7 @@ class Forward:
         params=self.params, inputs=self.of(source, self.inputs), features=self.of(source, self.features),
         masks=self.of(source, self.masks), scales=self.scales, groups=self.groups[source], stage=stage,
         codebooks=state.codebooks, rng=jax.random.split(jax.random.fold_in(rng, number))[1],
+        trunks=self.of(source, self.trunks),
       )
       for number, source in enumerate(self.sources)
     }  # fmt: skip
@@ -203,7 +208,7 @@ class Rows:
 
   Attributes:
     params: all parameters; the method's own under `EXTRA`.
-    inputs: modality -> its tower's input [b, n, c].
+    inputs: modality -> its tower's input: tokens [b, n, c], or prepared items.
     features: modality -> heads' output [b, n, d]; the shared part first.
     masks: modality -> rows that have it, bool [b].
     scales: modality -> logit scale [].
@@ -213,10 +218,11 @@ class Rows:
     rng: key of this source's draws in this step.
     made: results of the method's `observe` that its terms need.
     codes: codebook name -> (indices [b, ...] that the rows chose, mask [b]) pairs, for the usage statistics.
+    trunks: modality -> the trunk's tokens [b, n, c], where a decoder needs them.
   """
 
   params: Any
-  inputs: Mapping[str, Float[Array, "b _ _"]]
+  inputs: Mapping[str, Shaped[Array, "b ..."]]
   features: Mapping[str, Float[Array, "b _ _"]]
   masks: Mapping[str, Bool[Array, "b"]]
   scales: Mapping[str, Float[Array, ""]]
@@ -226,6 +232,7 @@ class Rows:
   rng: Any
   made: Any = None
   codes: Mapping[str, Sequence[tuple[Int[Array, "b ..."], Bool[Array, "b"]]]] = dataclasses.field(default_factory=dict)
+  trunks: Mapping[str, Float[Array, "b _ _"]] = dataclasses.field(default_factory=dict)
 
   @property
   def pairs(self) -> list[tuple[str, str]]:
@@ -275,6 +282,11 @@ class Method(abc.ABC):
   def codebook_sizes(self) -> Mapping[str, int]:
     """Codebook name -> number of codes, for the usage statistics; the shared codebook's name is `shared`."""
     return {}
+
+  @property
+  def needs_tokens(self) -> str:
+    """Why the towers' inputs must be tokens, not pixels or ids; "" if they need not."""
+    return ""
 
   @property
   def frozen_paths(self) -> tuple[str, ...]:

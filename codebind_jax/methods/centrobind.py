@@ -41,6 +41,11 @@ class Method(base.Method):
   normalize_anchor: bool = False
   stop_anchor: bool = False
 
+  @property
+  def needs_tokens(self) -> str:
+    """Noise is added to tokens alone."""
+    return f"config.method_options.noise is {self.noise}" if self.noise else ""
+
   def observe(self, forward: Forward, state: TrainState, rng: Any, stage: Stage) -> tuple[dict[str, Rows], Any, Any]:
     """Puts the embeddings for the centroids into `made`: of a second, noisy view if `noise` is set."""
     rows = forward.rows(rng, stage, state)

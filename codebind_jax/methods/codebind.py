@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from codebind_jax.compositional import (
 from codebind_jax.methods import base
 from codebind_jax.methods.base import Forward, Rows, Term, output
 from codebind_jax.methods.codebind_terms import TERMS, Quantised
+from codebind_jax.models.encoder import normalised
 from codebind_jax.models.towers import CodeBind, ModelSpec, decode
 from codebind_jax.runtime.train_state import TrainState
 from codebind_jax.schema import DERIVED
@@ -92,7 +94,8 @@ class Method(base.Method):
       trains = lambda name: any(re.fullmatch(pattern, name) for pattern in stage.codes)
       codebooks = {name: book if trains(name) else state.codebooks[name] for name, book in codebooks.items()}
     rows, segment = forward.rows(rng, stage, state), self.spec.code_dims[0] if self.spec else 0
-    decoded = lambda name, full, width: decode(self.model, forward.params, name, full, width)
+    decoded = functools.partial(decode, self.model, forward.params)
+    target = lambda name, x: normalised(self.model.trunk_of(name).spec, x)
     for source, part in rows.items():
       own, own_plain = (outputs_of(source, x, forward, ranges) for x in (outputs, plain))
       codes: dict[str, list[Any]] = {}
@@ -101,7 +104,7 @@ class Method(base.Method):
         if out.indices_specific.size:
           codes[m] = [(out.indices_specific, part.masks[m])]
       rows[source] = dataclasses.replace(
-        part, made=Quantised(own, own_plain, segment, decoded), codes=codes,
+        part, made=Quantised(own, own_plain, segment, decoded, target), codes=codes,
         groups=None if stage.unique_labels else part.groups,
       )  # fmt: skip
     return rows, codebooks, state.aux

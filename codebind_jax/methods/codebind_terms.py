@@ -23,13 +23,16 @@ class Quantised:
     outputs: modality -> quantiser's outputs.
     plain: modality -> outputs of the features before quantisation.
     segment: width of the codes; 0 without a quantiser.
-    decode: (modality, `full` of all its tokens, width) -> the tower's input as its decoder reconstructs it.
+    decode: (modality, `full` of all its tokens, width, the trunk's tokens or None) -> the tower's input as its decoder
+      reconstructs it.
+    target: (modality, input) -> the input as its encoder takes it, normalised.
   """
 
   outputs: Mapping[str, Any]
   plain: Mapping[str, Any]
   segment: int
-  decode: Callable[[str, Float[Array, "b m d"], int], Float[Array, "b m c"]]
+  decode: Callable[..., Float[Array, "b ..."]]
+  target: Callable[[str, Array], Array]
 
   @property
   def with_specific(self) -> list[str]:
@@ -117,9 +120,19 @@ def _specific_uniform(r: Rows) -> Float[Array, ""]:
 
 
 def _reconstruction(r: Rows) -> Float[Array, ""]:
-  """Sum over the modalities (spec section 3); inputs are standardised, so that a constant has the error 1."""
+  """Sum over the modalities (spec section 3).
+
+  An encoder in the model has its own input as the target, normalised as it takes it; tokens are standardised, so that a
+  constant has the error 1.
+  """
   total = jnp.zeros((), jnp.float32)
   for name in (m for m in r.made.outputs if m != "text"):
+    if name in r.trunks:
+      decoded = r.made.decode(name, r.made.outputs[name].full, 0, r.trunks[name])
+      target = r.made.target(name, r.inputs[name])
+      clips = target.shape[1] if target.ndim > decoded.ndim else 1
+      total += losses.reconstruction(decoded, target, clips=clips, mask=r.masks[name])
+      continue
     target = jax.nn.standardize(r.inputs[name].astype(jnp.float32), epsilon=1e-6)
     decoded = r.made.decode(name, r.made.outputs[name].full, target.shape[-1])
     total += losses.reconstruction(decoded, target, mask=r.masks[name])

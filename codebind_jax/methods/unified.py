@@ -91,6 +91,11 @@ class Unified(base.Method):
   cpc_self: Weight = 0.0
 
   @property
+  def needs_tokens(self) -> str:
+    """Each level reconstructs the tokens it was given."""
+    return "this method reconstructs its towers' inputs token by token"
+
+  @property
   def codebook_sizes(self) -> dict[str, int]:
     """The shared codebook alone."""
     return {"shared": self.codes}

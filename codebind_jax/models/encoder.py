@@ -159,8 +159,7 @@ class Encoder(nn.Module):
       raise ValueError(f"video: shape {x.shape}, allowed [b, {spec.mean_of} frames, height, width, channels]")
     if not (len(spec.patch) == 3 and x.ndim == 4):
       x, clips = fold_clips(x, len(spec.size) + (not spec.is_text))
-    if x.dtype == jnp.uint8:
-      x = (x.astype(jnp.float32) / 255.0 - jnp.asarray(spec.mean)) / jnp.asarray(spec.std)
+    x = normalised(spec, x)
     tokens, positions = spec.stem(dtype=self.dtype, name="stem")(x)
     rope = TABLES[spec.rope](spec, x.shape[1:-1]) if spec.rope else None
     mask = (x != spec.pad_id)[:, None, None] if spec.is_text and spec.pad_id >= 0 else None
@@ -189,6 +188,13 @@ class Encoder(nn.Module):
     else:
       pooled = AttentionPool(spec.blocks, self.dtype, name="pool")(trunk)
     return jnp.concatenate([pooled, trunk], axis=1)
+
+
+def normalised(spec: EncoderSpec, x: Shaped[Array, "b ..."]) -> Shaped[Array, "b ..."]:
+  """uint8 pixels by the encoder's mean and deviation, float32; other inputs as they are."""
+  if x.dtype != jnp.uint8:
+    return x
+  return (x.astype(jnp.float32) / 255.0 - jnp.asarray(spec.mean)) / jnp.asarray(spec.std)
 
 
 def fold_clips(x: Shaped[Array, "b ..."], item_rank: int) -> tuple[Shaped[Array, "n ..."], int]:

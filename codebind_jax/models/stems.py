@@ -17,12 +17,18 @@ STEM_EPS = 1e-5
 _CUBIC = -0.75
 
 
-def cubic_matrix(size: int, new_size: int) -> np.ndarray:
+def cubic_matrix(size: int, new_size: int, corners: bool = False) -> np.ndarray:
   """Bicubic interpolation weights [new_size, size]: a = -0.75, half-pixel centres, borders repeated, no antialias.
 
   `jax.image.resize` has a = -0.5 and renormalises at the border; ImageBind's positions need this one.
+
+  Args:
+    size, new_size: of one axis.
+    corners: the first and last values stay where they are, instead of half-pixel centres (CLAP's spectrograms).
   """
   centre = (np.arange(new_size) + 0.5) * (size / new_size) - 0.5
+  if corners:
+    centre = np.arange(new_size) * ((size - 1) / max(new_size - 1, 1))
   low = np.floor(centre).astype(int)
   weights = np.zeros((new_size, size))
   for tap in range(-1, 3):

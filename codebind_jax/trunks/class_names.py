@@ -7,8 +7,9 @@ trunks alone.
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,44 +17,51 @@ from jaxtyping import Array, Float
 
 from codebind_jax.data.worlds import fetch
 from codebind_jax.data.worlds.imagenet import imagenet_names
-from codebind_jax.trunks import load_trunk
+from codebind_jax.trunks import Trunk, load_trunk
 from codebind_jax.trunks.cache import cached_features
 
 TEMPERATURE = 2.0
 
 
-def named_classes(kernel: np.ndarray, bias: np.ndarray, text_trunk: str) -> dict[str, Any]:
-  """Parameters of `class_meaning`: the classifier's, and its class names' embeddings by a text trunk (cached on disk).
+def names_trunk(name: str, weights: str | Path) -> Trunk:
+  """The packaged text trunk in whose space class names lie; in a saved model its files lie beside the image trunk's.
 
   Args:
-    kernel: [1000, width] of the classifier.
-    bias: [1000].
-    text_trunk: name of the text trunk.
-
-  Raises:
-    ValueError: if the classifier has another number of classes than there are names.
+    name: of the text trunk.
+    weights: of the image trunk.
   """
+  folder = Path(weights) if weights else None
+  return load_trunk(name, weights=str(folder) if folder and (folder / "tokenizer.json").is_file() else "")
+
+
+def class_embeddings(text_trunk: str) -> Float[np.ndarray, "classes d"]:
+  """The class names' embeddings by a text trunk (cached on disk)."""
   names = imagenet_names()
-  if kernel.shape[0] != len(names):
-    raise ValueError(f"class_names: the classifier has {kernel.shape[0]} classes, there are {len(names)} names")
   keys = [f"{number}: {name}" for number, name in enumerate(names)]  # two classes are called crane, and two maillot
   features = cached_features(
     load_trunk(text_trunk), keys, names.__getitem__, cache_dir=fetch.data_dir() / "features", hashes=names
   )
-  return {
-    "kernel": np.ascontiguousarray(kernel.T),
-    "bias": np.ascontiguousarray(bias),
-    "names": np.asarray(features[:, 0, 0], np.float32),
-  }
+  return np.asarray(features[:, 0, 0], np.float32)
 
 
-def class_meaning(params: dict[str, Any], tokens: Float[Array, "b n c"]) -> Float[Array, "b n d"]:
-  """Unit-length mean of the class names' embeddings under the classifier's softmax at temperature 2.
+class ClassMeaning(nn.Module):
+  """Unit-length mean of the class names' embeddings under a classifier's softmax at temperature 2.
 
-  Args:
-    params: from `named_classes`.
-    tokens: pooled features, as the classifier takes them.
+  Attributes:
+    width: of the embeddings.
+    classes: of the classifier.
   """
-  logits = tokens @ params["kernel"] + params["bias"]
-  mean = jax.nn.softmax(logits / TEMPERATURE, axis=-1) @ params["names"]
-  return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
+
+  width: int
+  classes: int = 1000
+
+  @nn.compact
+  def __call__(self, tokens: Float[Array, "b n c"]) -> Float[Array, "b n d"]:
+    """The mean for each pooled feature, as the classifier takes them."""
+    normal, zeros = nn.initializers.normal(0.02), nn.initializers.zeros
+    kernel = self.param("kernel", normal, (tokens.shape[-1], self.classes))
+    bias = self.param("bias", zeros, (self.classes,))
+    names = self.param("names", normal, (self.classes, self.width))
+    logits = tokens @ kernel + bias
+    mean = jax.nn.softmax(logits / TEMPERATURE, axis=-1) @ names
+    return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)

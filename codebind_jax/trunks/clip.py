@@ -20,6 +20,7 @@ from codebind_jax.trunks.tokens import (
   family_config,
   folder_json,
   folder_tokenizer,
+  has_tokenizer,
   model_type,
   processor_config,
   text_input,
@@ -66,8 +67,8 @@ def recognises(path: Path) -> bool:
 
 
 def modalities(path: Path) -> tuple[str, ...]:
-  """Modalities that a checkpoint has."""
-  return _modalities(_weights(path))
+  """Modalities that a folder has: their weights, and for text a tokenizer."""
+  return tuple(m for m in _modalities(_weights(path)) if m != "text" or has_tokenizer(path))
 
 
 def _modalities(weights: Weights) -> tuple[str, ...]:

@@ -151,8 +151,7 @@ class Release:
     shapes = {ours(name): self.books[f"mvq_dict.{name}.embedding.weight"].shape for name in self._book_names()}
     return Sizes(
       shared_dim=self._shared_dim,
-      specific_dims={m: self._width("modality_heads_mvq", m) - (self._joint(m) and self._shared_dim)
-                     for m in self.modalities},
+      specific_dims={m: self._specific_dim(m) for m in self.modalities},
       code_dims={name: shape[1] for name, shape in shapes.items()},
       codes={name: shape[0] for name, shape in shapes.items()},
       distance=_DISTANCES[distance], normalize=bool(setting("norm_code", True)), layout=_LAYOUTS[layout],
@@ -174,7 +173,7 @@ class Release:
       parts = {"shared": kernel[:, :cut], "specific": kernel[:, cut:]}
       return {k: {"norm": joint["norm"], "proj": {"kernel": v}} for k, v in parts.items() if v.shape[1]}
     heads = {"shared": self._head("modality_heads", modality)}
-    if self._width("modality_heads_mvq", modality):
+    if self._specific_dim(modality):
       heads["specific"] = self._head("modality_heads_mvq", modality)
     return heads
 
@@ -202,13 +201,13 @@ class Release:
     return decoder, names.load(shapes, part, decoder_rules(modality))
 
   def tower(self, modality: str) -> dict[str, Any]:
-    """Parameters of one modality: {trunk: {stem, trunk}, shared, specific, decoder, log_logit_scale}, if it has them."""
+    """Parameters of one modality, as far as it has them: {trunk: {stem, trunk}, shared, specific, decoder}."""
     spec = self.encoder_spec(modality, heads=1)
     shapes = jax.eval_shape(Encoder(spec).init, jax.random.key(0), spec.example())["params"]
     params = {"trunk": self.encoder(shapes, modality), **self.heads(modality)}
     if decoder := self.decoder(modality):
       params["decoder"] = decoder[1]
-    return params | {"log_logit_scale": jnp.float32(math.log(self.logit_scale(modality)))}
+    return params
 
   def towers(self) -> dict[str, dict[str, Any]]:
     """`tower` of every modality."""
@@ -247,6 +246,11 @@ class Release:
   def _width(self, kind: str, modality: str) -> int:
     part = imagebind.part_of(self.weights, f"{kind}.{imagebind.official_name(modality)}.")
     return max((entry.shape[0] for entry in part.values() if len(entry.shape) == 2), default=0)
+
+  def _specific_dim(self, modality: str) -> int:
+    # A text's file may hold a second head, which the release never calls.
+    width = 0 if modality == "text" else self._width("modality_heads_mvq", modality)
+    return width - self._shared_dim if self._joint(modality) else width
 
   @property
   def _shared_dim(self) -> int:

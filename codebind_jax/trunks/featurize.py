@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -94,8 +94,8 @@ class Featurizer:
     distinct = sorted(first.values())
     present = source if len(distinct) == len(source) else source.select(distinct)
     features = cached_features(
-      self.trunks[modality], present.keys, lambda i: present.read(i, modality), cache_dir=self._cache, views=views,
-      augment=Augment() if views > 1 else None, hashes=[hashes[row] for row in distinct],
+      self.trunks[modality], present.keys, self._reader(present, modality), cache_dir=self._cache, views=views,
+      augment=Augment() if views > 1 else None, hashes=[hashes[row] for row in distinct], encode=tower.cache,
     )  # fmt: skip
     number = {row: item for item, row in enumerate(distinct)}
     item = {row: number[first[content[row]]] for row in rows}
@@ -132,11 +132,21 @@ class Featurizer:
     }
     return tables, labels
 
+  def _reader(self, source: Any, modality: str) -> Callable[[int], Any]:
+    """Row -> its decoded value: by the trunk's own reading of the file, where it has one and the source has files."""
+    trunk = self.trunks[modality]
+    if trunk.input.read and hasattr(source, "item"):
+      return lambda i: trunk.read(source.item(i, modality))
+    return lambda i: source.read(i, modality)
+
   def texts(self, strings: Sequence[str]) -> np.ndarray:
-    """Token features float16 [N, T, C] of strings, kept in memory and on disk."""
+    """Tokens float16 [N, T, C] of strings, or prepared ids, kept in memory and on disk."""
     new = [text for text in dict.fromkeys(strings) if text not in self._texts]
     if new:
-      features = cached_features(self.trunks["text"], new, new.__getitem__, cache_dir=self._cache, hashes=new)
+      features = cached_features(
+        self.trunks["text"], new, new.__getitem__, cache_dir=self._cache, hashes=new,
+        encode=self._towers["text"].cache,
+      )  # fmt: skip
       self._texts.update(zip(new, np.asarray(features[:, 0])))
     return np.stack([self._texts[text] for text in strings])
 

@@ -7,10 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from codebind_jax.trunks.base import Trunk, fingerprint
+from codebind_jax.trunks.base import Input, Trunk, fingerprint
+from codebind_jax.trunks.vectors import Prepared
 
 
 def make_trunk(*, width: int = 64, weights: str | Path = "") -> Trunk:
@@ -25,15 +25,15 @@ def make_trunk(*, width: int = 64, weights: str | Path = "") -> Trunk:
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
     return np.random.default_rng(seed).standard_normal(width)
 
-  def preprocess(value: Any) -> np.ndarray:
+  def prepare(value: Any) -> np.ndarray:
     words = re.findall(r"\w+", str(value).lower())
     if not words:
       raise ValueError(f"text: {value!r} has no word")
     total = sum(word(text) for text in words)
     return (np.sqrt(width) * total / np.linalg.norm(total))[None].astype(np.float32)
 
-  options = {"width": width}
+  options, item = {"width": width}, Input((1, width), "float32", prepare, revision="words-1")
   return Trunk(
-    name="hashed_words", modality="text", width=width, num_tokens=1, params={}, apply=lambda _, x: jnp.asarray(x),
-    preprocess=preprocess, fingerprint=fingerprint({}, options, "words-1"), options=options,
+    name="hashed_words", modality="text", module=Prepared(), input=item,
+    fingerprint=fingerprint({}, options, item.revision), options=options,
   )  # fmt: skip

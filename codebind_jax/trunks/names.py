@@ -42,6 +42,52 @@ def as_is(value: np.ndarray, path: str, shape: tuple[int, ...]) -> np.ndarray:
   return value.reshape(shape) if value.size == math.prod(shape) else value
 
 
+def channels_last(value: np.ndarray, path: str, shape: tuple[int, ...]) -> np.ndarray:
+  """PyTorch layout -> flax layout for convolutions, of which those of size 1 are linear layers here.
+
+  [out, in, height, width] becomes [height, width, in, out], without the axes of length 1 that `shape` lacks.
+  """
+  moved = np.moveaxis(value, (0, 1), (-1, -2)) if path.endswith("kernel") else value
+  long = lambda sizes: [n for n in sizes if n != 1]
+  return moved.reshape(shape) if long(moved.shape) == long(shape) else moved
+
+
+def folded(weights: Weights, norms: Rules, epsilon: float) -> Weights:
+  """The checkpoint with each batch normalisation folded into the convolution before it, `<convolution>.{weight,bias}`.
+
+  Args:
+    weights: the checkpoint.
+    norms: (regex of a convolution's name, template of its normalisation's), as in rules.
+    epsilon: of the normalisations.
+
+  Raises:
+    ValueError: if a normalisation lacks a tensor.
+  """
+  entries, spent = dict(weights), set()
+
+  def read(convolution: str, norm: str, kind: str) -> np.ndarray:
+    get = lambda part: weights[f"{norm}.{part}"].read()
+    scale = get("weight") / np.sqrt(get("running_var") + epsilon)
+    if kind == "bias":
+      return get("bias") - get("running_mean") * scale
+    return weights[f"{convolution}.weight"].read() * scale[:, None, None, None]
+
+  for name in weights:
+    convolution, _, kind = name.rpartition(".")
+    match = next(((m, norm) for pattern, norm in norms if (m := re.fullmatch(pattern, convolution))), None)
+    if kind != "weight" or match is None:
+      continue
+    norm = match[1].format(*match[0].groups())
+    for part in ("weight", "bias", "running_mean", "running_var"):
+      if f"{norm}.{part}" not in weights:
+        raise ValueError(f"{weights.name}: missing tensor {norm}.{part} (of {convolution}'s normalisation)")
+    spent.update(n for n in weights if n.rpartition(".")[0] == norm)
+    whole = weights[name]
+    for part, shape in (("weight", whole.shape), ("bias", whole.shape[:1])):
+      entries[f"{convolution}.{part}"] = Entry(shape, whole.dtype, lambda c=convolution, n=norm, p=part: read(c, n, p))
+  return Weights({name: entry for name, entry in entries.items() if name not in spent}, weights.files)
+
+
 def load(
   shapes: Any,
   weights: Weights,
@@ -50,7 +96,7 @@ def load(
   convert: Callable[[np.ndarray, str, tuple[int, ...]], np.ndarray] = from_torch,
   ignored: Sequence[str] = (),
   dont_load: Sequence[str] = (),
-  start: Any = None,
+  start: Callable[[], Any] | None = None,
 ) -> Any:
   """Parameters with a checkpoint's values, each read, converted and put in its place before the next one is read.
 
@@ -61,14 +107,19 @@ def load(
     rules: of the family, see this module.
     convert: (array, our path, our shape) -> the array in flax layout; `from_torch` or `as_is`.
     ignored: regexes of official names that are not needed; any other that no parameter uses is an error.
-    dont_load: regexes of our paths that keep their value in `start`.
-    start: tree of initial values, needed for `dont_load`.
+    dont_load: regexes, searched in our paths, of parameters that keep their value in `start`.
+    start: gives the tree of initial values; called only where there is a `dont_load`.
 
   Raises:
-    ValueError: naming every missing, superfluous and misshapen array.
+    ValueError: naming every missing, superfluous and misshapen array, or a pattern that matches no parameter.
   """
   missing, wrong, used = [], [], set()
-  keep = lambda path: any(re.fullmatch(pattern, path) for pattern in dont_load)
+  keep = lambda path: any(re.search(pattern, path) for pattern in dont_load)
+  path_of = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+  paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+  for pattern in dont_load:
+    if not any(re.search(pattern, path) for path in paths):
+      raise ValueError(f"dont_load: pattern {pattern!r} matches none of {len(paths)} parameters, such as {paths[0]!r}")
 
   def names_of(path: str, needed: bool = True) -> list[str] | None:
     kind = KINDS.get(path.rsplit("/", 1)[-1], "")
@@ -99,10 +150,10 @@ def load(
     return value
 
   def place(path: Any, leaf: Any, initial: Any = None) -> Any:
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    name, sharding = path_of(path), getattr(leaf, "sharding", None)
     if keep(name):
       used.update(names_of(name, needed=False) or ())
-      return initial
+      return initial if sharding is None else jax.device_put(initial, sharding)
     shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
     if "/blocks/" in f"/{name}":
       paths = [f"/{name}".replace("/blocks/", f"/blocks_{i}/")[1:] for i in range(shape[0])]
@@ -113,13 +164,12 @@ def load(
       value = value_of(name, shape, dtype)
     if value is None or missing or wrong:
       return leaf
-    sharding = getattr(leaf, "sharding", None)
     value = np.asarray(value, dtype)
     if sharding is None:
       return jax.numpy.asarray(value)
     return jax.make_array_from_callback(shape, sharding, lambda index: value[index])
 
-  extra = (start,) if start is not None else ()
+  extra = (start(),) if dont_load else ()
   loaded = jax.tree_util.tree_map_with_path(place, shapes, *extra)
   superfluous = sorted(n for n in weights if n not in used and not any(re.fullmatch(p, n) for p in ignored))
   if missing or superfluous or wrong:

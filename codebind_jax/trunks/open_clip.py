@@ -21,7 +21,7 @@ from codebind_jax.models.heads import Head
 from codebind_jax.models.imagebind import CLIP_MEAN, CLIP_STD
 from codebind_jax.trunks import names
 from codebind_jax.trunks.base import Input, PublishedHead, Trunk, fingerprint
-from codebind_jax.trunks.checkpoint_files import Weights, folder_weights, mentions, open_weights
+from codebind_jax.trunks.checkpoint_files import Weights, folder_weights, mentions, open_weights, present
 from codebind_jax.trunks.clip_tokenizer import clip_ids
 from codebind_jax.trunks.pictures import RESAMPLE, Picture, picture_input
 from codebind_jax.trunks.tokens import folder_json, text_input
@@ -359,7 +359,7 @@ def make_trunk(
     ValueError: if there is no such checkpoint, its tower is not supported, or it lacks the modality.
   """
   path = Path(weights).expanduser()
-  if not weights or not path.exists():
+  if not weights or not (path.exists() or present(path)):
     raise ValueError(f"weights: {weights!r} does not exist")
   bare = not path.is_dir()
   if bare:
@@ -397,6 +397,7 @@ def make_trunk(
     names.load, weights=there.renamed(lambda n: n if n.startswith(start) else ""), rules=head_rules,
     convert=functools.partial(_head_convert, linear))  # fmt: skip
   scale = math.exp(float(there["logit_scale"].read().reshape(-1)[0])) if "logit_scale" in there else 1.0
+  act = "quick_gelu" if quick else "gelu"  # as found, since a saved model keeps no names that tell
   options = {"weights": weights, "modality": modality, "model": model, "tag": tag, "act": act, "dtype": dtype,
              "remat": remat, "scan": scan}  # fmt: skip
   width = config["embed_dim"] if projected else spec.width

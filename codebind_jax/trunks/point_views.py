@@ -9,15 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from codebind_jax.data.transforms import points as point_transforms
+from codebind_jax.models.encoder import Encoded
 from codebind_jax.trunks import efficientnet_lite0
-from codebind_jax.trunks.base import Trunk, fingerprint
-from codebind_jax.trunks.point_groups import histograms, unit_sphere
+from codebind_jax.trunks.base import Input, Trunk, fingerprint
+from codebind_jax.trunks.points import histograms, unit_sphere
 
 _REVISION = "point_views-1"
 AZIMUTHS = (-60, -35, -10, 20, 45, 160)  # degrees about the y axis, which points up
@@ -52,6 +53,27 @@ def depth_picture(
   return picture
 
 
+class PointViews(nn.Module):
+  """Depth pictures, and values to append, in one row an item -> the mean of the pictures' class tokens, and the values.
+
+  Attributes:
+    picture: the network of a picture.
+    views, size: number of pictures, and their side in pixels.
+  """
+
+  picture: efficientnet_lite0.EfficientNetLite0
+  views: int
+  size: int
+
+  @nn.compact
+  def __call__(self, rows: Float[Array, "b c"], train: bool = False) -> Encoded:
+    """One token."""
+    pixels = self.views * self.size**2
+    views = rows[:, :pixels].reshape(-1, self.views, self.size, self.size, 1)
+    seen = efficientnet_lite0.one_by_one(self.picture, jnp.repeat(views, 3, axis=-1))
+    return Encoded(jnp.concatenate([seen.mean(axis=1), rows[:, pixels:]], axis=1)[:, None])
+
+
 def make_trunk(
   *,
   weights: str | Path = "",
@@ -81,31 +103,18 @@ def make_trunk(
   picture = efficientnet_lite0.make_trunk(
     weights=weights, size=size, grid=0, levels=levels, stages=stages, head_width=head_width, dont_load=dont_load
   )
-  pixels = len(azimuths) * size * size
-  shape_width = len(histograms(np.eye(3))) + metric
-
-  def preprocess(value: Any) -> np.ndarray:
+  def prepare(value: Any) -> np.ndarray:
     cloud, reach = unit_sphere(point_transforms.read(value)[:, :3].astype(np.float64))
     pictures = [depth_picture(cloud, azimuth, size, radius).ravel() for azimuth in azimuths]
     return np.concatenate([*pictures, histograms(cloud), [np.log(reach)] if metric else []]).astype(np.float32)
 
-  def apply(params: Any, batch: jax.Array | np.ndarray) -> jax.Array:
-    batch = jnp.asarray(batch)
-    views = batch[:, :pixels].reshape(-1, len(azimuths), size, size, 1)
-    # One cloud after the other, because the maps of a whole batch's pictures would take too much memory.
-    seen = jax.lax.map(lambda cloud: picture.apply(params, jnp.repeat(cloud, 3, axis=-1))[:, 0], views)
-    return jnp.concatenate([seen.mean(axis=1), batch[:, pixels:]], axis=1)[:, None]
-
+  revision = f"{_REVISION} {point_transforms.REVISION}"
+  length = len(azimuths) * size * size + len(histograms(np.eye(3))) + metric
   options = {key: picture.options[key] for key in ("size", "levels", "stages")}
   options |= {"azimuths": azimuths, "radius": radius, "metric": metric}
   return Trunk(
-    name="point_views",
-    modality="points",
-    width=picture.width + shape_width,
-    num_tokens=1,
-    params=picture.params,
-    apply=apply,
-    preprocess=preprocess,
-    fingerprint=fingerprint({}, options | {"picture": picture.fingerprint}, f"{_REVISION} {point_transforms.REVISION}"),
-    options=options,
-  )
+    name="point_views", modality="points", module=PointViews(picture.module, len(azimuths), size),
+    input=Input((length,), "float32", prepare, revision=f"{revision} {azimuths} {size} {radius} {metric}"),
+    fingerprint=fingerprint({}, options | {"picture": picture.fingerprint}, revision),
+    load=picture.load and (lambda shapes: {"picture": picture.load(shapes["picture"])}), options=options,
+  )  # fmt: skip

@@ -78,6 +78,11 @@ def _name(clean: Callable[[str], str] | None) -> str:
   return f"{clean.__module__}.{clean.__qualname__} " if clean else ""
 
 
+def has_tokenizer(folder: Path) -> bool:
+  """Whether a folder has a file that `folder_tokenizer` reads."""
+  return any((folder / name).is_file() for name in ("tokenizer.json", *SENTENCEPIECE, "vocab.json"))
+
+
 def folder_tokenizer(folder: Path) -> tokenizers.Tokenizer:
   """The tokenizer of a folder in Hugging Face layout: `tokenizer.json`, a SentencePiece model (which adds no marks), or
   `vocab.json` with `merges.txt` by transformers.

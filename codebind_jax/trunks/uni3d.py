@@ -21,7 +21,7 @@ from codebind_jax.models.heads import Head
 from codebind_jax.models.point_patches import PointEncoder, PointSpec
 from codebind_jax.trunks import names
 from codebind_jax.trunks.base import Input, PublishedHead, Trunk, fingerprint
-from codebind_jax.trunks.checkpoint_files import Entry, Weights, mentions, open_weights
+from codebind_jax.trunks.checkpoint_files import Entry, Weights, mentions, open_weights, present
 
 _REVISION = "uni3d-1"
 MODALITIES = ("points",)
@@ -38,7 +38,8 @@ _CONVS = "point_encoder.encoder.{}_conv.{}"
 def _file(path: Path) -> Path:
   if not path.is_dir():
     return path
-  return next((path / name for name in _FILES if mentions(path / name, _MARK)), path / _FILES[1])
+  files = [path / name for name in _FILES]
+  return next((file for file in files if mentions(file, _MARK)), next(filter(present, files), files[0]))
 
 
 def recognises(path: Path) -> bool:
@@ -78,7 +79,7 @@ def folded(weights: Weights) -> Weights:
         if name in weights:
           read = functools.partial(_linear, weights, stage, number, part)
           entries[name] = Entry(weights[name].shape[:2], np.dtype(np.float32), read)
-  return Weights(entries, weights.files)
+  return Weights(entries, weights.files, weights.digest)
 
 
 def _linear(weights: Weights, stage: str, number: int, part: str) -> np.ndarray:
@@ -195,7 +196,7 @@ def make_trunk(
     ValueError: if there is no such checkpoint, for another modality, or numbers below 1.
   """
   path = Path(weights).expanduser()
-  if not weights or not path.exists():
+  if not weights or not (path.exists() or present(path)):
     raise ValueError(f"weights: {weights!r} does not exist")
   if modality not in MODALITIES:
     raise ValueError(f"{weights}: has no {modality!r}; it has points")

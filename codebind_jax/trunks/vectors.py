@@ -5,10 +5,33 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import flax.linen as nn
 import numpy as np
+from jaxtyping import Array, Float
 
-from codebind_jax.trunks.base import Trunk, fingerprint
+from codebind_jax.models.encoder import Encoded
+from codebind_jax.trunks.base import Input, Trunk, fingerprint
+
+
+class Prepared(nn.Module):
+  """Tokens as they were prepared; no parameters."""
+
+  def __call__(self, tokens: Float[Array, "b n c"], train: bool = False) -> Encoded:
+    """The input."""
+    return Encoded(tokens)
+
+
+def vectors_input(tokens: int, width: int, modality: str) -> Input:
+  """Input of one shape; an item is [tokens, width], or [width] where `tokens` is 1. `modality` is for messages."""
+  shape = (tokens, width)
+
+  def prepare(value: Any) -> np.ndarray:
+    array = np.asarray(value, np.float32)
+    if array.shape != shape and not (tokens == 1 and array.shape == (width,)):
+      raise ValueError(f"{modality}: got an array of shape {array.shape}, allowed is {shape}")
+    return array.reshape(shape)
+
+  return Input(shape, "float32", prepare, revision="raw-1")
 
 
 def make_trunk(*, width: int = 64, tokens: int = 1, modality: str = "vectors", weights: str | Path = "") -> Trunk:
@@ -20,18 +43,8 @@ def make_trunk(*, width: int = 64, tokens: int = 1, modality: str = "vectors", w
     modality: for messages.
     weights: unused, as the trunk has none; every trunk takes it.
   """
-  shape = (tokens, width)
-
-  def preprocess(value: Any) -> np.ndarray:
-    array = np.asarray(value, np.float32)
-    if array.shape != shape and not (tokens == 1 and array.shape == (width,)):
-      raise ValueError(f"{modality}: got an array of shape {array.shape}, allowed is {shape}")
-    return array.reshape(shape)
-
-  options = {"width": width, "tokens": tokens}
+  options, item = {"width": width, "tokens": tokens}, vectors_input(tokens, width, modality)
   return Trunk(
-    name="vectors", modality=modality, width=width, num_tokens=tokens, params={}, apply=lambda _, x: jnp.asarray(x),
-    preprocess=preprocess, fingerprint=fingerprint({}, options, "raw-1"), options=options,
+    name="vectors", modality=modality, module=Prepared(), input=item,
+    fingerprint=fingerprint({}, options, item.revision), options=options,
   )  # fmt: skip
-
-

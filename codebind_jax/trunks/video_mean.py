@@ -4,15 +4,36 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Num
 
 from codebind_jax.data.transforms import video as video_transforms
+from codebind_jax.models.encoder import Encoded
 from codebind_jax.trunks import efficientnet_lite0
-from codebind_jax.trunks.base import Trunk, fingerprint
+from codebind_jax.trunks.base import Input, Trunk, fingerprint
 
 _REVISION = "frames-1"
+
+
+class VideoMean(nn.Module):
+  """Frames -> the mean of their class tokens, and these tokens where `each`.
+
+  Attributes:
+    picture: the network of a frame.
+    each: see `make_trunk`.
+  """
+
+  picture: efficientnet_lite0.EfficientNetLite0
+  each: bool = False
+
+  @nn.compact
+  def __call__(self, videos: Num[Array, "b t h w 3"], train: bool = False) -> Encoded:
+    """Tokens [b, 1, c] or [b, 1 + t, c]."""
+    seen = efficientnet_lite0.one_by_one(self.picture, videos)
+    mean = jnp.mean(seen, axis=1, keepdims=True)
+    return Encoded(jnp.concatenate([mean, seen], axis=1) if self.each else mean)
 
 
 def make_trunk(
@@ -53,26 +74,17 @@ def make_trunk(
     class_names=class_names, stages=stages, head_width=head_width, dont_load=dont_load,
   )  # fmt: skip
 
-  def apply(params: Any, batch: jax.Array | np.ndarray) -> jax.Array:
-    # One video after the other, because the maps of a whole batch's frames would take too much memory.
-    seen = jax.lax.map(lambda video: picture.apply(params, video)[:, 0], jnp.asarray(batch))
-    mean = jnp.mean(seen, axis=1, keepdims=True)
-    return jnp.concatenate([mean, seen], axis=1) if each else mean
-
-  def preprocess(value: Any) -> np.ndarray:
+  def prepare(value: Any) -> np.ndarray:
     video = video_transforms.read(value)
     chosen = [int((k + 0.5) * len(video) / frames) for k in range(frames)]
     return np.stack([picture.preprocess(video[i]) for i in chosen])
 
+  revision = f"{_REVISION} {video_transforms.REVISION}"
   options = picture.options | {"frames": frames, "each": each}
   return Trunk(
-    name="video_mean",
-    modality="video",
-    width=picture.width,
-    num_tokens=1 + frames if each else 1,
-    params=picture.params,
-    apply=apply,
-    preprocess=preprocess,
-    fingerprint=fingerprint({}, options | {"picture": picture.fingerprint}, f"{_REVISION} {video_transforms.REVISION}"),
-    options=options,
-  )
+    name="video_mean", modality="video", module=VideoMean(picture.module, each),
+    input=Input((frames, *picture.input.shape), "uint8", prepare,
+                revision=f"{revision} {frames} {picture.input.revision}"),
+    fingerprint=fingerprint({}, options | {"picture": picture.fingerprint}, revision),
+    load=picture.load and (lambda shapes: {"picture": picture.load(shapes["picture"])}), options=options,
+  )  # fmt: skip

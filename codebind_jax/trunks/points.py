@@ -1,21 +1,17 @@
-"""Point clouds as groups of neighbours (Qi et al. 2017; Yu et al. 2022) and histograms; no trained parameters.
-
-A trained body (`models/points.py`) encodes the groups; a linear head needs the histograms alone.
-"""
+"""Point clouds as groups of neighbours (Qi et al. 2017; Yu et al. 2022) and histograms, encoded by a small network."""
 
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.spatial.distance import pdist
 
 from codebind_jax.data.transforms import points as point_transforms
-from codebind_jax.trunks.base import Trunk, fingerprint
+from codebind_jax.models.points import Points
+from codebind_jax.trunks.base import Input, Trunk, fingerprint
 
-_REVISION = "point_groups-2"
+_REVISION = "points-1"
 CELLS, DISTANCES, ROUNDS = 6, 32, (16, 8)
 _PAIRED = 512  # points whose distances are counted
 
@@ -66,39 +62,56 @@ def histograms(points: Float[np.ndarray, "p 3"]) -> Float[np.ndarray, "h"]:
   return np.concatenate([*(np.sqrt(one / max(one.mean(), 1e-9)) for one in counts), np.ptp(points, axis=0)])
 
 
-def make_trunk(*, groups: int = 32, neighbours: int = 32, size: bool = False, weights: str | Path = "") -> Trunk:
-  """The trunk of point clouds: token 0 holds histograms of the whole cloud, then one token a group, padded with zeros.
+def groups_input(groups: int, neighbours: int, size: bool) -> Input:
+  """Input of `models.points.Points`, [1 + groups, c]: histograms of the whole cloud, then one row a group.
 
-  A group's token is its centre and the relative positions of its points. Colours are not used.
+  A group's row is its centre and the relative positions of its points. Rows are padded with zeros. Colours are not
+  used.
 
   Args:
     groups: number of groups.
     neighbours: points a group.
-    size: append the logarithm of the cloud's radius to token 0, for clouds whose unit is known (metres).
-    weights: unused, as the trunk has none; every trunk takes it.
+    size: append the logarithm of the cloud's radius to row 0.
+  """
+  first_width = DISTANCES + CELLS**3 + ROUNDS[0] * ROUNDS[1] + 3 + size  # of row 0
+  width = max(first_width, 3 + 3 * neighbours)
+
+  def prepare(value: Any) -> np.ndarray:
+    cloud, radius = unit_sphere(point_transforms.read(value)[:, :3].astype(np.float64))
+    rows = np.zeros((1 + groups, width), np.float32)
+    rows[0, :first_width] = np.concatenate([histograms(cloud), [np.log(radius)] if size else []])
+    centres, relative = group_points(cloud, groups, neighbours)
+    rows[1:, :3], rows[1:, 3 : 3 + 3 * neighbours] = centres, relative.reshape(groups, -1)
+    return rows
+
+  revision = f"{_REVISION} {point_transforms.REVISION} {groups} {neighbours} {size}"
+  return Input((1 + groups, width), "float32", prepare, revision=revision)
+
+
+def make_trunk(
+  *, groups: int = 32, neighbours: int = 32, size: bool = False, width: int = 128, depth: int = 2, heads: int = 4,
+  dropout: float = 0.0, weights: str | Path = "",
+) -> Trunk:  # fmt: skip
+  """The trunk of point clouds, trained from scratch: the class token, then one token a group.
+
+  Args:
+    groups: number of groups.
+    neighbours: points a group.
+    size: tell the network the logarithm of the cloud's radius, for clouds whose unit is known (metres).
+    width, depth, heads, dropout: see `models.points.Points`.
+    weights: unused, as the trunk has no checkpoint; every trunk takes it.
 
   Raises:
     ValueError: if a number is below 1.
   """
   if groups < 1 or neighbours < 1:
     raise ValueError(f"groups {groups}, neighbours {neighbours}: allowed are 1 and up")
-  first_width = DISTANCES + CELLS**3 + ROUNDS[0] * ROUNDS[1] + 3 + size  # of token 0
-  width = max(first_width, 3 + 3 * neighbours)
-
-  def preprocess(value: Any) -> np.ndarray:
-    cloud, radius = unit_sphere(point_transforms.read(value)[:, :3].astype(np.float64))
-    tokens = np.zeros((1 + groups, width), np.float32)
-    tokens[0, :first_width] = np.concatenate([histograms(cloud), [np.log(radius)] if size else []])
-    centres, relative = group_points(cloud, groups, neighbours)
-    tokens[1:, :3], tokens[1:, 3 : 3 + 3 * neighbours] = centres, relative.reshape(groups, -1)
-    return tokens
-
-  def apply(params: Any, tokens: jax.Array | np.ndarray) -> jax.Array:
-    return jnp.asarray(tokens, jnp.float32)
-
-  options = {"groups": groups, "neighbours": neighbours, "size": size}
+  item = groups_input(groups, neighbours, size)
+  options = {
+    "groups": groups, "neighbours": neighbours, "size": size, "width": width, "depth": depth, "heads": heads,
+    "dropout": dropout,
+  }  # fmt: skip
   return Trunk(
-    name="point_groups", modality="points", width=width, num_tokens=1 + groups, params={}, apply=apply,
-    preprocess=preprocess, fingerprint=fingerprint({}, options, f"{_REVISION} {point_transforms.REVISION}"),
-    options=options,
+    name="points", modality="points", module=Points(width, neighbours, depth, heads, dropout), input=item,
+    fingerprint=fingerprint({}, options, f"{_REVISION} {point_transforms.REVISION}"), options=options,
   )  # fmt: skip

@@ -1,0 +1,31 @@
+"""Vectors through a small network, trained from scratch, for synthetic data and precomputed features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from codebind_jax.models.mlp import Mlp
+from codebind_jax.trunks.base import Trunk, fingerprint
+from codebind_jax.trunks.vectors import vectors_input
+
+
+def make_trunk(
+  *, inputs: int = 64, tokens: int = 1, width: int = 256, dropout: float = 0.0, modality: str = "vectors",
+  weights: str | Path = "",
+) -> Trunk:  # fmt: skip
+  """A trunk of two layers, token by token.
+
+  Args:
+    inputs: width of an input's tokens.
+    tokens: T; an input is [T, inputs], or [inputs] where T is 1.
+    width: C, of both layers.
+    dropout: rate after each layer.
+    modality: for messages.
+    weights: unused, as the trunk has no checkpoint; every trunk takes it.
+  """
+  options = {"inputs": inputs, "tokens": tokens, "width": width, "dropout": dropout}
+  item = vectors_input(tokens, inputs, modality)
+  return Trunk(
+    name="mlp", modality=modality, module=Mlp(width, dropout), input=item,
+    fingerprint=fingerprint({}, options, f"mlp-1 {item.revision}"), options=options,
+  )  # fmt: skip
