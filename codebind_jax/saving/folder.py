@@ -45,6 +45,7 @@ _SMALL = (
   "video_preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
   "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model",
 )  # fmt: skip
+_PATHS = ("weights", "base", "tokenizer")  # options that are paths, beside those whose type says so
 _OF_TEXT = frozenset(_SMALL) - {name for name in _SMALL if "config.json" in name and "token" not in name}
 
 
@@ -201,7 +202,7 @@ def _write_trunk(
   with noted() as notes:
     load_trunk(family, **options)
   folder, inside = part / TRUNKS / modality, f"{TRUNKS}/{modality}"
-  files_of = {key for key in known if key == "weights" or Path in typing.get_args(known[key][0])}
+  files_of = {key for key in known if key in _PATHS or Path in typing.get_args(known[key][0])}
   sources = {key: Path(options[key]).expanduser().absolute() for key in files_of & set(options)
              if options[key] not in ("", "random")}  # fmt: skip
   sources = {key: path for key, path in sources.items() if path.exists() or present(path)}
@@ -342,7 +343,7 @@ def _opened_config(content: Mapping[str, Any], folder: Path) -> config_lib.Confi
     tower["options"] |= {key: str(folder / path) for key, path in record["paths"].items()}
     if record.get("source"):
       tower["options"]["weights"] = str(_found(folder, m, record))
-  return config_lib.reopened(plain)
+  return config_lib.read(plain)
 
 
 def _found(folder: Path, modality: str, record: Mapping[str, Any]) -> Path:

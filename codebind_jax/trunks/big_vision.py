@@ -12,7 +12,7 @@ from codebind_jax.data import sentencepiece
 from codebind_jax.models.encoder import EncoderSpec
 from codebind_jax.trunks import names, siglip
 from codebind_jax.trunks.base import Trunk
-from codebind_jax.trunks.checkpoint_files import Weights, open_weights
+from codebind_jax.trunks.checkpoint_files import Weights, note, open_weights, present
 from codebind_jax.trunks.pictures import RESAMPLE, Picture, picture_input
 from codebind_jax.trunks.tokens import (
   SENTENCEPIECE,
@@ -121,6 +121,7 @@ def _ids(file: Path, tokenizer: str, context: int) -> Ids:
   if model is None:
     raise ValueError(f"{file}: text needs a tokenizer: tokenizer.json or a SentencePiece model in {place}, "
                      "or the option `tokenizer`")  # fmt: skip
+  note(model)
   whole = model.suffix == ".json"
   if whole and model.name != "tokenizer.json":
     try:
@@ -162,7 +163,7 @@ def make_trunk(
     ValueError: if the file is no such checkpoint, lacks the modality, or has no tokenizer beside it.
   """
   path = Path(weights).expanduser()
-  if not weights or not path.is_file():
+  if not weights or not present(path):
     raise ValueError(f"weights: {weights!r} is no file")
   opened = open_weights(path)
   root = _root(opened)

@@ -52,11 +52,10 @@ class Weights(Mapping[str, Entry]):
 
   Attributes:
     files: the files they lie in.
-    digest: hash of the original files, where these are shapes alone, else "".
   """
 
-  def __init__(self, entries: Mapping[str, Entry], files: tuple[Path, ...], digest: str = ""):
-    self._entries, self.files, self.digest = dict(entries), files, digest
+  def __init__(self, entries: Mapping[str, Entry], files: tuple[Path, ...]):
+    self._entries, self.files = dict(entries), files
 
   def __getitem__(self, name: str) -> Entry:
     return self._entries[name]
@@ -79,12 +78,12 @@ class Weights(Mapping[str, Entry]):
 
   def renamed(self, new_name: Callable[[str], str]) -> Weights:
     """The same arrays under other names; those whose new name is "" are left out."""
-    return Weights({new: entry for old, entry in self.items() if (new := new_name(old))}, self.files, self.digest)
+    return Weights({new: entry for old, entry in self.items() if (new := new_name(old))}, self.files)
 
   def hash(self) -> str:
-    """Hex SHA-256 of the files, remembered by path, size and time while the process lives."""
-    if self.digest:
-      return self.digest
+    """Hex SHA-256 of the files, remembered by path, size and time while the process lives; of shapes, the original's."""
+    if len(self.files) == 1 and not self.files[0].is_file() and present(self.files[0]):
+      return str(_shapes_file(self.files[0])["hash"])
     digest = hashlib.sha256()
     for path in self.files:
       digest.update(file_hash(path).encode())
@@ -135,7 +134,12 @@ def present(path: Path) -> bool:
   return path.is_file() or path.with_name(path.name + SHAPES).is_file()
 
 
-def _opened(path: Path, empty: bool) -> Weights:
+def listed(folder: Path) -> list[Path]:
+  """The files in a folder, sorted; checkpoints also where only their shapes are there."""
+  return sorted({path.with_name(path.name.removesuffix(SHAPES)) for path in folder.iterdir()})
+
+
+def _opened(path: Path, empty: bool = False) -> Weights:
   if not path.is_file():
     raise ValueError(f"{path}: no such file")
   if path.name.endswith(".index.json"):
@@ -158,8 +162,9 @@ def mentions(path: str | Path, *marks: str) -> bool:
   """
   path = Path(path)
   try:
-    if path.suffix == ".safetensors":
-      return any(mark in name for name in open_weights(path) for mark in marks)
+    if path.suffix == ".safetensors" or not path.is_file() and present(path):
+      names = _opened(path) if path.is_file() else _shapes(path)
+      return any(mark in name for name in names for mark in marks)
     if path.suffix in (".pt", ".pth", ".bin") and zipfile.is_zipfile(path):
       with zipfile.ZipFile(path) as archive:
         pickles = [archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")]
@@ -429,7 +434,7 @@ def _shapes(path: Path) -> Weights:
       entries[name] = Entry(tuple(shape), dtype, read)
   except (ValueError, TypeError, AttributeError) as error:
     raise ValueError(f"{path}{SHAPES}: not a checkpoint's shapes ({error!r})") from error
-  return Weights(entries, (path,), content["hash"])
+  return Weights(entries, (path,))
 
 
 def write_safetensors(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str]) -> None:

@@ -36,7 +36,7 @@ from codebind_jax.models.heads import Head
 from codebind_jax.models.lora import from_release, merge
 from codebind_jax.trunks import imagebind, names
 from codebind_jax.trunks.base import PublishedHead, Trunk, fingerprint
-from codebind_jax.trunks.checkpoint_files import Entry, Weights, open_weights
+from codebind_jax.trunks.checkpoint_files import Entry, Weights, listed, note, open_weights, present
 from codebind_jax.trunks.imagebind_inputs import BASELINE, FOCAL_LENGTH, item_input
 
 _REVISION = "codebind-release-1"
@@ -285,7 +285,7 @@ def _files(folder: Path) -> tuple[Path, list[tuple[re.Match[str], Path]]]:
   """The folder that holds the release's files (it, or `checkpoints` in it), and those files."""
   for place in (folder, folder / "checkpoints"):
     if place.is_dir():
-      found = [(match, path) for path in sorted(place.iterdir()) if (match := _FILE.fullmatch(path.name))]
+      found = [(match, path) for path in listed(place) if (match := _FILE.fullmatch(path.name))]
       if found:
         return place, found
   return folder, []
@@ -373,7 +373,7 @@ def _base(folder: Path, place: Path, base: str) -> Path | None:
     return Path(base)
   names = ("imagebind_huge.pth", "imagebind_huge.safetensors")
   files = [where / name for where in (place, folder, folder.parent) for name in names]
-  return next((file for file in files if file.is_file()), None)
+  return next((file for file in files if present(file)), None)
 
 
 def _named(weights: Weights, module: str, modality: str | None) -> Weights:
@@ -398,6 +398,8 @@ def _adapter(files: list[tuple[re.Match[str], Path]], modality: str, postfix: st
 
 def _with_adapters(weights: Weights, official: str, adapter: Weights) -> Weights:
   """The checkpoint with a trunk's adapters folded into its weights as these are read."""
+  if not adapter.files[0].is_file():  # shapes alone, whose values are not needed
+    return Weights(weights, (*weights.files, *adapter.files))
   layers: dict[str, dict[str, Any]] = collections.defaultdict(dict)
   try:
     tree = from_release({name: entry.read() for name, entry in adapter.items()})
@@ -424,6 +426,7 @@ def _settings(folder: Path, place: Path) -> Mapping[str, Any]:
   for where in dict.fromkeys((place, folder, place.parent)):
     path = where / "cfg_all_train.yaml"
     if path.is_file():
+      note(path)
       try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
       except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -19,7 +19,7 @@ from codebind_jax.models.heads import Head
 from codebind_jax.models.imagebind import CLIP_MEAN, CLIP_STD, HUGE
 from codebind_jax.trunks import names
 from codebind_jax.trunks.base import PublishedHead, Trunk, fingerprint
-from codebind_jax.trunks.checkpoint_files import Weights, open_weights
+from codebind_jax.trunks.checkpoint_files import Weights, open_weights, present
 from codebind_jax.trunks.imagebind_inputs import BASELINE, FOCAL_LENGTH, item_input
 
 _REVISION = "imagebind-1"
@@ -113,7 +113,7 @@ def weights_of(path: str | Path) -> Weights:
   """
   path = Path(path).expanduser()
   if path.is_dir():
-    files = [path / name for name in _FOLDER_FILES if (path / name).is_file()]
+    files = [path / name for name in _FOLDER_FILES if present(path / name)]
     if not files:
       raise ValueError(f"{path}: holds no ImageBind checkpoint; looked for {', '.join(_FOLDER_FILES)}")
     path = files[0]

@@ -16,7 +16,7 @@ from codebind_jax.models.encoder import Encoder, EncoderSpec
 from codebind_jax.models.heads import Head
 from codebind_jax.trunks import clip, names
 from codebind_jax.trunks.base import Input, PublishedHead, Trunk, fingerprint
-from codebind_jax.trunks.checkpoint_files import Entry, Weights, folder_weights
+from codebind_jax.trunks.checkpoint_files import Entry, Weights, folder_weights, note
 from codebind_jax.trunks.pictures import RESAMPLE, picture_input, processor_picture
 from codebind_jax.trunks.tokens import (
   SENTENCEPIECE,
@@ -140,6 +140,8 @@ def folder_ids(folder: Path, context: int) -> Ids:
   end = named(settings.get("eos_token") or ("<eos>" if gemma else "</s>"))
   pad = named(settings.get("pad_token") or (end if first else "<pad>"))
   direct = model is not None and (first or not (folder / "tokenizer.json").is_file())
+  if direct:
+    note(model)
   tokenizer = sentencepiece.read_tokenizer(model) if direct else folder_tokenizer(folder)
   for name, mark in (("end mark", end), ("padding", pad)):
     if tokenizer.token_to_id(mark) is None:
