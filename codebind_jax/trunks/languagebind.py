@@ -91,7 +91,7 @@ def merged(weights: Weights, alpha: float) -> Weights:
       raise ValueError(f"{weights.name}: {layer} needs weight, lora_A and lora_B, and lacks one of them")
     parts = entries[name], halves[layer, "A"], halves[layer, "B"]
     entries[name] = Entry(parts[0].shape, parts[0].dtype, functools.partial(_sum, *parts, alpha))
-  return Weights(entries, weights.files, weights.digest)
+  return Weights(entries, weights.files)
 
 
 def _sum(weight: Entry, a: Entry, b: Entry, alpha: float) -> np.ndarray:

@@ -79,7 +79,7 @@ def folded(weights: Weights) -> Weights:
         if name in weights:
           read = functools.partial(_linear, weights, stage, number, part)
           entries[name] = Entry(weights[name].shape[:2], np.dtype(np.float32), read)
-  return Weights(entries, weights.files, weights.digest)
+  return Weights(entries, weights.files)
 
 
 def _linear(weights: Weights, stage: str, number: int, part: str) -> np.ndarray:
