@@ -5,7 +5,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "load", "search"]
+__all__ = ["__version__", "list_pretrained", "load", "search"]
 
 
 def __getattr__(name: str) -> Any:
@@ -14,6 +14,10 @@ def __getattr__(name: str) -> Any:
     from codebind_jax.api import load
 
     return load
+  if name == "list_pretrained":
+    from codebind_jax.trunks.families import list_pretrained
+
+    return list_pretrained
   if name == "search":
     return importlib.import_module("codebind_jax.search")
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,6 +19,7 @@ from codebind_jax.models import towers
 from codebind_jax.models.encoder import Encoder, mean_clips
 from codebind_jax.norm import unit
 from codebind_jax.trunks import codebind_release, imagebind
+from codebind_jax.trunks.checkpoint_files import Weights, noted, write_shapes
 from tests.model_fixtures import CLIPS, SHARED, SPECIFIC, error, golden, inputs, jit, official, spec, state_dict
 from tests.torch_files import torch_zip
 
@@ -216,6 +217,26 @@ def test_the_trunk_s_embedding_is_the_shared_part_before_quantisation(folder, re
   film = codebind_release.make_trunk(weights=str(folder), modality="video", heads=4)
   assert film.module.spec == dataclasses.replace(spec("image"), mlp=4 * spec("image").width)
   assert film.head.logit_scale == 1.0
+
+
+def test_the_same_trunk_is_made_of_the_files_shapes(folder, tmp_path):
+  """A saved model keeps no values of its trunks' checkpoints."""
+  for modality in ("audio", "text"):
+    options = {"modality": modality, "heads": spec(modality).heads}
+    with noted() as notes:
+      found = codebind_release.make_trunk(weights=str(folder), **options)
+    kept = tmp_path / modality
+    kept.mkdir()
+    for path, content in notes.items():
+      if isinstance(content, Weights):
+        write_shapes(kept / path.name, content)
+      else:
+        (kept / path.name).write_bytes(content)
+    again = codebind_release.make_trunk(weights=str(kept), **options)
+    assert again.fingerprint == found.fingerprint and again.head.logit_scale == pytest.approx(found.head.logit_scale)
+    assert jax.tree.map(jnp.shape, again.shapes) == jax.tree.map(jnp.shape, found.params)
+    with pytest.raises(ValueError, match="shapes alone"):
+      again.params
 
 
 # --- files

@@ -16,7 +16,7 @@ from PIL import Image
 from codebind_jax.data.transforms import audio, video
 from codebind_jax.models.imagebind import CLIP_MEAN, CLIP_STD, HUGE
 from codebind_jax.trunks import imagebind, imagebind_inputs, names
-from codebind_jax.trunks.checkpoint_files import Entry, Weights, open_weights
+from codebind_jax.trunks.checkpoint_files import Entry, Weights, open_weights, write_shapes
 from tests.model_fixtures import encoder_params, error, golden, inputs, official, spec, state_dict
 from tests.torch_files import torch_zip
 
@@ -90,6 +90,16 @@ def test_uint8_pixels_are_normalised_by_the_module(file):
   np.testing.assert_allclose(thermal.embed(grey), thermal.embed((grey / 255.0).astype(np.float32)), atol=1e-6)
 
 
+def test_without_weights_the_parameters_are_drawn():
+  for modality in MODALITIES:
+    found = imagebind.make_trunk(modality=modality)
+    assert found.load is None and found.head.load is None and found.licence == ""
+    assert found.module.spec.width == HUGE["image" if modality == "video" else modality].width
+    assert found.head.module.width == 1024
+  shapes = imagebind.make_trunk(modality="eeg", width=12, depth=1, heads=2).shapes
+  assert shapes["stem"]["positions"].shape == (513, 12) and list(shapes["trunk"]) == ["blocks_0"]
+
+
 # --- files
 
 
@@ -107,6 +117,15 @@ def test_a_torch_file_and_a_folder_give_the_same(tmp_path, file):
   jax.tree.map(np.testing.assert_array_equal, trunk(wrapped, "depth").params, found.params)
 
 
+def test_the_same_trunk_is_made_of_the_file_s_shapes(file, tmp_path):
+  """A saved model keeps no values of its trunks' checkpoints."""
+  write_shapes(tmp_path / file.name, open_weights(file))
+  for modality in ("depth", "text"):
+    found, again = trunk(file, modality), trunk(tmp_path / file.name, modality)
+    assert again.fingerprint == found.fingerprint and again.head.logit_scale == pytest.approx(found.head.logit_scale)
+    assert again.shapes == found.shapes
+
+
 def test_recognised_by_its_names_and_nothing_foreign_raises(tmp_path, file):
   assert imagebind.recognises(file) and imagebind.modalities(file) == MODALITIES
   (tmp_path / "broken.pth").write_bytes(b"PK\x03\x04 and nothing")
@@ -119,7 +138,8 @@ def test_recognised_by_its_names_and_nothing_foreign_raises(tmp_path, file):
 @pytest.mark.parametrize(
   ("make", "message"),
   [
-    (lambda f, t: imagebind.make_trunk(), "weights: got ''"),
+    (lambda f, t: imagebind.make_trunk(modality="smell"), "modality: got 'smell', allowed are image, text"),
+    (lambda f, t: imagebind.make_trunk(weights=str(f), width=8), "width 8, depth 0: allowed are 0 with weights"),
     (lambda f, t: imagebind.make_trunk(weights=str(t / "no.pth")), r"no\.pth: no such file"),
     (lambda f, t: imagebind.make_trunk(weights=str(t)), "holds no ImageBind checkpoint; looked for imagebind_huge.pth"),
     (lambda f, t: imagebind.make_trunk(weights=str(t / "a.zip")), r"must end in one of \.pth"),
@@ -307,6 +327,22 @@ def test_a_video_is_read_by_its_rate(tmp_path):
   assert prepared.shape == (9, 2, 224, 224, 3) and prepared.dtype == np.float32
   with pytest.raises(ValueError, match="no such file or folder"):
     found.read(tmp_path / "no.mp4")
+
+
+def test_a_film_is_read_by_its_rate(tmp_path):
+  av = pytest.importorskip("av")
+  path = tmp_path / "film.mp4"
+  with av.open(str(path), "w") as out:
+    stream = out.add_stream("mpeg4", rate=5)
+    stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+    for i in range(20):  # 4 s
+      frame = np.full((48, 64, 3), 12 * i, np.uint8)
+      out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+    out.mux(stream.encode())
+  for source in (path, path.read_bytes()):
+    clips = video.read_clips(source, clips=3)
+    assert clips.shape == (3, 2, 48, 64, 3)
+    assert np.allclose(clips[:, :, 24, 32, 0], 12 * np.array([[0, 9], [5, 14], [10, 19]]), atol=6)
 
 
 @pytest.mark.parametrize("name", ["syn48k_short", "syn22k_stereo"])

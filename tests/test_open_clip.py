@@ -84,7 +84,8 @@ def test_eva_towers_equal_timm(made, tmp_path, monkeypatch, case, scan):
 
 def test_bfloat16_is_close(made, tmp_path):
   for modality in ("image", "text"):
-    trunk = open_clip.make_trunk(weights=str(folder_of(made, tmp_path)), modality=modality, dtype="bfloat16", remat=True)
+    folder = str(folder_of(made, tmp_path))
+    trunk = open_clip.make_trunk(weights=folder, modality=modality, dtype="bfloat16", remat=True)
     assert (trunk.embed(batch_of(made, modality)) * made[f"plain/{modality}"]).sum(-1).min() > 0.99
 
 

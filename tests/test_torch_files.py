@@ -3,6 +3,7 @@
 import os
 import pathlib
 import pickle
+import tracemalloc
 import zipfile
 
 import ml_dtypes
@@ -119,17 +120,29 @@ def test_flipped_bits_of_a_tensor_are_noticed(tmp_path):
     open_weights(path)["w"].read()
 
 
-def test_opening_reads_no_tensor(tmp_path, monkeypatch):
+def test_opening_reads_no_tensor_and_reading_only_one(tmp_path, monkeypatch):
   path = written(tmp_path, "state_dict.pth")
   read = []
-  original = zipfile.ZipFile.read
-  spied = lambda self, name, *rest: read.append(name) or original(self, name, *rest)
-  monkeypatch.setattr(torch_pickle.zipfile.ZipFile, "read", spied)
+  original = zipfile.ZipFile.open
+  spied = lambda self, name, *rest, **more: read.append(str(name)) or original(self, name, *rest, **more)
+  monkeypatch.setattr(torch_pickle.zipfile.ZipFile, "open", spied)
   weights = open_weights(path)
   assert {name.rsplit("/", 1)[-1] for name in read} == {"data.pkl", "byteorder"}
   read.clear()
   weights["0.bias"].read()
   assert len(read) == 1 and "/data/" in read[0]
+
+
+def test_a_tensor_is_held_once(tmp_path):
+  path, value = tmp_path / "large.pth", np.ones((4096, 4096), np.float32)
+  path.write_bytes(torch_zip({"w": value}))
+  entry = open_weights(path)["w"]
+  tracemalloc.start()
+  got = entry.read()
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert peak < 1.3 * value.nbytes and got.flags.writeable
+  np.testing.assert_array_equal(got[::512], value[::512])
 
 
 def test_tests_files_are_like_torch_s(tmp_path):

@@ -41,6 +41,7 @@ class EncoderSpec(BlockSpec):
     out_norm: LayerNorm after the trunk, before the pooling, and so on all tokens (SigLIP's images).
     pool: the first of the encoder's tokens: the class token, the mean of the patches, an `AttentionPool`; of text, the
       token at the end mark, the last or the first one.
+    pool_heads, pool_mlp: of an `AttentionPool`, where they differ from `heads` and `mlp`.
     end_id: of the end mark; -1 for the largest id in the text.
     mean_of: of a video, its number of frames, each encoded like an image (but for `frames`): tokens are the mean of
       their pooled tokens, and then all others; 0 for none.
@@ -68,6 +69,8 @@ class EncoderSpec(BlockSpec):
   pad_id: int = -1
   out_norm: bool = False
   pool: Literal["class", "mean", "map", "end", "last", "first"] = "class"
+  pool_heads: int = 0
+  pool_mlp: int = 0
   end_id: int = -1
   mean_of: int = 0
   mean: tuple[float, ...] = ()
@@ -186,7 +189,8 @@ class Encoder(nn.Module):
     if spec.pool == "mean":
       pooled = trunk[:, spec.prefix :].mean(axis=1, keepdims=True)
     else:
-      pooled = AttentionPool(spec.blocks, self.dtype, name="pool")(trunk)
+      form = dataclasses.replace(spec.blocks, heads=spec.pool_heads or spec.heads, mlp=spec.pool_mlp or spec.mlp)
+      pooled = AttentionPool(form, self.dtype, name="pool")(trunk)
     return jnp.concatenate([pooled, trunk], axis=1)
 
 

@@ -41,5 +41,12 @@ def dinov3(spec: Any, size: tuple[int, ...]) -> Rope:
   return _rope(spec, np.float32(2 * np.pi) * _axial(spec, size, centred, spec.rope_theta), False)
 
 
+def perception(spec: Any, size: tuple[int, ...]) -> Rope:
+  """Perception Encoder (arXiv 2504.13181): indices, from 1 on beside a class token; columns first; base 10000."""
+  indices = lambda grid: [np.arange(n, dtype=np.float32) + spec.class_token for n in grid]
+  rows, columns = np.split(_axial(spec, size, indices, 10000.0), 2, axis=-1)
+  return _rope(spec, np.concatenate([columns, rows], axis=-1), True)
+
+
 # Name -> function (spec, input size without channels) -> Rope over all tokens; those before the patches are not turned.
-TABLES: dict[str, Callable[[Any, tuple[int, ...]], Rope]] = {"eva": eva, "dinov3": dinov3}
+TABLES: dict[str, Callable[[Any, tuple[int, ...]], Rope]] = {"eva": eva, "dinov3": dinov3, "perception": perception}

@@ -32,7 +32,7 @@ _TYPES = {
 }  # fmt: skip
 SHAPES = ".shapes.json"
 _FEW = 16  # arrays of no more values are kept whole among shapes: factors that a trunk is made with
-_WRAPPERS = ("state_dict", "model", "module")  # keys under which torch files keep the state dict
+_WRAPPERS = ("state_dict", "model", "module", "weights")  # keys under which torch files keep the state dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Weights(Mapping[str, Entry]):
     return Weights({new: entry for old, entry in self.items() if (new := new_name(old))}, self.files)
 
   def hash(self) -> str:
-    """Hex SHA-256 of the files, remembered by path, size and time while the process lives; of shapes, the original's."""
+    """Hex SHA-256 of the files, remembered while the process lives; of shapes, the original's."""
     if len(self.files) == 1 and not self.files[0].is_file() and present(self.files[0]):
       return str(_shapes_file(self.files[0])["hash"])
     digest = hashlib.sha256()

@@ -36,7 +36,7 @@ from codebind_jax.models.heads import Head
 from codebind_jax.models.lora import from_release, merge
 from codebind_jax.trunks import imagebind, names
 from codebind_jax.trunks.base import PublishedHead, Trunk, fingerprint
-from codebind_jax.trunks.checkpoint_files import Entry, Weights, listed, note, open_weights, present
+from codebind_jax.trunks.checkpoint_files import SHAPES, Entry, Weights, note, open_weights, present
 from codebind_jax.trunks.imagebind_inputs import BASELINE, FOCAL_LENGTH, item_input
 
 _REVISION = "codebind-release-1"
@@ -54,8 +54,6 @@ _FILE = re.compile(
   rf"(?:-(?P<modality>{'|'.join(_OFFICIAL)}))?-?(?P<postfix>_\w+)?\.(?:pth|safetensors)"
 )
 _POSTFIXES = ("_best", "_last")
-_ADAPTED = {"attn/qkv": "attn.in_proj_weight", "attn/out": "attn.out_proj.weight", "mlp/fc1": "mlp.fc1.weight",
-            "mlp/fc2": "mlp.fc2.weight"}  # fmt: skip
 _UNUSED = r"decoder_heads\.\w+\.(hid_conv|out_conv)\..*"  # convolutions that the release never calls
 _DISTANCES = {"cos": "cosine", "l2": "l2"}
 _LAYOUTS = {1: "parts", 2: "interleaved"}
@@ -150,7 +148,7 @@ class Release:
       raise ValueError(f"{self.folder}: distance {distance!r}, seg_type {layout!r}; allowed: cos or l2, 1 or 2")
     shapes = {ours(name): self.books[f"mvq_dict.{name}.embedding.weight"].shape for name in self._book_names()}
     return Sizes(
-      shared_dim=self._shared_dim,
+      shared_dim=self.shared_dim,
       specific_dims={m: self._specific_dim(m) for m in self.modalities},
       code_dims={name: shape[1] for name, shape in shapes.items()},
       codes={name: shape[0] for name, shape in shapes.items()},
@@ -168,7 +166,7 @@ class Release:
     Where the release has one head for both parts (`use_both_head: false`), it is cut in two, which gives the same.
     """
     if self._joint(modality):
-      joint, cut = self._head("modality_heads_mvq", modality), self._shared_dim
+      joint, cut = self._head("modality_heads_mvq", modality), self.shared_dim
       kernel = joint["proj"]["kernel"]
       parts = {"shared": kernel[:, :cut], "specific": kernel[:, cut:]}
       return {k: {"norm": joint["norm"], "proj": {"kernel": v}} for k, v in parts.items() if v.shape[1]}
@@ -250,10 +248,15 @@ class Release:
   def _specific_dim(self, modality: str) -> int:
     # A text's file may hold a second head, which the release never calls.
     width = 0 if modality == "text" else self._width("modality_heads_mvq", modality)
-    return width - self._shared_dim if self._joint(modality) else width
+    return width - self.shared_dim if self._joint(modality) else width
 
   @property
-  def _shared_dim(self) -> int:
+  def shared_dim(self) -> int:
+    """Width of the shared part.
+
+    Raises:
+      ValueError: if the modalities differ in it.
+    """
     widths = {m: width for m in self.modalities if (width := self._width("modality_heads", m))}
     if len(set(widths.values())) != 1:
       raise ValueError(f"{self.folder}: the shared heads' widths {widths} must be one")
@@ -282,10 +285,11 @@ def _setting(settings: Mapping[str, Any], key: str, default: Any) -> Any:
 
 
 def _files(folder: Path) -> tuple[Path, list[tuple[re.Match[str], Path]]]:
-  """The folder that holds the release's files (it, or `checkpoints` in it), and those files."""
+  """The folder that holds the release's files (it, or `checkpoints` in it), and those files, or their shapes."""
   for place in (folder, folder / "checkpoints"):
     if place.is_dir():
-      found = [(match, path) for path in listed(place) if (match := _FILE.fullmatch(path.name))]
+      there = sorted({path.name.removesuffix(SHAPES) for path in place.iterdir()})
+      found = [(match, place / name) for name in there if (match := _FILE.fullmatch(name))]
       if found:
         return place, found
   return folder, []
@@ -304,7 +308,7 @@ def modalities(path: Path) -> tuple[str, ...]:
   return open_release(path, needs_base=False).modalities
 
 
-def open_release(folder: str | Path, base: str = "", postfix: str = "", *, needs_base: bool = True) -> Release:
+def open_release(folder: str | Path, base: str | Path = "", postfix: str = "", *, needs_base: bool = True) -> Release:
   """Opens the files of a release; no array is read but those of adapters.
 
   Args:
@@ -368,7 +372,7 @@ def _chosen(there: set[str], postfix: str, place: Path) -> str:
   return choices[0]
 
 
-def _base(folder: Path, place: Path, base: str) -> Path | None:
+def _base(folder: Path, place: Path, base: str | Path) -> Path | None:
   if base:
     return Path(base)
   names = ("imagebind_huge.pth", "imagebind_huge.safetensors")
@@ -398,28 +402,34 @@ def _adapter(files: list[tuple[re.Match[str], Path]], modality: str, postfix: st
 
 def _with_adapters(weights: Weights, official: str, adapter: Weights) -> Weights:
   """The checkpoint with a trunk's adapters folded into its weights as these are read."""
-  if not adapter.files[0].is_file():  # shapes alone, whose values are not needed
-    return Weights(weights, (*weights.files, *adapter.files))
-  layers: dict[str, dict[str, Any]] = collections.defaultdict(dict)
+  layers: dict[str, dict[str, Entry]] = collections.defaultdict(dict)
   try:
-    tree = from_release({name: entry.read() for name, entry in adapter.items()})
+    from_release({name: np.zeros(entry.shape, np.int8) for name, entry in adapter.items()})  # refuses other names
   except ValueError as error:
     raise ValueError(f"{adapter.name}: {error}") from error
-  for path, value in flatten_dict(tree, sep="/").items():
-    block, layer, part = re.fullmatch(r"blocks_(\d+)/(.*)/(lora_[ab])", path).groups()
-    layers[f"modality_trunks.{official}.blocks.{block}.{_ADAPTED[layer]}"][part] = value
+  for name, entry in adapter.items():
+    layer, part = name.removeprefix("lora_model.").rsplit("_lora_", 1)
+    whole = f"modality_trunks.{official}.{layer}{'_' if layer.endswith('in_proj') else '.'}weight"
+    layers[whole][part] = dataclasses.replace(entry, read=functools.partial(_adapter_part, name, entry))
   entries = dict(weights)
   for name, pair in layers.items():
-    shape = entries[name].shape if name in entries else None
-    fits = shape and len(pair) == 2 and (pair["lora_b"].shape[1], pair["lora_a"].shape[0]) == shape
+    shape, parts = entries[name].shape if name in entries else None, {k: e.shape for k, e in pair.items()}
+    fits = shape and len(pair) == 2 and (parts["up"][0], parts["down"][1], parts["up"][1]) == (*shape, parts["down"][0])
     if not fits:
-      raise ValueError(f"{adapter.name}: adapters {({k: v.shape for k, v in pair.items()})} do not fit {name} {shape}")
-    entries[name] = dataclasses.replace(entries[name], read=functools.partial(_adapted, entries[name], pair))
+      raise ValueError(f"{adapter.name}: adapters {parts} do not fit {name} {shape}")
+    entries[name] = dataclasses.replace(entries[name], read=functools.partial(_adapted, entries[name], pair), part=None)
   return Weights(entries, (*weights.files, *adapter.files))
 
 
-def _adapted(entry: Entry, pair: Mapping[str, Any]) -> np.ndarray:
-  return np.asarray(merge({"layer": {"kernel": entry.read().T, **pair}})["layer"]["kernel"]).T
+def _adapter_part(name: str, entry: Entry) -> dict[str, Any]:
+  """{"lora_a": array} or {"lora_b": array} of one of the release's arrays."""
+  (path, value), = flatten_dict(from_release({name: entry.read()})).items()
+  return {path[-1]: value}
+
+
+def _adapted(entry: Entry, pair: Mapping[str, Entry]) -> np.ndarray:
+  layer = {"kernel": entry.read().T} | pair["down"].read() | pair["up"].read()
+  return np.asarray(merge({"layer": layer})["layer"]["kernel"]).T
 
 
 def _settings(folder: Path, place: Path) -> Mapping[str, Any]:
@@ -441,7 +451,7 @@ def make_trunk(
   *,
   weights: str = "",
   modality: str = "image",
-  base: str = "",
+  base: str | Path = "",
   postfix: str = "",
   heads: int = 0,
   clips: int = 0,
@@ -475,9 +485,9 @@ def make_trunk(
   imagebind.announce(str(release.folder), LICENCE)
   spec = release.encoder_spec(source, heads)
   item = item_input(spec, modality, clips=clips, crops=crops, focal_length=focal_length, baseline=baseline)
-  options = {"weights": weights, "modality": modality, "base": base, "postfix": postfix, "heads": heads, "clips": clips,
-             "crops": crops, "focal_length": focal_length, "baseline": baseline, "dtype": dtype, "remat": remat,
-             "scan": scan}  # fmt: skip
+  options = {"weights": weights, "modality": modality, "base": str(base), "postfix": postfix, "heads": heads,
+             "clips": clips, "crops": crops, "focal_length": focal_length, "baseline": baseline, "dtype": dtype,
+             "remat": remat, "scan": scan}  # fmt: skip
   module = Encoder(
     spec, drop_text_mask=source == "text" and "text" in release.adapted, remat=remat, scan=scan, dtype=dtype or None
   )
@@ -486,6 +496,6 @@ def make_trunk(
     fingerprint=fingerprint({}, {"weights": release.weights.hash(), "modality": modality, "heads": spec.heads,
                                  "dtype": dtype}, f"{_REVISION} {item.revision}"),
     load=functools.partial(release.encoder, modality=source), options=options, licence=LICENCE,
-    head=PublishedHead(Head(release.sizes().shared_dim), lambda shapes: release.heads(source)["shared"],
+    head=PublishedHead(Head(release.shared_dim), lambda shapes: release.heads(source)["shared"],
                        release.logit_scale(source)),
   )  # fmt: skip

@@ -6,8 +6,11 @@ A family is a module of this package with `recognises(path) -> bool`, `modalitie
 from __future__ import annotations
 
 import importlib
+import importlib.resources
+import json
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 from codebind_jax.trunks import trunk_names
 from codebind_jax.trunks.checkpoint_files import ENDINGS, open_weights
@@ -38,3 +41,28 @@ def family_of(path: Path) -> str:
     seems = f"it has {len(some)} arrays, such as {', '.join(some[:3])}"
   raise ValueError(f"{path}: no supported checkpoint ({seems}); supported: a run's folder, a saved model, "
                    f"{', '.join(found)}")  # fmt: skip
+
+
+class Pretrained(NamedTuple):
+  """An official checkpoint that `load` takes.
+
+  Attributes:
+    name: for `load`, where it begins with "hf:"; else the file's or folder's name as its authors publish it.
+    family: module of `trunks`.
+    modalities: that it embeds.
+    width: of its shared embedding.
+    licence: of its weights.
+  """
+
+  name: str
+  family: str
+  modalities: tuple[str, ...]
+  width: int
+  licence: str
+
+
+def list_pretrained() -> list[Pretrained]:
+  """The official checkpoints of all supported families, as `trunks/pretrained.json` has them."""
+  rows = json.loads((importlib.resources.files("codebind_jax.trunks") / "pretrained.json").read_text(encoding="utf-8"))
+  supported = families()
+  return [Pretrained(**row | {"modalities": tuple(row["modalities"])}) for row in rows if row["family"] in supported]

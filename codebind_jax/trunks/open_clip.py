@@ -124,7 +124,10 @@ def _config(path: Path) -> dict[str, Any]:
 
 def recognises(path: Path) -> bool:
   """Whether a path is a folder or file of this family; of a file, its names tell."""
-  return bool(_config(path)) if path.is_dir() else mentions(path, "visual.conv1.weight", "visual.trunk.")
+  if path.is_dir():
+    return bool(_config(path))
+  # Perception Encoder's files have the same names, and a pooling of their own.
+  return mentions(path, "visual.conv1.weight", "visual.trunk.") and not mentions(path, "visual.attn_pool.probe")
 
 
 def modalities(path: Path) -> tuple[str, ...]:

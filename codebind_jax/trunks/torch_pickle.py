@@ -21,6 +21,7 @@ import numpy as np
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
+_PIECE = 1 << 22
 _STORAGE_TYPES = {
   "DoubleStorage": np.dtype("<f8"),
   "FloatStorage": np.dtype("<f4"),
@@ -146,10 +147,23 @@ def _check(record: _TensorRecord, count: int, name: str) -> None:
     )
 
 
-def _array(record: _TensorRecord, flat: np.ndarray, name: str) -> np.ndarray:
+def _array(record: _TensorRecord, flat: np.ndarray, name: str, copy: bool = True) -> np.ndarray:
   _check(record, flat.size, name)
   steps = tuple(step * flat.itemsize for step in record.stride)
-  return np.lib.stride_tricks.as_strided(flat[record.offset :], record.shape, steps).copy()
+  view = np.lib.stride_tricks.as_strided(flat[record.offset :], record.shape, steps)
+  return view.copy() if copy else view
+
+
+def _read_into(flat: np.ndarray, file: zipfile.ZipExtFile) -> np.ndarray:
+  """The array, filled from a file in pieces, so that no second one of its size is made."""
+  raw, done = flat.view(np.uint8), 0
+  while done < raw.size:
+    piece = file.read(min(_PIECE, raw.size - done))
+    if not piece:
+      raise EOFError(f"{raw.size - done} bytes are missing")
+    raw[done : done + len(piece)] = np.frombuffer(piece, np.uint8)
+    done += len(piece)
+  return flat
 
 
 def _load_stream(stream: io.BytesIO, name: str) -> Any:
@@ -212,8 +226,9 @@ def _load_zip(source: Path | bytes, name: str) -> Any:
 
     def read() -> np.ndarray:
       try:
-        with opened() as archive:
-          return _array(record, np.frombuffer(archive.read(member), storage.dtype), name)
+        with opened() as archive, archive.open(member) as file:
+          flat = _read_into(np.empty(storage.count, storage.dtype), file)
+        return _array(record, flat, name, copy=record.offset > 0 or math.prod(record.shape) < flat.size)
       except (zipfile.BadZipFile, OSError, EOFError, KeyError) as error:
         raise ValueError(f"{name}: storage {storage.key!r} is not readable ({error})") from error
 
