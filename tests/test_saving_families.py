@@ -16,6 +16,7 @@ from tests.checkpoint_fixtures import prefixed
 from tests.checkpoint_fixtures import write as write_folder
 from tests.test_codebind_release import write as write_release
 from tests.test_imagebind import contiguous, heads, published
+from tests.test_languagebind import folder_of as languagebind_folder
 from tests.test_open_clip import folder_of as open_clip_folder
 from tests.test_siglip import NPZ, model_file
 
@@ -47,6 +48,7 @@ CASES = {
   "open_clip": lambda path: open_clip_folder(family_fixtures.arrays("open_clip"), path / "vit-quickgelu"),
   "dino": lambda path: family_fixtures.unpack("dino_v3", path),
   "uni3d": lambda path: write_folder(path, prefixed(family_fixtures.arrays("uni3d"), "giant/weights/")),
+  "languagebind": lambda path: languagebind_folder(family_fixtures.arrays("languagebind"), path, "image"),
   "imagebind": imagebind,
   "codebind_release": release,
 }

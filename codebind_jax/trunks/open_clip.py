@@ -131,18 +131,24 @@ def recognises(path: Path) -> bool:
 
 
 def modalities(path: Path) -> tuple[str, ...]:
-  """Modalities that a checkpoint has and this module supports."""
+  """Modalities that a checkpoint has and this module supports.
+
+  Raises:
+    ValueError: if it supports none of them, as the first one is refused.
+  """
   config = _config(path)
   if not config:
     there = _weights(path)
     return tuple(m for m in MODALITIES if _has(there, m))
-  out = []
+  out, refused = [], None
   for modality in MODALITIES:
     try:
-      spec_of(config, modality, path)
+      spec_of(config, modality, path / _CONFIG)
       out.append(modality)
-    except ValueError:
-      pass
+    except ValueError as error:
+      refused = refused or error
+  if not out:
+    raise refused
   return tuple(out)
 
 

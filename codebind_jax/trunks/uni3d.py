@@ -38,7 +38,8 @@ _CONVS = "point_encoder.encoder.{}_conv.{}"
 def _file(path: Path) -> Path:
   if not path.is_dir():
     return path
-  return next((path / name for name in _FILES if mentions(path / name, _MARK)), path / _FILES[1])
+  files = [path / name for name in _FILES]
+  return next((file for file in files if mentions(file, _MARK)), next(filter(present, files), files[0]))
 
 
 def recognises(path: Path) -> bool:
