@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
@@ -389,4 +388,4 @@ def _arrays(weights: Weights, shapes: Mapping[str, Any], whole: bool) -> dict[st
            if path in weights and weights[path].shape != tuple(x.shape)]  # fmt: skip
   if missing or superfluous or wrong:
     raise ValueError(f"{weights.name}: missing {missing}; superfluous {superfluous}; wrong shape {wrong}")
-  return {path: jnp.asarray(weights[path].read()) for path in shapes}
+  return {path: jax.device_put(weights[path].read()) for path in shapes}

@@ -90,6 +90,14 @@ class Weights(Mapping[str, Entry]):
     return digest.hexdigest()
 
 
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+  """An array without values whose memory JAX takes as it is on a CPU, without a copy."""
+  size = math.prod(shape) * np.dtype(dtype).itemsize
+  memory = np.empty(size + 64, np.uint8)
+  start = -memory.ctypes.data % 64
+  return memory[start : start + size].view(dtype).reshape(shape)
+
+
 _HASHES: dict[tuple[str, int, int], str] = {}
 
 
@@ -224,7 +232,7 @@ def _in_file(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -
 
 def _reader(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Callable[[], np.ndarray]:
   def read() -> np.ndarray:
-    out = np.empty(shape, dtype)
+    out = aligned(shape, dtype)
     with open(path, "rb", buffering=0) as file:
       file.seek(offset)
       view, done = memoryview(out.reshape(-1).view(np.uint8)), 0

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from codebind_jax.trunks.checkpoint_files import Entry, Weights
+from codebind_jax.trunks.checkpoint_files import Entry, Weights, aligned
 
 Rules = Sequence[tuple[str, str]]
 KINDS = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
@@ -88,6 +88,40 @@ def folded(weights: Weights, norms: Rules, epsilon: float) -> Weights:
   return Weights({name: entry for name, entry in entries.items() if name not in spent}, weights.files)
 
 
+class Placed:
+  """An array that is written piece by piece into the memory that its shards will have, and is never whole beside them.
+
+  On a CPU the shards are these buffers; another device gets copies of them.
+  """
+
+  def __init__(self, shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding | None):
+    self._shape, self._sharding = shape, sharding
+    whole = tuple((0, n) for n in shape)
+    indices = sharding.addressable_devices_indices_map(shape) if sharding else {}
+    bounds = lambda index: tuple(part.indices(n)[:2] for part, n in zip(index, shape))
+    self._places = {device: bounds(index) for device, index in indices.items()} or {None: whole}
+    sizes = lambda place: tuple(stop - start for start, stop in place)
+    self._buffers = {place: aligned(sizes(place), dtype) for place in set(self._places.values())}
+
+  def write(self, start: tuple[int, ...], piece: np.ndarray) -> None:
+    """Writes a piece of the array whose first value has the index `start`."""
+    for place, buffer in self._buffers.items():
+      cuts = [(max(low, at), min(high, at + n)) for (low, high), at, n in zip(place, start, piece.shape)]
+      if all(first < last for first, last in cuts):
+        into = tuple(slice(first - low, last - low) for (first, last), (low, _) in zip(cuts, place))
+        buffer[into] = piece[tuple(slice(first - at, last - at) for (first, last), at in zip(cuts, start))]
+
+  def array(self) -> jax.Array:
+    """The array; nothing may be written after this."""
+    if self._sharding is None:
+      return jax.device_put(self._buffers.pop(self._places[None]))
+    kind = self._sharding.memory_kind
+    shards = [jax.device_put(self._buffers[place], jax.sharding.SingleDeviceSharding(device, memory_kind=kind))
+              for device, place in self._places.items()]  # fmt: skip
+    self._buffers.clear()
+    return jax.make_array_from_single_device_arrays(self._shape, self._sharding, shards)
+
+
 def load(
   shapes: Any,
   weights: Weights,
@@ -134,40 +168,39 @@ def load(
       missing.append(f"a rule for {path}")
     return None
 
-  def value_of(path: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray | None:
-    names = names_of(path)
+  def fill(path: str, shape: tuple[int, ...], at: tuple[int, ...], into: Placed | None) -> None:
+    """Writes a parameter, or one layer `at` of stacked ones, piece by piece."""
+    names, done = names_of(path), 0
     if names is None:
-      return None
+      return
     used.update(names)
-    parts = [None if name == "0" else weights[name].read() for name in names]
-    known = next(part for part in parts if part is not None)
-    part_shape = (*shape[:-1], shape[-1] // len(parts)) if shape else shape
-    arrays = [convert(np.zeros_like(known) if part is None else part, path, part_shape) for part in parts]
-    value = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
-    if value.shape != shape:
-      wrong.append(f"{'+'.join(names)} {tuple(known.shape)} for {path} {shape}")
-      return None
-    return value
+    part_shape = (*shape[:-1], shape[-1] // len(names)) if shape else shape
+    for number, name in enumerate(names, 1):
+      array = None if name == "0" else weights[name].read()
+      value = np.broadcast_to(np.int8(0), part_shape) if array is None else convert(array, path, part_shape)
+      end = done + value.shape[-1] if value.shape else 0
+      fits = value.ndim == len(shape) and value.shape[:-1] == shape[:-1]
+      if not fits or shape and (end > shape[-1] or number == len(names) and end < shape[-1]):
+        sizes = tuple(array.shape if array is not None else part_shape)
+        wrong.append(f"{'+'.join(names)} {sizes} for {path} {shape}")
+        return
+      if into and not wrong and not missing:
+        into.write((*at, *(0,) * (len(shape) - 1), *((done,) if shape else ())), value[(None,) * len(at)])
+      done = end
 
   def place(path: Any, leaf: Any, initial: Any = None) -> Any:
     name, sharding = path_of(path), getattr(leaf, "sharding", None)
     if keep(name):
       used.update(names_of(name, needed=False) or ())
       return initial if sharding is None else jax.device_put(initial, sharding)
-    shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
+    shape = tuple(leaf.shape)
+    into = None if missing or wrong else Placed(shape, np.dtype(leaf.dtype), sharding)
     if "/blocks/" in f"/{name}":
-      paths = [f"/{name}".replace("/blocks/", f"/blocks_{i}/")[1:] for i in range(shape[0])]
-      layers = [value_of(path, shape[1:], dtype) for path in paths]
-      complete = all(layer is not None for layer in layers)
-      value = np.stack([layer.astype(dtype, copy=False) for layer in layers]) if complete else None
+      for i in range(shape[0]):
+        fill(f"/{name}".replace("/blocks/", f"/blocks_{i}/")[1:], shape[1:], (i,), into)
     else:
-      value = value_of(name, shape, dtype)
-    if value is None or missing or wrong:
-      return leaf
-    value = np.asarray(value, dtype)
-    if sharding is None:
-      return jax.numpy.asarray(value)
-    return jax.make_array_from_callback(shape, sharding, lambda index: value[index])
+      fill(name, shape, (), into)
+    return leaf if missing or wrong else into.array()
 
   extra = (start(),) if dont_load else ()
   loaded = jax.tree_util.tree_map_with_path(place, shapes, *extra)
