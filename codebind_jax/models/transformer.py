@@ -150,7 +150,8 @@ class Attention(nn.Module):
       k, v = (self._append(part, name) for part, name in ((k, "bias_k"), (v, "bias_v")))
       if mask is not None:
         mask = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, 1)], constant_values=True)
-    out = attend(q, k, v, mask[None, None] if mask is not None and mask.ndim == 2 else mask, causal=causal).reshape(x.shape)
+    mask = mask[None, None] if mask is not None and mask.ndim == 2 else mask
+    out = attend(q, k, v, mask, causal=causal).reshape(x.shape)
     if spec.sub_norm:
       out = layer_norm("norm", dtype=self.dtype, eps=spec.eps)(out)
     return nn.Dense(width, dtype=self.dtype, name="out")(out)
