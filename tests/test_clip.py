@@ -4,12 +4,15 @@ import json
 import pickle
 import shutil
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import tokenizers
 from safetensors.numpy import save_file
 
+from codebind_jax import codebook
 from codebind_jax.data import torch_resize
 from codebind_jax.trunks import clip
 from codebind_jax.trunks.checkpoint_files import open_weights
@@ -290,3 +293,16 @@ def test_the_old_form_of_a_processor():
   old = {"size": 36, "crop_size": 32, "do_center_crop": True, "resample": 3, "do_resize": True}
   new = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}, "do_center_crop": True}
   assert processor_picture(old, (32, 32), "old") == processor_picture(new, (32, 32), "new")
+
+
+@pytest.mark.parametrize(("width", "codes"), [(5, 16), (5, 64), (10, 64), (20, 256)])
+def test_bfloat16_picks_the_codes_that_float32_picks(folder, width, codes):
+  rng = np.random.default_rng(0)
+  pictures = np.kron(rng.integers(0, 256, (256, 4, 4, 3), dtype=np.uint8), np.ones((1, 8, 8, 1), np.uint8))
+  found = []
+  for dtype in ("", "bfloat16"):
+    segments = np.asarray(clip.make_trunk(weights=str(folder), dtype=dtype).embed(pictures)).reshape(-1, width)
+    found.append(segments / np.linalg.norm(segments, axis=-1, keepdims=True))
+  means, _ = codebook.kmeans(jax.random.key(0), jnp.asarray(found[0]), codes)
+  whole, half = (np.asarray(codebook.nearest_code(jnp.asarray(segments), means)) for segments in found)
+  assert np.mean(whole == half) >= 0.99

@@ -244,9 +244,10 @@ class Transformer(nn.Module):
     self, x: Float[Array, "b n d"], mask: Bool[Array, "..."] | None = None, rope: Rope | None = None
   ) -> Float[Array, "b n d"]:
     """Maps tokens (with positions added) to tokens; `mask` is beside the causal one, see `Attention`."""
-    x = x if self.dtype is None else x.astype(self.dtype)
+    # Blocks add to the tokens in float32: in 16 bits the sum would round what every block adds.
+    x = x if self.dtype is None else x.astype(jnp.float32)
     if self.pre_norm:
-      x = layer_norm("pre_norm", dtype=self.dtype, eps=self.spec.eps)(x)
+      x = layer_norm("pre_norm", eps=self.spec.eps)(x)
     if self.scan:
       # A loop already keeps the recomputation separate; the barrier of `prevent_cse` would only cost memory.
       block = nn.remat(Block, prevent_cse=False) if self.remat else Block
