@@ -49,8 +49,9 @@ def main(folder, small, how):
   high = peak()  # before values are looked at
   arrays = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
   stays = sum(shard.data.nbytes for x in arrays for shard in x.addressable_shards)
-  print(json.dumps({"above": high - before - stays, "stays": stays, "devices": len(kernels[0].sharding.device_set),
-                    "sample": np.asarray(kernel)[..., :3, :4].reshape(-1, 3, 4)[-1].tolist()}))  # fmt: skip
+  sample = np.asarray(kernel)[..., :3, :4].reshape(-1, 3, 4)[-1].tolist()
+  found = {"above": high - before - stays, "stays": stays, "devices": len(kernels[0].sharding.device_set)}
+  sys.stdout.write(json.dumps(found | {"sample": sample}) + "\n")
 
 
 if __name__ == "__main__":

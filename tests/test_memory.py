@@ -69,7 +69,8 @@ def folder(tmp_path_factory):
   ("load", 1), ("fsdp scan", 8), pytest.param("fsdp", 8, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_the_peak_is_one_array_above_what_stays(folder, how, devices):
-  process = started([sys.executable, "-m", "tests.memory_worker", str(folder), str(folder.parent / "small"), how], devices)
+  command = [sys.executable, "-m", "tests.memory_worker", str(folder), str(folder.parent / "small"), how]
+  process = started(command, devices)
   out, errors = process.communicate(timeout=300)
   assert not process.returncode, errors[-3000:]
   found = json.loads(out.splitlines()[-1])
