@@ -119,6 +119,20 @@ def test_trained_trunks_are_saved_as_they_are_and_adapters_merged(clip, tmp_path
   assert "| shared | 16 | 8 |" in card and "| image | 8 | 8 |" in card and "license: mit" in card
 
 
+def test_a_run_is_saved_without_its_data_under_the_names_of_its_arrays(trained, tmp_path):
+  manifest, _, workdir = trained
+  model = api.load(workdir)
+  raw = {"image": [manifest.parent / "red0.png"], "text": ["red", "a cow"]}
+  want = model.embed(raw)
+  folder = model.save(tmp_path / "saved", trunks="reference")  # drawn trunks have no checkpoint to refer to
+  again = api.load(folder)
+  same(again.embed(raw), want)
+  assert again.fingerprint(["image", "text"]) == model.fingerprint(["image", "text"])
+  assert str(manifest) not in (folder / "config.json").read_text()
+  a, b = (saved_folder.flat({"params": x.params, "codebooks": x.codebooks}) for x in (model, again))
+  assert set(b) <= set(a) and "codebooks/shared/codes" in b  # so that a run can start from it
+
+
 def test_half_precision_is_kept(clip, tmp_path):
   model = trained(clip, half=(r"image/trunk/.*",))
   folder = model.save(tmp_path / "saved")

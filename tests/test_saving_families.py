@@ -18,6 +18,8 @@ from tests.test_codebind_release import write as write_release
 from tests.test_imagebind import contiguous, heads, published
 from tests.test_languagebind import folder_of as languagebind_folder
 from tests.test_open_clip import folder_of as open_clip_folder
+from tests.test_pe_core import state as pe_core_state
+from tests.test_pe_core import write as write_pe_core
 from tests.test_siglip import NPZ, model_file
 
 
@@ -26,6 +28,11 @@ def big_vision(path):
   shutil.copy(NPZ, path / "siglip2_tiny.npz")
   model_file(path / "sentencepiece.model", "unigram")
   return path / "siglip2_tiny.npz"
+
+
+def pe_core(path):
+  path.mkdir()
+  return write_pe_core(path / "PE-Core-tiny.safetensors", pe_core_state())
 
 
 def imagebind(path):
@@ -49,6 +56,8 @@ CASES = {
   "dino": lambda path: family_fixtures.unpack("dino_v3", path),
   "uni3d": lambda path: write_folder(path, prefixed(family_fixtures.arrays("uni3d"), "giant/weights/")),
   "languagebind": lambda path: languagebind_folder(family_fixtures.arrays("languagebind"), path, "image"),
+  "pe_core": pe_core,
+  "clap": lambda path: family_fixtures.unpack("clap_hf", path),
   "imagebind": imagebind,
   "codebind_release": release,
 }

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 # How the front matter of a model card names a licence -> how texts of licences begin.
-_LICENCES = {"mit": "MIT", "apache-2.0": "Apache-2.0", "cc-by-nc-4.0": "CC-BY-NC 4.0", "cc0-1.0": "CC0"}
+_LICENCES = {"mit": "MIT", "apache-2.0": "Apache-2.0", "cc-by-nc-4.0": "CC-BY-NC 4.0", "cc-by-4.0": "CC-BY-4.0",
+             "cc0-1.0": "CC0"}
 
 _EXAMPLES = {"text": '"a dog barking"', "image": '"dog.png"', "audio": '"dog.wav"'}
 

@@ -139,5 +139,5 @@ def make_trunk(
     fingerprint=fingerprint({}, options | made_of, f"{_REVISION} {audio_transforms.REVISION}"),
     load=None if random else lambda shapes: load(
       shapes, open_member(file, MEMBER), dont_load=dont_load, start=functools.partial(drawn, module, item)),
-    options=options,
+    options=options, licence="" if random else fetch.packages()["aisfx"].licence,
   )  # fmt: skip

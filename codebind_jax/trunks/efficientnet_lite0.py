@@ -358,5 +358,5 @@ def make_trunk(
     load=None if random else lambda shapes: load(
       shapes, open_member(file, MEMBER), class_names, dont_load=dont_load,
       start=functools.partial(drawn, module, item)),
-    options=options,
+    options=options, licence="" if random else fetch.packages()["efflite0"].licence,
   )  # fmt: skip

@@ -205,5 +205,5 @@ def make_trunk(
     load=None if random else lambda shapes: load(
       shapes, open_member(file, FOLDER + "model.safetensors"), dont_load=dont_load,
       start=functools.partial(drawn, module, item)),
-    options=options,
+    options=options, licence="" if random else fetch.packages()["minilm"].licence,
   )  # fmt: skip

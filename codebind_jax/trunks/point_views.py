@@ -117,4 +117,5 @@ def make_trunk(
     input=Input((length,), "float32", prepare, revision=f"{revision} {azimuths} {size} {radius} {metric}"),
     fingerprint=fingerprint({}, options | {"picture": picture.fingerprint}, revision),
     load=picture.load and (lambda shapes: {"picture": picture.load(shapes["picture"])}), options=options,
+    licence=picture.licence,
   )  # fmt: skip
