@@ -130,8 +130,8 @@ def _reconstruction(r: Rows) -> Float[Array, ""]:
     if name in r.trunks:
       decoded = r.made.decode(name, r.made.outputs[name].full, 0, r.trunks[name])
       target = r.made.target(name, r.inputs[name])
-      clips = target.shape[1] if target.ndim > decoded.ndim else 1
-      total += losses.reconstruction(decoded, target, clips=clips, mask=r.masks[name])
+      target = target.mean(1) if target.ndim > decoded.ndim else target  # over clips
+      total += losses.reconstruction(decoded, target, mask=r.masks[name])
       continue
     target = jax.nn.standardize(r.inputs[name].astype(jnp.float32), epsilon=1e-6)
     decoded = r.made.decode(name, r.made.outputs[name].full, target.shape[-1])
