@@ -165,6 +165,21 @@ def test_shards_and_bf16(folder):
   assert 1e-5 < np.abs(low - WANT["image_quick_gelu"]).max() < 0.05
 
 
+def test_a_vocabulary_with_merges_gives_the_ids_of_the_tokenizer(folder):
+  whole = clip.make_trunk(weights=str(folder), modality="text")
+  tokenizer = json.loads((folder / "tokenizer.json").read_text())["model"]
+  (folder / "tokenizer.json").unlink()
+  (folder / "vocab.json").write_text(json.dumps(tokenizer["vocab"]))
+  merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer["merges"]]
+  (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+  own = clip.make_trunk(weights=str(folder), modality="text")
+  for text in [*RAW["text"], "don't  STOP\tnow 12", "caf\u0065\u0301!", "<|endoftext|> inside"]:
+    np.testing.assert_array_equal(own.preprocess(text), whole.preprocess(text))
+  vocabulary = {word: number for word, number in tokenizer["vocab"].items() if word != "<|endoftext|>"}
+  (folder / "vocab.json").write_text(json.dumps(vocabulary))
+  assert "vocab.json lacks" in error(folder, "text")
+
+
 def test_a_torch_file_that_calls_functions_is_refused(folder):
   (folder / "model.safetensors").unlink()
   (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious(), protocol=2))

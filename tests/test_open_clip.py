@@ -226,7 +226,7 @@ def test_a_tower_that_is_not_supported_is_refused_by_its_name(made, tmp_path, ch
 
 
 def test_a_folder_without_a_supported_tower_is_refused_by_the_first_one(made, tmp_path):
-  vision = {"image_size": 224, "timm_model_name": "vit_base_patch16_siglip_224", "timm_pool": "map", "timm_proj": "none"}
+  vision = {"timm_model_name": "vit_base_patch16_siglip_224", "timm_pool": "map", "timm_proj": "none"}
   config = {"embed_dim": 768, "vision_cfg": vision, "text_cfg": {"hf_tokenizer_name": "timm/ViT-B-16-SigLIP"}}
   folder = folder_of(made, tmp_path, config={"model_cfg": config})
   assert open_clip.recognises(folder)

@@ -1,5 +1,7 @@
 """PE-Core in its own layout: against timm's and open_clip's copies, on tiny weights; the official names and shapes."""
 
+import json
+
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -22,6 +24,39 @@ def state(kind="class"):
     weights["token_embedding.weight"] = np.zeros((49408, rows.shape[1]), np.float32)
     weights["token_embedding.weight"][WANT["used"]] = rows
   return weights | {"logit_scale": np.float32(np.log(50.0))}
+
+
+SWAPS = (
+  ("visual.proj", "visual.trunk.head.weight"), ("visual.conv1", "visual.trunk.patch_embed.proj"),
+  ("visual.positional_embedding", "visual.trunk.pos_embed"), ("visual.class_embedding", "visual.trunk.cls_token"),
+  ("visual.ln_pre", "visual.trunk.norm_pre"), ("visual.ln_post", "visual.trunk.norm"),
+  ("visual.transformer.resblocks", "visual.trunk.blocks"), (".ln_1", ".norm1"), (".ln_2", ".norm2"),
+  (".attn.in_proj_", ".attn.qkv."), (".attn.out_proj", ".attn.proj"), ("mlp.c_fc", "mlp.fc1"),
+  ("mlp.c_proj", "mlp.fc2"),
+)  # fmt: skip
+
+
+def timm_state():
+  """The weights in OpenCLIP's layout."""
+  out = {"logit_scale": state()["logit_scale"], "visual.trunk.head.bias": np.zeros(24, np.float32)}
+  for name, value in state().items():
+    if name.startswith("visual.attn_pool"):
+      name = name.replace("visual.attn_pool", "visual.trunk.attn_pool")
+      for old, new in (("probe", "latent"), (".layernorm.", ".norm."), (".attn.out_proj.", ".proj."), *SWAPS[-2:]):
+        name = name.replace(old, new)
+      if "in_proj" in name:
+        kind, width = name.rsplit("_", 1)[1], len(value) // 3
+        out[f"visual.trunk.attn_pool.q.{kind}"], out[f"visual.trunk.attn_pool.kv.{kind}"] = value[:width], value[width:]
+        continue
+    elif name.startswith("visual."):
+      for old, new in SWAPS:
+        name = name.replace(old, new)
+      value = value.T if name.endswith("head.weight") else value
+      value = value[None] if name.endswith("pos_embed") else value[None, None] if name.endswith("cls_token") else value
+    elif name != "logit_scale":
+      name = f"text.{name}"
+    out[name] = value
+  return out
 
 
 def write(path, weights):
@@ -50,8 +85,26 @@ def test_embeddings_and_preparation_are_those_of_timm_and_open_clip(tmp_path, mo
   assert trunk.head.logit_scale == pytest.approx(50.0)
 
 
-def test_a_model_is_saved_and_loads_again(tmp_path):
+@pytest.mark.parametrize("modality", pe_core.MODALITIES)
+def test_the_layout_of_openclip(tmp_path, modality):
+  config = {"model_cfg": {"vision_cfg": {"timm_model_name": "vit_pe_core_tiny_patch16_384"}, "text_cfg": {}}}
+  (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+  write(tmp_path / "open_clip_model.safetensors", timm_state())
+  assert pe_core.recognises(tmp_path) and not open_clip.recognises(tmp_path)
+  assert pe_core.modalities(tmp_path) == ("image", "text")
+  trunk = pe_core.make_trunk(weights=str(tmp_path), modality=modality)
+  np.testing.assert_allclose(trunk.embed(IN[modality]), WANT[f"class_{modality}"], atol=2e-6)
+
+
+@pytest.mark.parametrize("timm", [False, True])
+def test_a_model_is_saved_and_loads_again(tmp_path, timm):
   path = write(tmp_path / "PE-Core-tiny.safetensors", state())
+  if timm:
+    path = tmp_path / "timm"
+    path.mkdir()
+    config = {"model_cfg": {"vision_cfg": {"timm_model_name": "vit_pe_core_tiny_patch16_384"}}}
+    (path / "open_clip_config.json").write_text(json.dumps(config))
+    write(path / "open_clip_model.safetensors", timm_state())
   codebind_jax.load(str(path)).save(tmp_path / "saved")
   got = codebind_jax.load(str(tmp_path / "saved")).embed(RAW)
   for modality in pe_core.MODALITIES:
@@ -60,14 +113,17 @@ def test_a_model_is_saved_and_loads_again(tmp_path):
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_every_array_of_the_official_models_is_accounted_for(tmp_path, monkeypatch, name):
-  (tmp_path / f"{name}.pt").touch()
-  weights = family_fixtures.zeros(OFFICIAL[name]["shapes"], tmp_path / f"{name}.pt")
+  file = tmp_path / ("open_clip_config.json" if "timm" in name else f"{name}.pt")
+  file.write_text(json.dumps(OFFICIAL[name].get("config")))
+  weights = family_fixtures.zeros(OFFICIAL[name]["shapes"], file)
   monkeypatch.setattr(pe_core, "open_weights", lambda path: weights)
+  monkeypatch.setattr(pe_core, "folder_weights", lambda path, stems: weights)
   for modality in pe_core.MODALITIES:
     trunk = pe_core.make_trunk(weights=str(tmp_path), modality=modality, scan=True)
     family_fixtures.load_all(trunk)
-    side = int(name[-3:])
-    assert trunk.input.shape == ((side, side, 3) if modality == "image" else (72 if "G14" in name else 32,))
+    side = 224 if "B16" in name or "B-16" in name else int(name[-3:])
+    context = 72 if "G14" in name or "bigG" in name else 32
+    assert trunk.input.shape == ((side, side, 3) if modality == "image" else (context,))
     heads = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 20, 1536: 16}
     assert trunk.module.spec.heads == heads[trunk.module.spec.width]
 

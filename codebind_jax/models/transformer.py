@@ -91,16 +91,21 @@ class Rope:
 
 def attend(
   q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], v: Float[Array, "b m h d"],
-  mask: Bool[Array, "..."] | None = None,
-) -> Float[Array, "b n h d"]:
-  """Softmax attention; the softmax is in float32. In 16-bit types on an NVIDIA GPU cuDNN's fused kernel computes it.
+  mask: Bool[Array, "..."] | None = None, *, causal: bool = False,
+) -> Float[Array, "b n h d"]:  # fmt: skip
+  """Softmax attention; the softmax is in float32.
+
+  cuDNN's fused kernel computes it in 16-bit types on an NVIDIA GPU. Masks other than the causal one would be a bias
+  there, which its training takes at even lengths alone.
 
   Args:
     q, k, v: queries, keys and values of each head.
     mask: broadcastable to [b, h, n, m], True where a query may attend to a key.
+    causal: a query attends to keys up to its own place alone.
   """
-  fused = _has_cudnn() and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-  return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn" if fused else "xla")
+  small = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+  kind = "cudnn" if mask is None and small and _has_cudnn() else "xla"
+  return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation=kind)
 
 
 @functools.cache
@@ -114,10 +119,12 @@ class Attention(nn.Module):
   Attributes:
     spec: form of the block.
     dtype: compute type; parameters keep theirs.
+    causal: a token attends to itself and earlier tokens, and to the learned one.
   """
 
   spec: BlockSpec
   dtype: Any = None
+  causal: bool = False
 
   @nn.compact
   def __call__(
@@ -135,11 +142,16 @@ class Attention(nn.Module):
     q, k, v = (part.reshape(*x.shape[:2], spec.heads, -1) for part in jnp.split(qkv, 3, axis=-1))
     if rope is not None:
       q, k = rope(q), rope(k)
+    causal = self.causal
+    if causal and (spec.bias_kv or mask is not None):
+      earlier, causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool)), False
+      mask = earlier if mask is None else earlier & mask
     if spec.bias_kv:
       k, v = (self._append(part, name) for part, name in ((k, "bias_k"), (v, "bias_v")))
       if mask is not None:
         mask = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, 1)], constant_values=True)
-    out = attend(q, k, v, mask[None, None] if mask is not None and mask.ndim == 2 else mask).reshape(x.shape)
+    mask = mask[None, None] if mask is not None and mask.ndim == 2 else mask
+    out = attend(q, k, v, mask, causal=causal).reshape(x.shape)
     if spec.sub_norm:
       out = layer_norm("norm", dtype=self.dtype, eps=spec.eps)(out)
     return nn.Dense(width, dtype=self.dtype, name="out")(out)
@@ -174,6 +186,7 @@ class Block(nn.Module):
 
   spec: BlockSpec
   dtype: Any = None
+  causal: bool = False
 
   @nn.compact
   def __call__(
@@ -181,7 +194,7 @@ class Block(nn.Module):
   ) -> Float[Array, "b n d"]:
     """One block; see `Attention` for `mask` and `rope`."""
     x = self._over_frames(x) if self.spec.frames else x
-    attention = Attention(self.spec, self.dtype, name="attn")
+    attention = Attention(self.spec, self.dtype, self.causal, name="attn")
     x = self._added(x, 1, lambda y: attention(y, mask, rope))
     return self._added(x, 2, Mlp(self.spec, self.dtype, name="mlp"))
 
@@ -232,9 +245,6 @@ class Transformer(nn.Module):
   ) -> Float[Array, "b n d"]:
     """Maps tokens (with positions added) to tokens; `mask` is beside the causal one, see `Attention`."""
     x = x if self.dtype is None else x.astype(self.dtype)
-    if self.causal:
-      causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
-      mask = causal if mask is None else causal & mask
     if self.pre_norm:
       x = layer_norm("pre_norm", dtype=self.dtype, eps=self.spec.eps)(x)
     if self.scan:
@@ -242,10 +252,10 @@ class Transformer(nn.Module):
       block = nn.remat(Block, prevent_cse=False) if self.remat else Block
       run = nn.scan(lambda block, x, mask, rope: (block(keep_rows(x), mask, rope), None), variable_axes={"params": 0},
                     split_rngs={"params": True}, in_axes=nn.broadcast, length=self.depth)  # fmt: skip
-      return run(block(self.spec, self.dtype, name="blocks"), x, mask, rope)[0]
+      return run(block(self.spec, self.dtype, self.causal, name="blocks"), x, mask, rope)[0]
     block = nn.remat(Block) if self.remat else Block
     for i in range(self.depth):
-      x = block(self.spec, self.dtype, name=f"blocks_{i}")(keep_rows(x), mask, rope)
+      x = block(self.spec, self.dtype, self.causal, name=f"blocks_{i}")(keep_rows(x), mask, rope)
     return x
 
 

@@ -119,7 +119,9 @@ def _config(path: Path) -> dict[str, Any]:
   except (ValueError, OSError):
     return {}
   config = config.get("model_cfg", config)
-  return config if isinstance(config, dict) and "vision_cfg" in config else {}
+  if not isinstance(config, dict) or not isinstance(config.get("vision_cfg"), dict):
+    return {}
+  return {} if str(config["vision_cfg"].get("timm_model_name")).startswith("vit_pe_core_") else config  # `pe_core`'s
 
 
 def recognises(path: Path) -> bool:

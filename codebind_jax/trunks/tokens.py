@@ -85,7 +85,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 def folder_tokenizer(folder: Path) -> tokenizers.Tokenizer:
   """The tokenizer of a folder in Hugging Face layout: `tokenizer.json`, a SentencePiece model (which adds no marks), or
-  `vocab.json` with `merges.txt` by transformers.
+  CLIP's `vocab.json` with `merges.txt`.
 
   Raises:
     ValueError: if there is none, or it is not readable.
@@ -97,14 +97,32 @@ def folder_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     for name in SENTENCEPIECE:
       if (folder / name).is_file():
         return sentencepiece.read_tokenizer(folder / name)
-    if (folder / "vocab.json").is_file():
-      from transformers import AutoTokenizer
-
-      return AutoTokenizer.from_pretrained(folder, use_fast=True).backend_tokenizer
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+      return _byte_pairs(folder)
   except Exception as error:
     raise ValueError(f"{folder}: its tokenizer is not readable ({error})") from error
   files = f"tokenizer.json, {', '.join(SENTENCEPIECE)}, or vocab.json with merges.txt"
   raise ValueError(f"{folder}: has no tokenizer ({files})")
+
+
+def _byte_pairs(folder: Path) -> tokenizers.Tokenizer:
+  """CLIP's tokenizer from its vocabulary and merges, as transformers builds it."""
+  vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+  lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+  merges = [tuple(line.split(" ")) for line in lines if line.count(" ") == 1 and not line.startswith("#version")]
+  start, end = "<|startoftext|>", "<|endoftext|>"
+  if start not in vocabulary or end not in vocabulary:
+    raise ValueError(f"vocab.json lacks {start} or {end}: it is not CLIP's; save it as tokenizer.json")
+  out = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, end_of_word_suffix="</w>", unk_token=end))
+  out.add_special_tokens([start, end])
+  n, p = tokenizers.normalizers, tokenizers.pre_tokenizers
+  out.normalizer = n.Sequence([n.NFC(), n.Replace(tokenizers.Regex(r"\s+"), " "), n.Lowercase()])
+  words = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+  split = p.Split(tokenizers.Regex(words), "removed", invert=True)
+  out.pre_tokenizer = p.Sequence([split, p.ByteLevel(add_prefix_space=False, use_regex=False)])
+  marks = [(start, vocabulary[start]), (end, vocabulary[end])]
+  out.post_processor = tokenizers.processors.TemplateProcessing(single=f"{start} $0 {end}", special_tokens=marks)
+  return out
 
 
 def model_type(path: Path) -> str:
