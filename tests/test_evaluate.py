@@ -103,7 +103,7 @@ def test_task_without_what_it_needs(trained, tmp_path):
 
 
 def test_eval_needs_a_checkpoint_and_a_manifest(trained, tmp_path):
-  with pytest.raises(ValueError, match="is not a run's folder"):
+  with pytest.raises(ValueError, match="no supported checkpoint"):
     evaluate(config_of(trained, init_from=str(tmp_path)), tmp_path / "out")
 
 
