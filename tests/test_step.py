@@ -12,7 +12,7 @@ from codebind_jax.compositional import new_codebooks
 from codebind_jax.models.decoder import Decoder
 from codebind_jax.runtime.optim import make_optimizer, param_paths
 from codebind_jax.runtime.train_state import TrainState
-from codebind_jax.step import make_embed_step, make_train_step, mixed
+from codebind_jax.step import make_embed_step, make_train_step, mixed, mixup_shares
 from configs import stage1, synthetic
 
 ROWS = slice(0, 6)
@@ -24,9 +24,15 @@ def tokens_of(*masks):
   return tokens, {name: jnp.asarray(mask, bool) for name, mask in zip(tokens, masks)}
 
 
+def all_mixed(rng, tokens, masks, owners, alpha):
+  """The tokens mixed as the step does; a modality without rows of a source stays."""
+  shares = mixup_shares(rng, masks, owners, alpha)
+  return {name: mixed(x, shares[name], owners, name) for name, x in tokens.items()}
+
+
 def test_mixup_takes_one_share_for_all_modalities_of_a_row():
   tokens, masks = tokens_of([1] * 6, [1] * 6)
-  out = mixed(jax.random.key(0), tokens, masks, {("a", "image"): ROWS, ("a", "text"): ROWS}, 1.0)
+  out = all_mixed(jax.random.key(0), tokens, masks, {("a", "image"): ROWS, ("a", "text"): ROWS}, 1.0)
   shares = {}
   for name, x in tokens.items():
     own, other = np.asarray(x, np.float64), np.roll(np.asarray(x, np.float64), 1, axis=0)
@@ -39,7 +45,7 @@ def test_mixup_takes_one_share_for_all_modalities_of_a_row():
 
 def test_mixup_leaves_rows_whose_neighbour_lacks_a_modality():
   tokens, masks = tokens_of([1, 1, 0, 1, 1, 1], [1] * 6)
-  out = mixed(jax.random.key(1), tokens, masks, {("a", "image"): ROWS, ("a", "text"): ROWS}, 1.0)
+  out = all_mixed(jax.random.key(1), tokens, masks, {("a", "image"): ROWS, ("a", "text"): ROWS}, 1.0)
   for name, x in tokens.items():
     np.testing.assert_array_equal(out[name][3], x[3].astype(jnp.float32), err_msg="its neighbour has no image")
     assert (out[name][4] != x[4]).any()
@@ -51,7 +57,7 @@ def test_mixup_stays_within_a_source():
   owners = {("a", "image"): slice(0, 2), ("b", "image"): slice(2, 6)}
   changed = tokens["image"].at[:2].add(5.0)
   first, second = (
-    mixed(jax.random.key(0), tokens | {"image": image}, masks, owners, 1.0) for image in (tokens["image"], changed)
+    all_mixed(jax.random.key(0), tokens | {"image": image}, masks, owners, 1.0) for image in (tokens["image"], changed)
   )
   np.testing.assert_array_equal(first["image"][2:], second["image"][2:])
   np.testing.assert_array_equal(first["text"], tokens["text"])
@@ -61,7 +67,7 @@ def test_sources_are_mixed_by_shares_of_their_own():
   tokens, masks = tokens_of([1] * 6, [1] * 6)
   twice = tokens | {"image": jnp.concatenate([tokens["image"][:3]] * 2)}
   owners = {("a", "image"): slice(0, 3), ("b", "image"): slice(3, 6)}
-  out = mixed(jax.random.key(0), twice, masks, owners, 1.0)["image"]
+  out = all_mixed(jax.random.key(0), twice, masks, owners, 1.0)["image"]
   assert np.abs(out[:3] - out[3:]).max() > 0.1
 
 
@@ -162,6 +168,6 @@ def test_reconstruction_is_the_error_of_standardised_tokens_and_reaches_every_pa
   np.testing.assert_allclose(metrics["train/total"], 2 * metrics["train/reconstruction"], rtol=1e-6)
   moved = {path: bool((old != new).any()) for (path, old), new in zip(
     param_paths(params).items(), jax.tree.leaves(after.params))}
-  for part in ("body/first", "shared/proj", "specific/proj", "decoder/deconv", "decoder/embed"):
+  for part in ("trunk/first", "shared/proj", "specific/proj", "decoder/deconv", "decoder/embed"):
     assert moved[f"image/{part}/kernel"] and moved[f"depth/{part}/kernel"], part
   assert not moved["text/shared/proj/kernel"]

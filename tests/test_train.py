@@ -117,19 +117,6 @@ def test_a_whole_checkpoint_that_does_not_fit_is_an_error_and_stays(whole_run, t
   assert (tmp_path / "checkpoints" / "6").is_dir()
 
 
-def test_a_checkpoint_of_an_earlier_version_opens_and_goes_on_from_its_step(data, whole_run, tmp_path):
-  shutil.copytree(whole_run[0], tmp_path / "old")
-  shutil.rmtree(tmp_path / "old" / "checkpoints" / "6")
-  path = tmp_path / "old" / "checkpoints" / "4" / "meta" / "metadata"
-  meta = json.loads(path.read_text())
-  assert meta.pop("fingerprint")["bridges"]["squares"]["rows"] == 24
-  meta["position"]["held"] = meta["position"].pop("trained")
-  path.write_text(json.dumps(meta | {"data": {"squares": {"next_index": 4}}}))
-  assert codebind_jax.load(tmp_path / "old").modalities == ("image", "text")
-  train_and_evaluate(tiny_config(*data), tmp_path / "old")
-  assert_same_run(whole_run[0], tmp_path / "old")
-
-
 def drop_record(manifest):
   manifest.write_text("".join(line + "\n" for line in manifest.read_text().splitlines() if '"id": "red1"' not in line))
 

@@ -133,10 +133,7 @@ class Checkpoints:
     step = self._manager.latest_step() if step is None else step
     if step is None:
       raise FileNotFoundError(f"no checkpoint in {self.path}")
-    meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-    if "held" in meta["position"]:  # the key's name in earlier versions
-      meta["position"]["trained"] = meta["position"].pop("held")
-    return meta
+    return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
   def read_arrays(self, keys: tuple[str, ...] = ("params", "codebooks")) -> dict[str, Any]:
     """Parts of the newest state as nested dicts of numpy arrays, for evaluation and embedding."""
