@@ -194,7 +194,7 @@ def test_load_and_embed(data, whole_run):
     model.embed({"audio": ["x.wav"]})
   with pytest.raises(ValueError, match=r"image\[1\]"):
     model.embed({"image": [files[0], data[0]]})
-  with pytest.raises(ValueError, match="not a run's folder"):
+  with pytest.raises(ValueError, match="no supported checkpoint"):
     codebind_jax.load(data[0].parent)
 
 
