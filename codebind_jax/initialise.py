@@ -40,6 +40,8 @@ def load_published(params: Any, model: ModelSpec, trunks: Mapping[str, Trunk]) -
   params = dict(params)
   for name, tower in model.towers.items():
     trunk = trunks[name]
+    parts = ["trunk"] * bool(not tower.cache and trunk.load) + ["head"] * (tower.head == "published")
+    logging.info("%s: %s", name, f"{' and '.join(parts)} from the checkpoint" if parts else "random heads")
     if not tower.cache and trunk.load:
       params[name] = params[name] | {"trunk": _loaded(params[name]["trunk"], trunk.load)}
     if tower.head == "published" and trunk.head.load:

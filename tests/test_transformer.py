@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from codebind_jax.models import towers as codebind
+from codebind_jax.models import transformer
 from codebind_jax.models.encoder import Encoder, EncoderSpec, fold_clips, mean_clips
 from codebind_jax.models.imagebind import HUGE
 from codebind_jax.models.lora import lora
@@ -318,3 +319,39 @@ def test_what_is_not_to_be_loaded_keeps_what_is_there():
   assert {float(leaf.min()) for leaf in jax.tree.leaves(loaded["stem"])} == {7.0}
   theirs = state_dict()["modality_trunks.eeg.blocks.1.attn.in_proj_weight"]
   np.testing.assert_array_equal(loaded["trunk"]["blocks_1"]["attn"]["qkv"]["kernel"], theirs.T)
+
+
+@pytest.mark.parametrize(("dtype", "options", "fused"), [
+  ("bfloat16", {}, True), ("bfloat16", {"bias_kv": True}, True), ("bfloat16", {"causal": True}, True),
+  (None, {}, False),
+])  # fmt: skip
+def test_attention_in_16_bits_is_cudnn_s_fused_kernel_on_a_gpu(dtype, options, fused, monkeypatch):
+  monkeypatch.setattr(transformer, "_has_cudnn", lambda: True)
+  monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91_000)
+  spec = BlockSpec(2, bias_kv=options.get("bias_kv", False))
+  module = Transformer(2, spec, dtype=dtype, causal=options.get("causal", False), scan=True, remat=True)
+  x = jax.ShapeDtypeStruct((2, 7, 16), jnp.float32)
+  params = jax.eval_shape(module.init, jax.random.key(0), x)
+  loss = lambda params, x: jnp.sum(module.apply(params, x).astype(jnp.float32))
+  text = jax.jit(jax.grad(loss)).trace(params, x).lower(lowering_platforms=("cuda",)).as_text()
+  assert ("__cudnn$fmhaSoftmaxBackward" in text) == fused
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [(7, 7), (6, 7), (6, 6)])
+def test_the_padding_of_odd_lengths_changes_nothing(lengths, causal, monkeypatch):
+  rng = np.random.default_rng(0)
+  q, k, v = (jnp.asarray(rng.normal(size=(2, n, 2, 8)), jnp.bfloat16) for n in (lengths[0], lengths[1], lengths[1]))
+  attend = lambda q, k, v: transformer.attend(q, k, v, causal=causal)
+  run = lambda: jax.vjp(attend, q, k, v)[1](jnp.ones(q.shape, q.dtype)) + (attend(q, k, v),)
+  plain, calls, real = run(), [], jax.nn.dot_product_attention
+
+  def on_the_cpu(*args, implementation, **options):
+    calls.append((implementation, args[0].shape[1] % 2, args[1].shape[1] % 2))
+    return real(*args, implementation="xla", **options)
+
+  monkeypatch.setattr(transformer, "_has_cudnn", lambda: True)
+  monkeypatch.setattr(jax.nn, "dot_product_attention", on_the_cpu)
+  for wanted, found in zip(plain, run(), strict=True):
+    np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(wanted, np.float32), atol=0.02)
+  assert set(calls) == {("cudnn", 0, 0)}

@@ -95,8 +95,8 @@ def attend(
 ) -> Float[Array, "b n h d"]:  # fmt: skip
   """Softmax attention; the softmax is in float32.
 
-  cuDNN's fused kernel computes it in 16-bit types on an NVIDIA GPU. Masks other than the causal one would be a bias
-  there, which its training takes at even lengths alone.
+  cuDNN's fused kernel computes it in 16-bit types on an NVIDIA GPU, where there is no mask but the causal one. Its
+  training takes even lengths alone: an odd one gets a padding token that nobody attends to.
 
   Args:
     q, k, v: queries, keys and values of each head.
@@ -104,8 +104,17 @@ def attend(
     causal: a query attends to keys up to its own place alone.
   """
   small = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-  kind = "cudnn" if mask is None and small and _has_cudnn() else "xla"
-  return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation=kind)
+  if mask is not None or not small or not _has_cudnn():
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="xla")
+  queries, keys = q.shape[1], k.shape[1]
+  if not (queries % 2 or keys % 2):
+    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+  even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
+  lengths = lambda count: jnp.full((q.shape[0],), count, jnp.int32)
+  return jax.nn.dot_product_attention(
+    even(q), even(k), even(v), is_causal=causal, query_seq_lengths=lengths(queries),
+    key_value_seq_lengths=lengths(keys), implementation="cudnn",
+  )[:, :queries]  # fmt: skip
 
 
 @functools.cache
