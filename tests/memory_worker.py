@@ -4,6 +4,7 @@ Arguments: its folder; that of a small one, loaded first, so that code and progr
 codebind_jax.load, "fsdp" or "fsdp scan" into a sharding over all devices.
 """
 
+import gc
 import json
 import resource
 import sys
@@ -49,6 +50,8 @@ def main(folder, small, how):
     read = sharded(folder, "scan" in how)
   else:
     read = lambda: api.load(folder, modalities=["image"]).params
+    read()  # what tracing and compiling take is not counted; large arrays go back to the system as they are freed
+    gc.collect()
   forget()
   before = resident()
   params = jax.block_until_ready(read())

@@ -187,6 +187,7 @@ def load(
       if into and not wrong and not missing:
         into.write((*at, *(0,) * (len(shape) - 1), *((done,) if shape else ())), value[(None,) * len(at)])
       done = end
+      del array, value  # before the next one is read
 
   def place(path: Any, leaf: Any, initial: Any = None) -> Any:
     name, sharding = path_of(path), getattr(leaf, "sharding", None)
