@@ -83,33 +83,25 @@ def forward(method: Method, params: Any, batch: Batch, rng: Any, stage: Stage) -
   ids = {name for name, x in inputs.items() if x.dtype == jnp.int32}
   inputs = inputs | {name: mixed(inputs[name], w, owners, name) for name, w in shares.items() if name not in ids}
 
-  def apply(params: Any, inputs: Mapping[str, Array], rng: Any) -> tuple[dict[str, Array], dict[str, Array]]:
+  def apply(
+    params: Any, inputs: Mapping[str, Array], rng: Any, trunks: bool = False
+  ) -> tuple[dict[str, Array], dict[str, Array]]:
     train = rng is not None
     run = lambda params, x, key: method.model.apply(
-      {"params": params}, x, train=train, trunks=True, rngs={"dropout": key}
+      {"params": params}, x, train=train, trunks=trunks, rngs={"dropout": key}
     )
     features, scales = in_parts(run, params, inputs, rng if train else jax.random.key(0), stage.parts)
     # Ids cannot be blended; the embeddings of their texts are.
     return features | {name: mixed(features[name], shares[name], owners, name) for name in ids & set(shares)}, scales
 
-  outputs, scales = apply(params, inputs, jax.random.split(rng)[0])
+  outputs, scales = apply(params, inputs, jax.random.split(rng)[0], trunks=True)
   features = {name: x for name, x in outputs.items() if not name.startswith(TRUNK)}
   trunks = {name.removeprefix(TRUNK): x for name, x in outputs.items() if name.startswith(TRUNK)}
   groups = {
     source: content["_group"] * len(batch) + number if "_group" in content else None
     for number, (source, content) in enumerate(batch.items())
   }  # fmt: skip
-  return Forward(params, inputs, features, scales, masks, owners, groups, towers_alone(apply), trunks)
-
-
-def towers_alone(apply: Callable[..., tuple[dict[str, Array], dict[str, Array]]]) -> Callable[..., tuple]:
-  """`apply` without the trunks' tokens among its features."""
-
-  def run(*args: Any) -> tuple[dict[str, Array], dict[str, Array]]:
-    outputs, scales = apply(*args)
-    return {name: x for name, x in outputs.items() if not name.startswith(TRUNK)}, scales
-
-  return run
+  return Forward(params, inputs, features, scales, masks, owners, groups, apply, trunks)
 
 
 def mixup_shares(

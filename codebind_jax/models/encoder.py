@@ -123,14 +123,12 @@ class Encoded:
     trunk: [b * s, n, c] trunk output, all tokens, for the decoder; None for trunks that have no decoder.
     positions: [n, c] the stem's positions, for the decoder; None for none.
     clips: s.
-    guess: [b, n, w] a first guess in another modality's space, or None.
   """
 
   tokens: Any
   trunk: Any = None
   positions: Any = None
   clips: int = flax.struct.field(pytree_node=False, default=1)
-  guess: Any = None
 
 
 class Encoder(nn.Module):

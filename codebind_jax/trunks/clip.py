@@ -68,11 +68,7 @@ def recognises(path: Path) -> bool:
 
 def modalities(path: Path) -> tuple[str, ...]:
   """Modalities that a folder has: their weights, and for text a tokenizer."""
-  return tuple(m for m in _modalities(_weights(path)) if m != "text" or has_tokenizer(path))
-
-
-def _modalities(weights: Weights) -> tuple[str, ...]:
-  return tuple(m for m in MODALITIES if any(name.startswith(f"{_TOWER[m]}.") for name in weights))
+  return tuple(m for m in names.towers_in(_weights(path), _TOWER) if m != "text" or has_tokenizer(path))
 
 
 def _weights(path: Path) -> Weights:
@@ -145,8 +141,9 @@ def make_trunk(
   folder = Path(weights).expanduser()
   config = family_config(weights, folder, _KINDS, "CLIP")
   there = _weights(folder)
-  if modality not in _modalities(there):
-    raise ValueError(f"{weights}: has no {modality!r}; it has {', '.join(_modalities(there)) or 'no tower of CLIP'}")
+  found = names.towers_in(there, _TOWER)
+  if modality not in found:
+    raise ValueError(f"{weights}: has no {modality!r}; it has {', '.join(found) or 'no tower of CLIP'}")
   tower = config.get({"image": "vision_config", "text": "text_config"}[modality], config)
   picture, picture_file = processor_config(folder)
   spec = spec_of(tower, modality, picture, folder / "config.json")

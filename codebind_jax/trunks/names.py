@@ -233,6 +233,11 @@ def stacked_as_layers(weights: Weights, pattern: str) -> Weights:
   return Weights(entries, weights.files)
 
 
+def towers_in(weights: Mapping[str, Any], prefixes: Mapping[str, str]) -> tuple[str, ...]:
+  """Modalities whose tower a checkpoint has; `prefixes`: modality -> what its names begin with, before a dot."""
+  return tuple(m for m, prefix in prefixes.items() if any(name.startswith(f"{prefix}.") for name in weights))
+
+
 def depth_of(weights: Mapping[str, Any], pattern: str) -> int:
   """Number of layers: one more than the largest number that `pattern`'s group finds in the names; 0 for none."""
   numbers = [int(match[1]) for name in weights if (match := re.search(pattern, name))]

@@ -67,11 +67,7 @@ def recognises(path: Path) -> bool:
 
 def modalities(path: Path) -> tuple[str, ...]:
   """Modalities that a folder has: their weights, and for text a tokenizer."""
-  return tuple(m for m in _modalities(_weights(path)) if m != "text" or has_tokenizer(path))
-
-
-def _modalities(weights: Weights) -> tuple[str, ...]:
-  return tuple(m for m in MODALITIES if any(name.startswith(f"{_TOWER[m]}.") for name in weights))
+  return tuple(m for m in names.towers_in(_weights(path), _TOWER) if m != "text" or has_tokenizer(path))
 
 
 def _weights(path: Path) -> Weights:
@@ -172,8 +168,9 @@ def make_trunk(
   if "num_patches" in config.get("vision_config", config):
     raise ValueError(f"{folder / 'config.json'}: SigLIP2 NaFlex (pictures of any size) is not supported")
   there = _weights(folder)
-  if modality not in _modalities(there):
-    raise ValueError(f"{weights}: has no {modality!r}; it has {', '.join(_modalities(there)) or 'no tower of SigLIP'}")
+  found = names.towers_in(there, _TOWER)
+  if modality not in found:
+    raise ValueError(f"{weights}: has no {modality!r}; it has {', '.join(found) or 'no tower of SigLIP'}")
   picture, picture_file = processor_config(folder)
   spec = spec_of(tower, modality, picture, folder / "config.json")
   if modality == "text":
