@@ -1,17 +1,22 @@
-"""The interface of a source of rows.
+"""Records by number: the interface of a source of training or evaluation data, and what is known of all its records.
 
-A source is a picklable random-access sequence of rows `{"id": str, "label": str | None, <modality>: value, ...}`. An
-image is uint8 [h, w, 3] RGB with transparency on white, another sensor's array what its transform's `read` gives; a
-text is the list of captions the row may use, the main one first. A modality that a row lacks is an absent key.
+A record has fields (`id`, `label`, `text`: the list of captions, the main one first, and others), and items of
+modalities: a path, a file's bytes or an array, which is not decoded here. A modality that a record lacks is absent.
 """
+
+from __future__ import annotations
 
 import abc
 import copy
-from collections.abc import Iterable, Sequence
+import dataclasses
+import hashlib
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Int8, Int32, Int64, UInt32, UInt64
 
 from codebind_jax.data import transforms
 
@@ -24,53 +29,309 @@ def known_modalities() -> tuple[str, ...]:
   return (*MODALITIES, *(m for m in transforms.readable() if m not in MODALITIES))
 
 
-class Source(abc.ABC):
-  """Rows of one split. `rows[i]` is row i without its arrays, so that rows can be chosen without decoding."""
+def id_hash(name: str) -> int:
+  """The first 8 bytes of an id's BLAKE2b hash."""
+  return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
-  def __init__(self, name: str, rows: Sequence[dict[str, Any]]):
-    self.name = name
-    self.rows = list(rows)
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+  """What is asked of all records at once: 37 bytes a record, of which the ids' 8 are rarely read.
+
+  Attributes:
+    modalities: those that the bits of `has` stand for, the lowest bit first.
+    has: one bit a modality that the record has.
+    label: number of its label in `labels`; -1 where it has none.
+    labels: all labels.
+    split: number of its split in `SPLITS`; -1 where it names none.
+    group: number of its group, by first appearance; records of one group are not each other's negatives. A record
+      without a label is its own group.
+    where: the format's own two numbers: offset and length, file and row.
+    ids: `id_hash` of its id.
+  """
+
+  modalities: tuple[str, ...]
+  has: UInt32[np.ndarray, "n"]
+  label: Int32[np.ndarray, "n"]
+  labels: tuple[str, ...]
+  split: Int8[np.ndarray, "n"]
+  group: Int32[np.ndarray, "n"]
+  where: Int64[np.ndarray, "n 2"]
+  ids: UInt64[np.ndarray, "n"]
 
   def __len__(self) -> int:
-    return len(self.rows)
+    return len(self.has)
 
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    index = range(len(self))[index]
-    arrays = [m for m in self.modalities if m != "text" and self.has(index, m)]
-    return self.rows[index] | {modality: self.read(index, modality) for modality in arrays}
+  def take(self, rows: Int[np.ndarray, "m"]) -> Index:
+    """The index of some of the records, in the order given."""
+    columns = {name: getattr(self, name)[rows] for name in ("has", "label", "split", "group", "where", "ids")}
+    return dataclasses.replace(self, **columns)
+
+  def bit(self, modality: str) -> int:
+    """The bit of `has` that stands for a modality; 0 for one that no record has."""
+    return 1 << self.modalities.index(modality) if modality in self.modalities else 0
+
+  def label_of(self, row: int) -> str | None:
+    """The label of a record."""
+    return self.labels[self.label[row]] if self.label[row] >= 0 else None
+
+
+def groups_of(label: Int[np.ndarray, "n"]) -> Int32[np.ndarray, "n"]:
+  """Numbers of groups of equal label, by first appearance; a record with label -1 is its own group.
+
+  >>> groups_of(np.array([5, -1, 5, -1, 2])).tolist()
+  [0, 1, 0, 2, 3]
+  """
+  own = np.where(label >= 0, label, -1 - np.arange(len(label)))
+  _, first, number = np.unique(own, return_index=True, return_inverse=True)
+  rank = np.empty(len(first), np.int32)
+  rank[np.argsort(first, kind="stable")] = np.arange(len(first), dtype=np.int32)
+  return rank[number.reshape(-1)]
+
+
+class IndexBuilder:
+  """Makes an `Index` record by record."""
+
+  def __init__(self):
+    self._modalities: dict[str, int] = {}
+    self._labels: dict[str, int] = {}
+    self._columns = {"has": array("I"), "label": array("i"), "split": array("b"), "where": array("q"),
+                     "ids": array("Q")}  # fmt: skip
+
+  def __len__(self) -> int:
+    return len(self._columns["has"])
+
+  def add(
+    self, name: str, modalities: Iterable[str], label: str | None = None, split: str | None = None,
+    where: tuple[int, int] = (0, 0),
+  ) -> None:  # fmt: skip
+    """Adds a record.
+
+    Args:
+      name: its id.
+      modalities: those it has.
+      label: its label.
+      split: one of `SPLITS`.
+      where: the format's own numbers.
+    """
+    bits = 0
+    for modality in modalities:
+      bits |= 1 << self._modalities.setdefault(modality, len(self._modalities))
+    columns = self._columns
+    columns["has"].append(bits)
+    columns["label"].append(-1 if label is None else self._labels.setdefault(label, len(self._labels)))
+    columns["split"].append(-1 if split is None else SPLITS.index(split))
+    columns["where"].extend(where)
+    columns["ids"].append(id_hash(name))
+
+  def build(self) -> Index:
+    """The index of all records added."""
+    types = {"has": np.uint32, "label": np.int32, "split": np.int8, "where": np.int64, "ids": np.uint64}
+    columns = {name: np.array(values, types[name]) for name, values in self._columns.items()}
+    columns["where"] = columns["where"].reshape(-1, 2)
+    return Index(
+      tuple(self._modalities), labels=tuple(self._labels), group=groups_of(columns["label"]), **columns
+    )  # fmt: skip
+
+
+def twice(index: Index) -> tuple[int, int] | None:
+  """The first two records with one id; None if all ids differ."""
+  order = np.argsort(index.ids, kind="stable")
+  same = np.flatnonzero(np.diff(index.ids[order]) == 0)
+  if not len(same):
+    return None
+  later = order[same + 1]
+  at = int(np.argmin(later))
+  return int(order[same[at]]), int(later[at])
+
+
+class Source(abc.ABC):
+  """Records by number. A source is picklable, and reading is safe from many threads: pread, never seek and read.
+
+  Attributes:
+    name: for logs and errors.
+    index: of its records.
+    block: number of records that are read together (a row group of Parquet); 1 where any order is cheap.
+  """
+
+  block = 1
+
+  def __init__(self, name: str, index: Index):
+    self.name, self.index = name, index
+    self._numbers: np.ndarray | None = None  # of the records selected, in the file
+
+  def __len__(self) -> int:
+    return len(self.index)
+
+  def __getitem__(self, row: int) -> dict[str, Any]:
+    """The fields of a record and its decoded arrays."""
+    row = range(len(self))[row]
+    items = {m: self.read(row, m) for m in self.modalities if m != "text" and self.has(row, m)}
+    decoded = lambda m, item: item if isinstance(item, np.ndarray) else transforms.of(m).read(item)
+    return self.fields(row) | {m: decoded(m, item) for m, item in items.items()}
+
+  def __iter__(self) -> Iterator[dict[str, Any]]:
+    return (self[row] for row in range(len(self)))
 
   @property
-  def keys(self) -> list[str]:
-    """Unique id of each row."""
-    return [row["id"] for row in self.rows]
-
-  @property
-  @abc.abstractmethod
   def modalities(self) -> tuple[str, ...]:
-    """Modalities that at least one row has."""
+    """Modalities that at least one record has."""
+    there = int(np.bitwise_or.reduce(self.index.has)) if len(self) else 0
+    return tuple(m for m in known_modalities() if there & self.index.bit(m))
 
-  def has(self, index: int, modality: str) -> bool:
-    """Whether a row has a modality, without decoding it."""
-    return modality in self.rows[index]
+  def has(self, row: int, modality: str) -> bool:
+    """Whether a record has a modality."""
+    return bool(int(self.index.has[row]) & self.index.bit(modality))
 
-  @abc.abstractmethod
-  def content_hash(self, index: int, modality: str) -> str:
-    """Hex SHA-256 that changes when a row's content of a modality changes."""
+  def rows_with(self, modality: str) -> Int[np.ndarray, "m"]:
+    """Numbers of the records that have a modality."""
+    return np.flatnonzero(self.index.has & np.uint32(self.index.bit(modality)))
 
-  @abc.abstractmethod
-  def read(self, index: int, modality: str) -> np.ndarray:
-    """A row's array of one modality (not text), decoded."""
+  def fields(self, row: int) -> dict[str, Any]:
+    """The fields of a record, parsed when asked for."""
+    return self._fields(self._number(row))
 
-  def select(self, indices: Iterable[int] | Int[np.ndarray, "n"]) -> "Source":
-    """The rows at `indices`, in that order, as a source of its own.
+  def column(self, name: str) -> list[Any]:
+    """A field of every record; None where a record lacks it."""
+    return [self.fields(row).get(name) for row in range(len(self))]
+
+  def read(self, row: int, modality: str) -> str | bytes | Path | np.ndarray:
+    """A record's item of a modality (not text) as `transforms.<modality>.read` takes it: path, bytes or array."""
+    return self._read(self._number(row), modality)
+
+  def content_hash(self, row: int, modality: str) -> str:
+    """Hex SHA-256 that changes when a record's content of a modality changes."""
+    return self._hash(self._number(row), modality)
+
+  def where(self, row: int) -> str:
+    """Where a record is, for messages: file and line, shard and member."""
+    return self._where(self._number(row))
+
+  def select(self, rows: Iterable[int] | Int[np.ndarray, "n"]) -> Source:
+    """The records of these numbers, in that order, as a source of its own.
 
     Raises:
-      IndexError: if an index is out of range.
+      IndexError: if a number is out of range.
     """
-    chosen = [range(len(self))[int(i)] for i in indices]
+    rows = np.fromiter(rows, np.int64)
+    bad = rows[(rows >= len(self)) | (rows < -len(self))]
+    if len(bad):
+      raise IndexError(f"{self.name}: no record {bad[0]}, it has {len(self)}")
+    rows = rows % max(len(self), 1)
     part = copy.copy(self)
-    part._choose(chosen)
+    part.index = self.index.take(rows)
+    part._numbers = rows if self._numbers is None else self._numbers[rows]
     return part
 
-  def _choose(self, chosen: list[int]) -> None:
-    self.rows = [self.rows[i] for i in chosen]
+  def grouped(self, field: str) -> Source:
+    """The same records, in groups of an equal value of a field; a record without it is its own group."""
+    numbers: dict[Any, int] = {}
+    values = (value or None for value in self.column(field))
+    own = np.fromiter((-1 if v is None else numbers.setdefault(v, len(numbers)) for v in values), np.int64, len(self))
+    part = copy.copy(self)
+    part.index = dataclasses.replace(self.index, group=groups_of(own))
+    return part
+
+  def _number(self, row: int) -> int:
+    """Number in the file of a record; IndexError beyond the last."""
+    row = range(len(self))[row]
+    return row if self._numbers is None else int(self._numbers[row])
+
+  @abc.abstractmethod
+  def _fields(self, number: int) -> dict[str, Any]:
+    """`fields` by the number in the file."""
+
+  @abc.abstractmethod
+  def _read(self, number: int, modality: str) -> str | bytes | Path | np.ndarray:
+    """`read` by the number in the file."""
+
+  @abc.abstractmethod
+  def _hash(self, number: int, modality: str) -> str:
+    """`content_hash` by the number in the file."""
+
+  def _where(self, number: int) -> str:
+    """`where` by the number in the file."""
+    return f"{self.name}: record {number}"
+
+
+def index_of(rows: Iterable[Mapping[str, Any]], has: Iterable[Iterable[str]]) -> Index:
+  """The index of records whose fields are in memory.
+
+  Args:
+    rows: fields of each record.
+    has: modalities of each record.
+  """
+  builder = IndexBuilder()
+  for number, (row, modalities) in enumerate(zip(rows, has, strict=True)):
+    split = row.get("split")
+    builder.add(row["id"], modalities, row.get("label") or None, split if split in SPLITS else None, (number, 0))
+  return builder.build()
+
+
+class Joined(Source):
+  """The records of several sources, one after the other.
+
+  Groups are those of the parts; parts that lie in one vocabulary of labels share groups, see `joined`.
+  """
+
+  def __init__(self, name: str, index: Index, parts: Sequence[Source]):
+    super().__init__(name, index)
+    self._parts = tuple(parts)
+    self._starts = np.cumsum([0, *map(len, parts)])
+    self.block = max(part.block for part in parts)
+
+  def _part(self, number: int) -> tuple[Source, int]:
+    part = int(np.searchsorted(self._starts, number, "right")) - 1
+    return self._parts[part], number - int(self._starts[part])
+
+  def _fields(self, number: int) -> dict[str, Any]:
+    part, row = self._part(number)
+    return part.fields(row)
+
+  def _read(self, number: int, modality: str) -> str | bytes | Path | np.ndarray:
+    part, row = self._part(number)
+    return part.read(row, modality)
+
+  def _hash(self, number: int, modality: str) -> str:
+    part, row = self._part(number)
+    return part.content_hash(row, modality)
+
+  def _where(self, number: int) -> str:
+    part, row = self._part(number)
+    return part.where(row)
+
+
+def joined(parts: Sequence[Source], *, name: str = "", field: str = "label", unique: bool = True) -> Source:
+  """Several sources as one; records of equal label are one group, also across the parts.
+
+  Args:
+    parts: one and more.
+    name: of the whole; the first part's unless given.
+    field: whose values make the groups; "label" is known without parsing records.
+    unique: refuses an id that two records have.
+
+  Raises:
+    ValueError: naming both records of one id.
+  """
+  if len(parts) == 1:
+    return parts[0]
+  modalities = tuple(dict.fromkeys(m for part in parts for m in part.index.modalities))
+  labels = tuple(dict.fromkeys(label for part in parts for label in part.index.labels))
+  number = {label: n for n, label in enumerate(labels)}
+  columns: dict[str, list[np.ndarray]] = {"has": [], "label": []}
+  for part in parts:
+    bits = np.zeros(len(part), np.uint32)
+    for bit, modality in enumerate(part.index.modalities):
+      bits |= ((part.index.has >> np.uint32(bit)) & np.uint32(1)) << np.uint32(modalities.index(modality))
+    columns["has"].append(bits)
+    known = np.array([*(number[label] for label in part.index.labels), -1], np.int32)
+    columns["label"].append(known[part.index.label])
+  for column in ("split", "where", "ids"):
+    columns[column] = [getattr(part.index, column) for part in parts]
+  whole = {column: np.concatenate(values) for column, values in columns.items()}
+  index = Index(modalities, labels=labels, group=groups_of(whole["label"]), **whole)
+  source = Joined(name or parts[0].name, index, parts)
+  if unique and (pair := twice(index)):
+    a, b = pair
+    raise ValueError(f"id {source.fields(a)['id']!r} is there twice: {source.where(a)} and {source.where(b)}")
+  return source if field == "label" else source.grouped(field)

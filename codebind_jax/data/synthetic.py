@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from codebind_jax.data.records import MODALITIES, Source
+from codebind_jax.data.records import MODALITIES, Source, index_of
 from codebind_jax.data.worlds.evalset import EvalSet
 
 NAME = "synthetic"
@@ -108,44 +108,29 @@ class SyntheticSource(Source):
   """Rows of one split; a sensor's array is a float32 vector [width]."""
 
   def __init__(self, factors: Factors, split: str, count: int, modalities: Sequence[str]):
-    self._sensors = tuple(m for m in modalities if m != "text")
+    sensors = tuple(m for m in modalities if m != "text")
     self._factors, self._split = factors, split
-    self._draw = draw(factors, split, count, self._sensors)
-    self._records = np.arange(count)
-    self._modalities = tuple(modalities)
-    d = self._draw
-    super().__init__(f"{NAME}/{split}", [
+    self._draw = d = draw(factors, split, count, sensors)
+    texts = lambda i: {"text": [label_name(d.label[i]), f"{label_name(d.label[i])} style{d.style[i]}"]}
+    self._rows = [
       {"id": f"{split}{i}", "label": label_name(d.label[i]), "concept": label_name(d.label[i]),
        "style": f"style{d.style[i]}", "kind": f"{label_name(d.label[i])} style{d.style[i]}"}
-      | {f"private_{m}": f"p{d.private[m][i]}" for m in self._sensors}
-      | ({"text": [label_name(d.label[i]), f"{label_name(d.label[i])} style{d.style[i]}"]} if "text" in modalities
-         else {})
+      | {f"private_{m}": f"p{d.private[m][i]}" for m in sensors} | (texts(i) if "text" in modalities else {})
       for i in range(count)
-    ])  # fmt: skip
+    ]  # fmt: skip
+    has = ([m for m in modalities if m == "text" or d.held[m][i]] for i in range(count))
+    super().__init__(f"{NAME}/{split}", index_of(self._rows, has))
 
-  @property
-  def modalities(self) -> tuple[str, ...]:
-    """The modalities asked for."""
-    return self._modalities
+  def _fields(self, number: int) -> dict[str, Any]:
+    return self._rows[number]
 
-  def has(self, index: int, modality: str) -> bool:
-    """Whether the row was drawn with the modality."""
-    return super().has(index, modality) or bool(
-      modality in self._sensors and self._draw.held[modality][self._records[index]]
-    )
-
-  def content_hash(self, index: int, modality: str) -> str:
+  def _hash(self, number: int, modality: str) -> str:
     """From the world's factors, the split and the row's number."""
-    key = (self._factors, self._split, int(self._records[index]), modality)
+    key = (self._factors, self._split, number, modality)
     return hashlib.sha256(repr(key).encode()).hexdigest()
 
-  def read(self, index: int, modality: str) -> np.ndarray:
-    """The sensor's vector."""
-    return self._draw.arrays[modality][self._records[index]]
-
-  def _choose(self, chosen: list[int]) -> None:
-    super()._choose(chosen)
-    self._records = self._records[chosen]
+  def _read(self, number: int, modality: str) -> np.ndarray:
+    return self._draw.arrays[modality][number]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,29 +5,31 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from codebind_jax.data.records import Source
+from codebind_jax.data.records import Source, index_of
 from codebind_jax.data.worlds import store
 
 
 class WorldSource(Source):
   """One split of a packaged world, read from its array_record files."""
 
-  def __init__(self, folder: Path, split: str):
-    index = store.read_index(folder)
-    if split not in index:
-      raise ValueError(f"unknown split {split!r} of {folder}; allowed: {list(index)}")
-    rows = [{("text" if k == "texts" else k): v for k, v in row.items()} for row in index[split]]
-    super().__init__("/".join([*folder.parts[-3:-1], split]), rows)
+  def __init__(self, folder: Path, split: str, annotate: Callable[[dict[str, Any]], dict[str, Any]] | None = None):
+    found = store.read_index(folder)
+    if split not in found:
+      raise ValueError(f"unknown split {split!r} of {folder}; allowed: {list(found)}")
+    rows = [{("text" if k == "texts" else k): v for k, v in row.items()} for row in found[split]]
+    self._rows = [annotate(row) for row in rows] if annotate else rows
     self._folder, self._split = folder, split
-    self._records = np.arange(len(rows))
     manifest = (folder / "manifest.json").read_bytes()
     self._fingerprint = hashlib.sha256(manifest).hexdigest()
     self._arrays = tuple(json.loads(manifest).get("modalities", ("image",)))
+    has = ([*(["text"] if row.get("text") else []), *row.get("has", self._arrays)] for row in rows)
+    super().__init__("/".join([*folder.parts[-3:-1], split]), index_of(rows, has))
     self._reader, self._lock = None, threading.Lock()
 
   def __getstate__(self) -> dict[str, Any]:
@@ -37,31 +39,19 @@ class WorldSource(Source):
     self.__dict__.update(state)
     self._lock = threading.Lock()
 
-  @property
-  def modalities(self) -> tuple[str, ...]:
-    """Modalities of the world."""
-    return (*self._arrays, "text")
+  def _fields(self, number: int) -> dict[str, Any]:
+    return self._rows[number]
 
-  def has(self, index: int, modality: str) -> bool:
-    """Whether the row's record holds the modality, by the world's index."""
-    row = self.rows[index]
-    return bool(row.get("text")) if modality == "text" else modality in row.get("has", self._arrays)
-
-  def content_hash(self, index: int, modality: str) -> str:
+  def _hash(self, number: int, modality: str) -> str:
     """From the world's manifest (package and table hashes, builder version) and the row's id: nothing is decoded."""
-    return hashlib.sha256(f"{self._fingerprint}:{modality}:{self.rows[index]['id']}".encode()).hexdigest()
+    return hashlib.sha256(f"{self._fingerprint}:{modality}:{self._rows[number]['id']}".encode()).hexdigest()
 
-  def _choose(self, chosen: list[int]) -> None:
-    super()._choose(chosen)
-    self._records = self._records[chosen]
-
-  def read(self, index: int, modality: str) -> np.ndarray:
-    """The row's array, decoded from its record."""
+  def _read(self, number: int, modality: str) -> bytes | np.ndarray:
     with self._lock:
       if self._reader is None:
         self._reader = store.open_records(self._folder, self._split, self._arrays)
-    record = self._reader[int(self._records[index])]
-    if record["id"].decode() != self.rows[index]["id"]:
-      raise ValueError(f"{self._folder}: record {self._records[index]} of split {self._split!r} is {record['id']!r}, "
-                       f"its index says {self.rows[index]['id']!r}; remove the folder and run prepare again")
-    return store.decode(modality, record[modality])
+    record = self._reader[number]
+    if record["id"].decode() != self._rows[number]["id"]:
+      raise ValueError(f"{self._folder}: record {number} of split {self._split!r} is {record['id']!r}, its index says "
+                       f"{self._rows[number]['id']!r}; remove the folder and run prepare again")  # fmt: skip
+    return store.item(record[modality])

@@ -81,11 +81,9 @@ def encode_png(image: np.ndarray) -> bytes:
   return out.getvalue()
 
 
-def decode(modality: str, content: bytes) -> np.ndarray:
-  """A record's field: an .npy file as it is, any other file by the modality's transform."""
-  if content[:6] == b"\x93NUMPY":
-    return np.load(io.BytesIO(content), allow_pickle=False)
-  return transforms.of(modality).read(content)
+def item(content: bytes) -> bytes | np.ndarray:
+  """A record's field: the array of an .npy file, any other file's bytes."""
+  return np.load(io.BytesIO(content), allow_pickle=False) if content[:6] == b"\x93NUMPY" else content
 
 
 def build(
