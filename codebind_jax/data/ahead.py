@@ -20,8 +20,10 @@ from absl import logging
 _items: Any = None  # in a worker process: the sequence it reads
 
 
-def ahead(items: Any, first: int, *, workers: int = 0, threads: int = 2) -> Iterator[Any]:
-  """`items[first]`, `items[first + 1]` and so on without end, in this order for any number of threads and workers.
+def ahead(
+  items: Any, first: int = 0, *, workers: int = 0, threads: int = 2, stop: int | None = None
+) -> Iterator[Any]:
+  """`items[first]`, `items[first + 1]` and so on, in this order for any number of threads and workers.
 
   Closing the iterator ends its threads or workers.
 
@@ -31,6 +33,7 @@ def ahead(items: Any, first: int, *, workers: int = 0, threads: int = 2) -> Iter
     first: the first number.
     workers: number of reading processes, with one thread each; 0 reads in this process.
     threads: number of reading threads if there are no workers.
+    stop: number after the last; None for no end.
 
   Raises:
     RuntimeError: if a worker process ends.
@@ -43,10 +46,11 @@ def ahead(items: Any, first: int, *, workers: int = 0, threads: int = 2) -> Iter
     pool = ThreadPoolExecutor(threads)
   read, window = (_read, 2 * workers) if workers else (items.__getitem__, 2 * threads)
   try:
-    waiting = collections.deque(pool.submit(read, number) for number in range(first, first + window))
-    for number in itertools.count(first + window):
+    numbers = itertools.count(first) if stop is None else iter(range(first, stop))
+    waiting = collections.deque(pool.submit(read, number) for number in itertools.islice(numbers, window))
+    while waiting:
       item = waiting.popleft().result()
-      waiting.append(pool.submit(read, number))
+      waiting.extend(pool.submit(read, number) for number in itertools.islice(numbers, 1))
       yield item
   finally:
     pool.shutdown(cancel_futures=True)

@@ -1,82 +1,85 @@
-"""Batches of rows with precomputed trunk features, as a function of the step.
+"""Batches of examples, as a function of the step.
 
-A batch depends neither on earlier batches nor on the number of processes, threads or workers.
+A batch depends neither on earlier batches nor on the number of processes, threads or workers. What cannot be read is
+masked, so that the order of rows never changes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
-import mmap
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Bool, Int, Int32, Shaped
 
 from codebind_jax.data.ahead import ahead
+from codebind_jax.data.examples import Feed, digest, stacked
+from codebind_jax.data.records import Source
 
 Batch = dict[str, dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
-class FeatureTable:
-  """Tokens or prepared items of one modality for the rows of a source.
+class Bad:
+  """An item that could not be read.
 
   Attributes:
-    features: tokens [items, views, tokens, width], or prepared items [items, views, *shape]; may be a
-      memory map, which a worker process opens again.
-    choices: per row the items to draw from (the captions of a text row; one item for an image); empty if missing.
-    augmented: probability of drawing one of the augmented views, which follow the clean first one.
-    made_from: a hash of all that the features were computed from; "" to hash the features themselves.
+    source: name of its source.
+    row: its number there.
+    modality: which of its items.
+    message: where it is, and what is wrong.
   """
 
-  features: Shaped[np.ndarray, "items views ..."]
-  choices: Sequence[Sequence[int]]
-  augmented: float = 0.0
-  made_from: str = ""
-
-  @property
-  def fingerprint(self) -> str:
-    """`made_from`, or a hash of the features."""
-    return self.made_from or _hash(np.ascontiguousarray(self.features).data)
-
-  def __reduce__(self) -> tuple[Any, ...]:
-    features, rest = self.features, (self.choices, self.augmented, self.made_from)
-    # A slice of a map has the map as its base instead of the file, and does not know its offset in the file.
-    mapped = isinstance(features, np.memmap) and isinstance(features.base, mmap.mmap) and features.filename
-    if mapped and features.flags.c_contiguous:
-      return _opened, (str(features.filename), features.dtype, features.offset, features.shape, *rest)
-    return FeatureTable, (features, *rest)
+  source: str
+  row: int
+  modality: str
+  message: str
 
 
-def _opened(path: str, dtype: np.dtype, offset: int, shape: tuple[int, ...], *rest: Any) -> FeatureTable:
-  return FeatureTable(np.memmap(path, dtype, "r", offset, shape), *rest)
+@dataclasses.dataclass(frozen=True)
+class Examples:
+  """A batch and how it was made.
+
+  Attributes:
+    batch: as of `Batches`.
+    bad: items that could not be read, which are masked.
+    seconds: modality -> time of reading, decoding, augmenting and preparing.
+    read: source -> bytes read.
+  """
+
+  batch: Batch
+  bad: tuple[Bad, ...] = ()
+  seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  read: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
-class _Pick(grain.transforms.RandomMap):
-  """Group number -> one row's features: draws the member, the caption and the augmented view."""
+class _Draw(grain.transforms.RandomMap):
+  """Group number -> (row, its items): draws the member, and what the feeds draw."""
 
-  def __init__(self, tables: Mapping[str, FeatureTable], members: Sequence[Sequence[int]], groups: np.ndarray):
-    self._tables, self._members, self._groups = dict(tables), members, groups
+  def __init__(self, source: Source, feeds: Mapping[str, Feed], starts: np.ndarray, members: np.ndarray):
+    self._source, self._feeds, self._starts, self._members = source, dict(feeds), starts, members
 
-  def random_map(self, group: int, rng: np.random.Generator) -> dict:
-    members = self._members[group]
-    row = members[rng.integers(len(members))]
-    out: dict = {"_mask": {}, "_row": np.int32(row), "_group": self._groups[row]}
-    for name, table in self._tables.items():
-      items, (_, views, *shape) = table.choices[row], table.features.shape
-      out["_mask"][name] = np.bool_(bool(items))
-      if items:
-        view = 1 + rng.integers(views - 1) if views > 1 and rng.random() < table.augmented else 0
-        out[name] = np.asarray(table.features[items[rng.integers(len(items))], view])
-      else:
-        out[name] = np.zeros(shape, table.features.dtype)
-    return out
+  def random_map(self, group: int, rng: np.random.Generator) -> dict[str, Any]:
+    first, stop = int(self._starts[group]), int(self._starts[group + 1])
+    row = int(self._members[first + rng.integers(stop - first)])
+    items, bad, seconds, read = {}, [], {}, 0
+    for name, feed in self._feeds.items():
+      items[name], started = None, time.perf_counter()
+      if feed.has(row):
+        try:
+          items[name], size = feed.draw(row, rng)
+          read += size
+        except ValueError as error:
+          where = self._source.where(row)
+          message = str(error) if where in str(error) else f"{where}: {name}: {error}"
+          bad.append((row, name, message))
+      seconds[name] = time.perf_counter() - started
+    return {"row": row, "items": items, "bad": bad, "seconds": seconds, "read": read}
 
 
 class _Order(grain.transforms.RandomMap):
@@ -89,33 +92,32 @@ class _Order(grain.transforms.RandomMap):
     return rng.permutation(self._rows)
 
 
-def group_rows(labels: Sequence[str | None]) -> list[list[int]]:
-  """Groups of rows of equal label, in order of first appearance; a row without label is its own group."""
-  groups: dict = {}
-  for row, label in enumerate(labels):
-    groups.setdefault(("row", row) if label is None else ("label", label), []).append(row)
-  return list(groups.values())
+def members_of(group: Int32[np.ndarray, "n"]) -> tuple[Int32[np.ndarray, "g"], Int32[np.ndarray, "n"]]:
+  """(first member of each group and the number of rows, rows by group), of groups numbered by first appearance."""
+  counts = np.bincount(group)
+  members = np.arange(len(group)) if (counts == 1).all() else np.argsort(group, kind="stable")
+  return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32), members.astype(np.int32)
 
 
 class SourceBatches:
-  """One source's rows of every batch: `{modality: [b, n, d], _mask: {modality: bool [b]}, _row, _group: int32 [b]}`.
+  """One source's rows of every batch: `{modality: [b, ...], _mask: {modality: bool [b]}, _row, _group: int32 [b]}`.
 
-  Rows of equal `_group` have the same label. With `unique_labels` an epoch visits every label once and draws one of its
-  rows, so that no batch holds two rows that are each other's false negatives.
+  Rows of equal `_group` are not each other's negatives. With `unique_labels` an epoch visits every group once and draws
+  one of its rows, so that no batch holds two rows of one group.
 
-  The last `extra` rows are further data, which may have many more labels than the others: `extra_share` of a batch is
-  drawn from those of their labels that no other row has, so that both kinds have their own epochs. Rows of both kinds
+  The last `extra` rows are further data, which may have many more groups than the others: `extra_share` of a batch is
+  drawn from those of their groups that no other row has, so that both kinds have their own epochs. Rows of both kinds
   are in random order, so that mixup also mixes rows of different kinds.
 
   Attributes:
     fingerprint: all that decides the batches, as JSON-ready values by description.
 
   Args:
-    tables: modality -> FeatureTable, all over the same rows.
-    labels: per row its label, or None.
+    source: the rows.
+    feeds: modality -> what its items are read from.
     rows: of the global batch.
     seed: of the order and of every draw.
-    unique_labels: at most one row of a label in a batch.
+    unique_labels: at most one row of a group in a batch.
     extra: number of the last rows that are further data.
     extra_share: their share of the global batch, rounded to whole rows.
     name: of the source, for errors.
@@ -128,9 +130,8 @@ class SourceBatches:
   """
 
   def __init__(
-    self, tables: Mapping[str, FeatureTable], labels: Sequence[str | None], *, rows: int, seed: int,
-    unique_labels: bool = True, extra: int = 0, extra_share: float = 0.0, name: str = "source", process: int = 0,
-    processes: int = 1,
+    self, source: Source, feeds: Mapping[str, Feed], *, rows: int, seed: int, unique_labels: bool = True,
+    extra: int = 0, extra_share: float = 0.0, name: str = "source", process: int = 0, processes: int = 1,
   ):  # fmt: skip
     if rows < 1 or rows % processes:
       raise ValueError(f"batch_size of {name!r}: {rows} must be a positive multiple of the {processes} processes")
@@ -138,38 +139,45 @@ class SourceBatches:
     if extra and extra_share and not 0 < self._extra < rows:
       raise ValueError(f"config.data.extra: got {extra_share}, which is {self._extra} of the {rows} rows of {name!r}; "
                        f"allowed: 0, or a share of 1 to {rows - 1} rows")  # fmt: skip
-    self._first = rows - self._extra
+    self._name, self._source, self._feeds, self._first = name, source, dict(feeds), rows - self._extra
     self._own = range(rows)[process * (rows // processes) : (process + 1) * (rows // processes)]
     self.fingerprint = {
-      "rows": len(labels), "labels": _hash(json.dumps(list(labels))), "further rows": extra, "rows of a batch": rows,
+      "files": source.fingerprint(), "rows": len(source), "further rows": extra, "rows of a batch": rows,
       "further rows of a batch": self._extra, "unique_labels": unique_labels, "seed": seed,
-    }  # fmt: skip
-    for m, table in tables.items():
-      self.fingerprint |= {
-        f"rows with {m}": sum(map(bool, table.choices)), f"features of {m}": table.fingerprint,
-        f"choices of {m}": _hash(json.dumps(list(map(list, table.choices)))), f"augmented {m}": table.augmented,
-      }  # fmt: skip
-    same = group_rows(labels)
-    numbers = np.empty(len(labels), np.int32)
-    for number, group in enumerate(same):
-      numbers[group] = number
-    members = same if unique_labels else [[row] for row in range(len(labels))]
+      "groups": digest(source.index.group),
+    } | {f"items of {m}": feed.fingerprint for m, feed in feeds.items()}  # fmt: skip
+    group = source.index.group if unique_labels else np.arange(len(source), dtype=np.int32)
+    starts, members = members_of(group)
+    own = int(group[: len(source) - extra].max(initial=-1)) + 1  # groups that rows other than further data have
 
-    def draws(groups: Sequence[Sequence[int]], size: int, seed: int) -> grain.MapDataset:
-      if size > len(groups):
+    def draws(first: int, count: int, size: int, seed: int) -> grain.MapDataset:
+      if size > count:
         what = "distinct labels (unique_labels is on)" if unique_labels else "rows"
-        raise ValueError(f"batch_size of {name!r}: {size} is larger than its {len(groups)} {what}")
-      drawn = grain.MapDataset.source(range(len(groups))).seed(seed).shuffle()
-      return drawn.random_map(_Pick(tables, groups, numbers))[: len(groups) // size * size]
+        raise ValueError(f"batch_size of {name!r}: {size} is larger than its {count} {what}")
+      drawn = grain.MapDataset.source(range(first, first + count)).seed(seed).shuffle()
+      return drawn.random_map(_Draw(source, feeds, starts, members))[: count // size * size]
 
-    self._main = draws([group for group in members if group[0] < len(labels) - extra], self._first, seed)
+    self._main = draws(0, own, self._first, seed)
     if self._extra:
-      self._further = draws([group for group in members if group[0] >= len(labels) - extra], self._extra, seed + 1)
+      self._further = draws(own, len(starts) - 1 - own, self._extra, seed + 1)
       self._order = grain.MapDataset.range(sys.maxsize).seed(seed).random_map(_Order(rows))
 
-  def __getitem__(self, step: int) -> dict[str, Any]:
+  def examples(self, step: int) -> Examples:
+    """This process's rows of a batch."""
     places = self._order[step][self._own] if self._extra else self._own
-    return _stacked([self._row(step, int(place)) for place in places])
+    drawn = [self._row(step, int(place)) for place in places]
+    rows = np.array([one["row"] for one in drawn], np.int32)
+    batch = {m: stacked([one["items"][m] for one in drawn], feed) for m, feed in self._feeds.items()}
+    batch |= {
+      "_mask": {m: np.array([one["items"][m] is not None for one in drawn]) for m in self._feeds},
+      "_row": rows, "_group": self._source.index.group[rows],
+    }  # fmt: skip
+    bad = tuple(Bad(self._name, *item) for one in drawn for item in one["bad"])
+    seconds = {m: sum(one["seconds"][m] for one in drawn) for m in self._feeds}
+    return Examples({self._name: batch}, bad, seconds, {self._name: sum(one["read"] for one in drawn)})
+
+  def __getitem__(self, step: int) -> dict[str, Any]:
+    return self.examples(step).batch[self._name]
 
   def _row(self, step: int, place: int) -> dict[str, Any]:
     """Row of the global batch, before the random order: the further data is last."""
@@ -190,7 +198,7 @@ class Batches:
 
   def __init__(self, sources: Mapping[str, SourceBatches], keep: bool = False):
     self._sources = dict(sources)
-    self._read = functools.cache(self._drawn) if keep else self._drawn
+    self.examples = functools.cache(self._drawn) if keep else self._drawn
 
   def __reduce__(self) -> tuple[Any, ...]:
     return Batches, (self._sources,)  # a worker process gets no kept batches
@@ -201,22 +209,77 @@ class Batches:
     return {name: source.fingerprint for name, source in self._sources.items()}
 
   def __getitem__(self, step: int) -> Batch:
-    return self._read(step)
+    return self.examples(step).batch
 
-  def _drawn(self, step: int) -> Batch:
-    return {name: source[step] for name, source in self._sources.items()}
+  def _drawn(self, step: int) -> Examples:
+    """The batch of a step, and how it was made."""
+    parts = [source.examples(step) for source in self._sources.values()]
+    seconds = {m: sum(part.seconds.get(m, 0.0) for part in parts) for m in {m for part in parts for m in part.seconds}}
+    join = lambda maps: {key: value for one in maps for key, value in one.items()}
+    bad = tuple(one for part in parts for one in part.bad)
+    return Examples(join(p.batch for p in parts), bad, seconds, join(p.read for p in parts))
 
-  def start(self, step: int = 0, *, workers: int = 0, threads: int = 2) -> Iterator[Batch]:
+  def start(self, step: int = 0, *, workers: int = 0, threads: int = 2) -> Iterator[Examples]:
     """The batches from a step on, without end, read ahead; see `ahead`. Close the iterator when done."""
-    return ahead(self, step, workers=workers, threads=threads)
+    return ahead(_Examples(self), step, workers=workers, threads=threads)
 
 
-def _stacked(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-  """Rows with equal keys, stacked into one batch."""
-  stack = lambda values: _stacked(values) if isinstance(values[0], dict) else np.stack(values)
-  return {key: stack([row[key] for row in rows]) for key in rows[0]}
+class _Examples:
+  """`Batches.examples` by number."""
+
+  def __init__(self, batches: Batches):
+    self._batches = batches
+
+  def __getitem__(self, step: int) -> Examples:
+    return self._batches.examples(step)
 
 
-def _hash(value: Any) -> str:
-  """First 16 hex digits of the SHA-256 of a string or buffer."""
-  return hashlib.sha256(value.encode() if isinstance(value, str) else value).hexdigest()[:16]
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """This process's rows of one batch of `once`.
+
+  Attributes:
+    items: [b, ...], the last batch padded with zeros.
+    good: rows that are neither padding nor unreadable.
+    bad: (row, message) of those that could not be read.
+  """
+
+  items: Shaped[np.ndarray, "b ..."]
+  good: Bool[np.ndarray, "b"]
+  bad: tuple[tuple[int, str], ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Once:
+  """Some rows' items in order, each once, in batches that all processes share; `once[k]` is batch k.
+
+  Attributes:
+    feed: of the items.
+    numbers: of the rows.
+    rows: of the global batch.
+    process: number of the reading process.
+    processes: that share a batch; each reads consecutive rows of it.
+  """
+
+  feed: Feed
+  numbers: Int[np.ndarray, "n"] | range
+  rows: int
+  process: int = 0
+  processes: int = 1
+
+  def __len__(self) -> int:
+    return -(-len(self.numbers) // self.rows)
+
+  def __getitem__(self, batch: int) -> Part:
+    own = self.rows // self.processes
+    start = batch * self.rows + self.process * own
+    numbers = self.numbers[start : start + own]
+    items: list[np.ndarray | None] = [None] * own
+    bad = []
+    for place, number in enumerate(numbers):
+      if self.feed.has(int(number)):
+        try:
+          items[place] = self.feed.clean(int(number))
+        except ValueError as error:
+          bad.append((int(number), str(error)))
+    return Part(stacked(items, self.feed), np.array([item is not None for item in items]), tuple(bad))

@@ -159,6 +159,7 @@ class Source(abc.ABC):
   def __init__(self, name: str, index: Index):
     self.name, self.index = name, index
     self._numbers: np.ndarray | None = None  # of the records selected, in the file
+    self._content = ""  # a hash of what the index does not tell, where a format knows one
 
   def __len__(self) -> int:
     return len(self.index)
@@ -206,6 +207,13 @@ class Source(abc.ABC):
   def where(self, row: int) -> str:
     """Where a record is, for messages: file and line, shard and member."""
     return self._where(self._number(row))
+
+  def fingerprint(self) -> dict[str, str]:
+    """File -> a hash of its records: ids, labels, splits, places, and of its content where that is known."""
+    digest = hashlib.sha256(self._content.encode())
+    for column in ("has", "label", "split", "where", "ids"):
+      digest.update(np.ascontiguousarray(getattr(self.index, column)).data)
+    return {self.name: digest.hexdigest()[:16]}
 
   def select(self, rows: Iterable[int] | Int[np.ndarray, "n"]) -> Source:
     """The records of these numbers, in that order, as a source of its own.
@@ -279,6 +287,11 @@ class Joined(Source):
     self._parts = tuple(parts)
     self._starts = np.cumsum([0, *map(len, parts)])
     self.block = max(part.block for part in parts)
+
+  def fingerprint(self) -> dict[str, str]:
+    """Of every part, and of the choice of records."""
+    parts = {key: value for part in self._parts for key, value in part.fingerprint().items()}
+    return parts if self._numbers is None else parts | super().fingerprint()
 
   def _part(self, number: int) -> tuple[Source, int]:
     part = int(np.searchsorted(self._starts, number, "right")) - 1
