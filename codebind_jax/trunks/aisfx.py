@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
+from codebind_jax.data.inputs import Input
 from codebind_jax.data.transforms import audio as audio_transforms
 from codebind_jax.data.worlds import fetch
 from codebind_jax.models.encoder import Encoded
 from codebind_jax.trunks import names
-from codebind_jax.trunks.base import Input, Trunk, drawn, fingerprint
+from codebind_jax.trunks.base import Trunk, drawn, fingerprint
 from codebind_jax.trunks.checkpoint_files import Weights, file_hash, member_file, open_member
 
 MEMBER = "aisfx/models/checkpoint.pth"

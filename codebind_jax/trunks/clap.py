@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32
 
+from codebind_jax.data.inputs import Input
 from codebind_jax.data.transforms import audio as audio_transforms
 from codebind_jax.data.transforms import text as text_transforms
 from codebind_jax.models.clap import ACTS, ClapAudio, ClapText
@@ -19,7 +20,7 @@ from codebind_jax.models.heads import Head
 from codebind_jax.models.swin import SwinSpec
 from codebind_jax.models.transformer import ACTIVATIONS, BlockSpec
 from codebind_jax.trunks import names
-from codebind_jax.trunks.base import Input, PublishedHead, Trunk, fingerprint
+from codebind_jax.trunks.base import PublishedHead, Trunk, fingerprint
 from codebind_jax.trunks.checkpoint_files import Entry, Weights, folder_weights
 from codebind_jax.trunks.tokens import (
   Ids,

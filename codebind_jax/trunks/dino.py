@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, UInt8
 
+from codebind_jax.data.inputs import Input
 from codebind_jax.data.transforms import image as image_transforms
 from codebind_jax.models.encoder import Encoder, EncoderSpec
 from codebind_jax.models.heads import Head
 from codebind_jax.models.stems import antialias_matrix
 from codebind_jax.trunks import names
-from codebind_jax.trunks.base import Input, PublishedHead, Trunk, fingerprint
+from codebind_jax.trunks.base import PublishedHead, Trunk, fingerprint
 from codebind_jax.trunks.checkpoint_files import Weights, folder_weights
 from codebind_jax.trunks.pictures import RESAMPLE, picture_input, processor_picture
 from codebind_jax.trunks.tokens import family_config, folder_json, model_type

@@ -9,10 +9,11 @@ import flax.linen as nn
 import numpy as np
 from jaxtyping import Array, Float
 
+from codebind_jax.data.inputs import Input
 from codebind_jax.data.transforms import eeg as eeg_transforms
 from codebind_jax.models.encoder import Encoded
 from codebind_jax.trunks import names
-from codebind_jax.trunks.base import Input, Trunk, fingerprint
+from codebind_jax.trunks.base import Trunk, fingerprint
 from codebind_jax.trunks.checkpoint_files import array_weights
 
 _REVISION = "eeg_patches-1"

@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
 
+from codebind_jax.data.inputs import Input
 from codebind_jax.data.transforms import depth, tactile, thermal
 from codebind_jax.data.transforms import image as image_transforms
 from codebind_jax.data.worlds import fetch
 from codebind_jax.models.encoder import Encoded
 from codebind_jax.trunks import names
-from codebind_jax.trunks.base import Input, Trunk, drawn, fingerprint
+from codebind_jax.trunks.base import Trunk, drawn, fingerprint
 from codebind_jax.trunks.checkpoint_files import Entry, Weights, file_hash, member_file, open_member
 from codebind_jax.trunks.class_names import ClassMeaning, class_embeddings, names_trunk
 from codebind_jax.trunks.line_drawing import line_drawing

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from codebind_jax.trunks.base import Input, Trunk, fingerprint
+from codebind_jax.data.inputs import Input
+from codebind_jax.trunks.base import Trunk, fingerprint
 from codebind_jax.trunks.vectors import Prepared
 
 

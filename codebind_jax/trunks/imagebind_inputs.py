@@ -13,13 +13,13 @@ import numpy as np
 from jaxtyping import Float32, Shaped, UInt8
 from PIL import Image
 
+from codebind_jax.data.inputs import Input
 from codebind_jax.data.transforms import audio as audio_transforms
 from codebind_jax.data.transforms import depth as depth_transforms
 from codebind_jax.data.transforms import thermal as thermal_transforms
 from codebind_jax.data.transforms import video as video_transforms
 from codebind_jax.models.encoder import EncoderSpec
 from codebind_jax.models.imagebind import CLIP_MEAN, CLIP_STD
-from codebind_jax.trunks.base import Input
 from codebind_jax.trunks.clip_tokenizer import clip_ids
 from codebind_jax.trunks.pictures import Picture, picture_input
 from codebind_jax.trunks.tokens import text_input

@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
+from codebind_jax.data.inputs import Input
 from codebind_jax.data.transforms import audio as audio_transforms
 from codebind_jax.data.transforms import depth as depth_transforms
 from codebind_jax.data.transforms import image as image_transforms
@@ -35,7 +36,7 @@ from codebind_jax.models.heads import Head
 from codebind_jax.models.imagebind import CLIP_MEAN, CLIP_STD
 from codebind_jax.models.stems import antialias_matrix, cubic_matrix
 from codebind_jax.trunks import names
-from codebind_jax.trunks.base import Input, PublishedHead, Trunk, fingerprint
+from codebind_jax.trunks.base import PublishedHead, Trunk, fingerprint
 from codebind_jax.trunks.checkpoint_files import Entry, Weights, folder_weights
 from codebind_jax.trunks.clip import activation, rules_of
 from codebind_jax.trunks.clip_tokenizer import clip_ids

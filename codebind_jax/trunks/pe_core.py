@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from codebind_jax.data.inputs import Input
 from codebind_jax.models.encoder import Encoder, EncoderSpec
 from codebind_jax.models.heads import Head
 from codebind_jax.trunks import names
-from codebind_jax.trunks.base import Input, PublishedHead, Trunk, fingerprint
+from codebind_jax.trunks.base import PublishedHead, Trunk, fingerprint
 from codebind_jax.trunks.checkpoint_files import (
   ENDINGS,
   Weights,

@@ -12,8 +12,8 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from codebind_jax.data import torch_resize
+from codebind_jax.data.inputs import Input
 from codebind_jax.data.transforms import image as image_transforms
-from codebind_jax.trunks.base import Input
 
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # PIL's numbers
 

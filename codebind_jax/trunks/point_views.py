@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from codebind_jax.data.inputs import Input
 from codebind_jax.data.transforms import points as point_transforms
 from codebind_jax.models.encoder import Encoded
 from codebind_jax.trunks import efficientnet_lite0
-from codebind_jax.trunks.base import Input, Trunk, fingerprint
+from codebind_jax.trunks.base import Trunk, fingerprint
 from codebind_jax.trunks.points import histograms, unit_sphere
 
 _REVISION = "point_views-1"

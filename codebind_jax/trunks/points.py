@@ -7,9 +7,10 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.spatial.distance import pdist
 
+from codebind_jax.data.inputs import Input
 from codebind_jax.data.transforms import points as point_transforms
 from codebind_jax.models.points import Points
-from codebind_jax.trunks.base import Input, Trunk, fingerprint
+from codebind_jax.trunks.base import Trunk, fingerprint
 
 _REVISION = "points-1"
 CELLS, DISTANCES, ROUNDS = 6, 32, (16, 8)

@@ -14,8 +14,8 @@ import tokenizers
 from jaxtyping import Int32
 
 from codebind_jax.data import sentencepiece
+from codebind_jax.data.inputs import Input
 from codebind_jax.data.transforms import text as text_transforms
-from codebind_jax.trunks.base import Input
 
 SENTENCEPIECE = ("spiece.model", "tokenizer.model", "sentencepiece.model")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)

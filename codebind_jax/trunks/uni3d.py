@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32
 
+from codebind_jax.data.inputs import Input
 from codebind_jax.data.transforms import points as point_transforms
 from codebind_jax.models.heads import Head
 from codebind_jax.models.point_patches import PointEncoder, PointSpec
 from codebind_jax.trunks import names
-from codebind_jax.trunks.base import Input, PublishedHead, Trunk, fingerprint
+from codebind_jax.trunks.base import PublishedHead, Trunk, fingerprint
 from codebind_jax.trunks.checkpoint_files import Entry, Weights, mentions, open_weights, present
 
 _REVISION = "uni3d-1"

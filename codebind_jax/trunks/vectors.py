@@ -9,8 +9,9 @@ import flax.linen as nn
 import numpy as np
 from jaxtyping import Array, Float
 
+from codebind_jax.data.inputs import Input
 from codebind_jax.models.encoder import Encoded
-from codebind_jax.trunks.base import Input, Trunk, fingerprint
+from codebind_jax.trunks.base import Trunk, fingerprint
 
 
 class Prepared(nn.Module):

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Num
 
+from codebind_jax.data.inputs import Input
 from codebind_jax.data.transforms import video as video_transforms
 from codebind_jax.models.encoder import Encoded
 from codebind_jax.trunks import efficientnet_lite0
-from codebind_jax.trunks.base import Input, Trunk, fingerprint
+from codebind_jax.trunks.base import Trunk, fingerprint
 
 _REVISION = "frames-1"
 
