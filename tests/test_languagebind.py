@@ -1,9 +1,11 @@
 """LanguageBind's towers against transformers' CLIP with temporal attention and LoRA, its preparation, its names."""
 
+import io
 import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from codebind_jax.trunks import languagebind
 from codebind_jax.trunks.imagebind_inputs import Sound
@@ -94,6 +96,10 @@ def test_pictures_and_depth_are_prepared_as_with_torchvision(made, smooth):
 def test_videos_are_prepared_as_with_torch(made):
   prepare = languagebind.Prepare("video", (16, 16), frames=3)
   np.testing.assert_allclose(prepare(made["video"]), made["video_made"], atol=1e-5)
+  frames = [Image.fromarray(np.full((20, 24, 3), 40 * i, np.uint8)) for i in range(5)]
+  with io.BytesIO() as film:  # with a rate: frames of the whole film, whatever its length
+    frames[0].save(film, "WEBP", save_all=True, append_images=frames[1:], duration=500, lossless=True)
+    assert prepare.read(film.getvalue())[:, 0, 0, 0].tolist() == [0, 80, 160]
 
 
 @pytest.mark.parametrize("name", ["short", "long", "exact"])
