@@ -18,6 +18,23 @@ def stack(items: Sequence[np.ndarray]) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
+class Reading:
+  """A preparation that takes paths and bytes too.
+
+  Attributes:
+    read: any value -> the decoded one; decoded values as they are.
+    prepare: the decoded value -> an array.
+  """
+
+  read: Callable[[Any], Any]
+  prepare: Callable[[Any], np.ndarray]
+
+  def __call__(self, value: Any) -> np.ndarray:
+    """The prepared array of a path, bytes or decoded value."""
+    return self.prepare(self.read(value))
+
+
+@dataclasses.dataclass(frozen=True)
 class Input:
   """What a trunk wants of one item. Its functions are picklable, as worker processes call them.
 
