@@ -76,7 +76,7 @@ def main(argv):
   with tempfile.TemporaryDirectory() as folder:
     peer = [_TORCH.value, "-c", _PEER, folder, str(_ITEMS.value)]
     subprocess.run([*peer, "make"], check=True, capture_output=True)
-    from codebind_jax.trunks.clip_tokenizer import clip_tokenizer
+    from codebind_jax.data.preparation.texts import clip_tokenizer
 
     clip_tokenizer().save(f"{folder}/tokenizer.json")
     rng = np.random.default_rng(0)

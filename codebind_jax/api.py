@@ -180,9 +180,7 @@ class Model:
 
   def _opened(self, modality: str, item: Any) -> Any:
     """The item read as its trunk reads it if it is a path or a file's bytes; text and arrays unchanged."""
-    if modality == "text" or not isinstance(item, str | bytes | pathlib.Path):
-      return item
-    return self.trunk(modality).read(item)
+    return self.trunk(modality).input.opened(modality, item)
 
   def trunk_tokens(self, modality: str, prepared: Sequence[np.ndarray]) -> Shaped[np.ndarray, "n ..."]:
     """Trunk tokens of at most `trunk_rows` prepared items; the items themselves where the trunk runs in the model."""

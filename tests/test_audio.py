@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from codebind_jax.data.preparation.audio import chunks_of
 from codebind_jax.data.transforms import audio
 from codebind_jax.trunks import aisfx, load_trunk
 from codebind_jax.trunks.checkpoint_files import array_weights
@@ -180,7 +181,7 @@ def test_aisfx_equals_plain_numpy_and_averages_the_chunks_that_are_there():
   trunk = load_trunk("aisfx", weights="random", widths=widths, chunks=3)
   params = aisfx.load(trunk.shapes, array_weights(state, "state"))
   mels = [rng.uniform(0, 1, (frames, 96)).astype(np.float32) for frames in (100, 160)]
-  tokens = jax.jit(trunk.apply)(params, trunk.collate([aisfx.chunks_of(mel, 3) for mel in mels]))
+  tokens = jax.jit(trunk.apply)(params, trunk.collate([chunks_of(mel, 3) for mel in mels]))
   assert tokens.shape == (2, 1, 5)
   np.testing.assert_allclose(tokens[0, 0], plain_aisfx(state, mels[0], 2), atol=1e-4, rtol=1e-4)
   both = [plain_aisfx(state, mels[1][start : start + 100], 2) for start in (0, 50)]
@@ -192,8 +193,8 @@ def test_aisfx_equals_plain_numpy_and_averages_the_chunks_that_are_there():
 
 def test_chunks_are_thinned_evenly_and_short_sounds_repeated():
   mel = np.arange(450, dtype=np.float32)[:, None] * np.ones(96, np.float32)
-  assert aisfx.chunks_of(mel, 3)[:, 0, 0].tolist() == [0.0, 200.0, 350.0]  # of 0, 50, ..., 350
-  some = aisfx.chunks_of(mel[:100], 2)
+  assert chunks_of(mel, 3)[:, 0, 0].tolist() == [0.0, 200.0, 350.0]  # of 0, 50, ..., 350
+  some = chunks_of(mel[:100], 2)
   assert some[0, 99, 0] == 99 and (some[1] == -1).all()
   trunk = load_trunk("aisfx", weights="random", widths=(4, 4))
   prepared = trunk.preprocess(tone(0.2))

@@ -14,9 +14,9 @@ from safetensors.numpy import save_file
 
 from codebind_jax import codebook
 from codebind_jax.data import torch_resize
+from codebind_jax.data.preparation.pictures import processor_picture
 from codebind_jax.trunks import clip
 from codebind_jax.trunks.checkpoint_files import open_weights
-from codebind_jax.trunks.pictures import processor_picture
 from tests import family_fixtures
 
 WANT = family_fixtures.arrays("clip_hf")

@@ -7,8 +7,7 @@ from importlib import resources
 import numpy as np
 import pytest
 
-from codebind_jax.trunks.clip_tokenizer import clean, clip_ids, clip_tokenizer
-from codebind_jax.trunks.tokens import text_input
+from codebind_jax.data.preparation.texts import clean, clip_ids, clip_tokenizer, text_input
 
 FOLDER = pathlib.Path(__file__).parent
 MARKS = {"golden/imagebind_text.npz": {},
@@ -37,7 +36,7 @@ def test_cleaning_mends_and_lowers():
 
 
 def test_the_merges_are_those_in_use():
-  merges = gzip.decompress(resources.files("codebind_jax.trunks").joinpath("clip_merges.txt.gz").read_bytes())
+  merges = gzip.decompress(resources.files("codebind_jax.data.preparation").joinpath("clip_merges.txt.gz").read_bytes())
   lines = merges.decode().splitlines()
   assert len(lines) == len(set(lines)) == 48894 and lines[0] == "i n"
   assert clip_tokenizer().get_vocab_size() == 49408

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from codebind_jax.data.inputs import Input
 from codebind_jax.models.encoder import Encoded
 from codebind_jax.trunks import cache as features
-from codebind_jax.trunks.base import Input, Trunk
+from codebind_jax.trunks.base import Trunk
 from codebind_jax.trunks.cache import cached_features, content_hash
 from tests.pretrained_fixtures import tiny_text_trunk
 

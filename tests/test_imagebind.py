@@ -13,9 +13,12 @@ import safetensors.numpy
 from absl import logging
 from PIL import Image
 
+from codebind_jax.data.preparation.audio import Sound
+from codebind_jax.data.preparation.imagebind import item_input
+from codebind_jax.data.preparation.pictures import CLIP_MEAN, CLIP_STD
 from codebind_jax.data.transforms import audio, video
-from codebind_jax.models.imagebind import CLIP_MEAN, CLIP_STD, HUGE
-from codebind_jax.trunks import imagebind, imagebind_inputs, names
+from codebind_jax.models.imagebind import HUGE
+from codebind_jax.trunks import imagebind, names
 from codebind_jax.trunks.checkpoint_files import Entry, Weights, open_weights, write_shapes
 from tests import family_fixtures
 from tests.model_fixtures import encoder_params, error, golden, inputs, official, spec, state_dict
@@ -281,7 +284,8 @@ def test_every_array_of_imagebind_huge_has_its_place(modality, monkeypatch, tmp_
 
 
 def item(modality, **options):
-  return imagebind_inputs.item_input(HUGE["image" if modality == "video" else modality], modality, **options)
+  spec = HUGE["image" if modality == "video" else modality]
+  return item_input(modality, spec.size, spec.channels, **options)
 
 
 @pytest.mark.parametrize("name", ["wide", "small"])
@@ -295,12 +299,11 @@ def test_pixels_equal_the_release(name):
 @pytest.mark.parametrize("name", ["wide", "tall"])
 def test_crops_of_a_clip_equal_the_release(name):
   arrays = golden("imagebind_pictures")
-  small = dataclasses.replace(HUGE["image"], size=(2, 64, 64))
-  prepare = imagebind_inputs.item_input(small, "video", clips=1).prepare
+  prepare = item_input("video", (2, 64, 64), clips=1).prepare
   crops = prepare(arrays[f"video/{name}/frames"][None])
   assert crops.shape == (3, 2, 64, 64, 3)
   assert error(crops[:, :, ::4, ::4], arrays[f"video/{name}/crops"]) < 1e-6
-  middle = imagebind_inputs.item_input(small, "video", clips=1, crops=1).prepare(arrays[f"video/{name}/frames"][None])
+  middle = item_input("video", (2, 64, 64), clips=1, crops=1).prepare(arrays[f"video/{name}/frames"][None])
   np.testing.assert_array_equal(middle[0], crops[1])
 
 
@@ -370,7 +373,7 @@ def test_sounds_equal_the_release(name, tmp_path):
 def test_sounds_in_arrays_are_taken_at_44_100_hertz():
   tone = np.sin(2 * np.pi * 440 * np.arange(44_100) / 44_100).astype(np.float32)
   found = item("audio", clips=1)
-  other = found.prepare(imagebind_inputs.Sound(tone[:, None], 44_100))
+  other = found.prepare(Sound(tone[:, None], 44_100))
   np.testing.assert_array_equal(found.prepare(tone), other)
   assert other.shape == (1, 128, 204, 1)
   with pytest.raises(ValueError, match="not a readable sound"):

@@ -1,12 +1,15 @@
 """LanguageBind's towers against transformers' CLIP with temporal attention and LoRA, its preparation, its names."""
 
+import io
 import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from codebind_jax.data.preparation.audio import Sound
+from codebind_jax.data.preparation.languagebind import Prepare
 from codebind_jax.trunks import languagebind
-from codebind_jax.trunks.imagebind_inputs import Sound
 from tests import family_fixtures
 from tests.checkpoint_fixtures import check_names, prefixed, write
 
@@ -80,25 +83,29 @@ def test_bfloat16_is_close(made, tmp_path):
 @pytest.mark.parametrize("smooth", [False, True])
 def test_pictures_and_depth_are_prepared_as_with_torchvision(made, smooth):
   for i in range(3):
-    prepare = languagebind.Prepare("image", (16, 16), antialias=smooth)
+    prepare = Prepare("image", (16, 16), antialias=smooth)
     np.testing.assert_allclose(prepare(made[f"picture{i}"]), made[f"picture_made{i}/{smooth}"], atol=1e-5)
-    thermal = languagebind.Prepare("thermal", (16, 16), antialias=smooth)
+    thermal = Prepare("thermal", (16, 16), antialias=smooth)
     np.testing.assert_array_equal(thermal(made[f"picture{i}"]), prepare(made[f"picture{i}"]))
     np.testing.assert_array_equal(thermal(made[f"picture{i}"][..., 0])[..., 0], prepare(made[f"picture{i}"])[..., 0])
     for farthest in (10.0, 0.0):
-      prepare = languagebind.Prepare("depth", (16, 16), farthest=farthest, antialias=smooth)
+      prepare = Prepare("depth", (16, 16), farthest=farthest, antialias=smooth)
       wanted = made[f"depth_made{i}/{smooth}/{farthest:g}"]
       np.testing.assert_allclose(prepare(made[f"depth{i}"]), wanted, atol=2e-5)
 
 
 def test_videos_are_prepared_as_with_torch(made):
-  prepare = languagebind.Prepare("video", (16, 16), frames=3)
+  prepare = Prepare("video", (16, 16), frames=3)
   np.testing.assert_allclose(prepare(made["video"]), made["video_made"], atol=1e-5)
+  frames = [Image.fromarray(np.full((20, 24, 3), 40 * i, np.uint8)) for i in range(5)]
+  with io.BytesIO() as film:  # with a rate: frames of the whole film, whatever its length
+    frames[0].save(film, "WEBP", save_all=True, append_images=frames[1:], duration=500, lossless=True)
+    assert prepare.read(film.getvalue())[:, 0, 0, 0].tolist() == [0, 80, 160]
 
 
 @pytest.mark.parametrize("name", ["short", "long", "exact"])
 def test_sounds_are_prepared_as_with_kaldis_filter_bank(made, name):
-  prepare = languagebind.Prepare("audio", (16, 40), mean=-4.5, std=4.5)
+  prepare = Prepare("audio", (16, 40), mean=-4.5, std=4.5)
   sound = Sound((made[f"sound_{name}"][:, None] / 32768).astype(np.float32), 16_000)
   np.testing.assert_allclose(prepare(sound), made[f"sound_made_{name}"], atol=1e-4)
   slightly = Sound(np.concatenate([sound.samples[:6400], sound.samples[:1]]), 16_000)  # too long for one, not for two

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from codebind_jax.data.preparation import points as preparation
 from codebind_jax.models.points import Points
-from codebind_jax.trunks import load_trunk, point_views
-from codebind_jax.trunks import points as point_groups
+from codebind_jax.trunks import load_trunk
 
 LINE = np.array([[0, 0, 0], [1, 0, 0], [2, 0, 0], [3, 0, 0], [10, 0, 0]], float)
 
@@ -17,7 +17,7 @@ def cloud(seed=0, count=200):
 
 
 def test_unit_sphere_by_hand():
-  unit, radius = point_groups.unit_sphere(LINE + [7, -3, 2])
+  unit, radius = preparation.unit_sphere(LINE + [7, -3, 2])
   assert radius == 5.0
   np.testing.assert_allclose(unit[:, 0], [-1, -0.8, -0.6, -0.4, 1])
   assert not unit[:, 1:].any()
@@ -25,29 +25,29 @@ def test_unit_sphere_by_hand():
 
 def test_farthest_points_by_hand():
   # From 0 the farthest is 10; then 3 is 3 away from 0 and 7 from 10; then 1 and 2 are 1 away: the lower index wins.
-  assert point_groups.farthest_points(LINE, 5).tolist() == [0, 4, 3, 1, 2]
-  assert point_groups.farthest_points(LINE, 7).tolist() == [0, 4, 3, 1, 2, 0, 4]
-  assert point_groups.farthest_points(LINE[::-1], 2).tolist() == [4, 0]
+  assert preparation.farthest_points(LINE, 5).tolist() == [0, 4, 3, 1, 2]
+  assert preparation.farthest_points(LINE, 7).tolist() == [0, 4, 3, 1, 2, 0, 4]
+  assert preparation.farthest_points(LINE[::-1], 2).tolist() == [4, 0]
 
 
 def test_groups_by_hand():
-  centres, relative = point_groups.group_points(LINE, 2, 3)
+  centres, relative = preparation.group_points(LINE, 2, 3)
   assert centres[:, 0].tolist() == [0, 10]
   # Neighbours of 0: 0, 1, 2; of 10: 10, 3, 2; their mean distance is (0 + 1 + 2 + 0 + 7 + 8) / 6 = 3.
   np.testing.assert_allclose(relative[..., 0], np.array([[0, 1, 2], [0, -7, -8]]) / 3)
-  few, _ = point_groups.group_points(LINE[:2], 3, 4)
+  few, _ = preparation.group_points(LINE[:2], 3, 4)
   assert few.shape == (3, 3)
 
 
 def test_histograms_have_unit_mean_square():
-  unit, _ = point_groups.unit_sphere(cloud())
-  found = point_groups.histograms(unit)
+  unit, _ = preparation.unit_sphere(cloud())
+  found = preparation.histograms(unit)
   parts = np.split(found, [32, 32 + 216, 32 + 216 + 128])
   for part in parts[:3]:
     assert (part**2).mean() == pytest.approx(1.0)
   np.testing.assert_allclose(parts[3], np.ptp(unit, axis=0))
   pole = np.stack([np.zeros(9), np.linspace(-1, 1, 9), np.zeros(9)], axis=1)
-  rings = point_groups.histograms(pole)[248:376].reshape(16, 8)
+  rings = preparation.histograms(pole)[248:376].reshape(16, 8)
   assert rings[:, 1:].sum() == 0 and (rings[:, 0] > 0).sum() == 9
 
 
@@ -114,20 +114,20 @@ def test_network_and_input_must_agree():
 
 def test_depth_picture_by_hand():
   # From azimuth 0 the camera stands at z > 0, above: a point at the origin is 2.6 away and in the middle.
-  picture = point_views.depth_picture(np.zeros((1, 3)), 0.0, 33, 0)
+  picture = preparation.depth_picture(np.zeros((1, 3)), 0.0, 33, 0)
   assert np.argwhere(picture).tolist() == [[16, 16]]
   assert picture[16, 16] == pytest.approx(255 - (2.6 - 1.6) / 2 * 255)
   # One unit towards the camera is a unit nearer; it hides the origin, and a disc of radius 1 is a cross.
   tilt = np.radians(18.0)
   near = np.array([[0.0, np.sin(tilt), np.cos(tilt)], [0, 0, 0]])
-  picture = point_views.depth_picture(near, 0.0, 33, 1)
+  picture = preparation.depth_picture(near, 0.0, 33, 1)
   assert picture[16, 16] == pytest.approx(255.0)
   assert np.argwhere(picture).tolist() == [[15, 16], [16, 15], [16, 16], [16, 17], [17, 16]]
   # To the right of a camera at azimuth 90 (x > 0) lies -z; up is up: 0.5 / (2.6 tan 22.5 degrees) of half the side.
-  picture = point_views.depth_picture(np.array([[0.0, 0.0, -0.5]]), 90.0, 101, 0)
+  picture = preparation.depth_picture(np.array([[0.0, 0.0, -0.5]]), 90.0, 101, 0)
   step = 0.5 / (2.6 * np.tan(np.radians(22.5))) / 2 * 101
   assert np.argwhere(picture).tolist() == [[50, round(50 + step)]]
-  assert np.argwhere(point_views.depth_picture(np.array([[0.0, 0.3, 0.0]]), 0.0, 101, 0))[0, 0] < 50
+  assert np.argwhere(preparation.depth_picture(np.array([[0.0, 0.3, 0.0]]), 0.0, 101, 0))[0, 0] < 50
 
 
 def test_views_are_seen_by_the_image_trunk():
@@ -136,12 +136,12 @@ def test_views_are_seen_by_the_image_trunk():
   trunk = load_trunk("point_views", azimuths=(0, 90), metric=True, **options)
   picture = load_trunk("efficientnet_lite0", grid=0, **options)
   one = cloud()
-  unit, radius = point_groups.unit_sphere(one)
-  views = [np.repeat(point_views.depth_picture(unit, a, 32, 2)[..., None], 3, -1) for a in (0, 90)]
+  unit, radius = preparation.unit_sphere(one)
+  views = [np.repeat(preparation.depth_picture(unit, a, 32, 2)[..., None], 3, -1) for a in (0, 90)]
   expected = np.asarray(picture.apply(trunk.params["picture"], np.stack(views)))[:, 0].mean(axis=0)
   tokens = np.asarray(trunk.apply(trunk.params, np.stack([trunk.preprocess(one), trunk.preprocess(2 * one)])))
   assert tokens.shape == (2, 1, trunk.width)
-  np.testing.assert_allclose(tokens[0, 0], np.r_[expected, point_groups.histograms(unit), np.log(radius)], rtol=2e-4,
+  np.testing.assert_allclose(tokens[0, 0], np.r_[expected, preparation.histograms(unit), np.log(radius)], rtol=2e-4,
                              atol=2e-5)  # fmt: skip
   np.testing.assert_allclose(tokens[1, 0, :-1], tokens[0, 0, :-1], atol=1e-4)  # place and size are forgotten
   assert tokens[1, 0, -1] - tokens[0, 0, -1] == pytest.approx(np.log(2), abs=1e-5)

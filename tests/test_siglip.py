@@ -8,8 +8,8 @@ import tokenizers
 from safetensors.numpy import save_file
 
 from codebind_jax.data import sentencepiece
+from codebind_jax.data.preparation.texts import Ids
 from codebind_jax.trunks import big_vision, clip, siglip
-from codebind_jax.trunks.tokens import Ids
 from tests import family_fixtures
 
 WANT = family_fixtures.arrays("siglip_hf")

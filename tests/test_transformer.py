@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from codebind_jax.data.interpolation import cubic_matrix
 from codebind_jax.models import towers as codebind
 from codebind_jax.models import transformer
 from codebind_jax.models.encoder import Encoder, EncoderSpec, fold_clips, mean_clips
 from codebind_jax.models.imagebind import HUGE
 from codebind_jax.models.lora import lora
-from codebind_jax.models.stems import PatchStem, cubic_matrix, patch_grid, resize_positions
+from codebind_jax.models.stems import PatchStem, patch_grid, resize_positions
 from codebind_jax.models.text import TextStem, pool_at_end
 from codebind_jax.models.transformer import Attention, BlockSpec, Transformer
 from codebind_jax.norm import unit

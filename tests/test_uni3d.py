@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from codebind_jax.data.preparation.points import GREY, Cloud
 from codebind_jax.models.point_patches import farthest_points, nearest_points
 from codebind_jax.trunks import uni3d
 from tests import family_fixtures
@@ -50,8 +51,8 @@ def test_clouds_are_centred_and_scaled_and_padding_is_not_seen(made, tmp_path):
     cloud = trunk.preprocess(made[f"cloud{i}"])
     np.testing.assert_allclose(cloud[:size], made[f"prepared{i}"], atol=1e-6)
     assert (cloud[size:, 3:] == -1).all()
-  assert (trunk.preprocess(made["cloud1"][:, :3])[:40, 3:] == np.float32(uni3d.GREY)).all()
-  cut = uni3d.Cloud(30)(made["cloud0"])
+  assert (trunk.preprocess(made["cloud1"][:, :3])[:40, 3:] == np.float32(GREY)).all()
+  cut = Cloud(30)(made["cloud0"])
   assert cut.shape == (30, 6) and len(np.unique(cut[:, 3])) == 30
 
 

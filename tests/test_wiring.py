@@ -17,6 +17,7 @@ import pytest
 
 from codebind_jax.api import Embeddings, Model
 from codebind_jax.config import method_of, read
+from codebind_jax.data.inputs import Input
 from codebind_jax.data.records import Source
 from codebind_jax.data.task import Task
 from codebind_jax.data.worlds.evalset import EvalSet
@@ -29,7 +30,7 @@ from codebind_jax.runtime.train_state import TrainState
 from codebind_jax.step import make_train_step
 from codebind_jax.train import optimizer_of
 from codebind_jax.trunks import featurize
-from codebind_jax.trunks.base import Input, Trunk
+from codebind_jax.trunks.base import Trunk
 from codebind_jax.trunks.cache import content_hash
 from codebind_jax.trunks.vectors import Prepared
 from configs import common

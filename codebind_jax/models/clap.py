@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from codebind_jax.data.interpolation import cubic_matrix
 from codebind_jax.models.encoder import Encoded, fold_clips
-from codebind_jax.models.stems import cubic_matrix
 from codebind_jax.models.swin import Swin, SwinSpec
 from codebind_jax.models.text import BertStem
 from codebind_jax.models.transformer import ACTIVATIONS, BlockSpec, Transformer

@@ -1,9 +1,8 @@
 """Encoder shapes of ImageBind-Huge and of the sensors that CodeBind adds."""
 
+from codebind_jax.data.preparation.pictures import CLIP_MEAN, CLIP_STD
 from codebind_jax.models.encoder import EncoderSpec
 
-# CLIP's statistics of pixels in [0, 1], which ImageBind's image encoder was trained with.
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _VISION = {"size": (2, 224, 224), "patch": (2, 14, 14), "channels": 3, "stem_norm": False, "pre_norm": True,
            "bias_kv": False, "mean": CLIP_MEAN, "std": CLIP_STD}
 _SQUARE = {"size": (224, 224), "patch": (16, 16)}

@@ -22,8 +22,8 @@ from codebind_jax.trunks.base import Trunk
 __all__ = ["Trunk", "frozen_by", "input_shapes", "load_trunk", "tower_trunks", "trunk_maker", "trunk_names"]
 
 _NOT_TRUNKS = (
-  "base", "cache", "checkpoint_files", "class_names", "clip_tokenizer", "families", "featurize",
-  "imagebind_inputs", "line_drawing", "names", "pictures", "tokens", "torch_pickle", "weights",
+  "base", "cache", "checkpoint_files", "class_names", "families", "featurize", "folders", "line_drawing", "names",
+  "torch_pickle",
 )  # fmt: skip
 
 

@@ -12,22 +12,20 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 
+from codebind_jax.data.inputs import Input
+from codebind_jax.data.preparation.audio import BANDS, FRAMES, Chunks
 from codebind_jax.data.transforms import audio as audio_transforms
 from codebind_jax.data.worlds import fetch
 from codebind_jax.models.encoder import Encoded
 from codebind_jax.trunks import names
-from codebind_jax.trunks.base import Input, Trunk, drawn, fingerprint
+from codebind_jax.trunks.base import Trunk, drawn, fingerprint
 from codebind_jax.trunks.checkpoint_files import Weights, file_hash, member_file, open_member
 
 MEMBER = "aisfx/models/checkpoint.pth"
 WIDTHS = (64, 128, 256, 512)
-FRAMES, BANDS = 100, 96
-_HOP = FRAMES // 2
 _BN_EPSILON = 1e-5
-_ABSENT = -1.0  # fills chunks that a sound does not have; no log-mel value is below 0
 _REVISION = "aisfx-1"
 
 
@@ -87,22 +85,6 @@ def load(shapes: Any, weights: Weights, **options: Any) -> Any:
   return names.load(shapes, weights, _RULES, convert=names.channels_last, ignored=(_OTHER,), **options)
 
 
-def chunks_of(mel: Float32[np.ndarray, "frames bands"], most: int) -> Float32[np.ndarray, "most 100 bands"]:
-  """Chunks of 100 frames, one every 50, evenly thinned to at most `most`; missing ones are filled with -1.
-
-  Args:
-    mel: log-mel spectrogram of at least 100 frames; the remainder at the end is dropped, as in the release.
-    most: number of chunks returned.
-  """
-  starts = np.arange(0, len(mel) - FRAMES + 1, _HOP)
-  if len(starts) > most:
-    starts = starts[np.linspace(0, len(starts) - 1, most).round().astype(int)]
-  out = np.full((most, FRAMES, mel.shape[1]), _ABSENT, np.float32)
-  for row, start in zip(out, starts):
-    row[:] = mel[start : start + FRAMES]
-  return out
-
-
 def make_trunk(
   *,
   weights: str | Path = "",
@@ -126,11 +108,7 @@ def make_trunk(
     raise ValueError(f"chunks: got {chunks}, allowed are 1 and up")
   module, random = Aisfx(widths), weights == "random"
 
-  def prepare(value: Any) -> np.ndarray:
-    samples = audio_transforms.loop_to(audio_transforms.read(value), (FRAMES - 1) * 1024)
-    return chunks_of(audio_transforms.sfx_log_mel(samples), chunks)
-
-  item = Input((chunks, FRAMES, BANDS), "float32", prepare, revision=f"{audio_transforms.REVISION} {chunks}")
+  item = Input((chunks, FRAMES, BANDS), "float32", Chunks(chunks), revision=f"{audio_transforms.REVISION} {chunks}")
   file = None if random else member_file(weights or fetch.fetch("aisfx"), MEMBER)
   options = {"chunks": chunks, "widths": widths}
   made_of = {"weights": "random" if random else file_hash(file), "dont_load": list(dont_load)}

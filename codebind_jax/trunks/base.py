@@ -15,35 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from codebind_jax.data import transforms
+from codebind_jax.data.inputs import Input
 from codebind_jax.models.encoder import Encoded, mean_clips
 from codebind_jax.models.heads import Head
 from codebind_jax.norm import unit
-
-
-def stack(items: Sequence[np.ndarray]) -> np.ndarray:
-  """One batch of equally shaped items, [b, ...]."""
-  return np.stack(list(items))
-
-
-@dataclasses.dataclass(frozen=True)
-class Input:
-  """What a trunk wants of one item.
-
-  Attributes:
-    shape: of a prepared item, such as (224, 224, 3).
-    dtype: of a prepared item: uint8 pixels, int32 ids, float32 otherwise.
-    prepare: on the host, one decoded value -> an array of this shape and type; imports no JAX.
-    collate: prepared items -> batch; may cut padding that no item of the batch needs.
-    read: on the host, a path, bytes or array -> decoded value; None for the modality's transform.
-    revision: changes whenever the same item would be prepared to other values.
-  """
-
-  shape: tuple[int, ...]
-  dtype: str
-  prepare: Callable[[Any], np.ndarray] = dataclasses.field(repr=False)
-  collate: Callable[[Sequence[np.ndarray]], np.ndarray] = dataclasses.field(default=stack, repr=False)
-  read: Callable[[Any], Any] | None = dataclasses.field(default=None, repr=False)
-  revision: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

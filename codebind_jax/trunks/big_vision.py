@@ -9,19 +9,13 @@ from pathlib import Path
 import tokenizers
 
 from codebind_jax.data import sentencepiece
+from codebind_jax.data.preparation.pictures import RESAMPLE, Picture, picture_input
+from codebind_jax.data.preparation.texts import Ids, text_input, without_punctuation
 from codebind_jax.models.encoder import EncoderSpec
 from codebind_jax.trunks import names, siglip
 from codebind_jax.trunks.base import Trunk
 from codebind_jax.trunks.checkpoint_files import Weights, note, open_weights, present
-from codebind_jax.trunks.pictures import RESAMPLE, Picture, picture_input
-from codebind_jax.trunks.tokens import (
-  SENTENCEPIECE,
-  Ids,
-  folder_tokenizer,
-  has_tokenizer,
-  text_input,
-  without_punctuation,
-)
+from codebind_jax.trunks.folders import SENTENCEPIECE, folder_tokenizer, has_tokenizer
 
 _REVISION = "big_vision-1"
 MODALITIES, LICENCE = siglip.MODALITIES, siglip.LICENCE

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float32
 
+from codebind_jax.data.inputs import Input
+from codebind_jax.data.preparation.audio import Mel
+from codebind_jax.data.preparation.texts import Ids, text_input
 from codebind_jax.data.transforms import audio as audio_transforms
 from codebind_jax.data.transforms import text as text_transforms
 from codebind_jax.models.clap import ACTS, ClapAudio, ClapText
@@ -19,17 +21,9 @@ from codebind_jax.models.heads import Head
 from codebind_jax.models.swin import SwinSpec
 from codebind_jax.models.transformer import ACTIVATIONS, BlockSpec
 from codebind_jax.trunks import names
-from codebind_jax.trunks.base import Input, PublishedHead, Trunk, fingerprint
+from codebind_jax.trunks.base import PublishedHead, Trunk, fingerprint
 from codebind_jax.trunks.checkpoint_files import Entry, Weights, folder_weights
-from codebind_jax.trunks.tokens import (
-  Ids,
-  family_config,
-  folder_json,
-  folder_tokenizer,
-  has_tokenizer,
-  model_type,
-  text_input,
-)
+from codebind_jax.trunks.folders import family_config, folder_json, folder_tokenizer, has_tokenizer, model_type
 
 _REVISION = "clap-1"
 MODALITIES = ("audio", "text")
@@ -118,57 +112,6 @@ def with_folded_norm(weights: Weights, norm: str) -> Weights:
   entry = functools.partial(Entry, weights[parts[0]].shape, np.dtype(np.float32))
   made = {norm + kind: entry(functools.partial(read, kind)) for kind in ("scale", "offset")}
   return Weights({name: entry for name, entry in weights.items() if name not in parts} | made, weights.files)
-
-
-@dataclasses.dataclass(frozen=True)
-class Mel:
-  """Sound -> CLAP's log-mel spectrogram (transformers' ClapFeatureExtractor with truncation "rand_trunc").
-
-  A longer sound is cut to its middle, where the original takes a random part. A shorter one is repeated as often as it
-  fits whole ("repeatpad"), repeated and cut ("repeat"), or not ("pad"); zeros fill the rest.
-
-  Attributes:
-    rate: Hz.
-    length: samples of an item.
-    padding: of a shorter sound.
-    window, hop, bands, low, high: as in `data.transforms.audio.decibel_mel`.
-  """
-
-  rate: int = 48_000
-  length: int = 480_000
-  padding: str = "repeatpad"
-  window: int = 1024
-  hop: int = 480
-  bands: int = 64
-  low: float = 50.0
-  high: float = 14_000.0
-
-  @property
-  def shape(self) -> tuple[int, int]:
-    """Frames and bands of an item."""
-    return self.length // self.hop + 1, self.bands
-
-  def read(self, value: Any) -> Float32[np.ndarray, " n"]:
-    """Mono samples at `rate` of a path, bytes or an array at 44,100 Hz; channels are averaged.
-
-    Raises:
-      ValueError: as of `data.transforms.audio.read`.
-    """
-    samples, rate = audio_transforms.read_channels(value)
-    return audio_transforms.resample(np.ascontiguousarray(samples.mean(axis=1)), rate, self.rate)
-
-  def __call__(self, samples: Float[np.ndarray, " n"]) -> Float32[np.ndarray, "frames bands"]:
-    """The spectrogram of samples at `rate`."""
-    n = len(samples)
-    if n > self.length:
-      start = (n - self.length) // 2
-      samples = samples[start : start + self.length]
-    elif n < self.length:
-      times = {"repeatpad": self.length // n, "repeat": self.length // n + 1}.get(self.padding, 1)
-      samples = np.tile(samples, times)[: self.length]
-      samples = np.pad(samples, (0, self.length - len(samples)))
-    return audio_transforms.decibel_mel(
-      samples, self.rate, window=self.window, hop=self.hop, bands=self.bands, low=self.low, high=self.high)  # fmt: skip
 
 
 def mel_of(folder: Path, bands: int, most_frames: int) -> Mel:

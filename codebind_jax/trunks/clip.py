@@ -8,23 +8,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from codebind_jax.data.preparation.pictures import CLIP_MEAN, CLIP_STD, picture_input, processor_picture
+from codebind_jax.data.preparation.texts import Ids, text_input
 from codebind_jax.models.encoder import Encoder, EncoderSpec
 from codebind_jax.models.heads import Head
-from codebind_jax.models.imagebind import CLIP_MEAN, CLIP_STD
 from codebind_jax.trunks import names
 from codebind_jax.trunks.base import PublishedHead, Trunk, fingerprint
 from codebind_jax.trunks.checkpoint_files import Weights, folder_weights
-from codebind_jax.trunks.pictures import picture_input, processor_picture
-from codebind_jax.trunks.tokens import (
-  Ids,
+from codebind_jax.trunks.folders import (
   family_config,
   folder_json,
   folder_tokenizer,
   has_tokenizer,
   model_type,
   processor_config,
-  text_input,
-)  # fmt: skip
+)
 
 _REVISION = "clip-1"
 MODALITIES = ("image", "text")

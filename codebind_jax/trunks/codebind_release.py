@@ -30,6 +30,7 @@ from flax.traverse_util import flatten_dict
 
 from codebind_jax.codebook.spec import SHARED
 from codebind_jax.codebook.state import CodebookState
+from codebind_jax.data.preparation.imagebind import BASELINE, FOCAL_LENGTH, item_input
 from codebind_jax.models.decoder import Decoder, decoder_for
 from codebind_jax.models.encoder import Encoder, EncoderSpec
 from codebind_jax.models.heads import Head
@@ -37,7 +38,6 @@ from codebind_jax.models.lora import from_release, merge
 from codebind_jax.trunks import imagebind, names
 from codebind_jax.trunks.base import PublishedHead, Trunk, fingerprint
 from codebind_jax.trunks.checkpoint_files import SHAPES, Entry, Weights, note, open_weights, present
-from codebind_jax.trunks.imagebind_inputs import BASELINE, FOCAL_LENGTH, item_input
 
 _REVISION = "codebind-release-1"
 LICENCE = "CC-BY-NC 4.0 (trained from Meta's ImageBind: no commercial use)"
@@ -506,7 +506,8 @@ def make_trunk(
   release = open_release(weights, base, postfix, trunk_of=source)
   imagebind.announce(str(release.folder), LICENCE)
   spec = release.encoder_spec(source, heads)
-  item = item_input(spec, modality, clips=clips, crops=crops, focal_length=focal_length, baseline=baseline)
+  item = item_input(modality, spec.size, spec.channels, clips=clips, crops=crops, focal_length=focal_length,
+                    baseline=baseline)  # fmt: skip
   options = {"weights": weights, "modality": modality, "base": str(base), "postfix": postfix, "heads": heads,
              "clips": clips, "crops": crops, "focal_length": focal_length, "baseline": baseline, "dtype": dtype,
              "remat": remat, "scan": scan}  # fmt: skip

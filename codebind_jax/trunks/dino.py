@@ -5,25 +5,21 @@ Names as in the published files and as transformers 5 has them in its modules; f
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import Float32, UInt8
-
+from codebind_jax.data.inputs import Input, Reading
+from codebind_jax.data.preparation.pictures import RESAMPLE, FloatPicture, picture_input, processor_picture
 from codebind_jax.data.transforms import image as image_transforms
 from codebind_jax.models.encoder import Encoder, EncoderSpec
 from codebind_jax.models.heads import Head
-from codebind_jax.models.stems import antialias_matrix
 from codebind_jax.trunks import names
-from codebind_jax.trunks.base import Input, PublishedHead, Trunk, fingerprint
+from codebind_jax.trunks.base import PublishedHead, Trunk, fingerprint
 from codebind_jax.trunks.checkpoint_files import Weights, folder_weights
-from codebind_jax.trunks.pictures import RESAMPLE, picture_input, processor_picture
-from codebind_jax.trunks.tokens import family_config, folder_json, model_type
+from codebind_jax.trunks.folders import family_config, folder_json, model_type
 
 _REVISION = "dino-1"
 MODALITIES = ("image",)
@@ -149,31 +145,6 @@ _IGNORED = (r"embeddings\.mask_token", r"(layernorm|norm)\.(weight|bias)", r"cla
             r"rope_embeddings\.inv_freq")  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class FloatPicture:
-  """Resize of pixels in [0, 1] without rounding, and normalisation: DINOv3's processor, which rescales first.
-
-  Attributes:
-    size: (height, width) of the result; both sides become these.
-    filter: "linear" or "cubic", antialiased.
-    mean, std: by channel.
-  """
-
-  size: tuple[int, int]
-  filter: str
-  mean: tuple[float, ...]
-  std: tuple[float, ...]
-
-  def __call__(self, pixels: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "i j 3"]:
-    """The prepared values."""
-    x = pixels.astype(np.float32) * np.float32(1 / 255)
-    for axis in (1, 0):
-      if x.shape[axis] != self.size[axis]:
-        matrix = antialias_matrix(x.shape[axis], self.size[axis], self.filter).astype(np.float32)
-        x = np.moveaxis(np.tensordot(matrix, x, axes=(1, axis)), 0, axis)
-    return ((x - np.float32(self.mean)) / np.float32(self.std)).astype(np.float32)
-
-
 def _input(kind: str, picture: Mapping[str, Any], spec: EncoderSpec, where: Path) -> Input:
   processor = picture.get("image_processor_type", "DINOv3" if kind == "dinov3_vit" else "")
   crop = picture.get("do_center_crop", False)
@@ -191,7 +162,7 @@ def _input(kind: str, picture: Mapping[str, Any], spec: EncoderSpec, where: Path
     raise ValueError(f"{where}: do_center_crop {crop}, resample {resample} and size {wanted} are not supported; "
                      "allowed: height and width without a crop, bilinear (2) or bicubic (3)")  # fmt: skip
   prepare = FloatPicture(size, filters[resample], spec.mean, spec.std)
-  read = lambda value: prepare(image_transforms.read(value))
+  read = Reading(image_transforms.read, prepare)
   return Input((*size, 3), "float32", read, revision=f"{image_transforms.REVISION} {prepare}")
 
 

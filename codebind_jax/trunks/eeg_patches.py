@@ -3,31 +3,20 @@
 import importlib.resources
 import json
 from pathlib import Path
-from typing import Any
 
 import flax.linen as nn
 import numpy as np
 from jaxtyping import Array, Float
 
+from codebind_jax.data.inputs import Input
+from codebind_jax.data.preparation.eeg import Patches, patches
 from codebind_jax.data.transforms import eeg as eeg_transforms
 from codebind_jax.models.encoder import Encoded
 from codebind_jax.trunks import names
-from codebind_jax.trunks.base import Input, Trunk, fingerprint
+from codebind_jax.trunks.base import Trunk, fingerprint
 from codebind_jax.trunks.checkpoint_files import array_weights
 
 _REVISION = "eeg_patches-1"
-
-
-def patches(eeg: Float[np.ndarray, "channels samples"], width: int) -> Float[np.ndarray, "n channels"]:
-  """Mean over bins of `width` samples; samples left over at the end are dropped.
-
-  >>> patches(np.array([[1.0, 3.0, 5.0, 7.0, 9.0]]), 2)
-  array([[2.],
-         [6.]])
-  """
-  channels, samples = eeg.shape
-  count = samples // width
-  return eeg[:, : count * width].reshape(channels, count, width).mean(axis=2).T
 
 
 def statistics(recordings: Float[np.ndarray, "items channels samples"], width: int) -> dict[str, np.ndarray]:
@@ -77,14 +66,9 @@ def patch_input(channels: int, samples: int, width: int) -> Input:
   if channels < 1 or not 1 <= width <= samples:
     raise ValueError(f"channels {channels}, samples {samples}, width {width}: allowed are 1 <= width <= samples")
 
-  def prepare(value: Any) -> np.ndarray:
-    eeg = eeg_transforms.read(value)
-    if eeg.shape != (channels, samples):
-      raise ValueError(f"eeg: got {eeg.shape[0]} channels of {eeg.shape[1]} samples, allowed: {channels} of {samples}")
-    return patches(eeg, width)
-
   revision = f"{_REVISION} {eeg_transforms.REVISION}"
-  return Input((samples // width, channels), "float32", prepare, revision=f"{revision} {channels} {samples} {width}")
+  return Input((samples // width, channels), "float32", Patches(channels, samples, width),
+               revision=f"{revision} {channels} {samples} {width}")  # fmt: skip
 
 
 def _read_statistics(source: str | Path) -> tuple[np.ndarray, np.ndarray]:

@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
 
-from codebind_jax.data.transforms import depth, tactile, thermal
+from codebind_jax.data.inputs import Input
+from codebind_jax.data.preparation.pictures import PICTURES, Square
 from codebind_jax.data.transforms import image as image_transforms
 from codebind_jax.data.worlds import fetch
 from codebind_jax.models.encoder import Encoded
 from codebind_jax.trunks import names
-from codebind_jax.trunks.base import Input, Trunk, drawn, fingerprint
+from codebind_jax.trunks.base import Trunk, drawn, fingerprint
 from codebind_jax.trunks.checkpoint_files import Entry, Weights, file_hash, member_file, open_member
 from codebind_jax.trunks.class_names import ClassMeaning, class_embeddings, names_trunk
 from codebind_jax.trunks.line_drawing import line_drawing
@@ -40,13 +41,6 @@ STAGES = (
 _STEM_WIDTH = 32
 _BN_EPSILON = 1e-3
 _REVISION = "efficientnet_lite0-1"
-# Modality -> (function from raw value to picture, its revision, grey value of the padding).
-_PICTURES = {
-  "image": (image_transforms.read, image_transforms.REVISION, 255),
-  "depth": (lambda value: depth.to_picture(depth.read(value)), depth.REVISION, 0),
-  "thermal": (lambda value: thermal.to_picture(thermal.read(value)), thermal.REVISION, 0),
-  "tactile": (tactile.read, tactile.REVISION, 0),
-}
 
 
 def _relu6(x: jax.Array) -> jax.Array:
@@ -305,8 +299,8 @@ def make_trunk(
   Raises:
     ValueError: if an option is out of its range or the checkpoint does not fit.
   """
-  if modality not in _PICTURES:
-    raise ValueError(f"modality: got {modality!r}, allowed are {', '.join(_PICTURES)}")
+  if modality not in PICTURES:
+    raise ValueError(f"modality: got {modality!r}, allowed are {', '.join(PICTURES)}")
   if modality != "image" and (crop or lines or class_names):
     raise ValueError(f"modality: crop, lines and class_names are for images, not for {modality!r}")
   stages = tuple(tuple(stage) for stage in stages)
@@ -327,21 +321,13 @@ def make_trunk(
   if class_names and random:
     raise ValueError("class_names: needs a checkpoint with a classifier, not random weights")
   words = names_trunk(class_names, weights) if class_names else None
-  read, read_revision, padding = _PICTURES[modality]
-
-  def prepare(value: Any) -> np.ndarray:
-    picture = read(value)
-    if crop:
-      picture = image_transforms.crop_to_content(picture)
-    return image_transforms.resize(image_transforms.fit_square(picture, fit, padding), max(sizes))
-
+  prepare = Square(modality, max(sizes), fit, crop)
   module = EfficientNetLite0(
     stages, head_width=head_width, sizes=sizes, grid=grid, levels=levels, lines=lines, flip=flip,
     meaning=words.width if words else 0,
   )  # fmt: skip
-  item = Input(
-    (max(sizes), max(sizes), 3), "uint8", prepare, revision=f"{read_revision} {padding} {crop} {fit} {max(sizes)}"
-  )
+  revision = f"{prepare.revision} {prepare.padding} {crop} {fit} {max(sizes)}"
+  item = Input((max(sizes), max(sizes), 3), "uint8", prepare, revision=revision)
   file = None if random else member_file(weights or fetch.fetch("efflite0"), MEMBER)
   options = {
     "size": sizes if len(sizes) > 1 else sizes[0], "grid": grid, "levels": levels, "lines": lines, "fit": fit,
@@ -354,7 +340,7 @@ def make_trunk(
   }  # fmt: skip
   return Trunk(
     name="efficientnet_lite0", modality=modality, module=module, input=item,
-    fingerprint=fingerprint({}, options | made_of, f"{_REVISION} {read_revision}"),
+    fingerprint=fingerprint({}, options | made_of, f"{_REVISION} {prepare.revision}"),
     load=None if random else lambda shapes: load(
       shapes, open_member(file, MEMBER), class_names, dont_load=dont_load,
       start=functools.partial(drawn, module, item)),

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from codebind_jax.trunks import trunk_names
 from codebind_jax.trunks.checkpoint_files import ENDINGS, open_weights
-from codebind_jax.trunks.tokens import folder_json
+from codebind_jax.trunks.folders import folder_json
 
 
 def families() -> dict[str, ModuleType]:

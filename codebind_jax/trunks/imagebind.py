@@ -14,13 +14,14 @@ from typing import Any
 
 from absl import logging
 
+from codebind_jax.data.preparation.imagebind import BASELINE, FOCAL_LENGTH, item_input
+from codebind_jax.data.preparation.pictures import CLIP_MEAN, CLIP_STD
 from codebind_jax.models.encoder import Encoder, EncoderSpec
 from codebind_jax.models.heads import Head
-from codebind_jax.models.imagebind import CLIP_MEAN, CLIP_STD, HUGE
+from codebind_jax.models.imagebind import HUGE
 from codebind_jax.trunks import names
 from codebind_jax.trunks.base import PublishedHead, Trunk, fingerprint
 from codebind_jax.trunks.checkpoint_files import Weights, open_weights, present
-from codebind_jax.trunks.imagebind_inputs import BASELINE, FOCAL_LENGTH, item_input
 
 _REVISION = "imagebind-1"
 LICENCE = "CC-BY-NC 4.0 (Meta's weights: no commercial use)"
@@ -218,7 +219,8 @@ def make_trunk(
     raise ValueError(f"heads {heads}, clips {clips}, crops {crops}: allowed are 0 and up, 0 and up, 1 or 3")
   announce(there.name, LICENCE)
   spec = encoder_spec(there, modality, heads)
-  item = item_input(spec, modality, clips=clips, crops=crops, focal_length=focal_length, baseline=baseline)
+  item = item_input(modality, spec.size, spec.channels, clips=clips, crops=crops, focal_length=focal_length,
+                    baseline=baseline)  # fmt: skip
   options = {"weights": weights, "modality": modality, "heads": heads, "width": 0, "depth": 0, "clips": clips,
              "crops": crops, "focal_length": focal_length, "baseline": baseline, "dtype": dtype, "remat": remat,
              "scan": scan}  # fmt: skip
@@ -238,7 +240,8 @@ def _drawn(
   if modality not in (*HUGE, "video"):
     raise ValueError(f"modality: got {modality!r}, allowed are {', '.join((*HUGE, 'video'))}")
   spec = dataclasses.replace(normalising(modality), **{key: value for key, value in sizes.items() if value})
-  item = item_input(spec, modality, clips=clips, crops=crops, focal_length=focal_length, baseline=baseline)
+  item = item_input(modality, spec.size, spec.channels, clips=clips, crops=crops, focal_length=focal_length,
+                    baseline=baseline)  # fmt: skip
   options = {"weights": "", "modality": modality, "clips": clips, "crops": crops, "focal_length": focal_length,
              "baseline": baseline, "dtype": dtype, "remat": remat, "scan": scan} | sizes  # fmt: skip
   return Trunk(

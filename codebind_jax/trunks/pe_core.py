@@ -9,10 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
+from codebind_jax.data.inputs import Input
+from codebind_jax.data.preparation.pictures import RESAMPLE, Picture, picture_input
+from codebind_jax.data.preparation.texts import clip_ids, text_input
 from codebind_jax.models.encoder import Encoder, EncoderSpec
 from codebind_jax.models.heads import Head
 from codebind_jax.trunks import names
-from codebind_jax.trunks.base import Input, PublishedHead, Trunk, fingerprint
+from codebind_jax.trunks.base import PublishedHead, Trunk, fingerprint
 from codebind_jax.trunks.checkpoint_files import (
   ENDINGS,
   Weights,
@@ -22,10 +25,8 @@ from codebind_jax.trunks.checkpoint_files import (
   open_weights,
   present,
 )
-from codebind_jax.trunks.clip_tokenizer import clip_ids
-from codebind_jax.trunks.pictures import RESAMPLE, Picture, picture_input
+from codebind_jax.trunks.folders import folder_json
 from codebind_jax.trunks.siglip import with_split_projection
-from codebind_jax.trunks.tokens import folder_json, text_input
 
 _REVISION = "pe_core-1"
 MODALITIES = ("image", "text")

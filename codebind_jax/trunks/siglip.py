@@ -12,24 +12,23 @@ from typing import Any
 import tokenizers
 
 from codebind_jax.data import sentencepiece
+from codebind_jax.data.inputs import Input
+from codebind_jax.data.preparation.pictures import RESAMPLE, picture_input, processor_picture
+from codebind_jax.data.preparation.texts import Ids, text_input, without_punctuation
 from codebind_jax.models.encoder import Encoder, EncoderSpec
 from codebind_jax.models.heads import Head
 from codebind_jax.trunks import clip, names
-from codebind_jax.trunks.base import Input, PublishedHead, Trunk, fingerprint
+from codebind_jax.trunks.base import PublishedHead, Trunk, fingerprint
 from codebind_jax.trunks.checkpoint_files import Entry, Weights, folder_weights, note
-from codebind_jax.trunks.pictures import RESAMPLE, picture_input, processor_picture
-from codebind_jax.trunks.tokens import (
+from codebind_jax.trunks.folders import (
   SENTENCEPIECE,
-  Ids,
   family_config,
   folder_json,
   folder_tokenizer,
   has_tokenizer,
   model_type,
   processor_config,
-  text_input,
-  without_punctuation,
-)  # fmt: skip
+)
 
 _REVISION = "siglip-1"
 MODALITIES = ("image", "text")

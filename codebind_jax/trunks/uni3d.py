@@ -7,20 +7,20 @@ is that of pointnet2_ops, not compared with its CUDA kernel.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import re
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32
 
+from codebind_jax.data.inputs import Input, Reading
+from codebind_jax.data.preparation.points import Cloud
 from codebind_jax.data.transforms import points as point_transforms
 from codebind_jax.models.heads import Head
 from codebind_jax.models.point_patches import PointEncoder, PointSpec
 from codebind_jax.trunks import names
-from codebind_jax.trunks.base import Input, PublishedHead, Trunk, fingerprint
+from codebind_jax.trunks.base import PublishedHead, Trunk, fingerprint
 from codebind_jax.trunks.checkpoint_files import Entry, Weights, mentions, open_weights, present
 
 _REVISION = "uni3d-1"
@@ -28,7 +28,6 @@ MODALITIES = ("points",)
 LICENCE = "MIT"
 
 POINTS = 10_000  # of a cloud, in training and in the published results
-GREY = 0.4  # the colour of points without one
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1408: 16}  # width of the published encoders -> attention heads
 _FILES = ("model.safetensors", "model.pt", "pytorch_model.bin")
 _MARK = "point_encoder.encoder2trans.weight"
@@ -152,30 +151,6 @@ _IGNORED = (_HEAD, r"logit_scale", r"point_encoder\.visual\.(patch_embed|head|ro
             r"point_encoder\.visual\.(cls_token|pos_embed)")  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Cloud:
-  """One cloud in Uni3D's form: its mean in the origin, its farthest point at distance 1; axes are the file's.
-
-  Attributes:
-    points: rows of the result. Of a larger cloud as many are drawn, the same ones each time and in their order; a
-      smaller one is padded with rows of colour -1.
-  """
-
-  points: int
-
-  def __call__(self, cloud: Float32[np.ndarray, "n c"]) -> Float32[np.ndarray, "p 6"]:
-    """Coordinates and colours; points without colours are grey."""
-    if len(cloud) > self.points:
-      cloud = cloud[np.sort(np.random.default_rng(0).choice(len(cloud), self.points, replace=False))]
-    xyz = cloud[:, :3] - cloud[:, :3].mean(axis=0)
-    xyz = xyz / np.sqrt((xyz**2).sum(axis=1)).max()
-    out = np.zeros((self.points, 6), np.float32)
-    out[:, 3:] = -1
-    out[: len(cloud), :3] = xyz
-    out[: len(cloud), 3:] = cloud[:, 3:] if cloud.shape[1] == 6 else GREY
-    return out
-
-
 def make_trunk(
   *, weights: str = "", modality: str = "points", points: int = POINTS, groups: int = 512, neighbours: int = 64,
   dtype: str = "", remat: bool = False, scan: bool = False,
@@ -205,8 +180,8 @@ def make_trunk(
   there = _weights(path)
   spec, there = spec_of(there, groups, neighbours), folded(there)
   prepare = Cloud(points)
-  read = lambda value: prepare(point_transforms.read(value))
-  item = Input((points, 6), "float32", read, revision=f"{point_transforms.REVISION} {prepare}")
+  item = Input((points, 6), "float32", Reading(point_transforms.read, prepare),
+               revision=f"{point_transforms.REVISION} {prepare}")  # fmt: skip
   head = there["point_encoder.trans2embed.weight"].shape[0] if "point_encoder.trans2embed.weight" in there else 0
   load_head = functools.partial(
     names.load, rules=_HEAD_RULES, weights=there.renamed(lambda name: name if re.fullmatch(_HEAD, name) else ""))

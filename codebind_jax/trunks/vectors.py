@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import flax.linen as nn
-import numpy as np
 from jaxtyping import Array, Float
 
+from codebind_jax.data.inputs import Input
+from codebind_jax.data.preparation.vectors import Vectors
 from codebind_jax.models.encoder import Encoded
-from codebind_jax.trunks.base import Input, Trunk, fingerprint
+from codebind_jax.trunks.base import Trunk, fingerprint
 
 
 class Prepared(nn.Module):
@@ -23,15 +23,7 @@ class Prepared(nn.Module):
 
 def vectors_input(tokens: int, width: int, modality: str) -> Input:
   """Input of one shape; an item is [tokens, width], or [width] where `tokens` is 1. `modality` is for messages."""
-  shape = (tokens, width)
-
-  def prepare(value: Any) -> np.ndarray:
-    array = np.asarray(value, np.float32)
-    if array.shape != shape and not (tokens == 1 and array.shape == (width,)):
-      raise ValueError(f"{modality}: got an array of shape {array.shape}, allowed is {shape}")
-    return array.reshape(shape)
-
-  return Input(shape, "float32", prepare, revision="raw-1")
+  return Input((tokens, width), "float32", Vectors(tokens, width, modality), revision="raw-1")
 
 
 def make_trunk(*, width: int = 64, tokens: int = 1, modality: str = "vectors", weights: str | Path = "") -> Trunk:

@@ -2,17 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Num
 
+from codebind_jax.data.inputs import Input
+from codebind_jax.data.preparation.pictures import Frames
 from codebind_jax.data.transforms import video as video_transforms
 from codebind_jax.models.encoder import Encoded
 from codebind_jax.trunks import efficientnet_lite0
-from codebind_jax.trunks.base import Input, Trunk, fingerprint
+from codebind_jax.trunks.base import Trunk, fingerprint
 
 _REVISION = "frames-1"
 
@@ -74,16 +74,11 @@ def make_trunk(
     class_names=class_names, stages=stages, head_width=head_width, dont_load=dont_load,
   )  # fmt: skip
 
-  def prepare(value: Any) -> np.ndarray:
-    video = video_transforms.read(value)
-    chosen = [int((k + 0.5) * len(video) / frames) for k in range(frames)]
-    return np.stack([picture.preprocess(video[i]) for i in chosen])
-
   revision = f"{_REVISION} {video_transforms.REVISION}"
   options = picture.options | {"frames": frames, "each": each}
   return Trunk(
     name="video_mean", modality="video", module=VideoMean(picture.module, each),
-    input=Input((frames, *picture.input.shape), "uint8", prepare,
+    input=Input((frames, *picture.input.shape), "uint8", Frames(frames, picture.preprocess),
                 revision=f"{revision} {frames} {picture.input.revision}"),
     fingerprint=fingerprint({}, options | {"picture": picture.fingerprint}, revision),
     load=picture.load and (lambda shapes: {"picture": picture.load(shapes["picture"])}), options=options,

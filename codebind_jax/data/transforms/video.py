@@ -67,7 +67,7 @@ def clip_frames(
     count: frames of the video.
     rate: frames a second; None for a sequence without a rate, which is cut into equal parts.
     clips: how many; a video shorter than one is taken whole, as often.
-    seconds: length of a clip.
+    seconds: length of a clip; infinity for the whole video.
     frames: of each clip.
 
   >>> clip_frames(90, 30.0, 3)
@@ -77,7 +77,7 @@ def clip_frames(
   for k in range(clips):
     if rate:
       start = k * max(count / rate - seconds, 0.0) / max(clips - 1, 1)
-      first, stop = math.ceil(rate * start), min(math.ceil(rate * (start + seconds)), count)
+      first, stop = math.ceil(rate * start), math.ceil(min(rate * (start + seconds), count))
     else:
       first, stop = k * count // clips, (k + 1) * count // clips
     first = min(first, count - 1)
@@ -92,7 +92,7 @@ def read_clips(value: Any, clips: int = 5, seconds: float = 2.0, frames: int = 2
   Args:
     value: as of `read`; a folder or an array [t, h, w, 3] has no rate. An array [s, n, h, w, 3] is returned as it is.
     clips: s, how many.
-    seconds: length of a clip.
+    seconds: length of a clip; infinity for the whole video.
     frames: n, of each clip.
 
   Raises:

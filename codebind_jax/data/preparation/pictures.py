@@ -1,21 +1,28 @@
-"""Pictures as published image encoders want them: resized, cropped, uint8 until the device."""
+"""Pictures as image encoders want them: resized and cropped, uint8 until the device, or normalised float32."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from codebind_jax.data import torch_resize
+from codebind_jax.data.inputs import Input, Reading
+from codebind_jax.data.interpolation import antialias_matrix
+from codebind_jax.data.transforms import depth as depth_transforms
 from codebind_jax.data.transforms import image as image_transforms
-from codebind_jax.trunks.base import Input
+from codebind_jax.data.transforms import tactile as tactile_transforms
+from codebind_jax.data.transforms import thermal as thermal_transforms
+from codebind_jax.data.transforms import video as video_transforms
 
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # PIL's numbers
+# CLIP's statistics of pixels in [0, 1], which ImageBind's image encoder was trained with.
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +90,7 @@ class Picture:
 def picture_input(picture: Picture) -> Input:
   """Input of an encoder of RGB images."""
   revision = f"{image_transforms.REVISION} {picture}"
-  read = lambda value: picture(image_transforms.read(value))
-  return Input((*picture.size, 3), "uint8", read, revision=revision)
+  return Input((*picture.size, 3), "uint8", Reading(image_transforms.read, picture), revision=revision)
 
 
 def processor_picture(config: Mapping[str, Any], size: tuple[int, int], where: str | Path) -> Picture:
@@ -119,3 +125,98 @@ def processor_picture(config: Mapping[str, Any], size: tuple[int, int], where: s
     raise ValueError(f"{where}: gives pictures of {tuple(out)}, the encoder takes {tuple(size)}")
   # transformers 5 has torchvision resize.
   return Picture(tuple(size), resize, edge, config.get("resample", RESAMPLE["bicubic"]), backend="torch")
+
+
+@dataclasses.dataclass(frozen=True)
+class FloatPicture:
+  """Resize of pixels in [0, 1] without rounding, and normalisation: DINOv3's processor, which rescales first.
+
+  Attributes:
+    size: (height, width) of the result; both sides become these.
+    filter: "linear" or "cubic", antialiased.
+    mean, std: by channel.
+  """
+
+  size: tuple[int, int]
+  filter: str
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+
+  def __call__(self, pixels: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "i j 3"]:
+    """The prepared values."""
+    x = pixels.astype(np.float32) * np.float32(1 / 255)
+    for axis in (1, 0):
+      if x.shape[axis] != self.size[axis]:
+        matrix = antialias_matrix(x.shape[axis], self.size[axis], self.filter).astype(np.float32)
+        x = np.moveaxis(np.tensordot(matrix, x, axes=(1, axis)), 0, axis)
+    return ((x - np.float32(self.mean)) / np.float32(self.std)).astype(np.float32)
+
+
+def _depth(value: Any) -> UInt8[np.ndarray, "h w 3"]:
+  return depth_transforms.to_picture(depth_transforms.read(value))
+
+
+def _thermal(value: Any) -> UInt8[np.ndarray, "h w 3"]:
+  return thermal_transforms.to_picture(thermal_transforms.read(value))
+
+
+# Modality -> (function from raw value to picture, its revision, grey value of the padding).
+PICTURES = {
+  "image": (image_transforms.read, image_transforms.REVISION, 255),
+  "depth": (_depth, depth_transforms.REVISION, 0),
+  "thermal": (_thermal, thermal_transforms.REVISION, 0),
+  "tactile": (tactile_transforms.read, tactile_transforms.REVISION, 0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Square:
+  """A picture, or a sensor's array as one, made square.
+
+  Attributes:
+    modality: a key of `PICTURES`.
+    side: of the result in pixels.
+    fit: how it is made square, see `transforms.image.fit_square`.
+    crop: cut white margins first.
+  """
+
+  modality: str
+  side: int
+  fit: str = "pad"
+  crop: bool = False
+
+  @property
+  def revision(self) -> str:
+    """Of the modality's pictures."""
+    return PICTURES[self.modality][1]
+
+  @property
+  def padding(self) -> int:
+    """Grey value of what the picture does not cover."""
+    return PICTURES[self.modality][2]
+
+  def __call__(self, value: Any) -> UInt8[np.ndarray, "side side 3"]:
+    """The prepared pixels of a path, bytes or array."""
+    picture = PICTURES[self.modality][0](value)
+    if self.crop:
+      picture = image_transforms.crop_to_content(picture)
+    return image_transforms.resize(image_transforms.fit_square(picture, self.fit, self.padding), self.side)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frames:
+  """Evenly spaced frames of a video, each prepared as a picture.
+
+  Attributes:
+    count: of the result; a shorter video's frames are repeated.
+    prepare: of one frame.
+  """
+
+  count: int
+  prepare: Callable[[Any], np.ndarray]
+
+  def __call__(self, value: Any) -> UInt8[np.ndarray, "t h w 3"]:
+    """The prepared frames of a path, bytes or array."""
+    video = video_transforms.read(value)
+    chosen = [int((k + 0.5) * len(video) / self.count) for k in range(self.count)]
+    return np.stack([self.prepare(video[i]) for i in chosen])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import io
 import math
@@ -13,16 +12,14 @@ import numpy as np
 from jaxtyping import Float32, Shaped, UInt8
 from PIL import Image
 
+from codebind_jax.data.inputs import Input
+from codebind_jax.data.preparation.audio import sound
+from codebind_jax.data.preparation.pictures import CLIP_MEAN, CLIP_STD, Picture, picture_input
+from codebind_jax.data.preparation.texts import clip_ids, text_input
 from codebind_jax.data.transforms import audio as audio_transforms
 from codebind_jax.data.transforms import depth as depth_transforms
 from codebind_jax.data.transforms import thermal as thermal_transforms
 from codebind_jax.data.transforms import video as video_transforms
-from codebind_jax.models.encoder import EncoderSpec
-from codebind_jax.models.imagebind import CLIP_MEAN, CLIP_STD
-from codebind_jax.trunks.base import Input
-from codebind_jax.trunks.clip_tokenizer import clip_ids
-from codebind_jax.trunks.pictures import Picture, picture_input
-from codebind_jax.trunks.tokens import text_input
 
 # Depth as in Omnivore (arXiv 2201.08377), whose data ImageBind was trained with: the disparity that a Kinect would see,
 # clipped and scaled, and its mean and deviation.
@@ -33,22 +30,28 @@ _CLIPS = {"audio": 3, "video": 5}
 
 
 def item_input(
-  spec: EncoderSpec, modality: str, *, clips: int = 0, crops: int = 3, focal_length: float = FOCAL_LENGTH,
-  baseline: float = BASELINE,
-) -> Input:
-  """What the encoder wants of an item; arguments as in `imagebind.make_trunk`."""
-  side, clips, factor = spec.size[-1], clips or _CLIPS.get(modality, 1), focal_length * baseline
+  modality: str, size: tuple[int, ...], channels: int = 0, *, clips: int = 0, crops: int = 3,
+  focal_length: float = FOCAL_LENGTH, baseline: float = BASELINE,
+) -> Input:  # fmt: skip
+  """What an encoder wants of an item.
+
+  Args:
+    modality: of the item.
+    size, channels: of the encoder's input, see `models.encoder.EncoderSpec`.
+    clips, crops, focal_length, baseline: as in `trunks.imagebind.make_trunk`.
+  """
+  side, clips, factor = size[-1], clips or _CLIPS.get(modality, 1), focal_length * baseline
   if modality in ("image", "tactile"):
     return picture_input(Picture((side, side), "shortest", crop="even"))
   if modality == "text":
-    return text_input(clip_ids(spec.size[0]))
+    return text_input(clip_ids(size[0]))
   if modality == "video":
-    shape, key = (clips * crops, *spec.size, 3), video_transforms.REVISION
+    shape, key = (clips * crops, *size, 3), video_transforms.REVISION
     prepare = functools.partial(_video, clips=clips, crops=crops, size=side)
     read = functools.partial(video_transforms.read_clips, clips=clips)
   elif modality == "audio":
-    shape, key, read = (clips, *spec.size, 1), audio_transforms.REVISION, sound
-    prepare = functools.partial(_audio, clips=clips, frames=spec.size[1])
+    shape, key, read = (clips, *size, 1), audio_transforms.REVISION, sound
+    prepare = functools.partial(_audio, clips=clips, frames=size[1])
   elif modality == "depth":
     shape, key, read = (side, side, 1), f"{depth_transforms.REVISION} {factor}", depth_transforms.read
     prepare = functools.partial(_depth, side=side, factor=factor)
@@ -56,30 +59,10 @@ def item_input(
     shape, key, read = (side, side, 1), thermal_transforms.REVISION, grey
     prepare = functools.partial(_thermal, side=side)
   else:
-    shape, key, read = (spec.size[0], spec.channels), "", _stored
+    shape, key, read = (size[0], channels), "", _stored
     prepare = functools.partial(_series, shape=shape, name=modality)
   dtype = "uint8" if modality == "thermal" else "float32"
   return Input(shape, dtype, prepare, read=read, revision=f"{key} {shape}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Sound:
-  """A sound at its own rate: samples [n, channels] and Hz."""
-
-  samples: np.ndarray
-  rate: int
-
-
-def sound(value: Any) -> Sound:
-  """A sound of a path, bytes, or an array [n] or [n, channels] at 44,100 Hz, neither mixed nor resampled.
-
-  Raises:
-    ValueError: naming the file, as `data.transforms.audio.read` does.
-  """
-  if isinstance(value, Sound):
-    return value
-  samples, rate = audio_transforms.read_channels(value)
-  return Sound(samples, rate)
 
 
 def _audio(value: Any, clips: int, frames: int) -> Float32[np.ndarray, "s 128 n 1"]:

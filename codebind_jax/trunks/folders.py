@@ -1,81 +1,17 @@
-"""Texts as published text encoders want them: ids of a `tokenizers.Tokenizer`, padded to one length."""
+"""Folders in Hugging Face layout: configuration, tokenizer, image processor."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import string
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tokenizers
-from jaxtyping import Int32
 
 from codebind_jax.data import sentencepiece
-from codebind_jax.data.transforms import text as text_transforms
-from codebind_jax.trunks.base import Input
 
 SENTENCEPIECE = ("spiece.model", "tokenizer.model", "sentencepiece.model")
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-def without_punctuation(text: str) -> str:
-  """The text without ASCII punctuation, with single blanks for white space (SigLIP's "canonicalize")."""
-  return " ".join(text.translate(_NO_PUNCTUATION).split())
-
-
-@dataclasses.dataclass(frozen=True)
-class Ids:
-  """One text -> int32 ids of one fixed length.
-
-  Attributes:
-    tokenizer: cuts longer texts to `length` ids, special ones included, and keeps the end mark.
-    length: ids per text.
-    pad_id: the id of padding, after the text.
-    lower: texts are lower-cased first.
-    clean: what happens to a text before that, such as `clip_tokenizer.clean`; None for nothing.
-    left: padding stands before the text.
-  """
-
-  tokenizer: tokenizers.Tokenizer
-  length: int
-  pad_id: int
-  lower: bool = False
-  clean: Callable[[str], str] | None = None
-  left: bool = False
-
-  def __post_init__(self):
-    self.tokenizer.no_padding()
-    self.tokenizer.enable_truncation(self.length)
-
-  def __call__(self, text: Any) -> Int32[np.ndarray, " n"]:
-    """Ids of one text.
-
-    Raises:
-      ValueError: if it is not a string.
-    """
-    if not isinstance(text, str):
-      raise ValueError(f"text: got {type(text).__name__}, a string is needed")
-    out = np.full((self.length,), self.pad_id, np.int32)
-    text = self.clean(text) if self.clean else text
-    ids = self.tokenizer.encode(text.lower() if self.lower else text).ids
-    start = self.length - len(ids) if self.left else 0
-    out[start : start + len(ids)] = ids
-    return out
-
-
-def text_input(ids: Ids) -> Input:
-  """Input of a text encoder; the whole tokenizer is part of its revision."""
-  vocabulary = json.dumps(json.loads(ids.tokenizer.to_str()), sort_keys=True)
-  flags = f"{ids.lower} {ids.left} {_name(ids.clean)}"
-  revision = f"{text_transforms.REVISION} {ids.length} {ids.pad_id} {flags}{vocabulary}"
-  return Input((ids.length,), "int32", ids, revision=revision)
-
-
-def _name(clean: Callable[[str], str] | None) -> str:
-  return f"{clean.__module__}.{clean.__qualname__} " if clean else ""
 
 
 def has_tokenizer(folder: Path) -> bool:

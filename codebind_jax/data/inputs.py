@@ -1,0 +1,72 @@
+"""What an encoder wants of one item; everything that prepares items on the host is picklable and imports no JAX."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from codebind_jax.data import transforms
+
+
+def stack(items: Sequence[np.ndarray]) -> np.ndarray:
+  """One batch of equally shaped items, [b, ...]."""
+  return np.stack(list(items))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+  """A preparation that takes paths and bytes too.
+
+  Attributes:
+    read: any value -> the decoded one; decoded values as they are.
+    prepare: the decoded value -> an array.
+  """
+
+  read: Callable[[Any], Any]
+  prepare: Callable[[Any], np.ndarray]
+
+  def __call__(self, value: Any) -> np.ndarray:
+    """The prepared array of a path, bytes or decoded value."""
+    return self.prepare(self.read(value))
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+  """What a trunk wants of one item. Its functions are picklable, as worker processes call them.
+
+  Attributes:
+    shape: of a prepared item, such as (224, 224, 3).
+    dtype: of a prepared item: uint8 pixels, int32 ids, float32 otherwise.
+    prepare: on the host, one decoded value -> an array of this shape and type; imports no JAX.
+    collate: prepared items -> batch; may cut padding that no item of the batch needs.
+    read: on the host, a path, bytes or array -> decoded value; None for the modality's transform.
+    revision: changes whenever the same item would be prepared to other values.
+  """
+
+  shape: tuple[int, ...]
+  dtype: str
+  prepare: Callable[[Any], np.ndarray] = dataclasses.field(repr=False)
+  collate: Callable[[Sequence[np.ndarray]], np.ndarray] = dataclasses.field(default=stack, repr=False)
+  read: Callable[[Any], Any] | None = dataclasses.field(default=None, repr=False)
+  revision: str = ""
+
+  def opened(self, modality: str, value: Any) -> Any:
+    """The decoded value of a path or of a file's bytes, by `read` or the modality's transform; others as they are.
+
+    Args:
+      modality: of the item; a text is never a path.
+      value: the item.
+
+    Raises:
+      ValueError: naming the file, if it cannot be read.
+    """
+    if modality == "text" or not isinstance(value, str | bytes | Path):
+      return value
+    try:
+      return (self.read or transforms.of(modality).read)(value)
+    except OSError as error:
+      raise ValueError(str(error)) from error

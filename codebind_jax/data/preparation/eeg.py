@@ -1,0 +1,49 @@
+"""Recordings of EEG as patches in time."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Float32
+
+from codebind_jax.data.transforms import eeg as eeg_transforms
+
+
+def patches(eeg: Float[np.ndarray, "channels samples"], width: int) -> Float[np.ndarray, "n channels"]:
+  """Mean over bins of `width` samples; samples left over at the end are dropped.
+
+  >>> patches(np.array([[1.0, 3.0, 5.0, 7.0, 9.0]]), 2)
+  array([[2.],
+         [6.]])
+  """
+  channels, samples = eeg.shape
+  count = samples // width
+  return eeg[:, : count * width].reshape(channels, count, width).mean(axis=2).T
+
+
+@dataclasses.dataclass(frozen=True)
+class Patches:
+  """Patches of recordings of one shape.
+
+  Attributes:
+    channels, samples: of every recording.
+    width: samples a patch.
+  """
+
+  channels: int
+  samples: int
+  width: int
+
+  def __call__(self, value: Any) -> Float32[np.ndarray, "n channels"]:
+    """Patches of a path, bytes or array.
+
+    Raises:
+      ValueError: as `data.transforms.eeg.read`, or for a recording of another shape.
+    """
+    eeg = eeg_transforms.read(value)
+    if eeg.shape != (self.channels, self.samples):
+      raise ValueError(f"eeg: got {eeg.shape[0]} channels of {eeg.shape[1]} samples, allowed: {self.channels} of "
+                       f"{self.samples}")  # fmt: skip
+    return patches(eeg, self.width)
