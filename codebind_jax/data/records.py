@@ -204,6 +204,10 @@ class Source(abc.ABC):
     """Hex SHA-256 that changes when a record's content of a modality changes."""
     return self._hash(self._number(row), modality)
 
+  def identity(self, row: int, modality: str) -> str:
+    """What changes with the content and costs less than its hash: path, size and time; "" where the hash is cheap."""
+    return self._identity(self._number(row), modality)
+
   def where(self, row: int) -> str:
     """Where a record is, for messages: file and line, shard and member."""
     return self._where(self._number(row))
@@ -257,9 +261,22 @@ class Source(abc.ABC):
   def _hash(self, number: int, modality: str) -> str:
     """`content_hash` by the number in the file."""
 
+  def _identity(self, number: int, modality: str) -> str:
+    """`identity` by the number in the file."""
+    return ""
+
   def _where(self, number: int) -> str:
     """`where` by the number in the file."""
     return f"{self.name}: record {number}"
+
+
+def identity_of(path: Path) -> str:
+  """Path, size and time of a file; "" where there is none."""
+  try:
+    stat = path.stat()
+  except OSError:
+    return ""
+  return f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns}"
 
 
 def index_of(rows: Iterable[Mapping[str, Any]], has: Iterable[Iterable[str]]) -> Index:
@@ -308,6 +325,10 @@ class Joined(Source):
   def _hash(self, number: int, modality: str) -> str:
     part, row = self._part(number)
     return part.content_hash(row, modality)
+
+  def _identity(self, number: int, modality: str) -> str:
+    part, row = self._part(number)
+    return part.identity(row, modality)
 
   def _where(self, number: int) -> str:
     part, row = self._part(number)

@@ -61,6 +61,8 @@ class TowerSpec:
       prepared items, and trains as the stages' `tune` says.
     lora_rank: of the adapters, where a stage tunes the trunk by LoRA.
     lora_layers: regex, matched in full, of the paths of the linear layers that get adapters.
+    augment: the augmentation of training items, `{"kind": "photo", ...}` of `data.augment`; none if empty. Items of a
+      trunk that runs in the model get another one at every draw; of cached ones there are `views`.
     views: cached views of a training item: the clean one and views - 1 augmented ones.
     augmented: probability of drawing an augmented view.
     head: form and start of the shared head: `linear`, LayerNorm and a random linear map, or `published`, those of the
@@ -86,6 +88,7 @@ class TowerSpec:
   cache: bool = True
   lora_rank: Annotated[int, above(0)] = 4
   lora_layers: Regex = r".*/(qkv|out|fc1|fc2)"
+  augment: Mapping[str, Any] = Frozen()
   views: Annotated[int, at_least(1)] = 1
   augmented: Annotated[float, within(0, 1)] = 0.5
   head: Literal["linear", "published"] = "linear"
@@ -103,8 +106,8 @@ class TowerSpec:
     """Refuses keys that exclude each other."""
     if self.whiten and self.hidden:
       raise ValueError(f"config.{path}.whiten: got {self.whiten} with hidden {self.hidden}; allowed: 0, or hidden 0")
-    if not self.cache and (self.meaning or self.whiten or self.views > 1):
-      raise ValueError(f"config.{path}.cache: got False, which goes with none of meaning, whiten and views")
+    if not self.cache and (self.whiten or self.views > 1):
+      raise ValueError(f"config.{path}.cache: got False, which goes with none of whiten and views")
     if self.head == "published" and (self.hidden or self.whiten or self.meaning):
       raise ValueError(f"config.{path}.head: got 'published', which goes with none of hidden, whiten and meaning")
     if self.meaning and not self.meaning_dim:
@@ -227,15 +230,22 @@ class Tower(nn.Module):
       return self.trunk(x, train)
 
   def __call__(
-    self, x: Shaped[Array, "b ..."], train: bool = False, added: Float[Array, "b n s"] | None = None,
-    with_trunk: bool = False,
+    self, x: Shaped[Array, "b ..."], train: bool = False, added: Float[Array, "b n s"] | None = None
+  ) -> Float[Array, "b m d"]:
+    """`output` for prepared items, or tokens [b, n, c] where these are cached."""
+    return self.output(self.encode(x, train), x, train, added)
+
+  def output(
+    self, encoded: Encoded, x: Shaped[Array, "b ..."], train: bool = False,
+    added: Float[Array, "b n s"] | None = None, with_trunk: bool = False,
   ) -> Any:
-    """The heads' output for prepared items or cached tokens, [b, m, shared_dim + specific_dim].
+    """The heads' output for what `encode` gives, [b, m, shared_dim + specific_dim].
 
     Clips of a recording are averaged after each one's output is normalised, as in the release.
 
     Args:
-      x: prepared items, or tokens [b, n, c] where these are cached.
+      encoded: of prepared items, or cached tokens.
+      x: the items, or the tokens.
       train: turns dropout on.
       added: is added to the shared part.
       with_trunk: also give the trunk's own output, which the decoder needs.
@@ -243,7 +253,6 @@ class Tower(nn.Module):
     Returns:
       the heads' output; `with_trunk`, (it, the trunk's tokens averaged over clips [b, n, c]).
     """
-    encoded = self.encode(x, train)
     tokens, parts = encoded.tokens.astype(jnp.float32), []
     if self.spec.shared_dim:
       shared = self.shared(tokens, train)
@@ -298,7 +307,7 @@ class CodeBind(nn.Module):
 
   @nn.compact
   def __call__(
-    self, inputs: Mapping[str, Shaped[Array, "..."]], train: bool = False, trunks: bool = False
+    self, inputs: Mapping[str, Shaped[Array, "..."]], train: bool = False, trunks: bool = False, pooled: bool = False
   ) -> tuple[dict[str, Float[Array, "..."]], dict[str, Float[Array, ""]]]:
     """Runs the towers of the modalities present.
 
@@ -307,6 +316,7 @@ class CodeBind(nn.Module):
         the towers.
       train: turns dropout on.
       trunks: also give the trunks' tokens that decoders need, under `TRUNK` + modality.
+      pooled: only of the pooled token (of every clip).
 
     Returns:
       (modality -> [b, n, shared_dim + specific_dim], modality -> logit scale).
@@ -323,10 +333,14 @@ class CodeBind(nn.Module):
       spec, x, added = self.towers[name], inputs[name], None
       if self.trunk_of(name).module is None:
         x = x.astype(jnp.float32)
+      encoded = modules[name].encode(x, train)
+      if pooled:
+        encoded = dataclasses.replace(encoded, tokens=encoded.tokens[:, :1])
       if spec.meaning:
-        x, meaning = x[..., : -spec.meaning_dim], x[..., -spec.meaning_dim :]
-        added = modules[spec.meaning].shared(meaning, train)
-      features[name], trunk = modules[name](x, train, added, with_trunk=True)
+        tokens, meaning = encoded.tokens[..., : -spec.meaning_dim], encoded.tokens[..., -spec.meaning_dim :]
+        encoded, x = dataclasses.replace(encoded, tokens=tokens), tokens
+        added = modules[spec.meaning].shared(meaning.astype(jnp.float32), train)
+      features[name], trunk = modules[name].output(encoded, x, train, added, with_trunk=True)
       if trunks and trunk is not None:
         features[TRUNK + name] = trunk
       log_scale = self.param(

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
@@ -69,3 +70,21 @@ def process_0_first() -> Iterator[None]:
   yield
   if jax.process_index() == 0:
     wait_for_all("after the first")
+
+
+def interleaved(own: np.ndarray, count: int) -> np.ndarray:
+  """Rows that every process has a part of, in order: process p of P gives rows p, p + P, ...
+
+  Args:
+    own: this process's rows, [m, ...] of at most 64-bit numbers.
+    count: of all rows.
+  """
+  processes = jax.process_count()
+  if processes == 1:
+    return own
+  padded = np.zeros((-(-count // processes), *own.shape[1:]), own.dtype)
+  padded[: len(own)] = own
+  # Bytes, since JAX would cut 64-bit numbers to 32.
+  gathered = np.asarray(multihost_utils.process_allgather(padded.view(np.uint8)))
+  whole = gathered.reshape(processes, *padded.view(np.uint8).shape).view(own.dtype)
+  return np.swapaxes(whole, 0, 1).reshape(-1, *own.shape[1:])[:count]

@@ -1,31 +1,36 @@
-"""Disk cache of a frozen trunk's token features.
+"""Frozen tokens, kept per item on disk: one more record computes one more item.
 
-A set of features is a folder `<trunk>-<key>` with `features.npy` and `chunks.jsonl` (range and CRC-32 of every finished
-chunk). It is built under the name `<trunk>-<key>.part` and renamed when complete; a killed build continues after its
-finished chunks. The key is a hash of everything that decides the values.
+A trunk's folder `<name>-<fingerprint>` holds shards: an ArrayRecord file of float16 tokens, and beside it `.keys.npy`,
+16 bytes an item, which is written last. Any number of processes may add shards at once.
 """
 
+from __future__ import annotations
+
 import hashlib
-import json
 import os
-import shutil
+import sqlite3
 import time
-import zlib
+import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import tqdm
 from absl import logging
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Int64, UInt64
 
 from codebind_jax import files
+from codebind_jax.data.ahead import ahead
+from codebind_jax.data.token_reader import TokenReader
 from codebind_jax.trunks.base import Trunk
 
-_FORMAT = "features-1"
-_ITEMS_PER_CHUNK = 256
-_THREADS = 2
+REVISION = "tokens-1"
+SHARD_ITEMS = 1024  # computed items that a kill can lose
+_BATCH = 16  # items of a trunk's batch, a device
+_SUFFIX = ".array_record"
 
 
 def content_hash(value: Any) -> str:
@@ -50,211 +55,244 @@ def content_hash(value: Any) -> str:
   return digest.hexdigest()
 
 
-def cached_features(
-  trunk: Trunk,
-  keys: Sequence[str],
-  read: Callable[[int], Any],
-  *,
-  cache_dir: str | Path,
-  views: int = 1,
-  augment: Callable[[Any, np.random.Generator], Any] | None = None,
-  seed: int = 0,
-  batch: int = 16,
-  progress: bool = True,
-  hashes: Sequence[str] | None = None,
-  encode: bool = True,
-) -> np.memmap:
-  """Tokens or prepared items of all items, read from the cache or computed into it.
+def key_of(*parts: str) -> tuple[int, int]:
+  """Two 64-bit numbers that stand for an item: of its content, its view, and what made the view."""
+  digest = hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).digest()
+  return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little")
 
-  View 0 is the item itself. View v > 0 is `augment(item, rng)` with a generator that depends on `seed`, the item's key
-  and v alone, so that an item has the same views in every set.
+
+class TokenCache:
+  """The cached tokens of one trunk.
 
   Args:
-    trunk: the frozen network.
-    keys: N unique ids.
-    read: index -> raw value, as `trunk.preprocess` takes it; called from several threads.
-    cache_dir: folder of all feature sets.
-    views: views per item, the clean one included.
-    augment: function for the other views; its `repr` must determine what it does (as a frozen dataclass's does).
-    seed: of the augmentation.
-    batch: items per call of the trunk.
-    progress: show a bar on stderr if that is a terminal.
-    hashes: the items' content hashes; without them each item is read once more to be hashed.
-    encode: if False, the items as the trunk's input, for a trunk that runs in the model.
-
-  Returns:
-    float16 tokens [N, views, T, C], or items [N, views, *shape] in the input's type; memory-mapped, read-only.
-
-  Raises:
-    ValueError: if keys repeat, counts differ, views need an `augment`, or a feature is not finite (the item is named).
+    folder: of all caches.
+    trunk: frozen.
   """
-  keys = list(keys)
-  _check(keys, views, augment, hashes)
-  if hashes is None:
-    hashes = [content_hash(read(index)) for index in range(len(keys))]
-  recipe = {
-    "format": _FORMAT, "trunk": trunk.fingerprint if encode else f"{trunk.input}",
-    "views": views, "augment": repr(augment) if views > 1 else "",
-    "seed": seed if views > 1 else 0, "items": [[key, str(value)] for key, value in zip(keys, hashes, strict=True)],
-  }  # fmt: skip
-  name = f"{trunk.name}-{hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:24]}"
-  folder = Path(cache_dir).expanduser().absolute() / name
-  inner = (trunk.num_tokens, trunk.width) if encode else trunk.input.shape
-  shape, dtype = (len(keys), views, *inner), np.dtype(np.float16 if encode else trunk.input.dtype)
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  with files.lock(folder.with_name(f".{name}.lock"), f"computes the features {name}"):
-    if folder.exists() and (array := _open_finished(folder, shape, dtype)) is not None:
-      return array
-    job = _Job(trunk, keys, read, views, augment, seed, batch, progress, encode)
-    return job.run(folder, shape, dtype)
 
+  def __init__(self, folder: Path, trunk: Trunk):
+    self._trunk = trunk
+    self._folder = Path(folder) / f"{trunk.name}-{trunk.fingerprint[:24]}"
+    self.reader = TokenReader((), trunk.num_tokens, trunk.width)
+    self._keys = np.zeros((0, 2), np.uint64)
+    self._places = np.zeros(0, np.int64)
+    self._order = np.zeros(0, np.int64)
+    self._look()
 
-def _check(keys: list[str], views: int, augment: Any, hashes: Sequence[str] | None) -> None:
-  if not keys:
-    raise ValueError("keys: got none, at least one item is needed")
-  if len(set(keys)) != len(keys):
-    twice = next(key for key in keys if keys.count(key) > 1)
-    raise ValueError(f"keys: {twice!r} appears more than once, keys must be unique")
-  if hashes is not None and len(hashes) != len(keys):
-    raise ValueError(f"hashes: got {len(hashes)} for {len(keys)} keys")
-  if views < 1 or (views > 1 and augment is None):
-    raise ValueError(f"views: got {views}; 1 is the clean view alone, more need `augment`")
-  if views > 1 and " at 0x" in repr(augment):
-    raise ValueError(f"augment: {augment!r} does not say what it does; use a frozen dataclass with __call__")
+  def _look(self) -> None:
+    """Adds the shards that are new in the folder."""
+    known = {path.name for path in self.reader.shards}
+    keys, places = [self._keys], [self._places]
+    for path in sorted(self._folder.glob(f"*{_SUFFIX}.keys.npy")):
+      shard = path.with_name(path.name.removesuffix(".keys.npy"))
+      if shard.name not in known and (own := _read_keys(path, shard)) is not None:
+        places.append((len(self.reader.shards) << 32) + np.arange(len(own)))
+        keys.append(own)
+        self.reader.shards.append(shard)
+    if len(keys) > 1:
+      self._keys, self._places = np.concatenate(keys), np.concatenate(places)
+      self._order = np.argsort(self._keys[:, 0], kind="stable")
 
+  def places(self, keys: UInt64[np.ndarray, "n 2"]) -> Int64[np.ndarray, "n"]:
+    """The places of items by their keys; -1 where one is not there."""
+    out = np.full(len(keys), -1, np.int64)
+    if len(self._keys) and len(keys):
+      at = np.searchsorted(self._keys[:, 0], keys[:, 0], sorter=self._order)
+      there = self._order[np.minimum(at, len(self._order) - 1)]
+      found = (self._keys[there] == keys).all(axis=1)
+      out[found] = self._places[there[found]]
+    return out
 
-def _open_array(folder: Path, shape: tuple[int, ...], dtype: np.dtype, mode: str) -> np.memmap | None:
-  """The mapped array, or None where the file is missing, damaged or of another shape."""
-  try:
-    array = np.load(folder / "features.npy", mmap_mode=mode)
-  except (OSError, ValueError):
-    return None
-  return array if array.shape == shape and array.dtype == dtype else None
+  def fill(
+    self, keys: UInt64[np.ndarray, "n 2"], prepared: Sequence[Any], *, process: int = 0, processes: int = 1,
+    wait: Callable[[str], None] = lambda name: None, workers: int = 0, threads: int = 2,
+  ) -> tuple[Int64[np.ndarray, "n"], list[str]]:  # fmt: skip
+    """Computes what is not there; every process a part of it, on all of its devices.
 
+    Args:
+      keys: of items; those of one `prepared` are consecutive.
+      prepared: number of a unit -> its prepared items (views of one picture, or one text), or a ValueError; picklable.
+      process: number of this process.
+      processes: that call this at once, with equal arguments, on one folder.
+      wait: waits for all of them, by a name.
+      workers: processes that prepare; 0 for threads of this one.
+      threads: threads that prepare if there are no workers.
 
-def _finished(folder: Path, array: np.ndarray) -> list[tuple[int, int]]:
-  """Row ranges whose bytes have the recorded checksum."""
-  path, good = folder / "chunks.jsonl", []
-  for line in path.read_text().splitlines() if path.exists() else []:
-    try:
-      record = json.loads(line)
-      start, stop, crc = int(record["start"]), int(record["stop"]), int(record["crc32"])
-    except (ValueError, KeyError, TypeError):
-      continue
-    if 0 <= start < stop <= len(array) and zlib.crc32(np.ascontiguousarray(array[start:stop]).data) == crc:
-      good.append((start, stop))
-  return good
+    Returns:
+      (places, -1 where an item could not be read; messages of those that this process could not read).
 
+    Raises:
+      ValueError: if a token is not finite.
+      OSError: if the cache cannot be written.
+    """
+    views = len(keys) // max(len(prepared), 1)
+    units = keys.reshape(-1, views, 2)
+    lacking = np.flatnonzero((self.places(keys).reshape(-1, views) < 0).any(axis=1))
+    _, first = np.unique(units[lacking][:, 0], axis=0, return_index=True)
+    lacking = lacking[np.sort(first)]  # of equal items one
+    wait(f"looked {self._folder.name}")  # nobody writes before all have looked
+    own, bad = lacking[process::processes], []
+    if len(own):
+      bad = self._compute(own, units, prepared, workers, threads)
+    wait(f"filled {self._folder.name}")
+    self._look()
+    return self.places(keys), bad
 
-def _covered(ranges: list[tuple[int, int]], rows: int) -> np.ndarray:
-  mask = np.zeros(rows, bool)
-  for start, stop in ranges:
-    mask[start:stop] = True
-  return mask
-
-
-def _open_finished(folder: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap | None:
-  """The array of a finished set; a damaged set is moved back to `.part`, to compute only its bad chunks again."""
-  array = _open_array(folder, shape, dtype, "r")
-  if array is not None and _covered(_finished(folder, array), shape[0]).all():
-    logging.info("features: %s read from the cache, %d items", folder.name, shape[0])
-    return array
-  logging.warning("features: %s is damaged, computing its bad chunks again", folder)
-  part = folder.with_name(folder.name + ".part")
-  if part.exists():
-    shutil.rmtree(part)
-  os.replace(folder, part)
-  return None
-
-
-class _Job:
-  """The computation of a set of features, chunk by chunk."""
-
-  def __init__(self, trunk: Trunk, keys: list[str], read: Callable, views: int, augment: Any, seed: int, batch: int,
-               progress: bool, encode: bool = True):  # fmt: skip
-    self.encode = encode
-    self.trunk, self.keys, self.read, self.views = trunk, keys, read, views
-    self.augment, self.seed, self.batch, self.progress = augment, seed, batch, progress
-
-  def run(self, folder: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
-    part = folder.with_name(folder.name + ".part")
-    part.mkdir(exist_ok=True)
-    array = _open_array(part, shape, dtype, "r+")
-    if array is None:
-      (part / "chunks.jsonl").unlink(missing_ok=True)
-      array = np.lib.format.open_memmap(part / "features.npy", mode="w+", dtype=dtype, shape=shape)
-    done = _covered(_finished(part, array), shape[0])
-    self._fill(part, array, done)
-    array.flush()
-    del array
-    os.replace(part, folder)
-    return np.load(folder / "features.npy", mmap_mode="r")
-
-  def _fill(self, part: Path, array: np.memmap, done: np.ndarray) -> None:
-    step = max(1, _ITEMS_PER_CHUNK // self.views)
-    missing = np.flatnonzero(~done)
-    chunks = [missing[i : i + step] for i in range(0, len(missing), step)]
-    items, began = len(missing) * self.views, time.perf_counter()
-    label = f"{self.trunk.modality} features"
-    bar = tqdm.tqdm(total=items, desc=label, unit="item", disable=None if self.progress else True)
-    with bar, ThreadPoolExecutor(_THREADS) as pool, open(part / "chunks.jsonl", "a") as log:
-      log.write("\n")
-      waiting = [pool.submit(self._prepare, int(row)) for row in chunks[0]] if chunks else []
-      for index, rows in enumerate(chunks):
-        prepared, following = waiting, chunks[index + 1] if index + 1 < len(chunks) else []
-        waiting = [pool.submit(self._prepare, int(row)) for row in following]
-        values = [value for future in prepared for value in future.result()]
-        array[rows] = self._embed(values, rows, bar).reshape(len(rows), *array.shape[1:])
-        array.flush()
-        for start, stop in _runs(rows):
-          crc = zlib.crc32(np.ascontiguousarray(array[start:stop]).data)
-          log.write(json.dumps({"start": start, "stop": stop, "crc32": crc}) + "\n")
-        log.flush()
+  def _compute(self, own: np.ndarray, units: np.ndarray, prepared: Sequence[Any], workers: int, threads: int) -> list:
+    self._folder.mkdir(parents=True, exist_ok=True)
+    began, label = time.perf_counter(), f"{self._trunk.modality} tokens"
+    bad, waiting, views = [], {}, units.shape[1]
+    with _Writer(self._folder) as writer, tqdm.tqdm(total=len(own), desc=label, unit="item", disable=None) as bar:
+      reading = ahead(_Chosen(prepared, own), workers=workers, threads=threads, stop=len(own))
+      for unit, items in zip(own, reading):
+        bar.update()
+        if isinstance(items, ValueError):
+          bad.append(str(items))
+          continue
+        for key, item in zip(units[unit], items, strict=True):
+          # Texts of one padded length at a time, so that an item's tokens do not depend on the others of its batch.
+          shape = self._trunk.collate([item]).shape
+          waiting.setdefault(shape, []).append((key, item))
+          if len(waiting[shape]) == self._rows:
+            self._encode(waiting.pop(shape), writer)
+      for rest in waiting.values():
+        self._encode(rest, writer)
     seconds = time.perf_counter() - began
-    logging.info(
-      "features: %d %s by %s in %.1f s, %.1f a second (%d were there)",
-      items, label, self.trunk.name, seconds, items / max(seconds, 1e-9), int(done.sum()) * self.views,
-    )  # fmt: skip
+    logging.info("%s: %d by %s in %.1f s, %.1f a second", label, len(own) * views, self._trunk.name, seconds,
+                 len(own) * views / max(seconds, 1e-9))  # fmt: skip
+    return bad
 
-  def _prepare(self, row: int) -> list[np.ndarray]:
-    """Preprocessed views of one item."""
-    value = self.read(int(row))
-    prepared = [self.trunk.preprocess(value)]
-    for view in range(1, self.views):
-      digest = hashlib.sha256(f"{self.seed}:{view}:{self.keys[row]}".encode()).digest()
-      rng = np.random.default_rng(int.from_bytes(digest[:16], "little"))
-      prepared.append(self.trunk.preprocess(self.augment(value, rng)))
-    return prepared
+  @property
+  def _rows(self) -> int:
+    return _BATCH * jax.local_device_count()
 
-  def _embed(self, values: list[np.ndarray], rows: np.ndarray, bar: tqdm.tqdm) -> np.ndarray:
-    """Tokens of a chunk, float16 [len(values), T, C]; every batch has the same number of items."""
-    if not self.encode:
-      bar.update(len(values))
-      return np.stack(values)
-    pending, out = [], []
-    for start in range(0, len(values), self.batch):
-      part = values[start : start + self.batch]
-      padded = part + [part[-1]] * (self.batch - len(part))
-      pending.append((len(part), self.trunk.compiled(self.trunk.params, self.trunk.collate(padded))))
-      if len(pending) > 1:
-        out.append(self._collect(*pending.pop(0), bar))
-    out.extend(self._collect(*item, bar) for item in pending)
-    features = np.concatenate(out)
-    finite = np.isfinite(features).all(axis=(1, 2))
-    if not finite.all():
-      key = self.keys[rows[int(np.flatnonzero(~finite)[0]) // self.views]]
-      raise ValueError(f"features: trunk {self.trunk.name!r} gave a value that is not finite in float16 for {key!r}")
-    return features
-
-  @staticmethod
-  def _collect(count: int, tokens: Any, bar: tqdm.tqdm) -> np.ndarray:
+  def _encode(self, entries: list, writer: _Writer) -> None:
+    """Computes and writes one batch, padded to its full number of rows."""
+    items = [item for _, item in entries]
+    batch = self._trunk.collate([*items, *[items[-1]] * (self._rows - len(items))])
+    params = self._trunk.params
+    if jax.local_device_count() > 1:
+      mesh = jax.make_mesh((jax.local_device_count(),), ("rows",), axis_types=(AxisType.Auto,),
+                           devices=jax.local_devices())  # fmt: skip
+      batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("rows")))
+      params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     with np.errstate(over="ignore"):
-      features = np.asarray(tokens)[:count].astype(np.float16)
-    bar.update(count)
-    return features
+      tokens = np.asarray(self._trunk.compiled(params, batch))[: len(items)].astype(np.float16)
+    if not np.isfinite(tokens).all():
+      raise ValueError(f"tokens: trunk {self._trunk.name!r} gave a value that is not finite in float16")
+    for (key, _), value in zip(entries, tokens):
+      writer.add(key, value)
 
 
-def _runs(rows: np.ndarray) -> list[tuple[int, int]]:
-  """Half-open ranges of ascending row numbers."""
-  breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-  return [(int(part[0]), int(part[-1]) + 1) for part in np.split(rows, breaks)]
+class _Chosen:
+  """Some units of prepared items; what cannot be read is given as the error."""
+
+  def __init__(self, prepared: Sequence[Any], own: np.ndarray):
+    self._prepared, self._own = prepared, own
+
+  def __getitem__(self, number: int) -> Any:
+    try:
+      return self._prepared[int(self._own[number])]
+    except ValueError as error:
+      return error
+
+
+class _Writer:
+  """Writes shards, each whole or not at all."""
+
+  def __init__(self, folder: Path):
+    self._folder, self._keys = folder, []
+    self._file: Any = None
+
+  def add(self, key: np.ndarray, tokens: np.ndarray) -> None:
+    if self._file is None:
+      from array_record.python import array_record_module
+
+      self._name = f"{uuid.uuid4().hex[:16]}{_SUFFIX}"
+      self._file = array_record_module.ArrayRecordWriter(str(self._part), "group_size:1,uncompressed")
+    for part in (tokens,) if len(tokens) == 1 else (tokens[:1], tokens[1:]):
+      self._file.write(part.tobytes())
+    self._keys.append(key)
+    if len(self._keys) == SHARD_ITEMS:
+      self.close()
+
+  @property
+  def _part(self) -> Path:
+    return self._folder / f".{self._name}.part"
+
+  def close(self) -> None:
+    if self._file is None:
+      return
+    self._file.close()
+    self._file, keys, self._keys = None, np.array(self._keys, np.uint64), []
+    os.replace(self._part, self._folder / self._name)
+    with files.replacing(self._folder / f"{self._name}.keys.npy") as temporary, open(temporary, "wb") as file:
+      np.save(file, keys)
+
+  def __enter__(self) -> _Writer:
+    return self
+
+  def __exit__(self, kind: Any, *_: Any) -> None:
+    if kind is None:
+      self.close()
+    elif self._file is not None:
+      self._part.unlink(missing_ok=True)
+
+
+def _read_keys(path: Path, shard: Path) -> np.ndarray | None:
+  """The keys of a shard; None, which is logged, where they are damaged or their shard is not there."""
+  try:
+    keys = np.load(path, allow_pickle=False)
+    if keys.ndim != 2 or keys.shape[1] != 2 or keys.dtype != np.uint64 or not shard.is_file():
+      raise ValueError(f"shape {keys.shape}, type {keys.dtype}, shard there: {shard.is_file()}")
+  except (ValueError, OSError, EOFError) as error:
+    logging.warning("%s is left out: %s", path, error)
+    return None
+  return keys
+
+
+class Contents:
+  """Remembers the content hash of a file by its place, size and time, so that it is read once.
+
+  Args:
+    path: of the data base; a folder that cannot be written only loses the memory.
+  """
+
+  def __init__(self, path: Path):
+    self._path = path
+
+  def hashes(self, identities: Sequence[str], compute: Callable[[int], str]) -> list[str]:
+    """The hash of each item.
+
+    Args:
+      identities: of each item, or "" for one that is not remembered.
+      compute: number of an item -> its hash.
+    """
+    try:
+      return self._hashes(identities, compute)
+    except (sqlite3.Error, OSError) as error:
+      logging.warning("%s: content hashes are not remembered (%s)", self._path, error)
+      return [compute(number) for number in range(len(identities))]
+
+  def _hashes(self, identities: Sequence[str], compute: Callable[[int], str]) -> list[str]:
+    if not any(identities):
+      return [compute(number) for number in range(len(identities))]
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    base = sqlite3.connect(self._path, timeout=60)
+    try:
+      base.execute("CREATE TABLE IF NOT EXISTS contents (identity BLOB PRIMARY KEY, hash TEXT) WITHOUT ROWID")
+      out: list[str] = []
+      for start in range(0, len(identities), 4096):
+        new = []
+        for number in range(start, min(start + 4096, len(identities))):
+          key = hashlib.sha256(identities[number].encode("utf-8", "surrogatepass")).digest()[:16]
+          found = base.execute("SELECT hash FROM contents WHERE identity = ?", (key,)).fetchone()
+          if found is None or not identities[number]:
+            found = (compute(number),)
+            if identities[number]:
+              new.append((key, found[0]))
+          out.append(found[0])
+        base.executemany("INSERT OR REPLACE INTO contents VALUES (?, ?)", new)
+        base.commit()
+      return out
+    finally:
+      base.close()

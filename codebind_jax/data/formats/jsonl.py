@@ -12,7 +12,7 @@ from absl import logging
 
 from codebind_jax.data.formats.record import Record, parse
 from codebind_jax.data.ranges import File
-from codebind_jax.data.records import Index, IndexBuilder, Source, twice
+from codebind_jax.data.records import Index, IndexBuilder, Source, identity_of, twice
 
 ENDINGS = (".jsonl",)
 _GUESS = 1024  # bytes read at first of a line, whose length is not kept
@@ -48,6 +48,10 @@ class JsonlSource(Source):
     else:
       content = (self._file.path.parent / record.items[modality]).read_bytes()
     return hashlib.sha256(modality.encode() + content).hexdigest()
+
+  def _identity(self, number: int, modality: str) -> str:
+    path = self._file.path.parent / self._record(number).items[modality]
+    return f"{modality} {identity_of(path)}"
 
   def _where(self, number: int) -> str:
     return f"{self._file.path}:{self._places[number][1]}"
