@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from codebind_jax.data.augment.image import Drawing
 from codebind_jax.data.batches import FeatureTable
 from codebind_jax.data.task import Data
-from codebind_jax.data.transforms.augment import Augment
 from codebind_jax.data.worlds import fetch
 from codebind_jax.models.towers import TowerSpec
 from codebind_jax.trunks import load_trunk
@@ -95,7 +95,7 @@ class Featurizer:
     present = source if len(distinct) == len(source) else source.select(distinct)
     features = cached_features(
       self.trunks[modality], present.keys, self._reader(present, modality), cache_dir=self._cache, views=views,
-      augment=Augment() if views > 1 else None, hashes=[hashes[row] for row in distinct], encode=tower.cache,
+      augment=Drawing() if views > 1 else None, hashes=[hashes[row] for row in distinct], encode=tower.cache,
     )  # fmt: skip
     number = {row: item for item, row in enumerate(distinct)}
     item = {row: number[first[content[row]]] for row in rows}
