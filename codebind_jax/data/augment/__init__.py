@@ -64,7 +64,7 @@ def revision(name: str) -> Any:
   return dataclasses.field(default=name, init=False, metadata=DERIVED)
 
 
-def span(low: float = -math.inf, high: float = math.inf) -> Rule:
+def span(low: int | float = -math.inf, high: int | float = math.inf) -> Rule:
   """Pairs (smallest, largest) of finite numbers above `low` and up to `high`."""
   bounds = [f"above {low:g}"] * (low > -math.inf) + [f"up to {high:g}"] * (high < math.inf)
   holds = lambda pair: low < pair[0] <= pair[1] <= high and pair[1] < math.inf
