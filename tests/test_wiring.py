@@ -268,7 +268,7 @@ class Turned:
 
 
 def test_embeddings_are_of_the_clean_view(tmp_path, monkeypatch):
-  monkeypatch.setattr(featurize, "Augment", Turned)
+  monkeypatch.setattr(featurize, "Drawing", Turned)
   train, evals, words = kinds(test_closed=False)
   model, evaluation = evaluation_of(tmp_path, train, evals, words, views=3)
   features = evaluation._featurizer.table(train["a"], "image", augmented=True).features
@@ -350,7 +350,7 @@ def test_code_usage_is_that_of_the_training_rows_of_all_worlds(tmp_path):
 
 
 def test_training_tables_have_views_captions_and_what_tells_rows_apart(tmp_path, monkeypatch):
-  monkeypatch.setattr(featurize, "Augment", Turned)
+  monkeypatch.setattr(featurize, "Drawing", Turned)
   rows = [
     {"label": "east", "style": "old", "text": ["east", "dawn"]},
     {"label": "north", "style": "new", "text": ["n"]}, {"label": "north", "style": "old", "text": ["n"]},

@@ -20,7 +20,7 @@ def _filtered(x: jax.Array, weights: np.ndarray, axis: int) -> jax.Array:
 
 
 def line_drawing(images: Num[Array | np.ndarray, "b h w 3"]) -> Float[Array, "b h w 3"]:
-  """Dark lines on white where colours change, pixel values 0 to 255; `transforms.augment.line_drawing` for a batch.
+  """Dark lines on white where colours change, pixel values 0 to 255; `data.augment.image.line_drawing` for a batch.
 
   The image is blurred (sigma 1), the absolute Sobel responses of both directions (largest channel) are added, thickened
   by one pixel, and taken from white.

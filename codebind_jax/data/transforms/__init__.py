@@ -10,8 +10,6 @@ import importlib
 import pkgutil
 from types import ModuleType
 
-_NOT_MODALITIES = ("augment",)
-
 
 def readable() -> tuple[str, ...]:
   """Modalities that can be read from files, text included."""
@@ -20,7 +18,7 @@ def readable() -> tuple[str, ...]:
 
 @functools.cache
 def _readable(folders: tuple[str, ...]) -> tuple[str, ...]:
-  modules = [module.name for module in pkgutil.iter_modules(folders) if module.name not in _NOT_MODALITIES]
+  modules = [module.name for module in pkgutil.iter_modules(folders)]
   return tuple(sorted([*modules, "text"]))
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Float, Float32
 REVISION = "audio-1"
 RATE = 44_100
 RATES = (1_000, 768_000)
-_LOUDEST = 8.0  # full scale is 1; lossy decoders overshoot a little, integer samples that were not scaled do a lot
+LOUDEST = 8.0  # full scale is 1; lossy decoders overshoot a little, integer samples that were not scaled do a lot
 
 IMAGEBIND_RATE = 16_000
 IMAGEBIND_MEAN, IMAGEBIND_STD = -4.268, 9.138
@@ -90,9 +90,9 @@ def _checked(samples: np.ndarray, name: str) -> np.ndarray:
   if samples.ndim == 2 and samples.shape[1] > 32:
     raise ValueError(f"{name}: got {samples.shape[1]} channels, allowed are 1 to 32; is the array transposed?")
   samples = samples.reshape(len(samples), -1)
-  if not np.isfinite(samples).all() or np.abs(samples).max() > _LOUDEST:
+  if not np.isfinite(samples).all() or np.abs(samples).max() > LOUDEST:
     raise ValueError(
-      f"{name}: samples must be finite with full scale 1 (up to {_LOUDEST:g} is let pass), got "
+      f"{name}: samples must be finite with full scale 1 (up to {LOUDEST:g} is let pass), got "
       f"{samples.min():g} to {samples.max():g}"
     )
   return np.ascontiguousarray(samples, np.float32)
