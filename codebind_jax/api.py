@@ -12,15 +12,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 
 from codebind_jax import config as config_lib
 from codebind_jax import schema
+from codebind_jax.data.ahead import ahead
+from codebind_jax.data.batches import Once
+from codebind_jax.data.examples import Feed, Tokens, Values
 from codebind_jax.evaluators.zeroshot import class_embeddings
 from codebind_jax.methods.base import Method
 from codebind_jax.norm import unit
 from codebind_jax.runtime import checkpoint
+from codebind_jax.runtime.sharding import Layout, MeshShape, Sharding, make_layout
 from codebind_jax.saving import folder as saved_folder
 from codebind_jax.saving import hub
 from codebind_jax.step import make_embed_step
@@ -30,7 +33,7 @@ from codebind_jax.trunks.families import families, family_of
 
 # Axes of one item as an array, 1 where not named.
 _AXES = {"image": 3, "tactile": 3, "video": 4, "depth": 2, "thermal": 2, "points": 2, "eeg": 2, "imu": 2}
-_TRUNK_ROWS = 32  # items of a trunk's batch, a device
+_TRUNK_ROWS = 32  # items of a batch that a trunk encodes, a device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,29 +64,44 @@ class Embeddings:
     return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Embedded:
+  """What was embedded of some rows.
+
+  Attributes:
+    embeddings: of the rows that could be read, in order.
+    good: which rows these are.
+    bad: (number of the row, message) of those that this process could not read.
+  """
+
+  embeddings: Embeddings
+  good: Bool[np.ndarray, "n"]
+  bad: tuple[tuple[int, str], ...]
+
+
 class Model:
-  """A trained model: trunks, heads and codebooks.
+  """A trained model: trunks, heads and codebooks, on one device or many.
 
   Args:
     config: of the training run (`Config`, ConfigDict or dict).
     params: head parameters.
     codebooks: name -> CodebookState.
     trunks: modality -> Trunk; those not given are loaded at first use.
-    batch: rows embedded at once; smaller inputs are padded to a power of two.
+    batch: rows embedded at once, on each device; smaller inputs are padded to a power of two.
     modalities: the trained ones; all of the config's unless given.
+    layout: devices, on which `params` and `codebooks` lie; None for the first one of this process. If it has devices of
+      several processes, all must embed the same rows.
   """
 
   def __init__(
     self, config: Any, params: Any, codebooks: Any, trunks: dict | None = None, batch: int = 256,
-    modalities: Sequence[str] | None = None,
+    modalities: Sequence[str] | None = None, layout: Layout | None = None,
   ):
     self.config = config_lib.read(config)
     self.params, self.codebooks, self.trunks, self.batch = params, codebooks, dict(trunks or {}), batch
     self.method = config_lib.method_of(self.config)
-    self._towers = self.config.model.towers
-    self._embed = _embed_step(self.method)
-    self._weights: dict[str, Any] = {}  # modality -> its trunk's parameters on the devices
-    self._mesh: jax.sharding.Mesh | None = None
+    self._towers, self._layout = self.config.model.towers, layout
+    self._streamed: dict[str, tuple[Method, Any]] = {}  # modality -> method and parameters with its trunk in the model
     self._modalities = tuple(sorted(self.config.model.towers if modalities is None else modalities))
 
   @property
@@ -91,17 +109,11 @@ class Model:
     """Modalities that the model can embed, sorted."""
     return self._modalities
 
-  @property
-  def trunk_rows(self) -> int:
-    """Items of a trunk's batch, over all devices."""
-    return _TRUNK_ROWS * self._devices
-
   def on(self, devices: Sequence[jax.Device]) -> Model:
-    """This model with its arrays replicated over `devices`, and all batches split over them."""
+    """This model with its arrays replicated over devices of this process, and all batches split over them."""
     moved = copy.copy(self)
-    moved._weights = {}
-    moved._mesh = jax.make_mesh((len(devices),), ("rows",), axis_types=(AxisType.Auto,), devices=devices)
-    moved.params, moved.codebooks = moved._placed((self.params, self.codebooks))
+    moved._layout, moved._streamed = make_layout(MeshShape(), Sharding(), devices), {}
+    moved.params, moved.codebooks = jax.device_put((self.params, self.codebooks), moved._layout.replicated)
     return moved
 
   def fingerprint(self, modalities: Sequence[str]) -> str:
@@ -115,17 +127,11 @@ class Model:
 
   def widths(self, modality: str) -> dict[str, int]:
     """Field of `Embeddings` -> its width, from shapes alone."""
-    shape, dtype = self._item(modality)
-    token = jax.ShapeDtypeStruct((1, *shape), dtype)
-    out = jax.eval_shape(self._embed, self.params, self.codebooks, {modality: token})[modality]
+    method, params = self._with_trunk(modality)
+    item = self.trunk(modality).input
+    one = jax.ShapeDtypeStruct((1, *item.shape), item.dtype)
+    out = jax.eval_shape(_embed_step(method), params, self.codebooks, {modality: one})[modality]
     return {name: column.shape[-1] for name, column in zip(_FIELDS, _columns(out))}
-
-  def _item(self, modality: str) -> tuple[tuple[int, ...], str]:
-    """Shape and type of one item as the tower takes it: the class token, or a prepared item."""
-    trunk = self.trunk(modality)
-    if self._towers[modality].cache:
-      return (self.tokens_seen(modality) or trunk.num_tokens, trunk.width), "float32"
-    return trunk.input.shape, trunk.input.dtype
 
   def trunk(self, modality: str) -> Any:
     """The trunk of a modality; its first use fetches and loads it."""
@@ -133,6 +139,20 @@ class Model:
       tower = self.config.model.towers[modality]
       self.trunks[modality] = load_trunk(tower.trunk, **tower.options)
     return self.trunks[modality]
+
+  def _with_trunk(self, modality: str) -> tuple[Method, Any]:
+    """Method and parameters whose tower of a modality takes prepared items."""
+    tower = self._towers[modality]
+    if not tower.cache:
+      return self.method, self.params
+    if modality not in self._streamed:
+      towers = dict(self._towers) | {modality: dataclasses.replace(tower, cache=False)}
+      model = dataclasses.replace(self.config.model, towers=schema.Frozen(towers))
+      trunk = self.trunk(modality)
+      method = config_lib.method_of(dataclasses.replace(self.config, model=model), {**self.trunks, modality: trunk})
+      weights = jax.device_put(trunk.params, self._layout.replicated) if self._layout else trunk.params
+      self._streamed[modality] = method, self.params | {modality: self.params.get(modality, {}) | {"trunk": weights}}
+    return self._streamed[modality]
 
   def embed(self, inputs: Mapping[str, Any]) -> dict[str, Embeddings]:
     """Embeds items of any subset of the modalities.
@@ -151,74 +171,56 @@ class Model:
     self._check(inputs)
     for modality, items in inputs.items():
       self._check_list(modality, items)
-    return {m: self.embed_tokens(m, self.tokens(m, items)) for m, items in inputs.items()}
+    out = {}
+    for modality, items in inputs.items():
+      found = self.embed_rows(modality, Values(items, modality, self.trunk(modality).input), range(len(items)))
+      if found.bad:
+        raise ValueError(found.bad[0][1])
+      out[modality] = found.embeddings
+    return out
 
-  def tokens(self, modality: str, items: Any) -> Shaped[np.ndarray, "n ..."]:
-    """Raw items as the tower takes them: trunk tokens, float32 [N, T, C], or prepared items [N, *shape]."""
-    tokens = []
-    for start in range(0, len(items), self.trunk_rows):
-      prepared = []
-      for number, item in enumerate(items[start : start + self.trunk_rows], start):
-        try:
-          prepared.append(self.prepare(modality, item))
-        except ValueError as error:
-          raise ValueError(f"{modality}[{number}]: {error}") from error
-      tokens.append(self.trunk_tokens(modality, prepared))
-    shape, dtype = self._item(modality)
-    return np.concatenate(tokens) if tokens else np.zeros((0, *shape), dtype)
+  def embed_rows(
+    self, modality: str, feed: Feed, rows: Int[np.ndarray, "n"] | range, *, workers: int = 0, threads: int = 2,
+    batch: int = 0,
+  ) -> Embedded:  # fmt: skip
+    """Embeds rows of a feed, in order; what cannot be read is left out.
 
-  def prepare(self, modality: str, item: Any) -> np.ndarray:
-    """One raw item preprocessed for the trunk, on the host; safe in several threads once the trunk is loaded.
+    Args:
+      modality: of the feed.
+      feed: cached tokens, or items that the trunk takes.
+      rows: numbers of the rows.
+      workers: processes that read and prepare; 0 for threads of this one.
+      threads: threads, if there are no workers.
+      batch: rows at once, on each device; 0 for the model's.
 
     Raises:
-      ValueError: if it cannot be read.
+      ValueError: if there are no rows.
     """
-    try:
-      return self.trunk(modality).preprocess(self._opened(modality, item))
-    except OSError as error:
-      raise ValueError(str(error)) from error
-
-  def _opened(self, modality: str, item: Any) -> Any:
-    """The item read as its trunk reads it if it is a path or a file's bytes; text and arrays unchanged."""
-    return self.trunk(modality).input.opened(modality, item)
-
-  def trunk_tokens(self, modality: str, prepared: Sequence[np.ndarray]) -> Shaped[np.ndarray, "n ..."]:
-    """Trunk tokens of at most `trunk_rows` prepared items; the items themselves where the trunk runs in the model."""
-    if not self._towers[modality].cache:
-      return np.stack(list(prepared))
-    trunk, rows = self.trunk(modality), len(prepared)
-    if modality not in self._weights:
-      self._weights[modality] = self._placed(trunk.params)
-    padded = [*prepared, *[prepared[-1]] * (self._padded(rows, self.trunk_rows) - rows)]
-    return np.asarray(trunk.compiled(self._weights[modality], self._split(trunk.collate(padded))))[:rows]
-
-  def embed_prepared(self, modality: str, prepared: Sequence[np.ndarray]) -> Embeddings:
-    """Embeds prepared items, keeping in memory only those tokens that the heads use."""
-    parts = (prepared[i : i + self.trunk_rows] for i in range(0, len(prepared), self.trunk_rows))
-    seen = self.tokens_seen(modality)
-    return self.embed_tokens(modality, np.concatenate([self.trunk_tokens(modality, part)[:, :seen] for part in parts]))
-
-  def tokens_seen(self, modality: str) -> int | None:
-    """Number of cached tokens on which an embedding depends: 1, the class token; None for a trunk in the model."""
-    return 1 if self._towers[modality].cache else None
-
-  def embed_tokens(self, modality: str, tokens: Shaped[np.ndarray, "n ..."]) -> Embeddings:
-    """Embeds precomputed trunk tokens, of which only the first `tokens_seen` are used, or prepared items."""
-    if not len(tokens):
+    if not len(rows):
       raise ValueError(f"{modality}: nothing to embed, got 0 items")
-    parts = []
-    batch = self.batch if self._towers[modality].cache else min(self.batch, self.trunk_rows)
-    for start in range(0, len(tokens), batch):
-      chunk = np.asarray(tokens[start : start + batch])
-      if self._towers[modality].cache:
-        chunk = chunk[:, : self.tokens_seen(modality)].astype(np.float32)
-      rows = len(chunk)
-      # The last of several chunks is padded to the others' shape, so that one program serves all.
-      padded = self._padded(batch if start else rows, batch)
-      chunk = np.pad(chunk, [(0, padded - rows)] + [(0, 0)] * (chunk.ndim - 1))
-      out = self._embed(self.params, self.codebooks, {modality: self._split(chunk)})[modality]
-      parts.append([np.asarray(column)[:rows, 0] for column in _columns(out)])
-    return Embeddings(*(np.concatenate(columns) for columns in zip(*parts)))
+    raw = not isinstance(feed, Tokens)
+    method, params = self._with_trunk(modality) if raw else (self.method, self.params)
+    layout, columns, good, bad = self._layout, [], [], []
+    process, processes = layout.process if layout else (0, 1)
+    size = (batch or (min(self.batch, _TRUNK_ROWS) if raw else self.batch)) * (layout.row_devices if layout else 1)
+    if len(rows) < size:  # a power of two, so that few programs are compiled
+      devices = layout.row_devices if layout else 1
+      size = -(-(1 << (len(rows) - 1).bit_length()) // devices) * devices
+    parts = Once(feed, rows, size, process, processes)
+    trim = self.trunk(modality).collate if raw and processes == 1 else np.asarray
+    for part in ahead(parts, workers=workers, threads=threads, stop=len(parts)):
+      items, there = trim(part.items), part.good
+      if layout:
+        items, there = layout.put_batch((items, there))
+      out = _embed_step(method)(params, self.codebooks, {modality: items})[modality]
+      found = (*(column[:, 0] for column in _columns(out)), there)
+      *values, there = layout.gathered(found) if layout else found
+      there = np.asarray(there)
+      columns.append([np.asarray(value)[there] for value in values])
+      good.append(there)
+      bad.extend(part.bad)
+    whole = Embeddings(*(np.concatenate(column) for column in zip(*columns)))
+    return Embedded(whole, np.concatenate(good)[: len(rows)], tuple(bad))
 
   def combine(
     self, inputs: Mapping[str, Any], weights: Mapping[str, Any] | None = None
@@ -310,22 +312,6 @@ class Model:
     scores = self.embed({modality: items})[modality].shared @ classes.T
     order = np.argsort(-scores, axis=1, kind="stable")
     return [[(labels[k], float(scores[row, k])) for k in ranking] for row, ranking in enumerate(order)]
-
-  @property
-  def _devices(self) -> int:
-    return self._mesh.size if self._mesh else 1
-
-  def _placed(self, tree: Any) -> Any:
-    """The arrays, replicated over the devices of `on` if there are any."""
-    return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec())) if self._mesh else tree
-
-  def _split(self, batch: Any) -> Any:
-    """The batch, its rows split over the devices of `on` if there are any."""
-    return jax.device_put(batch, NamedSharding(self._mesh, PartitionSpec("rows"))) if self._mesh else batch
-
-  def _padded(self, rows: int, batch: int) -> int:
-    """Padded number of rows: the next power of two, at most `batch`, rounded up to a multiple of the devices."""
-    return -(-min(batch, 1 << max(rows - 1, 0).bit_length()) // self._devices) * self._devices
 
   def _check(self, inputs: Mapping[str, Any]) -> None:
     for name in inputs:

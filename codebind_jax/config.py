@@ -18,7 +18,7 @@ from codebind_jax.runtime.optim import Optim
 from codebind_jax.runtime.sharding import MeshShape, Sharding
 from codebind_jax.schema import Frozen, above, at_least, check_keys
 from codebind_jax.stages import Stage, stages_of
-from codebind_jax.trunks import load_trunk, tower_trunks, trunk_maker, trunk_names
+from codebind_jax.trunks import Trunk, load_trunk, tower_trunks, trunk_maker, trunk_names
 
 MODES = ("train", "eval", "embed", "compare", "compile")
 TASKS = ("zeroshot", "retrieval", "probe")
@@ -237,13 +237,17 @@ def filled(config: Config) -> Config:
   )  # fmt: skip
 
 
-def method_of(config: Config) -> Method:
+def method_of(config: Config, loaded: Mapping[str, Trunk] = Frozen()) -> Method:
   """The config's method, with its towers.
+
+  Args:
+    config: of the run.
+    loaded: modality -> trunk, of those that are there already.
 
   Raises:
     ValueError: naming the tower whose trunk cannot be made, or whose published head does not fit.
   """
-  stages, trunks = config.ordered, tower_trunks(config.model, config.ordered)
+  stages, trunks = config.ordered, tower_trunks(config.model, config.ordered, loaded)
   return make_method(config.method, config.method_options, config.model, config.codebook, stages, trunks)
 
 
@@ -254,15 +258,15 @@ def validate(config: Any) -> Config:
     ValueError: naming the key, the value got, and what is allowed.
   """
   config = read(config)
-  of_run = {"init_from": config.init_from, "data.manifest": config.data.manifest}
+  of_run = {"init_from": config.init_from, "data.files": config.data.sources}
   needed = {"eval": of_run, "embed": of_run | {"embed": config.embed}, "compare": {"compare": config.compare}}
   for path, value in needed.get(config.mode, {}).items():
     if not value:
       raise ValueError(f"config.{path}: must be set for mode {config.mode!r}")
   if config.mode in ("eval", "embed"):
     return config
-  if config.mode != "compile" and not config.data.worlds and not config.data.manifest:
-    raise ValueError(f"config.data.worlds: is empty; allowed: some of {sorted(WORLDS)}, or data.manifest set")
+  if config.mode != "compile" and not config.data.used_worlds and not config.data.sources:
+    raise ValueError(f"config.data.worlds: is empty; allowed: some of {sorted(WORLDS)}, or data.files set")
   if not config.stage_order:
     raise ValueError(f"config.stage_order: is empty; allowed: some of {list(config.stages)}")
   check_keys(config.stage_order, config.stages, "stage_order")
@@ -315,8 +319,8 @@ def _check_stage(config: Config, stage: Stage) -> None:
   for pattern in stage.codes:
     if not any(re.fullmatch(pattern, name) for name in (SHARED, *towers)):
       raise ValueError(f"config.{where}.codes: {pattern!r} matches none of {[SHARED, *sorted(towers)]}")
-  if not config.data.manifest and config.mode != "compile":
-    check_keys([*stage.sources, *stage.weights], config.data.worlds, f"{where}.sources")
+  if "" not in config.data.sources and config.mode != "compile":
+    check_keys([*stage.sources, *stage.weights], [*config.data.worlds, *config.data.named_files], f"{where}.sources")
   check_keys(stage.tune, towers, f"{where}.tune")
   for name, tune in stage.tune.items():
     if towers[name].cache and tune != "frozen":

@@ -8,13 +8,16 @@ import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import numpy as np
 from absl import logging
 
 from codebind_jax import config as config_lib
 from codebind_jax import schema
-from codebind_jax.api import Model, load
+from codebind_jax.api import Embedded, Model, load
 from codebind_jax.config import MEASURES, Config
+from codebind_jax.data.examples import Feed
+from codebind_jax.data.records import Source
 from codebind_jax.data.task import EvalSet, Task, open_task
 from codebind_jax.evaluators import base
 from codebind_jax.evaluators.class_mean import NearestClassMean
@@ -23,8 +26,9 @@ from codebind_jax.evaluators.decomposition import decomposition
 from codebind_jax.evaluators.probe import LinearProbe
 from codebind_jax.evaluators.retrieval import Emergent, Retrieval
 from codebind_jax.evaluators.zeroshot import ZeroShot
+from codebind_jax.runtime import distributed
 from codebind_jax.runtime.metrics import MetricsWriter, read_metrics
-from codebind_jax.trunks.featurize import Featurizer
+from codebind_jax.trunks.feeds import Feeder
 
 FINAL = "final"  # stage name of the final evaluation in metrics.jsonl
 STAGE_DONE = "eval/stage_done"  # metric that marks the line of a finished stage's evaluation
@@ -58,16 +62,17 @@ class StageEvaluation(Protocol):
 
 
 class Evaluation:
-  """The evaluators of a config on the sets of a task, with trunk features from the cache.
+  """The evaluators of a config on the sets of a task.
+
+  All processes embed, each a part of every batch; process 0 evaluates, and the others get no metrics.
 
   Attributes:
     trunks: modality -> Trunk.
   """
 
-  def __init__(self, config: Config, task: Task, featurizer: Featurizer, tasks: Sequence[str] = MEASURES):
-    self.config, self.task, self.trunks = config, task, featurizer.trunks
-    self._featurizer, self._tasks = featurizer, tasks
-    self._tokens: dict[tuple[int, str], tuple[np.ndarray, dict[int, int]]] = {}
+  def __init__(self, config: Config, task: Task, feeder: Feeder, tasks: Sequence[str] = MEASURES):
+    self.config, self.task, self.trunks = config, task, feeder.trunks
+    self._feeder, self._tasks = feeder, tasks
 
   def validate(self, model: Model, worlds: Collection[str]) -> dict[str, float]:
     """Zero-shot and retrieval on the worlds' validation sets, which are cheap enough during training."""
@@ -84,7 +89,8 @@ class Evaluation:
     A run that was stopped between a stage's last step and its evaluation does the evaluation when it is continued.
     """
     lines = read_metrics(writer.path) if writer.path.exists() else []
-    if any(line["stage"] == stage and line["step"] == step and STAGE_DONE in line for line in lines):
+    done = any(line["stage"] == stage and line["step"] == step and STAGE_DONE in line for line in lines)
+    if distributed.agreed(done):
       return
     logging.info("---- evaluation after stage %s ----", stage)
     sets = [s for s in self._sets() if s.world in worlds]
@@ -97,17 +103,15 @@ class Evaluation:
 
   def table(self, model: Model, test: EvalSet) -> base.Table:
     """Embeddings of one set: a row for every item, and in text a row for every distinct caption."""
-    split, picked = (test.source, range(len(test.source))) if test.whole is None else (test.whole, test.picked)
-    return self._embed(model, test.source, split, picked)
+    return self._embed(model, test.source)
 
   def train_table(self, model: Model, world: str) -> base.Table:
-    """Embeddings of a source's training rows (clean views)."""
-    train = self.task.train[world]
-    return self._embed(model, train, train, range(len(train)), augmented=True)
+    """Embeddings of a source's training rows as they are."""
+    return self._embed(model, self.task.train[world])
 
   def embed_text(self, model: Model, texts: Sequence[str]) -> np.ndarray:
     """`shared` embeddings of strings."""
-    return model.embed_tokens("text", self._featurizer.texts(texts)).shared
+    return self._rows(model, "text", self._feeder.texts(texts), range(len(texts))).embeddings.shared
 
   def _run(
     self, model: Model, sets: Sequence[EvalSet], tasks: Sequence[str], means: bool = False, intervals: bool = True
@@ -117,10 +121,13 @@ class Evaluation:
     needed = [world for world in self.task.train if world in worlds] if means or "codes" in tasks else []
     train = {world: self.train_table(model, world) for world in needed}
     tables = {test.name: self.table(model, test) for test in sets}
+    prompts = self._prompts(model, sets) if "zeroshot" in tasks else {}
+    if jax.process_index():
+      return {}
     linear: dict[tuple[str, str, str], LinearProbe] = {}  # fitted once for all sets of a world
     for test in sets:
       table, prefix = tables[test.name], f"eval/{test.name}"
-      metrics |= base.run_evaluators(self._evaluators(model, test, table, tasks, intervals), table, prefix=prefix)
+      metrics |= base.run_evaluators(self._evaluators(test, table, tasks, intervals, prompts), table, prefix=prefix)
       for a, b, field, by in named_pairs(test, table) if "retrieval" in tasks else ():
         if (both := paired(table, a, b, field)) is not None:
           metrics |= base.run_evaluators([Retrieval(a, b, match=field, by=by)], both, prefix=prefix)
@@ -167,19 +174,30 @@ class Evaluation:
           if values:
             yield f"eval/{world}/zeroshot/{modality}/{metric}", float(np.mean(values))
 
+  def _prompts(self, model: Model, sets: Sequence[EvalSet]) -> dict[str, np.ndarray]:
+    """Prompt -> its embedding, of all candidates in all templates; empty for a model without text."""
+    texts = dict.fromkeys(
+      template.format(label) for test in sets for template in self._templates(test) for label in test.candidates
+    )  # fmt: skip
+    if "text" not in model.modalities or not texts:
+      return {}
+    return dict(zip(texts, self.embed_text(model, list(texts))))
+
+  def _templates(self, test: EvalSet) -> tuple[str, ...]:
+    return self.config.data.templates_of.get(test.world, self.config.data.eval_templates)
+
   def _evaluators(
-    self, model: Model, test: EvalSet, table: base.Table, tasks: Sequence[str], intervals: bool
+    self, test: EvalSet, table: base.Table, tasks: Sequence[str], intervals: bool, prompts: Mapping[str, np.ndarray]
   ) -> Iterator[base.Evaluator]:
     """Zero-shot classification of every modality, if the set has labels and the model a text tower."""
     items = [name for name in table if name != "text"]
-    templates = self.config.data.templates_of.get(test.world, self.config.data.eval_templates)
-    if "zeroshot" in tasks and test.candidates and "text" in model.modalities:
+    if "zeroshot" in tasks and test.candidates and prompts:
       for name in items:
         slices = tuple(field for field in test.slices if field in table[name] and test.role == "test")
         yield ZeroShot(
-          name, test.candidates, lambda texts: self.embed_text(model, texts), templates, slices=slices,
-          intervals=intervals,
-        )
+          name, test.candidates, lambda texts: np.stack([prompts[text] for text in texts]), self._templates(test),
+          slices=slices, intervals=intervals,
+        )  # fmt: skip
 
   def _probes(
     self, test: EvalSet, table: base.Table, train: base.Table, means: bool, probes: bool,
@@ -194,44 +212,40 @@ class Evaluation:
           group = test.probe_group if field != "label" else None
           yield linear.setdefault((test.world, name, field), LinearProbe(name, train, field=field, group=group)), field
 
-  def _embed(
-    self, model: Model, source: Any, split: Any, picked: Sequence[int], augmented: bool = False
-  ) -> dict[str, dict[str, np.ndarray]]:
-    """Embeddings and fields of a source's rows, which are the rows `picked` of the source `split`."""
+  def _embed(self, model: Model, source: Source) -> dict[str, dict[str, np.ndarray]]:
+    """Embeddings and fields of a source's rows."""
     table = {}
     for modality in model.modalities:
-      rows = [i for i in range(len(source)) if source.has(i, modality)]
-      if not rows:
+      rows = source.rows_with(modality)
+      if not len(rows):
         continue
-      fields = _fields([source.rows[i] for i in rows])
+      fields = _fields([source.fields(int(row)) for row in rows])
       if modality == "text":
         distinct = np.sort(np.unique(fields["caption"], return_index=True)[1])
         fields = {field: values[distinct] for field, values in fields.items()}
-        tokens = self._featurizer.texts(list(fields["caption"]))
+        feed, rows = self._feeder.texts(list(fields["caption"])), np.arange(len(distinct))
       else:
-        tokens, item = self._class_tokens(split, modality, model.tokens_seen(modality), augmented)
-        tokens = tokens[[item[picked[row]] for row in rows]]
-      table[modality] = model.embed_tokens(modality, tokens).asdict() | fields
+        feed = self._feeder.clean(source, modality)
+      found = self._rows(model, modality, feed, rows)
+      if found.good.any():
+        columns = {field: values[found.good] for field, values in fields.items()}
+        table[modality] = found.embeddings.asdict() | columns
     return table
 
-  def _class_tokens(
-    self, source: Any, modality: str, seen: int | None, augmented: bool
-  ) -> tuple[np.ndarray, dict[int, int]]:
-    """(first `seen` tokens of every item's clean view [N, seen, C], row -> item), kept in memory."""
-    key = id(source), modality  # the task keeps its sources alive, so that an id names one source
-    if key not in self._tokens:
-      table = self._featurizer.table(source, modality, augmented=augmented)
-      item = {row: items[0] for row, items in enumerate(table.choices) if items}
-      self._tokens[key] = np.asarray(table.features[:, 0, :seen]), item
-    return self._tokens[key]
+  def _rows(self, model: Model, modality: str, feed: Feed, rows: np.ndarray | range) -> Embedded:
+    data = self.config.data
+    found = model.embed_rows(modality, feed, rows, workers=data.workers, threads=data.threads)
+    for row, message in found.bad:
+      logging.warning("row %d is left out: %s", row, message)
+    return found
 
   def finish(self, model: Model, step: int, writer: Any) -> dict[str, float]:
     """Evaluates a finished run and writes the metrics; a run that is evaluated already gets the written ones."""
     lines = read_metrics(writer.path) if writer.path.exists() else []
-    for line in lines:
-      if line["stage"] == FINAL and line["step"] == step:
-        logging.info("the final evaluation was done before; its numbers are in %s", writer.path)
-        return {name: value for name, value in line.items() if name not in ("step", "stage", "warning")}
+    done = next((line for line in lines if line["stage"] == FINAL and line["step"] == step), None)
+    if distributed.agreed(done is not None):
+      logging.info("the final evaluation was done before; its numbers are in %s", writer.path)
+      return {name: value for name, value in (done or {}).items() if name not in ("step", "stage", "warning")}
     metrics = self.everything(model)
     metrics |= retention(metrics, lines)
     writer.write(step, FINAL, metrics)
@@ -329,11 +343,12 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
   model = load(config.init_from)
   task = open_task(config.data, default_split="test")
   data = dataclasses.replace(
-    model.config.data, root=config.data.root, eval_templates=config.data.eval_templates,
+    model.config.data, root=config.data.root, workers=config.data.workers, threads=config.data.threads,
+    max_bad_records=config.data.max_bad_records, eval_templates=config.data.eval_templates,
     templates_of=schema.Frozen(),
   )
   settings = dataclasses.replace(model.config, test=True, emergent=(), data=data)
-  evaluation = Evaluation(settings, task, Featurizer(data, settings.model.towers, model.trunks), (config.task,))
+  evaluation = Evaluation(settings, task, Feeder(data, settings.model.towers, model.trunks), (config.task,))
   model.trunks = evaluation.trunks
   metrics = evaluation.everything(model)
   if not metrics:

@@ -16,11 +16,13 @@ from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from codebind_jax.api import load
+from codebind_jax.data.examples import Feed
 from codebind_jax.models.towers import ModelSpec, TowerSpec, whitened
 from codebind_jax.runtime import optim
 from codebind_jax.runtime.sharding import Layout
 from codebind_jax.runtime.train_state import TrainState
 from codebind_jax.trunks.base import Trunk
+from codebind_jax.trunks.feeds import whitening_tokens
 
 
 def load_published(params: Any, model: ModelSpec, trunks: Mapping[str, Trunk]) -> Any:
@@ -59,19 +61,19 @@ def _loaded(tree: Any, load: Callable[[Any], Any]) -> Any:
   return unflatten_dict(flat | flatten_dict(load(unflatten_dict(shapes))))
 
 
-def whiten_heads(params: Any, towers: Mapping[str, TowerSpec], tables: Mapping[str, Any], layout: Layout) -> Any:
+def whiten_heads(params: Any, towers: Mapping[str, TowerSpec], feeds: Mapping[str, Feed], layout: Layout) -> Any:
   """The parameters, with a whitening of the training tokens folded into shared heads where a tower sets `whiten`.
 
   Args:
     params: random parameters of the towers.
     towers: by modality.
-    tables: modality -> FeatureTable of training rows.
+    feeds: modality -> training items.
     layout: mesh and rules.
   """
   params = dict(params)
   for name, tower in towers.items():
-    if tower.whiten and name in tables:
-      tokens = np.asarray(tables[name].features[:, 0, 0], np.float32)
+    if tower.whiten and name in feeds:
+      tokens = whitening_tokens(feeds[name])
       head = whitened(layout.gathered(params[name]["shared"]), tokens, tower.whiten)
       placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), head, params[name]["shared"])
       params[name] = dict(params[name]) | {"shared": placed}

@@ -185,10 +185,10 @@ def make_start_codebooks(method: Method) -> Callable[[TrainState, Batch], Any]:
 
 
 def make_embed_step(method: Method) -> Callable[..., dict[str, Any]]:
-  """A function (params, codebooks, modality -> inputs) -> modality -> embeddings, which changes no state."""
+  """A function (params, codebooks, modality -> inputs) -> modality -> embeddings of pooled tokens; it has no state."""
 
   def embed(params: Any, codebooks: Any, inputs: Mapping[str, Array]) -> dict[str, Any]:
-    features, _ = method.model.apply({"params": params}, inputs)
+    features, _ = method.model.apply({"params": params}, inputs, pooled=True)
     return method.embed(params, codebooks, features)
 
   return embed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import functools
 import json
 import pathlib
@@ -22,7 +23,8 @@ from codebind_jax.api import Model
 from codebind_jax.codebook import collapsed, usage_stats
 from codebind_jax.config import Config
 from codebind_jax.data.batches import Batches, SourceBatches
-from codebind_jax.data.task import open_task
+from codebind_jax.data.examples import Feed
+from codebind_jax.data.task import Data, Task, open_task
 from codebind_jax.evaluate import Evaluation, StageEvaluation
 from codebind_jax.files import write_whole
 from codebind_jax.initialise import copy_heads, load_published, start_from, whiten_heads
@@ -33,14 +35,14 @@ from codebind_jax.runtime import distributed, optim
 from codebind_jax.runtime import train_state as state_lib
 from codebind_jax.runtime.checkpoint import Checkpoints, Position
 from codebind_jax.runtime.compile import Programs, compile_step
-from codebind_jax.runtime.guard import Preempted, Preemption, Watch
-from codebind_jax.runtime.metrics import MetricsWriter, Throughput
+from codebind_jax.runtime.guard import BadRecords, Preempted, Preemption, Watch
+from codebind_jax.runtime.metrics import MetricsWriter, Throughput, input_bound
 from codebind_jax.runtime.sharding import Layout, make_layout
 from codebind_jax.runtime.train_state import TrainState
 from codebind_jax.stages import Stage
 from codebind_jax.step import make_start_codebooks, make_train_step
 from codebind_jax.trunks import frozen_by, input_shapes
-from codebind_jax.trunks.featurize import Featurizer
+from codebind_jax.trunks.feeds import Feeder
 
 # Config keys on which no compiled function depends, and the one on which only the training step depends.
 UNUSED, RATE = ("seed", "test"), "optim.learning_rate"
@@ -106,18 +108,18 @@ def train_and_evaluate(config: Any, workdir: str | pathlib.Path) -> dict[str, fl
   folder = open_run(config, workdir)
 
   banner("data")
-  with distributed.process_0_first():  # data is fetched and built, and features are computed, where not cached yet
+  with distributed.process_0_first():  # worlds are fetched and built, and published trunks fetched, where not there yet
     task = open_task(config.data)
-    featurizer = Featurizer(config.data, config.model.towers)
-    tables, labels = featurizer.train_tables(task.train, task.unique, task.extra)
-  evaluation = Evaluation(config, task, featurizer, config.tasks)
+    feeder = Feeder(config.data, config.model.towers)
+  feeds = feeder.train_feeds(task.drawn, config.data.templates_of)
+  evaluation = Evaluation(config, task, feeder, config.tasks)
 
-  final, models = run_stages(config, folder, tables, labels, evaluation)
+  final, models = run_stages(config, folder, feeds, evaluation)
   if config.baseline:
     banner("baseline: the same heads by plain InfoNCE, without codebooks")
     plain = baseline_of(config)
     inner = open_run(plain, folder / "baseline")
-    baseline, _ = run_stages(plain, inner, tables, labels, Evaluation(plain, task, featurizer, config.tasks))
+    baseline, _ = run_stages(plain, inner, feeds, Evaluation(plain, task, feeder, config.tasks))
     final |= {f"baseline/{name}": value for name, value in baseline.items()}
 
   if jax.process_index() == 0:
@@ -130,8 +132,8 @@ def train_and_evaluate(config: Any, workdir: str | pathlib.Path) -> dict[str, fl
 
 
 def run_stages(
-  config: Config, folder: pathlib.Path, tables: Mapping[str, Mapping[str, Any]],
-  labels: Mapping[str, Sequence[str | None]], evaluation: StageEvaluation, programs: Programs | None = None,
+  config: Config, folder: pathlib.Path, feeds: Mapping[str, Mapping[str, Feed]], evaluation: StageEvaluation,
+  programs: Programs | None = None,
   make_batches: Callable[..., Batches] | None = None,
 ) -> tuple[dict[str, float], dict[str, Model]]:
   """Runs or continues the stages of one config.
@@ -139,9 +141,8 @@ def run_stages(
   Args:
     config: of the run.
     folder: its folder.
-    tables: source -> modality -> FeatureTable of the training rows.
-    labels: source -> label of each training row.
-    evaluation: of this config.
+    feeds: source -> modality -> what the training items are read from.
+    evaluation: of this config and its task.
     programs: compiled functions of earlier runs on the same data, to be used again.
     make_batches: gives the same batches as `batches_of`, the default, for the same arguments.
 
@@ -151,8 +152,8 @@ def run_stages(
   Raises:
     ValueError: if the run in the folder was trained on other data, before anything of it is changed.
   """
-  stages = [stage.on({name: set(modalities) for name, modalities in tables.items()}) for stage in config.ordered]
-  batches = {s.name: (make_batches or batches_of)(config, s, tables, labels, evaluation.task.extra) for s in stages}
+  stages = [stage.on({name: set(modalities) for name, modalities in feeds.items()}) for stage in config.ordered]
+  batches = {s.name: (make_batches or batches_of)(config, s, feeds, evaluation.task) for s in stages}
   fingerprint = {name: of_stage.fingerprint for name, of_stage in batches.items()}
   with contextlib.closing(Checkpoints(folder, keep=config.keep_checkpoints)) as store:
     changed = schema.difference(store.fingerprint() or fingerprint, fingerprint)
@@ -163,12 +164,12 @@ def run_stages(
   programs = programs or Programs()
   layout = make_layout(config.mesh, config.sharding)
   method = config_lib.method_of(config)
-  first_table = {m: table for by_modality in reversed(tables.values()) for m, table in by_modality.items()}
+  first_feed = {m: feed for by_modality in reversed(feeds.values()) for m, feed in by_modality.items()}
   shapes = input_shapes(config.model, evaluation.trunks)
   create = lambda: state_lib.creator(layout, make_init(method, shapes, config.model.half, stages))
   state = programs.get("create", schema.key(config, *UNUSED, RATE), create)(jax.random.key(config.seed))
   state = state.replace(params=load_published(state.params, config.model, evaluation.trunks))
-  state = state.replace(params=whiten_heads(state.params, config.model.towers, first_table, layout))
+  state = state.replace(params=whiten_heads(state.params, config.model.towers, first_feed, layout))
   earlier: tuple[str, ...] = ()
   if config.init_from:
     state, earlier = start_from(state, config.init_from)
@@ -226,10 +227,10 @@ def run_stages(
 
     banner("evaluation")
     all_trained = trained[stages[-1].name]
+    final = evaluation.finish(model_of(config, state, evaluation, all_trained, layout), int(state.step), writer)
+    distributed.wait_for_all("evaluation")
     after = Model(config, *layout.gathered((state.params, state.codebooks)), evaluation.trunks, modalities=all_trained)
     before = Model(baseline_of(config), untrained_params, {}, evaluation.trunks, modalities=all_trained)
-    final = evaluation.finish(after, int(state.step), writer) if jax.process_index() == 0 else {}
-    distributed.wait_for_all("evaluation")
     return final, {"before": before, "after": after}
 
 
@@ -243,14 +244,14 @@ def optimizer_of(config: Config, method: Method, stage: Stage, params: Any) -> t
 
 
 def batches_of(
-  config: Config, stage: Stage, tables: Mapping[str, Mapping[str, Any]], labels: Mapping[str, Sequence[str | None]],
-  extra: Mapping[str, Sequence[Any]], keep: bool = False,
+  config: Config, stage: Stage, feeds: Mapping[str, Mapping[str, Feed]], task: Task, keep: bool = False
 ) -> Batches:
   """A stage's batches; the arguments are those of `run_stages` and `Batches`."""
+  drawn = task.drawn
   return Batches({
     name: SourceBatches(
-      {m: table for m, table in tables[name].items() if m in stage.modalities}, labels[name], rows=rows,
-      seed=config.seed, unique_labels=stage.unique_labels, extra=len(extra.get(name, ())),
+      drawn[name], {m: feed for m, feed in feeds[name].items() if m in stage.modalities}, rows=rows,
+      seed=config.seed, unique_labels=stage.unique_labels, extra=len(drawn[name]) - len(task.train[name]),
       extra_share=config.data.extra, name=name, process=jax.process_index(), processes=jax.process_count(),
     )
     for name, rows in stage.sources.items()
@@ -263,9 +264,15 @@ def evaluate_stage(
 ) -> None:
   """Evaluates all modalities trained so far at a stage's end; the final evaluation does so after the last stage."""
   if stage is not stages[-1]:
-    model = Model(config, *layout.gathered((state.params, state.codebooks)), evaluation.trunks, modalities=trained)
-    if jax.process_index() == 0:
-      evaluation.after_stage(model, stage.last_step, stage.name, writer, worlds_until(stages, stage))
+    model = model_of(config, state, evaluation, trained, layout)
+    evaluation.after_stage(model, stage.last_step, stage.name, writer, worlds_until(stages, stage))
+
+
+def model_of(
+  config: Config, state: TrainState, evaluation: StageEvaluation, trained: Sequence[str], layout: Layout
+) -> Model:
+  """The model of a state, on the run's own devices."""
+  return Model(config, state.params, state.codebooks, evaluation.trunks, modalities=trained, layout=layout)
 
 
 def worlds_until(stages: Sequence[Stage], stage: Stage) -> set[str]:
@@ -286,13 +293,17 @@ def run_stage(
     position = Position(at, stage.name, at == stage.last_step, tuple(trained))
     store.save(position, state, fingerprint, schema.to_plain(config))
 
-  clock, watch = Throughput(), Watch(store.path.parent, stage.name, step)
+  clock, watch, bad = Throughput(), Watch(store.path.parent, stage.name, step), BadRecords(config.data.max_bad_records)
   bar = tqdm.tqdm(total=stage.last_step, initial=step, desc=stage.name, unit="step", disable=None, mininterval=0.5)
   ahead = batches.start(step - stage.first_step, workers=config.data.workers, threads=config.data.threads)
   with contextlib.closing(ahead):
     while step < stage.last_step:
       with clock.waiting(state.step):
-        batch = layout.put_batch(next(ahead))
+        examples = next(ahead)
+        batch = layout.put_batch(examples.batch)
+      clock.read({name: len(rows["_row"]) for name, rows in examples.batch.items()}, examples.read, examples.seconds)
+      for item in examples.bad:
+        bad.add(item.source, item.row, item.modality, item.message)
       if compiled is None:
         compiled = compile_for(state, batch)
         clock.restart()
@@ -305,16 +316,18 @@ def run_stage(
       due = step % config.checkpoint_steps == 0 or last or stop
       if due or step % config.log_steps == 0:
         watch.check(state, step, compiled, read, save)
+        bad.check()
       if step % config.log_steps == 0 or last:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         warn_of_collapse(state.codebooks, config.codebook.alarm_share, step)
         values["compiled_megabytes"] = compiled.memory_analysis().temp_size_in_bytes / 2**20
-        writer.write(step, stage.name, values | clock.report())
+        rates = clock.report()
+        writer.write(step, stage.name, values | rates)
+        log_progress(stage, step, values["train/total"], rates, config.data)
       if step % config.eval_steps == 0 and not last:
         bar.clear()
-        model = Model(config, *layout.gathered((state.params, state.codebooks)), evaluation.trunks, modalities=trained)
-        if jax.process_index() == 0:
-          writer.write(step, stage.name, evaluation.validate(model, worlds))
+        found = evaluation.validate(model_of(config, state, evaluation, trained, layout), worlds)
+        writer.write(step, stage.name, found)
         clock.restart()
       if due:
         writer.flush()
@@ -324,6 +337,17 @@ def run_stage(
         raise Preempted(f"stopped after step {step} of stage {stage.name!r}, state saved; the same command goes on")
   bar.close()
   return state
+
+
+def log_progress(stage: Stage, step: int, loss: float, rates: Mapping[str, float], data: Data) -> None:
+  """Logs a line of progress where no terminal shows a bar, and what to change in a run that waits for its data."""
+  speed = rates["examples_per_second"]
+  if not sys.stderr.isatty():
+    left = (stage.last_step - step) * sum(stage.sources.values()) / max(speed, 1e-9)
+    logging.info("%s: step %d of %d, loss %.4f, %.1f rows/s, %s left", stage.name, step, stage.last_step, loss, speed,
+                 datetime.timedelta(seconds=round(left)))  # fmt: skip
+  if advice := input_bound(rates, data.workers, data.threads):
+    logging.warning("%s", advice)
 
 
 def warn_of_collapse(codebooks: Mapping[str, Any], share: float, step: int) -> None:

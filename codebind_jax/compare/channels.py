@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
-from codebind_jax.api import Embeddings, Model
+from codebind_jax.api import Embedded, Model
 from codebind_jax.data.task import open_task
 from codebind_jax.evaluate import Evaluation
 from codebind_jax.methods.toc import keep_channels
-from codebind_jax.trunks.featurize import Featurizer
+from codebind_jax.trunks.feeds import Feeder
 
 
 class Sliced(Model):
@@ -22,17 +23,17 @@ class Sliced(Model):
     super().__init__(model.config, model.params, model.codebooks, model.trunks, model.batch, model.modalities)
     self._channels, self._width = channels, width
 
-  def embed_tokens(self, modality: str, tokens: Float[np.ndarray, "n t c"]) -> Embeddings:
+  def embed_rows(self, *args: Any, **options: Any) -> Embedded:
     """As `Model`, sliced."""
-    full = super().embed_tokens(modality, tokens)
-    return dataclasses.replace(full, shared=keep_channels(full.shared, self._channels, self._width))
+    full = super().embed_rows(*args, **options)
+    shared = keep_channels(full.embeddings.shared, self._channels, self._width)
+    return dataclasses.replace(full, embeddings=dataclasses.replace(full.embeddings, shared=shared))
 
 
 def evaluate(model: Model, channels: Sequence[int], width: int) -> dict[str, tuple[float, float]]:
   """Metric -> (before, after) on the validation sets of the model's own data."""
   config = dataclasses.replace(model.config, test=False)
-  featurizer = Featurizer(config.data, config.model.towers, model.trunks)
-  evaluation = Evaluation(config, open_task(config.data), featurizer)
+  evaluation = Evaluation(config, open_task(config.data), Feeder(config.data, config.model.towers, model.trunks))
   model.trunks = evaluation.trunks
   before = evaluation.everything(model)
   after = evaluation.everything(Sliced(model, np.asarray(channels), width))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,8 @@ import numpy as np
 
 from codebind_jax.api import Model
 from codebind_jax.config import Config, method_of
+from codebind_jax.data.examples import Feed
+from codebind_jax.data.task import Task
 from codebind_jax.methods.base import EXTRA, make_init
 from codebind_jax.runtime import optim
 from codebind_jax.runtime import train_state as state_lib
@@ -55,15 +57,15 @@ def cost(workdir: pathlib.Path, model: Model) -> dict[str, float]:
 
 
 def speeds(
-  configs: Mapping[str, Config], tables: Mapping[str, Mapping[str, Any]], labels: Mapping[str, Sequence[str | None]],
-  trunks: Mapping[str, Any], steps: int,
+  configs: Mapping[str, Config], feeds: Mapping[str, Mapping[str, Feed]], task: Task, trunks: Mapping[str, Any],
+  steps: int,
 ) -> dict[str, Any]:
   """Times the variants' compiled steps in turns, so that other load on the machine affects all of them.
 
   Args:
     configs: variant -> config of a run with one stage.
-    tables: source -> modality -> FeatureTable of the training rows.
-    labels: source -> label of each training row.
+    feeds: source -> modality -> what the training items are read from.
+    task: the data.
     trunks: modality -> Trunk.
     steps: of every variant a turn.
 
@@ -71,7 +73,7 @@ def speeds(
     `examples_per_second`: variant -> rows of all sources a second, of the fastest of `rounds` turns of `steps` steps on
     one batch, reading it left out; the `load` average of the machine before, its `cores`, and the `device`.
   """
-  load, ready = os.getloadavg()[0], {name: _ready(config, tables, labels, trunks) for name, config in configs.items()}
+  load, ready = os.getloadavg()[0], {name: _ready(config, feeds, task, trunks) for name, config in configs.items()}
   seconds: dict[str, list[float]] = {name: [] for name in ready}
   for number in range(ROUNDS + 1):
     for name, (step, state, batch, rows) in ready.items():
@@ -87,15 +89,15 @@ def speeds(
           "device": jax.devices()[0].device_kind}  # fmt: skip
 
 
-def _ready(config: Config, tables: Any, labels: Any, trunks: Any) -> tuple[Any, Any, Any, int]:
+def _ready(config: Config, feeds: Any, task: Task, trunks: Any) -> tuple[Any, Any, Any, int]:
   """(compiled step, state, batch, its rows) at the start of the config's only stage."""
   layout, method = make_layout(config.mesh, config.sharding), method_of(config)
-  stage = config.ordered[0].on({name: set(found) for name, found in tables.items()})
+  stage = config.ordered[0].on({name: set(found) for name, found in feeds.items()})
   shapes = input_shapes(config.model, trunks)
   state = state_lib.create(layout, jax.random.key(config.seed), make_init(method, shapes, config.model.half, [stage]))
   tx, table = optimizer_of(config, method, stage, state.params)
   state = state_lib.with_optimizer(state, tx, layout)
-  batch = layout.put_batch(batches_of(config, stage, tables, labels, {})[0])
+  batch = layout.put_batch(batches_of(config, stage, feeds, task)[0])
   if state.codebooks:
     start = jax.jit(make_start_codebooks(method), out_shardings=layout.of(state.codebooks, "codebooks"))
     state = state.replace(codebooks=start(state, batch))

@@ -21,7 +21,7 @@ from codebind_jax.methods import toc
 from codebind_jax.methods.base import EXTRA
 from codebind_jax.runtime.checkpoint import Checkpoints
 from codebind_jax.runtime.metrics import FILE, read_metrics
-from codebind_jax.trunks.featurize import Featurizer
+from codebind_jax.trunks.feeds import Feeder
 
 Table = dict[str, dict[str, np.ndarray]]  # modality -> column -> one value a row
 PLAN_ROWS = 48  # rows of the transport plan shown
@@ -85,19 +85,19 @@ class CrossModal:
   Args:
     config: of a run; only `data` and `test`, whether the test sets are read, are used.
     task: the data.
-    featurizer: trunk features.
+    feeder: of the towers.
     transfers: see `Transfer`.
     stages: also measures zero-shot and retrieval as a training run does, in place of `recall`.
-    tokens: cache of token tables, shared between evaluations of one task.
+    feeds: those made, shared between evaluations of one task.
   """
 
   def __init__(
-    self, config: Config, task: Task, featurizer: Featurizer, transfers: Sequence[Transfer], *, stages: bool = False,
-    tokens: dict[tuple[str, str], Any] | None = None,
+    self, config: Config, task: Task, feeder: Feeder, transfers: Sequence[Transfer], *, stages: bool = False,
+    feeds: dict[tuple[str, str], Any] | None = None,
   ):
-    self.config, self.task, self.trunks, self.transfers = config, task, featurizer.trunks, tuple(transfers)
-    self._featurizer, self._tables = featurizer, {} if tokens is None else tokens
-    self._stages = Evaluation(config, task, featurizer, ("zeroshot", "retrieval")) if stages else None
+    self.config, self.task, self.trunks, self.transfers = config, task, feeder.trunks, tuple(transfers)
+    self._feeder, self._feeds = feeder, {} if feeds is None else feeds
+    self._stages = Evaluation(config, task, feeder, ("zeroshot", "retrieval")) if stages else None
 
   def validate(self, model: Model, worlds: Collection[str]) -> dict[str, float]:
     """On the validation sets."""
@@ -163,23 +163,25 @@ class CrossModal:
     """Embeddings, codes and fields of every modality's rows; in text a row for every distinct string."""
     fields, table = {f for one in self.transfers for f in one.fields}, {}
     for m in model.modalities:
-      if (name, m) not in self._tables:
-        rows = [i for i in range(len(source)) if source.has(i, m)]
-        if m == "text":
-          rows = list({source.rows[i]["text"][0]: i for i in reversed(rows)}.values())[::-1]
-        self._tables[name, m] = rows, self._tokens(source, m, rows) if rows else None
-      rows, tokens = self._tables[name, m]
-      if rows:
-        out = model.embed_tokens(m, tokens)
+      if (name, m) not in self._feeds:
+        self._feeds[name, m] = self._feed(source, m)
+      rows, feed, columns = self._feeds[name, m]
+      if len(rows):
+        out = model.embed_rows(m, feed, rows).embeddings
         table[m] = {"shared": out.shared, "codes": out.codes_shared}
-        table[m] |= {f: np.array([str(source.rows[i].get(f) or "") for i in rows]) for f in (*fields, "id")}
+        table[m] |= {f: columns[f] for f in (*fields, "id")}
     return table
 
-  def _tokens(self, source: Any, m: str, rows: Sequence[int]) -> np.ndarray:
-    if m == "text":
-      return self._featurizer.texts([source.rows[i]["text"][0] for i in rows])
-    table = self._featurizer.table(source, m)
-    return np.asarray(table.features[[table.choices[i][0] for i in rows], 0], np.float32)
+  def _feed(self, source: Any, m: str) -> tuple[Any, Any, dict[str, np.ndarray]]:
+    """(rows, their feed, their fields) of a modality."""
+    rows, fields = source.rows_with(m), {f for one in self.transfers for f in one.fields}
+    found = [source.fields(int(row)) for row in rows]
+    if m == "text" and len(rows):
+      found = list({row["text"][0]: row for row in reversed(found)}.values())[::-1]
+      feed, rows = self._feeder.texts([row["text"][0] for row in found]), np.arange(len(found))
+    else:
+      feed = self._feeder.clean(source, m) if len(rows) else None
+    return rows, feed, {f: np.array([str(row.get(f) or "") for row in found]) for f in (*fields, "id")}
 
   def _of_tables(self, name: str, train: Table, test: Table, fields: Sequence[str]) -> dict[str, float]:
     found = {}

@@ -38,7 +38,7 @@ from codebind_jax.methods.base import unheeded
 from codebind_jax.runtime.compile import Programs
 from codebind_jax.stages import Stage
 from codebind_jax.train import batches_of, open_run, run_stages
-from codebind_jax.trunks.featurize import Featurizer
+from codebind_jax.trunks.feeds import Feeder
 
 RESULT = "run.json"  # results of a run on the test set, in its folder
 DIVERGED = "diverged.txt"  # error of a run whose learning rate diverged, in its folder
@@ -54,7 +54,7 @@ def graded_task(world: GradedWorld, modalities: Sequence[str]) -> Task:
   sources = {split: SyntheticSource(factors, split, count, modalities) for split, count in rows.items()}
   evals = tuple(EvalSet(f"{NAME}_{role}", NAME, role, sources[role], ()) for role in ("val", "test"))
   summary = f"synthetic, graded: {world.rows} training rows of {', '.join(modalities)}"
-  return Task(NAME, summary, {NAME: sources["train"]}, {NAME: "id"}, evals)
+  return Task(NAME, summary, {NAME: sources["train"].grouped("id")}, evals)
 
 
 def comparison_config(config: Config) -> Config:
@@ -97,13 +97,14 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
   against = json.loads(pathlib.Path(settings.against).read_text()) if settings.against else None
   folder = open_run(comparison_config(config), workdir)
   task = graded_task(settings.world, sorted(config.model.towers)) if settings.world else open_task(config.data)
-  featurizer = Featurizer(config.data, config.model.towers)
-  transfers, tokens = transfers_of(settings, task), {}
-  tables, labels = featurizer.train_tables(task.train, task.unique)
+  task = dataclasses.replace(task, extra={})
+  feeder = Feeder(config.data, config.model.towers)
+  transfers, shared = transfers_of(settings, task), {}
+  feeds = feeder.train_feeds(task.train, config.data.templates_of)
   evaluations = {
     test: CrossModal(
-      run_config(config, settings.variants[names[0]], settings.learning_rates[0], 0, test), task, featurizer,
-      transfers, stages=settings.stages, tokens=tokens,
+      run_config(config, settings.variants[names[0]], settings.learning_rates[0], 0, test), task, feeder,
+      transfers, stages=settings.stages, feeds=shared,
     ) for test in (False, True)
   }  # fmt: skip
   batches: dict[tuple[int, str], Batches] = {}
@@ -129,7 +130,7 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
       level = standard_logging.getLogger("absl").level
       logging.set_verbosity(logging.WARNING)
       try:
-        final, models = run_stages(run, inner, tables, labels, evaluation, programs, make_batches)
+        final, models = run_stages(run, inner, feeds, evaluation, programs, make_batches)
         model = models["after"]
       except FloatingPointError as error:
         if test:
@@ -142,7 +143,7 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
       return {"metrics": final}
     if model is None:
       model = load(inner)
-      model.trunks = featurizer.trunks
+      model.trunks = feeder.trunks
     result = {"metrics": final, "cost": cost(inner, model), "probe": evaluation.probe(model, inner)}
     write_whole(inner / RESULT, json.dumps(result) + "\n")
     return result
@@ -170,7 +171,7 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
     if settings.timing:
       best = {name: run_config(config, settings.variants[name], r["learning_rate"], 0, False)
               for name, r in results.items()}  # fmt: skip
-      timed = speeds(best, tables, labels, evaluations[False].trunks, settings.timing)
+      timed = speeds(best, feeds, task, evaluations[False].trunks, settings.timing)
       (folder / SPEED).write_text(json.dumps(timed, indent=1) + "\n")
     if (folder / SPEED).exists():
       comparison["speed"] = json.loads((folder / SPEED).read_text())

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from absl import logging
+from jaxtyping import Bool
 
 from codebind_jax.data.opening import class_names, open_source
+from codebind_jax.data.records import SPLITS, Source, joined
 from codebind_jax.data.worlds import names, registry
 from codebind_jax.data.worlds.evalset import EvalSet
 from codebind_jax.schema import Frozen, Rule, above, at_least, check_keys, within
@@ -33,9 +37,14 @@ class Data:
     root: folder of worlds and features; "" for $CODEBIND_DATA, else the user's cache folder.
     worlds: packaged worlds (`data.worlds.registry`), each a source of its own.
     profile: size of the worlds; auto is small where npm and apt-get answer, else tiny.
-    manifest: a user's JSONL manifest instead of the worlds.
+    files: a user's files (a path, or several; patterns `*` and `{000..127}`), one source in place of the worlds.
+    manifest: another name of `files`.
+    named_files: source name -> files, further sources beside the worlds or `files`.
+    options: of the format, see `data.formats`.
+    holdout: share of the training records of files that is held out as val, by hash of the id; 0 for none.
+    checked: which records' files are opened before any work: all, some (1,000), none, or auto: all of up to 10,000.
     classes: a text file with one class name a line; "" for the labels that occur.
-    max_bad_records: number of the manifest's bad records that are skipped before it is an error; the log names each.
+    max_bad_records: number of bad records of files that are left out before it is an error; the log names each.
     workers: processes that read batches ahead; 0 for threads of this process.
     threads: threads that read batches ahead if there are no workers.
     extra: share of a batch drawn from a world's further named pictures; 0 leaves them out.
@@ -48,7 +57,12 @@ class Data:
   root: str = ""
   worlds: tuple[str, ...] = ("icons",)
   profile: Literal[PROFILES] = "auto"
+  files: str | tuple[str, ...] = ()
   manifest: str = ""
+  named_files: Mapping[str, tuple[str, ...]] = Frozen()
+  options: Mapping[str, Any] = Frozen()
+  holdout: Annotated[float, within(0, 1, "none", below=True)] = 0.0
+  checked: Literal["auto", "all", "some", "none"] = "auto"
   classes: str = ""
   max_bad_records: Annotated[int, at_least(0)] = 0
   workers: Annotated[int, at_least(0)] = 0
@@ -59,8 +73,22 @@ class Data:
   templates_of: Mapping[str, tuple[Template, ...]] = Frozen()
   eval_templates: tuple[Template, ...] = ("{}",)
 
+  @property
+  def sources(self) -> dict[str, list[str]]:
+    """Name ("" for the files' own) -> files of every source that is no world."""
+    own = [self.files] if isinstance(self.files, str) and self.files else list(self.files)
+    own += [self.manifest] if self.manifest else []
+    return ({"": own} if own else {}) | {name: list(names) for name, names in self.named_files.items()}
+
+  @property
+  def used_worlds(self) -> tuple[str, ...]:
+    """The worlds, unless files take their place."""
+    return () if "" in self.sources else self.worlds
+
   def check(self, path: str) -> None:
-    """Refuses unknown worlds."""
+    """Refuses unknown worlds, and files that are no texts."""
+    if not all(isinstance(name, str) and name for names in self.sources.values() for name in names):
+      raise ValueError(f"config.{path}.files: got {self.files!r}; allowed: a path or pattern, or several")
     check_keys([world.split("-")[0] for world in self.worlds], registry.WORLDS, f"{path}.worlds")
 
 
@@ -75,36 +103,41 @@ class Task:
     unique: source name -> the field whose values are the rows' labels: rows of one label are no negatives.
     evals: evaluation sets.
     attributions: (package, licence, credit) of the data, for reports.
-    extra: source name -> further training rows, which probes and class means do not use.
+    extra: source name -> its training rows and further ones after them, which probes and class means do not use.
   """
 
   name: str
   summary: str
-  train: Mapping[str, Any]
-  unique: Mapping[str, str]
+  train: Mapping[str, Source]
   evals: tuple[EvalSet, ...]
   attributions: tuple[tuple[str, str, str], ...] = ()
-  extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  extra: Mapping[str, Source] = dataclasses.field(default_factory=dict)
+
+  @property
+  def drawn(self) -> dict[str, Source]:
+    """Source name -> all rows that batches are drawn from."""
+    return {**self.train, **self.extra}
 
 
 def open_task(data: Data, *, default_split: str = "train") -> Task:
-  """Opens the worlds or the manifest of `config.data`; builds a world that is not built yet.
+  """Opens the worlds and files of `config.data`; builds a world that is not built yet.
 
   Args:
     data: section of the config.
-    default_split: of a manifest's rows that name no split.
+    default_split: of records of files that name no split.
 
   Raises:
-    ValueError: naming the fault of the manifest or profile.
+    ValueError: naming the fault of the files or the profile.
     OSError: if the data cannot be fetched or written.
   """
-  parts = [_manifest_task(data, default_split)] if data.manifest else [_world_task(w, data) for w in data.worlds]
+  parts = [_file_task(data, name, names, default_split) for name, names in data.sources.items()]
+  parts += [_world_task(world, data) for world in data.used_worlds]
   for part in parts:
     logging.info("%s", part.summary)
   join = lambda maps: {key: value for one in maps for key, value in one.items()}
   return Task(
     "+".join(p.name for p in parts), "\n".join(p.summary for p in parts), join(p.train for p in parts),
-    join(p.unique for p in parts), tuple(e for p in parts for e in p.evals),
+    tuple(e for p in parts for e in p.evals),
     tuple(dict.fromkeys(credit for p in parts for credit in p.attributions)), join(p.extra for p in parts),
   )  # fmt: skip
 
@@ -113,55 +146,68 @@ def _world_task(world: str, data: Data) -> Task:
   module = registry.world_module(world)
   profile = registry.resolve(world, data.profile, data.root or None)
   opened_split = lambda split: open_source(f"world:{world}", split=split, profile=profile, data_dir=data.root or None)
-  train = opened_split("train")
-  annotate = getattr(module, "annotate", lambda row: row)
+  train, unique = opened_split("train"), getattr(module, "UNIQUE", "label")
   opened, evals = {}, []
   for name, test in module.eval_sets(profile).items():
     if test.split not in opened:
       opened[test.split] = opened_split(test.split)
     whole = opened[test.split]
-    picked = [i for i, row in enumerate(whole.rows) if test.keep(row)]
-    source = whole.select(picked)
-    if not len(source):
-      continue
-    source.rows = [annotate(row) for row in source.rows]
-    evals.append(
-      dataclasses.replace(test, name=f"{world}_{name}", world=world, source=source, whole=whole, picked=picked)
-    )
-  extra = {world: opened_split("extra")} if data.extra and hasattr(module, "EXTRA") else {}
-  more = f" and {len(extra[world])} further named pictures" if extra else ""
+    source = whole.select(i for i in range(len(whole)) if test.keep(whole.fields(i)))
+    if len(source):
+      evals.append(dataclasses.replace(test, name=f"{world}_{name}", world=world, source=source))
+  extra = opened_split("extra") if data.extra and hasattr(module, "EXTRA") else None
+  more = f" and {len(extra)} further named pictures" if extra else ""
   summary = f"{world}, profile {profile}: {len(train)} training rows{more}; " + ", ".join(
     f"{e.name} {len(e.source)} of {len(e.candidates)}" for e in evals
   )
   used = set(module.package_ids(profile))
   packages = [p for p in names.table("packages")["packages"] if p["id"] in used]
   credits = tuple((f"{p['name']} {p['version']}", p["licence"], p["attribution"]) for p in packages)
-  return Task(world, summary, {world: train}, {world: getattr(module, "UNIQUE", "label")}, tuple(evals), credits, extra)
+  return Task(
+    world, summary, {world: train.grouped(unique)}, tuple(evals), credits,
+    {world: joined([train, extra], field=unique, unique=False)} if extra else {},
+  )  # fmt: skip
 
 
-def _manifest_task(data: Data, default_split: str) -> Task:
-  path = pathlib.Path(data.manifest)
-  whole = open_source(data.manifest, max_bad_records=data.max_bad_records)
-  splits = [row.get("split") or default_split for row in whole.rows]
-  pick = lambda wanted: whole.select([i for i, split in enumerate(splits) if split == wanted])
+def _file_task(data: Data, name: str, names: Sequence[str], default_split: str) -> Task:
+  """The records of one source of files, and its evaluation sets."""
+  opened = functools.partial(
+    open_source, data_dir=data.root or None, max_bad_records=data.max_bad_records, check=data.checked, **data.options
+  )  # fmt: skip
+  whole = opened(names)
+  name = name or whole.name
+  split = np.where(whole.index.split < 0, SPLITS.index(default_split), whole.index.split)
+  parts = {s: whole.select(np.flatnonzero(split == n)) for n, s in enumerate(SPLITS) if (split == n).any()}
+  if data.holdout and "train" in parts:
+    out = held_out(parts["train"], data.holdout)
+    logging.info("%s: %d of %d training rows are held out as val, by hash of the id", name, out.sum(), len(out))
+    parts["val"] = joined([*([parts["val"]] if "val" in parts else []), parts["train"].select(np.flatnonzero(out))])
+    parts["train"] = parts["train"].select(np.flatnonzero(~out))
   evals = []
-  for split in dict.fromkeys(splits):
-    if split.startswith(("val", "test")):
-      source = pick(split)
-      labels = _labels(data, source)
+  for role in ("val", "test"):
+    if role in parts:
+      labels = _labels(data, parts[role])
       fields = ("label",) if labels else ()
-      role = split[: 3 + split.startswith("test")]
-      evals.append(EvalSet(f"{path.stem}_{split}", path.stem, role, source, labels, fields, fields))
+      evals.append(EvalSet(f"{name}_{role}", name, role, parts[role], labels, fields, fields))
   if not evals and default_split != "train":
-    raise ValueError(f"{path}: nothing to evaluate, every record is of split 'train'; allowed: val, test, or no splits")
-  train = {path.stem: pick("train")} if "train" in splits else {}
+    raise ValueError(f"{whole.name}: nothing to evaluate, every record is of split 'train'; allowed: val, test, or "
+                     "no splits")  # fmt: skip
+  train = {name: parts["train"]} if "train" in parts else {}
   rows = sum(map(len, train.values()))
-  summary = f"{path.name}: {rows} training rows; " + ", ".join(f"{e.name} {len(e.source)}" for e in evals)
-  return Task(path.stem, summary, train, dict.fromkeys(train, "label"), tuple(evals))
+  summary = f"{name}: {rows} training rows; " + ", ".join(f"{e.name} {len(e.source)}" for e in evals)
+  return Task(name, summary, train, tuple(evals))
 
 
-def _labels(data: Data, source: Any) -> list[str]:
+def held_out(source: Source, share: float, salt: int = 0x9E3779B97F4A7C15) -> Bool[np.ndarray, "n"]:
+  """Rows that are held out, about `share` of them, by a hash of their ids: adding rows moves no other row."""
+  mixed = source.index.ids ^ np.uint64(salt)
+  for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # SplitMix64 (Steele et al., 2014)
+    mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+  return (mixed ^ (mixed >> np.uint64(31))) < np.uint64(min(int(share * 2**64), 2**64 - 1))
+
+
+def _labels(data: Data, source: Source) -> list[str]:
   """Candidate labels: the class list of `config.data.classes`, else all labels of the rows."""
   if data.classes:
     return list(class_names(source, pathlib.Path(data.classes)))
-  return list(class_names(source)) if any(row.get("label") for row in source.rows) else []
+  return list(class_names(source)) if (source.index.label >= 0).any() else []

@@ -1,21 +1,18 @@
-"""Mode `embed`: embeddings and codes of a manifest of any size, as Parquet shards with ids.
+"""Mode `embed`: embeddings and codes of records of any number, as Parquet shards with ids.
 
-A shard is a run of `config.embed.shard_rows` records of the manifest. It is a pure function of the plan, its number and
+A shard is a run of `config.embed.shard_rows` records of the source. It is a pure function of the plan, its number and
 the model, so that processes, restarts and other runners (`tools.embed_beam`) may divide the shards as they like. Memory
-holds one shard at a time: an id that occurs twice is an error within a shard, and across shards only when an index is
-made of them.
+holds the source's index and one shard at a time.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import pathlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,9 +22,11 @@ import tqdm
 from absl import logging
 
 from codebind_jax import config as config_lib
-from codebind_jax.api import Embeddings, Model, load
+from codebind_jax.api import Model, load
 from codebind_jax.config import Embed
-from codebind_jax.data.manifest import parse_record
+from codebind_jax.data.examples import Items, Texts
+from codebind_jax.data.opening import open_source
+from codebind_jax.data.records import Source
 from codebind_jax.data.task import Data
 from codebind_jax.embedding import shards
 from codebind_jax.embedding.shards import ShardReport
@@ -36,54 +35,59 @@ from codebind_jax.runtime import distributed
 from codebind_jax.schema import check_keys
 
 PARTS = (*shards.PARTS, "codes")
-_FORMAT = "embed-1"
+_FORMAT = "embed-2"
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """A whole job, small and picklable; every process makes an equal one.
+  """A whole job, picklable; every process makes an equal one.
 
   Attributes:
-    manifest: the file to embed.
+    source: what to embed; of files far larger than memory it holds the index.
     folder: where the shards go.
-    digest: of the run, the manifest's bytes and what decides a shard's content.
-    starts: per shard, the offset in bytes and the number of its first line.
-    records: number of records in the manifest.
+    digest: of the run, the source and what decides a shard's content.
     shard_rows: number of records of every shard but the last.
     widths: modality -> field of `Embeddings` to write -> width.
     dtype: of the vectors.
     batch_size: records decoded and embedded at once.
-    threads: number of threads that decode.
+    workers: processes that read and decode; 0 for threads.
+    threads: number of threads that read and decode.
     max_bad_records: bad records that the whole job may leave out.
+    files: names of the source's files, for the summary.
   """
 
-  manifest: pathlib.Path
+  source: Source
   folder: pathlib.Path
   digest: str
-  starts: tuple[tuple[int, int], ...]
-  records: int
   shard_rows: int
   widths: dict[str, dict[str, int]]
   dtype: str
   batch_size: int
+  workers: int
   threads: int
   max_bad_records: int
+  files: str
+
+  @property
+  def shards(self) -> int:
+    """Number of shards."""
+    return -(-len(self.source) // self.shard_rows)
 
   def path(self, number: int) -> pathlib.Path:
     """Where a shard is, once finished."""
-    return shards.shard_path(self.folder, number, len(self.starts))
+    return shards.shard_path(self.folder, number, self.shards)
 
   def rows(self, number: int) -> int:
     """Number of records that a shard covers."""
-    return min(self.shard_rows, self.records - number * self.shard_rows)
+    return min(self.shard_rows, len(self.source) - number * self.shard_rows)
 
   def finished(self) -> dict[int, ShardReport]:
     """Reports of the finished shards, see `shards.finished_shards`."""
-    return shards.finished_shards(self.folder, self.digest, len(self.starts))
+    return shards.finished_shards(self.folder, self.digest, self.shards)
 
   def missing(self) -> list[int]:
     """Numbers of the shards that are not finished."""
-    return sorted(set(range(len(self.starts))) - set(self.finished()))
+    return sorted(set(range(self.shards)) - set(self.finished()))
 
   @property
   def schema(self) -> pa.Schema:
@@ -93,49 +97,26 @@ class Plan:
 
 
 def make_plan(settings: Embed, data: Data, workdir: str | pathlib.Path, model: Model) -> Plan:
-  """The job of the two sections; reads the manifest once, without keeping it.
+  """The job of the two sections; indexes the source, and keeps no record.
 
   Raises:
-    ValueError: for a modality or part that is not there, or a manifest without records.
-    OSError: if the manifest cannot be read.
+    ValueError: for a modality or part that is not there, or a source without records.
+    OSError: if the source cannot be read.
   """
   modalities = settings.modalities or model.modalities
   check_keys(modalities, model.modalities, "embed.modalities")
   wanted = [part for name in PARTS if name in settings.parts for part in (shards.CODES if name == "codes" else (name,))]
   widths = {m: {part: w for part, w in model.widths(m).items() if w and part in wanted} for m in modalities}
-  manifest = pathlib.Path(data.manifest).expanduser().absolute()
-  starts, records, content = _scan(manifest, settings.shard_rows)
-  if not records:
-    raise ValueError(f"{manifest}: no records")
-  recipe = [_FORMAT, model.fingerprint(modalities), content, settings.shard_rows, settings.dtype, widths]
-  return Plan(
-    manifest, pathlib.Path(workdir).expanduser().absolute(), hashlib.sha256(json.dumps(recipe).encode()).hexdigest(),
-    starts, records, settings.shard_rows, widths, settings.dtype, settings.batch_size, settings.threads,
-    data.max_bad_records,
+  files = [name for names in data.sources.values() for name in names]
+  source = open_source(
+    files, data_dir=data.root or None, max_bad_records=data.max_bad_records, check="none", **data.options
   )  # fmt: skip
-
-
-def _scan(manifest: pathlib.Path, shard_rows: int) -> tuple[tuple[tuple[int, int], ...], int, str]:
-  """Where each shard begins, how many records there are, and the hash of the manifest's bytes."""
-  starts, records, offset, digest = [], 0, 0, hashlib.sha256()
-  with open(manifest, "rb") as file:
-    for number, line in enumerate(file, 1):
-      digest.update(line)
-      if line.strip():
-        if records % shard_rows == 0:
-          starts.append((offset, number))
-        records += 1
-      offset += len(line)
-  return tuple(starts), records, digest.hexdigest()
-
-
-def _lines(plan: Plan, number: int) -> Iterator[tuple[int, bytes]]:
-  """Line number and text of a shard's records."""
-  offset, first = plan.starts[number]
-  with open(plan.manifest, "rb") as file:
-    file.seek(offset)
-    lines = ((line_number, line) for line_number, line in enumerate(file, first) if line.strip())
-    yield from itertools.islice(lines, plan.rows(number))
+  recipe = [_FORMAT, model.fingerprint(modalities), source.fingerprint(), settings.shard_rows, settings.dtype, widths]
+  return Plan(
+    source, pathlib.Path(workdir).expanduser().absolute(), hashlib.sha256(json.dumps(recipe).encode()).hexdigest(),
+    settings.shard_rows, widths, settings.dtype, settings.batch_size, data.workers, settings.threads,
+    data.max_bad_records, ", ".join(files),
+  )  # fmt: skip
 
 
 def embed_shard(
@@ -151,93 +132,62 @@ def embed_shard(
     advance: called after each batch with its number of records.
 
   Raises:
-    ValueError: naming file and line of the first bad record, if there are more than `allowed`; nothing is written.
+    ValueError: naming the first bad record, if there are more than `allowed`; nothing is written.
   """
   allowed = plan.max_bad_records if allowed is None else allowed
-  for m in plan.widths:
-    model.trunk(m)  # loaded here, before threads ask for it
-  read = lambda line: _read(plan, model, *line)
-  bad, ignored, seen, batches, lines = [], Counter(), {}, [], _lines(plan, number)
-  with ThreadPoolExecutor(plan.threads) as pool:
-    submit = lambda: [pool.submit(read, line) for line in itertools.islice(lines, plan.batch_size)]
-    waiting = submit()
-    while waiting:
-      current, waiting = [future.result() for future in waiting], submit()
-      good = []
-      for record in current:
-        first = seen.setdefault(record.row["id"], record.line) if not record.error else record.line
-        if first != record.line:
-          record.error = f"id {record.row['id']!r} is there twice, first in line {first}"
-        if not record.error:
-          good.append(record)
-          ignored.update(record.ignored)
-      batches += _batch(plan, model, good)
-      bad += [f"{plan.manifest}:{record.line}: {record.error}" for record in current if record.error]
-      if len(bad) > allowed:
-        for future in waiting:
-          future.cancel()
-        more = f" ({len(bad)} bad records in shard {number}, {allowed} allowed)" if plan.max_bad_records else ""
-        raise ValueError(bad[0] + more)
-      advance(len(current))
-  for message in bad:
+  first = number * plan.shard_rows
+  bad, ignored, batches = {}, Counter(), []
+  for start in range(first, first + plan.rows(number), plan.batch_size):
+    rows = np.arange(start, min(start + plan.batch_size, first + plan.rows(number)))
+    batches += _batch(plan, model, rows, bad, ignored)
+    if len(bad) > allowed:
+      more = f" ({len(bad)} bad records in shard {number}, {allowed} allowed)" if plan.max_bad_records else ""
+      raise ValueError(next(iter(bad.values())) + more)
+    advance(len(rows))
+  for message in bad.values():
     logging.warning("left out %s", message)
-  report = ShardReport(plan.digest, len(plan.starts), sum(b.num_rows for b in batches), tuple(bad), dict(ignored))
+  bad_rows = tuple(bad[row] for row in sorted(bad))
+  report = ShardReport(plan.digest, plan.shards, sum(b.num_rows for b in batches), bad_rows, dict(ignored))
   shards.write_shard(plan.path(number), plan.schema, batches, report)
   return report
 
 
-@dataclasses.dataclass
-class _Record:
-  """A line of the manifest: its row and prepared modalities, or what is wrong with it."""
-
-  line: int
-  row: dict[str, Any] = dataclasses.field(default_factory=dict)
-  prepared: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-  ignored: Sequence[str] = ()
-  error: str = ""
-
-
-def _read(plan: Plan, model: Model, number: int, line: bytes) -> _Record:
-  try:
-    row, paths = parse_record(line, plan.manifest, number)
-    items = paths | ({"text": row["text"][0]} if "text" in row else {})
-    ignored = [m for m in items if m not in plan.widths]
-    if len(ignored) == len(items):
-      raise ValueError(f"it has {ignored} alone; allowed: {list(plan.widths)}")
-    prepared = {}
-    for m in plan.widths:
-      if m in items:
-        try:
-          prepared[m] = model.prepare(m, items[m])
-        except ValueError as error:
-          raise ValueError(f"{m}: {error}") from error
-    return _Record(number, row, prepared, ignored)
-  except ValueError as error:
-    return _Record(number, error=str(error))
-
-
-def _batch(plan: Plan, model: Model, records: Sequence[_Record]) -> list[pa.RecordBatch]:
-  """Rows of some records as one batch or none; a record whose embedding is not finite gets an error instead."""
-  by_modality: dict[str, tuple[list[_Record], Embeddings]] = {}
+def _batch(
+  plan: Plan, model: Model, rows: np.ndarray, bad: dict[int, str], ignored: Counter[str]
+) -> list[pa.RecordBatch]:
+  """Some records as one batch or none; adds to the bad records and to the modalities that are not embedded."""
+  source, by_modality = plan.source, {}
+  ignored.update({m: int(n) for m in source.modalities if m not in plan.widths
+                  and (n := sum(source.has(int(row), m) for row in rows))})  # fmt: skip
+  for row in rows:
+    if not any(source.has(int(row), m) for m in plan.widths):
+      have = [m for m in source.modalities if source.has(int(row), m)]
+      bad[int(row)] = f"{source.where(int(row))}: it has {have} alone; allowed: {list(plan.widths)}"
   for m in plan.widths:
-    have = [record for record in records if m in record.prepared]
-    if have:
-      by_modality[m] = have, model.embed_prepared(m, [record.prepared[m] for record in have])
-      for record, finite in zip(have, np.isfinite(by_modality[m][1].full).all(axis=1)):
-        if not finite:
-          record.error = f"{m}: its embedding is not finite"
-  records = [record for record in records if not record.error]
-  if not records:
+    have = np.array([row for row in rows if source.has(int(row), m)])
+    if not len(have):
+      continue
+    item = model.trunk(m).input
+    feed = Texts(source, item) if m == "text" else Items(source, m, item)
+    found = model.embed_rows(m, feed, have, workers=plan.workers, threads=plan.threads)
+    for row, message in found.bad:
+      bad[row] = f"{source.where(row)}: {m}: {message}"
+    good = have[found.good]
+    finite = np.isfinite(found.embeddings.full).all(axis=1)
+    bad |= {int(row): f"{source.where(int(row))}: {m}: its embedding is not finite" for row in good[~finite]}
+    by_modality[m] = good, found.embeddings
+  rows = [int(row) for row in rows if int(row) not in bad]
+  if not rows:
     return []
-  row_of = {record.line: row for row, record in enumerate(records)}
-  columns = [pa.array([record.row.get(name) for record in records], pa.string()) for name in shards.FIELDS]
+  fields, place = [source.fields(row) for row in rows], {row: n for n, row in enumerate(rows)}
+  columns = [pa.array([record.get(name) for record in fields], pa.string()) for name in shards.FIELDS]
   for m, parts in plan.widths.items():
-    have, embedded = by_modality.get(m, ((), None))
-    good = [i for i, record in enumerate(have) if not record.error]
-    at = [row_of[have[i].line] for i in good]
+    have, embedded = by_modality.get(m, (np.zeros(0, np.int64), None))
+    keep = [n for n, row in enumerate(have) if int(row) in place]
+    at = [place[int(have[n])] for n in keep]
     for part, width in parts.items():
-      values = getattr(embedded, part)[good] if embedded is not None else np.zeros((0, width))
-      columns.append(shards.with_nulls(values, at, len(records), np.int32 if part in shards.CODES else plan.dtype))
+      values = getattr(embedded, part)[keep] if embedded is not None else np.zeros((0, width))
+      columns.append(shards.with_nulls(values, at, len(rows), np.int32 if part in shards.CODES else plan.dtype))
   return [pa.RecordBatch.from_arrays(columns, schema=plan.schema)]
 
 
@@ -249,11 +199,11 @@ def embed_shards(plan: Plan, model: Model, *, process: int = 0, processes: int =
   """
   plan.folder.mkdir(parents=True, exist_ok=True)
   done = plan.finished()
-  own = range(process, len(plan.starts), processes)
+  own = range(process, plan.shards, processes)
   missing = [number for number in own if number not in done]
   bad = sum(len(done[number].bad) for number in own if number in done)
-  logging.info("%d of %d shards of %d records are this process's, %d of them finished", len(own), len(plan.starts),
-               plan.records, len(own) - len(missing))  # fmt: skip
+  logging.info("%d of %d shards of %d records are this process's, %d of them finished", len(own), plan.shards,
+               len(plan.source), len(own) - len(missing))  # fmt: skip
   total, left = (sum(map(plan.rows, numbers)) for numbers in (own, missing))
   with tqdm.tqdm(total=total, initial=total - left, desc="embed", unit="record", disable=None) as bar:
     for number in missing:
@@ -274,15 +224,15 @@ def summarise(plan: Plan, run: str) -> dict[str, Any]:
   done = plan.finished()
   missing = plan.missing()
   if missing:
-    raise ValueError(f"{plan.folder}: {len(missing)} of {len(plan.starts)} shards are missing, first {missing[:8]}; "
+    raise ValueError(f"{plan.folder}: {len(missing)} of {plan.shards} shards are missing, first {missing[:8]}; "
                      "run the same command again")  # fmt: skip
-  reports = [done[number] for number in range(len(plan.starts))]
+  reports = [done[number] for number in range(plan.shards)]
   bad = [message for report in reports for message in report.bad]
   if len(bad) > plan.max_bad_records:
     raise ValueError(f"{bad[0]} ({len(bad)} bad records in all shards, {plan.max_bad_records} allowed)")
   ignored = sum((Counter(report.ignored) for report in reports), Counter())
   summary = {
-    "run": run, "manifest": str(plan.manifest), "digest": plan.digest, "rows": sum(report.rows for report in reports),
+    "run": run, "files": plan.files, "digest": plan.digest, "rows": sum(report.rows for report in reports),
     "bad_records": bad, "ignored_modalities": dict(ignored), "dtype": plan.dtype, "columns": plan.widths,
     "shards": [{"file": plan.path(number).name, "rows": report.rows} for number, report in enumerate(reports)],
   }  # fmt: skip

@@ -106,6 +106,8 @@ class TowerSpec:
     """Refuses keys that exclude each other."""
     if self.whiten and self.hidden:
       raise ValueError(f"config.{path}.whiten: got {self.whiten} with hidden {self.hidden}; allowed: 0, or hidden 0")
+    if self.views > 1 and not self.augment:
+      raise ValueError(f"config.{path}.augment: is empty with views {self.views}; allowed: {{'kind': ...}}, or views 1")
     if not self.cache and (self.whiten or self.views > 1):
       raise ValueError(f"config.{path}.cache: got False, which goes with none of whiten and views")
     if self.head == "published" and (self.hidden or self.whiten or self.meaning):
@@ -233,13 +235,13 @@ class Tower(nn.Module):
     self, x: Shaped[Array, "b ..."], train: bool = False, added: Float[Array, "b n s"] | None = None
   ) -> Float[Array, "b m d"]:
     """`output` for prepared items, or tokens [b, n, c] where these are cached."""
-    return self.output(self.encode(x, train), x, train, added)
+    return self.output(self.encode(x, train), x, train, added)[0]
 
   def output(
     self, encoded: Encoded, x: Shaped[Array, "b ..."], train: bool = False,
-    added: Float[Array, "b n s"] | None = None, with_trunk: bool = False,
-  ) -> Any:
-    """The heads' output for what `encode` gives, [b, m, shared_dim + specific_dim].
+    added: Float[Array, "b n s"] | None = None,
+  ) -> tuple[Float[Array, "b m d"], Float[Array, "b n c"] | None]:
+    """(the heads' output for what `encode` gives, the trunk's tokens averaged over clips where a decoder needs them).
 
     Clips of a recording are averaged after each one's output is normalised, as in the release.
 
@@ -248,10 +250,6 @@ class Tower(nn.Module):
       x: the items, or the tokens.
       train: turns dropout on.
       added: is added to the shared part.
-      with_trunk: also give the trunk's own output, which the decoder needs.
-
-    Returns:
-      the heads' output; `with_trunk`, (it, the trunk's tokens averaged over clips [b, n, c]).
     """
     tokens, parts = encoded.tokens.astype(jnp.float32), []
     if self.spec.shared_dim:
@@ -267,7 +265,7 @@ class Tower(nn.Module):
       trunk = mean_clips(encoded.trunk, encoded.clips)
     if self.spec.decoder and self.is_initializing():
       self.decode(out, 0 if trunk is not None else x.shape[-1], trunk, encoded.positions)
-    return (out, trunk) if with_trunk else out
+    return out, trunk
 
   @nn.compact
   def decode(
@@ -340,7 +338,7 @@ class CodeBind(nn.Module):
         tokens, meaning = encoded.tokens[..., : -spec.meaning_dim], encoded.tokens[..., -spec.meaning_dim :]
         encoded, x = dataclasses.replace(encoded, tokens=tokens), tokens
         added = modules[spec.meaning].shared(meaning.astype(jnp.float32), train)
-      features[name], trunk = modules[name].output(encoded, x, train, added, with_trunk=True)
+      features[name], trunk = modules[name].output(encoded, x, train, added)
       if trunks and trunk is not None:
         features[TRUNK + name] = trunk
       log_scale = self.param(

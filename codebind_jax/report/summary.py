@@ -15,6 +15,7 @@ from codebind_jax import schema
 from codebind_jax.api import Model
 from codebind_jax.config import Config
 from codebind_jax.data.task import EvalSet, Task
+from codebind_jax.data.transforms import image
 from codebind_jax.evaluate import Evaluation, named_pairs
 from codebind_jax.evaluators.decomposition import PRIVATE
 from codebind_jax.report.data import (
@@ -77,9 +78,8 @@ def _modality_of(metric: str) -> str:
 
 def _test_rows(test: EvalSet, modalities: Iterable[str]) -> dict[str, int]:
   """Number of test rows of each modality; of text, the number of distinct main texts."""
-  rows = range(len(test.source))
-  counts = {m: sum(test.source.has(i, m) for i in rows) for m in modalities}
-  return counts | {"text": len({test.source.rows[i]["text"][0] for i in rows if test.source.has(i, "text")})}
+  counts = {m: len(test.source.rows_with(m)) for m in modalities}
+  return counts | {"text": len({test.source.fields(int(i))["text"][0] for i in test.source.rows_with("text")})}
 
 
 def report_data(
@@ -102,7 +102,7 @@ def report_data(
     seconds=dict(seconds),
     data_profile=task.name,
     data_counts={f"{name} train": len(rows) for name, rows in task.train.items()}
-    | {f"{name} extra": len(rows) for name, rows in task.extra.items()}
+    | {f"{name} extra": len(rows) - len(task.train[name]) for name, rows in task.extra.items()}
     | {s.name: len(s.source) for s in task.evals},
     baseline=Run("InfoNCE without codebooks", read_metrics(plain)) if (plain / "metrics.jsonl").exists() else None,
     scores=headline(config, task, final),
@@ -150,8 +150,10 @@ def _gallery(evaluation: Evaluation, model: Model, shown: EvalSet) -> tuple[list
   if modality is None or "text" not in table:
     return [], []
   images, texts = table[modality], table["text"]
-  rows = [i for i in range(len(shown.source)) if shown.source.has(i, modality)]
-  if shown.source.read(rows[0], modality).ndim != 3:  # vectors of the synthetic world
+  number = {name: row for row, name in enumerate(shown.source.column("id"))}
+  rows = [number[name] for name in images["id"]]
+  first = shown.source.read(rows[0], modality)
+  if isinstance(first, np.ndarray) and first.ndim != 3:  # vectors of the synthetic world
     return [], []
   pictures = _Pictures(shown.source, rows, images["caption"])
   captions = [Item(text=str(caption)) for caption in texts["caption"]]
@@ -178,7 +180,7 @@ class _Pictures(Sequence):
     return len(self._rows)
 
   def __getitem__(self, index: int) -> Item:
-    return Item(text=str(self._captions[index]), image=self._source.read(self._rows[index], "image"))
+    return Item(text=str(self._captions[index]), image=image.read(self._source.read(self._rows[index], "image")))
 
 
 def _maps(evaluation: Evaluation, models: Mapping[str, Model], shown: EvalSet) -> list[EmbeddingMap]:

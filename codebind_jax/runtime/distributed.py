@@ -88,3 +88,10 @@ def interleaved(own: np.ndarray, count: int) -> np.ndarray:
   gathered = np.asarray(multihost_utils.process_allgather(padded.view(np.uint8)))
   whole = gathered.reshape(processes, *padded.view(np.uint8).shape).view(own.dtype)
   return np.swapaxes(whole, 0, 1).reshape(-1, *own.shape[1:])[:count]
+
+
+def agreed(value: bool) -> bool:
+  """The value that process 0 gives."""
+  if jax.process_count() == 1:
+    return value
+  return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))

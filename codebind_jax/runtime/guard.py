@@ -51,6 +51,37 @@ class Preemption:
     return self._signalled if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
 
 
+class BadRecords:
+  """Counts items that cannot be read, names each once in the log, and ends a run that has too many.
+
+  Args:
+    allowed: `config.data.max_bad_records`.
+  """
+
+  def __init__(self, allowed: int):
+    self._allowed, self._known = allowed, {}
+
+  def add(self, source: str, row: int, modality: str, message: str) -> None:
+    """Counts an item, unless it is known."""
+    if (source, row, modality) not in self._known:
+      self._known[source, row, modality] = message
+      logging.warning("masked: %s", message)
+
+  def check(self) -> None:
+    """Compares the count of all processes with the number allowed; every process must call it after the same step.
+
+    Raises:
+      ValueError: if there are more.
+    """
+    count = len(self._known)
+    if jax.process_count() > 1:
+      # An item that two processes have met, in two epochs, counts twice.
+      count = int(np.sum(multihost_utils.process_allgather(np.int32(count))))
+    if count > self._allowed:
+      first = next(iter(self._known.values()), "items that other processes could not read")
+      raise ValueError(f"{first} ({count} bad records, {self._allowed} allowed by config.data.max_bad_records)")
+
+
 class Watch:
   """Finds a step that was not finite, and saves the state before it and its batch."""
 

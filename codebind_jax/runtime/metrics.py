@@ -226,7 +226,7 @@ class Throughput:
       clock: gives seconds, monotonically.
     """
     self._clock = clock
-    self._start, self._waited, self._examples = clock(), 0.0, 0
+    self.restart()
 
   @contextlib.contextmanager
   def waiting(self, last: Any = None) -> Iterator[None]:
@@ -246,14 +246,58 @@ class Throughput:
     """Counts trained examples."""
     self._examples += examples
 
+  def read(self, items: Mapping[str, int], bytes_read: Mapping[str, int], seconds: Mapping[str, float]) -> None:
+    """Counts what this process read.
+
+    Args:
+      items: source -> rows.
+      bytes_read: source -> bytes of their files.
+      seconds: modality -> time of reading and preparing, summed over threads and workers.
+    """
+    for total, new in ((self._items, items), (self._bytes, bytes_read), (self._seconds, seconds)):
+      for name, value in new.items():
+        total[name] = total.get(name, 0) + value
+
   def restart(self) -> None:
     """Starts the count anew, after a compilation, an evaluation or a checkpoint, whose time does not belong to it."""
     self._start, self._waited, self._examples = self._clock(), 0.0, 0
+    self._items: dict[str, float] = {}
+    self._bytes: dict[str, float] = {}
+    self._seconds: dict[str, float] = {}
 
   def report(self) -> dict[str, float]:
-    """Rates since the last report or restart; call it after the last step's output is ready, as steps run ahead."""
-    now = self._clock()
-    elapsed = max(now - self._start, 1e-9)
+    """Rates since the last report or restart; call it after the last step's output is ready, as steps run ahead.
+
+    Of this process: `data/SOURCE/items_per_second`, `data/SOURCE/bytes_per_second`, and `data/MODALITY/read_share`, the
+    time of reading and preparing it as a share of the time that passed (2 keeps two threads or workers busy).
+    """
+    elapsed = max(self._clock() - self._start, 1e-9)
     rates = {"examples_per_second": self._examples / elapsed, "data_wait_share": self._waited / elapsed}
-    self._start, self._waited, self._examples = now, 0.0, 0
+    rates |= {f"data/{name}/items_per_second": value / elapsed for name, value in self._items.items()}
+    rates |= {f"data/{name}/bytes_per_second": value / elapsed for name, value in self._bytes.items()}
+    rates |= {f"data/{name}/read_share": value / elapsed for name, value in self._seconds.items()}
+    self.restart()
     return rates
+
+
+def input_bound(rates: Mapping[str, float], workers: int, threads: int, share: float = 0.1) -> str:
+  """What to change where a loop waits for its data; "" where it waits less than `share` of the time.
+
+  Args:
+    rates: as of `Throughput.report`.
+    workers, threads: of the config's section `data`.
+    share: from which a loop counts as input-bound.
+  """
+  waited = rates.get("data_wait_share", 0.0)
+  if waited <= share:
+    return ""
+  costs = {name.split("/")[1]: value for name, value in rates.items() if name.endswith("/read_share")}
+  total = max(sum(costs.values()), 1e-9)
+  parts = ", ".join(f"{name} {100 * value / total:.0f} %" for name, value in sorted(costs.items(), key=lambda x: -x[1]))
+  busy = total / max(workers or threads, 1)
+  now = f"workers {workers}" if workers else f"threads {threads}, workers 0"
+  if busy < 0.5:
+    advice = "most of that is waiting for the disk: raise config.data.threads or workers, or copy the data nearer"
+  else:
+    advice = "raise config.data.workers to the number of free cores, store smaller files, or cache a frozen trunk"
+  return f"input-bound: waited {100 * waited:.0f} % of the time for data ({now}; reading: {parts}); {advice}"

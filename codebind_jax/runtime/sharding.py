@@ -161,6 +161,12 @@ class Layout:
     """Number of devices that the rows of a batch are split over."""
     return math.prod(self.mesh.shape[axis] for axis in BATCH)
 
+  @property
+  def process(self) -> tuple[int, int]:
+    """(number of this process, number of processes) among those that have devices of the mesh."""
+    there = sorted({device.process_index for device in self.mesh.devices.flat})
+    return there.index(jax.process_index()), len(there)
+
   def spec(self, path: str, shape: tuple[int, ...]) -> P:
     """The partition of an array at `path`.
 
@@ -212,13 +218,13 @@ class Layout:
 
   def put_batch(self, batch: Any) -> Any:
     """Places a host batch on the mesh, split by rows; every process passes its own rows of the global batch."""
-    if jax.process_count() == 1:
+    if self.process[1] == 1:
       return jax.device_put(batch, self.rows)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.rows, np.asarray(x)), batch)
 
   def gathered(self, tree: Any) -> Any:
     """The tree with every array whole on this process: unchanged if it already is, else gathered into numpy arrays."""
-    if jax.process_count() == 1 and all(x.sharding.is_fully_replicated for x in jax.tree.leaves(tree)):
+    if self.process[1] == 1 and all(x.sharding.is_fully_replicated for x in jax.tree.leaves(tree)):
       return tree
     replicated = jax.jit(lambda x: x, out_shardings=self.replicated)(tree)
     return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), replicated)

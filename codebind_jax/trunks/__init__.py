@@ -22,7 +22,7 @@ from codebind_jax.trunks.base import Trunk
 __all__ = ["Trunk", "frozen_by", "input_shapes", "load_trunk", "tower_trunks", "trunk_maker", "trunk_names"]
 
 _NOT_TRUNKS = (
-  "base", "cache", "checkpoint_files", "class_names", "families", "featurize", "folders", "line_drawing", "names",
+  "base", "cache", "checkpoint_files", "class_names", "families", "feeds", "folders", "line_drawing", "names",
   "torch_pickle",
 )  # fmt: skip
 
@@ -64,12 +64,15 @@ def load_trunk(name: str, *, weights: str | Path = "", **options: Any) -> Trunk:
   return make(**options)
 
 
-def tower_trunks(model: ModelSpec, stages: Sequence[Stage] = ()) -> dict[str, TowerTrunk]:
+def tower_trunks(
+  model: ModelSpec, stages: Sequence[Stage] = (), loaded: Mapping[str, Trunk] | None = None
+) -> dict[str, TowerTrunk]:
   """Modality -> the trunk as its tower needs it, for those that run in the model or whose head is published.
 
   Args:
     model: section of the towers.
     stages: of the run; a trunk has adapters if one of them tunes it by LoRA.
+    loaded: modality -> trunk, of those that are there already.
 
   Raises:
     ValueError: if a checkpoint has no head of its own, or one of another width than the model's shared part.
@@ -78,7 +81,7 @@ def tower_trunks(model: ModelSpec, stages: Sequence[Stage] = ()) -> dict[str, To
   for name, tower in model.towers.items():
     if tower.cache and tower.head == "linear":
       continue
-    trunk, form = load_trunk(tower.trunk, **tower.options), None
+    trunk, form = (loaded or {}).get(name) or load_trunk(tower.trunk, **tower.options), None
     if tower.head == "published":
       if trunk.head is None or trunk.head.module.width != model.shared_dim:
         width = trunk.head.module.width if trunk.head else "none"

@@ -6,6 +6,7 @@ A trunk's folder `<name>-<fingerprint>` holds shards: an ArrayRecord file of flo
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import sqlite3
@@ -59,6 +60,30 @@ def key_of(*parts: str) -> tuple[int, int]:
   """Two 64-bit numbers that stand for an item: of its content, its view, and what made the view."""
   digest = hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).digest()
   return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little")
+
+
+def string_keys(strings: Sequence[str]) -> UInt64[np.ndarray, "n 2"]:
+  """The keys of texts."""
+  return np.array([key_of(REVISION, content_hash(text)) for text in strings], np.uint64).reshape(-1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Strings:
+  """Number -> the prepared text, as a list of one view.
+
+  Attributes:
+    strings: the texts.
+    prepare: text -> ids.
+  """
+
+  strings: Sequence[str]
+  prepare: Callable[[Any], np.ndarray]
+
+  def __len__(self) -> int:
+    return len(self.strings)
+
+  def __getitem__(self, number: int) -> list[np.ndarray]:
+    return [self.prepare(self.strings[number])]
 
 
 class TokenCache:
@@ -136,6 +161,10 @@ class TokenCache:
     wait(f"filled {self._folder.name}")
     self._look()
     return self.places(keys), bad
+
+  def strings(self, strings: Sequence[str]) -> Int64[np.ndarray, "n"]:
+    """The places of texts, computed by this process where they are not there."""
+    return self.fill(string_keys(strings), Strings(strings, self._trunk.input.prepare))[0]
 
   def _compute(self, own: np.ndarray, units: np.ndarray, prepared: Sequence[Any], workers: int, threads: int) -> list:
     self._folder.mkdir(parents=True, exist_ok=True)

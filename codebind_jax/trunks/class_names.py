@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from codebind_jax.data.worlds import fetch
 from codebind_jax.data.worlds.imagenet import imagenet_names
 from codebind_jax.trunks import Trunk, load_trunk
-from codebind_jax.trunks.cache import cached_features
+from codebind_jax.trunks.cache import TokenCache
 
 TEMPERATURE = 2.0
 
@@ -36,12 +36,10 @@ def names_trunk(name: str, weights: str | Path) -> Trunk:
 
 def class_embeddings(text_trunk: str) -> Float[np.ndarray, "classes d"]:
   """The class names' embeddings by a text trunk (cached on disk)."""
-  names = imagenet_names()
-  keys = [f"{number}: {name}" for number, name in enumerate(names)]  # two classes are called crane, and two maillot
-  features = cached_features(
-    load_trunk(text_trunk), keys, names.__getitem__, cache_dir=fetch.data_dir() / "features", hashes=names
-  )
-  return np.asarray(features[:, 0, 0], np.float32)
+  names, trunk = imagenet_names(), load_trunk(text_trunk)
+  cache = TokenCache(fetch.data_dir() / "features", trunk)
+  places = cache.strings(names)
+  return np.stack([cache.reader(int(place), pooled=True)[0] for place in places]).astype(np.float32)
 
 
 class ClassMeaning(nn.Module):

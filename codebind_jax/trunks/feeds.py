@@ -20,9 +20,7 @@ from codebind_jax.data.worlds import fetch
 from codebind_jax.models.towers import TowerSpec
 from codebind_jax.runtime import distributed
 from codebind_jax.trunks import load_trunk
-from codebind_jax.trunks.cache import REVISION, Contents, TokenCache, content_hash, key_of
-
-DRAWING = {"kind": "drawing"}  # augmentation of cached views where a tower names none
+from codebind_jax.trunks.cache import REVISION, Contents, Strings, TokenCache, key_of, string_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,20 +50,6 @@ class _Views:
       where = self.source.where(row)
       message = str(error) if where in str(error) else f"{where}: {self.feed.modality}: {error}"
       raise ValueError(message) from error
-
-
-@dataclasses.dataclass(frozen=True)
-class _Strings:
-  """Number -> the prepared text, as a list of one view."""
-
-  strings: Sequence[str]
-  prepare: Callable[[Any], np.ndarray]
-
-  def __len__(self) -> int:
-    return len(self.strings)
-
-  def __getitem__(self, number: int) -> list[np.ndarray]:
-    return [self.prepare(self.strings[number])]
 
 
 class Feeder:
@@ -115,10 +99,7 @@ class Feeder:
     own = augment.make(modality, tower.augment) if tower.augment else None
     if not tower.cache:
       return Items(source, modality, trunk.input, own)
-    views = tower.views
-    if views > 1 and own is None:
-      own = augment.make("image", DRAWING)
-    return self._cached(source, modality, views, own)
+    return self._cached(source, modality, tower.views, own)
 
   def clean(self, source: Source, modality: str) -> Feed:
     """Items of a source's rows as they are, for evaluation; of cached tokens the pooled one alone."""
@@ -158,12 +139,6 @@ class Feeder:
       name: {m: self.train(source, m, templates.get(name, ())) for m in self._towers if m in source.modalities}
       for name, source in train.items()
     }
-
-  def whitening_tokens(self, feed: Tokens) -> Float[np.ndarray, "n c"]:
-    """The pooled token of the clean view of all distinct items of a feed."""
-    places = feed.places[:, 0]
-    distinct = places[np.sort(np.unique(places, return_index=True)[1])]
-    return np.stack([feed.reader(int(place), pooled=True)[0] for place in distinct if place >= 0]).astype(np.float32)
 
   def _cache(self, modality: str) -> TokenCache:
     if modality not in self._caches:
@@ -216,8 +191,8 @@ class Feeder:
                   made_from=digest(np.concatenate([keys[choices].reshape(-1), starts.astype(np.uint64)])))  # fmt: skip
 
   def _string_places(self, strings: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    keys = np.array([key_of(REVISION, content_hash(text)) for text in strings], np.uint64).reshape(-1, 2)
-    return self._filled("text", keys, _Strings(strings, self.trunks["text"].input.prepare)), keys
+    keys = string_keys(strings)
+    return self._filled("text", keys, Strings(strings, self.trunks["text"].input.prepare)), keys
 
   def _filled(self, modality: str, keys: np.ndarray, prepared: Sequence[Any]) -> np.ndarray:
     places, bad = self._cache(modality).fill(
@@ -236,3 +211,10 @@ class Feeder:
     if count > allowed:
       first = self.bad[0] if self.bad else "items that another process could not read"
       raise ValueError(f"{first} ({count} bad records, {allowed} allowed by config.data.max_bad_records)")
+
+
+def whitening_tokens(feed: Tokens) -> Float[np.ndarray, "n c"]:
+  """The pooled token of the clean view of all distinct items of a feed."""
+  places = feed.places[:, 0]
+  distinct = places[np.sort(np.unique(places, return_index=True)[1])]
+  return np.stack([feed.reader(int(place), pooled=True)[0] for place in distinct if place >= 0]).astype(np.float32)

@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class EvalSet:
-  """A set to evaluate on. A world leaves out `name`, `world`, `source`, `whole` and `picked`: `open_task` adds them.
+  """A set to evaluate on. A world leaves out `name`, `world` and `source`: `open_task` adds them.
 
   Attributes:
     name: metrics are called `eval/<name>/...`.
@@ -20,8 +20,6 @@ class EvalSet:
     pairs: (modality, modality, field): retrieval beyond that with texts; rows of equal field answer each other.
     slices: fields whose values get an accuracy of their own.
     probe_group: field whose values the training and the test rows of a probe must not share; None where any may.
-    whole: the split they are taken from, whose features several sets share; None where they are all of it.
-    picked: their numbers in it.
     split: split of the world.
     labelled: whether rows without a label are left out.
     where: (field, values): only rows are kept whose field has one of the values.
@@ -37,8 +35,6 @@ class EvalSet:
   pairs: tuple[tuple[str, str, str], ...] = ()
   slices: tuple[str, ...] = ()
   probe_group: str | None = None
-  whole: Any = None
-  picked: Sequence[int] = ()
   split: str = ""
   labelled: bool = False
   where: tuple[tuple[str, tuple[Any, ...]], ...] = ()

@@ -18,7 +18,6 @@ from absl import logging
 from PIL import Image
 
 from codebind_jax import files
-from codebind_jax.data import transforms
 from codebind_jax.data.worlds import fetch, names
 
 
