@@ -9,7 +9,7 @@ from scipy.spatial.distance import pdist
 from codebind_jax.data import transforms
 from codebind_jax.data.augment.audio import Spectrogram, Waveform
 from codebind_jax.data.augment.depth import Depth
-from codebind_jax.data.augment.eeg import Series
+from codebind_jax.data.augment.eeg import Series, moved
 from codebind_jax.data.augment.points import Cloud
 from codebind_jax.data.augment.thermal import Thermal
 
@@ -27,6 +27,13 @@ class Most(np.random.Generator):
 
   def uniform(self, low=0.0, high=1.0, size=None):
     return high if size is None else np.full(size, high)
+
+
+class Far(np.random.Generator):
+  """A generator whose normal draws are seven deviations."""
+
+  def standard_normal(self, size=None, dtype=np.float64, out=None):
+    return np.full(size, 7.0, dtype)
 
 
 def most(seed=0):
@@ -164,6 +171,7 @@ def test_tilts_are_small_turns():
     np.testing.assert_allclose(pdist(view), pdist(POINTS), rtol=1e-4, atol=1e-5)
     turn = np.linalg.lstsq(POINTS - POINTS.mean(axis=0), view - view.mean(axis=0), rcond=None)[0]
     tilts.append(np.rad2deg(np.arccos(np.clip(turn[1, 1], -1, 1))))  # between the y axes
+    assert abs(turn[0, 2] - turn[2, 0]) / 2 <= np.sin(np.deg2rad(9)) ** 2, "none about the up axis"
   assert 2 < np.mean(tilts) < 6 and max(tilts) < 9 * np.sqrt(2) + 0.1
 
 
@@ -175,6 +183,8 @@ def test_scale_is_about_the_mean_and_jitter_within_five_deviations():
   radius = np.linalg.norm(POINTS - POINTS.mean(axis=0), axis=1).max()
   noise = np.concatenate([cloud(jitter=0.02)(POINTS, seeded(seed)) - POINTS for seed in SEEDS])
   assert np.abs(noise).max() <= 5.01 * 0.02 * radius
+  farthest = cloud(jitter=0.02)(POINTS, Far(np.random.PCG64(0))) - POINTS
+  np.testing.assert_allclose(farthest, np.full((80, 3), 5 * 0.02 * radius), rtol=1e-4)
   assert abs(noise.std() / (0.02 * radius) - 1) < 0.05 and abs(noise.mean()) < 0.1 * noise.std()
 
 
@@ -294,6 +304,8 @@ def test_a_shift_moves_all_channels_alike_and_repeats_their_ends():
     assert edge.all()
     shifts.add(by)
   assert min(shifts) <= -9 and max(shifts) >= 9
+  np.testing.assert_array_equal(moved(np.array([[1, 2, 3, 4]]), 1), [[1, 1, 2, 3]])
+  np.testing.assert_array_equal(moved(np.array([[1, 2, 3, 4]]), -2), [[3, 4, 4, 4]])
 
 
 def test_noise_is_relative_to_each_channels_deviation():
