@@ -4,11 +4,13 @@ import importlib
 import pickle
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 
 from codebind_jax.data import augment, transforms
+from codebind_jax.data.augment.image import Photo, View
 
 RNG = np.random.default_rng(0)
 WHOLE = {"area": (1.0, 1.0), "flip": 0.0}
@@ -55,6 +57,12 @@ def test_every_kind_of_every_modality_is_a_case():
   modules = {name: importlib.import_module(f"codebind_jax.data.augment.{name}") for name in augment.augmented()}
   assert set(CASES) == {(name, kind) for name, module in modules.items() for kind in augment.kinds(module)}
   assert set(modules) == set(transforms.readable()) - {"text"}
+
+
+def test_a_kind_is_a_public_dataclass_that_can_be_called():
+  module = types.ModuleType("new")
+  module.Photo, module._Hidden, module.View, module.number = Photo, Photo, View, 3
+  assert augment.kinds(module) == {"photo": Photo}
 
 
 @ALL

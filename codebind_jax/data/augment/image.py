@@ -43,7 +43,8 @@ class Photo(Checked):
       1 + brightness.
     contrast: likewise, of the factor on the distance from the picture's mean grey.
     saturation: likewise, of the factor on the distance from a pixel's own grey.
-    hue: largest turn of the hue to either side, as a share of the whole circle, up to 0.5.
+    hue: largest turn of the hue to either side, as a share of the whole circle, up to 0.5; takes several times as long
+      as all else together, unless it is 0.
     revision: of this code; not for setting.
   """
 
