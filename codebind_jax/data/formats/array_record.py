@@ -15,6 +15,7 @@ import datetime
 import decimal
 import functools
 import hashlib
+import io
 import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -216,10 +217,10 @@ class ArrayRecordSource(Source):
 
   def __init__(self, shard: Shard, index: Index):
     super().__init__(shard.path.stem, index)
-    self._shard, self._places = shard, index.where[:, 0]
+    self._shard, self._places = shard, index.where
 
   def _record(self, number: int) -> Record:
-    at = int(self._places[number])
+    at = int(self._places[number, 0])
     key = (self._shard.key, at)
     if getattr(_last, "key", None) != key:
       try:
@@ -232,20 +233,30 @@ class ArrayRecordSource(Source):
   def _fields(self, number: int) -> dict[str, Any]:
     return dict(self._record(number).fields)
 
-  def _read(self, number: int, modality: str) -> bytes | Path:
+  def _item(self, number: int, modality: str) -> bytes | Path:
     item = self._record(number).items[modality]
     return self._shard.path.parent / item if isinstance(item, str) else item
+
+  def _read(self, number: int, modality: str) -> bytes | Path | np.ndarray:
+    """An .npy file's bytes are its array, since arrays of other sources are kept so, also of pictures and sounds."""
+    item = self._item(number, modality)
+    if not isinstance(item, bytes) or item[:6] != b"\x93NUMPY":
+      return item
+    try:
+      return np.load(io.BytesIO(item), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+      raise ValueError(f"{self._where(number)}: {modality}: not a readable .npy file ({error})") from error
 
   def _hash(self, number: int, modality: str) -> str:
     if modality == "text":
       content = json.dumps(self._record(number).fields["text"]).encode()
     else:
-      item = self._read(number, modality)
+      item = self._item(number, modality)
       content = item if isinstance(item, bytes) else item.read_bytes()
     return hashlib.sha256(modality.encode() + content).hexdigest()
 
   def _where(self, number: int) -> str:
-    return f"{self._shard.path}: record {self._places[number]}"
+    return f"{self._shard.path}: record {self._places[number, 0]}"
 
 
 def _named(error: ValueError, path: Path, number: int) -> ValueError:
