@@ -278,17 +278,6 @@ class Job:
       self._compare(Shard(temporary), number, digests, f"was not written as it is to {path}")
     return self._report(path, number, kept=False)
 
-  def finish(self, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Writes the summary of all shards, when all are finished."""
-    reports = sorted(reports, key=lambda report: report["file"])
-    shards = [{key: value for key, value in report.items() if key != "kept"} for report in reports]
-    summary = {
-      "plan": self.plan.digest, "records": self.plan.records, "bytes": self.plan.bytes,
-      "left_out": len(self.plan.left_out), "shards": shards,
-    }  # fmt: skip
-    write_whole(self.folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
-    return summary
-
   def _rows(self, number: int) -> range:
     part = self.plan.parts[number]
     return range(part.first, part.first + part.records)
@@ -348,6 +337,24 @@ class Job:
     return about | {"sha256": digest, "kept": kept}
 
 
+def write_summary(plan: Plan, folder: Path, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  """Writes the summary of all shards, when all are finished.
+
+  Raises:
+    ValueError: if the reports are not of all shards.
+  """
+  reports = sorted(reports, key=lambda report: report["file"])
+  files = sorted(plan.path(folder, number).name for number in range(len(plan.parts)))
+  if [report["file"] for report in reports] != files:
+    raise ValueError(f"{folder}: {len(reports)} of {len(files)} shards are finished; run the same command again")
+  shards = [{key: value for key, value in report.items() if key != "kept"} for report in reports]
+  summary = {
+    "plan": plan.digest, "records": plan.records, "bytes": plan.bytes, "left_out": len(plan.left_out), "shards": shards
+  }  # fmt: skip
+  write_whole(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
+  return summary
+
+
 def write_all(job: Job, workers: int = 1) -> tuple[dict[str, Any], int]:
   """Writes all shards and the summary.
 
@@ -366,7 +373,7 @@ def write_all(job: Job, workers: int = 1) -> tuple[dict[str, Any], int]:
   with lock(job.folder / ".lock", f"writes shards into {job.folder}"):
     job.begin()
     reports = [report for _, report in _each(job.write, range(len(job.plan.parts)), workers, "writing")]
-    return job.finish(reports), sum(report["kept"] for report in reports)
+    return write_summary(job.plan, job.folder, reports), sum(report["kept"] for report in reports)
 
 
 def _each(work: Callable[[Any], Any], tasks: Sequence[Any], workers: int, title: str) -> Iterator[tuple[Any, Any]]:

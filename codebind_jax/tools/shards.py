@@ -29,8 +29,8 @@ def define_flags() -> None:
   flags.DEFINE_string("split", "", "Split of the input that is taken; all of it unless given.")
   flags.DEFINE_string("name", "", "How the shards' names begin; the input's name unless given.")
   flags.DEFINE_integer("max_bad_records", 0, "Bad records that are left out before it is an error.", lower_bound=0)
-  flags.DEFINE_enum("check", "auto", ["auto", "all", "some", "none"],
-                    "Whose files are opened before: all of up to 10,000 records, and 1,000 of more, unless given.")  # fmt: skip
+  about = "Whose files are opened before: all of up to 10,000 records, and 1,000 of more, unless given."
+  flags.DEFINE_enum("check", "auto", ["auto", "all", "some", "none"], about)
 
 
 def opened(files: Sequence[str], split: str, max_bad_records: int) -> Source:
