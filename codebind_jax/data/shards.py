@@ -239,8 +239,9 @@ class Job:
     others = sorted(path for path in self.folder.glob("*.array_record") if path not in ours or not there.exists())
     if others:
       raise ValueError(f"{others[0]} is there, but is none of the shards of this plan; use another folder")
-    for path in self.folder.glob("*.part"):
-      path.unlink()
+    for name in (f"{self.plan.name}-*.array_record", PLAN, SUMMARY):
+      for path in self.folder.glob(f"{name}.*.part"):
+        path.unlink()
     missing = [part for path, part in ours.items() if not path.exists()]
     needed = sum(part.bytes + _OVERHEAD * part.records + _ROOM for part in missing)
     free = shutil.disk_usage(self.folder).free
@@ -326,9 +327,9 @@ class Job:
       if isinstance(content, ValueError):
         raise content
       record = decode(content)
-      for (name, own), (other, there) in zip(expected, _digests(record.fields, record.items), strict=True):
-        if (name, own) != (other, there):
-          raise ValueError(f"{self.source.where(row)} (id {record.fields['id']!r}): its {name} {fault}")
+      own, there = dict(expected), dict(_digests(record.fields, record.items))
+      if differ := [name for name in own | there if own.get(name) != there.get(name)]:
+        raise ValueError(f"{self.source.where(row)} (id {record.fields['id']!r}): its {differ[0]} {fault}")
 
   def _report(self, path: Path, number: int, kept: bool) -> dict[str, Any]:
     with open(path, "rb") as file:
