@@ -3,6 +3,7 @@
 import concurrent.futures
 import hashlib
 import json
+import multiprocessing
 import os
 import pathlib
 import pickle
@@ -316,6 +317,25 @@ class Made(Source):
     return ""
 
 
+class Deadly(Made):
+  """Its last record ends the worker process that reads it."""
+
+  def _read(self, number, modality):
+    if number == len(self.rows) - 1 and multiprocessing.parent_process():
+      os.kill(os.getpid(), signal.SIGKILL)
+    return super()._read(number, modality)
+
+
+def test_a_worker_process_that_ends_is_told_and_its_shard_is_written_by_the_next_run(tmp_path):
+  source = Deadly([{"id": str(i)} for i in range(4)], [("image",)] * 4, [{"image": b"1" * 100}] * 4)
+  job = shards.Job.of(source, shards.make_plan(source, 200, check="none"), tmp_path / "out")
+  with pytest.raises(RuntimeError, match="a worker process was killed.*run the same command again"):
+    shards.write_all(job, 2)
+  assert not (tmp_path / "out/shards.json").exists() and len(job.plan.parts) == 3
+  shards.write_all(job)
+  assert len(shards_of(tmp_path / "out")) == 3 and not list((tmp_path / "out").glob("*.part"))
+
+
 def test_arrays_become_npy_files_and_bytes_stay(tmp_path):
   picture = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
   cloud = np.arange(12, dtype=np.float32).reshape(4, 3)
@@ -376,8 +396,8 @@ def test_the_command_has_one_line_of_error(manifest, tmp_path):
 # The format.
 
 
-def write_records(path, contents):
-  writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+def write_records(path, contents, options="group_size:1,uncompressed"):
+  writer = ArrayRecordWriter(str(path), options)
   for content in contents:
     writer.write(content)
   writer.close()
@@ -473,6 +493,13 @@ def test_many_threads_and_another_copy_read_the_same(tmp_path):
   assert part.read(1, "image") == media[3] and part.where(0) == f"{path}: record 7"
 
 
+def test_records_that_are_stored_together_are_a_block(tmp_path):
+  contents = [array_record.encode({"id": str(i)}, {"image": b"1"}) for i in range(9)]
+  source = open_source(write_records(tmp_path / "four.array_record", contents, "group_size:4"), check="none")
+  assert source.block == 4 and source.column("id") == [str(i) for i in range(9)]
+  assert open_source(write_records(tmp_path / "one.array_record", contents), check="none").block == 1
+
+
 def test_files_that_were_not_used_for_long_are_closed(tmp_path):
   paths = [write_records(tmp_path / f"{i}.array_record", [array_record.encode({"id": str(i)}, {"image": b"1"})])
            for i in range(3)]  # fmt: skip
@@ -481,7 +508,7 @@ def test_files_that_were_not_used_for_long_are_closed(tmp_path):
     os.path.realpath(f"/proc/self/fd/{fd}").startswith(str(tmp_path)) for fd in os.listdir("/proc/self/fd")
   )
   assert source.column("id") == ["0", "1", "2"] and count() == 3
-  array_record._reader.cache_clear()
+  array_record.close()
   assert count() == 0 and array_record._reader.cache_info().maxsize == 256
   assert source.read(0, "image") == b"1" and count() == 1
 

@@ -30,7 +30,7 @@ from absl import logging
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Int64, UInt64
 
-from codebind_jax.data.formats.array_record import Shard, decode, encode, encode_index
+from codebind_jax.data.formats.array_record import Shard, close, decode, encode, encode_index
 from codebind_jax.data.opening import CHECKED, SOME, check_item
 from codebind_jax.data.records import IndexBuilder, Source, twice
 from codebind_jax.files import lock, replacing, write_whole
@@ -259,7 +259,12 @@ class Job:
       ValueError: naming the record that has changed since the plan was made or the shard written.
       OSError: if an item cannot be read, or the shard not be written.
     """
-    path = self.plan.path(self.folder, number)
+    try:
+      return self._finished(self.plan.path(self.folder, number), number)
+    finally:
+      close()
+
+  def _finished(self, path: Path, number: int) -> dict[str, Any]:
     if path.exists():
       try:
         shard = Shard(path)

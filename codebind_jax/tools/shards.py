@@ -25,7 +25,7 @@ from codebind_jax.data.shards import Job, Plan, make_plan, parse_size, shown, wr
 def define_flags() -> None:
   """Defines the flags of a command that writes shards."""
   flags.DEFINE_string("size", "1GB", "Bytes of fields and media of a shard, about: 500MB, 1GB, 64MiB.")
-  flags.DEFINE_integer("workers", len(os.sched_getaffinity(0)), "Processes; all CPU cores unless given.", lower_bound=1)
+  flags.DEFINE_integer("workers", os.cpu_count() or 1, "Processes; as many as CPU cores unless given.", lower_bound=1)
   flags.DEFINE_string("split", "", "Split of the input that is taken; all of it unless given.")
   flags.DEFINE_string("name", "", "How the shards' names begin; the input's name unless given.")
   flags.DEFINE_integer("max_bad_records", 0, "Bad records that are left out before it is an error.", lower_bound=0)

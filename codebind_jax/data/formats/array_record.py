@@ -17,6 +17,7 @@ import functools
 import hashlib
 import io
 import json
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -178,6 +179,12 @@ class Shard:
     except ValueError as error:
       return error
 
+  @property
+  def group(self) -> int:
+    """How many records the file stores together, all of which are read for one of them."""
+    found = re.search(r"group_size:(\d+)", _reader(*self.key).writer_options_string())
+    return int(found[1]) if found else 1
+
   def index(self) -> tuple[Index, str] | None:
     """The index that the shard ends with and the digest of its plan; None where it has none.
 
@@ -209,6 +216,11 @@ def _reader(path: str, age: tuple[int, int, int]) -> ArrayRecordReader:
   return reader
 
 
+def close() -> None:
+  """Closes the files that this process keeps open, but those that a thread is reading; a later read opens them anew."""
+  _reader.cache_clear()
+
+
 _last = threading.local()  # the record that a thread read last, since its items are asked for one by one
 
 
@@ -217,7 +229,7 @@ class ArrayRecordSource(Source):
 
   def __init__(self, shard: Shard, index: Index):
     super().__init__(shard.path.stem, index)
-    self._shard, self._places = shard, index.where
+    self._shard, self._places, self.block = shard, index.where, shard.group
 
   def _record(self, number: int) -> Record:
     at = int(self._places[number, 0])
