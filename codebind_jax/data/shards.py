@@ -189,7 +189,7 @@ def balanced(sizes: Int64[np.ndarray, "n"], size: int) -> Int64[np.ndarray, "m"]
   """Bounds of runs of about equal sums, none empty and each about `size` at most.
 
   >>> balanced(np.array([4, 4, 4, 4, 4]), 10).tolist()
-  [0, 2, 3, 5]
+  [0, 3, 5]
   """
   ends = np.cumsum(sizes)
   total = int(ends[-1])
