@@ -2,6 +2,8 @@
 
 import ast
 import pathlib
+import subprocess
+import sys
 
 import codebind_jax
 
@@ -64,4 +66,22 @@ def test_data_imports_no_jax():
       for name in ([node.module] if isinstance(node, ast.ImportFrom) else
                    [alias.name for alias in node.names] if isinstance(node, ast.Import) else [])
     ]  # fmt: skip
-    assert not [name for name in modules if (name or "").split(".")[0] == "jax"], file
+    assert not [name for name in modules if (name or "").split(".")[0] in ("jax", "flax")], file
+
+
+def test_data_can_be_imported_where_there_is_no_jax():
+  """All of it, also through other rooms and packages; Grain takes JAX where it finds it, so it must find none."""
+  code = """
+import importlib, pkgutil, sys
+sys.modules |= dict.fromkeys(("jax", "flax", "torch", "tensorflow"))
+import codebind_jax.data
+names = [module.name for module in pkgutil.walk_packages(codebind_jax.data.__path__, "codebind_jax.data.")]
+for name in names:
+  importlib.import_module(name)
+print(*names)
+"""
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent)
+  assert done.returncode == 0, done.stderr
+  files = {".".join(f.relative_to(ROOT.parent).with_suffix("").parts) for f in (ROOT / "data").rglob("*.py")}
+  assert set(done.stdout.split()) == {name for name in files if not name.endswith("__init__")} | {
+    name.removesuffix(".__init__") for name in files if name.endswith(".__init__")} - {"codebind_jax.data"}  # fmt: skip

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from codebind_jax.data.inputs import Input
-from codebind_jax.trunks import codebind_release, imagebind, load_trunk, trunk_names, uni3d
+from codebind_jax.data.preparation.texts import Ids, text_input, without_punctuation
+from codebind_jax.trunks import codebind_release, imagebind, load_trunk, minilm, trunk_names, uni3d
 from codebind_jax.trunks.families import families
 from tests import family_fixtures, processes
 from tests.test_imagebind import heads
@@ -127,6 +128,16 @@ def test_items_are_prepared_without_jax_as_they_are_with_it(trunks):
     assert here.dtype == there.dtype, name
     np.testing.assert_array_equal(here, there, err_msg=name)
     assert np.ptp(here) > 0, name
+
+
+def test_a_revision_names_what_cleans_texts_as_before_it_moved(trunks):
+  """The keys of features in users' caches hold it, and the fingerprints in saved models."""
+  for name, cleaned in (("clip", ""), ("imagebind", "codebind_jax.trunks.clip_tokenizer.clean ")):
+    ids = trunks[f"{name} text"].input.prepare
+    start = f"text-1 {ids.length} {ids.pad_id} {ids.lower} {ids.left} {cleaned}{{"
+    assert trunks[f"{name} text"].input.revision.startswith(start)
+  ids = Ids(minilm.letter_tokenizer(), 8, 0, clean=without_punctuation)
+  assert text_input(ids).revision.startswith('text-1 8 0 False False codebind_jax.trunks.tokens.without_punctuation {"')
 
 
 def test_paths_and_bytes_are_opened_and_nothing_else(tmp_path):
