@@ -11,7 +11,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32, Int64, Shaped
@@ -21,6 +21,7 @@ from codebind_jax.data.records import Source
 from codebind_jax.data.token_reader import TokenReader
 
 
+@runtime_checkable
 class Feed(Protocol):
   """Items of one modality of a source's rows.
 
