@@ -74,6 +74,10 @@ class Evaluation:
     self.config, self.task, self.trunks = config, task, feeder.trunks
     self._feeder, self._tasks = feeder, tasks
 
+  def alone(self) -> None:
+    """From now on this process alone embeds and evaluates, with models on its own devices."""
+    self._feeder.process = 0, 1
+
   def validate(self, model: Model, worlds: Collection[str]) -> dict[str, float]:
     """Zero-shot and retrieval on the worlds' validation sets, which are cheap enough during training."""
     sets = [s for s in self.task.evals if s.role == "val" and s.world in worlds]

@@ -124,6 +124,7 @@ def train_and_evaluate(config: Any, workdir: str | pathlib.Path) -> dict[str, fl
 
   if jax.process_index() == 0:
     banner("report")
+    evaluation.alone()
     seconds = {"this command": time.time() - started}
     data = summary.report_data(config, folder, task, evaluation, final, models, seconds)
     write_report(folder / "report.html", data)
