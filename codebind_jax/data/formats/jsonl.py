@@ -99,8 +99,8 @@ def _object(line: bytes) -> dict[str, Any]:
 
 def _fast(line: bytes) -> dict[str, Any]:
   """`_object`, of a line that is nothing but an object at once."""
-  text = line.decode()
   try:
+    text = line.decode()
     record, end = _scan_once(text, 0)
   except (ValueError, StopIteration, RecursionError):
     return _object(line)
