@@ -62,7 +62,7 @@ def parse(record: Mapping[str, Any], default_id: str) -> Record:
   fields: dict[str, Any] = {"id": default_id, "label": None}
   items: dict[str, str | bytes] = {}
   further: tuple[str, ...] = ()
-  known = _known(tuple(transforms.__path__))
+  known = modality_keys()
   for key, value in record.items():
     if value is None:
       continue
@@ -158,7 +158,7 @@ def _plain(
   keys: tuple[str, ...], rows: Sequence[Mapping[str, Any]]
 ) -> tuple[list[str], dict[str, list[str]], list[str]] | None:
   """Modalities, names and further keys of records that all have these keys; None if a value is not a plain string."""
-  known = _known(tuple(transforms.__path__))
+  known = modality_keys()
   modalities, values, further = [], {}, []
   for key in keys:
     if key not in known and key not in _NAMES and key not in TEXT and key != "split":
@@ -177,6 +177,11 @@ def _plain(
     else:
       modalities.append("text" if key in TEXT else key)
   return (modalities, values, further) if modalities and len(set(modalities)) == len(modalities) else None
+
+
+def modality_keys() -> frozenset[str]:
+  """Keys of what is read from files: all modalities but text."""
+  return _known(tuple(transforms.__path__))
 
 
 def known_keys() -> tuple[str, ...]:
