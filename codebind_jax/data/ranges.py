@@ -16,7 +16,7 @@ _opening = threading.Lock()
 
 
 class ChangedError(RuntimeError):
-  """A file is not the one that was indexed: another size or time. No bad record, since all that is read may be wrong."""
+  """A file is not the one that was indexed: another size or time. No bad record: all of it may be wrong."""
 
 
 def is_far(path: str | PurePath) -> bool:
