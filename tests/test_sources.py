@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from codebind_jax.data.opening import class_names, open_source
+from codebind_jax.data.records import id_hash
 from codebind_jax.data.transforms import image as image_transform
 from tests.world_fixtures import png
 
@@ -124,6 +125,15 @@ def test_the_limit_is_of_all_files_together(write, tmp_path):
   assert len(open_source(tmp_path / "*.jsonl", max_bad_records=2)) == 2
   with pytest.raises(ValueError, match="a.jsonl:1: not JSON"):
     open_source(tmp_path / "*.jsonl", max_bad_records=1)
+
+
+def test_records_without_id_are_named_by_file_and_line(write, tmp_path):
+  for name in ("a/b", "a/c"):
+    (tmp_path / name).mkdir(parents=True)
+    write({"text": "x"}, "", {"text": "y"}, name=f"{name}/data.jsonl")
+  source = open_source([tmp_path / "a/b/data.jsonl", tmp_path / "a/c/data.jsonl"])
+  assert source.column("id") == ["b/data.jsonl:1", "b/data.jsonl:3", "c/data.jsonl:1", "c/data.jsonl:3"]
+  assert source.index.ids.tolist() == [id_hash(name) for name in source.column("id")]
 
 
 def test_files_that_are_bad_stay_where_they_are(write, caplog):

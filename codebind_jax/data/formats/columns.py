@@ -135,7 +135,7 @@ def filled(column: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def add_table(
   builder: IndexBuilder, bad: Bad, fields: Any, there: Mapping[str, tuple[np.ndarray, np.ndarray]], columns: Columns,
-  name: str, start: int, where: Any,
+  path: PurePath, name: str, start: int, where: Any,
 ) -> dict[str, None]:  # fmt: skip
   """Adds the rows of a table to an index.
 
@@ -145,7 +145,8 @@ def add_table(
     fields: table or batch of `Columns.fields`.
     there: modality -> `filled` of its column.
     columns: what the columns are.
-    name: of the file.
+    path: of the file, for errors.
+    name: of the file, in ids of rows that name none.
     start: number of the first row in the file.
     where: the index's `where` of each row.
 
@@ -161,16 +162,11 @@ def add_table(
       wrong[at] = f"{modality}: column {columns.items[modality]!r} has neither bytes nor path"
   kept = [at for at in range(len(rows)) if at not in wrong]
   unfit, further = add_rows(builder, [{k: v for k, v in rows[at].items() if v is not None} for at in kept],
-                            lambda at: default_id(name, start + kept[at]), where[kept])  # fmt: skip
+                            lambda at: f"{name}:{start + kept[at]}", where[kept])  # fmt: skip
   wrong |= {kept[at]: message for at, message in unfit.items()}
   for at in sorted(wrong):
-    bad.add(f"{name}: row {start + at}: {wrong[at]}")
+    bad.add(f"{path}: row {start + at}: {wrong[at]}")
   return dict.fromkeys(further)
-
-
-def default_id(name: str, row: int) -> str:
-  """Id of a row that names none."""
-  return f"{PurePath(name).name}:{row}"
 
 
 def item_of(value: Any) -> str | bytes:

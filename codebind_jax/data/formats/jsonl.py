@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from codebind_jax.data import ranges
-from codebind_jax.data.formats.record import Record, add_rows, parse, renamed
+from codebind_jax.data.formats.record import Record, add_rows, parse, renamed, short_names
 from codebind_jax.data.index_cache import Bad, Scan, scanned
 from codebind_jax.data.ranges import File
 from codebind_jax.data.records import IndexBuilder, Source, twice
@@ -27,7 +27,7 @@ class LineSource(Source):
 
   def __init__(self, path: PurePath, scan: Scan):
     super().__init__(path.stem, scan.index)
-    self._places = scan.index.where
+    self._places, self._name = scan.index.where, scan.notes["name"]
     self._size = (scan.stamps[0] if scan.stamps else ranges.stamp(path))[0]
     self._file = File(path, scan.stamps[0] if scan.stamps else None)
 
@@ -71,7 +71,7 @@ class JsonlSource(LineSource):
 
   def _record(self, number: int) -> Record:
     row = _object(self._content(number).partition(b"\n")[0])
-    return parse(_renamed(row, self._columns), f"{self._file.path.name}:{self._places[number][1]}")
+    return parse(_renamed(row, self._columns), f"{self._name}:{self._places[number][1]}")
 
 
 def item(file: PurePath, value: str | bytes) -> Path | bytes:
@@ -133,15 +133,12 @@ def open_files(
   """
   bad, columns = Bad(max_bad_records), columns or {}
   renamed(columns, columns.values(), "")
-  sources: list[Source] = []
-  for path in paths:
-    scan = scanned([path], lambda bad, path=path: _scan(path, bad, columns), bad, revision="jsonl-1",
-                   options={"columns": dict(columns)}, cache=cache)  # fmt: skip
-    sources.append(JsonlSource(path, scan, columns))
-  return sources
+  scan = lambda path, name: scanned([path], lambda bad: _scan(path, name, bad, columns), bad, revision="jsonl-1",
+                                    options={"columns": dict(columns), "name": name}, cache=cache)  # fmt: skip
+  return [JsonlSource(path, scan(path, name), columns) for path, name in zip(paths, short_names(paths))]
 
 
-def _scan(path: PurePath, bad: Bad, columns: Mapping[str, str]) -> Scan:
+def _scan(path: PurePath, name: str, bad: Bad, columns: Mapping[str, str]) -> Scan:
   builder, further, offset, number = IndexBuilder(), {}, 0, 0
   with ranges.open_binary(path) as file:
     while lines := list(itertools.islice(file, _CHUNK)):
@@ -155,13 +152,13 @@ def _scan(path: PurePath, bad: Bad, columns: Mapping[str, str]) -> Scan:
           if line.strip():
             wrong.append((at, str(error)))
       where = np.stack([starts[places], number + 1 + np.array(places, np.int64)], 1)
-      name = lambda at, number=number, places=places: f"{path.name}:{number + 1 + places[at]}"
-      unfit, keys = add_rows(builder, rows, name, where)
+      default_id = lambda at, number=number, places=places: f"{name}:{number + 1 + places[at]}"
+      unfit, keys = add_rows(builder, rows, default_id, where)
       further |= dict.fromkeys(keys)
       for at, message in sorted(wrong + [(places[row], message) for row, message in unfit.items()]):
         bad.add(f"{path}:{number + 1 + at}: {message}")
       offset, number = int(starts[-1]), number + len(lines)
-  scan = Scan(builder.build(), further=tuple(further))
+  scan = Scan(builder.build(), further=tuple(further), notes={"name": name})
   unlike(JsonlSource(path, scan, columns))
   return scan
 

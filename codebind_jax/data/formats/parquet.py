@@ -22,7 +22,7 @@ from codebind_jax.data import ranges
 from codebind_jax.data.formats import columns as arrow
 from codebind_jax.data.formats.columns import Columns
 from codebind_jax.data.formats.jsonl import item
-from codebind_jax.data.formats.record import parse
+from codebind_jax.data.formats.record import parse, short_names
 from codebind_jax.data.index_cache import Bad, Scan, scanned
 from codebind_jax.data.records import IndexBuilder, Source, twice
 
@@ -69,6 +69,7 @@ class ColumnsSource(Source):
   def __init__(self, path: PurePath, scan: Scan, columns: Columns):
     super().__init__(path.stem, scan.index)
     self._path, self._places, self._stamps = path, scan.index.where, scan.stamps
+    self._name = scan.notes["name"]
     self._columns = columns
 
   def _value(self, number: int, names: tuple[str, ...]) -> Any:
@@ -83,7 +84,7 @@ class ColumnsSource(Source):
     names = tuple(self._columns.fields)
     row = arrow.rows_of(self._value(number, names), self._columns)[0] if names else {}
     row = dict.fromkeys(self._columns.items, "there") | {key: value for key, value in row.items() if value is not None}
-    return parse(row, arrow.default_id(str(self._path), self._row(number))).fields
+    return parse(row, f"{self._name}:{self._row(number)}").fields
 
   def _read(self, number: int, modality: str) -> Path | bytes:
     column = self._columns.items[modality]
@@ -172,9 +173,9 @@ def open_files(
     OSError: if a file cannot be read.
   """
   bad, columns = Bad(max_bad_records), dict(columns or {})
-  scan = lambda path: scanned([path], lambda bad: _scan(path, bad, columns), bad, revision="parquet-1",
-                              options={"columns": columns}, cache=cache)  # fmt: skip
-  sources = [ParquetSource(path, scan(path)) for path in paths]
+  scan = lambda path, name: scanned([path], lambda bad: _scan(path, name, bad, columns), bad, revision="parquet-1",
+                                    options={"columns": columns, "name": name}, cache=cache)  # fmt: skip
+  sources = [ParquetSource(path, scan(path, name)) for path, name in zip(paths, short_names(paths))]
   alike(sources)
   return sources
 
@@ -193,7 +194,7 @@ def alike(sources: Sequence[ColumnsSource]) -> None:
       raise ValueError(f"{source._path}: no column {name!r}, which {other} has")
 
 
-def _scan(path: PurePath, bad: Bad, columns: Mapping[str, str]) -> Scan:
+def _scan(path: PurePath, name: str, bad: Bad, columns: Mapping[str, str]) -> Scan:
   import pyarrow as pa
 
   builder, further, start = IndexBuilder(), {}, 0
@@ -207,9 +208,9 @@ def _scan(path: PurePath, bad: Bad, columns: Mapping[str, str]) -> Scan:
       except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: row group {group} cannot be read ({error})") from error
       where = np.stack([np.full(rows, group), np.arange(rows)], 1).astype(np.int64)
-      further |= arrow.add_table(builder, bad, fields, there, found, str(path), start, where)
+      further |= arrow.add_table(builder, bad, fields, there, found, path, name, start, where)
       start += rows
-  notes = {"columns": dataclasses.asdict(found), "groups": sizes}
+  notes = {"name": name, "columns": dataclasses.asdict(found), "groups": sizes}
   scan = Scan(builder.build(), further=(*further, *found.aside), notes=notes)
   source = ParquetSource(path, scan)
   if pair := twice(scan.index):

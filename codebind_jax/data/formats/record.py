@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -182,6 +183,20 @@ def _plain(
 def modality_keys() -> frozenset[str]:
   """Keys of what is read from files: all modalities but text."""
   return _known(tuple(transforms.__path__))
+
+
+def short_names(paths: Sequence[PurePath]) -> list[str]:
+  """Names of files in the ids of records that name none: the last part of each path, or as many as tell them apart.
+
+  >>> short_names([PurePath("x/a/data.csv"), PurePath("x/b/data.csv")])
+  ['a/data.csv', 'b/data.csv']
+  """
+  longest = max((len(path.parts) for path in paths), default=1)
+  for count in range(1, longest + 1):
+    names = ["/".join(path.parts[-count:]) for path in paths]
+    if len(set(names)) == len(names):
+      break
+  return names if paths else []
 
 
 def known_keys() -> tuple[str, ...]:

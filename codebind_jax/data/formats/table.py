@@ -12,7 +12,7 @@ import numpy as np
 
 from codebind_jax.data import ranges
 from codebind_jax.data.formats.jsonl import LineSource, unlike
-from codebind_jax.data.formats.record import Record, add_rows, known_keys, parse, renamed
+from codebind_jax.data.formats.record import Record, add_rows, known_keys, parse, renamed, short_names
 from codebind_jax.data.index_cache import Bad, Scan, scanned
 from codebind_jax.data.records import IndexBuilder, Source
 
@@ -55,7 +55,7 @@ class TableSource(LineSource):
   def _record(self, number: int) -> Record:
     lines = io.StringIO(self._content(number).decode(self._encoding), newline="\n")  # no line ends at U+2028
     cells = next(_reader(lines, self._separator, self._quote))
-    return parse(_row(self._keys, cells), f"{self._file.path.name}:{self._places[number, 1]}")
+    return parse(_row(self._keys, cells), f"{self._name}:{self._places[number, 1]}")
 
 
 def _reader(lines: Iterable[str], separator: str, quote: str) -> Any:
@@ -104,13 +104,14 @@ def open_files(
                      "whose lines cannot be told apart: convert the file") from error  # fmt: skip
   bad, options = Bad(max_bad_records), {"columns": dict(columns or {}), "separator": separator, "encoding": encoding,
                                         "quote": quote}  # fmt: skip
-  scan = lambda path: scanned(
-    [path], lambda bad: _scan(path, bad, **options), bad, revision="table-1", options=options, cache=cache
-  )
-  return [TableSource(path, scan(path), encoding, quote) for path in paths]
+  scan = lambda path, name: scanned([path], lambda bad: _scan(path, name, bad, **options), bad, revision="table-1",
+                                    options=options | {"name": name}, cache=cache)  # fmt: skip
+  return [TableSource(path, scan(path, name), encoding, quote) for path, name in zip(paths, short_names(paths))]
 
 
-def _scan(path: PurePath, bad: Bad, columns: Mapping[str, str], separator: str, encoding: str, quote: str) -> Scan:
+def _scan(
+  path: PurePath, name: str, bad: Bad, columns: Mapping[str, str], separator: str, encoding: str, quote: str
+) -> Scan:
   builder, further = IndexBuilder(), {}
   with ranges.open_binary(path) as file:
     lines = _Lines(file, encoding, str(path))
@@ -120,7 +121,7 @@ def _scan(path: PurePath, bad: Bad, columns: Mapping[str, str], separator: str, 
 
     def flush() -> None:
       places = np.array(where, np.int64).reshape(-1, 2)
-      unfit, others = add_rows(builder, rows, lambda at: f"{path.name}:{where[at][1]}", places)
+      unfit, others = add_rows(builder, rows, lambda at: f"{name}:{where[at][1]}", places)
       further.update(dict.fromkeys(others))
       for at, message in unfit.items():
         bad.add(f"{path}:{where[at][1]}: {message}")
@@ -144,7 +145,7 @@ def _scan(path: PurePath, bad: Bad, columns: Mapping[str, str], separator: str, 
       if len(rows) == _CHUNK:
         flush()
     flush()
-  notes = {"keys": keys, "separator": separator}
+  notes = {"name": name, "keys": keys, "separator": separator}
   scan = Scan(builder.build(), further=tuple(further), notes=notes)
   unlike(TableSource(path, scan, encoding, quote))
   return scan
