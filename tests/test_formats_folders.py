@@ -90,17 +90,20 @@ def test_an_empty_folder(tmp_path):
     open_source(tmp_path)
 
 
-def test_parquet_named_by_split(put, tmp_path):
+def test_parquet_named_by_split(put, tmp_path, caplog):
+  caplog.set_level("INFO")
   put("README.md")
   (tmp_path / "set/data").mkdir()
   for name, labels, first in (("train-00000-of-00002", [0, 1], 0), ("train-00001-of-00002", [1], 2),
-                              ("validation-00000-of-00001-0123abc", [0], 3), ("test-00000-of-00001", [-1], 4)):
+                              ("validation-00000-of-00001-0123abc", [0], 3), ("test-00000-of-00001", [-1], 4),
+                              ("extra-00000-of-00001", [1], 5)):
     pq.write_table(arrow_table(labels, first), tmp_path / f"set/data/{name}.parquet")
   folder = tmp_path / "set"
   assert open_source(folder, split="train").column("label") == ["cat", "dog", "dog"]
   assert open_source(folder, split="val").column("id") == ["n3"]
   assert open_source(folder, split="test").column("label") == [None]
   assert open_source(folder, split="train").read(1, "image") == RED
+  assert len(open_source(folder)) == 5 and "splits that are not used, kept aside: extra" in caplog.text
 
 
 def test_parquet_of_several_configurations(tmp_path):

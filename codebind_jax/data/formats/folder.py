@@ -14,11 +14,9 @@ from absl import logging
 from codebind_jax.data import ranges
 from codebind_jax.data.formats import hugging_face
 from codebind_jax.data.formats.jsonl import item
-from codebind_jax.data.formats.record import BY_ENDING, SPLIT_NAMES
+from codebind_jax.data.formats.record import BY_ENDING, FILE_SPLITS
 from codebind_jax.data.index_cache import Scan
 from codebind_jax.data.records import SPLITS, IndexBuilder, Source
-
-_SPLITS = SPLIT_NAMES | {"valid": "val"}
 
 
 class FolderSource(Source):
@@ -71,8 +69,8 @@ def open_files(paths: Sequence[PurePath], *, cache: Path | None = None, max_bad_
 def _scan(path: PurePath) -> Scan:
   tops, loose = _entries(path)
   splits: list[tuple[str | None, str]] = [(None, "")]
-  if tops and all(top in _SPLITS for top in tops):
-    splits = [(_SPLITS[top], top) for top in tops]
+  if tops and all(top in FILE_SPLITS for top in tops):
+    splits = [(FILE_SPLITS[top], top) for top in tops]
   builder, names, length, aside = IndexBuilder(), [], 0, {}
   for split, top in splits:
     base = path / top if top else path

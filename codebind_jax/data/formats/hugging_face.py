@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import copy
 import dataclasses
+import itertools
 import json
 import re
 import threading
@@ -18,11 +19,10 @@ from codebind_jax.data import ranges
 from codebind_jax.data.formats import columns as arrow
 from codebind_jax.data.formats import jsonl, parquet, table
 from codebind_jax.data.formats.columns import Columns
-from codebind_jax.data.formats.record import BY_ENDING, SPLIT_NAMES
+from codebind_jax.data.formats.record import BY_ENDING, FILE_SPLITS, known_splits
 from codebind_jax.data.index_cache import Bad, Scan, scanned
 from codebind_jax.data.records import SPLITS, IndexBuilder, Source, twice
 
-_SPLITS = SPLIT_NAMES | {"valid": "val", "dev": "val"}
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _SHARD = re.compile(r"(?P<split>[\w.]+?)(-\d{5}-of-\d{5}(-[0-9a-f]+)?)?\.parquet")
 
@@ -61,17 +61,20 @@ def _open(folder: PurePath, options: Mapping[str, Any]) -> list[Source]:
   if (folder / "dataset_dict.json").exists():
     names = _json(folder / "dataset_dict.json").get("splits", [])
     bad = Bad(options["max_bad_records"])
-    return [_saved(folder / name, name, bad, options) for name in names]
+    taken = itertools.compress(names, known_splits(names, str(folder)))
+    return [_saved(folder / name, name, bad, options) for name in taken]
   if (folder / "state.json").exists():
-    return [_saved(folder, _json(folder / "state.json").get("_split") or folder.name, Bad(options["max_bad_records"]), options)]
+    split = _json(folder / "state.json").get("_split") or folder.name
+    return [_saved(folder, split, Bad(options["max_bad_records"]), options)]
   if described := _metadata(folder):
     return _described(described, folder, options)
   shards = _shards(folder)
-  if len({path.parent for path in shards if path.parent.name not in ("data", *_SPLITS)}) > 1:
+  if len({path.parent for path in shards if path.parent.name not in ("data", *FILE_SPLITS)}) > 1:
     names = ", ".join(sorted({path.parent.name for path in shards}))
     raise ValueError(f"{folder}: Parquet files of several configurations: {names}; name the folder of one of them")
-  parts = parquet.open_files(shards, **options)
-  return [_in_split(part, _split_of(path)) for part, path in zip(parts, shards)]
+  splits = [_split_of(path) for path in shards]
+  shards = list(itertools.compress(shards, known_splits(splits, str(folder))))
+  return [_in_split(part, _split_of(path)) for part, path in zip(parquet.open_files(shards, **options), shards)]
 
 
 def _json(path: PurePath) -> dict[str, Any]:
@@ -83,7 +86,7 @@ def _json(path: PurePath) -> dict[str, Any]:
 
 def _metadata(folder: PurePath) -> list[PurePath]:
   """Metadata files in a folder or in its folders of splits."""
-  places = [folder, *(folder / name for name in sorted(_SPLITS))]
+  places = [folder, *(folder / name for name in sorted(FILE_SPLITS))]
   return [place / name for place in places for name in _METADATA if (place / name).exists()]
 
 
@@ -92,19 +95,18 @@ def _shards(folder: PurePath) -> list[PurePath]:
   return sorted({*folder.glob("*.parquet"), *folder.glob("*/*.parquet")}, key=str)
 
 
-def _split_of(path: PurePath) -> str | None:
-  """Split of a Parquet file, by its name or its folder's."""
+def _split_of(path: PurePath) -> str:
+  """Split of a Parquet file, by its name or else its folder's."""
   name = _SHARD.fullmatch(path.name)
-  for word in (name["split"] if name else "", path.parent.name):
-    if word in _SPLITS:
-      return _SPLITS[word]
-  return None
+  words = (name["split"] if name else path.stem, path.parent.name)
+  return next((word for word in words if word in FILE_SPLITS), words[0])
 
 
-def _in_split(source: Source, split: str | None) -> Source:
-  """The same records, in a split unless they name their own."""
-  if split is None or (source.index.split >= 0).any():
+def _in_split(source: Source, split: str) -> Source:
+  """The same records, in a split, if it is a known one, unless they name their own."""
+  if split not in FILE_SPLITS or (source.index.split >= 0).any():
     return source
+  split = FILE_SPLITS[split]
   part = copy.copy(source)
   part.index = dataclasses.replace(source.index, split=np.full(len(source), SPLITS.index(split), np.int8))
   return part
@@ -121,12 +123,13 @@ def _described(paths: Sequence[PurePath], folder: PurePath, options: Mapping[str
       raise ValueError(f"{paths[0]}: no column 'file_name'; it has {', '.join(first)}")
     ending = first["file_name"].rpartition(".")[2].lower()
     if ending not in BY_ENDING:
-      raise ValueError(f"{paths[0]}: file_name {first['file_name']!r}: unknown ending; allowed: {', '.join(BY_ENDING)}, "
-                       "or columns={'depth': 'file_name'} to say what it is")  # fmt: skip
+      name = first["file_name"]
+      raise ValueError(f"{paths[0]}: file_name {name!r}: unknown ending; allowed: {', '.join(BY_ENDING)}; or "
+                       " say what it is by columns={'depth': 'file_name'}")  # fmt: skip
     columns[BY_ENDING[ending]] = "file_name"
   module = {".jsonl": jsonl, ".csv": table, ".parquet": parquet}[paths[0].suffix]
   parts = module.open_files(paths, **dict(options) | {"columns": columns})
-  splits = (_SPLITS.get(path.parent.name) if path.parent != folder else None for path in paths)
+  splits = (path.parent.name if path.parent != folder else "" for path in paths)
   return [_in_split(part, split) for part, split in zip(parts, splits)]
 
 
@@ -209,7 +212,7 @@ def _saved(folder: PurePath, split: str, bad: Bad, options: Mapping[str, Any]) -
   columns = options["columns"]
   scan = scanned(files, lambda bad: _scan_saved(folder, files, bad, columns), bad, revision="saved-1",
                  options={"columns": columns}, cache=options["cache"])  # fmt: skip
-  return _in_split(SavedSource(folder, scan, files), _SPLITS.get(split))
+  return _in_split(SavedSource(folder, scan, files), split)
 
 
 def _scan_saved(folder: PurePath, files: Sequence[PurePath], bad: Bad, columns: Mapping[str, str]) -> Scan:

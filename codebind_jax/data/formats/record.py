@@ -8,12 +8,14 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 from jaxtyping import Int64
 
 from codebind_jax.data import transforms
 from codebind_jax.data.records import SPLITS, IndexBuilder, known_modalities
 
 SPLIT_NAMES = {split: split for split in SPLITS} | {"validation": "val"}
+FILE_SPLITS = SPLIT_NAMES | {"valid": "val", "dev": "val"}  # of folders and files
 TEXT = ("text", "caption")
 # Plain endings of files -> modality; depth, thermal, tactile and others share these endings and are never guessed.
 BY_ENDING = {
@@ -183,6 +185,19 @@ def _plain(
 def modality_keys() -> frozenset[str]:
   """Keys of what is read from files: all modalities but text."""
   return _known(tuple(transforms.__path__))
+
+
+def known_splits(names: Sequence[str | None], name: str) -> list[bool]:
+  """Which parts of a data set are taken: those of a known split, or all where none is; others are logged.
+
+  Args:
+    names: split of each part.
+    name: of the data set, for the log.
+  """
+  known = [split in FILE_SPLITS for split in names]
+  if others := sorted({str(split) for split, there in zip(names, known) if not there}) if any(known) else []:
+    logging.info("%s: splits that are not used, kept aside: %s", name, ", ".join(others))
+  return known if any(known) else [True] * len(names)
 
 
 def short_names(paths: Sequence[PurePath]) -> list[str]:
