@@ -110,7 +110,10 @@ class Model:
     return self._modalities
 
   def on(self, devices: Sequence[jax.Device]) -> Model:
-    """This model with its arrays replicated over devices of this process, and all batches split over them."""
+    """This model with its arrays replicated over devices, and all batches split over them.
+
+    If they are devices of several processes, all of these must call this, and embed the same rows.
+    """
     moved = copy.copy(self)
     moved._layout, moved._streamed = make_layout(MeshShape(), Sharding(), devices), {}
     moved.params, moved.codebooks = jax.device_put((self.params, self.codebooks), moved._layout.replicated)
