@@ -194,7 +194,7 @@ class Feeder:
     keys = string_keys(strings)
     return self._filled("text", keys, Strings(strings, self.trunks["text"].input.prepare)), keys
 
-  def _filled(self, modality: str, keys: np.ndarray, prepared: Sequence[Any]) -> np.ndarray:
+  def _filled(self, modality: str, keys: np.ndarray, prepared: _Views | Strings) -> np.ndarray:
     places, bad = self._cache(modality).fill(
       keys, prepared, process=jax.process_index(), processes=jax.process_count(), wait=distributed.wait_for_all,
       workers=self._data.workers, threads=self._data.threads,
