@@ -210,9 +210,9 @@ class Model:
       devices = layout.row_devices if layout else 1
       size = -(-(1 << (len(rows) - 1).bit_length()) // devices) * devices
     parts = Once(feed, rows, size, process, processes)
-    trim = self.trunk(modality).collate if raw and processes == 1 else np.asarray
+    collate = self.trunk(modality).collate if raw and processes == 1 else np.asarray
     for part in ahead(parts, workers=workers, threads=threads, stop=len(parts)):
-      items, there = trim(part.items), part.good
+      items, there = collate(list(part.items)), part.good
       if layout:
         items, there = layout.put_batch((items, there))
       out = _embed_step(method)(params, self.codebooks, {modality: items})[modality]
