@@ -111,7 +111,10 @@ class Model:
     return self._modalities
 
   def on(self, devices: Sequence[jax.Device]) -> Model:
-    """This model with its arrays replicated over devices of this process, and all batches split over them."""
+    """This model with its arrays replicated over devices, and all batches split over them.
+
+    If they are devices of several processes, all of these must call this, and embed the same rows.
+    """
     moved = copy.copy(self)
     moved._layout, moved._streamed = make_layout(MeshShape(), Sharding(), devices), {}
     moved.params, moved.codebooks = jax.device_put((self.params, self.codebooks), moved._layout.replicated)
@@ -208,9 +211,9 @@ class Model:
       devices = layout.row_devices if layout else 1
       size = -(-(1 << (len(rows) - 1).bit_length()) // devices) * devices
     parts = Once(feed, rows, size, process, processes)
-    trim = self.trunk(modality).collate if raw and processes == 1 else np.asarray
+    collate = self.trunk(modality).collate if raw and processes == 1 else np.asarray
     for part in ahead(parts, workers=workers, threads=threads, stop=len(parts)):
-      items, there = trim(part.items), part.good
+      items, there = collate(list(part.items)), part.good
       if layout:
         items, there = layout.put_batch((items, there))
       out = _embed_step(method)(params, self.codebooks, {modality: items})[modality]

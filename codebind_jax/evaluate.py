@@ -27,6 +27,7 @@ from codebind_jax.evaluators.probe import LinearProbe
 from codebind_jax.evaluators.retrieval import Emergent, Retrieval
 from codebind_jax.evaluators.zeroshot import ZeroShot
 from codebind_jax.runtime import distributed
+from codebind_jax.runtime.guard import BadRecords
 from codebind_jax.runtime.metrics import MetricsWriter, read_metrics
 from codebind_jax.trunks.feeds import Feeder
 
@@ -73,6 +74,7 @@ class Evaluation:
   def __init__(self, config: Config, task: Task, feeder: Feeder, tasks: Sequence[str] = MEASURES):
     self.config, self.task, self.trunks = config, task, feeder.trunks
     self._feeder, self._tasks = feeder, tasks
+    self._bad = BadRecords(config.data.max_bad_records, "left out")
 
   def alone(self) -> None:
     """From now on this process alone embeds and evaluates, with models on its own devices."""
@@ -231,6 +233,10 @@ class Evaluation:
       else:
         feed = self._feeder.clean(source, modality)
       found = self._rows(model, modality, feed, rows)
+      for row, message in found.bad:
+        where = source.where(row)
+        self._bad.add(source.name, row, modality, message if where in message else f"{where}: {modality}: {message}")
+      self._bad.check()
       if found.good.any():
         columns = {field: values[found.good] for field, values in fields.items()}
         table[modality] = found.embeddings.asdict() | columns
@@ -238,10 +244,7 @@ class Evaluation:
 
   def _rows(self, model: Model, modality: str, feed: Feed, rows: np.ndarray | range) -> Embedded:
     data = self.config.data
-    found = model.embed_rows(modality, feed, rows, workers=data.workers, threads=data.threads)
-    for row, message in found.bad:
-      logging.warning("row %d is left out: %s", row, message)
-    return found
+    return model.embed_rows(modality, feed, rows, workers=data.workers, threads=data.threads)
 
   def finish(self, model: Model, step: int, writer: Any) -> dict[str, float]:
     """Evaluates a finished run and writes the metrics; a run that is evaluated already gets the written ones."""
@@ -338,23 +341,28 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
     workdir: folder of the metrics.
 
   Returns:
-    Metrics by name.
+    Metrics by name; {} on processes other than 0.
 
   Raises:
     ValueError: naming the fault of the checkpoint or the manifest, or what the task needs and the manifest lacks.
   """
   config = config_lib.read(config)
-  model = load(config.init_from)
-  task = open_task(config.data, default_split="test")
+  with distributed.process_0_first():  # worlds are fetched and built, and published trunks fetched
+    model = load(config.init_from)
+    task = open_task(config.data, default_split="test")
   data = dataclasses.replace(
     model.config.data, root=config.data.root, workers=config.data.workers, threads=config.data.threads,
     max_bad_records=config.data.max_bad_records, eval_templates=config.data.eval_templates,
     templates_of=schema.Frozen(),
   )
   settings = dataclasses.replace(model.config, test=True, emergent=(), data=data)
-  evaluation = Evaluation(settings, task, Feeder(data, settings.model.towers, model.trunks), (config.task,))
+  with distributed.process_0_first():
+    feeder = Feeder(data, settings.model.towers, model.trunks)
+  evaluation = Evaluation(settings, task, feeder, (config.task,))
   model.trunks = evaluation.trunks
-  metrics = evaluation.everything(model)
+  metrics = evaluation.everything(model.on(jax.devices()) if jax.device_count() > 1 else model)
+  if jax.process_index():
+    return {}
   if not metrics:
     raise ValueError(f"task {config.task!r}: {task.name} has nothing to measure; {NEEDS[config.task]}")
   folder = pathlib.Path(workdir).expanduser().absolute()

@@ -235,7 +235,7 @@ def test_a_number_out_of_its_range_is_refused(path, value, allowed):
   ("path", "value", "message"),
   [
     ("data.worlds", ("atlantis",), "config.data.worlds: 'atlantis' is not allowed; allowed: "),
-    ("data.worlds", (), "config.data.worlds: is empty; allowed: some of .* or data.manifest set"),
+    ("data.worlds", (), "config.data.worlds: is empty; allowed: some of .* or data.files set"),
     ("model.towers.text.starts_from", "smell", "model.towers.text.starts_from: 'smell' is not allowed; allowed: "),
     ("model.towers.image.meaning_dim", 0, "config.model.towers.image.meaning_dim: got 0; allowed: 1 and up"),
     ("model.towers.image.specific_dim", 3, "specific_dim: got 3; allowed: 0 or a multiple of codebook.dim .2."),

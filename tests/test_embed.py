@@ -203,14 +203,14 @@ def test_bad_records_are_named_counted_and_bounded(trained, model, tmp_path):
 
 
 def test_an_embedding_that_is_not_finite_is_a_bad_record(trained, model, tmp_path, monkeypatch):
-  real = type(model).embed_prepared
+  real = type(model).embed_rows
 
-  def broken(self, modality, prepared):
-    found = real(self, modality, prepared)
-    found.full[1] = np.nan
+  def broken(self, *args, **options):
+    found = real(self, *args, **options)
+    found.embeddings.full[1] = np.nan
     return found
 
-  monkeypatch.setattr(type(model), "embed_prepared", broken)
+  monkeypatch.setattr(type(model), "embed_rows", broken)
   path = manifest_of(tmp_path, trained, [{"id": name, "text": name} for name in "abc"])
   plan = plan_of(config_of(trained, **{"data.manifest": str(path), "data.max_bad_records": 1}),
                              tmp_path / "out", model)  # fmt: skip

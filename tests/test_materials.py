@@ -176,15 +176,16 @@ def test_toy_world_is_built_whole(toy):
   assert image.shape == felt.shape == (96, 96, 3) and image.dtype == felt.dtype == np.uint8
   assert len({r["image"].tobytes() for r in source}) == 12
   val = open_source("world:materials", profile="small", split="val", data_dir=str(toy))
-  assert {(r["label"], r["concept"]) for r in val.rows} == {("brick", "brick")}
+  assert {*zip(val.column("label"), val.column("concept"))} == {("brick", "brick")}
 
 
 def test_rule_5_all_crops_of_a_texture_are_in_its_split(toy):
   registry.ensure("materials", "small", toy)
   splits = collections.defaultdict(list)
   for split in ("train", "val", "test"):
-    for row in open_source("world:materials", profile="small", split=split, data_dir=str(toy)).rows:
-      splits[row["texture"]].append(split)
+    source = open_source("world:materials", profile="small", split=split, data_dir=str(toy))
+    for texture in source.column("texture"):
+      splits[texture].append(split)
   assert sorted(len(found) for found in splits.values()) == [12, 12, 24, 24]
   assert all(len(set(found)) == 1 for found in splits.values())
 

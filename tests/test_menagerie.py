@@ -244,7 +244,7 @@ def test_toy_world_is_built_whole(toy, caplog):
                                  "pretty-midi:steel-drum-0": "silent"}
   assert "left out qabcs:usr/mute.wav: silent" in caplog.text
   assert manifest["splits"] == {"train": 1 + 37 + 1, "val": 2 + 2, "test": 2 + 7 + 1, "test_emergent": 2}
-  train = {row["id"]: i for i, row in enumerate(rows(toy, "train").rows)}
+  train = {name: i for i, name in enumerate(rows(toy, "train").column("id"))}
   cow = rows(toy, "train")[train["qabcs:usr/cow.wav"]]
   samples = cow.pop("audio")
   assert cow == {"id": "qabcs:usr/cow.wav", "concept": "cow", "label": "cow", "text": ["cow", "cow sound"],
@@ -256,7 +256,7 @@ def test_toy_world_is_built_whole(toy, caplog):
   note = rows(toy, "train")[train["fluid:steel-drum-1"]]
   assert note["label"] == "steel drum" and note["text"] == ["steel drum"] and note["kind"] == "note"
   np.testing.assert_allclose(note["audio"], 0.1, atol=1e-4)
-  assert {row["id"] for row in rows(toy, "test_emergent").rows} == {"gcompris:top/cow.ogg", "anim-1:1"}
+  assert set(rows(toy, "test_emergent").column("id")) == {"gcompris:top/cow.ogg", "anim-1:1"}
   credits = (folder / "ATTRIBUTION.md").read_text()
   assert all(f"maker of {i}" in credits for i in ("qabcs", "fluid", "anim-3"))
 
@@ -273,7 +273,7 @@ def test_without_tinysoundfont_there_are_no_notes_until_it_is_there(toy, monkeyp
   menagerie.plan.cache_clear()
   folder = registry.ensure("menagerie", "full", toy)
   assert "no instrument notes, as tinysoundfont is not installed: pip install" in caplog.text
-  assert {row["form"] for row in rows(toy, "train").rows} == {"recording", "clip"}
+  assert set(rows(toy, "train").column("form")) == {"recording", "clip"}
   assert "fluid" not in json.loads((folder / "manifest.json").read_text())["packages"]
   assert "test_notes" not in menagerie.eval_sets("full")
   with pytest.raises(ValueError, match="profile 'tiny' needs tinysoundfont: pip install --no-deps"):
@@ -281,7 +281,7 @@ def test_without_tinysoundfont_there_are_no_notes_until_it_is_there(toy, monkeyp
   monkeypatch.setattr(notes, "available", lambda: True)
   menagerie.plan.cache_clear()
   registry.ensure("menagerie", "full", toy)
-  assert "note" in {row["form"] for row in rows(toy, "train").rows}
+  assert "note" in rows(toy, "train").column("form")
 
 
 def test_a_changed_recording_of_debian_is_dropped_and_a_lost_clip_is_an_error(toy):

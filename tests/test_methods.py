@@ -331,8 +331,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(name, tmp_path, monkeypatch):
   codes = toc.codes_of(model)
   assert codes.shape == (12, 8)
   chosen = toc.choose(codes, 6, (1, 0))
-  tokens = np.random.default_rng(0).normal(size=(5, 1, 64)).astype(np.float32)
-  whole = model.embed_tokens("audio", tokens).shared
-  sliced = Sliced(model, np.array(chosen["channels"]), 8).embed_tokens("audio", tokens).shared
+  vectors = [*np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)]
+  whole = model.embed({"audio": vectors})["audio"].shared
+  sliced = Sliced(model, np.array(chosen["channels"]), 8).embed({"audio": vectors})["audio"].shared
   kept = whole[:, chosen["channels"]]
   np.testing.assert_allclose(sliced, kept / np.linalg.norm(kept, axis=1, keepdims=True), atol=1e-6)

@@ -54,7 +54,7 @@ def test_sources_are_the_same_again_and_have_what_their_name_says():
   assert one.content_hash(3, "image") == two.content_hash(3, "image") != one.content_hash(4, "image")
   picked = one.select([5, 3])
   np.testing.assert_array_equal(picked.read(1, "image"), one.read(3, "image"))
-  assert picked.rows[1]["text"][0] == picked.rows[1]["label"]
+  assert picked.fields(1)["text"][0] == picked.fields(1)["label"]
   with pytest.raises(ValueError, match="unknown modality 'smell'"):
     open_source("world:synthetic-smell", split="val")
 

@@ -42,6 +42,7 @@ def tiny_config(manifest: pathlib.Path, root: pathlib.Path, **overrides):
   config.model.towers.image.options = {
     "weights": "random", "size": 32, "grid": 2, "stages": ((1, 3, 1, 1, 8), (1, 3, 2, 2, 16)), "head_width": 32
   }
+  config.model.towers.image.augment = {"kind": "drawing"}
   config.model.towers.text.options = {"weights": "random", "layers": 1, "width": 32, "heads": 4}
   config.update_from_flattened_dict(overrides)
   return config.lock()

@@ -56,19 +56,20 @@ class BadRecords:
 
   Args:
     allowed: `config.data.max_bad_records`.
+    fate: what becomes of such an item, for the log.
   """
 
-  def __init__(self, allowed: int):
-    self._allowed, self._known = allowed, {}
+  def __init__(self, allowed: int, fate: str = "masked"):
+    self._allowed, self._fate, self._known = allowed, fate, {}
 
   def add(self, source: str, row: int, modality: str, message: str) -> None:
     """Counts an item, unless it is known."""
     if (source, row, modality) not in self._known:
       self._known[source, row, modality] = message
-      logging.warning("masked: %s", message)
+      logging.warning("%s: %s", self._fate, message)
 
   def check(self) -> None:
-    """Compares the count of all processes with the number allowed; every process must call it after the same step.
+    """Compares the count of all processes with the number allowed; every process must call it at the same point.
 
     Raises:
       ValueError: if there are more.

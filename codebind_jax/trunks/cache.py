@@ -128,7 +128,7 @@ class TokenCache:
     return out
 
   def fill(
-    self, keys: UInt64[np.ndarray, "n 2"], prepared: Sequence[Any], *, process: int = 0, processes: int = 1,
+    self, keys: UInt64[np.ndarray, "n 2"], prepared: Any, *, process: int = 0, processes: int = 1,
     wait: Callable[[str], None] = lambda name: None, workers: int = 0, threads: int = 2,
   ) -> tuple[Int64[np.ndarray, "n"], list[str]]:  # fmt: skip
     """Computes what is not there; every process a part of it, on all of its devices.
@@ -166,7 +166,7 @@ class TokenCache:
     """The places of texts, computed by this process where they are not there."""
     return self.fill(string_keys(strings), Strings(strings, self._trunk.input.prepare))[0]
 
-  def _compute(self, own: np.ndarray, units: np.ndarray, prepared: Sequence[Any], workers: int, threads: int) -> list:
+  def _compute(self, own: np.ndarray, units: np.ndarray, prepared: Any, workers: int, threads: int) -> list[str]:
     self._folder.mkdir(parents=True, exist_ok=True)
     began, label = time.perf_counter(), f"{self._trunk.modality} tokens"
     bad, waiting, views = [], {}, units.shape[1]
@@ -215,7 +215,7 @@ class TokenCache:
 class _Chosen:
   """Some units of prepared items; what cannot be read is given as the error."""
 
-  def __init__(self, prepared: Sequence[Any], own: np.ndarray):
+  def __init__(self, prepared: Any, own: np.ndarray):
     self._prepared, self._own = prepared, own
 
   def __getitem__(self, number: int) -> Any:

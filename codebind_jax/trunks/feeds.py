@@ -196,7 +196,7 @@ class Feeder:
     keys = string_keys(strings)
     return self._filled("text", keys, Strings(strings, self.trunks["text"].input.prepare)), keys
 
-  def _filled(self, modality: str, keys: np.ndarray, prepared: Sequence[Any]) -> np.ndarray:
+  def _filled(self, modality: str, keys: np.ndarray, prepared: _Views | Strings) -> np.ndarray:
     places, bad = self._cache(modality).fill(
       keys, prepared, process=self.process[0], processes=self.process[1],
       wait=distributed.wait_for_all if self.process[1] > 1 else lambda name: None, workers=self._data.workers,
