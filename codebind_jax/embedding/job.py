@@ -25,13 +25,13 @@ import tqdm
 from absl import logging
 
 from codebind_jax import config as config_lib
+from codebind_jax import files
 from codebind_jax.api import Embeddings, Model, load
 from codebind_jax.config import Embed
 from codebind_jax.data.manifest import parse_record
 from codebind_jax.data.task import Data
 from codebind_jax.embedding import shards
 from codebind_jax.embedding.shards import ShardReport
-from codebind_jax.files import write_whole
 from codebind_jax.runtime import distributed
 from codebind_jax.schema import check_keys
 
@@ -58,7 +58,7 @@ class Plan:
   """
 
   manifest: pathlib.Path
-  folder: pathlib.Path
+  folder: files.Path
   digest: str
   starts: tuple[tuple[int, int], ...]
   records: int
@@ -69,7 +69,7 @@ class Plan:
   threads: int
   max_bad_records: int
 
-  def path(self, number: int) -> pathlib.Path:
+  def path(self, number: int) -> files.Path:
     """Where a shard is, once finished."""
     return shards.shard_path(self.folder, number, len(self.starts))
 
@@ -92,7 +92,7 @@ class Plan:
     return shards.make_schema(columns, self.dtype)
 
 
-def make_plan(settings: Embed, data: Data, workdir: str | pathlib.Path, model: Model) -> Plan:
+def make_plan(settings: Embed, data: Data, workdir: str | files.Path, model: Model) -> Plan:
   """The job of the two sections; reads the manifest once, without keeping it.
 
   Raises:
@@ -109,7 +109,7 @@ def make_plan(settings: Embed, data: Data, workdir: str | pathlib.Path, model: M
     raise ValueError(f"{manifest}: no records")
   recipe = [_FORMAT, model.fingerprint(modalities), content, settings.shard_rows, settings.dtype, widths]
   return Plan(
-    manifest, pathlib.Path(workdir).expanduser().absolute(), hashlib.sha256(json.dumps(recipe).encode()).hexdigest(),
+    manifest, files.path(workdir), hashlib.sha256(json.dumps(recipe).encode()).hexdigest(),
     starts, records, settings.shard_rows, widths, settings.dtype, settings.batch_size, settings.threads,
     data.max_bad_records,
   )  # fmt: skip
@@ -247,7 +247,7 @@ def embed_shards(plan: Plan, model: Model, *, process: int = 0, processes: int =
   Raises:
     ValueError: for a shard of another job in the folder, or more bad records than allowed.
   """
-  plan.folder.mkdir(parents=True, exist_ok=True)
+  files.make_folder(plan.folder)
   done = plan.finished()
   own = range(process, len(plan.starts), processes)
   missing = [number for number in own if number not in done]
@@ -286,16 +286,16 @@ def summarise(plan: Plan, run: str) -> dict[str, Any]:
     "bad_records": bad, "ignored_modalities": dict(ignored), "dtype": plan.dtype, "columns": plan.widths,
     "shards": [{"file": plan.path(number).name, "rows": report.rows} for number, report in enumerate(reports)],
   }  # fmt: skip
-  write_whole(plan.folder / shards.SUMMARY, json.dumps(summary, indent=1) + "\n")
-  for left in plan.folder.glob("*.part"):  # of processes that were killed
-    left.unlink(missing_ok=True)
+  files.write_whole(plan.folder / shards.SUMMARY, json.dumps(summary, indent=1) + "\n")
+  for left in files.children(plan.folder, "*.part"):  # of processes that were killed
+    files.remove(left)
   if ignored:
     logging.warning("modalities that were not embedded, and how many records have them: %s", dict(ignored))
   logging.info("%s: %d rows, %d bad records left out", plan.folder, summary["rows"], len(bad))
   return summary
 
 
-def embed(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
+def embed(config: Any, workdir: str | files.Path) -> dict[str, Any]:
   """Mode `embed`: this process's shards of the job, and on process 0 the summary once all are done.
 
   Args:
@@ -309,6 +309,7 @@ def embed(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
     ValueError: naming what is wrong with the run, the manifest or the folder.
   """
   config = config_lib.validate(config)
+  files.probe(files.path(workdir), write=True)
   model = load(config.init_from)
   plan = make_plan(config.embed, config.data, workdir, model)
   embed_shards(plan, model.on(jax.local_devices()), process=jax.process_index(), processes=jax.process_count())
