@@ -134,9 +134,19 @@ def _google() -> Any:
   import aiohttp
   from gcsfs.core import GCSFileSystem  # that of the package also asks by gRPC what kind a bucket is
 
+  # `_ask` tries again; gcsfs would do so six times itself, in half a minute that no limit knows.
+  once = lambda name: getattr(getattr(GCSFileSystem, name), "__wrapped__", getattr(GCSFileSystem, name))
+
+  class Storage(GCSFileSystem):
+    _get_file_request = once("_get_file_request")
+
+    async def _request(self, *args: Any, data: Any = None, **kwargs: Any) -> Any:
+      data = io.BytesIO(data) if isinstance(data, bytes) else data  # as aiohttp wants a large body
+      return await once("_request")(self, *args, data=data, **kwargs)
+
   quiet = aiohttp.ClientTimeout(total=None, sock_connect=patience.quiet, sock_read=patience.quiet)
   emulated = os.environ.get("STORAGE_EMULATOR_HOST") and not os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
-  return GCSFileSystem(
+  return Storage(
     token="anon" if emulated else None, requests_timeout=quiet, use_listings_cache=False, skip_instance_cache=True,
   )  # fmt: skip
 
