@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Bool, Float, Int
 
 from codebind_jax import config as config_lib
-from codebind_jax import schema
+from codebind_jax import files, schema
 from codebind_jax.data.ahead import ahead
 from codebind_jax.data.batches import Once
 from codebind_jax.data.examples import Feed, Tokens, Values
@@ -259,13 +259,13 @@ class Model:
       raise ValueError(f"combine: the weighted embeddings of item {lost[0]} add up to zero, which has no direction")
     return np.asarray(unit(total), np.float32)
 
-  def save(self, folder: str | pathlib.Path, *, trunks: str = "include") -> pathlib.Path:
+  def save(self, folder: str | files.Path, *, trunks: str = "include") -> files.Path:
     """Writes the model to a folder that `load` reads: safetensors, config.json, a model card; LoRA is merged.
 
     The folder appears whole or not at all.
 
     Args:
-      folder: new or empty, or one that holds a saved model, which is replaced.
+      folder: new or empty, or one that holds a saved model, which is replaced; local, gs:// or s3://.
       trunks: "include" writes all trunks' values, so that the folder needs nothing else. "reference" leaves out those
         that are as in their checkpoint, and names it and its SHA-256, which `load` compares.
 
@@ -352,38 +352,42 @@ def _columns(out: Any) -> tuple[Any, ...]:
   return out.shared, out.specific, out.full, out.indices_shared, out.indices_specific
 
 
-def load(source: str | pathlib.Path, *, modalities: Sequence[str] | None = None, **options: Any) -> Model:
+def load(source: str | files.Path, *, modalities: Sequence[str] | None = None, **options: Any) -> Model:
   """Loads a trained model, or a published checkpoint.
 
   Args:
     source: the workdir of a training run, a folder that `Model.save` wrote, a file or folder of a family that
-      `list_pretrained` names, or "hf:org/name[@revision]" for one of these on the Hugging Face hub (extra `hub`).
+      `list_pretrained` names, any of these under gs:// or s3:// (extras `gcs`, `s3`), or "hf:org/name[@revision]" for
+      one of these on the Hugging Face hub (extra `hub`). A far run's arrays are read where they are; of other far
+      files a copy is kept, see `files.fetched`.
     modalities: those to load; all that the source has unless given.
     **options: of a published family's `make_trunk`, such as `dtype="bfloat16"` or the `base` of a CodeBind release.
 
   Raises:
     ValueError: if there is no such path, it is no supported checkpoint, is damaged, or lacks a modality; if the hub
-      lacks the model or cannot be reached.
+      lacks the model, or the hub or a far disk cannot be reached.
   """
   if isinstance(modalities, str):
     raise ValueError(f"modalities: got {modalities!r}; a list of names is needed, [{modalities!r}] for one")
   if str(source).startswith(hub.PREFIX):
     source = hub.fetch(str(source))
-  path = pathlib.Path(source).expanduser()
-  if not path.exists():
+  path = files.path(source)
+  files.probe(path)
+  if not files.exists(path):
     raise ValueError(f"{str(source)!r}: no such file or folder")
-  own = (path / checkpoint.FOLDER).is_dir() or saved_folder.is_saved(path)
-  if own and options:
+  is_run = files.is_folder(path / checkpoint.FOLDER)
+  if (is_run or saved_folder.is_saved(path)) and options:
     raise ValueError(f"{path}: has its own options; {next(iter(options))!r} is for published checkpoints")
-  if (path / checkpoint.FOLDER).is_dir():
+  if is_run:
     return _of_run(path, modalities)
+  path = files.fetched(path)
   if saved_folder.is_saved(path):
     parts = saved_folder.read(path, modalities)
     return Model(parts.config, parts.params, parts.codebooks, parts.trunks, modalities=parts.modalities)
   return _published(path, modalities, options)
 
 
-def _chosen(wanted: Sequence[str] | None, there: Sequence[str], where: pathlib.Path) -> tuple[str, ...]:
+def _chosen(wanted: Sequence[str] | None, there: Sequence[str], where: files.Path) -> tuple[str, ...]:
   """The modalities to load, each of which must be there."""
   lacking = [name for name in wanted or () if name not in there]
   if lacking:
@@ -391,7 +395,7 @@ def _chosen(wanted: Sequence[str] | None, there: Sequence[str], where: pathlib.P
   return tuple(there if wanted is None else wanted)
 
 
-def _of_run(folder: pathlib.Path, modalities: Sequence[str] | None) -> Model:
+def _of_run(folder: files.Path, modalities: Sequence[str] | None) -> Model:
   store = checkpoint.Checkpoints(folder)
   try:
     meta, arrays = store.read_meta(), store.read_arrays()
