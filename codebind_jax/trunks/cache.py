@@ -30,6 +30,7 @@ from codebind_jax.trunks.base import Trunk
 
 REVISION = "tokens-1"
 SHARD_ITEMS = 1024  # computed items that a kill can lose
+_MANY = 256  # items for each worker process, from which on they are started
 _BATCH = 16  # items of a trunk's batch, a device
 _SUFFIX = ".array_record"
 
@@ -171,6 +172,7 @@ class TokenCache:
     began, label = time.perf_counter(), f"{self._trunk.modality} tokens"
     bad, waiting, views = [], {}, units.shape[1]
     with _Writer(self._folder) as writer, tqdm.tqdm(total=len(own), desc=label, unit="item", disable=None) as bar:
+      workers = workers if len(own) >= _MANY * workers else 0
       reading = ahead(_Chosen(prepared, own), workers=workers, threads=threads, stop=len(own))
       for unit, items in zip(own, reading):
         bar.update()
