@@ -24,6 +24,7 @@ from codebind_jax import files
 from codebind_jax.trunks.base import Trunk
 
 _FORMAT = "features-1"
+_CHUNKS = "chunks.jsonl"
 _ITEMS_PER_CHUNK = 256
 _THREADS = 2
 
@@ -55,7 +56,7 @@ def cached_features(
   keys: Sequence[str],
   read: Callable[[int], Any],
   *,
-  cache_dir: str | Path,
+  cache_dir: str | files.Path,
   views: int = 1,
   augment: Callable[[Any, np.random.Generator], Any] | None = None,
   seed: int = 0,
@@ -73,7 +74,8 @@ def cached_features(
     trunk: the frozen network.
     keys: N unique ids.
     read: index -> raw value, as `trunk.preprocess` takes it; called from several threads.
-    cache_dir: folder of all feature sets.
+    cache_dir: folder of all feature sets. Of a far one, sets are copied to `files.cache_folder`, and computed there and
+      uploaded if they lack.
     views: views per item, the clean one included.
     augment: function for the other views; its `repr` must determine what it does (as a frozen dataclass's does).
     seed: of the augmentation.
@@ -98,15 +100,32 @@ def cached_features(
     "seed": seed if views > 1 else 0, "items": [[key, str(value)] for key, value in zip(keys, hashes, strict=True)],
   }  # fmt: skip
   name = f"{trunk.name}-{hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:24]}"
-  folder = Path(cache_dir).expanduser().absolute() / name
+  place = files.path(cache_dir) / name
+  folder = files.cache_folder() / "features" / name if files.is_far(place) else place
   inner = (trunk.num_tokens, trunk.width) if encode else trunk.input.shape
   shape, dtype = (len(keys), views, *inner), np.dtype(np.float16 if encode else trunk.input.dtype)
   folder.parent.mkdir(parents=True, exist_ok=True)
   with files.lock(folder.with_name(f".{name}.lock"), f"computes the features {name}"):
-    if folder.exists() and (array := _open_finished(folder, shape, dtype)) is not None:
+    there = files.is_far(place) and files.is_file(place / _CHUNKS)
+    if there and not folder.exists():
+      _copy(place, folder)
+    array = _open_finished(folder, shape, dtype) if folder.exists() else None
+    if array is not None and (there or not files.is_far(place)):
       return array
-    job = _Job(trunk, keys, read, views, augment, seed, batch, progress, encode)
-    return job.run(folder, shape, dtype)
+    if array is None:
+      array = _Job(trunk, keys, read, views, augment, seed, batch, progress, encode).run(folder, shape, dtype)
+    if files.is_far(place):
+      files.replace_folder(folder, place, last=_CHUNKS)
+    return array
+
+
+def _copy(place: files.Path, folder: Path) -> None:
+  """Copies a far set."""
+  part = folder.with_name(f"{folder.name}.copy")
+  part.mkdir(exist_ok=True)
+  for name in ("features.npy", _CHUNKS):
+    files.download(place / name, part / name)
+  os.replace(part, folder)
 
 
 def _check(keys: list[str], views: int, augment: Any, hashes: Sequence[str] | None) -> None:
@@ -134,7 +153,7 @@ def _open_array(folder: Path, shape: tuple[int, ...], dtype: np.dtype, mode: str
 
 def _finished(folder: Path, array: np.ndarray) -> list[tuple[int, int]]:
   """Row ranges whose bytes have the recorded checksum."""
-  path, good = folder / "chunks.jsonl", []
+  path, good = folder / _CHUNKS, []
   for line in path.read_text().splitlines() if path.exists() else []:
     try:
       record = json.loads(line)
@@ -181,7 +200,7 @@ class _Job:
     part.mkdir(exist_ok=True)
     array = _open_array(part, shape, dtype, "r+")
     if array is None:
-      (part / "chunks.jsonl").unlink(missing_ok=True)
+      (part / _CHUNKS).unlink(missing_ok=True)
       array = np.lib.format.open_memmap(part / "features.npy", mode="w+", dtype=dtype, shape=shape)
     done = _covered(_finished(part, array), shape[0])
     self._fill(part, array, done)
@@ -197,7 +216,7 @@ class _Job:
     items, began = len(missing) * self.views, time.perf_counter()
     label = f"{self.trunk.modality} features"
     bar = tqdm.tqdm(total=items, desc=label, unit="item", disable=None if self.progress else True)
-    with bar, ThreadPoolExecutor(_THREADS) as pool, open(part / "chunks.jsonl", "a") as log:
+    with bar, ThreadPoolExecutor(_THREADS) as pool, open(part / _CHUNKS, "a") as log:
       log.write("\n")
       waiting = [pool.submit(self._prepare, int(row)) for row in chunks[0]] if chunks else []
       for index, rows in enumerate(chunks):

@@ -39,7 +39,7 @@ def class_embeddings(text_trunk: str) -> Float[np.ndarray, "classes d"]:
   names = imagenet_names()
   keys = [f"{number}: {name}" for number, name in enumerate(names)]  # two classes are called crane, and two maillot
   features = cached_features(
-    load_trunk(text_trunk), keys, names.__getitem__, cache_dir=fetch.data_dir() / "features", hashes=names
+    load_trunk(text_trunk), keys, names.__getitem__, cache_dir=fetch.features_dir(), hashes=names
   )
   return np.asarray(features[:, 0, 0], np.float32)
 

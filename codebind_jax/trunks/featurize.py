@@ -62,7 +62,7 @@ class Featurizer:
 
   def __init__(self, data: Data, towers: Mapping[str, TowerSpec], trunks: Mapping[str, Any] | None = None):
     self._data, self._towers = data, towers
-    self._cache = fetch.data_dir(data.root or None) / "features"
+    self._cache = fetch.features_dir(data.root or None)
     self._texts: dict[str, np.ndarray] = {}
     self.trunks = dict(trunks or {})
     for name, tower in towers.items():
