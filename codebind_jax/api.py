@@ -382,11 +382,16 @@ def load(source: str | files.Path, *, modalities: Sequence[str] | None = None, *
     raise ValueError(f"{path}: has its own options; {next(iter(options))!r} is for published checkpoints")
   if is_run:
     return _of_run(path, modalities)
-  path = files.fetched(path)
-  if saved_folder.is_saved(path):
-    parts = saved_folder.read(path, modalities)
-    return Model(parts.config, parts.params, parts.codebooks, parts.trunks, modalities=parts.modalities)
-  return _published(path, modalities, options)
+  local = files.fetched(path)
+  try:
+    if saved_folder.is_saved(local):
+      parts = saved_folder.read(local, modalities)
+      return Model(parts.config, parts.params, parts.codebooks, parts.trunks, modalities=parts.modalities)
+    return _published(local, modalities, options)
+  except ValueError as error:
+    if local == path:
+      raise
+    raise ValueError(str(error).replace(str(local), str(path))) from error
 
 
 def _chosen(wanted: Sequence[str] | None, there: Sequence[str], where: files.Path) -> tuple[str, ...]:
