@@ -223,6 +223,12 @@ def test_content_hash_follows_content(write, tmp_path):
   source = open_source(path)
   assert source.content_hash(0, "image") == source.content_hash(1, "image")
   assert source.content_hash(0, "text") != source.content_hash(1, "text")
+  (tmp_path / "film").mkdir()
+  (tmp_path / "film" / "0.png").write_bytes(png((1, 2, 3)))
+  film = open_source(write({"video": "film"}, name="film.jsonl"))
+  hashed = film.content_hash(0, "video")
+  (tmp_path / "film" / "1.png").write_bytes(png((1, 2, 3)))
+  assert film.content_hash(0, "video") != hashed
   before = source.content_hash(0, "image")
   (tmp_path / "red.png").write_bytes(png((1, 2, 3)))
   assert source.content_hash(0, "image") != before

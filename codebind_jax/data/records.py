@@ -94,13 +94,17 @@ class _Reference:
   """A memory-mapped array in a pickle: worker processes share the file's pages, and hold no copies."""
 
   path: str
+  size: int
   offset: int
   shape: tuple[int, ...]
   type: str
 
   def array(self) -> np.ndarray:
     length = int(np.prod(self.shape)) * np.dtype(self.type).itemsize
-    return map_file(self.path)[self.offset : self.offset + length].view(self.type).reshape(self.shape)
+    whole = map_file(self.path)
+    if len(whole) != self.size:
+      raise ValueError(f"{self.path}: was replaced while the run started; start again")
+    return whole[self.offset : self.offset + length].view(self.type).reshape(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,10 +145,11 @@ def _in_short(array: np.ndarray) -> Any:
   root = array
   while isinstance(root.base, np.ndarray):
     root = root.base
-  if not isinstance(root, np.memmap) or not root.filename or not array.flags.c_contiguous:
+  whole = isinstance(root, np.memmap) and root.filename and root.dtype == np.uint8 and not root.offset
+  if not whole or not array.flags.c_contiguous:
     return array
   at = [one.__array_interface__["data"][0] for one in (root, array)]
-  return _Reference(str(root.filename), root.offset + at[1] - at[0], array.shape, array.dtype.str)
+  return _Reference(str(root.filename), root.size, at[1] - at[0], array.shape, array.dtype.str)
 
 
 def _mapped(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class LineSource(Source):
     if modality == "text":
       content = json.dumps(record.fields["text"]).encode()
     else:
-      content = ranges.read_whole(self._file.path.parent / record.items[modality])
+      content = content_of(item_path(self._file.path, record.items[modality]))
     return hashlib.sha256(modality.encode() + content).hexdigest()
 
   def _where(self, number: int) -> str:
@@ -78,8 +78,20 @@ def item(file: PurePath, value: str | bytes) -> Path | bytes:
   """A record's item: bytes, or a path relative to the record's file, which is read whole where it is far."""
   if isinstance(value, bytes):
     return value
-  path = ranges.as_path(value) if ranges.is_far(value) else file.parent / value
+  path = item_path(file, value)
   return ranges.read_whole(path) if ranges.is_far(path) else path
+
+
+def item_path(file: PurePath, value: str) -> PurePath:
+  """The path of an item, relative to the record's file."""
+  return ranges.as_path(value) if ranges.is_far(value) else file.parent / value
+
+
+def content_of(path: PurePath) -> bytes:
+  """All bytes of a file, or of all files of a folder, which is a film in frames."""
+  if not ranges.is_far(path) and path.is_dir():
+    return b"".join(part.name.encode() + part.read_bytes() for part in sorted(path.iterdir()) if part.is_file())
+  return ranges.read_whole(path)
 
 
 def _object(line: bytes) -> dict[str, Any]:
