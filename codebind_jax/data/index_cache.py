@@ -194,6 +194,8 @@ def _kept(folder: Path, scan: Scan) -> Scan:
     (new / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     files.replace_folder(new, folder)
   except OSError as error:
+    if folder.exists() and (theirs := _read(folder, scan.stamps)):  # another process was first
+      return theirs
     logging.warning("the index is not kept: %s", error)
     return scan
   finally:

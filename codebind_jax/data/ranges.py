@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import os
 import re
 import threading
 import time
-import weakref
+from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 FAR = ("gs://", "s3://")
 _ATTEMPTS = 4
-_opening = threading.Lock()
 
 
 class ChangedError(RuntimeError):
@@ -77,10 +78,48 @@ def read_whole(path: PurePath) -> bytes:
   return _fetched(path, None, None) if is_far(path) else Path(path).read_bytes()
 
 
+class Handles:
+  """Open files of a process, the latest `limit` of them: there may be more shards than files can be open."""
+
+  def __init__(self, limit: int):
+    self.limit = limit
+    self._open: collections.OrderedDict[Any, list[int]] = collections.OrderedDict()  # file -> handle, readers
+    self._lock = threading.Lock()
+
+  def __len__(self) -> int:
+    return len(self._open)
+
+  @contextlib.contextmanager
+  def of(self, path: str, stamp: tuple[int, int] | None) -> Iterator[int]:
+    """The handle of a file as it was at `stamp`; it stays open while it is used, and after an error no longer."""
+    key = (path, stamp)
+    with self._lock:
+      entry = self._open.get(key)
+      if entry is None:
+        entry = self._open[key] = [os.open(path, os.O_RDONLY | os.O_CLOEXEC), 0]
+        unused = [other for other, (_, readers) in self._open.items() if not readers and other != key]
+        for other in unused[: max(len(self._open) - self.limit, 0)]:
+          os.close(self._open.pop(other)[0])
+      self._open.move_to_end(key)
+      entry[1] += 1
+    kept = False
+    try:
+      yield entry[0]
+      kept = stamp is not None  # without one, another file of this name would not be noticed
+    finally:
+      with self._lock:
+        entry[1] -= 1
+        if not kept and not entry[1] and self._open.get(key) is entry:
+          os.close(self._open.pop(key)[0])
+
+
+_handles = Handles(256)
+
+
 class File:
   """A file whose ranges are read by pread, so that threads do not move one another's place; picklable.
 
-  It is opened at the first read, and closed when the object goes. In a bucket each range is a request.
+  It is opened at a read, and closed when others have been read since. In a bucket each range is a request.
   """
 
   def __init__(self, path: PurePath, stamp: tuple[int, int] | None = None):
@@ -91,10 +130,10 @@ class File:
       stamp: what `stamp` said when the file was indexed; a file that has changed since is an error.
     """
     self.path, self._stamp = path, stamp
-    self._handle: int | None = None
+    self._far, self._seen = is_far(path), False
 
   def __getstate__(self) -> dict[str, Any]:
-    return self.__dict__ | {"_handle": None}
+    return self.__dict__ | {"_seen": False}
 
   def read(self, offset: int, length: int) -> bytes:
     """`length` bytes from `offset`; fewer at the end of the file.
@@ -103,30 +142,20 @@ class File:
       ChangedError: if the file is not the one that was indexed.
       OSError: if the file cannot be read.
     """
-    if self._handle is None:
-      self._open()
-    if is_far(self.path):
+    if self._far:
+      if self._stamp and not self._seen:  # once: each look is a request
+        self._compare(stamp(self.path))
+        self._seen = True
       return _fetched(self.path, offset, offset + length)
-    if self._stamp:
-      status = os.fstat(self._handle)
-      self._compare((status.st_size, status.st_mtime_ns))
-    parts = []
-    while length > 0 and (part := os.pread(self._handle, length, offset)):  # Linux reads 2 GB at most at once
-      parts.append(part)
-      offset, length = offset + len(part), length - len(part)
+    with _handles.of(str(self.path), self._stamp) as handle:
+      if self._stamp:
+        status = os.fstat(handle)
+        self._compare((status.st_size, status.st_mtime_ns))
+      parts = []
+      while length > 0 and (part := os.pread(handle, length, offset)):  # Linux reads 2 GB at most at once
+        parts.append(part)
+        offset, length = offset + len(part), length - len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
-
-  def _open(self) -> None:
-    with _opening:
-      if self._handle is not None:
-        return
-      if is_far(self.path):
-        if self._stamp:
-          self._compare(stamp(self.path))
-        self._handle = -1
-      else:
-        self._handle = os.open(self.path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._handle)
 
   def _compare(self, now: tuple[int, int]) -> None:
     if now != self._stamp:
