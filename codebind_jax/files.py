@@ -252,7 +252,7 @@ def _pages(place: Path, whole: bool, limit: int = 1000) -> Iterator[tuple[dict[s
       return
 
 
-def _object(place: Path) -> Found | None:
+def found(place: Path) -> Found | None:
   """The object of that name at a far disk, if there is one."""
   try:
     info = _ask(place, "looked for", lambda system: system._info(os.fspath(place)))
@@ -273,7 +273,7 @@ def exists(place: Path) -> bool:
 
 def is_file(place: Path) -> bool:
   """Whether there is a file."""
-  return _object(place) is not None if is_far(place) else place.is_file()
+  return found(place) is not None if is_far(place) else place.is_file()
 
 
 def is_folder(place: Path) -> bool:
@@ -322,10 +322,10 @@ def read_bytes(place: Path, start: int | None = None, stop: int | None = None) -
 
 def open_far(place: Path) -> Any:
   """A far object as a file object that reads it by ranges of a megabyte and more, for readers that seek."""
-  found = _object(place)
-  if found is None:
+  about = found(place)
+  if about is None:
     raise FileNotFoundError(f"{place}: there is no such object")
-  return io.BufferedReader(_Ranges(place, found.size), 1 << 20)
+  return io.BufferedReader(_Ranges(place, about.size), 1 << 20)
 
 
 class _Ranges(io.RawIOBase):
@@ -375,11 +375,11 @@ def upload(file: pathlib.Path, place: Path) -> None:
 
 def download(place: Path, file: pathlib.Path) -> None:
   """Puts a far object at a local path, whole or not at all."""
-  found = _object(place)
+  about = found(place)
   with replacing(file) as part:
-    _ask(place, "read", lambda system: system._get_file(os.fspath(place), os.fspath(part)), found.size if found else 0)
-    if found and part.stat().st_size != found.size:
-      raise OSError(f"{place}: got {part.stat().st_size} of {found.size} bytes")
+    _ask(place, "read", lambda system: system._get_file(os.fspath(place), os.fspath(part)), about.size if about else 0)
+    if about and part.stat().st_size != about.size:
+      raise OSError(f"{place}: got {part.stat().st_size} of {about.size} bytes")
 
 
 def remove(place: Path) -> None:
@@ -501,8 +501,8 @@ def fetched(place: Path) -> pathlib.Path:
   """
   if not is_far(place):
     return place
-  found = _object(place)
-  items = {"": found} if found else contents(place)
+  about = found(place)
+  items = {"": about} if about else contents(place)
   if not items:
     raise FileNotFoundError(f"{place}: there is no such file or folder")
   if len(items) > _LARGEST_FETCH:

@@ -88,7 +88,7 @@ def scanned(
     OSError: if a file cannot be read.
   """
   stamps = tuple(ranges.stamp(path) for path in paths)
-  names = [str(path) if ranges.is_far(path) else os.path.abspath(path) for path in paths]
+  names = [str(path) if files.is_far(path) else os.path.abspath(path) for path in paths]
   key = json.dumps([names, revision, _REVISION, options or {}, known_modalities()], sort_keys=True)
   folder = None
   if cache is not None and sum(size for size, _ in stamps) >= SMALLEST:

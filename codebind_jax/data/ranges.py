@@ -4,78 +4,56 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import hashlib
 import os
 import re
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
-FAR = ("gs://", "s3://")
-_ATTEMPTS = 4
+from codebind_jax import files
 
 
 class ChangedError(RuntimeError):
   """A file is not the one that was indexed: another size or time. No bad record: all of it may be wrong."""
 
 
-def is_far(path: str | PurePath) -> bool:
-  """Whether a path is in a bucket."""
-  return str(path).startswith(FAR)
-
-
 def as_path(name: str | PurePath) -> PurePath:
   """A path from its name: `epath.Path` in a bucket, else a `Path` with the user's home put in.
 
   Raises:
-    ValueError: for another scheme.
+    ValueError: for another scheme, or a package that is not installed.
   """
-  if is_far(name):
-    from etils import epath
-
-    return epath.Path(str(name))
-  if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", str(name)):
-    raise ValueError(f"{name}: unknown scheme {scheme[0]!r}; allowed: a local path, {', '.join(FAR)}")
-  return Path(name).expanduser()
+  return files.path(name) if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(name)) else Path(name).expanduser()
 
 
 def stamp(path: PurePath) -> tuple[int, int]:
-  """Size and time of change (ns; 0 in a bucket that tells none) of a file.
+  """Size of a file, and what changes with its content: its time (ns), or a hash of the bucket's tag.
 
   Raises:
     OSError: if there is none.
   """
-  if not is_far(path):
+  if not files.is_far(path):
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns
-  _far(path).invalidate_cache(str(path.parent))  # it would tell what an earlier listing said
-  about = _far(path).info(_key(path))
-  changed = about.get("LastModified") or about.get("mtime") or about.get("updated") or 0
-  changed = changed.timestamp() if hasattr(changed, "timestamp") else changed
-  return int(about["size"]), int(changed * 1e9) if isinstance(changed, int | float) else 0
+  found = files.found(path)
+  if found is None:
+    raise FileNotFoundError(f"{path}: there is no such object")
+  return found.size, int.from_bytes(hashlib.sha256(found.tag.encode()).digest()[:6], "little")
 
 
 def identity(path: PurePath) -> str:
   """Path, size and time of a file, which change with its content; "" where there is none."""
   try:
-    return f"{path if is_far(path) else os.path.abspath(path)} {stamp(path)}"
+    return f"{path if files.is_far(path) else os.path.abspath(path)} {stamp(path)}"
   except OSError:
     return ""
 
 
 def open_binary(path: PurePath, buffering: int = 1 << 17) -> BinaryIO:
   """A file to be read from its beginning on, by one thread."""
-  return _far(path).open(_key(path), "rb") if is_far(path) else open(path, "rb", buffering)
-
-
-def read_whole(path: PurePath) -> bytes:
-  """All bytes of a file.
-
-  Raises:
-    OSError: if it cannot be read.
-  """
-  return _fetched(path, None, None) if is_far(path) else Path(path).read_bytes()
+  return files.open_far(path) if files.is_far(path) else open(path, "rb", buffering)
 
 
 class Handles:
@@ -130,7 +108,7 @@ class File:
       stamp: what `stamp` said when the file was indexed; a file that has changed since is an error.
     """
     self.path, self._stamp = path, stamp
-    self._far, self._seen = is_far(path), False
+    self._far, self._seen = files.is_far(path), False
 
   def __getstate__(self) -> dict[str, Any]:
     return self.__dict__ | {"_seen": False}
@@ -146,7 +124,7 @@ class File:
       if self._stamp and not self._seen:  # once: each look is a request
         self._compare(stamp(self.path))
         self._seen = True
-      return _fetched(self.path, offset, offset + length)
+      return files.read_bytes(self.path, offset, offset + length)
     with _handles.of(str(self.path), self._stamp) as handle:
       if self._stamp:
         status = os.fstat(handle)
@@ -162,27 +140,3 @@ class File:
       was = self._stamp
       what = f"{was[0]} bytes then, {now[0]} now" if was[0] != now[0] else "written anew, of the same size"
       raise ChangedError(f"{self.path}: has changed since it was indexed ({what}); start again")
-
-
-def _far(path: PurePath) -> Any:
-  import fsspec
-
-  return fsspec.filesystem(str(path).partition("://")[0])
-
-
-def _key(path: PurePath) -> str:
-  return str(path).partition("://")[2]
-
-
-def _fetched(path: PurePath, start: int | None, end: int | None) -> bytes:
-  """A range of a far file; tried again after what may pass."""
-  for attempt in range(_ATTEMPTS):
-    try:
-      return _far(path).cat_file(_key(path), start=start, end=end)
-    except (FileNotFoundError, PermissionError):
-      raise
-    except OSError:
-      if attempt == _ATTEMPTS - 1:
-        raise
-      time.sleep(0.2 * 4**attempt)
-  raise AssertionError

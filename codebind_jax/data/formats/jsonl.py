@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from codebind_jax import files
 from codebind_jax.data import ranges
 from codebind_jax.data.formats.record import Record, add_rows, parse, renamed, short_names
 from codebind_jax.data.index_cache import Bad, Scan, scanned
@@ -83,19 +84,19 @@ def item(file: PurePath, value: str | bytes) -> Path | bytes:
   if isinstance(value, bytes):
     return value
   path = item_path(file, value)
-  return ranges.read_whole(path) if ranges.is_far(path) else path
+  return files.read_bytes(path) if files.is_far(path) else path
 
 
 def item_path(file: PurePath, value: str) -> PurePath:
   """The path of an item, relative to the record's file."""
-  return ranges.as_path(value) if ranges.is_far(value) else file.parent / value
+  return ranges.as_path(value) if files.is_far(value) else file.parent / value
 
 
 def content_of(path: PurePath) -> bytes:
   """All bytes of a file, or of all files of a folder, which is a film in frames."""
-  if not ranges.is_far(path) and path.is_dir():
+  if not files.is_far(path) and path.is_dir():
     return b"".join(part.name.encode() + part.read_bytes() for part in sorted(path.iterdir()) if part.is_file())
-  return ranges.read_whole(path)
+  return files.read_bytes(path)
 
 
 def _object(line: bytes) -> dict[str, Any]:

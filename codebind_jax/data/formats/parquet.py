@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from codebind_jax import files
 from codebind_jax.data import ranges
 from codebind_jax.data.formats import columns as arrow
 from codebind_jax.data.formats.columns import Columns
@@ -153,7 +154,7 @@ def opened(path: PurePath, metadata: Any = None) -> Any:
   from pyarrow import parquet
 
   try:
-    source = ranges.open_binary(path) if ranges.is_far(path) else str(path)
+    source = ranges.open_binary(path) if files.is_far(path) else str(path)
     return parquet.ParquetFile(source, metadata=metadata, pre_buffer=False)
   except pa.ArrowException as error:
     raise ValueError(f"{path}: not a readable Parquet file ({error})") from error
