@@ -198,7 +198,8 @@ def _batches(files: Sequence[PurePath]) -> list[Any]:
   batches = []
   for path in files:
     try:
-      source = pa.BufferReader(file_system.read_bytes(path)) if file_system.is_far(path) else pa.memory_map(str(path), "r")
+      far = file_system.is_far(path)
+      source = pa.BufferReader(file_system.read_bytes(path)) if far else pa.memory_map(str(path), "r")
       batches += list(pa.ipc.open_stream(source))
     except (pa.ArrowException, OSError) as error:
       raise ValueError(f"{path}: not a readable Arrow file ({error})") from error
