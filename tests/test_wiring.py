@@ -15,10 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from codebind_jax.api import Embeddings, Model
+from codebind_jax.api import Embedded, Embeddings, Model
 from codebind_jax.config import method_of, read
 from codebind_jax.data.inputs import Input
-from codebind_jax.data.records import Source
 from codebind_jax.data.task import Task
 from codebind_jax.data.worlds.evalset import EvalSet
 from codebind_jax.evaluate import Evaluation
@@ -29,39 +28,13 @@ from codebind_jax.runtime.optim import frozen
 from codebind_jax.runtime.train_state import TrainState
 from codebind_jax.step import make_train_step
 from codebind_jax.train import optimizer_of
-from codebind_jax.trunks import featurize
 from codebind_jax.trunks.base import Trunk
-from codebind_jax.trunks.cache import content_hash
+from codebind_jax.trunks.feeds import Feeder
 from codebind_jax.trunks.vectors import Prepared
 from configs import common
+from tests.source_fixtures import Rows
 
 EAST, NORTH, WEST, SOUTH = (np.array(direction, np.float16) for direction in ([1, 0], [0, 1], [-1, 0], [0, -1]))
-
-
-class Rows(Source):
-  """Rows with given arrays; None where a row lacks the modality. `closed` rows must not be read."""
-
-  def __init__(self, name, rows, closed=False, **arrays):
-    super().__init__(name, [{"id": f"{name} {i}"} | row for i, row in enumerate(rows)])
-    self.arrays, self.closed = {m: list(values) for m, values in arrays.items()}, closed
-
-  @property
-  def modalities(self):
-    return (*self.arrays, *(["text"] if any("text" in row for row in self.rows) else []))
-
-  def has(self, index, modality):
-    return super().has(index, modality) or self.arrays.get(modality, {index: None})[index] is not None
-
-  def content_hash(self, index, modality):
-    return content_hash(self.read(index, modality))
-
-  def read(self, index, modality):
-    assert not self.closed, f"{self.name} was read"
-    return np.asarray(self.arrays[modality][index])
-
-  def _choose(self, chosen):
-    super()._choose(chosen)
-    self.arrays = {m: [values[i] for i in chosen] for m, values in self.arrays.items()}
 
 
 class Plain(Model):
@@ -71,10 +44,11 @@ class Plain(Model):
     super().__init__(config, {}, {})
     self.method = types.SimpleNamespace(codebook_sizes={"shared": codes} if codes else {})
 
-  def embed_tokens(self, modality, tokens):
-    x = np.asarray(tokens[:, 0], np.float32)
+  def embed_rows(self, modality, feed, rows, *, workers=0, threads=2, batch=0):
+    x = np.stack([np.asarray(feed.clean(int(row))[0], np.float32) for row in rows])
     nothing, none = x[:, :0], np.zeros((len(x), 0), np.int32)
-    return Embeddings(x, nothing, nothing, x.argmax(axis=1)[:, None].astype(np.int32), none)
+    embeddings = Embeddings(x, nothing, nothing, x.argmax(axis=1)[:, None].astype(np.int32), none)
+    return Embedded(embeddings, np.ones(len(x), bool), ())
 
 
 def words_trunk(words):
@@ -95,7 +69,7 @@ def evaluation_of(folder, train, evals, words=None, *, views=1, codes=0, **overr
   config = common.get_config()
   config.data.root = str(folder)
   sources = [*train.values(), *(test.source for test in evals)]
-  arrays = [(m, v) for source in sources for m, values in source.arrays.items() for v in values if v is not None]
+  arrays = [(m, v) for source in sources for m, values in source.items.items() for v in values if v is not None]
   widths, trunks = {m: len(v) for m, v in arrays}, {}
   for name, width in widths.items():
     config.model.towers[name] = common.tower("vectors", options={"width": width, "modality": name}, views=views)
@@ -104,10 +78,10 @@ def evaluation_of(folder, train, evals, words=None, *, views=1, codes=0, **overr
   if words:
     trunks["text"], config.model.towers.text = words_trunk(words), common.tower("minilm")
   config.update_from_flattened_dict(overrides)
-  task = Task("task", "", train, dict.fromkeys(train, "label"), tuple(evals))
+  task = Task("task", "", train, tuple(evals))
   config = read(config)
-  featurizer = featurize.Featurizer(config.data, config.model.towers, trunks)
-  return Plain(config, codes), Evaluation(config, task, featurizer)
+  feeder = Feeder(config.data, config.model.towers, trunks)
+  return Plain(config, codes), Evaluation(config, task, feeder)
 
 
 # Probes.

@@ -42,6 +42,7 @@ def tiny_config(manifest: pathlib.Path, root: pathlib.Path, **overrides):
   config.model.towers.image.options = {
     "weights": "random", "size": 32, "grid": 2, "stages": ((1, 3, 1, 1, 8), (1, 3, 2, 2, 16)), "head_width": 32
   }
+  config.model.towers.image.augment = {"kind": "drawing"}
   config.model.towers.text.options = {"weights": "random", "layers": 1, "width": 32, "heads": 4}
   config.update_from_flattened_dict(overrides)
   return config.lock()
@@ -61,6 +62,6 @@ def arrays_of(workdir: pathlib.Path) -> dict[str, np.ndarray]:
 
 def lines_of(workdir: pathlib.Path) -> list[dict]:
   """Lines of metrics.jsonl without the names that are wall-clock."""
-  timed = ("examples_per_second", "data_wait_share")
+  timed = ("examples_per_second", "data_wait_share", "data/")
   lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  return [{name: value for name, value in line.items() if name not in timed} for line in lines]
+  return [{name: value for name, value in line.items() if not name.startswith(timed)} for line in lines]

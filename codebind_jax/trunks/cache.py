@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -65,6 +65,15 @@ def key_of(*parts: str) -> tuple[int, int]:
 def string_keys(strings: Sequence[str]) -> UInt64[np.ndarray, "n 2"]:
   """The keys of texts."""
   return np.array([key_of(REVISION, content_hash(text)) for text in strings], np.uint64).reshape(-1, 2)
+
+
+@runtime_checkable
+class Units(Protocol):
+  """Number of a unit -> its prepared items: views of one picture, or one text; or a ValueError."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, number: int) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,14 +137,14 @@ class TokenCache:
     return out
 
   def fill(
-    self, keys: UInt64[np.ndarray, "n 2"], prepared: Sequence[Any], *, process: int = 0, processes: int = 1,
+    self, keys: UInt64[np.ndarray, "n 2"], prepared: Units, *, process: int = 0, processes: int = 1,
     wait: Callable[[str], None] = lambda name: None, workers: int = 0, threads: int = 2,
   ) -> tuple[Int64[np.ndarray, "n"], list[str]]:  # fmt: skip
     """Computes what is not there; every process a part of it, on all of its devices.
 
     Args:
       keys: of items; those of one `prepared` are consecutive.
-      prepared: number of a unit -> its prepared items (views of one picture, or one text), or a ValueError; picklable.
+      prepared: number of a unit -> its prepared items, or a ValueError; picklable.
       process: number of this process.
       processes: that call this at once, with equal arguments, on one folder.
       wait: waits for all of them, by a name.
@@ -166,7 +175,7 @@ class TokenCache:
     """The places of texts, computed by this process where they are not there."""
     return self.fill(string_keys(strings), Strings(strings, self._trunk.input.prepare))[0]
 
-  def _compute(self, own: np.ndarray, units: np.ndarray, prepared: Sequence[Any], workers: int, threads: int) -> list:
+  def _compute(self, own: np.ndarray, units: np.ndarray, prepared: Units, workers: int, threads: int) -> list:
     self._folder.mkdir(parents=True, exist_ok=True)
     began, label = time.perf_counter(), f"{self._trunk.modality} tokens"
     bad, waiting, views = [], {}, units.shape[1]
@@ -215,7 +224,7 @@ class TokenCache:
 class _Chosen:
   """Some units of prepared items; what cannot be read is given as the error."""
 
-  def __init__(self, prepared: Sequence[Any], own: np.ndarray):
+  def __init__(self, prepared: Units, own: np.ndarray):
     self._prepared, self._own = prepared, own
 
   def __getitem__(self, number: int) -> Any:

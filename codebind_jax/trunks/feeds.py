@@ -20,7 +20,7 @@ from codebind_jax.data.worlds import fetch
 from codebind_jax.models.towers import TowerSpec
 from codebind_jax.runtime import distributed
 from codebind_jax.trunks import load_trunk
-from codebind_jax.trunks.cache import REVISION, Contents, Strings, TokenCache, key_of, string_keys
+from codebind_jax.trunks.cache import REVISION, Contents, Strings, TokenCache, Units, key_of, string_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +194,7 @@ class Feeder:
     keys = string_keys(strings)
     return self._filled("text", keys, Strings(strings, self.trunks["text"].input.prepare)), keys
 
-  def _filled(self, modality: str, keys: np.ndarray, prepared: Sequence[Any]) -> np.ndarray:
+  def _filled(self, modality: str, keys: np.ndarray, prepared: Units) -> np.ndarray:
     places, bad = self._cache(modality).fill(
       keys, prepared, process=jax.process_index(), processes=jax.process_count(), wait=distributed.wait_for_all,
       workers=self._data.workers, threads=self._data.threads,
