@@ -18,6 +18,7 @@ import pytest
 from codebind_jax.api import Embedded, Embeddings, Model
 from codebind_jax.config import method_of, read
 from codebind_jax.data.inputs import Input
+from codebind_jax.data.records import joined
 from codebind_jax.data.task import Task
 from codebind_jax.data.worlds.evalset import EvalSet
 from codebind_jax.evaluate import Evaluation
@@ -28,6 +29,7 @@ from codebind_jax.runtime.optim import frozen
 from codebind_jax.runtime.train_state import TrainState
 from codebind_jax.step import make_train_step
 from codebind_jax.train import optimizer_of
+from codebind_jax.trunks import feeds
 from codebind_jax.trunks.base import Trunk
 from codebind_jax.trunks.feeds import Feeder
 from codebind_jax.trunks.vectors import Prepared
@@ -72,7 +74,8 @@ def evaluation_of(folder, train, evals, words=None, *, views=1, codes=0, **overr
   arrays = [(m, v) for source in sources for m, values in source.items.items() for v in values if v is not None]
   widths, trunks = {m: len(v) for m, v in arrays}, {}
   for name, width in widths.items():
-    config.model.towers[name] = common.tower("vectors", options={"width": width, "modality": name}, views=views)
+    config.model.towers[name] = common.tower("vectors", options={"width": width, "modality": name}, views=views,
+                                              augment={"kind": "any"} if views > 1 else {})  # fmt: skip
   if any(v.ndim == 3 for _, v in arrays):
     trunks["image"] = pictures_trunk()
   if words:
@@ -241,11 +244,16 @@ class Turned:
     return -x
 
 
+def views_of(feed):
+  """[choices, views, tokens, width] of cached tokens."""
+  return np.stack([[feed.reader(int(place)) for place in own] for own in feed.places])
+
+
 def test_embeddings_are_of_the_clean_view(tmp_path, monkeypatch):
-  monkeypatch.setattr(featurize, "Drawing", Turned)
+  monkeypatch.setattr(feeds.augment, "make", lambda *_: Turned())
   train, evals, words = kinds(test_closed=False)
   model, evaluation = evaluation_of(tmp_path, train, evals, words, views=3)
-  features = evaluation._featurizer.table(train["a"], "image", augmented=True).features
+  features = views_of(evaluation._feeder.train(train["a"], "image"))
   np.testing.assert_array_equal(features[:, 1:, 0], -np.stack([[EAST, EAST], [NORTH, NORTH]] * 2))
   for table in (evaluation.table(model, evals[0]), evaluation.train_table(model, "a")):
     np.testing.assert_array_equal(table["image"]["shared"], [EAST, NORTH] * 2)
@@ -323,8 +331,8 @@ def test_code_usage_is_that_of_the_training_rows_of_all_worlds(tmp_path):
 # What is trained on.
 
 
-def test_training_tables_have_views_captions_and_what_tells_rows_apart(tmp_path, monkeypatch):
-  monkeypatch.setattr(featurize, "Drawing", Turned)
+def test_training_feeds_have_views_captions_and_what_tells_rows_apart(tmp_path, monkeypatch):
+  monkeypatch.setattr(feeds.augment, "make", lambda *_: Turned())
   rows = [
     {"label": "east", "style": "old", "text": ["east", "dawn"]},
     {"label": "north", "style": "new", "text": ["n"]}, {"label": "north", "style": "old", "text": ["n"]},
@@ -337,22 +345,28 @@ def test_training_tables_have_views_captions_and_what_tells_rows_apart(tmp_path,
   train = {"first": first, "second": Rows("second", rows, image=[EAST, NORTH, WEST])}
   share = {"model.towers.image.augmented": 0.25}
   _, evaluation = evaluation_of(tmp_path, train, [], words, views=2, **templates, **share)
-  featurizer = evaluation._featurizer
-  featurizer.texts(["n", "of n"])  # in memory before the others
-  tables, labels = featurizer.train_tables(train, {"first": "style", "second": "label"}, {"first": more})
-  assert labels == {"first": ["old", "new", "old", None], "second": ["east", "north", "north"]}
-  image = tables["first"]["image"]
-  assert image.augmented == 0.25 and image.features.shape == (4, 2, 1, 2)
+  feeder = evaluation._feeder
+  feeder.texts(["n", "of n"])  # in the cache before the others
+  whole = joined([first, more], field="style", unique=False)
+  found = feeder.train_feeds({**train, "first": whole}, evaluation.config.data.templates_of)
+  assert whole.index.group.tolist() == [0, 1, 0, 2] and train["second"].index.group.tolist() == [0, 1, 1]
+  image = found["first"]["image"]
+  assert image.augmented == 0.25 and image.shape == (1, 2) and image.starts.tolist() == [0, 1, 2, 3, 4]
   # Rows of one content have a clean view alike, but augmented ones of their own.
-  assert image.choices == [(0,), (1,), (2,), (3,)]
-  np.testing.assert_array_equal(image.features[:, 0, 0], [EAST, NORTH, NORTH, SOUTH])
-  np.testing.assert_array_equal(image.features[:, 1], -image.features[:, 0])
-  captions = lambda world: [
-    [names[int(tables[world]["text"].features[i, 0, 0, 0])] for i in own] for own in tables[world]["text"].choices
+  assert len(np.unique(image.places[:, 0])) == 3 and len(np.unique(image.places[:, 1])) == 4
+  views = views_of(image)
+  np.testing.assert_array_equal(views[:, 0, 0], [EAST, NORTH, NORTH, SOUTH])
+  np.testing.assert_array_equal(views[:, 1], -views[:, 0])
+  captions = lambda feed: [
+    [names[int(feed.reader(int(place))[0, 0])] for place in feed.places[start:stop, 0]]
+    for start, stop in zip(feed.starts, feed.starts[1:])
   ]
-  assert captions("first") == [["a east", "dawn"], ["a n"], ["a n"], ["a more"]]
-  assert captions("second") == [["of east", "dawn"], ["of n"], ["of n"]]
-  assert tables["first"]["text"].augmented == 0
+  assert captions(found["first"]["text"]) == [["a east", "dawn"], ["a n"], ["a n"], ["a more"]]
+  assert captions(found["second"]["text"]) == [["of east", "dawn"], ["of n"], ["of n"]]
+  assert found["first"]["text"].augmented == 0
+  # Evaluation has the main text of each row as it is, and no row that has none.
+  clean = feeder.texts(["n", "east", "n"])
+  assert [names[int(clean.clean(row)[0, 0])] for row in range(3)] == ["n", "east", "n"]
 
 
 # What is reported.
@@ -369,7 +383,8 @@ def test_the_report_shows_the_validation_set_both_models_and_the_baseline_s_curv
   train = {"set": make("train")}
   model, evaluation = evaluation_of(tmp_path, train, evals, {"east": EAST, "north": NORTH})
   before = Plain(evaluation.config)
-  before.embed_tokens = lambda m, tokens: model.embed_tokens(m, tokens[::-1] if m == "text" else tokens)
+  swapped = lambda m, rows: np.asarray(rows)[::-1] if m == "text" else rows
+  before.embed_rows = lambda m, feed, rows, **more: model.embed_rows(m, feed, swapped(m, rows), **more)
   for folder, loss in ((tmp_path / "run", 2.0), (tmp_path / "run" / "baseline", 3.0)):
     with MetricsWriter(folder) as writer:
       writer.write(1, "only", {"train/total": loss})
@@ -404,7 +419,7 @@ def test_classify_takes_the_templates_of_evaluation_and_a_bad_item_is_named_by_i
   model.trunks = evaluation.trunks
   assert [name for name, _ in model.classify([np.float32([1, 0])], ["east", "north"])[0]] == ["east", "north"]
   assert model.classify([np.float32([1, 0])], ["east", "north"], templates=["the {}"])[0][0][0] == "north"
-  items = [np.float32([1, 0])] * (model.trunk_rows + 2)
+  items = [np.float32([1, 0])] * 40
   items[-1] = np.zeros(3, np.float32)
   with pytest.raises(ValueError, match=rf"image\[{len(items) - 1}\]"):
     model.embed({"image": items})

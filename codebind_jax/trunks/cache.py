@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import os
 import sqlite3
 import time
@@ -160,13 +161,15 @@ class TokenCache:
     """
     views = len(keys) // max(len(prepared), 1)
     units = keys.reshape(-1, views, 2)
-    lacking = np.flatnonzero((self.places(keys).reshape(-1, views) < 0).any(axis=1))
-    _, first = np.unique(units[lacking][:, 0], axis=0, return_index=True)
-    lacking = lacking[np.sort(first)]  # of equal items one
+    absent = np.flatnonzero(self.places(keys) < 0)
+    wanted = np.zeros(len(keys), bool)
+    wanted[absent[np.unique(keys[absent], axis=0, return_index=True)[1]]] = True  # of equal items one
+    wanted = wanted.reshape(-1, views)
+    lacking = np.flatnonzero(wanted.any(axis=1))
     wait(f"looked {self._folder.name}")  # nobody writes before all have looked
     own, bad = lacking[process::processes], []
     if len(own):
-      bad = self._compute(own, units, prepared, workers, threads)
+      bad = self._compute(own, units, wanted, prepared, workers, threads)
     wait(f"filled {self._folder.name}")
     self._look()
     return self.places(keys), bad
@@ -175,10 +178,12 @@ class TokenCache:
     """The places of texts, computed by this process where they are not there."""
     return self.fill(string_keys(strings), Strings(strings, self._trunk.input.prepare))[0]
 
-  def _compute(self, own: np.ndarray, units: np.ndarray, prepared: Units, workers: int, threads: int) -> list:
+  def _compute(
+    self, own: np.ndarray, units: np.ndarray, wanted: np.ndarray, prepared: Units, workers: int, threads: int
+  ) -> list[str]:
     self._folder.mkdir(parents=True, exist_ok=True)
-    began, label = time.perf_counter(), f"{self._trunk.modality} tokens"
-    bad, waiting, views = [], {}, units.shape[1]
+    began, label, count = time.perf_counter(), f"{self._trunk.modality} tokens", int(wanted[own].sum())
+    bad, waiting = [], {}
     with _Writer(self._folder) as writer, tqdm.tqdm(total=len(own), desc=label, unit="item", disable=None) as bar:
       reading = ahead(_Chosen(prepared, own), workers=workers, threads=threads, stop=len(own))
       for unit, items in zip(own, reading):
@@ -186,7 +191,7 @@ class TokenCache:
         if isinstance(items, ValueError):
           bad.append(str(items))
           continue
-        for key, item in zip(units[unit], items, strict=True):
+        for key, item in itertools.compress(zip(units[unit], items, strict=True), wanted[unit]):
           # Texts of one padded length at a time, so that an item's tokens do not depend on the others of its batch.
           shape = self._trunk.collate([item]).shape
           waiting.setdefault(shape, []).append((key, item))
@@ -195,8 +200,8 @@ class TokenCache:
       for rest in waiting.values():
         self._encode(rest, writer)
     seconds = time.perf_counter() - began
-    logging.info("%s: %d by %s in %.1f s, %.1f a second", label, len(own) * views, self._trunk.name, seconds,
-                 len(own) * views / max(seconds, 1e-9))  # fmt: skip
+    logging.info("%s: %d by %s in %.1f s, %.1f a second", label, count, self._trunk.name, seconds,
+                 count / max(seconds, 1e-9))  # fmt: skip
     return bad
 
   @property
