@@ -207,7 +207,7 @@ class Model:
       devices = layout.row_devices if layout else 1
       size = -(-(1 << (len(rows) - 1).bit_length()) // devices) * devices
     parts = Once(feed, rows, size, process, processes)
-    trim = self.trunk(modality).collate if raw and processes == 1 else np.asarray
+    trim = (lambda items: self.trunk(modality).collate(list(items))) if raw and processes == 1 else np.asarray
     for part in ahead(parts, workers=workers, threads=threads, stop=len(parts)):
       items, there = trim(part.items), part.good
       if layout:
