@@ -6,16 +6,16 @@ A trunk's folder `<name>-<fingerprint>` holds shards: an ArrayRecord file of flo
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import hashlib
 import itertools
 import os
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,6 +27,7 @@ from jaxtyping import Int64, UInt64
 from codebind_jax import files
 from codebind_jax.data.ahead import ahead
 from codebind_jax.data.token_reader import TokenReader
+from codebind_jax.data.units import Chosen, Strings, Units
 from codebind_jax.trunks.base import Trunk
 
 REVISION = "tokens-1"
@@ -66,34 +67,6 @@ def key_of(*parts: str) -> tuple[int, int]:
 def string_keys(strings: Sequence[str]) -> UInt64[np.ndarray, "n 2"]:
   """The keys of texts."""
   return np.array([key_of(REVISION, content_hash(text)) for text in strings], np.uint64).reshape(-1, 2)
-
-
-@runtime_checkable
-class Units(Protocol):
-  """Number of a unit -> its prepared items: views of one picture, or one text; or a ValueError."""
-
-  def __len__(self) -> int: ...
-
-  def __getitem__(self, number: int) -> Any: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Strings:
-  """Number -> the prepared text, as a list of one view.
-
-  Attributes:
-    strings: the texts.
-    prepare: text -> ids.
-  """
-
-  strings: Sequence[str]
-  prepare: Callable[[Any], np.ndarray]
-
-  def __len__(self) -> int:
-    return len(self.strings)
-
-  def __getitem__(self, number: int) -> list[np.ndarray]:
-    return [self.prepare(self.strings[number])]
 
 
 class TokenCache:
@@ -185,7 +158,7 @@ class TokenCache:
     began, label, count = time.perf_counter(), f"{self._trunk.modality} tokens", int(wanted[own].sum())
     bad, waiting = [], {}
     with _Writer(self._folder) as writer, tqdm.tqdm(total=len(own), desc=label, unit="item", disable=None) as bar:
-      reading = ahead(_Chosen(prepared, own), workers=workers, threads=threads, stop=len(own))
+      reading = ahead(Chosen(prepared, own), workers=workers, threads=threads, stop=len(own))
       for unit, items in zip(own, reading):
         bar.update()
         if isinstance(items, ValueError):
@@ -226,34 +199,22 @@ class TokenCache:
       writer.add(key, value)
 
 
-class _Chosen:
-  """Some units of prepared items; what cannot be read is given as the error."""
-
-  def __init__(self, prepared: Units, own: np.ndarray):
-    self._prepared, self._own = prepared, own
-
-  def __getitem__(self, number: int) -> Any:
-    try:
-      return self._prepared[int(self._own[number])]
-    except ValueError as error:
-      return error
-
-
 class _Writer:
-  """Writes shards, each whole or not at all."""
+  """Writes shards, each whole or not at all; an OSError names the folder."""
 
   def __init__(self, folder: Path):
-    self._folder, self._keys = folder, []
+    self._folder, self._name, self._keys = folder, "", []
     self._file: Any = None
 
   def add(self, key: np.ndarray, tokens: np.ndarray) -> None:
-    if self._file is None:
-      from array_record.python import array_record_module
+    with self._named():
+      if self._file is None:
+        from array_record.python import array_record_module
 
-      self._name = f"{uuid.uuid4().hex[:16]}{_SUFFIX}"
-      self._file = array_record_module.ArrayRecordWriter(str(self._part), "group_size:1,uncompressed")
-    for part in (tokens,) if len(tokens) == 1 else (tokens[:1], tokens[1:]):
-      self._file.write(part.tobytes())
+        self._name = f"{uuid.uuid4().hex[:16]}{_SUFFIX}"
+        self._file = array_record_module.ArrayRecordWriter(str(self._part), "group_size:1,uncompressed")
+      for part in (tokens,) if len(tokens) == 1 else (tokens[:1], tokens[1:]):
+        self._file.write(part.tobytes())
     self._keys.append(key)
     if len(self._keys) == SHARD_ITEMS:
       self.close()
@@ -262,23 +223,34 @@ class _Writer:
   def _part(self) -> Path:
     return self._folder / f".{self._name}.part"
 
+  @contextlib.contextmanager
+  def _named(self) -> Iterator[None]:
+    try:
+      yield
+    except (RuntimeError, OSError) as error:  # ArrayRecord's are RuntimeErrors
+      raise OSError(f"{self._folder}: tokens cannot be written ({error})") from error
+
   def close(self) -> None:
     if self._file is None:
       return
-    self._file.close()
-    self._file, keys, self._keys = None, np.array(self._keys, np.uint64), []
-    os.replace(self._part, self._folder / self._name)
-    with files.replacing(self._folder / f"{self._name}.keys.npy") as temporary, open(temporary, "wb") as file:
-      np.save(file, keys)
+    with self._named():
+      self._file.close()
+      with files.replacing(self._folder / f"{self._name}.keys.npy") as temporary:
+        with open(temporary, "wb") as file:
+          np.save(file, np.array(self._keys, np.uint64))
+        os.replace(self._part, self._folder / self._name)  # before the keys, after all that may find no room
+    self._file, self._keys = None, []
 
   def __enter__(self) -> _Writer:
     return self
 
   def __exit__(self, kind: Any, *_: Any) -> None:
-    if kind is None:
-      self.close()
-    elif self._file is not None:
-      self._part.unlink(missing_ok=True)
+    try:
+      if kind is None:
+        self.close()
+    finally:
+      if self._file is not None:
+        self._part.unlink(missing_ok=True)
 
 
 def _read_keys(path: Path, shard: Path) -> np.ndarray | None:
