@@ -60,3 +60,10 @@ def tokens_of(values, choices=None, augmented=0.0, made_from=""):
   places = items[:, None] * views + np.arange(views)
   made_from = made_from or hashlib.sha256(values.tobytes() + repr(choices).encode()).hexdigest()[:16]
   return Tokens(Arrays(values.reshape(-1, *shape)), starts, places, augmented, made_from)
+
+
+class Letters:
+  """Text -> the numbers of its first letters."""
+
+  def __call__(self, text):
+    return np.array([ord(letter) for letter in text[:8].ljust(8)], np.int32)
