@@ -213,11 +213,16 @@ class Batches:
 
   def _drawn(self, step: int) -> Examples:
     """The batch of a step, and how it was made."""
-    parts = [source.examples(step) for source in self._sources.values()]
-    seconds = {m: sum(part.seconds.get(m, 0.0) for part in parts) for m in {m for part in parts for m in part.seconds}}
-    join = lambda maps: {key: value for one in maps for key, value in one.items()}
-    bad = tuple(one for part in parts for one in part.bad)
-    return Examples(join(p.batch for p in parts), bad, seconds, join(p.read for p in parts))
+    parts = {name: source.examples(step) for name, source in self._sources.items()}
+    of_modality: dict[str, float] = {}
+    for part in parts.values():
+      for modality, seconds in part.seconds.items():
+        of_modality[modality] = of_modality.get(modality, 0.0) + seconds
+    return Examples(
+      {name: rows for name, part in parts.items() for rows in part.batch.values()},
+      tuple(dataclasses.replace(one, source=name) for name, part in parts.items() for one in part.bad), of_modality,
+      {name: size for name, part in parts.items() for size in part.read.values()},
+    )  # fmt: skip
 
   def start(self, step: int = 0, *, workers: int = 0, threads: int = 2) -> Iterator[Examples]:
     """The batches from a step on, without end, read ahead; see `ahead`. Close the iterator when done."""

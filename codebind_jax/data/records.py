@@ -344,7 +344,7 @@ class Source(abc.ABC):
 
   def fingerprint(self) -> dict[str, str]:
     """File -> a hash of its records: ids, labels, splits, places, and of its content where that is known."""
-    digest = hashlib.sha256(self._made_from.encode())
+    digest = hashlib.sha256("\0".join((self._made_from, *self.index.labels)).encode("utf-8", "surrogatepass"))
     for column in ("has", "label", "split", "where", "ids"):
       digest.update(np.ascontiguousarray(getattr(self.index, column)).data)
     return {self.name: digest.hexdigest()[:16]}
