@@ -343,8 +343,8 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
     ValueError: naming the fault of the checkpoint or the manifest, or what the task needs and the manifest lacks.
   """
   config = config_lib.read(config)
-  with distributed.process_0_first():  # worlds are fetched and built, and published trunks fetched
-    model = load(config.init_from)
+  model = load(config.init_from)
+  with distributed.process_0_first():  # worlds are fetched and built where not there yet
     task = open_task(config.data, default_split="test")
   data = dataclasses.replace(
     model.config.data, root=config.data.root, workers=config.data.workers, threads=config.data.threads,
@@ -352,7 +352,7 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
     templates_of=schema.Frozen(),
   )
   settings = dataclasses.replace(model.config, test=True, emergent=(), data=data)
-  with distributed.process_0_first():
+  with distributed.process_0_first():  # published trunks are fetched
     feeder = Feeder(data, settings.model.towers, model.trunks)
   evaluation = Evaluation(settings, task, feeder, (config.task,))
   model.trunks = evaluation.trunks
