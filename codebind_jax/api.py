@@ -12,10 +12,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Bool, Float, Int
 
 from codebind_jax import config as config_lib
-from codebind_jax import schema
+from codebind_jax import files, schema
 from codebind_jax.data.ahead import ahead
 from codebind_jax.data.batches import Once
 from codebind_jax.data.examples import Feed, Tokens, Values
@@ -33,6 +34,7 @@ from codebind_jax.trunks.families import families, family_of
 
 # Axes of one item as an array, 1 where not named.
 _AXES = {"image": 3, "tactile": 3, "video": 4, "depth": 2, "thermal": 2, "points": 2, "eeg": 2, "imu": 2}
+_MANY = 16  # batches for each worker process, from which on they are started
 _TRUNK_ROWS = 32  # items of a batch that a trunk encodes, a device
 
 
@@ -192,7 +194,7 @@ class Model:
       modality: of the feed.
       feed: cached tokens, or items that the trunk takes.
       rows: numbers of the rows.
-      workers: processes that read and prepare; 0 for threads of this one.
+      workers: processes that read and prepare where there is much to do; 0 for threads of this one.
       threads: threads, if there are no workers.
       batch: rows at once, on each device; 0 for the model's.
 
@@ -211,13 +213,14 @@ class Model:
       size = -(-(1 << (len(rows) - 1).bit_length()) // devices) * devices
     parts = Once(feed, rows, size, process, processes)
     collate = self.trunk(modality).collate if raw and processes == 1 else np.asarray
+    workers = workers if raw and len(parts) >= _MANY * workers else 0  # that take seconds to start
     for part in ahead(parts, workers=workers, threads=threads, stop=len(parts)):
       items, there = collate(list(part.items)), part.good
       if layout:
         items, there = layout.put_batch((items, there))
       out = _embed_step(method)(params, self.codebooks, {modality: items})[modality]
       found = (*(column[:, 0] for column in _columns(out)), there)
-      *values, there = layout.gathered(found) if layout else found
+      *values, there = found if processes == 1 else multihost_utils.process_allgather(found, tiled=True)
       there = np.asarray(there)
       columns.append([np.asarray(value)[there] for value in values])
       good.append(there)
@@ -258,13 +261,13 @@ class Model:
       raise ValueError(f"combine: the weighted embeddings of item {lost[0]} add up to zero, which has no direction")
     return np.asarray(unit(total), np.float32)
 
-  def save(self, folder: str | pathlib.Path, *, trunks: str = "include") -> pathlib.Path:
+  def save(self, folder: str | files.Path, *, trunks: str = "include") -> files.Path:
     """Writes the model to a folder that `load` reads: safetensors, config.json, a model card; LoRA is merged.
 
     The folder appears whole or not at all.
 
     Args:
-      folder: new or empty, or one that holds a saved model, which is replaced.
+      folder: new or empty, or one that holds a saved model, which is replaced; local, gs:// or s3://.
       trunks: "include" writes all trunks' values, so that the folder needs nothing else. "reference" leaves out those
         that are as in their checkpoint, and names it and its SHA-256, which `load` compares.
 
@@ -351,38 +354,47 @@ def _columns(out: Any) -> tuple[Any, ...]:
   return out.shared, out.specific, out.full, out.indices_shared, out.indices_specific
 
 
-def load(source: str | pathlib.Path, *, modalities: Sequence[str] | None = None, **options: Any) -> Model:
+def load(source: str | files.Path, *, modalities: Sequence[str] | None = None, **options: Any) -> Model:
   """Loads a trained model, or a published checkpoint.
 
   Args:
     source: the workdir of a training run, a folder that `Model.save` wrote, a file or folder of a family that
-      `list_pretrained` names, or "hf:org/name[@revision]" for one of these on the Hugging Face hub (extra `hub`).
+      `list_pretrained` names, any of these under gs:// or s3:// (extras `gcs`, `s3`), or "hf:org/name[@revision]" for
+      one of these on the Hugging Face hub (extra `hub`). A far run's arrays are read where they are; of other far
+      files a copy is kept, see `files.fetched`.
     modalities: those to load; all that the source has unless given.
     **options: of a published family's `make_trunk`, such as `dtype="bfloat16"` or the `base` of a CodeBind release.
 
   Raises:
     ValueError: if there is no such path, it is no supported checkpoint, is damaged, or lacks a modality; if the hub
-      lacks the model or cannot be reached.
+      lacks the model, or the hub or a far disk cannot be reached.
   """
   if isinstance(modalities, str):
     raise ValueError(f"modalities: got {modalities!r}; a list of names is needed, [{modalities!r}] for one")
   if str(source).startswith(hub.PREFIX):
     source = hub.fetch(str(source))
-  path = pathlib.Path(source).expanduser()
-  if not path.exists():
+  path = files.path(source)
+  files.probe(path)
+  if not files.exists(path):
     raise ValueError(f"{str(source)!r}: no such file or folder")
-  own = (path / checkpoint.FOLDER).is_dir() or saved_folder.is_saved(path)
-  if own and options:
+  is_run = files.is_folder(path / checkpoint.FOLDER)
+  if (is_run or saved_folder.is_saved(path)) and options:
     raise ValueError(f"{path}: has its own options; {next(iter(options))!r} is for published checkpoints")
-  if (path / checkpoint.FOLDER).is_dir():
+  if is_run:
     return _of_run(path, modalities)
-  if saved_folder.is_saved(path):
-    parts = saved_folder.read(path, modalities)
-    return Model(parts.config, parts.params, parts.codebooks, parts.trunks, modalities=parts.modalities)
-  return _published(path, modalities, options)
+  local = files.fetched(path)
+  try:
+    if saved_folder.is_saved(local):
+      parts = saved_folder.read(local, modalities)
+      return Model(parts.config, parts.params, parts.codebooks, parts.trunks, modalities=parts.modalities)
+    return _published(local, modalities, options)
+  except ValueError as error:
+    if local == path:
+      raise
+    raise ValueError(str(error).replace(str(local), str(path))) from error
 
 
-def _chosen(wanted: Sequence[str] | None, there: Sequence[str], where: pathlib.Path) -> tuple[str, ...]:
+def _chosen(wanted: Sequence[str] | None, there: Sequence[str], where: files.Path) -> tuple[str, ...]:
   """The modalities to load, each of which must be there."""
   lacking = [name for name in wanted or () if name not in there]
   if lacking:
@@ -390,7 +402,7 @@ def _chosen(wanted: Sequence[str] | None, there: Sequence[str], where: pathlib.P
   return tuple(there if wanted is None else wanted)
 
 
-def _of_run(folder: pathlib.Path, modalities: Sequence[str] | None) -> Model:
+def _of_run(folder: files.Path, modalities: Sequence[str] | None) -> Model:
   store = checkpoint.Checkpoints(folder)
   try:
     meta, arrays = store.read_meta(), store.read_arrays()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -13,7 +12,7 @@ import numpy as np
 from absl import logging
 
 from codebind_jax import config as config_lib
-from codebind_jax import schema
+from codebind_jax import files, schema
 from codebind_jax.api import Embedded, Model, load
 from codebind_jax.config import MEASURES, Config
 from codebind_jax.data.examples import Feed
@@ -76,6 +75,10 @@ class Evaluation:
     self._feeder, self._tasks = feeder, tasks
     self._bad = BadRecords(config.data.max_bad_records, "left out")
 
+  def alone(self) -> None:
+    """From now on this process alone embeds and evaluates, with models on its own devices."""
+    self._feeder.process = 0, 1
+
   def validate(self, model: Model, worlds: Collection[str]) -> dict[str, float]:
     """Zero-shot and retrieval on the worlds' validation sets, which are cheap enough during training."""
     sets = [s for s in self.task.evals if s.role == "val" and s.world in worlds]
@@ -90,7 +93,7 @@ class Evaluation:
 
     A run that was stopped between a stage's last step and its evaluation does the evaluation when it is continued.
     """
-    lines = read_metrics(writer.path) if writer.path.exists() else []
+    lines = read_metrics(writer.path) if files.is_file(writer.path) else []
     done = any(line["stage"] == stage and line["step"] == step and STAGE_DONE in line for line in lines)
     if distributed.agreed(done):
       return
@@ -244,7 +247,7 @@ class Evaluation:
 
   def finish(self, model: Model, step: int, writer: Any) -> dict[str, float]:
     """Evaluates a finished run and writes the metrics; a run that is evaluated already gets the written ones."""
-    lines = read_metrics(writer.path) if writer.path.exists() else []
+    lines = read_metrics(writer.path) if files.is_file(writer.path) else []
     done = next((line for line in lines if line["stage"] == FINAL and line["step"] == step), None)
     if distributed.agreed(done is not None):
       logging.info("the final evaluation was done before; its numbers are in %s", writer.path)
@@ -329,7 +332,7 @@ def _known_values(table: base.Table, train: base.Table, modality: str, field: st
   return {modality: dict(table[modality]) | {"_mask": known}}
 
 
-def evaluate(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
+def evaluate(config: Any, workdir: str | files.Path) -> dict[str, float]:
   """Mode `eval`: evaluates a trained model on a user's manifest by one task, and writes `workdir/metrics.jsonl`.
 
   Args:
@@ -343,6 +346,8 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
     ValueError: naming the fault of the checkpoint or the manifest, or what the task needs and the manifest lacks.
   """
   config = config_lib.read(config)
+  folder = files.path(workdir)
+  files.probe(folder, write=True)
   model = load(config.init_from)
   with distributed.process_0_first():  # worlds are fetched and built where not there yet
     task = open_task(config.data, default_split="test")
@@ -361,7 +366,6 @@ def evaluate(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
     return {}
   if not metrics:
     raise ValueError(f"task {config.task!r}: {task.name} has nothing to measure; {NEEDS[config.task]}")
-  folder = pathlib.Path(workdir).expanduser().absolute()
   with MetricsWriter(folder) as writer:
     writer.truncate(-1)
     writer.write(0, "eval", metrics)

@@ -7,7 +7,6 @@ codebind_jax[search]`), else with numpy, block by block; `Index.backend` says wh
 from __future__ import annotations
 
 import importlib.util
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Array, Float
 
+from codebind_jax import files
 from codebind_jax.embedding import shards
 
 BACKENDS = ("auto", "faiss", "numpy")
@@ -116,7 +116,7 @@ class Index:
     numbers, scores = self._store.search(unit, min(k, len(self)))
     return np.array([self._ids[number] for number in numbers.flat]).reshape(numbers.shape), scores
 
-  def save(self, path: str | pathlib.Path) -> None:
+  def save(self, path: str | files.Path) -> None:
     """Writes one Parquet file with the columns `id` and `vector`, whatever the backend.
 
     Raises:
@@ -131,18 +131,19 @@ class Index:
       vectors = pa.FixedSizeListArray.from_arrays(pa.array(block.reshape(-1)), type=kind)
       parts.append(pa.table([ids, vectors], _COLUMNS))
       start += len(block)
-    shards.write_table(pa.concat_tables(parts), pathlib.Path(path).expanduser(), _ROW_GROUP)
+    shards.write_table(pa.concat_tables(parts), files.path(path), _ROW_GROUP)
 
   @classmethod
-  def load(cls, path: str | pathlib.Path, backend: str = "auto") -> Index:
+  def load(cls, path: str | files.Path, backend: str = "auto") -> Index:
     """Reads what `save` wrote.
 
     Raises:
       ValueError: if there is no such file, or it is not an index.
     """
-    file, index = pathlib.Path(path).expanduser(), cls(backend)
-    if not file.is_file():
+    file, index = files.path(path), cls(backend)
+    if not files.is_file(file):
       raise ValueError(f"{str(path)!r}: there is no such file")
+    file = files.fetched(file)
     try:
       table = pq.ParquetFile(file)
       if table.schema_arrow.names != _COLUMNS:
@@ -155,7 +156,7 @@ class Index:
 
   @classmethod
   def from_parquet(
-    cls, folder: str | pathlib.Path, modality: str, part: str = "shared", backend: str = "auto"
+    cls, folder: str | files.Path, modality: str, part: str = "shared", backend: str = "auto"
   ) -> Index:
     """The index of one modality of a finished job of mode `embed`; records that lack it are left out.
 
@@ -170,7 +171,7 @@ class Index:
     """
     if part not in shards.PARTS:
       raise ValueError(f"part: got {part!r}; allowed: {list(shards.PARTS)}")
-    index, path = cls(backend), pathlib.Path(folder).expanduser()
+    index, path = cls(backend), files.path(folder)
     for ids, vectors in shards.read_column(path, shards.column_name(modality, part)):
       index.add(ids, vectors)
     return index

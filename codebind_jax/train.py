@@ -7,7 +7,6 @@ import dataclasses
 import datetime
 import functools
 import json
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -18,7 +17,7 @@ import tqdm
 from absl import logging
 
 from codebind_jax import config as config_lib
-from codebind_jax import schema
+from codebind_jax import files, schema
 from codebind_jax.api import Model
 from codebind_jax.codebook import collapsed, usage_stats
 from codebind_jax.config import Config
@@ -26,7 +25,6 @@ from codebind_jax.data.batches import Batches, SourceBatches
 from codebind_jax.data.examples import Feed
 from codebind_jax.data.task import Data, Task, open_task
 from codebind_jax.evaluate import Evaluation, StageEvaluation
-from codebind_jax.files import write_whole
 from codebind_jax.initialise import copy_heads, load_published, start_from, whiten_heads
 from codebind_jax.methods.base import Method, make_init
 from codebind_jax.report import summary
@@ -55,26 +53,28 @@ def banner(text: str) -> None:
   logging.info("---- %s ----", text)
 
 
-def open_run(config: Config, workdir: str | pathlib.Path) -> pathlib.Path:
+def open_run(config: Config, workdir: str | files.Path) -> files.Path:
   """Creates the run's folder with its config.json, or checks that the folder holds a run of the same config.
 
   Raises:
-    ValueError: if the folder holds a run of another config, naming every key that differs.
+    ValueError: if the folder holds a run of another config, naming every key that differs; for an address that is
+      none, or a far disk that cannot be used.
     OSError: if it cannot be written.
   """
-  folder = pathlib.Path(workdir).expanduser().absolute()
-  folder.mkdir(parents=True, exist_ok=True)
+  folder = files.path(workdir)
+  files.probe(folder, write=True)
+  files.make_folder(folder)
   path, plain = folder / "config.json", schema.to_plain(config)
-  if path.exists():
+  if files.is_file(path):
     try:
-      earlier = schema.to_plain(config_lib.read(json.loads(path.read_text())))
+      earlier = schema.to_plain(config_lib.read(json.loads(files.read_text(path))))
     except ValueError as error:
       raise ValueError(f"{path}: {error}") from error
     changed = [line for line in schema.difference(earlier, plain) if line.partition(":")[0] not in FREE]
     if changed:
       raise ValueError(f"workdir {str(folder)!r} holds a run of another config: {'; '.join(changed)}; use another one")
   elif jax.process_index() == 0:
-    write_whole(path, json.dumps(plain, indent=1, sort_keys=True) + "\n")
+    files.write_whole(path, json.dumps(plain, indent=1, sort_keys=True) + "\n")
   return folder
 
 
@@ -82,13 +82,13 @@ def baseline_of(config: Config) -> Config:
   """The config of the hard-alignment baseline: same towers, data and steps, plain InfoNCE, no codebooks."""
   losses = schema.Frozen({"info_nce": 1.0})
   return dataclasses.replace(
-    config, baseline=False, init_from=str(pathlib.Path(config.init_from) / "baseline") if config.init_from else "",
+    config, baseline=False, init_from=f"{config.init_from.rstrip('/')}/baseline" if config.init_from else "",
     method="codebind", method_options=schema.Frozen(), model=dataclasses.replace(config.model, quantize=False),
     stages=schema.Frozen({name: dataclasses.replace(s, losses=losses) for name, s in config.stages.items()}),
   )  # fmt: skip
 
 
-def train_and_evaluate(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
+def train_and_evaluate(config: Any, workdir: str | files.Path) -> dict[str, float]:
   """Trains all stages of a config, evaluates, and writes metrics, checkpoints and the report into `workdir`.
 
   A run that the folder already holds is continued; if it is finished, only the report is written again.
@@ -124,6 +124,7 @@ def train_and_evaluate(config: Any, workdir: str | pathlib.Path) -> dict[str, fl
 
   if jax.process_index() == 0:
     banner("report")
+    evaluation.alone()
     seconds = {"this command": time.time() - started}
     data = summary.report_data(config, folder, task, evaluation, final, models, seconds)
     write_report(folder / "report.html", data)
@@ -132,7 +133,7 @@ def train_and_evaluate(config: Any, workdir: str | pathlib.Path) -> dict[str, fl
 
 
 def run_stages(
-  config: Config, folder: pathlib.Path, feeds: Mapping[str, Mapping[str, Feed]], evaluation: StageEvaluation,
+  config: Config, folder: files.Path, feeds: Mapping[str, Mapping[str, Feed]], evaluation: StageEvaluation,
   programs: Programs | None = None,
   make_batches: Callable[..., Batches] | None = None,
 ) -> tuple[dict[str, float], dict[str, Model]]:

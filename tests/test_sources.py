@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from codebind_jax.data.opening import class_names, open_source
+from codebind_jax.data.records import id_hash
 from codebind_jax.data.transforms import image as image_transform
 from tests.world_fixtures import png
 
@@ -35,12 +36,12 @@ def test_rows_read_back(write):
       {"image": "green.png", "split": "test"},
       {"id": "c", "text": ["vert", "grün"], "label": "green", "split": "test"})
   source = open_source(str(path))
-  assert source.keys == ["a", "data.jsonl:3", "c"] and len(source) == 3
+  assert source.column("id") == ["a", "data.jsonl:3", "c"] and len(source) == 3
   assert source.modalities == ("image", "text")
   first, second, third = source
   assert first["image"].shape == (8, 8, 3) and first["image"][0, 0].tolist() == [255, 0, 0]
   assert first["text"] == ["a red thing"] and first["label"] == "red"
-  assert "text" not in second and second["label"] is None and second["line"] == 3
+  assert "text" not in second and second["label"] is None and source.where(1) == f"{path}:3"
   assert third["text"] == ["vert", "grün"] and "image" not in third
   assert [source.has(i, "image") for i in range(3)] == [True, True, False]
   assert [source.has(i, "text") for i in range(3)] == [True, False, True]
@@ -51,20 +52,20 @@ def test_rows_read_back(write):
 
 def test_split_is_chosen(write):
   path = write(*({"id": str(i), "text": "x", "split": s} for i, s in enumerate(["train", "test", "train", "val"])))
-  assert open_source(path, split="train").keys == ["0", "2"]
-  assert open_source(str(path), split="val").keys == ["3"]
-  assert open_source(path, split="").keys == ["0", "1", "2", "3"]
+  assert open_source(path, split="train").column("id") == ["0", "2"]
+  assert open_source(str(path), split="val").column("id") == ["3"]
+  assert open_source(path, split="").column("id") == ["0", "1", "2", "3"]
 
 
 def test_manifest_without_splits_is_used_whole_and_says_so(write, caplog):
   path = write({"id": "a", "text": "x"}, {"id": "b", "text": "y"})
-  assert open_source(path, split="test").keys == ["a", "b"]
+  assert open_source(path, split="test").column("id") == ["a", "b"]
   assert "no record has a split; all 2 are used as 'test'" in caplog.text
 
 
 def test_split_that_is_nowhere_or_not_everywhere(write):
   path = write({"text": "x", "split": "train"}, {"text": "y", "split": "train"})
-  with pytest.raises(ValueError, match=r"data.jsonl: no record of split 'val'; it has \['train'\]"):
+  with pytest.raises(ValueError, match=r"data: no record of split 'val'; it has \['train'\]"):
     open_source(path, split="val")
   path = write({"text": "x", "split": "train"}, {"text": "y"})
   with pytest.raises(ValueError, match="data.jsonl:2: no split, though other records have one"):
@@ -77,8 +78,13 @@ BAD = {
     "not json": ('{"id": "b", ', "not JSON"),
     "not an object": ("[1, 2]", "an object is needed, got list"),
     "missing file": ({"image": "gone.png"}, "image: no such file: .*gone.png"),
-    "a folder": ({"image": "."}, "image: no such file"),
-    "unknown modality": ({"smell": "red.png"}, "unknown modality 'smell'; allowed: .'image', 'text', 'audio'"),
+    "a folder": ({"image": "."}, "image: .*not a readable image"),
+    "no modality that is known": ({"smell": "red.png"}, "no modality; at least one of .'image', 'text', 'audio'"),
+    "two texts": ({"text": "x", "caption": "y"}, "text and caption are both there"),
+    "nothing but nulls": ({"image": None, "text": None}, "no modality"),
+    "a number as path": ({"image": 3}, "image: a string that is not empty is needed, got 3"),
+    "true as label": ({"text": "x", "label": True}, "label: a string that is not empty is needed, got True"),
+    "a fraction as id": ({"text": "x", "id": 1.5}, "id: a string that is not empty is needed, got 1.5"),
     "unknown split": ({"text": "x", "split": "dev"}, "unknown split 'dev'; allowed: .'train', 'val', 'test'"),
     "not an image": ({"image": "clip.wav"}, "image: .*clip.wav: not a readable image"),
     "empty text": ({"text": " "}, "text: a string that is not empty is needed, got ' '"),
@@ -106,24 +112,53 @@ def test_text_that_is_not_utf_8(write):
 
 
 def test_bad_records_up_to_the_limit_are_named_and_counted(write, caplog):
-  path = write({"id": "a", "image": "red.png"}, "{", {"image": "gone.png"}, {"id": "d", "text": "x"})
-  assert open_source(path, max_bad_records=2).keys == ["a", "d"]
-  assert "left out" in caplog.text and "data.jsonl:2: not JSON" in caplog.text and "gone.png" in caplog.text
-  assert "2 bad records left out, 2 kept" in caplog.text
+  path = write({"id": "a", "image": "red.png"}, "{", {"label": "x"}, {"id": "d", "text": "x"})
+  assert open_source(path, max_bad_records=2).column("id") == ["a", "d"]
+  assert "left out" in caplog.text and "data.jsonl:2: not JSON" in caplog.text and "data.jsonl:3: no mod" in caplog.text
   with pytest.raises(ValueError, match=r"data.jsonl:2: not JSON .* \(2 bad records, 1 allowed\)"):
     open_source(path, max_bad_records=1)
 
 
-def test_image_cut_short_is_found_when_read_or_before_if_bad_records_may_be(write, tmp_path, caplog):
+def test_the_limit_is_of_all_files_together(write, tmp_path):
+  write("{", {"text": "x"}, name="a.jsonl")
+  write({"text": "y"}, "[", name="b.jsonl")
+  assert len(open_source(tmp_path / "*.jsonl", max_bad_records=2)) == 2
+  with pytest.raises(ValueError, match="a.jsonl:1: not JSON"):
+    open_source(tmp_path / "*.jsonl", max_bad_records=1)
+
+
+def test_records_without_id_are_named_by_file_and_line(write, tmp_path):
+  for name in ("a/b", "a/c"):
+    (tmp_path / name).mkdir(parents=True)
+    write({"text": "x"}, "", {"text": "y"}, name=f"{name}/data.jsonl")
+  source = open_source([tmp_path / "a/b/data.jsonl", tmp_path / "a/c/data.jsonl"])
+  assert source.column("id") == ["b/data.jsonl:1", "b/data.jsonl:3", "c/data.jsonl:1", "c/data.jsonl:3"]
+  assert source.index.ids.tolist() == [id_hash(name) for name in source.column("id")]
+
+
+def test_files_that_are_bad_stay_where_they_are(write, caplog):
+  path = write({"id": "a", "image": "red.png"}, {"id": "b", "image": "gone.png"}, {"id": "c", "text": "x"})
+  assert open_source(path, max_bad_records=1).column("id") == ["a", "b", "c"]
+  assert "will be left out: " in caplog.text and "gone.png" in caplog.text
+
+
+def test_image_cut_short_is_found_when_read(write, tmp_path):
   rng = np.random.default_rng(0)
   Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / "whole.png")
   (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
-  path = write({"id": "a", "image": "red.png"}, {"id": "b", "image": "cut.png"})
-  source = open_source(path)
-  with pytest.raises(ValueError, match="data.jsonl:2: image: .*cut.png: not a readable image"):
+  source = open_source(write({"id": "a", "image": "red.png"}, {"id": "b", "image": "cut.png"}))
+  with pytest.raises(ValueError, match="cut.png: not a readable image"):
     source[1]
-  assert open_source(path, max_bad_records=1).keys == ["a"]
-  assert "cut.png" in caplog.text
+
+
+def test_values_that_are_taken(write, caplog):
+  caplog.set_level("INFO")
+  path = write({"id": 7, "caption": "x", "label": 3, "split": "validation", "audio": None, "url": "u", "width": [1]},
+               {"id": "b", "text": "y", "label": "3", "split": "test"})  # fmt: skip
+  source = open_source(path)
+  assert source.fields(0) == {"id": "7", "label": "3", "text": ["x"], "split": "val", "url": "u", "width": [1]}
+  assert source.index.group.tolist() == [0, 0] and source.modalities == ("text",)
+  assert "kept aside: url, width" in caplog.text and open_source(path, split="val").column("id") == ["7"]
 
 
 @pytest.mark.parametrize("text", ["", "\n\n"])
@@ -147,13 +182,13 @@ def test_sound_that_is_none_or_not_there_is_named_with_its_line(write):
 
 
 def test_unknown_key_and_missing_key_of_a_source(write):
-  with pytest.raises(TypeError, match="unexpected keyword argument '?folder"):
+  with pytest.raises(ValueError, match="world:icons: got folder 'x'; allowed for a world: no options"):
     open_source("world:icons", split="train", folder="x")
   path = write({"id": "a", "text": "x"})
-  with pytest.raises(ValueError, match="data.jsonl: got profile 'tiny'; allowed for a manifest: 'auto'"):
+  with pytest.raises(ValueError, match="data.jsonl: got profile 'tiny'; allowed for files: 'auto'"):
     open_source(path, profile="tiny")
-  with pytest.raises(ValueError, match="data.jsonl: got data_dir 'x'; allowed for a manifest: None"):
-    open_source(path, data_dir="x")
+  with pytest.raises(ValueError, match="data.jsonl: got separator ';'; allowed for files of this kind: columns"):
+    open_source(path, separator=";")
   with pytest.raises(ValueError, match="world:icons: got max_bad_records 1; allowed for a world: 0"):
     open_source("world:icons", split="train", max_bad_records=1)
   with pytest.raises(ValueError, match="world:icons: needs a split, such as 'train'"):
@@ -165,13 +200,13 @@ def test_select_pickle_and_threads(write):
   path = write(*({"id": str(i), "image": f"{c}.png", "text": c} for i, c in enumerate(colours)))
   source = open_source(path)
   part = source.select(np.array([4, 2, 3]))
-  assert part.keys == ["4", "2", "3"] and len(source) == 15
+  assert part.column("id") == ["4", "2", "3"] and len(source) == 15
   assert [row["text"][0] for row in part] == ["green", "blue", "red"]
   assert [row["image"][0, 0].argmax() for row in part] == [1, 2, 0]
   with pytest.raises(IndexError):
     source.select([15])
   again = pickle.loads(pickle.dumps(part))
-  assert again.keys == part.keys and (again[0]["image"] == part[0]["image"]).all()
+  assert again.column("id") == part.column("id") and (again[0]["image"] == part[0]["image"]).all()
   with ThreadPoolExecutor(4) as pool:
     rows = list(pool.map(source.__getitem__, range(15)))
   assert [row["text"][0] for row in rows] == colours
@@ -200,7 +235,7 @@ def test_class_names(write, tmp_path):
   classes.write_text("dog\n\nowl\ncat\n")
   assert class_names(source, classes) == ("dog", "owl", "cat")
   classes.write_text("dog\nowl\n")
-  with pytest.raises(ValueError, match="label 'cat' of data/all is not among its 2 classes"):
+  with pytest.raises(ValueError, match="label 'cat' of data is not among its 2 classes"):
     class_names(source, classes)
   classes.write_text("dog\ncat\ndog\n")
   with pytest.raises(ValueError, match="classes.txt:3: class 'dog' is there twice, first in line 1"):
@@ -208,7 +243,7 @@ def test_class_names(write, tmp_path):
   classes.write_text(" \n")
   with pytest.raises(ValueError, match="classes.txt: empty class list"):
     class_names(source, classes)
-  with pytest.raises(ValueError, match="empty class list: no row of data/all has a label"):
+  with pytest.raises(ValueError, match="empty class list: no row of data has a label"):
     class_names(open_source(write({"text": "x"})))
 
 

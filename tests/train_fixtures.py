@@ -6,6 +6,7 @@ import pathlib
 import numpy as np
 from PIL import Image
 
+from codebind_jax import files
 from configs import stage1
 
 COLOURS = ("red", "green", "blue", "black", "orange", "purple", "brown", "gray")
@@ -48,7 +49,7 @@ def tiny_config(manifest: pathlib.Path, root: pathlib.Path, **overrides):
   return config.lock()
 
 
-def arrays_of(workdir: pathlib.Path) -> dict[str, np.ndarray]:
+def arrays_of(workdir: files.Path) -> dict[str, np.ndarray]:
   """All parameters and codebooks of the newest checkpoint by path."""
   from codebind_jax.runtime.checkpoint import Checkpoints
   from codebind_jax.runtime.optim import param_paths
@@ -60,8 +61,8 @@ def arrays_of(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     store.close()
 
 
-def lines_of(workdir: pathlib.Path) -> list[dict]:
+def lines_of(workdir: files.Path) -> list[dict]:
   """Lines of metrics.jsonl without the names that are wall-clock."""
   timed = ("examples_per_second", "data_wait_share")
-  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  lines = [json.loads(line) for line in files.read_text(files.path(workdir) / "metrics.jsonl").splitlines()]
   return [{name: value for name, value in line.items() if name not in timed} for line in lines]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pathlib
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from codebind_jax import files
 from codebind_jax.api import Model
 from codebind_jax.config import Config, method_of
 from codebind_jax.data.examples import Feed
@@ -30,7 +30,7 @@ FILE = "speed.json"
 ROUNDS = 5
 
 
-def cost(workdir: pathlib.Path, model: Model) -> dict[str, float]:
+def cost(workdir: files.Path, model: Model) -> dict[str, float]:
   """The cost of a finished run.
 
   Returns:

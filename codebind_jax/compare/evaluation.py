@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import pathlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from codebind_jax import files
 from codebind_jax.api import Model
 from codebind_jax.compare.channels import Sliced
 from codebind_jax.config import Compare, Config
@@ -65,9 +65,9 @@ def transfers_of(settings: Compare, task: Task) -> tuple[Transfer, ...]:
   return tuple(transfers)
 
 
-def finished(folder: pathlib.Path) -> dict[str, float] | None:
+def finished(folder: files.Path) -> dict[str, float] | None:
   """The final metrics of a run; None if it is not finished."""
-  for line in read_metrics(folder) if (folder / FILE).exists() else []:
+  for line in read_metrics(folder) if files.is_file(folder / FILE) else []:
     if line["stage"] == FINAL:
       return {name: value for name, value in line.items() if name not in ("step", "stage", "warning")}
   return None
@@ -132,7 +132,7 @@ class CrossModal:
         found |= {f"eval/{role}/{kind}": float(np.mean(values))} if values else {}
     return found
 
-  def probe(self, model: Model, folder: pathlib.Path) -> dict[str, Any]:
+  def probe(self, model: Model, folder: files.Path) -> dict[str, Any]:
     """The use of the codes of a finished run, whose folder holds the checkpoint.
 
     Returns:
@@ -228,7 +228,7 @@ class CrossModal:
         found |= {f"eval/{role}/{kind}": float(np.mean(values))} if values else {}
     return found
 
-  def _plan(self, model: Model, folder: pathlib.Path) -> dict[str, Any]:
+  def _plan(self, model: Model, folder: files.Path) -> dict[str, Any]:
     """The transport plans of the first bound pair's validation rows, from the teacher as in training.
 
     Rows are ordered by their first field's value and sum to 1.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 from jaxtyping import Float
+
+from codebind_jax import files
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -20,7 +21,7 @@ def mean_and_deviation(runs: Sequence[Mapping[str, float]], name: str) -> tuple[
   return (float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0) if values else None
 
 
-def bars(path: pathlib.Path, results: Mapping[str, Any], metrics: Sequence[str]) -> None:
+def bars(path: files.Path, results: Mapping[str, Any], metrics: Sequence[str]) -> None:
   """Mean and standard deviation of every variant, one panel a metric."""
   figure, axes = plt.subplots(
     1, len(metrics), figsize=(2.6 * len(metrics), 0.35 * len(results) + 1.2), sharey=True, squeeze=False
@@ -44,7 +45,7 @@ def anchor_points(
   return points, {name: values[0] for name, values in others.items() if values}
 
 
-def anchor_curve(path: pathlib.Path, results: Mapping[str, Any], quality: Mapping[str, float], metric: str) -> None:
+def anchor_curve(path: files.Path, results: Mapping[str, Any], quality: Mapping[str, float], metric: str) -> None:
   """Accuracy of fixed-anchor binding against the anchor's quality, with the other methods as lines."""
   figure, axis = plt.subplots(figsize=(5, 3.2))
   points, others = anchor_points(results, quality, metric)
@@ -87,7 +88,7 @@ def sharing_pairs(probes: Sequence[Mapping[str, Any]]) -> tuple[list[str], Float
   return names, table
 
 
-def sharing(path: pathlib.Path, results: Mapping[str, Any]) -> None:
+def sharing(path: files.Path, results: Mapping[str, Any]) -> None:
   """Codes by the number of modalities that use them, and below, per variant, what each two share (DCID, figure 4)."""
   names, table = sharing_by_count(results)
   probes = with_probe(results, "sharing")
@@ -116,8 +117,7 @@ def sharing(path: pathlib.Path, results: Mapping[str, Any]) -> None:
       for b in range(len(modalities)):
         if a != b:
           axis.text(b, a, f"{pairs[a, b]:.0f}", ha="center", va="center", fontsize=6, color="white")
-  figure.savefig(path)
-  plt.close(figure)
+  _write(figure, path)
 
 
 def redundancy_table(results: Mapping[str, Any]) -> dict[str, tuple[tuple[float, float], tuple[float, float]]]:
@@ -126,7 +126,7 @@ def redundancy_table(results: Mapping[str, Any]) -> dict[str, tuple[tuple[float,
   return {name: tuple(mean_and_deviation(runs, when) for when in ("before", "after")) for name, runs in probes.items()}
 
 
-def redundancy(path: pathlib.Path, results: Mapping[str, Any]) -> None:
+def redundancy(path: files.Path, results: Mapping[str, Any]) -> None:
   """Mean cosine between codes before and after TOC."""
   table = redundancy_table(results)
   figure, axis = plt.subplots(figsize=(5, 0.45 * len(table) + 1.2))
@@ -148,7 +148,7 @@ def plan_columns(plan: Float[np.ndarray, "n k"]) -> list[int]:
   return np.argsort(centre, kind="stable").tolist()
 
 
-def transport_plan(path: pathlib.Path, probe: Mapping[str, Any], title: str) -> None:
+def transport_plan(path: files.Path, probe: Mapping[str, Any], title: str) -> None:
   """Transport plans from a batch's features of two modalities to the codes, both in the order of the first."""
   plans = {m: np.asarray(probe["plans"][m], np.float64) for m in probe["modalities"]}
   order = plan_columns(plans[probe["modalities"][0]])
@@ -161,7 +161,12 @@ def transport_plan(path: pathlib.Path, probe: Mapping[str, Any], title: str) -> 
   _save(figure, path)
 
 
-def _save(figure: Any, path: pathlib.Path) -> None:
+def _save(figure: Any, path: files.Path) -> None:
   figure.tight_layout()
-  figure.savefig(path)
+  _write(figure, path)
+
+
+def _write(figure: Any, path: files.Path) -> None:
+  with files.replacing(path) as temporary:
+    figure.savefig(temporary, format=path.suffix[1:])
   plt.close(figure)

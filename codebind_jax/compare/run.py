@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging as standard_logging
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +22,7 @@ import tqdm
 from absl import logging
 
 from codebind_jax import config as config_lib
-from codebind_jax import schema
+from codebind_jax import files, schema
 from codebind_jax.api import load
 from codebind_jax.compare.cost import FILE as SPEED
 from codebind_jax.compare.cost import cost, speeds
@@ -33,7 +32,6 @@ from codebind_jax.config import Config, GradedWorld, Variant
 from codebind_jax.data.batches import Batches
 from codebind_jax.data.synthetic import NAME, Factors, SyntheticSource
 from codebind_jax.data.task import EvalSet, Task, open_task
-from codebind_jax.files import write_whole
 from codebind_jax.methods.base import unheeded
 from codebind_jax.runtime.compile import Programs
 from codebind_jax.stages import Stage
@@ -73,7 +71,7 @@ def run_config(config: Config, variant: Variant, rate: float, seed: int, test: b
   ))  # fmt: skip
 
 
-def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
+def compare(config: Any, workdir: str | files.Path) -> dict[str, Any]:
   """Tunes, trains and evaluates the variants of `config.compare`, and writes comparison.md, .json and .svg files.
 
   With `config.compare.only` it trains the named variants and, unless these are all, writes nothing but their runs. With
@@ -94,7 +92,7 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
   for variant in settings.variants.values():
     config_lib.validate(run_config(config, variant, settings.learning_rates[0], 0, False))
   names = settings.names
-  against = json.loads(pathlib.Path(settings.against).read_text()) if settings.against else None
+  against = json.loads(files.read_text(files.path(settings.against))) if settings.against else None
   folder = open_run(comparison_config(config), workdir)
   task = graded_task(settings.world, sorted(config.model.towers)) if settings.world else open_task(config.data)
   task = dataclasses.replace(task, extra={})
@@ -122,11 +120,11 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
     bar.set_description(f"{name} {rate:g} seed {seed}")
     run = run_config(config, settings.variants[name], rate, seed, test)
     inner = open_run(run, folder / name / (f"rate{rate:g}" if not test else f"seed{seed}"))
-    if test and (inner / RESULT).exists():
+    if test and files.is_file(inner / RESULT):
       bar.update()
-      return json.loads((inner / RESULT).read_text())
+      return json.loads(files.read_text(inner / RESULT))
     final, evaluation, model = finished(inner), evaluations[test], None
-    if final is None and not (inner / DIVERGED).exists():
+    if final is None and not files.is_file(inner / DIVERGED):
       level = standard_logging.getLogger("absl").level
       logging.set_verbosity(logging.WARNING)
       try:
@@ -135,7 +133,7 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
       except FloatingPointError as error:
         if test:
           raise
-        write_whole(inner / DIVERGED, f"{error}\n")
+        files.write_whole(inner / DIVERGED, f"{error}\n")
       finally:
         logging.set_verbosity(logging.converter.standard_to_absl(level))
     bar.update()
@@ -145,7 +143,7 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
       model = load(inner)
       model.trunks = feeder.trunks
     result = {"metrics": final, "cost": cost(inner, model), "probe": evaluation.probe(model, inner)}
-    write_whole(inner / RESULT, json.dumps(result) + "\n")
+    files.write_whole(inner / RESULT, json.dumps(result) + "\n")
     return result
 
   results: dict[str, Any] = {}
@@ -172,9 +170,9 @@ def compare(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
       best = {name: run_config(config, settings.variants[name], r["learning_rate"], 0, False)
               for name, r in results.items()}  # fmt: skip
       timed = speeds(best, feeds, task, evaluations[False].trunks, settings.timing)
-      (folder / SPEED).write_text(json.dumps(timed, indent=1) + "\n")
-    if (folder / SPEED).exists():
-      comparison["speed"] = json.loads((folder / SPEED).read_text())
+      files.write_whole(folder / SPEED, json.dumps(timed, indent=1) + "\n")
+    if files.is_file(folder / SPEED):
+      comparison["speed"] = json.loads(files.read_text(folder / SPEED))
     sys.stdout.write(write_comparison(folder, comparison, against))
   else:
     sys.stdout.write(f"trained {', '.join(results)} of {len(settings.variants)} variants in {folder}; the same command "

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from codebind_jax import files
 from codebind_jax.compare import figures
 from codebind_jax.compare.claims import RULE, claims
 
@@ -21,15 +21,15 @@ def cell(runs: Sequence[Mapping[str, float]], name: str) -> str:
 
 
 def write_comparison(
-  folder: pathlib.Path, comparison: Mapping[str, Any], against: Mapping[str, Any] | None = None
+  folder: files.Path, comparison: Mapping[str, Any], against: Mapping[str, Any] | None = None
 ) -> str:
   """Writes all files and returns the text of comparison.md; `against` is another comparison, see `claims`."""
   results, settings = comparison["results"], comparison["config"]["compare"]
   whole = dict(comparison) | {"rule": RULE, "claims": claims(results, settings.get("world"), PREFIX, against)}
   drawn = draw(folder, results, settings, _columns(results, settings))
   text = "\n".join(["# Methods side by side", "", *sections(whole), *(f"![{name}]({name}.svg)\n" for name in drawn)])
-  (folder / "comparison.md").write_text(text, encoding="utf-8")
-  (folder / "comparison.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+  files.write_whole(folder / "comparison.md", text)
+  files.write_whole(folder / "comparison.json", json.dumps(whole, indent=1) + "\n")
   return text
 
 
@@ -120,7 +120,7 @@ def _claims(tested: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def draw(
-  folder: pathlib.Path, results: Mapping[str, Any], settings: Mapping[str, Any], columns: Sequence[str]
+  folder: files.Path, results: Mapping[str, Any], settings: Mapping[str, Any], columns: Sequence[str]
 ) -> list[str]:
   """Draws the figures that the results allow; returns the names of the files without .svg."""
   drawn = ["bars"]

@@ -113,8 +113,8 @@ class Items:
       raw = self.source.read(row, self.modality)
       size = len(raw) if isinstance(raw, bytes) else os.stat(raw).st_size if isinstance(raw, str | Path) else raw.nbytes
       return self.input.opened(self.modality, raw), size
-    except OSError as error:
-      raise ValueError(str(error)) from error
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+      raise ValueError(str(error)) from error  # another OSError is the machine's, and no bad record
 
   def draw(self, row: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
     """Augmented and prepared."""

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import glob
 import importlib
+import inspect
 import pkgutil
-from collections.abc import Sequence
-from pathlib import Path
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import tqdm
 from absl import logging
+from jaxtyping import Bool
 
-from codebind_jax.data import formats, transforms
-from codebind_jax.data.records import SPLITS, Source, joined
-from codebind_jax.data.worlds import registry
+from codebind_jax.data import formats, ranges, transforms
+from codebind_jax.data.records import SPLITS, Source, id_hash, joined
+from codebind_jax.data.worlds import fetch, registry
 from codebind_jax.data.worlds.source import WorldSource
 
 CHECKED = 10_000  # records up to which all files are opened before any work
@@ -23,7 +27,7 @@ SOME = 1_000  # records whose files are opened where there are more
 
 
 def open_source(
-  files: str | Path | Sequence[str | Path],
+  files: str | PurePath | Sequence[str | PurePath],
   *,
   split: str = "",
   profile: str = "auto",
@@ -35,7 +39,8 @@ def open_source(
   """Opens files of records, or a split of a packaged world.
 
   Args:
-    files: a path, or several; or `world:NAME` for a packaged world, which is built if it is not there.
+    files: a path, or several, with globs and braces (`data/{000..127}.tar`); a folder; `tfds:NAME`; or `world:NAME` for
+      a packaged world, which is built if it is not there.
     split: train, val or test; "" takes all records of files.
     profile: of a world; files have none.
     data_dir: where worlds and indices are, see `fetch.data_dir` for the default.
@@ -53,6 +58,9 @@ def open_source(
   if kind == "world":
     if max_bad_records:
       raise ValueError(f"{files}: got max_bad_records {max_bad_records!r}; allowed for a world: 0, it has none")
+    if options:
+      name, value = next(iter(options.items()))
+      raise ValueError(f"{files}: got {name} {value!r}; allowed for a world: no options")
     if not split:
       raise ValueError(f"{files}: needs a split, such as 'train'")
     module = registry.world_module(world)
@@ -63,36 +71,142 @@ def open_source(
     raise ValueError(f"{files}: got profile {profile!r}; allowed for files: 'auto', only worlds have profiles")
   if split and split not in SPLITS:
     raise ValueError(f"unknown split {split!r} for {files}; allowed: {list(SPLITS)}, or '' for all")
-  names = [files] if isinstance(files, str | Path) else list(files)
-  paths = [Path(name) for name in names]
-  by_format: dict[ModuleType, list[Path]] = {}
-  for path in paths:
+  names = [files] if isinstance(files, str | PurePath) else list(files)
+  by_format: dict[ModuleType, list[PurePath]] = {}
+  for path in found(names):
     by_format.setdefault(format_of(path), []).append(path)
-  parts = [
-    source for module, own in by_format.items()
-    for source in module.open_files(own, max_bad_records=max_bad_records, **options)
-  ]  # fmt: skip
-  source = joined([part for part in parts if len(part)] or parts)
-  if not len(source):
+  cache = fetch.data_dir(data_dir) / "index"
+  parts: list[Source] = []
+  for module, own in by_format.items():
+    refuse_unknown(module, own[0], options)
+    parts += module.open_files(own, cache=cache, max_bad_records=max_bad_records, **options)
+  if not any(map(len, parts)):
     raise ValueError(f"{', '.join(map(str, names))}: no records")
+  for part in parts:
+    if not len(part):
+      logging.warning("%s: no records", part.name)
+  source = joined([part for part in parts if len(part)])
   check_items(source, check, max_bad_records)
   return of_split(source, split)
 
 
-def format_of(path: Path) -> ModuleType:
-  """The module of `data.formats` that reads a path, by its ending.
+def found(names: Sequence[str | PurePath]) -> list[PurePath]:
+  """The files and folders of names, in the order given: with braces as in bash, and globs, sorted by name.
+
+  Raises:
+    ValueError: if there are no names, or a scheme is unknown.
+    FileNotFoundError: naming a path or pattern that nothing fits.
+  """
+  if not names:
+    raise ValueError("files: got an empty list; allowed: a path, a pattern, or several")
+  paths: dict[str, PurePath] = {}
+  for name in names:
+    for one in braces(str(name)):
+      if one.startswith("tfds:"):
+        fitting = [PurePath(one)]
+      else:
+        path = ranges.as_path(one)
+        there = path.exists()
+        fitting = [path] if there or not _GLOB.search(one) else _globbed(path)
+        if not there and fitting == [path] or not fitting:
+          of = "" if one == str(name) else f" (of {name})"
+          raise FileNotFoundError(2, f"no such file or folder{of}", one)
+      paths |= {str(path): path for path in fitting}
+  return list(paths.values())
+
+
+_GLOB = re.compile(r"[*?\[]")
+_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
+
+
+def _globbed(path: PurePath) -> list[PurePath]:
+  if not ranges.is_far(path):
+    return [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+  import fsspec
+
+  scheme = str(path).partition("://")[0]
+  return [ranges.as_path(f"{scheme}://{name}") for name in sorted(fsspec.filesystem(scheme).glob(str(path)))]
+
+
+def braces(name: str) -> list[str]:
+  """The names that bash makes of one with `{a,b}` and `{000..127}`, also nested.
+
+  >>> braces("x-{08..10}.{tar,csv}")
+  ['x-08.tar', 'x-08.csv', 'x-09.tar', 'x-09.csv', 'x-10.tar', 'x-10.csv']
+  """
+  for start in (at for at, letter in enumerate(name) if letter == "{"):
+    depth, commas = 0, [start]
+    for at in range(start, len(name)):
+      depth += {"{": 1, "}": -1}.get(name[at], 0)
+      if name[at] == "," and depth == 1:
+        commas.append(at)
+      if depth == 0:
+        inner = name[start + 1 : at]
+        if len(commas) > 1:
+          parts = [name[a + 1 : b] for a, b in zip(commas, [*commas[1:], at])]
+        elif numbers := _RANGE.fullmatch(inner):
+          parts = _counted(*numbers.groups())
+        else:
+          break
+        rest = braces(name[at + 1 :])
+        return [name[:start] + one + tail for part in parts for one in braces(part) for tail in rest]
+  return [name]
+
+
+def _counted(first: str, last: str, step: str | None) -> list[str]:
+  """`{first..last..step}`: as wide as the wider end where one of them begins with a zero."""
+  a, b, by = int(first), int(last), abs(int(step or 1)) or 1
+  padded = any(len(end.lstrip("-")) > 1 and end.lstrip("-").startswith("0") for end in (first, last))
+  width = max(len(first), len(last)) if padded else 0
+  return [f"{n:0{width}d}" for n in (range(a, b + 1, by) if a <= b else range(a, b - 1, -by))]
+
+
+def format_of(path: PurePath) -> ModuleType:
+  """The module of `data.formats` that reads a path: by its ending, or what is in the folder.
 
   Raises:
     ValueError: for an unknown ending.
   """
-  known = []
-  for info in pkgutil.iter_modules(formats.__path__):
-    module = importlib.import_module(f"{formats.__name__}.{info.name}")
+  modules = [importlib.import_module(f"{formats.__name__}.{m.name}") for m in pkgutil.iter_modules(formats.__path__)]
+  known: list[str] = []
+  for module in modules:
     endings = getattr(module, "ENDINGS", ())
-    if str(path).endswith(endings) and endings:
+    if endings and path.name.lower().endswith(endings):
       return module
     known.extend(endings)
-  raise ValueError(f"{path}: unknown ending; allowed: {', '.join(known)}")
+  for module in modules:
+    if hasattr(module, "takes") and module.takes(path):
+      return module
+  others = "a folder of class folders, a Hugging Face dataset folder, tfds:NAME, world:NAME"
+  raise ValueError(f"{path}: unknown ending; allowed: {', '.join(known)}; or {others}")
+
+
+def refuse_unknown(module: ModuleType, path: PurePath, options: Mapping[str, Any]) -> None:
+  """Raises a ValueError for an option that a format has not."""
+  allowed = [name for name in inspect.signature(module.open_files).parameters
+             if name not in ("paths", "cache", "max_bad_records")]  # fmt: skip
+  for name, value in options.items():
+    if name not in allowed:
+      raise ValueError(f"{path}: got {name} {value!r}; allowed for files of this kind: {', '.join(allowed) or 'none'}")
+
+
+def held_out(source: Source, share: float, salt: str = "holdout") -> Bool[np.ndarray, "n"]:
+  """Which records are held out: by a hash of the id, so that more records change nothing of those before.
+
+  Args:
+    source: the records.
+    share: of them, about, from 0 to 1.
+    salt: another one gives another choice.
+
+  Raises:
+    ValueError: for a share out of range.
+  """
+  if not 0 <= share <= 1:
+    raise ValueError(f"share: got {share!r}, allowed: 0 to 1")
+  mixed = source.index.ids ^ np.uint64(id_hash(salt))
+  for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):  # splitmix64's last steps
+    mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+  return (mixed >> np.uint64(11)) < np.uint64(round(share * 2**53))
 
 
 def of_split(source: Source, split: str) -> Source:

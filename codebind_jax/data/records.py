@@ -9,7 +9,9 @@ from __future__ import annotations
 import abc
 import copy
 import dataclasses
+import functools
 import hashlib
+import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +24,8 @@ from codebind_jax.data import transforms
 
 MODALITIES = ("image", "text", "audio", "video", "depth", "points", "thermal", "tactile", "eeg")
 SPLITS = ("train", "val", "test")
+_blake2b = hashlib.blake2b
+_number = functools.partial(int.from_bytes, byteorder="little")
 
 
 def known_modalities() -> tuple[str, ...]:
@@ -31,7 +35,7 @@ def known_modalities() -> tuple[str, ...]:
 
 def id_hash(name: str) -> int:
   """The first 8 bytes of an id's BLAKE2b hash."""
-  return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+  return _number(_blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +50,8 @@ class Index:
     split: number of its split in `SPLITS`; -1 where it names none.
     group: number of its group, by first appearance; records of one group are not each other's negatives. A record
       without a label is its own group.
-    where: the format's own two numbers: offset and length, file and row.
+    where: the format's own two numbers: offset and length, file and row; zeros, which take no memory, where sources are
+      joined.
     ids: `id_hash` of its id.
   """
 
@@ -62,9 +67,17 @@ class Index:
   def __len__(self) -> int:
     return len(self.has)
 
+  def __getstate__(self) -> dict[str, Any]:
+    return _referred(self.__dict__)
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    self.__dict__.update(_mapped(state))
+
   def take(self, rows: Int[np.ndarray, "m"]) -> Index:
     """The index of some of the records, in the order given."""
-    columns = {name: getattr(self, name)[rows] for name in ("has", "label", "split", "group", "where", "ids")}
+    columns = {name: getattr(self, name)[rows] for name in ("has", "label", "split", "group", "ids")}
+    none = not any(self.where.strides)
+    columns["where"] = _Zeros((len(rows), 2), "<i8").array() if none else self.where[rows]
     return dataclasses.replace(self, **columns)
 
   def bit(self, modality: str) -> int:
@@ -74,6 +87,68 @@ class Index:
   def label_of(self, row: int) -> str | None:
     """The label of a record."""
     return self.labels[self.label[row]] if self.label[row] >= 0 else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reference:
+  """A memory-mapped array in a pickle: worker processes share the file's pages, and hold no copies."""
+
+  path: str
+  offset: int
+  shape: tuple[int, ...]
+  type: str
+
+  def array(self) -> np.ndarray:
+    length = int(np.prod(self.shape)) * np.dtype(self.type).itemsize
+    return map_file(self.path)[self.offset : self.offset + length].view(self.type).reshape(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Zeros:
+  """An array of nothing but zeros in a pickle."""
+
+  shape: tuple[int, ...]
+  type: str
+
+  def array(self) -> np.ndarray:
+    return np.broadcast_to(np.zeros((), self.type), self.shape)
+
+
+_maps: weakref.WeakValueDictionary[str, np.memmap] = weakref.WeakValueDictionary()
+
+
+def map_file(path: str) -> np.memmap:
+  """The bytes of a file by memory map, one of a file in a process; a file that is replaced goes on as it was."""
+  there = _maps.get(path)
+  if there is None:
+    there = _maps[path] = np.memmap(path, np.uint8, "r")
+  return there
+
+
+def unmap(path: str) -> None:
+  """Lets the next `map_file` map a file anew."""
+  _maps.pop(path, None)
+
+
+def _referred(state: Mapping[str, Any]) -> dict[str, Any]:
+  """A state to be pickled, with references to arrays that are in a file, and without zeros."""
+  return {name: _in_short(value) if isinstance(value, np.ndarray) else value for name, value in state.items()}
+
+
+def _in_short(array: np.ndarray) -> Any:
+  if array.size and not any(array.strides):
+    return _Zeros(array.shape, array.dtype.str) if not array.flat[0] else array
+  root = array
+  while isinstance(root.base, np.ndarray):
+    root = root.base
+  if not isinstance(root, np.memmap) or not root.filename or not array.flags.c_contiguous:
+    return array
+  at = [one.__array_interface__["data"][0] for one in (root, array)]
+  return _Reference(str(root.filename), root.offset + at[1] - at[0], array.shape, array.dtype.str)
+
+
+def _mapped(state: Mapping[str, Any]) -> dict[str, Any]:
+  return {name: value.array() if isinstance(value, _Reference | _Zeros) else value for name, value in state.items()}
 
 
 def groups_of(label: Int[np.ndarray, "n"]) -> Int32[np.ndarray, "n"]:
@@ -95,11 +170,11 @@ class IndexBuilder:
   def __init__(self):
     self._modalities: dict[str, int] = {}
     self._labels: dict[str, int] = {}
-    self._columns = {"has": array("I"), "label": array("i"), "split": array("b"), "where": array("q"),
-                     "ids": array("Q")}  # fmt: skip
+    self._has, self._label, self._split = array("I"), array("i"), array("b")
+    self._where, self._ids = array("q"), array("Q")
 
   def __len__(self) -> int:
-    return len(self._columns["has"])
+    return len(self._has)
 
   def add(
     self, name: str, modalities: Iterable[str], label: str | None = None, split: str | None = None,
@@ -114,23 +189,40 @@ class IndexBuilder:
       split: one of `SPLITS`.
       where: the format's own numbers.
     """
+    self._has.append(self.bits(modalities))
+    self._label.append(-1 if label is None else self._labels.setdefault(label, len(self._labels)))
+    self._split.append(-1 if split is None else SPLITS.index(split))
+    self._where.extend(where)
+    self._ids.append(id_hash(name))
+
+  def bits(self, modalities: Iterable[str]) -> int:
+    """The bits of `Index.has` that stand for these."""
     bits = 0
     for modality in modalities:
       bits |= 1 << self._modalities.setdefault(modality, len(self._modalities))
-    columns = self._columns
-    columns["has"].append(bits)
-    columns["label"].append(-1 if label is None else self._labels.setdefault(label, len(self._labels)))
-    columns["split"].append(-1 if split is None else SPLITS.index(split))
-    columns["where"].extend(where)
-    columns["ids"].append(id_hash(name))
+    return bits
+
+  def add_many(
+    self, names: Sequence[str], has: UInt32[np.ndarray, "n"], labels: Sequence[str | None],
+    splits: Sequence[str | None], where: Int64[np.ndarray, "n 2"],
+  ) -> None:  # fmt: skip
+    """Adds records as `add` does, faster; `has` are their `bits`."""
+    known, number = self._labels, {None: -1} | {split: number for number, split in enumerate(SPLITS)}
+    self._has.frombytes(has.tobytes())
+    self._label.extend([-1 if label is None else known.setdefault(label, len(known)) for label in labels])
+    self._split.extend(map(number.__getitem__, splits))
+    self._where.frombytes(where.tobytes())
+    self._ids.extend([_number(_blake2b(n.encode("utf-8", "surrogatepass"), digest_size=8).digest()) for n in names])
 
   def build(self) -> Index:
     """The index of all records added."""
-    types = {"has": np.uint32, "label": np.int32, "split": np.int8, "where": np.int64, "ids": np.uint64}
-    columns = {name: np.array(values, types[name]) for name, values in self._columns.items()}
-    columns["where"] = columns["where"].reshape(-1, 2)
+    column = lambda values, kind: np.frombuffer(values, kind) if values else np.zeros(0, kind)
+    label = column(self._label, np.int32)
+    unlabelled = bool(len(label)) and int(label.min()) < 0
     return Index(
-      tuple(self._modalities), labels=tuple(self._labels), group=groups_of(columns["label"]), **columns
+      tuple(self._modalities), column(self._has, np.uint32), label, tuple(self._labels), column(self._split, np.int8),
+      groups_of(label) if unlabelled else label,  # labels are numbered by first appearance, as groups are
+      column(self._where, np.int64).reshape(-1, 2), column(self._ids, np.uint64),
     )  # fmt: skip
 
 
@@ -159,7 +251,13 @@ class Source(abc.ABC):
   def __init__(self, name: str, index: Index):
     self.name, self.index = name, index
     self._numbers: np.ndarray | None = None  # of the records selected, in the file
-    self._content = ""  # a hash of what the index does not tell, where a format knows one
+    self._made_from = ""  # a hash of what the index does not tell, where a format knows one
+
+  def __getstate__(self) -> dict[str, Any]:
+    return _referred(self.__dict__)
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    self.__dict__.update(_mapped(state))
 
   def __len__(self) -> int:
     return len(self.index)
@@ -214,7 +312,7 @@ class Source(abc.ABC):
 
   def fingerprint(self) -> dict[str, str]:
     """File -> a hash of its records: ids, labels, splits, places, and of its content where that is known."""
-    digest = hashlib.sha256(self._content.encode())
+    digest = hashlib.sha256(self._made_from.encode())
     for column in ("has", "label", "split", "where", "ids"):
       digest.update(np.ascontiguousarray(getattr(self.index, column)).data)
     return {self.name: digest.hexdigest()[:16]}
@@ -268,15 +366,6 @@ class Source(abc.ABC):
   def _where(self, number: int) -> str:
     """`where` by the number in the file."""
     return f"{self.name}: record {number}"
-
-
-def identity_of(path: Path) -> str:
-  """Path, size and time of a file; "" where there is none."""
-  try:
-    stat = path.stat()
-  except OSError:
-    return ""
-  return f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns}"
 
 
 def index_of(rows: Iterable[Mapping[str, Any]], has: Iterable[Iterable[str]]) -> Index:
@@ -360,9 +449,10 @@ def joined(parts: Sequence[Source], *, name: str = "", field: str = "label", uni
     columns["has"].append(bits)
     known = np.array([*(number[label] for label in part.index.labels), -1], np.int32)
     columns["label"].append(known[part.index.label])
-  for column in ("split", "where", "ids"):
+  for column in ("split", "ids"):
     columns[column] = [getattr(part.index, column) for part in parts]
   whole = {column: np.concatenate(values) for column, values in columns.items()}
+  whole["where"] = _Zeros((len(whole["ids"]), 2), "<i8").array()
   index = Index(modalities, labels=labels, group=groups_of(whole["label"]), **whole)
   source = Joined(name or parts[0].name, index, parts)
   if unique and (pair := twice(index)):

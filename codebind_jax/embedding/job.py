@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import pathlib
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +21,7 @@ import tqdm
 from absl import logging
 
 from codebind_jax import config as config_lib
+from codebind_jax import files
 from codebind_jax.api import Model, load
 from codebind_jax.config import Embed
 from codebind_jax.data.examples import Items, Texts
@@ -30,7 +30,6 @@ from codebind_jax.data.records import Source
 from codebind_jax.data.task import Data
 from codebind_jax.embedding import shards
 from codebind_jax.embedding.shards import ShardReport
-from codebind_jax.files import write_whole
 from codebind_jax.runtime import distributed
 from codebind_jax.schema import check_keys
 
@@ -57,7 +56,7 @@ class Plan:
   """
 
   source: Source
-  folder: pathlib.Path
+  folder: files.Path
   digest: str
   shard_rows: int
   widths: dict[str, dict[str, int]]
@@ -73,7 +72,7 @@ class Plan:
     """Number of shards."""
     return -(-len(self.source) // self.shard_rows)
 
-  def path(self, number: int) -> pathlib.Path:
+  def path(self, number: int) -> files.Path:
     """Where a shard is, once finished."""
     return shards.shard_path(self.folder, number, self.shards)
 
@@ -96,7 +95,7 @@ class Plan:
     return shards.make_schema(columns, self.dtype)
 
 
-def make_plan(settings: Embed, data: Data, workdir: str | pathlib.Path, model: Model) -> Plan:
+def make_plan(settings: Embed, data: Data, workdir: str | files.Path, model: Model) -> Plan:
   """The job of the two sections; indexes the source, and keeps no record.
 
   Raises:
@@ -107,15 +106,15 @@ def make_plan(settings: Embed, data: Data, workdir: str | pathlib.Path, model: M
   check_keys(modalities, model.modalities, "embed.modalities")
   wanted = [part for name in PARTS if name in settings.parts for part in (shards.CODES if name == "codes" else (name,))]
   widths = {m: {part: w for part, w in model.widths(m).items() if w and part in wanted} for m in modalities}
-  files = [name for names in data.sources.values() for name in names]
+  names = [name for names in data.sources.values() for name in names]
   source = open_source(
-    files, data_dir=data.root or None, max_bad_records=data.max_bad_records, check="none", **data.options
+    names, data_dir=data.root or None, max_bad_records=data.max_bad_records, check="none", **data.options
   )  # fmt: skip
   recipe = [_FORMAT, model.fingerprint(modalities), source.fingerprint(), settings.shard_rows, settings.dtype, widths]
   return Plan(
-    source, pathlib.Path(workdir).expanduser().absolute(), hashlib.sha256(json.dumps(recipe).encode()).hexdigest(),
+    source, files.path(workdir), hashlib.sha256(json.dumps(recipe).encode()).hexdigest(),
     settings.shard_rows, widths, settings.dtype, settings.batch_size, data.workers, settings.threads,
-    data.max_bad_records, ", ".join(files),
+    data.max_bad_records, ", ".join(names),
   )  # fmt: skip
 
 
@@ -129,25 +128,23 @@ def embed_shard(
     number: of the shard.
     model: the run's.
     allowed: bad records left out before it is an error; None for the whole job's number.
-    advance: called after each batch with its number of records.
+    advance: called at the end with the number of records.
 
   Raises:
     ValueError: naming the first bad record, if there are more than `allowed`; nothing is written.
   """
   allowed = plan.max_bad_records if allowed is None else allowed
   first = number * plan.shard_rows
-  bad, ignored, batches = {}, Counter(), []
-  for start in range(first, first + plan.rows(number), plan.batch_size):
-    rows = np.arange(start, min(start + plan.batch_size, first + plan.rows(number)))
-    batches += _batch(plan, model, rows, bad, ignored)
-    if len(bad) > allowed:
-      more = f" ({len(bad)} bad records in shard {number}, {allowed} allowed)" if plan.max_bad_records else ""
-      raise ValueError(next(iter(bad.values())) + more)
-    advance(len(rows))
-  for message in bad.values():
-    logging.warning("left out %s", message)
-  bad_rows = tuple(bad[row] for row in sorted(bad))
-  report = ShardReport(plan.digest, plan.shards, sum(b.num_rows for b in batches), bad_rows, dict(ignored))
+  rows, bad, ignored = np.arange(first, first + plan.rows(number)), {}, Counter()
+  batches = _batch(plan, model, rows, bad, ignored)
+  if len(bad) > allowed:
+    more = f" ({len(bad)} bad records in shard {number}, {allowed} allowed)" if plan.max_bad_records else ""
+    raise ValueError(bad[min(bad)] + more)
+  advance(len(rows))
+  for row in sorted(bad):
+    logging.warning("left out %s", bad[row])
+  messages = tuple(bad[row] for row in sorted(bad))
+  report = ShardReport(plan.digest, plan.shards, sum(b.num_rows for b in batches), messages, dict(ignored))
   shards.write_shard(plan.path(number), plan.schema, batches, report)
   return report
 
@@ -169,7 +166,7 @@ def _batch(
       continue
     item = model.trunk(m).input
     feed = Texts(source, item) if m == "text" else Items(source, m, item)
-    found = model.embed_rows(m, feed, have, workers=plan.workers, threads=plan.threads)
+    found = model.embed_rows(m, feed, have, workers=plan.workers, threads=plan.threads, batch=plan.batch_size)
     for row, message in found.bad:
       bad[row] = f"{source.where(row)}: {m}: {message}"
     good = have[found.good]
@@ -197,7 +194,7 @@ def embed_shards(plan: Plan, model: Model, *, process: int = 0, processes: int =
   Raises:
     ValueError: for a shard of another job in the folder, or more bad records than allowed.
   """
-  plan.folder.mkdir(parents=True, exist_ok=True)
+  files.make_folder(plan.folder)
   done = plan.finished()
   own = range(process, plan.shards, processes)
   missing = [number for number in own if number not in done]
@@ -236,16 +233,16 @@ def summarise(plan: Plan, run: str) -> dict[str, Any]:
     "bad_records": bad, "ignored_modalities": dict(ignored), "dtype": plan.dtype, "columns": plan.widths,
     "shards": [{"file": plan.path(number).name, "rows": report.rows} for number, report in enumerate(reports)],
   }  # fmt: skip
-  write_whole(plan.folder / shards.SUMMARY, json.dumps(summary, indent=1) + "\n")
-  for left in plan.folder.glob("*.part"):  # of processes that were killed
-    left.unlink(missing_ok=True)
+  files.write_whole(plan.folder / shards.SUMMARY, json.dumps(summary, indent=1) + "\n")
+  for left in files.children(plan.folder, "*.part"):  # of processes that were killed
+    files.remove(left)
   if ignored:
     logging.warning("modalities that were not embedded, and how many records have them: %s", dict(ignored))
   logging.info("%s: %d rows, %d bad records left out", plan.folder, summary["rows"], len(bad))
   return summary
 
 
-def embed(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
+def embed(config: Any, workdir: str | files.Path) -> dict[str, Any]:
   """Mode `embed`: this process's shards of the job, and on process 0 the summary once all are done.
 
   Args:
@@ -259,6 +256,7 @@ def embed(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
     ValueError: naming what is wrong with the run, the manifest or the folder.
   """
   config = config_lib.validate(config)
+  files.probe(files.path(workdir), write=True)
   model = load(config.init_from)
   plan = make_plan(config.embed, config.data, workdir, model)
   embed_shards(plan, model.on(jax.local_devices()), process=jax.process_index(), processes=jax.process_count())

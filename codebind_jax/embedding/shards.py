@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Num
 
-from codebind_jax.files import replacing
+from codebind_jax import files
 
 FIELDS = ("id", "label", "split")
 PARTS = ("shared", "specific", "full")
@@ -42,14 +42,14 @@ class ShardReport:
   ignored: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
-def shard_path(folder: pathlib.Path, number: int, count: int) -> pathlib.Path:
+def shard_path(folder: files.Path, number: int, count: int) -> files.Path:
   """Where shard `number` of `count` is, once finished."""
   return folder / f"shard-{number:06d}-of-{count:06d}.parquet"
 
 
-def shard_files(folder: pathlib.Path) -> list[pathlib.Path]:
+def shard_files(folder: files.Path) -> list[files.Path]:
   """All finished shards in a folder, in order."""
-  return sorted(folder.glob(_PATTERN))
+  return files.children(folder, _PATTERN)
 
 
 def column_name(modality: str, part: str) -> str:
@@ -80,32 +80,32 @@ def with_nulls(values: Num[np.ndarray, "n w"], at: Sequence[int], rows: int, dty
   return pa.ListArray.from_arrays(offsets, values.astype(dtype).reshape(-1), mask=pa.array(missing))
 
 
-def write_shard(path: pathlib.Path, schema: pa.Schema, batches: Sequence[pa.RecordBatch], report: ShardReport) -> None:
+def write_shard(path: files.Path, schema: pa.Schema, batches: Sequence[pa.RecordBatch], report: ShardReport) -> None:
   """Writes a shard whole, with its report in the metadata."""
   metadata = {_KEY: json.dumps(dataclasses.asdict(report)).encode()}
   table = pa.Table.from_batches(batches, schema).replace_schema_metadata(metadata)
   write_table(table, path)
 
 
-def write_table(table: pa.Table, path: pathlib.Path, row_group: int | None = None) -> None:
+def write_table(table: pa.Table, path: files.Path, row_group: int | None = None) -> None:
   """Writes a Parquet file whole, see `files.replacing`."""
-  with replacing(path) as temporary:
+  with files.replacing(path) as temporary:
     pq.write_table(table, temporary, compression="zstd", row_group_size=row_group)
 
 
-def read_report(path: pathlib.Path) -> ShardReport:
+def read_report(path: files.Path) -> ShardReport:
   """The report in a shard's metadata.
 
   Raises:
     ValueError: if the file is not a shard of mode `embed`, or damaged.
   """
   try:
-    return ShardReport(**json.loads(pq.read_schema(path).metadata[_KEY]))
+    return ShardReport(**json.loads(_read_schema(path).metadata[_KEY]))
   except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
     raise ValueError(f"{path} is not a shard written by mode 'embed', or it is damaged ({error}); remove it") from error
 
 
-def finished_shards(folder: pathlib.Path, digest: str, count: int) -> dict[int, ShardReport]:
+def finished_shards(folder: files.Path, digest: str, count: int) -> dict[int, ShardReport]:
   """Reports of the shards of a job that are finished, by number.
 
   Raises:
@@ -123,28 +123,44 @@ def finished_shards(folder: pathlib.Path, digest: str, count: int) -> dict[int, 
   return reports
 
 
-def read_column(folder: pathlib.Path, column: str) -> Iterator[tuple[list[str], Num[np.ndarray, "n w"]]]:
+def read_column(folder: files.Path, column: str) -> Iterator[tuple[list[str], Num[np.ndarray, "n w"]]]:
   """Ids and vectors of a column of a finished job, batch by batch; rows without the modality are left out.
 
   Raises:
     ValueError: if shards are missing or belong to several jobs, or none has the column.
   """
-  files = shard_files(folder)
-  if not files:
+  paths = shard_files(folder)
+  if not paths:
     raise ValueError(f"{folder}: no shards ({_PATTERN}) in it; write some with mode 'embed'")
-  reports = [read_report(path) for path in files]
+  reports = [read_report(path) for path in paths]
   first = reports[0]
   finished_shards(folder, first.digest, first.shards)
-  if len(files) < first.shards:
-    raise ValueError(f"{folder}: {len(files)} of {first.shards} shards are finished; run the same command again")
-  names = pq.read_schema(files[0]).names
+  if len(paths) < first.shards:
+    raise ValueError(f"{folder}: {len(paths)} of {first.shards} shards are finished; run the same command again")
+  names = _read_schema(paths[0]).names
   if column not in names:
     raise ValueError(f"{folder}: no column {column!r}; allowed: {[n for n in names if n.endswith(PARTS)]}")
-  for path in files:
-    for batch in pq.ParquetFile(path).iter_batches(columns=["id", column]):
-      valid = batch.filter(batch.column(column).is_valid())
-      if valid.num_rows:
-        yield valid.column("id").to_pylist(), vectors_of(valid.column(column))
+  for path in paths:
+    with _opened(path) as file:
+      for batch in pq.ParquetFile(file).iter_batches(columns=["id", column]):
+        valid = batch.filter(batch.column(column).is_valid())
+        if valid.num_rows:
+          yield valid.column("id").to_pylist(), vectors_of(valid.column(column))
+
+
+@contextlib.contextmanager
+def _opened(path: files.Path) -> Iterator[Any]:
+  """What pyarrow reads: a local path, or a far object by ranges."""
+  if not files.is_far(path):
+    yield path
+    return
+  with files.open_far(path) as file:
+    yield file
+
+
+def _read_schema(path: files.Path) -> pa.Schema:
+  with _opened(path) as file:
+    return pq.read_schema(file)
 
 
 def vectors_of(column: pa.ListArray | pa.FixedSizeListArray) -> Num[np.ndarray, "n w"]:

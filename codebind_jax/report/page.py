@@ -5,21 +5,20 @@ import os
 import string
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import logging
 
+from codebind_jax import files
 from codebind_jax.evaluators import codes
-from codebind_jax.files import write_whole
 from codebind_jax.report import figures as report_figures
 from codebind_jax.report.data import ReportData, Score
 
 _LARGE = 3_000_000
 
 
-def write_report(path: str | os.PathLike, data: ReportData) -> Path:
+def write_report(path: str | os.PathLike, data: ReportData) -> files.Path:
   """Writes the page.
 
   Parts for which `data` holds nothing are left out; a line near the top names them.
@@ -58,8 +57,8 @@ def write_report(path: str | os.PathLike, data: ReportData) -> Path:
   )
   template = importlib.resources.files("codebind_jax.report").joinpath("template.html").read_text(encoding="utf-8")
   page = string.Template(template).substitute(title=escape(data.title), body="\n".join(body))
-  path = Path(path)
-  write_whole(path, page)
+  path = files.path(path)
+  files.write_whole(path, page)
   if len(page) > _LARGE:
     logging.warning("%s has %.1f MB; fewer gallery rows or map points make it smaller", path, len(page) / 1e6)
   return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 import platform
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from codebind_jax import schema
+from codebind_jax import files, schema
 from codebind_jax.api import Model
 from codebind_jax.config import Config
 from codebind_jax.data.task import EvalSet, Task
@@ -83,7 +82,7 @@ def _test_rows(test: EvalSet, modalities: Iterable[str]) -> dict[str, int]:
 
 
 def report_data(
-  config: Config, folder: pathlib.Path, task: Task, evaluation: Evaluation, final: Mapping[str, float],
+  config: Config, folder: files.Path, task: Task, evaluation: Evaluation, final: Mapping[str, float],
   models: Mapping[str, Model], seconds: Mapping[str, float],
 ) -> ReportData:
   """The records of a finished run's report."""
@@ -104,7 +103,7 @@ def report_data(
     data_counts={f"{name} train": len(rows) for name, rows in task.train.items()}
     | {f"{name} extra": len(rows) - len(task.train[name]) for name, rows in task.extra.items()}
     | {s.name: len(s.source) for s in task.evals},
-    baseline=Run("InfoNCE without codebooks", read_metrics(plain)) if (plain / "metrics.jsonl").exists() else None,
+    baseline=Run("InfoNCE without codebooks", read_metrics(plain)) if files.is_file(plain / "metrics.jsonl") else None,
     scores=headline(config, task, final),
     codebook_sizes=sizes,
     code_counts=code_counts,

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
-from codebind_jax import schema
+from codebind_jax import files, schema
+from codebind_jax.runtime.far_checkpoint import FarCheckpoints
 
 FOLDER = "checkpoints"
 
@@ -38,22 +39,19 @@ class Position:
 
 
 class Checkpoints:
-  """Writes `workdir/checkpoints/<step>` asynchronously, keeps the newest `keep` of them, and reads them."""
+  """Writes `workdir/checkpoints/<step>` asynchronously, keeps the newest `keep` of them, and reads them.
 
-  def __init__(self, workdir: str | pathlib.Path, *, keep: int = 2):
-    self.path = pathlib.Path(workdir).absolute() / FOLDER
-    self._keep = keep
-    self._open()
+  Near by orbax, whose folders the processes share; at gs:// and s3:// by `FarCheckpoints`.
+  """
 
-  def _open(self) -> None:
-    options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, cleanup_tmp_directories=True)
-    self._manager = ocp.CheckpointManager(self.path, options=options)
+  def __init__(self, workdir: str | files.Path, *, keep: int = 2):
+    self.path = files.path(workdir) / FOLDER
+    self._store = (FarCheckpoints if files.is_far(self.path) else _Near)(self.path, keep=keep)
 
   def save(self, position: Position, state: Any, fingerprint: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """Starts to write a checkpoint; `fingerprint` is the data's, the position says which batch of it comes next."""
     meta = {"position": dataclasses.asdict(position), "config": dict(config), "fingerprint": dict(fingerprint)}
-    items: dict[str, Any] = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(meta)}
-    self._manager.save(position.step, args=ocp.args.Composite(**items), force=True)
+    self._store.save(position.step, state, meta)
 
   def restore(self, target: Callable[[Position], Any]) -> tuple[Position, Any] | None:
     """Restores the newest readable checkpoint.
@@ -62,62 +60,52 @@ class Checkpoints:
       target: position -> abstract state; called per checkpoint tried.
 
     Returns:
-      (position, state) or None where there is no checkpoint. A checkpoint that cannot be read is renamed to
-      `<step>.damaged`, named in the log, and the one before it is tried.
+      (position, state) or None where there is no checkpoint. A checkpoint that cannot be read is set aside (near as
+      `<step>.damaged`, far its `commit.json` as `damaged.json`), named in the log, and the one before it is tried.
 
     Raises:
       RuntimeError: if there are checkpoints but none can be read.
       ValueError: if a checkpoint's arrays differ from the target's in path, shape or type.
     """
-    steps = self._steps()
+    steps = self._store.steps()
     for step in steps:
-      saved = None
-      with self._set_aside_if_damaged(step):
-        meta, saved = self.read_meta(step), _arrays(self._metadata(step))
-      if saved is None:
+      found = self._readable(step, lambda step=step: (self._store.meta(step), self._store.kinds(step)))
+      if found is None:
         continue
+      meta, saved = found
       position = Position(**meta["position"])
       state = target(position)
       if differing := schema.difference(saved, _arrays(state)):
         raise ValueError(f"checkpoint {self.path / str(step)} holds other arrays than this run has "
                          f"({len(differing)} differ): {'; '.join(differing[:5])}")  # fmt: skip
-      with self._set_aside_if_damaged(step):
-        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(state)))
-        return position, restored["state"]
+      restored = self._readable(step, lambda step=step, state=state: self._store.restore(step, state))
+      if restored is not None:
+        return position, restored
     if steps:
       raise RuntimeError(f"none of the checkpoints {steps} in {self.path} can be read; they are kept as *.damaged")
     return None
 
-  def _steps(self) -> list[int]:
-    """Steps that have a checkpoint, newest first."""
-    self._manager.wait_until_finished()
-    return sorted(self._manager.all_steps(), reverse=True)
-
-  @contextlib.contextmanager
-  def _set_aside_if_damaged(self, step: int) -> Iterator[None]:
-    """Renames the checkpoint to `<step>.damaged` if reading it in the body fails because of its content."""
+  def _readable(self, step: int, read: Callable[[], Any]) -> Any:
+    """What `read` gives; None where it fails because of the checkpoint's content, which is then set aside."""
+    result, reason = None, ""
     try:
-      yield
-    except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):  # the machine's fault
+      result = read()
+    except (MemoryError, PermissionError, TimeoutError, jax.errors.JaxRuntimeError):  # the machine's fault
       raise
     except Exception as error:  # orbax reports a truncated array as a bare Exception
+      if files.is_far(self.path) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+        raise  # the far disk's
       reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-      logging.error("checkpoint %s cannot be read, trying the one before it: %s", self.path / str(step), reason)
-      self._manager.close()
-      if jax.process_index() == 0:
-        aside = next(p for n in itertools.count() if not (p := self.path / f"{step}.damaged{n or ''}").exists())
-        (self.path / str(step)).rename(aside)
-      multihost_utils.sync_global_devices(f"damaged checkpoint {step}")
-      self._open()
-
-  def _metadata(self, step: int) -> Any:
-    """The tree of a checkpoint's state, whose leaves are shapes and types."""
-    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
-      return reader.metadata(self.path / str(step) / "state").tree
+    if not self._store.agreed(bool(reason)):
+      return result
+    logging.error("checkpoint %s cannot be read, trying the one before it: %s", self.path / str(step),
+                  reason or "another process cannot")  # fmt: skip
+    self._store.set_aside(step)
+    return None
 
   def fingerprint(self) -> dict[str, Any] | None:
     """The data's fingerprint in the newest readable checkpoint; None where there is none."""
-    for step in self._steps():
+    for step in self._store.steps():
       try:
         return self.read_meta(step).get("fingerprint")
       except Exception as error:  # a damaged checkpoint, which `restore` names and sets aside
@@ -130,28 +118,87 @@ class Checkpoints:
     Raises:
       FileNotFoundError: if there is no checkpoint.
     """
-    step = self._manager.latest_step() if step is None else step
-    if step is None:
-      raise FileNotFoundError(f"no checkpoint in {self.path}")
-    return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    return self._store.meta(self._newest() if step is None else step)
 
   def read_arrays(self, keys: tuple[str, ...] = ("params", "codebooks")) -> dict[str, Any]:
     """Parts of the newest state as nested dicts of numpy arrays, for evaluation and embedding."""
-    steps = self._steps()
+    return self._store.arrays(self._newest(), keys)
+
+  def _newest(self) -> int:
+    steps = self._store.steps()
     if not steps:
       raise FileNotFoundError(f"no checkpoint in {self.path}")
-    restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), self._metadata(steps[0]))
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-      args = ocp.args.PyTreeRestore(restore_args=restore)
-      state = reader.restore(self.path / str(steps[0]) / "state", args=args)
-    return {key: state[key] for key in keys}
+    return steps[0]
 
   def wait(self) -> None:
     """Blocks until the last save is on disk."""
-    self._manager.wait_until_finished()
+    self._store.wait()
 
   def close(self) -> None:
     """Waits for the last save and frees the threads."""
+    self._store.close()
+
+
+class _Near:
+  """Checkpoints in a local folder, by orbax."""
+
+  def __init__(self, path: pathlib.Path, *, keep: int):
+    self.path, self._keep = path, keep
+    self._open()
+
+  def _open(self) -> None:
+    options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, cleanup_tmp_directories=True)
+    self._manager = ocp.CheckpointManager(self.path, options=options)
+
+  def steps(self) -> list[int]:
+    """Steps that have a checkpoint, newest first."""
+    self._manager.wait_until_finished()
+    return sorted(self._manager.all_steps(), reverse=True)
+
+  def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
+    items: dict[str, Any] = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(dict(meta))}
+    self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+  def meta(self, step: int) -> dict[str, Any]:
+    return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+  def kinds(self, step: int) -> dict[str, str]:
+    """Path -> type and shape of the saved arrays."""
+    return _arrays(self._metadata(step))
+
+  def _metadata(self, step: int) -> Any:
+    """The tree of a checkpoint's state, whose leaves are shapes and types."""
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+      return reader.metadata(self.path / str(step) / "state").tree
+
+  def restore(self, step: int, target: Any) -> Any:
+    restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))
+    return restored["state"]
+
+  def arrays(self, step: int, keys: Sequence[str]) -> dict[str, Any]:
+    restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), self._metadata(step))
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+      args = ocp.args.PyTreeRestore(restore_args=restore)
+      state = reader.restore(self.path / str(step) / "state", args=args)
+    return {key: state[key] for key in keys}
+
+  def agreed(self, bad: bool) -> bool:
+    """Whether this checkpoint is bad; all processes read the same files."""
+    return bad
+
+  def set_aside(self, step: int) -> None:
+    """Renames a damaged checkpoint to `<step>.damaged`."""
+    self._manager.close()
+    if jax.process_index() == 0:
+      aside = next(p for n in itertools.count() if not (p := self.path / f"{step}.damaged{n or ''}").exists())
+      (self.path / str(step)).rename(aside)
+    multihost_utils.sync_global_devices(f"damaged checkpoint {step}")
+    self._open()
+
+  def wait(self) -> None:
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
     self._manager.wait_until_finished()
     self._manager.close()
 

@@ -72,14 +72,14 @@ def process_0_first() -> Iterator[None]:
     wait_for_all("after the first")
 
 
-def interleaved(own: np.ndarray, count: int) -> np.ndarray:
+def interleaved(own: np.ndarray, count: int, processes: int) -> np.ndarray:
   """Rows that every process has a part of, in order: process p of P gives rows p, p + P, ...
 
   Args:
     own: this process's rows, [m, ...] of at most 64-bit numbers.
     count: of all rows.
+    processes: P, all or this one alone.
   """
-  processes = jax.process_count()
   if processes == 1:
     return own
   padded = np.zeros((-(-count // processes), *own.shape[1:]), own.dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import pathlib
 import signal
 import threading
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from codebind_jax import files
 from codebind_jax.runtime.checkpoint import Checkpoints
 
 DUMP = "nonfinite"
@@ -86,7 +86,7 @@ class BadRecords:
 class Watch:
   """Finds a step that was not finite, and saves the state before it and its batch."""
 
-  def __init__(self, folder: pathlib.Path, stage: str, step: int):
+  def __init__(self, folder: files.Path, stage: str, step: int):
     self._folder, self._stage, self._good = folder, stage, step
 
   def check(
@@ -119,7 +119,8 @@ class Watch:
     terms = [name for name, value in jax.device_get(metrics).items() if not np.isfinite(value)]
     if jax.process_count() == 1:
       flat = jax.tree_util.tree_flatten_with_path(batch)[0]
-      np.savez(dump / "batch.npz", **{jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in flat})
+      with files.replacing(dump / "batch.npz") as path, open(path, "wb") as file:
+        np.savez(file, **{jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in flat})
     logging.error("the state before step %d and its batch are in %s", bad + 1, dump)
     raise FloatingPointError(
       f"stage {self._stage!r}, step {bad + 1} (found in steps {self._good + 1} to {step}): not finite: "

@@ -4,16 +4,18 @@ import contextlib
 import json
 import math
 import os
+import pathlib
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import logging
 from tensorboardX import SummaryWriter
 
-from codebind_jax.files import write_whole
+from codebind_jax import files
 
 FILE = "metrics.jsonl"
 _RESERVED = ("step", "stage", "warning")
@@ -33,16 +35,17 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
   Raises:
     ValueError: if any other line is not a JSON object with a step, naming file and line.
   """
-  path = Path(path)
-  path = path / FILE if path.is_dir() else path
+  path = files.path(path)
+  path = path / FILE if files.is_folder(path) else path
   records, _ = _parse(path)
   return [{name: math.nan if value is None else value for name, value in record.items()} for record in records]
 
 
-def _parse(path):
-  """(records of a file, their number of bytes), without a partial last line."""
+def _parse(path, copy=None):
+  """(records of a file, their number of bytes), without a partial last line; read from its local copy if there is one.
+  """
   records, size = [], 0
-  lines = path.read_bytes().splitlines(keepends=True)
+  lines = files.read_bytes(copy or path).splitlines(keepends=True)
   for number, line in enumerate(lines, 1):
     try:
       record = json.loads(line)
@@ -65,6 +68,8 @@ class MetricsWriter:
   was killed and resumed (with `truncate` to the restored step) leaves the same lines as one that was never stopped. For
   that, write the metrics of a step before its checkpoint, and call `flush` in between.
 
+  Far disks cannot append: there a local copy is written, which `flush` uploads whole, and TensorBoard's files with it.
+
   Example:
     >>> import tempfile
     >>> folder = tempfile.mkdtemp()
@@ -85,24 +90,31 @@ class MetricsWriter:
     Raises:
       ValueError: if there is a metrics file with a line that is not one of metrics.
     """
-    self.path = Path(workdir) / FILE
+    self.path = files.path(workdir) / FILE
+    self._scratch: pathlib.Path | None = None
     self._active, self._use_events, self._events, self._purge_step = active, tensorboard, None, None
     self._file = None
     if active:
-      self.path.parent.mkdir(parents=True, exist_ok=True)
+      files.make_folder(self.path.parent)
+      if files.is_far(self.path):
+        self._scratch = pathlib.Path(tempfile.mkdtemp(prefix="codebind_jax-"))
+        if files.is_file(self.path):
+          files.download(self.path, self._scratch / FILE)
+      self._local = self._scratch / FILE if self._scratch else self.path
+      self._there: dict[str, int] = {}  # names of the local files -> sizes when they were uploaded
       self._mend()
-      self._file = open(self.path, "a", encoding="utf-8")
+      self._file = open(self._local, "a", encoding="utf-8")
 
   def _mend(self):
-    if not self.path.exists():
+    if not self._local.exists():
       return
-    _, size = _parse(self.path)
-    data = self.path.read_bytes()
+    _, size = _parse(self.path, self._local)
+    data = self._local.read_bytes()
     lines = data[:size].decode()
     if lines and not lines.endswith("\n"):
       lines += "\n"
     if lines.encode() != data:
-      write_whole(self.path, lines)
+      files.write_whole(self._local, lines)
 
   def write(self, step: int, stage: str, metrics: Mapping[str, Any]) -> None:
     """Writes one line, and one TensorBoard scalar a metric.
@@ -141,9 +153,9 @@ class MetricsWriter:
 
   def _event_writer(self):
     if self._events is None:
-      folder = self.path.parent / "tensorboard"
       # Event files are named by the second they were made in; the count keeps one run from overwriting the last.
-      count = len(list(folder.glob("events.out.tfevents.*")))
+      named = lambda place: {path.name for path in files.children(place / "tensorboard", "events.out.tfevents.*")}
+      count, folder = len(named(self.path.parent) | named(self._local.parent)), self._local.parent / "tensorboard"
       self._events = SummaryWriter(str(folder), purge_step=self._purge_step, filename_suffix=f".{count:04d}")
     return self._events
 
@@ -158,13 +170,15 @@ class MetricsWriter:
     if not self._active:
       return
     self._file.close()
-    records, _ = _parse(self.path)
+    records, _ = _parse(self.path, self._local)
     dropped = sum(record["step"] > step for record in records)
     if dropped:
       logging.info("%s: dropped %d lines after step %d", self.path, dropped, step)
-      lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-      write_whole(self.path, "".join(line for line, record in zip(lines, records) if record["step"] <= step))
-    self._file = open(self.path, "a", encoding="utf-8")
+      lines = self._local.read_text(encoding="utf-8").splitlines(keepends=True)
+      files.write_whole(self._local, "".join(line for line, record in zip(lines, records) if record["step"] <= step))
+      if self._scratch:
+        files.upload(self._local, self.path)
+    self._file = open(self._local, "a", encoding="utf-8")
     if self._events is not None:
       self._events.close()
       self._events = None
@@ -178,15 +192,24 @@ class MetricsWriter:
     os.fsync(self._file.fileno())
     if self._events is not None:
       self._events.flush()
+    if self._scratch:
+      for name, found in files.contents(self._scratch).items():
+        if self._there.get(name) != found.size:
+          files.upload(self._scratch / name, self.path.parent / name)
+          self._there[name] = found.size
 
   def close(self) -> None:
     """Flushes and closes all files; calling it again does nothing."""
     if not self._active or self._file.closed:
       return
-    self.flush()
-    self._file.close()
-    if self._events is not None:
-      self._events.close()
+    try:
+      self.flush()
+    finally:
+      self._file.close()
+      if self._events is not None:
+        self._events.close()
+      if self._scratch:
+        shutil.rmtree(self._scratch, ignore_errors=True)
 
   def __enter__(self) -> "MetricsWriter":
     return self

@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import tempfile
 import typing
 import uuid
 from collections.abc import Collection, Mapping, Sequence
@@ -59,15 +60,19 @@ class Saved:
   modalities: tuple[str, ...]
 
 
-def is_saved(path: Path) -> bool:
+def is_saved(path: files.Path) -> bool:
   """Whether a folder is one that `write` made."""
   try:
-    return json.loads((path / CONFIG).read_text(encoding="utf-8")).get("model_type") == MODEL_TYPE
-  except (OSError, ValueError, AttributeError):
+    return json.loads(files.read_text(path / CONFIG)).get("model_type") == MODEL_TYPE
+  except OSError as error:
+    if files.is_far(path) and not isinstance(error, FileNotFoundError):
+      raise  # of the far disk; what is there is not known
+    return False
+  except (ValueError, AttributeError):
     return False
 
 
-def write(model: Any, folder: str | Path, trunks: str = "include", card_name: str = "") -> Path:
+def write(model: Any, folder: str | files.Path, trunks: str = "include", card_name: str = "") -> files.Path:
   """Writes an `api.Model` to a folder, whole or not at all; adapters are merged into their trunks.
 
   Args:
@@ -81,30 +86,33 @@ def write(model: Any, folder: str | Path, trunks: str = "include", card_name: st
     the folder.
 
   Raises:
-    ValueError: for another value of `trunks`, a folder that holds something else, or a trunk that has no checkpoint to
-      refer to.
+    ValueError: for another value of `trunks`, a folder that holds something else, a trunk that has no checkpoint to
+      refer to, or a far disk that cannot be used.
   """
   if trunks not in MODES:
     raise ValueError(f"trunks: got {trunks!r}; allowed: {', '.join(MODES)}")
-  folder = Path(folder).expanduser().absolute()
+  folder = files.path(folder)
+  files.probe(folder, write=True)
   _refuse_others(folder)
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.part")
+  name = f".{folder.name}.{uuid.uuid4().hex[:8]}.part"
+  if files.is_far(folder):
+    part = Path(tempfile.mkdtemp(prefix="codebind_jax-")) / name
+  else:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = folder.with_name(name)
   part.mkdir()
   try:
     _write(model, part, card_name or folder.name, trunks)
-    files.replace_folder(part, folder)
+    files.replace_folder(part, folder, last=CONFIG)
   finally:
-    shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(part.parent if files.is_far(folder) else part, ignore_errors=True)
   return folder
 
 
-def _refuse_others(folder: Path) -> None:
-  if not folder.exists():
-    return
-  if not folder.is_dir():
+def _refuse_others(folder: files.Path) -> None:
+  if files.is_file(folder):
     raise ValueError(f"{folder}: is a file; allowed: a new or empty folder, or a saved model")
-  there = sorted(os.listdir(folder))
+  there = [path.name for path in files.children(folder)]
   if there and not (is_saved(folder) and set(there) <= {CONFIG, ARRAYS, CARD, TRUNKS}):
     raise ValueError(f"{folder}: holds {', '.join(there[:10])}; allowed: a new or empty folder, or a saved model")
 

@@ -66,14 +66,16 @@ class Feeder:
   Attributes:
     trunks: modality -> Trunk.
     bad: messages of items that could not be read for the cache.
+    process: (number of this process, number of processes that make the same feeds).
   """
 
   def __init__(self, data: Data, towers: Mapping[str, TowerSpec], trunks: Mapping[str, Any] | None = None):
     self._data, self._towers = data, towers
-    self._folder = fetch.data_dir(data.root or None) / "features"
+    self._folder = fetch.features_dir(data.root or None)
     self._caches: dict[str, TokenCache] = {}
     self._made: dict[tuple[int, str, bool], tuple[Source, Feed]] = {}
     self.bad: list[str] = []
+    self.process = jax.process_index(), jax.process_count()
     self.trunks = dict(trunks or {})
     for name, tower in towers.items():
       if name not in self.trunks:
@@ -149,7 +151,7 @@ class Feeder:
     rows = source.rows_with(modality)
     if not len(rows):
       raise ValueError(f"{source.name}: no row has modality {modality!r}")
-    own = rows[jax.process_index() :: jax.process_count()]
+    own = rows[self.process[0] :: self.process[1]]
     contents = Contents(fetch.data_dir(self._data.root or None) / "contents.sqlite")
     hashes = contents.hashes(
       [source.identity(int(row), modality) for row in own], lambda n: self._content(source, int(own[n]), modality)
@@ -159,7 +161,7 @@ class Feeder:
       key_of(REVISION, content, str(view), repr(change), source.fields(int(row))["id"])
       for row, content in zip(own, hashes) for view in range(views)
     ], np.uint64).reshape(len(own), views * 2)  # fmt: skip
-    keys = distributed.interleaved(keys, len(rows)).reshape(-1, 2)
+    keys = distributed.interleaved(keys, len(rows), self.process[1]).reshape(-1, 2)
     feed = Items(source, modality, self.trunks[modality].input)
     places = self._filled(modality, keys, _Views(source, rows, feed, views, change))
     starts = np.zeros(len(source) + 1, np.int64)
@@ -196,8 +198,9 @@ class Feeder:
 
   def _filled(self, modality: str, keys: np.ndarray, prepared: _Views | Strings) -> np.ndarray:
     places, bad = self._cache(modality).fill(
-      keys, prepared, process=jax.process_index(), processes=jax.process_count(), wait=distributed.wait_for_all,
-      workers=self._data.workers, threads=self._data.threads,
+      keys, prepared, process=self.process[0], processes=self.process[1],
+      wait=distributed.wait_for_all if self.process[1] > 1 else lambda name: None, workers=self._data.workers,
+      threads=self._data.threads,
     )  # fmt: skip
     self._refuse(bad, int((places.reshape(len(prepared), -1) < 0).any(axis=1).sum()))
     return places

@@ -267,6 +267,9 @@ class ArrayRecordSource(Source):
       content = item if isinstance(item, bytes) else item.read_bytes()
     return hashlib.sha256(modality.encode() + content).hexdigest()
 
+  def _identity(self, number: int, modality: str) -> str:
+    return f"{modality} {ranges.identity(self._shard.path)} {self._places[number, 0]}"
+
   def _where(self, number: int) -> str:
     return f"{self._shard.path}: record {self._places[number, 0]}"
 

@@ -3,58 +3,92 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import Any
 
-from absl import logging
+import numpy as np
 
-from codebind_jax.data.formats.record import Record, parse
+from codebind_jax.data import ranges
+from codebind_jax.data.formats.record import Record, add_rows, parse, renamed, short_names
+from codebind_jax.data.index_cache import Bad, Scan, scanned
 from codebind_jax.data.ranges import File
-from codebind_jax.data.records import Index, IndexBuilder, Source, identity_of, twice
+from codebind_jax.data.records import IndexBuilder, Source, twice
 
 ENDINGS = (".jsonl",)
-_GUESS = 1024  # bytes read at first of a line, whose length is not kept
+_CHUNK = 1024  # lines parsed together
+_scan_once = json.JSONDecoder().scan_once
 
 
-class JsonlSource(Source):
-  """Records of one file, of which memory holds the offsets alone."""
+class LineSource(Source):
+  """Records of one text file, of which memory holds the offsets alone."""
 
-  def __init__(self, path: Path, index: Index):
-    super().__init__(path.stem, index)
-    self._file, self._places = File(path), index.where
+  def __init__(self, path: PurePath, scan: Scan):
+    super().__init__(path.stem, scan.index)
+    self._places, self._name = scan.index.where, scan.notes["name"]
+    self._size = (scan.stamps[0] if scan.stamps else ranges.stamp(path))[0]
+    self._file = File(path, scan.stamps[0] if scan.stamps else None)
+
+  def _content(self, number: int) -> bytes:
+    """The bytes from a record's beginning to that of the next one."""
+    offset = int(self._places[number, 0])
+    end = int(self._places[number + 1, 0]) if number + 1 < len(self._places) else self._size
+    return self._file.read(offset, end - offset)
 
   def _record(self, number: int) -> Record:
-    offset, line = (int(value) for value in self._places[number])
-    content, length = b"", _GUESS
-    while b"\n" not in content:
-      content, before = self._file.read(offset, length), len(content)
-      if len(content) < length or len(content) == before:
-        break
-      length *= 4
-    return parse(_object(content.partition(b"\n")[0]), f"{self._file.path.name}:{line}")
+    raise NotImplementedError
 
   def _fields(self, number: int) -> dict[str, Any]:
     return self._record(number).fields
 
-  def _read(self, number: int, modality: str) -> Path:
-    return self._file.path.parent / self._record(number).items[modality]
+  def _read(self, number: int, modality: str) -> Path | bytes:
+    return item(self._file.path, self._record(number).items[modality])
 
   def _hash(self, number: int, modality: str) -> str:
     record = self._record(number)
     if modality == "text":
       content = json.dumps(record.fields["text"]).encode()
     else:
-      content = (self._file.path.parent / record.items[modality]).read_bytes()
+      content = ranges.read_whole(self._file.path.parent / record.items[modality])
     return hashlib.sha256(modality.encode() + content).hexdigest()
 
   def _identity(self, number: int, modality: str) -> str:
-    path = self._file.path.parent / self._record(number).items[modality]
-    return f"{modality} {identity_of(path)}"
+    value = self._record(number).items.get(modality)
+    return f"{modality} {ranges.identity(place(self._file.path, value))}" if isinstance(value, str) else ""
 
   def _where(self, number: int) -> str:
     return f"{self._file.path}:{self._places[number][1]}"
+
+  def short_where(self, row: int) -> str:
+    """Where a record is in its file."""
+    return f"line {self._places[self._number(row)][1]}"
+
+
+class JsonlSource(LineSource):
+  """Records of one file of JSON lines."""
+
+  def __init__(self, path: PurePath, scan: Scan, columns: Mapping[str, str]):
+    super().__init__(path, scan)
+    self._columns = dict(columns)
+
+  def _record(self, number: int) -> Record:
+    row = _object(self._content(number).partition(b"\n")[0])
+    return parse(_renamed(row, self._columns), f"{self._name}:{self._places[number][1]}")
+
+
+def place(file: PurePath, value: str) -> PurePath:
+  """A path of a record: relative to the folder of its file, absolute, or far."""
+  return ranges.as_path(value) if ranges.is_far(value) else file.parent / value
+
+
+def item(file: PurePath, value: str | bytes) -> Path | bytes:
+  """A record's item: bytes, or a path relative to the record's file, which is read whole where it is far."""
+  if isinstance(value, bytes):
+    return value
+  path = place(file, value)
+  return ranges.read_whole(path) if ranges.is_far(path) else path
 
 
 def _object(line: bytes) -> dict[str, Any]:
@@ -72,40 +106,75 @@ def _object(line: bytes) -> dict[str, Any]:
   return record
 
 
-def open_files(paths: Sequence[Path], *, max_bad_records: int = 0) -> list[Source]:
+def _fast(line: bytes) -> dict[str, Any]:
+  """`_object`, of a line that is nothing but an object at once."""
+  try:
+    text = line.decode()
+    record, end = _scan_once(text, 0)
+  except (ValueError, StopIteration, RecursionError):
+    return _object(line)
+  return record if type(record) is dict and text[end:] in ("\n", "", "\r\n") else _object(line)
+
+
+def _renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+  if not columns:
+    return row
+  keys = renamed({key: column for key, column in columns.items() if column in row}, row, "")
+  return {keys[key]: value for key, value in row.items()}
+
+
+def open_files(
+  paths: Sequence[PurePath], *, cache: Path | None = None, max_bad_records: int = 0,
+  columns: Mapping[str, str] | None = None,
+) -> list[Source]:  # fmt: skip
   """The records of each file; each line is parsed once, and none is kept.
+
+  Args:
+    paths: the files.
+    cache: folder of kept indices.
+    max_bad_records: of all files together.
+    columns: key -> what the files call it.
 
   Raises:
     ValueError: naming file and line, for the first line that is no record if there are more than `max_bad_records`; for
       two records of one id.
     OSError: if a file cannot be read.
   """
-  return [_open(path, max_bad_records) for path in paths]
+  bad, columns = Bad(max_bad_records), columns or {}
+  renamed(columns, columns.values(), "")
+  scan = lambda path, name: scanned([path], lambda bad: _scan(path, name, bad, columns), bad, revision="jsonl-1",
+                                    options={"columns": dict(columns), "name": name}, cache=cache)  # fmt: skip
+  return [JsonlSource(path, scan(path, name), columns) for path, name in zip(paths, short_names(paths))]
 
 
-def _open(path: Path, max_bad_records: int) -> Source:
-  builder, bad, further, offset = IndexBuilder(), [], {}, 0
-  with open(path, "rb") as file:
-    for number, line in enumerate(file, 1):
-      if line.strip():
+def _scan(path: PurePath, name: str, bad: Bad, columns: Mapping[str, str]) -> Scan:
+  builder, further, offset, number = IndexBuilder(), {}, 0, 0
+  with ranges.open_binary(path) as file:
+    while lines := list(itertools.islice(file, _CHUNK)):
+      starts = offset + np.cumsum([0, *map(len, lines)])
+      rows, places, wrong = [], [], []
+      for at, line in enumerate(lines):
         try:
-          record = parse(_object(line), f"{path.name}:{number}")
-          fields = record.fields
-          builder.add(fields["id"], record.modalities, fields["label"], fields.get("split"), (offset, number))
-          further |= dict.fromkeys(record.further)
+          rows.append(_renamed(_fast(line), columns))
+          places.append(at)
         except ValueError as error:
-          bad.append(f"{path}:{number}: {error}")
-          if len(bad) > max_bad_records:
-            more = f" ({len(bad)} bad records, {max_bad_records} allowed)" if max_bad_records else ""
-            raise ValueError(bad[0] + more) from error
-      offset += len(line)
-  for message in bad:
-    logging.warning("left out %s", message)
-  if further:
-    logging.info("%s: keys that are no modality are kept aside: %s", path, ", ".join(further))
-  source = JsonlSource(path, builder.build())
+          if line.strip():
+            wrong.append((at, str(error)))
+      where = np.stack([starts[places], number + 1 + np.array(places, np.int64)], 1)
+      default_id = lambda at, number=number, places=places: f"{name}:{number + 1 + places[at]}"
+      unfit, keys = add_rows(builder, rows, default_id, where)
+      further |= dict.fromkeys(keys)
+      for at, message in sorted(wrong + [(places[row], message) for row, message in unfit.items()]):
+        bad.add(f"{path}:{number + 1 + at}: {message}")
+      offset, number = int(starts[-1]), number + len(lines)
+  scan = Scan(builder.build(), further=tuple(further), notes={"name": name})
+  unlike(JsonlSource(path, scan, columns))
+  return scan
+
+
+def unlike(source: LineSource) -> None:
+  """Raises a ValueError that names both, if two records of one file have one id."""
   if pair := twice(source.index):
     first, second = pair
-    line = source.index.where[first][1]
-    raise ValueError(f"{source.where(second)}: id {source.fields(second)['id']!r} is there twice, first in line {line}")
-  return source
+    name = source.fields(second)["id"]
+    raise ValueError(f"{source.where(second)}: id {name!r} is there twice, first in {source.short_where(first)}")

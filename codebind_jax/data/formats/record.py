@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import functools
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any, NamedTuple
 
-from codebind_jax.data.records import SPLITS, known_modalities
+import numpy as np
+from absl import logging
+from jaxtyping import Int64
 
-_SPLIT_NAMES = {split: split for split in SPLITS} | {"validation": "val"}
-_TEXT = ("text", "caption")
+from codebind_jax.data import transforms
+from codebind_jax.data.records import SPLITS, IndexBuilder, known_modalities
+
+SPLIT_NAMES = {split: split for split in SPLITS} | {"validation": "val"}
+FILE_SPLITS = SPLIT_NAMES | {"valid": "val", "dev": "val"}  # of folders and files
+TEXT = ("text", "caption")
+# Plain endings of files -> modality; depth, thermal, tactile and others share these endings and are never guessed.
+BY_ENDING = {
+  ending: modality
+  for modality, endings in {
+    "image": "jpg jpeg png webp bmp gif tif tiff ppm",
+    "audio": "wav flac mp3 ogg opus",
+    "video": "mp4 webm mov avi mkv m4v",
+    "points": "ply off glb obj stl",
+    "eeg": "edf bdf",
+  }.items()
+  for ending in endings.split()
+}
 
 
-@dataclasses.dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
   """A parsed record.
 
   Attributes:
@@ -29,7 +48,7 @@ class Record:
   @property
   def modalities(self) -> list[str]:
     """Those that the record has."""
-    return [*(["text"] if "text" in self.fields else []), *self.items]
+    return ["text", *self.items] if "text" in self.fields else list(self.items)
 
 
 def parse(record: Mapping[str, Any], default_id: str) -> Record:
@@ -46,36 +65,190 @@ def parse(record: Mapping[str, Any], default_id: str) -> Record:
   """
   fields: dict[str, Any] = {"id": default_id, "label": None}
   items: dict[str, str | bytes] = {}
-  further = []
-  texts = [key for key in _TEXT if record.get(key) is not None]
-  if len(texts) > 1:
-    raise ValueError("text and caption are both there; one of them is needed")
-  known = _known()
+  further: tuple[str, ...] = ()
+  known = modality_keys()
   for key, value in record.items():
     if value is None:
       continue
-    if key in ("id", "label"):
-      fields[key] = str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(key, value)
-    elif key == "split":
-      if _text(key, value) not in _SPLIT_NAMES:
-        raise ValueError(f"unknown split {value!r}; allowed: {list(SPLITS)}")
-      fields[key] = _SPLIT_NAMES[value]
-    elif key in _TEXT:
-      fields["text"] = [_text(key, v) for v in (value if isinstance(value, list) else [value])]
+    if key in known:
+      items[key] = value if type(value) is str and value.strip() else _item(key, value)
+    elif key in _NAMES:
+      number = isinstance(value, int) and not isinstance(value, bool)
+      fields[key] = value if type(value) is str and value.strip() else str(value) if number else _text(key, value)
+    elif key in TEXT:
+      if "text" in fields:
+        raise ValueError("text and caption are both there; one of them is needed")
+      fields["text"] = [_text(key, v) for v in value] if isinstance(value, list) else [_text(key, value)]
       if not fields["text"]:
         raise ValueError(f"{key}: an empty list")
-    elif key in known:
-      items[key] = _item(key, value)
+    elif key == "split":
+      if _text(key, value) not in SPLIT_NAMES:
+        raise ValueError(f"unknown split {value!r}; allowed: {list(SPLITS)}")
+      fields[key] = SPLIT_NAMES[value]
     else:
-      further.append(key)
+      further += (key,)
       fields.setdefault(key, value)
   if not items and "text" not in fields:
     raise ValueError(f"no modality; at least one of {list(known_modalities())} is needed")
-  return Record(fields, items, tuple(further))
+  return Record(fields, items, further)
 
 
-def _known() -> frozenset[str]:
-  return frozenset(known_modalities())
+_NAMES = frozenset(("id", "label"))
+
+
+@functools.cache
+def _known(folders: tuple[str, ...]) -> frozenset[str]:
+  """Modalities that are read from files; `folders` are those of the transforms, which a test or a user may add to."""
+  return frozenset(known_modalities()) - {"text"}
+
+
+def add_rows(
+  builder: IndexBuilder, rows: Sequence[Mapping[str, Any]], default_id: Callable[[int], str],
+  where: Int64[np.ndarray, "n 2"],
+) -> tuple[dict[int, str], tuple[str, ...]]:  # fmt: skip
+  """Adds records to an index as `parse` takes them; those with the same keys and types are taken together.
+
+  Args:
+    builder: of the index.
+    rows: keys and values of each record.
+    default_id: id of a row that names none.
+    where: the format's own numbers of each.
+
+  Returns:
+    What is wrong with which rows, which are left out; and the further keys.
+  """
+  groups: dict[tuple[Any, ...], list[int]] = {}
+  for at, row in enumerate(rows):
+    groups.setdefault((*row, *map(type, row.values())), []).append(at)
+  has = np.zeros(len(rows), np.uint32)
+  columns: dict[str, list[Any]] = {name: [None] * len(rows) for name in ("id", "label", "split")}
+  bad: dict[int, str] = {}
+  further: dict[str, None] = {}
+  for keys_and_types, places in groups.items():
+    own = rows if len(places) == len(rows) else [rows[at] for at in places]
+    plain = _plain(keys_and_types, own)
+    if plain is not None:
+      modalities, values, others = plain
+      has[places] = builder.bits(modalities)
+      further |= dict.fromkeys(others)
+      if "id" not in values:
+        values["id"] = [default_id(at) for at in places]
+      for name, column in values.items():
+        if own is rows:
+          columns[name] = column
+        else:
+          for at, value in zip(places, column):
+            columns[name][at] = value
+      continue
+    for at in places:
+      try:
+        record = parse(rows[at], default_id(at))
+      except ValueError as error:
+        bad[at] = str(error)
+        continue
+      has[at] = builder.bits(record.modalities)
+      further |= dict.fromkeys(record.further)
+      for name in columns:
+        columns[name][at] = record.fields.get(name)
+  if bad:
+    kept = [at for at in range(len(rows)) if at not in bad]
+    columns = {name: [column[at] for at in kept] for name, column in columns.items()}
+    has, where = has[kept], where[kept]
+  builder.add_many(columns["id"], has, columns["label"], columns["split"], where)
+  return dict(sorted(bad.items())), tuple(further)
+
+
+def _plain(
+  keys_and_types: tuple[Any, ...], rows: Sequence[Mapping[str, Any]]
+) -> tuple[list[str], dict[str, list[str]], list[str]] | None:
+  """Modalities, names and further keys of records that all have these keys and types; None if one may be bad."""
+  known, half = modality_keys(), len(keys_and_types) // 2
+  modalities, values, further = [], {}, []
+  for key, kind in zip(keys_and_types[:half], keys_and_types[half:]):
+    if kind is type(None):
+      continue
+    if key not in known and key not in _NAMES and key not in TEXT and key != "split":
+      further.append(key)
+      continue
+    column = [row[key] for row in rows]
+    if kind is int and key in _NAMES:
+      values[key] = list(map(str, column))
+      continue
+    if kind is list and key in TEXT:
+      texts = list(itertools.chain.from_iterable(column))
+      if not all(column) or set(map(type, texts)) != {str} or not all(map(str.strip, texts)):
+        return None
+    elif kind is not str or not all(map(str.strip, column)):
+      return None
+    if key == "split":
+      if not all(value in SPLIT_NAMES for value in column):
+        return None
+      values[key] = [SPLIT_NAMES[value] for value in column]
+    elif key in _NAMES:
+      values[key] = column
+    else:
+      modalities.append("text" if key in TEXT else key)
+  return (modalities, values, further) if modalities and len(set(modalities)) == len(modalities) else None
+
+
+def modality_keys() -> frozenset[str]:
+  """Keys of what is read from files: all modalities but text."""
+  return _known(tuple(transforms.__path__))
+
+
+def known_splits(names: Sequence[str | None], name: str) -> list[bool]:
+  """Which parts of a data set are taken: those of a known split, or all where none is; others are logged.
+
+  Args:
+    names: split of each part.
+    name: of the data set, for the log.
+  """
+  known = [split in FILE_SPLITS for split in names]
+  if others := sorted({str(split) for split, there in zip(names, known) if not there}) if any(known) else []:
+    logging.info("%s: splits that are not used, kept aside: %s", name, ", ".join(others))
+  return known if any(known) else [True] * len(names)
+
+
+def short_names(paths: Sequence[PurePath]) -> list[str]:
+  """Names of files in the ids of records that name none: the last part of each path, or as many as tell them apart.
+
+  >>> short_names([PurePath("x/a/data.csv"), PurePath("x/b/data.csv")])
+  ['a/data.csv', 'b/data.csv']
+  """
+  longest = max((len(path.parts) for path in paths), default=1)
+  for count in range(1, longest + 1):
+    names = ["/".join(path.parts[-count:]) for path in paths]
+    if len(set(names)) == len(names):
+      break
+  return names if paths else []
+
+
+def known_keys() -> tuple[str, ...]:
+  """Keys that mean something."""
+  return (*known_modalities(), "caption", "id", "label", "split")
+
+
+def renamed(columns: Mapping[str, str], there: Collection[str], name: str) -> dict[str, str]:
+  """What each column of a file is called in a record: the key that the user gives it, else its own name.
+
+  A column whose own name is a key that another column got is called `<name> (column)`, and so kept aside.
+
+  Args:
+    columns: key -> name of the column in the file.
+    there: columns of the file.
+    name: of the file, for errors.
+
+  Raises:
+    ValueError: for a key that means nothing, or a column that is not there.
+  """
+  for key, column in columns.items():
+    if key not in known_keys():
+      raise ValueError(f"columns: unknown key {key!r}; allowed: {', '.join(known_keys())}")
+    if column not in there:
+      raise ValueError(f"{name}: no column {column!r} for {key!r}; it has {', '.join(map(str, there))}")
+  taken = set(columns) | (set(TEXT) if set(TEXT) & set(columns) else set())
+  keys = {column: f"{column} (column)" if column in taken else column for column in there}
+  return keys | {column: key for key, column in columns.items()}
 
 
 def _item(key: str, value: Any) -> str | bytes:
