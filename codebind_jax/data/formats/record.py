@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -105,7 +106,7 @@ def add_rows(
   builder: IndexBuilder, rows: Sequence[Mapping[str, Any]], default_id: Callable[[int], str],
   where: Int64[np.ndarray, "n 2"],
 ) -> tuple[dict[int, str], tuple[str, ...]]:  # fmt: skip
-  """Adds records to an index as `parse` takes them; those with the same keys and plain strings are taken together.
+  """Adds records to an index as `parse` takes them; those with the same keys and types are taken together.
 
   Args:
     builder: of the index.
@@ -116,16 +117,16 @@ def add_rows(
   Returns:
     What is wrong with which rows, which are left out; and the further keys.
   """
-  groups: dict[tuple[str, ...], list[int]] = {}
+  groups: dict[tuple[Any, ...], list[int]] = {}
   for at, row in enumerate(rows):
-    groups.setdefault(tuple(row), []).append(at)
+    groups.setdefault((*row, *map(type, row.values())), []).append(at)
   has = np.zeros(len(rows), np.uint32)
   columns: dict[str, list[Any]] = {name: [None] * len(rows) for name in ("id", "label", "split")}
   bad: dict[int, str] = {}
   further: dict[str, None] = {}
-  for keys, places in groups.items():
+  for keys_and_types, places in groups.items():
     own = rows if len(places) == len(rows) else [rows[at] for at in places]
-    plain = _plain(keys, own)
+    plain = _plain(keys_and_types, own)
     if plain is not None:
       modalities, values, others = plain
       has[places] = builder.bits(modalities)
@@ -158,24 +159,32 @@ def add_rows(
 
 
 def _plain(
-  keys: tuple[str, ...], rows: Sequence[Mapping[str, Any]]
+  keys_and_types: tuple[Any, ...], rows: Sequence[Mapping[str, Any]]
 ) -> tuple[list[str], dict[str, list[str]], list[str]] | None:
-  """Modalities, names and further keys of records that all have these keys; None if a value is not a plain string."""
-  known = modality_keys()
+  """Modalities, names and further keys of records that all have these keys and types; None if one may be bad."""
+  known, half = modality_keys(), len(keys_and_types) // 2
   modalities, values, further = [], {}, []
-  for key in keys:
+  for key, kind in zip(keys_and_types[:half], keys_and_types[half:]):
+    if kind is type(None):
+      continue
     if key not in known and key not in _NAMES and key not in TEXT and key != "split":
       further.append(key)
       continue
     column = [row[key] for row in rows]
+    if kind is int and key in _NAMES:
+      values[key] = list(map(str, column))
+      continue
+    if kind is list and key in TEXT:
+      texts = list(itertools.chain.from_iterable(column))
+      if not all(column) or set(map(type, texts)) != {str} or not all(map(str.strip, texts)):
+        return None
+    elif kind is not str or not all(map(str.strip, column)):
+      return None
     if key == "split":
-      if not all(type(value) is str and value in SPLIT_NAMES for value in column):
+      if not all(value in SPLIT_NAMES for value in column):
         return None
       values[key] = [SPLIT_NAMES[value] for value in column]
-      continue
-    if set(map(type, column)) != {str} or not all(map(str.strip, column)):
-      return None
-    if key in _NAMES:
+    elif key in _NAMES:
       values[key] = column
     else:
       modalities.append("text" if key in TEXT else key)
