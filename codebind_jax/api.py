@@ -34,6 +34,7 @@ from codebind_jax.trunks.families import families, family_of
 
 # Axes of one item as an array, 1 where not named.
 _AXES = {"image": 3, "tactile": 3, "video": 4, "depth": 2, "thermal": 2, "points": 2, "eeg": 2, "imu": 2}
+_MANY = 16  # batches for each worker process, from which on they are started
 _TRUNK_ROWS = 32  # items of a batch that a trunk encodes, a device
 
 
@@ -193,7 +194,7 @@ class Model:
       modality: of the feed.
       feed: cached tokens, or items that the trunk takes.
       rows: numbers of the rows.
-      workers: processes that read and prepare; 0 for threads of this one.
+      workers: processes that read and prepare where there is much to do; 0 for threads of this one.
       threads: threads, if there are no workers.
       batch: rows at once, on each device; 0 for the model's.
 
@@ -212,6 +213,7 @@ class Model:
       size = -(-(1 << (len(rows) - 1).bit_length()) // devices) * devices
     parts = Once(feed, rows, size, process, processes)
     collate = self.trunk(modality).collate if raw and processes == 1 else np.asarray
+    workers = workers if raw and len(parts) >= _MANY * workers else 0  # that take seconds to start
     for part in ahead(parts, workers=workers, threads=threads, stop=len(parts)):
       items, there = collate(list(part.items)), part.good
       if layout:
@@ -380,11 +382,16 @@ def load(source: str | files.Path, *, modalities: Sequence[str] | None = None, *
     raise ValueError(f"{path}: has its own options; {next(iter(options))!r} is for published checkpoints")
   if is_run:
     return _of_run(path, modalities)
-  path = files.fetched(path)
-  if saved_folder.is_saved(path):
-    parts = saved_folder.read(path, modalities)
-    return Model(parts.config, parts.params, parts.codebooks, parts.trunks, modalities=parts.modalities)
-  return _published(path, modalities, options)
+  local = files.fetched(path)
+  try:
+    if saved_folder.is_saved(local):
+      parts = saved_folder.read(local, modalities)
+      return Model(parts.config, parts.params, parts.codebooks, parts.trunks, modalities=parts.modalities)
+    return _published(local, modalities, options)
+  except ValueError as error:
+    if local == path:
+      raise
+    raise ValueError(str(error).replace(str(local), str(path))) from error
 
 
 def _chosen(wanted: Sequence[str] | None, there: Sequence[str], where: files.Path) -> tuple[str, ...]:

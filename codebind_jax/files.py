@@ -484,8 +484,10 @@ def _flush(path: pathlib.Path) -> None:
 
 
 def cache_folder() -> pathlib.Path:
-  """Where copies of far files are kept: `$CODEBIND_CACHE`, else `~/.cache/codebind_jax`."""
-  return pathlib.Path(os.environ.get("CODEBIND_CACHE") or "~/.cache/codebind_jax").expanduser().absolute()
+  """Where copies of far files are kept: `$CODEBIND_CACHE`, else `codebind_jax` in the cache folder."""
+  if os.environ.get("CODEBIND_CACHE"):
+    return pathlib.Path(os.environ["CODEBIND_CACHE"]).expanduser().absolute()
+  return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache").absolute() / "codebind_jax"
 
 
 def fetched(place: Path) -> pathlib.Path:

@@ -13,7 +13,7 @@ from absl import app, flags, logging
 from codebind_jax.command_line import define_config, parse
 
 _CONFIG = define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run: checkpoints, metrics, report.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run: checkpoints, metrics, report; local, gs:// or s3://.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0; unset on one host and on clusters.")
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator.")
 _PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, with --coordinator.")

@@ -1,9 +1,9 @@
 """A published image and text model, fine-tuned by LoRA on pairs of your own, with codebooks on top.
 
-Command: python -m codebind_jax.main --config=configs/finetune.py:WEIGHTS --config.data.manifest=pairs.jsonl \
+Command: python -m codebind_jax.main --config=configs/finetune.py:WEIGHTS --config.data.files=pairs.jsonl \
            --workdir=runs/finetune
 WEIGHTS is a checkpoint with images and texts: a folder of CLIP, SigLIP or OpenCLIP, big_vision .npz, ImageBind .pth.
-One line of pairs.jsonl: {"image": "a.jpg", "text": "a cow in the snow", "split": "train"}; some lines of split "test".
+Other formats: docs/streaming.md. One line of pairs.jsonl: {"image": "a.jpg", "text": "a cow in the snow", "split": "train"}; some lines of split "test".
 
 Memory and time of a step beforehand: --config.mode=compile --config.topology=v5e:2x2. For ViT-B/32 at 256 rows,
 64 a chip, it gives 2.6 GB a chip and 34 ms (the compiler's estimate); a GPU needs about as much memory. It also trains,
@@ -28,6 +28,7 @@ def get_config(arg=""):
   config.batch_size = 64
   config.baseline = False
   config.data.worlds = ()
+  config.data.workers = 2
   config.data.templates = ("{}", "a photo of {}")
   config.data.eval_templates = config.data.templates
   config.optim.learning_rate = 5e-4

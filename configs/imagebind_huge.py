@@ -1,7 +1,7 @@
 """CodeBind on ImageBind-Huge's encoders, raw inputs through the model: the published audio stage for a pod.
 
 Train on pairs of your own (one line of the manifest: {"audio": "a.wav", "image": "a.jpg", "text": "a dog barking"}):
-  python -m codebind_jax.main --config=configs/imagebind_huge.py:imagebind_huge.pth --config.data.manifest=pairs.jsonl \
+  python -m codebind_jax.main --config=configs/imagebind_huge.py:imagebind_huge.pth --config.data.files=pairs.jsonl \
     --workdir=runs/huge
 Memory and time of a step on a TPU slice, without a TPU and without weights (minutes on two cores; needs
 pip install -e '.[tpu]'):

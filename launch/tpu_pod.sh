@@ -4,7 +4,7 @@
 # Commands:
 #   up        create, install, run; again after a preemption, until the run is done; then delete (unless --keep)
 #   create    request the slice, if it is not there, and wait for it
-#   install   copy this commit to every worker, mount the shared folder, make the environment
+#   install   copy this commit to every worker, make the environment, mount the shared folder if there is one
 #   run       train on every worker, showing worker 0's log; ends with the run's exit code
 #   logs      follow worker 0's log (after the connection of `run` was lost)
 #   state     print the state of the request
@@ -15,7 +15,8 @@
 #   --project=PROJECT
 #   --spot                             cheap, and taken away at any time
 #   --reserved                         from a reservation of the project's
-#   --nfs=HOST:/SHARE                  shared folder, mounted at /mnt/codebind: for the runs and the data
+#   --nfs=HOST:/SHARE                  shared folder, mounted at /mnt/codebind: for the runs and the data, where these are
+#                                      not in a bucket (--workdir=gs://BUCKET/RUN)
 #   --restarts=N                       how often `up` asks for a slice again (20)
 #   --poll=SECONDS                     between looks at the state of the request (30)
 #   --keep                             `up` does not delete the slice at the end
@@ -52,6 +53,10 @@ done
 [ -n "$zone" ] || fail "--zone: not given"
 case $command in up | create) [ -n "$accelerator" ] || fail "--type: not given" ;; esac
 case $command in up | run) [ $# -gt 0 ] || fail "$command: no arguments for codebind_jax.main after --" ;; esac
+if [ -z "$nfs" ] && [[ " $* " == *" --workdir="* ]] && [[ " $* " != *" --workdir=gs://"* ]]; then
+  echo "warning: --workdir is on the workers' own disks, which go with them, and which they do not share; use" \
+    "--workdir=gs://BUCKET/RUN, or --nfs" >&2
+fi
 place+=("--zone=$zone")
 request+=("--accelerator-type=$accelerator" "--runtime-version=$version")
 
@@ -79,12 +84,12 @@ create() {
   done
 }
 
-# The shared folder outlives the workers; without one a run begins anew after a preemption.
+# A bucket or a shared folder outlives the workers; in another place a run begins anew after a preemption.
 folder=/mnt/codebind
 unpack="set -e; mkdir -p ~/codebind_jax; tar -xzf ~/codebind_jax.tgz -C ~/codebind_jax; cd ~/codebind_jax
 python3 -m pip install --quiet --user uv
 [ -x .venv/bin/python ] || python3 -m uv venv --quiet --seed --python 3.12 .venv
-PYTHON=.venv/bin/python EXTRAS=tpu; . launch/environment.sh"
+PYTHON=.venv/bin/python EXTRAS=tpu,gcs; . launch/environment.sh"
 if [ -n "$nfs" ]; then
   mount="mountpoint -q $folder || { sudo apt-get install -y -q nfs-common && sudo mkdir -p $folder &&
 sudo mount -t nfs $(printf %q "$nfs") $folder && sudo chmod a+rwx $folder; }"

@@ -51,6 +51,7 @@ def test_edf_is_converted_to_microvolts(unit, factor, tmp_path):
   pytest.importorskip("mne")
   got = eeg.read(edf(tmp_path / "a.edf", WAVES, unit))
   np.testing.assert_allclose(got, factor * WAVES, atol=0.01 * factor)
+  assert (eeg.read((tmp_path / "a.edf").read_bytes()) == got).all()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet as pq
 
-from codebind_jax.data import opening, ranges
+from codebind_jax.data import index_cache, opening, ranges
 from codebind_jax.data.formats import hugging_face
 from tests.world_fixtures import png
 
@@ -245,7 +245,7 @@ def test_the_kept_index(tmp_path, root, caplog, monkeypatch):
   assert len(pickle.dumps(again)) < 3000
   with pytest.raises(ValueError, match="a.jsonl:1101: not JSON"):
     open_source(path)
-  for name, content in (("ids.npy", None), ("meta.json", b"{"), ("has.npy", b"x"), ("where.npy", b"")):
+  for name, content in (("columns", None), ("meta.json", b"{"), ("columns", b"x"), ("columns", b"")):
     damaged = bytearray((folder / name).read_bytes())
     damaged[-1] ^= 1
     (folder / name).write_bytes(damaged if content is None else content)
@@ -258,6 +258,27 @@ def test_the_kept_index(tmp_path, root, caplog, monkeypatch):
   (tmp_path / "file").touch()
   path.write_text("".join(lines))
   assert len(open_source(path, data_dir=tmp_path / "file")) == 1100 and "the index is not kept: " in caplog.text
+
+
+def test_indices_on_disk_are_shared_by_processes(tmp_path, caplog):
+  for name in ("a", "b"):
+    rows = (json.dumps({"id": f"{name}{n}", "text": "x" * 900, "label": str(n % 7)}) for n in range(1200))
+    (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+  source = open_source(str(tmp_path / "{a,b}.jsonl"))
+  assert (source.index.where == 0).all() and source.select([3, 1203]).column("id") == ["a3", "b3"]
+  rows = np.arange(2399, -1, -2)
+  part = source.select(rows)
+  part.index = index_cache.on_disk(part.index, tmp_path / "kept")
+  again = pickle.loads(pickle.dumps(part.index))
+  assert len(pickle.dumps(part.index)) < 2000 < len(pickle.dumps(source.select(rows).index))
+  for name in ("has", "label", "split", "group", "where", "ids"):
+    assert (getattr(again, name) == getattr(source.index, name)[rows]).all()
+  assert index_cache.on_disk(part.index, tmp_path / "kept").labels == part.index.labels
+  assert len(list((tmp_path / "kept").iterdir())) == 1
+  (tmp_path / "file").touch()
+  assert index_cache.on_disk(part.index, tmp_path / "file") is part.index and "the index is not kept" in caplog.text
+  empty = source.select([]).index
+  assert len(pickle.loads(pickle.dumps(index_cache.on_disk(empty, tmp_path / "kept")))) == 0
 
 
 def test_a_file_that_changes_while_it_is_indexed(tmp_path, monkeypatch):

@@ -137,6 +137,18 @@ def test_a_pod_is_made_used_and_deleted(hosts):
   assert hosts.calls("python") == [["-m", "codebind_jax.main", "--stopped_exit_code=75", *ARGUMENTS]]
 
 
+def test_a_pod_keeps_its_run_in_a_bucket_and_says_what_would_be_lost(hosts):
+  bucket = ["--config=configs/stage1.py", "--workdir=gs://bucket/run"]
+  code, _, err = hosts.run("tpu_pod.sh", *POD, "--", *bucket)
+  assert code == 0 and "warning" not in err
+  assert hosts.calls("python") == [["-m", "codebind_jax.main", "--stopped_exit_code=75", *bucket]]
+  calls = [call[-1] for call in hosts.calls("gcloud")]
+  assert not any("nfs" in call for call in calls) and any("EXTRAS=tpu,gcs" in call for call in calls)
+  for share, warned in (([], True), (["--nfs=10.0.0.2:/runs"], False)):
+    code, _, err = hosts.run("tpu_pod.sh", *POD, *share, "--", *ARGUMENTS)
+    assert code == 0 and ("warning: --workdir is on the workers' own disks" in err) == warned
+
+
 @pytest.mark.parametrize(
   ("codes", "states", "runs", "code"),
   [

@@ -18,10 +18,11 @@ from absl import logging
 
 from codebind_jax import files
 from codebind_jax.data import ranges
-from codebind_jax.data.records import Index, known_modalities
+from codebind_jax.data.records import Index, known_modalities, map_file, unmap
 
 SMALLEST = 1_000_000  # bytes of the files from which on an index is kept; a smaller one is made as fast as read
-_REVISION = 1
+_REVISION = 2
+_FILE = "columns"
 _COLUMNS = ("has", "label", "split", "group", "where", "ids")
 
 
@@ -113,6 +114,67 @@ def scanned(
   return scan
 
 
+def on_disk(index: Index, folder: Path) -> Index:
+  """An index whose arrays are in a file of a folder, so that processes share them; as it was if they cannot be written.
+
+  For what is chosen from or joined of kept indices: worker processes would get copies otherwise.
+  """
+  arrays = {name: getattr(index, name) for name in _COLUMNS if any(getattr(index, name).strides)}
+  digest = hashlib.blake2b(digest_size=16)
+  for array in arrays.values():
+    digest.update(np.ascontiguousarray(array))
+  path = folder / f"{digest.hexdigest()}.columns"
+  try:
+    layout = _layout(arrays)
+    if not path.exists() or path.stat().st_size != _size(layout):
+      folder.mkdir(parents=True, exist_ok=True)
+      with files.replacing(path) as temporary:
+        _write(temporary, arrays, layout)
+    return dataclasses.replace(index, **_views(path, layout))
+  except OSError as error:
+    logging.warning("the index is not kept: %s", error)
+    return index
+
+
+_Layout = dict[str, tuple[int, tuple[int, ...], str]]  # array -> offset in the file, shape, type
+
+
+def _layout(arrays: Mapping[str, np.ndarray]) -> _Layout:
+  """Where each array is in one file: one memory map of an index, as a system allows some ten thousand of a process."""
+  layout, offset = {}, 0
+  for name, array in arrays.items():
+    layout[name] = (offset, array.shape, array.dtype.str)
+    offset += -(-array.nbytes // 64) * 64
+  return layout
+
+
+def _size(layout: _Layout) -> int:
+  ends = (offset + int(np.prod(shape)) * np.dtype(kind).itemsize for offset, shape, kind in layout.values())
+  return max(ends, default=0)
+
+
+def _write(path: Path, arrays: Mapping[str, np.ndarray], layout: _Layout) -> None:
+  with open(path, "wb") as file:
+    for name, (offset, _, _) in layout.items():
+      file.seek(offset)
+      file.write(np.ascontiguousarray(arrays[name]))
+    file.truncate(_size(layout))
+
+
+def _views(path: Path, layout: _Layout) -> dict[str, np.ndarray]:
+  """The arrays of a file."""
+  if not _size(layout):
+    return {name: np.zeros(shape, kind) for name, (_, shape, kind) in layout.items()}
+  whole = map_file(str(path))
+  if len(whole) != _size(layout):
+    raise ValueError(f"{path}: {len(whole)} bytes, {_size(layout)} are needed")
+  length = lambda shape, kind: int(np.prod(shape)) * np.dtype(kind).itemsize
+  return {
+    name: whole[offset : offset + length(shape, kind)].view(kind).reshape(shape)
+    for name, (offset, shape, kind) in layout.items()
+  }
+
+
 def _arrays(scan: Scan) -> dict[str, np.ndarray]:
   return {name: getattr(scan.index, name) for name in _COLUMNS} | {f"_{n}": a for n, a in scan.columns.items()}
 
@@ -120,15 +182,14 @@ def _arrays(scan: Scan) -> dict[str, np.ndarray]:
 def _kept(folder: Path, scan: Scan) -> Scan:
   """Writes a scan, and gives it as it reads back: by memory map."""
   new = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.new")
+  arrays = _arrays(scan)
+  layout = _layout(arrays)
   try:
     new.mkdir(parents=True)
-    sums = {}
-    for name, column in _arrays(scan).items():
-      np.save(new / f"{name}.npy", column, allow_pickle=False)
-      sums[name] = zlib.crc32(np.ascontiguousarray(column))
+    _write(new / _FILE, arrays, layout)
     meta = {
       "stamps": scan.stamps, "modalities": scan.index.modalities, "labels": scan.index.labels, "bad": scan.bad,
-      "further": scan.further, "notes": scan.notes, "sums": sums,
+      "further": scan.further, "notes": scan.notes, "layout": layout, "sum": zlib.crc32((new / _FILE).read_bytes()),
     }  # fmt: skip
     (new / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     files.replace_folder(new, folder)
@@ -143,14 +204,14 @@ def _kept(folder: Path, scan: Scan) -> Scan:
 def _read(folder: Path, stamps: tuple[tuple[int, int], ...]) -> Scan | None:
   """A kept scan; None if there is none of these files as they are now, or it is damaged."""
   try:
+    unmap(str(folder / _FILE))
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     if [tuple(one) for one in meta["stamps"]] != list(stamps):
       return None
-    arrays = {}
-    for name, total in meta["sums"].items():
-      arrays[name] = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-      if zlib.crc32(arrays[name]) != total:
-        raise ValueError(f"{name}: another checksum")
+    layout = {name: (offset, tuple(shape), kind) for name, (offset, shape, kind) in meta["layout"].items()}
+    arrays = _views(folder / _FILE, layout)
+    if _size(layout) and zlib.crc32(map_file(str(folder / _FILE))) != meta["sum"]:
+      raise ValueError("another checksum")
     index = Index(tuple(meta["modalities"]), labels=tuple(meta["labels"]), **{name: arrays[name] for name in _COLUMNS})
     further = {name[1:]: array for name, array in arrays.items() if name.startswith("_")}
     return Scan(index, tuple(meta["bad"]), tuple(meta["further"]), further, meta["notes"], stamps)

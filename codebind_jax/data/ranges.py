@@ -48,6 +48,7 @@ def stamp(path: PurePath) -> tuple[int, int]:
   if not is_far(path):
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns
+  _far(path).invalidate_cache(str(path.parent))  # it would tell what an earlier listing said
   about = _far(path).info(_key(path))
   changed = about.get("LastModified") or about.get("mtime") or about.get("updated") or 0
   changed = changed.timestamp() if hasattr(changed, "timestamp") else changed
@@ -148,7 +149,7 @@ def _fetched(path: PurePath, start: int | None, end: int | None) -> bytes:
   """A range of a far file; tried again after what may pass."""
   for attempt in range(_ATTEMPTS):
     try:
-      return _far(path).cat_file(_key(path), start, end)
+      return _far(path).cat_file(_key(path), start=start, end=end)
     except (FileNotFoundError, PermissionError):
       raise
     except OSError:

@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
-import mmap
+import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -50,7 +50,8 @@ class Index:
     split: number of its split in `SPLITS`; -1 where it names none.
     group: number of its group, by first appearance; records of one group are not each other's negatives. A record
       without a label is its own group.
-    where: the format's own two numbers: offset and length, file and row.
+    where: the format's own two numbers: offset and length, file and row; zeros, which take no memory, where sources are
+      joined.
     ids: `id_hash` of its id.
   """
 
@@ -74,7 +75,9 @@ class Index:
 
   def take(self, rows: Int[np.ndarray, "m"]) -> Index:
     """The index of some of the records, in the order given."""
-    columns = {name: getattr(self, name)[rows] for name in ("has", "label", "split", "group", "where", "ids")}
+    columns = {name: getattr(self, name)[rows] for name in ("has", "label", "split", "group", "ids")}
+    none = not any(self.where.strides)
+    columns["where"] = _Zeros((len(rows), 2), "<i8").array() if none else self.where[rows]
     return dataclasses.replace(self, **columns)
 
   def bit(self, modality: str) -> int:
@@ -91,22 +94,61 @@ class _Reference:
   """A memory-mapped array in a pickle: worker processes share the file's pages, and hold no copies."""
 
   path: str
+  offset: int
   shape: tuple[int, ...]
+  type: str
 
   def array(self) -> np.ndarray:
-    array = np.load(self.path, mmap_mode="r", allow_pickle=False)
-    if array.shape != self.shape:
-      raise ValueError(f"{self.path}: was replaced while the run started; start again")
-    return array
+    length = int(np.prod(self.shape)) * np.dtype(self.type).itemsize
+    return map_file(self.path)[self.offset : self.offset + length].view(self.type).reshape(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Zeros:
+  """An array of nothing but zeros in a pickle."""
+
+  shape: tuple[int, ...]
+  type: str
+
+  def array(self) -> np.ndarray:
+    return np.broadcast_to(np.zeros((), self.type), self.shape)
+
+
+_maps: weakref.WeakValueDictionary[str, np.memmap] = weakref.WeakValueDictionary()
+
+
+def map_file(path: str) -> np.memmap:
+  """The bytes of a file by memory map, one of a file in a process; a file that is replaced goes on as it was."""
+  there = _maps.get(path)
+  if there is None:
+    there = _maps[path] = np.memmap(path, np.uint8, "r")
+  return there
+
+
+def unmap(path: str) -> None:
+  """Lets the next `map_file` map a file anew."""
+  _maps.pop(path, None)
 
 
 def _referred(state: Mapping[str, Any]) -> dict[str, Any]:
-  whole = lambda value: isinstance(value, np.memmap) and isinstance(value.base, mmap.mmap)
-  return {name: _Reference(str(v.filename), v.shape) if whole(v) else v for name, v in state.items()}
+  """A state to be pickled, with references to arrays that are in a file, and without zeros."""
+  return {name: _in_short(value) if isinstance(value, np.ndarray) else value for name, value in state.items()}
+
+
+def _in_short(array: np.ndarray) -> Any:
+  if array.size and not any(array.strides):
+    return _Zeros(array.shape, array.dtype.str) if not array.flat[0] else array
+  root = array
+  while isinstance(root.base, np.ndarray):
+    root = root.base
+  if not isinstance(root, np.memmap) or not root.filename or not array.flags.c_contiguous:
+    return array
+  at = [one.__array_interface__["data"][0] for one in (root, array)]
+  return _Reference(str(root.filename), root.offset + at[1] - at[0], array.shape, array.dtype.str)
 
 
 def _mapped(state: Mapping[str, Any]) -> dict[str, Any]:
-  return {name: value.array() if isinstance(value, _Reference) else value for name, value in state.items()}
+  return {name: value.array() if isinstance(value, _Reference | _Zeros) else value for name, value in state.items()}
 
 
 def groups_of(label: Int[np.ndarray, "n"]) -> Int32[np.ndarray, "n"]:
@@ -407,9 +449,10 @@ def joined(parts: Sequence[Source], *, name: str = "", field: str = "label", uni
     columns["has"].append(bits)
     known = np.array([*(number[label] for label in part.index.labels), -1], np.int32)
     columns["label"].append(known[part.index.label])
-  for column in ("split", "where", "ids"):
+  for column in ("split", "ids"):
     columns[column] = [getattr(part.index, column) for part in parts]
   whole = {column: np.concatenate(values) for column, values in columns.items()}
+  whole["where"] = _Zeros((len(whole["ids"]), 2), "<i8").array()
   index = Index(modalities, labels=labels, group=groups_of(whole["label"]), **whole)
   source = Joined(name or parts[0].name, index, parts)
   if unique and (pair := twice(index)):

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float16
 
+from codebind_jax import files
+
 READ = "readahead_buffer_size:0,max_parallelism:0"  # random access
 
 
@@ -23,10 +25,11 @@ class TokenReader:
     shards: the files; more may be added.
     tokens: of an item.
     width: of a token.
+    far: folder of a far disk from which a shard that is not there yet is copied.
   """
 
-  def __init__(self, shards: Iterable[Path], tokens: int, width: int):
-    self.shards, self.tokens, self.width = list(shards), tokens, width
+  def __init__(self, shards: Iterable[Path], tokens: int, width: int, far: files.Path | None = None):
+    self.shards, self.tokens, self.width, self._far = list(shards), tokens, width, far
     self._open: dict[int, Any] = {}
     self._lock = threading.Lock()
 
@@ -58,5 +61,7 @@ class TokenReader:
       if shard not in self._open:
         from array_record.python import array_record_module
 
+        if self._far and not self.shards[shard].exists():
+          files.download(self._far / self.shards[shard].name, self.shards[shard])
         self._open[shard] = array_record_module.ArrayRecordReader(str(self.shards[shard]), READ)
       return self._open[shard]

@@ -128,25 +128,23 @@ def embed_shard(
     number: of the shard.
     model: the run's.
     allowed: bad records left out before it is an error; None for the whole job's number.
-    advance: called after each batch with its number of records.
+    advance: called at the end with the number of records.
 
   Raises:
     ValueError: naming the first bad record, if there are more than `allowed`; nothing is written.
   """
   allowed = plan.max_bad_records if allowed is None else allowed
   first = number * plan.shard_rows
-  bad, ignored, batches = {}, Counter(), []
-  for start in range(first, first + plan.rows(number), plan.batch_size):
-    rows = np.arange(start, min(start + plan.batch_size, first + plan.rows(number)))
-    batches += _batch(plan, model, rows, bad, ignored)
-    if len(bad) > allowed:
-      more = f" ({len(bad)} bad records in shard {number}, {allowed} allowed)" if plan.max_bad_records else ""
-      raise ValueError(next(iter(bad.values())) + more)
-    advance(len(rows))
-  for message in bad.values():
-    logging.warning("left out %s", message)
-  bad_rows = tuple(bad[row] for row in sorted(bad))
-  report = ShardReport(plan.digest, plan.shards, sum(b.num_rows for b in batches), bad_rows, dict(ignored))
+  rows, bad, ignored = np.arange(first, first + plan.rows(number)), {}, Counter()
+  batches = _batch(plan, model, rows, bad, ignored)
+  if len(bad) > allowed:
+    more = f" ({len(bad)} bad records in shard {number}, {allowed} allowed)" if plan.max_bad_records else ""
+    raise ValueError(bad[min(bad)] + more)
+  advance(len(rows))
+  for row in sorted(bad):
+    logging.warning("left out %s", bad[row])
+  messages = tuple(bad[row] for row in sorted(bad))
+  report = ShardReport(plan.digest, plan.shards, sum(b.num_rows for b in batches), messages, dict(ignored))
   shards.write_shard(plan.path(number), plan.schema, batches, report)
   return report
 
@@ -168,7 +166,7 @@ def _batch(
       continue
     item = model.trunk(m).input
     feed = Texts(source, item) if m == "text" else Items(source, m, item)
-    found = model.embed_rows(m, feed, have, workers=plan.workers, threads=plan.threads)
+    found = model.embed_rows(m, feed, have, workers=plan.workers, threads=plan.threads, batch=plan.batch_size)
     for row, message in found.bad:
       bad[row] = f"{source.where(row)}: {m}: {message}"
     good = have[found.good]

@@ -17,6 +17,7 @@ from absl import app, flags
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from codebind_jax import config as config_lib
+from codebind_jax import files
 from codebind_jax.api import load
 from codebind_jax.command_line import define_config, parse
 from codebind_jax.embedding.job import Plan, embed_shard, make_plan, summarise
@@ -54,7 +55,7 @@ def embed_with_beam(config: Any, workdir: str, options: Sequence[str] = ()) -> d
   config = config_lib.validate(config)
   run = config.init_from
   plan = make_plan(config.embed, config.data, workdir, load(run))
-  plan.folder.mkdir(parents=True, exist_ok=True)
+  files.make_folder(plan.folder)
   missing = plan.missing()
   with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
     pipeline | beam.Create(missing) | beam.Reshuffle() | beam.ParDo(EmbedShard(plan, run))

@@ -6,13 +6,13 @@ Runs go to DIR/seed0, DIR/seed1, ...; finished ones are not run again. The table
 
 from __future__ import annotations
 
-import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from absl import app, flags, logging
 
+from codebind_jax import files
 from codebind_jax.command_line import define_config, parse
 
 BASELINE = "baseline/"
@@ -47,13 +47,13 @@ def main(_: Sequence[str]) -> None:
 
   if flags.FLAGS.config is None or not flags.FLAGS.workdir:
     sys.exit("error: --config=FILE.py and --workdir=DIR are both needed")
-  folder, runs = pathlib.Path(flags.FLAGS.workdir), []
+  folder, runs = files.path(flags.FLAGS.workdir), []
   for seed in range(flags.FLAGS.seeds):
     config = flags.FLAGS.config.copy_and_resolve_references().unlock()
     config.seed = seed
     runs.append(train_and_evaluate(config.lock(), folder / f"seed{seed}"))
   text = table(runs)
-  (folder / "seeds.md").write_text(text, encoding="utf-8")
+  files.write_whole(folder / "seeds.md", text)
   sys.stdout.write(text)
 
 

@@ -8,12 +8,12 @@ writes RUN/toc.json. Codes are still searched with all channels; the embedding k
 from __future__ import annotations
 
 import json
-import pathlib
 import sys
 from collections.abc import Sequence
 
 from absl import app, flags, logging
 
+from codebind_jax import files
 from codebind_jax.api import load
 from codebind_jax.compare import channels
 from codebind_jax.methods import toc
@@ -39,8 +39,8 @@ def main(_: Sequence[str]) -> None:
   if flags.FLAGS.evaluate:
     choice["metrics"] = channels.evaluate(model, choice["channels"], choice["of"])
     lines += [f"{name}: {a:.2f} -> {b:.2f}" for name, (a, b) in choice["metrics"].items()]
-  path = pathlib.Path(flags.FLAGS.workdir) / "toc.json"
-  path.write_text(json.dumps(choice, indent=1) + "\n", encoding="utf-8")
+  path = files.path(flags.FLAGS.workdir) / "toc.json"
+  files.write_whole(path, json.dumps(choice, indent=1) + "\n")
   sys.stdout.write("\n".join(lines) + f"\nwritten to {path}\n")
 
 

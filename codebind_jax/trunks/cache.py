@@ -30,6 +30,7 @@ from codebind_jax.trunks.base import Trunk
 
 REVISION = "tokens-1"
 SHARD_ITEMS = 1024  # computed items that a kill can lose
+_MANY = 256  # items for each worker process, from which on they are started
 _BATCH = 16  # items of a trunk's batch, a device
 _SUFFIX = ".array_record"
 
@@ -90,14 +91,15 @@ class TokenCache:
   """The cached tokens of one trunk.
 
   Args:
-    folder: of all caches.
+    folder: of all caches; of a far one, shards are copied to `files.cache_folder` when they are read.
     trunk: frozen.
   """
 
-  def __init__(self, folder: Path, trunk: Trunk):
-    self._trunk = trunk
-    self._folder = Path(folder) / f"{trunk.name}-{trunk.fingerprint[:24]}"
-    self.reader = TokenReader((), trunk.num_tokens, trunk.width)
+  def __init__(self, folder: files.Path, trunk: Trunk):
+    self._trunk, name = trunk, f"{trunk.name}-{trunk.fingerprint[:24]}"
+    self._far = folder / name if files.is_far(folder) else None
+    self._folder = files.cache_folder() / "features" / name if self._far else Path(folder) / name
+    self.reader = TokenReader((), trunk.num_tokens, trunk.width, self._far)
     self._keys = np.zeros((0, 2), np.uint64)
     self._places = np.zeros(0, np.int64)
     self._order = np.zeros(0, np.int64)
@@ -106,10 +108,15 @@ class TokenCache:
   def _look(self) -> None:
     """Adds the shards that are new in the folder."""
     known = {path.name for path in self.reader.shards}
+    if self._far:
+      self._folder.mkdir(parents=True, exist_ok=True)
+      for path in files.children(self._far, f"*{_SUFFIX}.keys.npy"):
+        if not (self._folder / path.name).exists():
+          files.download(path, self._folder / path.name)
     keys, places = [self._keys], [self._places]
     for path in sorted(self._folder.glob(f"*{_SUFFIX}.keys.npy")):
       shard = path.with_name(path.name.removesuffix(".keys.npy"))
-      if shard.name not in known and (own := _read_keys(path, shard)) is not None:
+      if shard.name not in known and (own := _read_keys(path, None if self._far else shard)) is not None:
         places.append((len(self.reader.shards) << 32) + np.arange(len(own)))
         keys.append(own)
         self.reader.shards.append(shard)
@@ -170,7 +177,8 @@ class TokenCache:
     self._folder.mkdir(parents=True, exist_ok=True)
     began, label = time.perf_counter(), f"{self._trunk.modality} tokens"
     bad, waiting, views = [], {}, units.shape[1]
-    with _Writer(self._folder) as writer, tqdm.tqdm(total=len(own), desc=label, unit="item", disable=None) as bar:
+    with _Writer(self._folder, self._far) as writer, tqdm.tqdm(total=len(own), desc=label, unit="item", disable=None) as bar:
+      workers = workers if len(own) >= _MANY * workers else 0
       reading = ahead(_Chosen(prepared, own), workers=workers, threads=threads, stop=len(own))
       for unit, items in zip(own, reading):
         bar.update()
@@ -228,8 +236,8 @@ class _Chosen:
 class _Writer:
   """Writes shards, each whole or not at all."""
 
-  def __init__(self, folder: Path):
-    self._folder, self._keys = folder, []
+  def __init__(self, folder: Path, far: files.Path | None):
+    self._folder, self._far, self._keys = folder, far, []
     self._file: Any = None
 
   def add(self, key: np.ndarray, tokens: np.ndarray) -> None:
@@ -256,6 +264,8 @@ class _Writer:
     os.replace(self._part, self._folder / self._name)
     with files.replacing(self._folder / f"{self._name}.keys.npy") as temporary, open(temporary, "wb") as file:
       np.save(file, keys)
+    for name in (self._name, f"{self._name}.keys.npy") if self._far else ():
+      files.upload(self._folder / name, self._far / name)
 
   def __enter__(self) -> _Writer:
     return self
@@ -267,12 +277,14 @@ class _Writer:
       self._part.unlink(missing_ok=True)
 
 
-def _read_keys(path: Path, shard: Path) -> np.ndarray | None:
-  """The keys of a shard; None, which is logged, where they are damaged or their shard is not there."""
+def _read_keys(path: Path, shard: Path | None) -> np.ndarray | None:
+  """The keys of a shard; None, which is logged, where they are damaged or their shard, if it is near, is not there."""
   try:
     keys = np.load(path, allow_pickle=False)
-    if keys.ndim != 2 or keys.shape[1] != 2 or keys.dtype != np.uint64 or not shard.is_file():
-      raise ValueError(f"shape {keys.shape}, type {keys.dtype}, shard there: {shard.is_file()}")
+    if keys.ndim != 2 or keys.shape[1] != 2 or keys.dtype != np.uint64:
+      raise ValueError(f"shape {keys.shape}, type {keys.dtype}; allowed: [items, 2], uint64")
+    if shard and not shard.is_file():
+      raise ValueError(f"there is no {shard.name}")
   except (ValueError, OSError, EOFError) as error:
     logging.warning("%s is left out: %s", path, error)
     return None

@@ -37,7 +37,7 @@ def names_trunk(name: str, weights: str | Path) -> Trunk:
 def class_embeddings(text_trunk: str) -> Float[np.ndarray, "classes d"]:
   """The class names' embeddings by a text trunk (cached on disk)."""
   names, trunk = imagenet_names(), load_trunk(text_trunk)
-  cache = TokenCache(fetch.data_dir() / "features", trunk)
+  cache = TokenCache(fetch.features_dir(), trunk)
   places = cache.strings(names)
   return np.stack([cache.reader(int(place), pooled=True)[0] for place in places]).astype(np.float32)
 

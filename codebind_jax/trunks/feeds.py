@@ -71,7 +71,7 @@ class Feeder:
 
   def __init__(self, data: Data, towers: Mapping[str, TowerSpec], trunks: Mapping[str, Any] | None = None):
     self._data, self._towers = data, towers
-    self._folder = fetch.data_dir(data.root or None) / "features"
+    self._folder = fetch.features_dir(data.root or None)
     self._caches: dict[str, TokenCache] = {}
     self._made: dict[tuple[int, str, bool], tuple[Source, Feed]] = {}
     self.bad: list[str] = []

@@ -3,7 +3,7 @@
 Data: AudioSet, as a manifest with "audio", "image" and "text".
 Published after this stage (top-1 %): AudioSet mAP 21.1, VGGSound 30.5, ESC-50 71.0.
 Command: python -m codebind_jax.main --config=configs/paper/audio.py:imagebind_huge.pth \
-           --config.data.manifest=pairs.jsonl \
+           --config.data.files=pairs.jsonl \
            --config.init_from=runs/paper_image --workdir=runs/paper_audio
 The trunk trains by LoRA of rank 4, image and text stay as they are.
 100,000 steps: 40 epochs of what is still on line, in batches of 48 (6 on each of 8

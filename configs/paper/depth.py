@@ -3,7 +3,7 @@
 Data: SUN RGB-D (depth as disparity), as a manifest with "depth", "image" and "text".
 Published after this stage (top-1 %): SUN-D 45.7, NYU-D 59.3.
 Command: python -m codebind_jax.main --config=configs/paper/depth.py:imagebind_huge.pth \
-           --config.data.manifest=pairs.jsonl \
+           --config.data.files=pairs.jsonl \
            --config.init_from=runs/paper_image --workdir=runs/paper_depth
 The trunk trains by LoRA of rank 4, image and text stay as they are.
 2,640 steps: 5,285 pairs x 40 epochs in batches of 80 (10 on each of 8 devices).

@@ -3,7 +3,7 @@
 Data: ImageNet-EEG, as a manifest with "eeg", "image" and "text".
 Published after this stage (top-1 %): ImageNet-EEG 33.1.
 Command: python -m codebind_jax.main --config=configs/paper/eeg.py:imagebind_huge.pth \
-           --config.data.manifest=pairs.jsonl \
+           --config.data.files=pairs.jsonl \
            --config.init_from=runs/paper_image --workdir=runs/paper_eeg
 The trunk trains by LoRA of rank 4, image and text stay as they are.
 4,980 steps: 7,970 pairs x 40 epochs in batches of 64 (8 on each of 8 devices).

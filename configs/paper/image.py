@@ -3,7 +3,7 @@
 Data: ImageNet-1K and MSR-VTT frames, as a manifest with "image" and "text". Published after this stage (top-1 %):
 ImageNet-1K 79.3, Places365 55.5, Kinetics-400 54.4; MSR-VTT recall@1 37.8.
 Command: python -m codebind_jax.main --config=configs/paper/image.py:imagebind_huge.pth \
-           --config.data.manifest=pairs.jsonl \
+           --config.data.files=pairs.jsonl \
            --workdir=runs/paper_image
 Both trunks are frozen; the shared heads move slowly (1e-5), the image's specific head is new (5e-4). 80,000 steps:
 1.28 million pictures x 20 epochs in batches of 320 (40 on each of 8 devices).

@@ -3,7 +3,7 @@
 Data: Touch and Go, as a manifest with "tactile", "image" and "text".
 Published after this stage (top-1 %): TAG material 42.6, hard/soft 83.9, rough/smooth 78.2.
 Command: python -m codebind_jax.main --config=configs/paper/tactile.py:imagebind_huge.pth \
-           --config.data.manifest=pairs.jsonl \
+           --config.data.files=pairs.jsonl \
            --config.init_from=runs/paper_image --workdir=runs/paper_tactile
 The trunk trains in full, image and text stay as they are.
 6,000 steps: 40 epochs in batches of 80 (10 on each of 8 devices); set `--config.steps` to your split.

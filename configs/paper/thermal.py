@@ -3,7 +3,7 @@
 Data: LLVIP, as a manifest with "thermal", "image" and "text".
 Published after this stage (top-1 %): LLVIP 95.5, FLIR_v2 97.2.
 Command: python -m codebind_jax.main --config=configs/paper/thermal.py:imagebind_huge.pth \
-           --config.data.manifest=pairs.jsonl \
+           --config.data.files=pairs.jsonl \
            --config.init_from=runs/paper_image --workdir=runs/paper_thermal
 The trunk trains by LoRA of rank 4, image and text stay as they are.
 6,010 steps: 12,025 pairs x 40 epochs in batches of 80 (10 on each of 8 devices).

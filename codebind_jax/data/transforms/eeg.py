@@ -1,6 +1,7 @@
 """EEG: a numpy file, an EDF or BDF recording, or an array [channels, samples], to microvolts."""
 
 import io
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,24 @@ CHANNELS = 1024
 # On the scalp brain waves have 1 to some 100 microvolts, artefacts some 1,000: the same in volts is below 0.01.
 SMALLEST, LARGEST = 0.01, 1e5
 _RECORDINGS = (".edf", ".bdf")
+_BEGINNINGS = {b"0       ": ".edf", b"\xffBIOSEMI": ".bdf"}
 
 
 def read(value: Any) -> Float32[np.ndarray, "channels samples"]:
   """Microvolts [channels, samples] at the recording's own rate.
 
-  EDF and BDF files name their unit and are converted (needs the package mne). Numbers without a unit - a .npy file, its
-  bytes or an array - must be in microvolts: values that can only be volts are refused, not guessed at.
+  EDF and BDF files, or their bytes, name their unit and are converted (needs the package mne). Numbers without a unit -
+  a .npy file, its bytes or an array - must be in microvolts: values that can only be volts are refused, not guessed at.
 
   Raises:
     ValueError: naming the file, if it cannot be read, has another shape or is not in microvolts.
     ImportError: for EDF and BDF, where mne is not installed.
   """
+  if isinstance(value, bytes) and value[:8] in _BEGINNINGS:
+    with tempfile.NamedTemporaryFile(suffix=_BEGINNINGS[value[:8]]) as file:  # mne reads files alone
+      file.write(value)
+      file.flush()
+      return _checked(_from_recording(Path(file.name)), "eeg bytes")
   if isinstance(value, (str, Path)) and Path(value).suffix.lower() in _RECORDINGS:
     return _checked(_from_recording(Path(value)), str(value))
   if isinstance(value, (str, Path, bytes)):

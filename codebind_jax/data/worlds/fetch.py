@@ -67,13 +67,17 @@ def packages() -> dict[str, Package]:
 
 
 def data_dir(path: str | os.PathLike | None = None) -> Path:
-  """Folder of archives and built worlds: `path`, else $CODEBIND_DATA, else `codebind_jax` in the cache folder."""
-  if path:
-    return Path(path).expanduser().absolute()
-  if os.environ.get("CODEBIND_DATA"):
-    return Path(os.environ["CODEBIND_DATA"]).expanduser().absolute()
-  cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-  return Path(cache).absolute() / "codebind_jax"
+  """Folder of archives and built worlds: `path`, else $CODEBIND_DATA, else `codebind_jax` in the cache folder.
+
+  These are local; a far `path` or $CODEBIND_DATA is the place of features alone, see `features_dir`.
+  """
+  named = files.path(path or os.environ.get("CODEBIND_DATA") or files.cache_folder())
+  return files.cache_folder() if files.is_far(named) else named
+
+
+def features_dir(path: str | os.PathLike | None = None) -> files.Path:
+  """Folder of cached features: in `path`, else in $CODEBIND_DATA, else in the cache folder; near or far."""
+  return files.path(path or os.environ.get("CODEBIND_DATA") or files.cache_folder()) / "features"
 
 
 def fetch(package_id: str, *, root: str | os.PathLike | None = None) -> Path:
