@@ -107,23 +107,31 @@ class Items:
     """Whether the record has the modality."""
     return self.source.has(row, self.modality)
 
-  def decoded(self, row: int) -> tuple[Any, int]:
-    """The decoded value, and the bytes that were read."""
+  def raw(self, row: int) -> tuple[str | bytes | Path | np.ndarray, int]:
+    """The item as the source has it, and the bytes that are read of it."""
     try:
       raw = self.source.read(row, self.modality)
       size = len(raw) if isinstance(raw, bytes) else os.stat(raw).st_size if isinstance(raw, str | Path) else raw.nbytes
-      return self.input.opened(self.modality, raw), size
+      return raw, size
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
       raise ValueError(str(error)) from error  # another OSError is the machine's, and no bad record
 
+  def decoded(self, row: int) -> tuple[Any, int]:
+    """The decoded value, and the bytes that were read."""
+    raw, size = self.raw(row)
+    return self.input.opened(self.modality, raw), size
+
   def draw(self, row: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
     """Augmented and prepared."""
+    if self.augment is None:
+      raw, size = self.raw(row)
+      return self.input.prepared(self.modality, raw), size
     value, size = self.decoded(row)
-    return self.input.prepare(self.augment(value, rng) if self.augment else value), size
+    return self.input.prepare(self.augment(value, rng)), size
 
   def clean(self, row: int) -> np.ndarray:
     """Prepared as it is."""
-    return self.input.prepare(self.decoded(row)[0])
+    return self.input.prepared(self.modality, self.raw(row)[0])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -212,7 +220,7 @@ class Values:
   def clean(self, row: int) -> np.ndarray:
     """The value, opened and prepared; an error names its number."""
     try:
-      return self.input.prepare(self.input.opened(self.modality, self.values[row]))
+      return self.input.prepared(self.modality, self.values[row])
     except (ValueError, OSError) as error:
       raise ValueError(f"{self.modality}[{row}]: {error}") from error
 
