@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int32, Int64, Shaped
 
+from codebind_jax.data.ahead import empty
 from codebind_jax.data.inputs import Input
 from codebind_jax.data.records import Source
 from codebind_jax.data.token_reader import TokenReader
@@ -275,10 +276,9 @@ class Tokens:
 
 def stacked(items: Sequence[Shaped[np.ndarray, "..."] | None], feed: Feed) -> Shaped[np.ndarray, "b ..."]:
   """One batch of items, zeros where one is missing."""
-  out = np.zeros((len(items), *feed.shape), feed.dtype)
+  out = empty((len(items), *feed.shape), feed.dtype)
   for place, item in enumerate(items):
-    if item is not None:
-      out[place] = item
+    out[place] = 0 if item is None else item
   return out
 
 
