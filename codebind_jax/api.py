@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Bool, Float, Int
 
 from codebind_jax import config as config_lib
@@ -220,7 +219,7 @@ class Model:
         items, there = layout.put_batch((items, there))
       out = _embed_step(method)(params, self.codebooks, {modality: items})[modality]
       found = (*(column[:, 0] for column in _columns(out)), there)
-      *values, there = found if processes == 1 else multihost_utils.process_allgather(found, tiled=True)
+      *values, there = found if processes == 1 else layout.gathered(found)
       there = np.asarray(there)
       columns.append([np.asarray(value)[there] for value in values])
       good.append(there)

@@ -177,7 +177,8 @@ class TokenCache:
     self._folder.mkdir(parents=True, exist_ok=True)
     began, label = time.perf_counter(), f"{self._trunk.modality} tokens"
     bad, waiting, views = [], {}, units.shape[1]
-    with _Writer(self._folder, self._far) as writer, tqdm.tqdm(total=len(own), desc=label, unit="item", disable=None) as bar:
+    bar = tqdm.tqdm(total=len(own), desc=label, unit="item", disable=None)
+    with bar, _Writer(self._folder, self._far) as writer:
       workers = workers if len(own) >= _MANY * workers else 0
       reading = ahead(_Chosen(prepared, own), workers=workers, threads=threads, stop=len(own))
       for unit, items in zip(own, reading):
