@@ -194,7 +194,7 @@ class Model:
       feed: cached tokens, or items that the trunk takes.
       rows: numbers of the rows.
       workers: processes that read and prepare where there is much to do; 0 for threads of this one.
-      threads: threads, if there are no workers.
+      threads: reading threads of each process.
       batch: rows at once, on each device; 0 for the model's.
 
     Raises:
@@ -213,7 +213,7 @@ class Model:
     parts = Once(feed, rows, size, process, processes)
     collate = self.trunk(modality).collate if raw and processes == 1 else np.asarray
     workers = workers if raw and len(parts) >= _MANY * workers else 0  # that take seconds to start
-    for part in ahead(parts, workers=workers, threads=threads, stop=len(parts)):
+    for part in ahead(parts, workers=workers, threads=threads, stop=len(parts), parts=True):
       items, there = collate(list(part.items)), part.good
       if layout:
         items, there = layout.put_batch((items, there))

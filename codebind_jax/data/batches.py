@@ -17,7 +17,7 @@ import grain
 import numpy as np
 from jaxtyping import Bool, Int, Int32, Shaped
 
-from codebind_jax.data.ahead import ahead
+from codebind_jax.data.ahead import ahead, spread
 from codebind_jax.data.examples import Feed, digest, stacked
 from codebind_jax.data.records import Source
 
@@ -165,7 +165,7 @@ class SourceBatches:
   def examples(self, step: int) -> Examples:
     """This process's rows of a batch."""
     places = self._order[step][self._own] if self._extra else self._own
-    drawn = [self._row(step, int(place)) for place in places]
+    drawn = spread(functools.partial(self._row, step), [int(place) for place in places])
     rows = np.array([one["row"] for one in drawn], np.int32)
     batch = {m: stacked([one["items"][m] for one in drawn], feed) for m, feed in self._feeds.items()}
     batch |= {
@@ -226,7 +226,7 @@ class Batches:
 
   def start(self, step: int = 0, *, workers: int = 0, threads: int = 2) -> Iterator[Examples]:
     """The batches from a step on, without end, read ahead; see `ahead`. Close the iterator when done."""
-    return ahead(_Examples(self), step, workers=workers, threads=threads)
+    return ahead(_Examples(self), step, workers=workers, threads=threads, parts=True)
 
 
 class _Examples:
@@ -278,13 +278,15 @@ class Once:
   def __getitem__(self, batch: int) -> Part:
     own = self.rows // self.processes
     start = batch * self.rows + self.process * own
-    numbers = self.numbers[start : start + own]
-    items: list[np.ndarray | None] = [None] * own
-    bad = []
-    for place, number in enumerate(numbers):
-      if self.feed.has(int(number)):
-        try:
-          items[place] = self.feed.clean(int(number))
-        except ValueError as error:
-          bad.append((int(number), str(error)))
-    return Part(stacked(items, self.feed), np.array([item is not None for item in items]), tuple(bad))
+    numbers = [int(number) for number in self.numbers[start : start + own]]
+    read = spread(self._read, numbers)
+    bad = tuple((number, one) for number, one in zip(numbers, read) if isinstance(one, str))
+    items = [one if isinstance(one, np.ndarray) else None for one in read] + [None] * (own - len(read))
+    return Part(stacked(items, self.feed), np.array([item is not None for item in items]), bad)
+
+  def _read(self, number: int) -> np.ndarray | str | None:
+    """An item, what is wrong with it, or None where there is none."""
+    try:
+      return self.feed.clean(number) if self.feed.has(number) else None
+    except ValueError as error:
+      return str(error)
