@@ -280,10 +280,10 @@ class Source(abc.ABC):
 
   block = 1
 
-  def __init__(self, name: str, index: Index):
+  def __init__(self, name: str, index: Index, made_from: str = ""):
     self.name, self.index = name, index
+    self._made_from = made_from  # a hash of what the index does not tell, where a format knows one
     self._numbers: np.ndarray | None = None  # of the records selected, in the file
-    self._made_from = ""  # a hash of what the index does not tell, where a format knows one
 
   def __getstate__(self) -> dict[str, Any]:
     return _referred(self.__dict__)
