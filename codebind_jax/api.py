@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Bool, Float, Int
 
 from codebind_jax import config as config_lib
@@ -195,7 +194,7 @@ class Model:
       feed: cached tokens, or items that the trunk takes.
       rows: numbers of the rows.
       workers: processes that read and prepare where there is much to do; 0 for threads of this one.
-      threads: threads, if there are no workers.
+      threads: reading threads of each process.
       batch: rows at once, on each device; 0 for the model's.
 
     Raises:
@@ -214,13 +213,13 @@ class Model:
     parts = Once(feed, rows, size, process, processes)
     collate = self.trunk(modality).collate if raw and processes == 1 else np.asarray
     workers = workers if raw and len(parts) >= _MANY * workers else 0  # that take seconds to start
-    for part in ahead(parts, workers=workers, threads=threads, stop=len(parts)):
+    for part in ahead(parts, workers=workers, threads=threads, stop=len(parts), parts=True):
       items, there = collate(list(part.items)), part.good
       if layout:
         items, there = layout.put_batch((items, there))
       out = _embed_step(method)(params, self.codebooks, {modality: items})[modality]
       found = (*(column[:, 0] for column in _columns(out)), there)
-      *values, there = found if processes == 1 else multihost_utils.process_allgather(found, tiled=True)
+      *values, there = found if processes == 1 else layout.gathered(found)
       there = np.asarray(there)
       columns.append([np.asarray(value)[there] for value in values])
       good.append(there)

@@ -34,7 +34,7 @@ class Embed:
     parts: fields of the embeddings to write, for every modality.
     modalities: those to write; all of the run's unless given.
     batch_size: decoded records of a batch, of which two are in memory, since the next one is read ahead.
-    threads: number of threads that read and decode.
+    threads: number of threads that read and decode, in each process.
   """
 
   shard_rows: Annotated[int, above(0)] = 16384

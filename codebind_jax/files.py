@@ -7,10 +7,13 @@ how long and how often they are tried. Near, paths are `pathlib.Path`. On the lo
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import fnmatch
+import functools
 import hashlib
+import importlib
 import importlib.util
 import io
 import json
@@ -163,11 +166,24 @@ def _amazon() -> Any:
 def close() -> None:
   """Closes the connections to far disks; the next operation opens them again."""
   with _systems_lock:
-    for (scheme, process, *_), system in _systems.items():
-      session = getattr(system, "_session" if scheme == "gs" else "_s3", None)
-      if session is not None and process == os.getpid():
-        system.close_session(system.loop, session)
+    own = [(key[0], system) for key, system in _systems.items() if key[1] == os.getpid()]
     _systems.clear()
+  for scheme, system in own:
+    from fsspec.asyn import sync
+
+    if scheme == "gs" and system._session is not None:
+      sync(system.loop, system._session.close, timeout=5)
+    elif scheme == "s3" and system._s3 is not None:
+      sync(system.loop, system._s3.__aexit__, None, None, None, timeout=5)
+
+
+@functools.cache
+def _close_at_exit() -> None:
+  """Has connections closed at the end: registered after they were made, before the packages' own ways to do so."""
+  atexit.register(close)
+
+
+_here = threading.local()  # `attempts`, of the threads that probe
 
 
 def _ask(place: Path, work: str, do: Callable[[Any], Any], size: int = 0) -> Any:
@@ -185,13 +201,17 @@ def _ask(place: Path, work: str, do: Callable[[Any], Any], size: int = 0) -> Any
   from fsspec.asyn import sync
 
   scheme, limit = _split(place)[0], patience.limit + size / patience.pace
-  for attempt in range(1, patience.attempts + 1):
+  attempts = min(patience.attempts, getattr(_here, "attempts", patience.attempts))
+  for attempt in range(1, attempts + 1):
     try:
       system = _system(scheme)
-      return sync(system.loop, do, system, timeout=limit)
+      try:
+        return sync(system.loop, do, system, timeout=limit)
+      finally:
+        _close_at_exit()
     except Exception as error:
       kind, reason, may_pass = _judged(error)
-      if not may_pass or attempt == patience.attempts:
+      if not may_pass or attempt == attempts:
         tries = f" ({attempt} attempts)" if attempt > 1 else ""
         raise kind(f"{place}: cannot be {work}: {reason}{tries}; {_advice(scheme, kind)}") from error
       logging.warning("%s: cannot be %s, trying again: %s", place, work, reason)
@@ -252,7 +272,7 @@ def _pages(place: Path, whole: bool, limit: int = 1000) -> Iterator[tuple[dict[s
       return
 
 
-def _object(place: Path) -> Found | None:
+def found(place: Path) -> Found | None:
   """The object of that name at a far disk, if there is one."""
   try:
     info = _ask(place, "looked for", lambda system: system._info(os.fspath(place)))
@@ -273,7 +293,7 @@ def exists(place: Path) -> bool:
 
 def is_file(place: Path) -> bool:
   """Whether there is a file."""
-  return _object(place) is not None if is_far(place) else place.is_file()
+  return found(place) is not None if is_far(place) else place.is_file()
 
 
 def is_folder(place: Path) -> bool:
@@ -322,10 +342,10 @@ def read_bytes(place: Path, start: int | None = None, stop: int | None = None) -
 
 def open_far(place: Path) -> Any:
   """A far object as a file object that reads it by ranges of a megabyte and more, for readers that seek."""
-  found = _object(place)
-  if found is None:
+  about = found(place)
+  if about is None:
     raise FileNotFoundError(f"{place}: there is no such object")
-  return io.BufferedReader(_Ranges(place, found.size), 1 << 20)
+  return io.BufferedReader(_Ranges(place, about.size), 1 << 20)
 
 
 class _Ranges(io.RawIOBase):
@@ -375,11 +395,11 @@ def upload(file: pathlib.Path, place: Path) -> None:
 
 def download(place: Path, file: pathlib.Path) -> None:
   """Puts a far object at a local path, whole or not at all."""
-  found = _object(place)
+  about = found(place)
   with replacing(file) as part:
-    _ask(place, "read", lambda system: system._get_file(os.fspath(place), os.fspath(part)), found.size if found else 0)
-    if found and part.stat().st_size != found.size:
-      raise OSError(f"{place}: got {part.stat().st_size} of {found.size} bytes")
+    _ask(place, "read", lambda system: system._get_file(os.fspath(place), os.fspath(part)), about.size if about else 0)
+    if about and part.stat().st_size != about.size:
+      raise OSError(f"{place}: got {part.stat().st_size} of {about.size} bytes")
 
 
 def remove(place: Path) -> None:
@@ -501,8 +521,8 @@ def fetched(place: Path) -> pathlib.Path:
   """
   if not is_far(place):
     return place
-  found = _object(place)
-  items = {"": found} if found else contents(place)
+  about = found(place)
+  items = {"": about} if about else contents(place)
   if not items:
     raise FileNotFoundError(f"{place}: there is no such file or folder")
   if len(items) > _LARGEST_FETCH:
@@ -541,9 +561,11 @@ def probe(place: Path, seconds: float = 10.0, write: bool = False) -> None:
   """
   if not is_far(place):
     return
+  importlib.import_module(SCHEMES[_split(place)[0]][0])  # seconds on a busy machine, which are not the server's
   failure: list[Exception] = []
 
   def look() -> None:
+    _here.attempts = 2  # so that the reason is there in time
     try:
       next(_pages(place, whole=True, limit=1))
       if write:

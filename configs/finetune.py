@@ -3,7 +3,7 @@
 Command: python -m codebind_jax.main --config=configs/finetune.py:WEIGHTS --config.data.files=pairs.jsonl \
            --workdir=runs/finetune
 WEIGHTS is a checkpoint with images and texts: a folder of CLIP, SigLIP or OpenCLIP, big_vision .npz, ImageBind .pth.
-Other formats: docs/streaming.md. One line of pairs.jsonl: {"image": "a.jpg", "text": "a cow in the snow", "split": "train"}; some lines of split "test".
+
 
 Memory and time of a step beforehand: --config.mode=compile --config.topology=v5e:2x2. For ViT-B/32 at 256 rows,
 64 a chip, it gives 2.6 GB a chip and 34 ms (the compiler's estimate); a GPU needs about as much memory. It also trains,

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet as pq
 
-from codebind_jax.data import index_cache, opening, ranges
+from codebind_jax.data import index_cache, opening, ranges, records
 from codebind_jax.data.formats import hugging_face
 from tests.world_fixtures import png
 
@@ -240,7 +240,7 @@ def test_the_kept_index(tmp_path, root, caplog, monkeypatch):
   first = open_source(path, max_bad_records=1)
   folder, ids = next((root / "index").iterdir()), first.index.ids.copy()
   again = open_source(path, max_bad_records=1)
-  assert isinstance(again.index.has, np.memmap) and caplog.text.count("left out") == 2
+  assert isinstance(again.index.has, records.Pages) and caplog.text.count("left out") == 2
   assert (again.index.ids == ids).all() and again.index.label_of(9) == "2"
   assert len(pickle.dumps(again)) < 3000
   with pytest.raises(ValueError, match="a.jsonl:1101: not JSON"):
@@ -293,6 +293,38 @@ def test_a_file_that_changes_while_it_is_indexed(tmp_path, monkeypatch):
   monkeypatch.setattr(opening.formats.jsonl.IndexBuilder, "build", changing)
   with pytest.raises(ranges.ChangedError, match="a.jsonl: has changed while it was indexed"):
     open_source(path)
+
+
+def test_more_files_than_can_be_open(tmp_path, monkeypatch):
+  handles = ranges.Handles(3)
+  monkeypatch.setattr(ranges, "_handles", handles)
+  for n in range(12):
+    (tmp_path / f"{n:02d}.jsonl").write_text("".join(f'{{"id": "{n}-{i}", "text": "{n} {i}"}}\n' for i in range(9)))
+  source = open_source(tmp_path / "*.jsonl")
+  with ThreadPoolExecutor(8) as pool:
+    got = list(pool.map(lambda row: source.fields(row)["text"][0], np.random.default_rng(0).permutation(108).tolist()))
+  assert sorted(got) == sorted(f"{n} {i}" for n in range(12) for i in range(9))
+  source.fields(0)
+  assert len(handles) == 3
+  before = set(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else None
+  kept = [records.map_file(str(tmp_path / f"{n:02d}.jsonl")) for n in range(12)]
+  assert bytes(kept[3]) == (tmp_path / "03.jsonl").read_bytes() and not kept[3].flags.writeable
+  assert before is None or set(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_file_that_is_replaced_and_opened_again(tmp_path, monkeypatch):
+  path = tmp_path / "a.jsonl"
+  path.write_text('{"text": "old"}\n')
+  old = open_source(path)
+  assert old.fields(0)["text"] == ["old"]
+  (tmp_path / "b").write_text('{"text": "new one"}\n')
+  os.replace(tmp_path / "b", path)
+  assert open_source(path).fields(0)["text"] == ["new one"]
+  assert old.fields(0)["text"] == ["old"]  # the file that is open is still the old one
+  monkeypatch.setattr(ranges, "_handles", ranges.Handles(3))
+  with pytest.raises(ranges.ChangedError, match="a.jsonl: has changed since it was indexed"):
+    old.fields(0)
+  assert not len(ranges._handles)
 
 
 def test_takes():

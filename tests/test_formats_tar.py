@@ -14,6 +14,7 @@ import pytest
 
 from codebind_jax.data import opening, ranges
 from codebind_jax.data.formats import tar
+from codebind_jax.data.records import id_hash
 from tests.world_fixtures import png
 
 
@@ -202,8 +203,11 @@ def test_many_tars_one_id_and_none(tmp_path):
   source = open_source(str(tmp_path / "s-{000..002}.tar"))
   assert len(source) == 12 and source.column("id")[4:6] == ["1-0", "1-1"]
   pack(tmp_path / "s-003.tar", ("1-2.txt", b"x"))
-  with pytest.raises(ValueError, match="id '1-2' is there twice: .*s-001.tar: 1-2 and .*s-003.tar: 1-2"):
+  with pytest.raises(ValueError, match="id '1-2' is there twice: .*s-001.tar: 1-2 and .*s-003.tar: 1-2; shard_ids"):
     open_source(tmp_path / "s-*.tar")
+  again = open_source(tmp_path / "s-*.tar", shard_ids=True)
+  assert again.column("id")[4:6] == ["s-001/1-0", "s-001/1-1"]
+  assert again.index.ids.tolist() == [id_hash(name) for name in again.column("id")]
   with pytest.raises(ValueError, match="e.tar: no records"):
     open_source(pack(tmp_path / "e.tar"))
 

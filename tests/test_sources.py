@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from codebind_jax.data.formats.record import add_rows, parse
 from codebind_jax.data.opening import class_names, open_source
-from codebind_jax.data.records import id_hash
+from codebind_jax.data.records import IndexBuilder, groups_of, id_hash
 from codebind_jax.data.transforms import image as image_transform
 from tests.world_fixtures import png
 
@@ -48,6 +49,54 @@ def test_rows_read_back(write):
   with pytest.raises(IndexError):
     source[3]
   assert source[-1]["id"] == "c"
+
+
+def test_records_taken_together_are_indexed_as_one_by_one():
+  """`add_rows`, which takes columns at once, against `parse` of each row."""
+  rng = np.random.default_rng(0)
+  values = {
+    "id": ["a", 3, None, " ", True, 1.5], "label": ["x", "y", 7, None, ""],
+    "split": ["train", "validation", "dev", None],
+    "image": ["a.png", b"x", {"bytes": b"x", "path": None}, {"bytes": None, "path": None}, "", None, 3],
+    "text": ["t", ["t", "u"], [], [""], "", None, 5],
+    "caption": ["c", None], "depth": ["d", None],
+    "url": ["u", None, {}],
+  }  # fmt: skip
+  rows = []
+  for number in range(4000):
+    keys = rng.permutation(list(values))[: rng.integers(1, 5)]
+    good = number % 2  # half of them of the first, good kinds
+    rows.append({key: values[key][rng.integers(0, 2 if good else len(values[key]))] for key in keys})
+  fast, slow, bad = IndexBuilder(), IndexBuilder(), {}
+  where = np.stack([np.arange(len(rows)), np.arange(len(rows)) ** 2], 1)
+  for at, row in enumerate(rows):
+    try:
+      record = parse(row, f"f:{at}")
+      fields = record.fields
+      slow.add(fields["id"], record.modalities, fields["label"], fields.get("split"), tuple(where[at].tolist()))
+    except ValueError as error:
+      bad[at] = str(error)
+  unfit, _ = add_rows(fast, rows, lambda at: f"f:{at}", where)
+  got, want = fast.build(), slow.build()
+  assert unfit == bad and 500 < len(bad) < 3000 and got.labels == want.labels
+  for name in ("label", "split", "where", "ids", "group"):
+    assert (getattr(got, name) == getattr(want, name)).all(), name
+  for modality in want.modalities:
+    assert ((got.has & got.bit(modality) > 0) == (want.has & want.bit(modality) > 0)).all()
+  assert (want.group == groups_of(want.label)).all()
+
+
+def test_lines_of_all_kinds(write, tmp_path):
+  path = tmp_path / "data.jsonl"
+  long = b'{"text": "' + b"c" * 200_000 + b'"}'
+  path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n  {"text": "b"}  \n\n\t\n' + long + b'\n{"text": "d"}')
+  source = open_source(path)
+  assert [text[0][:1] for text in source.column("text")] == ["a", "b", "c", "d"]
+  assert [source.where(row)[-2:] for row in range(4)] == [":1", ":2", ":5", ":6"]
+  for line in (b'{"text": "a"} {"text": "b"}', b'{"text": "a"},', b'"text"', b'{"text": "a"', b"[" * 100_000):
+    path.write_bytes(b'{"text": "x"}\n' + line + b"\n")
+    with pytest.raises(ValueError, match="data.jsonl:2: "):
+      open_source(path)
 
 
 def test_split_is_chosen(write):
@@ -223,6 +272,12 @@ def test_content_hash_follows_content(write, tmp_path):
   source = open_source(path)
   assert source.content_hash(0, "image") == source.content_hash(1, "image")
   assert source.content_hash(0, "text") != source.content_hash(1, "text")
+  (tmp_path / "film").mkdir()
+  (tmp_path / "film" / "0.png").write_bytes(png((1, 2, 3)))
+  film = open_source(write({"video": "film"}, name="film.jsonl"))
+  hashed = film.content_hash(0, "video")
+  (tmp_path / "film" / "1.png").write_bytes(png((1, 2, 3)))
+  assert film.content_hash(0, "video") != hashed
   before = source.content_hash(0, "image")
   (tmp_path / "red.png").write_bytes(png((1, 2, 3)))
   assert source.content_hash(0, "image") != before

@@ -10,55 +10,119 @@ import pickle
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from typing import Any
 
+import numpy as np
 import threadpoolctl
 from absl import logging
+from jaxtyping import Shaped
+
+from codebind_jax.data.blocks import Block
 
 _items: Any = None  # in a worker process: the sequence it reads
+_blocks: list[Block] = []  # in a worker process: what its items are written to
+_block: Block | None = None  # in a worker process: that of the item it reads
+_reading = threading.local()  # `pool`, and how many `threads` of it read the parts of this thread's item
+_SPARE = 4  # blocks beside those of items that are being read: of items in use
 
 
 def ahead(
-  items: Any, first: int = 0, *, workers: int = 0, threads: int = 2, stop: int | None = None
+  items: Any, first: int = 0, *, workers: int = 0, threads: int = 2, stop: int | None = None, parts: bool = False
 ) -> Iterator[Any]:
   """`items[first]`, `items[first + 1]` and so on, in this order for any number of threads and workers.
 
-  Closing the iterator ends its threads or workers.
+  Closing the iterator ends its threads or workers. Arrays of workers' items lie in memory shared with them, which is
+  used again once an item's arrays are gone; if the loop keeps many items, further ones are copied through a pipe.
 
   Args:
     items: has `items[n]` for every n from `first` on, safe to call from several threads; picklable if there are
       workers, which get one copy each.
     first: the first number.
-    workers: number of reading processes, with one thread each; 0 reads in this process.
-    threads: number of reading threads if there are no workers.
+    workers: number of reading processes; 0 reads in this process.
+    threads: number of reading threads: of each process if they read parts, else only if there are no workers.
     stop: number after the last; None for no end.
+    parts: the threads read parts of an item, what `spread` is called with, and two items at a time in each process;
+      otherwise each reads an item.
 
   Raises:
     RuntimeError: if a worker process ends.
     Exception: that of reading an item, when its turn comes.
   """
+  inner = ThreadPoolExecutor(threads) if parts and threads > 1 and not workers else None
+  own = min(threads, 2) if parts else threads
+  window, blocks = 2 * (workers or own), []
   if workers:
+    blocks = [Block() for _ in range(window + _SPARE)]
     context = multiprocessing.get_context("spawn")  # a fork would copy JAX's threads and locks
-    pool = ProcessPoolExecutor(workers, context, _begin, (pickle.dumps(items),))
+    start = (pickle.dumps(items), blocks, threads if parts else 1)
+    pool = ProcessPoolExecutor(workers, context, _begin, start)
   else:
-    pool = ThreadPoolExecutor(threads)
-  read, window = (_read, 2 * workers) if workers else (items.__getitem__, 2 * threads)
+    pool = ThreadPoolExecutor(own, initializer=_use, initargs=(inner, threads))
+  free = list(range(len(blocks)))
+
+  def submit(number: int) -> tuple[Future, int | None]:
+    if not workers:
+      return pool.submit(items.__getitem__, number), None
+    block = free.pop() if free else None
+    return pool.submit(_read, number, block), block
+
   try:
     numbers = itertools.count(first) if stop is None else iter(range(first, stop))
-    waiting = collections.deque(pool.submit(read, number) for number in itertools.islice(numbers, window))
+    waiting = collections.deque(submit(number) for number in itertools.islice(numbers, window))
     while waiting:
-      item = waiting.popleft().result()
-      waiting.extend(pool.submit(read, number) for number in itertools.islice(numbers, 1))
+      future, block = waiting.popleft()
+      item = future.result()
+      if block is not None:
+        item, whole = blocks[block].loads(*item)
+        weakref.finalize(whole, free.append, block).atexit = False
+        del whole
+      waiting.extend(submit(number) for number in itertools.islice(numbers, 1))
       yield item
+      del item
   finally:
     pool.shutdown(cancel_futures=True)
+    if inner:
+      inner.shutdown()
+    for block in blocks:
+      block.close()
 
 
-def _begin(pickled: bytes) -> None:
+def spread(read: Callable[[Any], Any], things: Sequence[Any]) -> list[Any]:
+  """`[read(thing) for thing in things]`, by the threads of this process that read parts, if it has some."""
+  pool = getattr(_reading, "pool", None)
+  if pool is None:
+    return [read(thing) for thing in things]
+  out, numbers = [None] * len(things), iter(range(len(things)))
+
+  def work() -> None:
+    for number in numbers:  # the threads share it
+      out[number] = read(things[number])
+
+  working = [pool.submit(work) for _ in range(min(_reading.threads, len(things)))]
+  try:
+    for future in working:
+      future.result()
+  finally:
+    collections.deque(numbers, maxlen=0)
+    wait(working)
+  return out
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> Shaped[np.ndarray, "..."]:
+  """An array of any content, for the item that is being read: in a worker process, in shared memory."""
+  return _block.empty(shape, dtype) if _block is not None else np.empty(shape, dtype)
+
+
+def _use(pool: ThreadPoolExecutor | None, threads: int) -> None:
+  _reading.pool, _reading.threads = pool, threads
+
+
+def _begin(pickled: bytes, blocks: list[Block], threads: int) -> None:
   """Prepares a worker process: no JAX, one BLAS thread, ended by its parent alone."""
-  global _items
+  global _items, _blocks
   for number in (signal.SIGINT, signal.SIGTERM):  # sent to all processes of a job; the parent still needs batches then
     signal.signal(number, signal.SIG_IGN)
   threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -72,6 +136,8 @@ def _begin(pickled: bytes) -> None:
   logging.set_verbosity(verbosity)
   if absent:
     del sys.modules["jax"]
+  _blocks = blocks
+  _use(ThreadPoolExecutor(threads) if threads > 1 else None, threads)
   threadpoolctl.threadpool_limits(1)
 
 
@@ -80,5 +146,14 @@ def _end_with_parent() -> None:
   os._exit(1)
 
 
-def _read(number: int) -> Any:
-  return _items[number]
+def _read(number: int, block: int | None) -> Any:
+  """An item, or its pickle and where its arrays are in the block."""
+  global _block
+  if block is None:
+    return _items[number]
+  _block = _blocks[block]
+  _block.clear()
+  try:
+    return _block.dumps(_items[number])
+  finally:
+    _block = None

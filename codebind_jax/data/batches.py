@@ -17,7 +17,7 @@ import grain
 import numpy as np
 from jaxtyping import Bool, Int, Int32, Shaped
 
-from codebind_jax.data.ahead import ahead
+from codebind_jax.data.ahead import ahead, spread
 from codebind_jax.data.examples import Feed, digest, stacked
 from codebind_jax.data.records import Source
 
@@ -165,7 +165,7 @@ class SourceBatches:
   def examples(self, step: int) -> Examples:
     """This process's rows of a batch."""
     places = self._order[step][self._own] if self._extra else self._own
-    drawn = [self._row(step, int(place)) for place in places]
+    drawn = spread(functools.partial(self._row, step), [int(place) for place in places])
     rows = np.array([one["row"] for one in drawn], np.int32)
     batch = {m: stacked([one["items"][m] for one in drawn], feed) for m, feed in self._feeds.items()}
     batch |= {
@@ -213,15 +213,20 @@ class Batches:
 
   def _drawn(self, step: int) -> Examples:
     """The batch of a step, and how it was made."""
-    parts = [source.examples(step) for source in self._sources.values()]
-    seconds = {m: sum(part.seconds.get(m, 0.0) for part in parts) for m in {m for part in parts for m in part.seconds}}
-    join = lambda maps: {key: value for one in maps for key, value in one.items()}
-    bad = tuple(one for part in parts for one in part.bad)
-    return Examples(join(p.batch for p in parts), bad, seconds, join(p.read for p in parts))
+    parts = {name: source.examples(step) for name, source in self._sources.items()}
+    of_modality: dict[str, float] = {}
+    for part in parts.values():
+      for modality, seconds in part.seconds.items():
+        of_modality[modality] = of_modality.get(modality, 0.0) + seconds
+    return Examples(
+      {name: rows for name, part in parts.items() for rows in part.batch.values()},
+      tuple(dataclasses.replace(one, source=name) for name, part in parts.items() for one in part.bad), of_modality,
+      {name: size for name, part in parts.items() for size in part.read.values()},
+    )  # fmt: skip
 
   def start(self, step: int = 0, *, workers: int = 0, threads: int = 2) -> Iterator[Examples]:
     """The batches from a step on, without end, read ahead; see `ahead`. Close the iterator when done."""
-    return ahead(_Examples(self), step, workers=workers, threads=threads)
+    return ahead(_Examples(self), step, workers=workers, threads=threads, parts=True)
 
 
 class _Examples:
@@ -273,13 +278,15 @@ class Once:
   def __getitem__(self, batch: int) -> Part:
     own = self.rows // self.processes
     start = batch * self.rows + self.process * own
-    numbers = self.numbers[start : start + own]
-    items: list[np.ndarray | None] = [None] * own
-    bad = []
-    for place, number in enumerate(numbers):
-      if self.feed.has(int(number)):
-        try:
-          items[place] = self.feed.clean(int(number))
-        except ValueError as error:
-          bad.append((int(number), str(error)))
-    return Part(stacked(items, self.feed), np.array([item is not None for item in items]), tuple(bad))
+    numbers = [int(number) for number in self.numbers[start : start + own]]
+    read = spread(self._read, numbers)
+    bad = tuple((number, one) for number, one in zip(numbers, read) if isinstance(one, str))
+    items = [one if isinstance(one, np.ndarray) else None for one in read] + [None] * (own - len(read))
+    return Part(stacked(items, self.feed), np.array([item is not None for item in items]), bad)
+
+  def _read(self, number: int) -> np.ndarray | str | None:
+    """An item, what is wrong with it, or None where there is none."""
+    try:
+      return self.feed.clean(number) if self.feed.has(number) else None
+    except ValueError as error:
+      return str(error)

@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int32, Int64, Shaped
 
+from codebind_jax.data.ahead import empty
 from codebind_jax.data.inputs import Input
 from codebind_jax.data.records import Source
 from codebind_jax.data.token_reader import TokenReader
@@ -107,23 +108,31 @@ class Items:
     """Whether the record has the modality."""
     return self.source.has(row, self.modality)
 
-  def decoded(self, row: int) -> tuple[Any, int]:
-    """The decoded value, and the bytes that were read."""
+  def raw(self, row: int) -> tuple[str | bytes | Path | np.ndarray, int]:
+    """The item as the source has it, and the bytes that are read of it."""
     try:
       raw = self.source.read(row, self.modality)
       size = len(raw) if isinstance(raw, bytes) else os.stat(raw).st_size if isinstance(raw, str | Path) else raw.nbytes
-      return self.input.opened(self.modality, raw), size
+      return raw, size
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
       raise ValueError(str(error)) from error  # another OSError is the machine's, and no bad record
 
+  def decoded(self, row: int) -> tuple[Any, int]:
+    """The decoded value, and the bytes that were read."""
+    raw, size = self.raw(row)
+    return self.input.opened(self.modality, raw), size
+
   def draw(self, row: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
     """Augmented and prepared."""
+    if self.augment is None:
+      raw, size = self.raw(row)
+      return self.input.prepared(self.modality, raw), size
     value, size = self.decoded(row)
-    return self.input.prepare(self.augment(value, rng) if self.augment else value), size
+    return self.input.prepare(self.augment(value, rng)), size
 
   def clean(self, row: int) -> np.ndarray:
     """Prepared as it is."""
-    return self.input.prepare(self.decoded(row)[0])
+    return self.input.prepared(self.modality, self.raw(row)[0])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -212,7 +221,7 @@ class Values:
   def clean(self, row: int) -> np.ndarray:
     """The value, opened and prepared; an error names its number."""
     try:
-      return self.input.prepare(self.input.opened(self.modality, self.values[row]))
+      return self.input.prepared(self.modality, self.values[row])
     except (ValueError, OSError) as error:
       raise ValueError(f"{self.modality}[{row}]: {error}") from error
 
@@ -267,10 +276,9 @@ class Tokens:
 
 def stacked(items: Sequence[Shaped[np.ndarray, "..."] | None], feed: Feed) -> Shaped[np.ndarray, "b ..."]:
   """One batch of items, zeros where one is missing."""
-  out = np.zeros((len(items), *feed.shape), feed.dtype)
+  out = empty((len(items), *feed.shape), feed.dtype)
   for place, item in enumerate(items):
-    if item is not None:
-      out[place] = item
+    out[place] = 0 if item is None else item
   return out
 
 

@@ -88,7 +88,7 @@ def scanned(
     OSError: if a file cannot be read.
   """
   stamps = tuple(ranges.stamp(path) for path in paths)
-  names = [str(path) if ranges.is_far(path) else os.path.abspath(path) for path in paths]
+  names = [str(path) if files.is_far(path) else os.path.abspath(path) for path in paths]
   key = json.dumps([names, revision, _REVISION, options or {}, known_modalities()], sort_keys=True)
   folder = None
   if cache is not None and sum(size for size, _ in stamps) >= SMALLEST:
@@ -194,6 +194,8 @@ def _kept(folder: Path, scan: Scan) -> Scan:
     (new / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     files.replace_folder(new, folder)
   except OSError as error:
+    if folder.exists() and (theirs := _read(folder, scan.stamps)):  # another process was first
+      return theirs
     logging.warning("the index is not kept: %s", error)
     return scan
   finally:

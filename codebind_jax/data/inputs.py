@@ -24,14 +24,17 @@ class Reading:
   Attributes:
     read: any value -> the decoded one; decoded values as they are.
     prepare: the decoded value -> an array.
+    open: a path or bytes -> what `prepare` takes as well, with fewer copies than `read`; None for `read`.
   """
 
   read: Callable[[Any], Any]
   prepare: Callable[[Any], np.ndarray]
+  open: Callable[[Any], Any] | None = None
 
   def __call__(self, value: Any) -> np.ndarray:
     """The prepared array of a path, bytes or decoded value."""
-    return self.prepare(self.read(value))
+    read = self.open if self.open and isinstance(value, str | bytes | Path) else self.read
+    return self.prepare(read(value))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,5 +71,23 @@ class Input:
       return value
     try:
       return (self.read or transforms.of(modality).read)(value)
+    except OSError as error:
+      raise ValueError(str(error)) from error
+
+  def prepared(self, modality: str, value: Any) -> np.ndarray:
+    """`prepare(opened(value))`, by the shortest way.
+
+    Args:
+      modality: of the item.
+      value: as of `opened`.
+
+    Raises:
+      ValueError: if it cannot be read.
+    """
+    direct = self.read is None and isinstance(self.prepare, Reading) and self.prepare.open
+    if not direct or not isinstance(value, str | bytes | Path):
+      return self.prepare(self.opened(modality, value))
+    try:
+      return self.prepare(value)
     except OSError as error:
       raise ValueError(str(error)) from error

@@ -17,6 +17,7 @@ import tqdm
 from absl import logging
 from jaxtyping import Bool
 
+from codebind_jax import files
 from codebind_jax.data import formats, ranges, transforms
 from codebind_jax.data.records import SPLITS, Source, id_hash, joined
 from codebind_jax.data.worlds import fetch, registry
@@ -120,12 +121,21 @@ _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 
 
 def _globbed(path: PurePath) -> list[PurePath]:
-  if not ranges.is_far(path):
+  if not files.is_far(path):
     return [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
-  import fsspec
+  *parents, last = str(path).split("/")
+  first = next((n for n, part in enumerate(parents) if _GLOB.search(part)), len(parents))
+  if first == len(parents):  # the usual one: files of one folder
+    return files.children(files.path("/".join(parents)), last)
+  folder, pattern = files.path("/".join(parents[:first])), "/".join([*parents[first:], last])
+  fits = _translated(pattern)
+  return [folder / name for name in files.contents(folder) if fits.fullmatch(name)]
 
-  scheme = str(path).partition("://")[0]
-  return [ranges.as_path(f"{scheme}://{name}") for name in sorted(fsspec.filesystem(scheme).glob(str(path)))]
+
+def _translated(pattern: str) -> re.Pattern:
+  """The expression of a pattern whose `*` and `?` stay in a folder, and `**/` is any number of folders."""
+  parts = (re.escape(part).replace(r"\*", "[^/]*").replace(r"\?", "[^/]") for part in pattern.split("**/"))
+  return re.compile("(?:.*/)?".join(parts))
 
 
 def braces(name: str) -> list[str]:

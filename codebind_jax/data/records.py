@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import abc
 import copy
+import ctypes
 import dataclasses
 import functools
 import hashlib
+import mmap
+import os
 import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -94,13 +97,17 @@ class _Reference:
   """A memory-mapped array in a pickle: worker processes share the file's pages, and hold no copies."""
 
   path: str
+  size: int
   offset: int
   shape: tuple[int, ...]
   type: str
 
   def array(self) -> np.ndarray:
     length = int(np.prod(self.shape)) * np.dtype(self.type).itemsize
-    return map_file(self.path)[self.offset : self.offset + length].view(self.type).reshape(self.shape)
+    whole = map_file(self.path)
+    if len(whole) != self.size:
+      raise ValueError(f"{self.path}: was replaced while the run started; start again")
+    return whole[self.offset : self.offset + length].view(self.type).reshape(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,14 +121,39 @@ class _Zeros:
     return np.broadcast_to(np.zeros((), self.type), self.shape)
 
 
-_maps: weakref.WeakValueDictionary[str, np.memmap] = weakref.WeakValueDictionary()
+class Pages(np.ndarray):
+  """The bytes of a file by memory map. Views of it can be pickled by reference."""
+
+  path = ""
 
 
-def map_file(path: str) -> np.memmap:
-  """The bytes of a file by memory map, one of a file in a process; a file that is replaced goes on as it was."""
+_maps: weakref.WeakValueDictionary[str, Pages] = weakref.WeakValueDictionary()
+
+
+def map_file(path: str) -> Pages:
+  """The bytes of a file, mapped once in a process; one that is replaced goes on as it was.
+
+  Unlike `mmap` and `np.memmap` it holds no open file, of which a system allows a process a thousand.
+
+  Raises:
+    OSError: if it cannot be mapped.
+  """
   there = _maps.get(path)
   if there is None:
-    there = _maps[path] = np.memmap(path, np.uint8, "r")
+    with open(path, "rb") as file:
+      size = os.fstat(file.fileno()).st_size
+      libc = ctypes.CDLL(None, use_errno=True)
+      libc.mmap.restype, libc.munmap.argtypes = ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_size_t)
+      libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+      address = libc.mmap(None, max(size, 1), mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+    if address == ctypes.c_void_p(-1).value:
+      raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), path)
+    memory = (ctypes.c_ubyte * size).from_address(address)
+    weakref.finalize(memory, libc.munmap, address, max(size, 1)).atexit = False
+    there = np.frombuffer(memory, np.uint8).view(Pages)
+    there.flags.writeable = False
+    there.path = path
+    _maps[path] = there
   return there
 
 
@@ -139,12 +171,12 @@ def _in_short(array: np.ndarray) -> Any:
   if array.size and not any(array.strides):
     return _Zeros(array.shape, array.dtype.str) if not array.flat[0] else array
   root = array
-  while isinstance(root.base, np.ndarray):
+  while isinstance(root.base, Pages):
     root = root.base
-  if not isinstance(root, np.memmap) or not root.filename or not array.flags.c_contiguous:
+  if not isinstance(root, Pages) or not root.path or not array.flags.c_contiguous:
     return array
   at = [one.__array_interface__["data"][0] for one in (root, array)]
-  return _Reference(str(root.filename), root.offset + at[1] - at[0], array.shape, array.dtype.str)
+  return _Reference(root.path, root.size, at[1] - at[0], array.shape, array.dtype.str)
 
 
 def _mapped(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -312,7 +344,7 @@ class Source(abc.ABC):
 
   def fingerprint(self) -> dict[str, str]:
     """File -> a hash of its records: ids, labels, splits, places, and of its content where that is known."""
-    digest = hashlib.sha256(self._made_from.encode())
+    digest = hashlib.sha256("\0".join((self._made_from, *self.index.labels)).encode("utf-8", "surrogatepass"))
     for column in ("has", "label", "split", "where", "ids"):
       digest.update(np.ascontiguousarray(getattr(self.index, column)).data)
     return {self.name: digest.hexdigest()[:16]}

@@ -46,7 +46,7 @@ class Data:
     classes: a text file with one class name a line; "" for the labels that occur.
     max_bad_records: number of bad records of files that are left out before it is an error; the log names each.
     workers: processes that read batches ahead; 0 for threads of this process.
-    threads: threads that read batches ahead if there are no workers.
+    threads: threads that read and decode, in each process.
     extra: share of a batch drawn from a world's further named pictures; 0 leaves them out.
     captions: use of a row's further texts: main (not used), each (captions of their own) or joined (one list).
     templates: of training captions.

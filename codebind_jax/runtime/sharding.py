@@ -7,6 +7,7 @@ mesh axes. Model code uses neither. An axis that does not divide is not split, a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -226,8 +227,14 @@ class Layout:
     """The tree with every array whole on this process: unchanged if it already is, else gathered into numpy arrays."""
     if self.process[1] == 1 and all(x.sharding.is_fully_replicated for x in jax.tree.leaves(tree)):
       return tree
-    replicated = jax.jit(lambda x: x, out_shardings=self.replicated)(tree)
+    replicated = _identity(self.replicated)(tree)
     return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), replicated)
+
+
+@functools.lru_cache(maxsize=8)
+def _identity(sharding: NamedSharding) -> Any:
+  """The compiled function that gives a tree as it is, placed otherwise."""
+  return jax.jit(lambda tree: tree, out_shardings=sharding)
 
 
 def make_layout(mesh: MeshShape, sharding: Sharding, devices: Sequence[Any] | None = None) -> Layout:

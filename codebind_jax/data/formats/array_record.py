@@ -25,10 +25,11 @@ from typing import Any
 
 import msgpack
 import numpy as np
-from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader
 
+from codebind_jax.data import ranges
 from codebind_jax.data.formats.record import Record, parse
+from codebind_jax.data.index_cache import Bad, Scan, scanned
 from codebind_jax.data.records import Index, IndexBuilder, Source, groups_of, twice
 
 ENDINGS = (".array_record", ".arrayrecord")
@@ -279,21 +280,29 @@ def _named(error: ValueError, path: Path, number: int) -> ValueError:
   return error if str(error).startswith(str(path)) else ValueError(f"{path}: record {number}: {error}")
 
 
-def open_files(paths: Sequence[Path], *, max_bad_records: int = 0) -> list[Source]:
+def open_files(paths: Sequence[Path], *, cache: Path | None = None, max_bad_records: int = 0) -> list[Source]:
   """The records of each file: its index is read, or made by reading each record once, of which none is kept.
+
+  Args:
+    paths: the files.
+    cache: folder of kept indices, of files without one.
+    max_bad_records: of all files together.
 
   Raises:
     ValueError: naming file and record, for the first that is damaged or no record if there are more than
       `max_bad_records`; for two records of one id; for a file that is no ArrayRecord.
     OSError: if a file cannot be read.
   """
-  return [_open(path, max_bad_records) for path in paths]
+  bad = Bad(max_bad_records)
+  return [_open(path, bad, cache) for path in paths]
 
 
-def _open(path: Path, max_bad_records: int) -> Source:
+def _open(path: Path, bad: Bad, cache: Path | None) -> Source:
   shard = Shard(path)
   known = shard.index()
-  source = ArrayRecordSource(shard, known[0] if known else _indexed(shard, max_bad_records))
+  if known is None:
+    known = (scanned([path], lambda bad: _scan(shard, bad), bad, revision="array_record-1", cache=cache).index,)
+  source = ArrayRecordSource(shard, known[0])
   if pair := twice(source.index):
     first, second = pair
     raise ValueError(f"{source.where(second)}: id {source.fields(second)['id']!r} is there twice, first in record "
@@ -301,9 +310,9 @@ def _open(path: Path, max_bad_records: int) -> Source:
   return source
 
 
-def _indexed(shard: Shard, max_bad_records: int) -> Index:
-  """The index of a file without one; bad records are logged and left out."""
-  builder, bad, further = IndexBuilder(), [], {}
+def _scan(shard: Shard, bad: Bad) -> Scan:
+  """The index of a file without one."""
+  builder, further = IndexBuilder(), {}
   for number, content in shard:
     try:
       if isinstance(content, ValueError):
@@ -313,12 +322,5 @@ def _indexed(shard: Shard, max_bad_records: int) -> Index:
       builder.add(fields["id"], record.modalities, fields["label"], fields.get("split"), (number, 0))
       further |= dict.fromkeys(record.further)
     except ValueError as error:
-      bad.append(str(_named(error, shard.path, number)))
-      if len(bad) > max_bad_records:
-        more = f" ({len(bad)} bad records, {max_bad_records} allowed)" if max_bad_records else ""
-        raise ValueError(bad[0] + more) from error
-  for message in bad:
-    logging.warning("left out %s", message)
-  if further:
-    logging.info("%s: keys that are no modality are kept aside: %s", shard.path, ", ".join(further))
-  return builder.build()
+      bad.add(str(_named(error, shard.path, number)))
+  return Scan(builder.build(), further=tuple(further))

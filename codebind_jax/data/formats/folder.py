@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from codebind_jax import files
 from codebind_jax.data import ranges
 from codebind_jax.data.formats import hugging_face
 from codebind_jax.data.formats.jsonl import item
@@ -40,7 +41,7 @@ class FolderSource(Source):
     return item(self._path / "-", self._name(number))
 
   def _hash(self, number: int, modality: str) -> str:
-    content = ranges.read_whole(self._path / self._name(number))
+    content = files.read_bytes(self._path / self._name(number))
     return hashlib.sha256(modality.encode() + content).hexdigest()
 
   def _identity(self, number: int, modality: str) -> str:
@@ -108,7 +109,7 @@ def _scan(path: PurePath) -> Scan:
 def _entries(path: PurePath) -> tuple[list[str], list[str]]:
   """Names of the folders and of the files in a folder, sorted; hidden ones are left out."""
   folders, others = [], []
-  for entry in path.iterdir() if ranges.is_far(path) else os.scandir(path):
+  for entry in path.iterdir() if files.is_far(path) else os.scandir(path):
     if not entry.name.startswith("."):
       (folders if entry.is_dir() else others).append(entry.name)
   return sorted(folders), sorted(others)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from codebind_jax import files as file_system
 from codebind_jax.data import ranges
 from codebind_jax.data.formats import columns as arrow
 from codebind_jax.data.formats import jsonl, parquet, table
@@ -197,7 +198,8 @@ def _batches(files: Sequence[PurePath]) -> list[Any]:
   batches = []
   for path in files:
     try:
-      source = pa.BufferReader(ranges.read_whole(path)) if ranges.is_far(path) else pa.memory_map(str(path), "r")
+      far = file_system.is_far(path)
+      source = pa.BufferReader(file_system.read_bytes(path)) if far else pa.memory_map(str(path), "r")
       batches += list(pa.ipc.open_stream(source))
     except (pa.ArrowException, OSError) as error:
       raise ValueError(f"{path}: not a readable Arrow file ({error})") from error

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from codebind_jax import files
 from codebind_jax.data import ranges
 from codebind_jax.data.formats.record import Record, add_rows, parse, renamed, short_names
 from codebind_jax.data.index_cache import Bad, Scan, scanned
@@ -51,12 +52,12 @@ class LineSource(Source):
     if modality == "text":
       content = json.dumps(record.fields["text"]).encode()
     else:
-      content = ranges.read_whole(self._file.path.parent / record.items[modality])
+      content = content_of(item_path(self._file.path, record.items[modality]))
     return hashlib.sha256(modality.encode() + content).hexdigest()
 
   def _identity(self, number: int, modality: str) -> str:
     value = self._record(number).items.get(modality)
-    return f"{modality} {ranges.identity(place(self._file.path, value))}" if isinstance(value, str) else ""
+    return f"{modality} {ranges.identity(item_path(self._file.path, value))}" if isinstance(value, str) else ""
 
   def _where(self, number: int) -> str:
     return f"{self._file.path}:{self._places[number][1]}"
@@ -78,17 +79,24 @@ class JsonlSource(LineSource):
     return parse(_renamed(row, self._columns), f"{self._name}:{self._places[number][1]}")
 
 
-def place(file: PurePath, value: str) -> PurePath:
-  """A path of a record: relative to the folder of its file, absolute, or far."""
-  return ranges.as_path(value) if ranges.is_far(value) else file.parent / value
-
-
 def item(file: PurePath, value: str | bytes) -> Path | bytes:
   """A record's item: bytes, or a path relative to the record's file, which is read whole where it is far."""
   if isinstance(value, bytes):
     return value
-  path = place(file, value)
-  return ranges.read_whole(path) if ranges.is_far(path) else path
+  path = item_path(file, value)
+  return files.read_bytes(path) if files.is_far(path) else path
+
+
+def item_path(file: PurePath, value: str) -> PurePath:
+  """The path of an item, relative to the record's file."""
+  return ranges.as_path(value) if files.is_far(value) else file.parent / value
+
+
+def content_of(path: PurePath) -> bytes:
+  """All bytes of a file, or of all files of a folder, which is a film in frames."""
+  if not files.is_far(path) and path.is_dir():
+    return b"".join(part.name.encode() + part.read_bytes() for part in sorted(path.iterdir()) if part.is_file())
+  return files.read_bytes(path)
 
 
 def _object(line: bytes) -> dict[str, Any]:

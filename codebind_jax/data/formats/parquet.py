@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from codebind_jax import files
 from codebind_jax.data import ranges
 from codebind_jax.data.formats import columns as arrow
 from codebind_jax.data.formats.columns import Columns
-from codebind_jax.data.formats.jsonl import item
+from codebind_jax.data.formats.jsonl import content_of, item
 from codebind_jax.data.formats.record import parse, short_names
 from codebind_jax.data.index_cache import Bad, Scan, scanned
 from codebind_jax.data.records import IndexBuilder, Source, twice
@@ -95,7 +96,7 @@ class ColumnsSource(Source):
       content = json.dumps(self._fields(number)["text"]).encode()
     else:
       content = self._read(number, modality)
-    content = content if isinstance(content, bytes) else content.read_bytes()
+    content = content if isinstance(content, bytes) else content_of(content)
     return hashlib.sha256(modality.encode() + content).hexdigest()
 
   def _identity(self, number: int, modality: str) -> str:
@@ -153,7 +154,7 @@ def opened(path: PurePath, metadata: Any = None) -> Any:
   from pyarrow import parquet
 
   try:
-    source = ranges.open_binary(path) if ranges.is_far(path) else str(path)
+    source = ranges.open_binary(path) if files.is_far(path) else str(path)
     return parquet.ParquetFile(source, metadata=metadata, pre_buffer=False)
   except pa.ArrowException as error:
     raise ValueError(f"{path}: not a readable Parquet file ({error})") from error

@@ -19,10 +19,10 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from codebind_jax.data import ranges
-from codebind_jax.data.formats.record import BY_ENDING, TEXT, add_rows, modality_keys, parse
+from codebind_jax.data.formats.record import BY_ENDING, TEXT, add_rows, modality_keys, parse, short_names
 from codebind_jax.data.index_cache import Bad, Scan, scanned
 from codebind_jax.data.ranges import ChangedError, File
-from codebind_jax.data.records import IndexBuilder, Source, known_modalities, twice
+from codebind_jax.data.records import IndexBuilder, Source, joined, known_modalities, twice
 
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _COMPRESSED = ENDINGS[1:]
@@ -206,8 +206,9 @@ def role(ending: str, modalities: frozenset[str]) -> str:
 class TarSource(Source):
   """Records of one tar; memory holds where the members are, 17 bytes of each."""
 
-  def __init__(self, path: PurePath, scan: Scan):
+  def __init__(self, path: PurePath, scan: Scan, prefix: str = ""):
     super().__init__(path.stem, scan.index)
+    self._prefix = prefix
     self._places, self._endings = scan.index.where, tuple(scan.notes["endings"])
     self._offsets, self._sizes = scan.columns["offsets"], scan.columns["sizes"]
     self._heads, self._kinds = scan.columns["heads"], scan.columns["kinds"]
@@ -251,7 +252,7 @@ class TarSource(Source):
   def _fields(self, number: int) -> dict[str, Any]:
     roles = self._members(number)
     parts = {name: self._content(roles.pop(name)) for name in ("fields", "text", "label") if name in roles}
-    return parse(_row(parts, roles), self._key(number)).fields
+    return parse(_row(parts, roles), self._prefix + self._key(number)).fields
 
   def _read(self, number: int, modality: str) -> bytes:
     return self._content(self._members(number)[modality])
@@ -302,7 +303,7 @@ def _row(parts: dict[str, bytes], modalities: Any) -> dict[str, Any]:
 
 
 def open_files(
-  paths: Sequence[PurePath], *, cache: Path | None = None, max_bad_records: int = 0
+  paths: Sequence[PurePath], *, cache: Path | None = None, max_bad_records: int = 0, shard_ids: bool = False
 ) -> list[Source]:
   """The records of each tar, indexed in one pass over its headers; texts, labels and JSON are parsed in the same pass.
 
@@ -310,6 +311,7 @@ def open_files(
     paths: the tars, not compressed.
     cache: folder of kept indices.
     max_bad_records: of all files together.
+    shard_ids: a record's id is its key after the tar's name, for tars that each count from 0; its key alone if not.
 
   Raises:
     ValueError: naming tar and member: for a compressed tar, one that is cut short, members of one key apart, members
@@ -321,11 +323,21 @@ def open_files(
     if path.name.lower().endswith(_COMPRESSED):
       raise ValueError(compressed(str(path)))
   bad = Bad(max_bad_records)
-  scan = lambda path: scanned([path], lambda bad: _scan(path, bad), bad, revision="tar-1", cache=cache)
-  return [TarSource(path, scan(path)) for path in paths]
+  sources: list[Source] = []
+  for path, name in zip(paths, short_names(paths)):
+    prefix = f"{name.removesuffix('.tar')}/" if shard_ids else ""
+    scan = scanned([path], lambda bad, path=path, prefix=prefix: _scan(path, prefix, bad), bad, revision="tar-1",
+                   options={"prefix": prefix}, cache=cache)  # fmt: skip
+    sources.append(TarSource(path, scan, prefix))
+  if len(sources) > 1 and (pair := twice((whole := joined(sources, unique=False)).index)):
+    first, second = pair
+    hint = "" if shard_ids else "; shard_ids=True puts the tar's name before its keys"
+    raise ValueError(f"id {whole.fields(first)['id']!r} is there twice: {whole.where(first)} and "
+                     f"{whole.where(second)}{hint}")  # fmt: skip
+  return sources
 
 
-def _scan(path: PurePath, bad: Bad) -> Scan:
+def _scan(path: PurePath, prefix: str, bad: Bad) -> Scan:
   builder, known = IndexBuilder(), frozenset(known_modalities())
   offsets, sizes, heads, kinds = array("q"), array("q"), array("I"), array("H")
   numbers: dict[str, tuple[int, str]] = {}  # ending -> its number and role
@@ -336,7 +348,7 @@ def _scan(path: PurePath, bad: Bad) -> Scan:
 
   def flush() -> None:
     places = np.array(where, np.int64).reshape(-1, 2)
-    unfit, others = add_rows(builder, rows, keys.__getitem__, places)
+    unfit, others = add_rows(builder, rows, lambda at: prefix + keys[at], places)
     further.update(dict.fromkeys(others))
     for at, message in unfit.items():
       bad.add(f"{path}: {keys[at]}: {message}")
@@ -344,9 +356,9 @@ def _scan(path: PurePath, bad: Bad) -> Scan:
 
   size = ranges.stamp(path)[0]
   with ranges.open_binary(path, 1 << 15) as file:
-    key, first, parts, roles, wrong, prefix = None, 0, {}, set(), "", "."
+    key, first, parts, roles, wrong, begin = None, 0, {}, set(), "", "."
     for member in itertools.chain(members(file, size, str(path)), [None]):
-      if member and member.name.startswith(prefix) and "/" not in (ending := member.name[len(prefix) :]):
+      if member and member.name.startswith(begin) and "/" not in (ending := member.name[len(begin) :]):
         name, ending = key, ending.lower()
       else:
         name, ending = split_name(member.name) if member else (None, "")
@@ -369,7 +381,7 @@ def _scan(path: PurePath, bad: Bad) -> Scan:
           if len(rows) == _CHUNK:
             flush()
         key, first, parts, roles, wrong = name, len(offsets), {}, set(), ""
-        prefix = member.name[: -len(ending)] if member and ending else "."
+        begin = member.name[: -len(ending)] if member and ending else "."
       if member is None:
         break
       if ending not in numbers:
@@ -394,7 +406,7 @@ def _scan(path: PurePath, bad: Bad) -> Scan:
   columns = {"offsets": column(offsets, np.int64), "sizes": column(sizes, np.int64),
              "heads": column(heads, np.uint32), "kinds": column(kinds, np.uint16)}  # fmt: skip
   scan = Scan(builder.build(), further=tuple(further), columns=columns, notes={"endings": list(numbers)})
-  source = TarSource(path, scan)
+  source = TarSource(path, scan, prefix)
   if pair := twice(source.index):
     a, b = pair
     if source.key(a) == source.key(b):

@@ -49,28 +49,42 @@ class Picture:
   fill: int = 0
   backend: Literal["pil", "torch"] = "pil"
 
-  def __call__(self, pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "i j 3"]:
-    """The prepared pixels."""
-    h, w = pixels.shape[:2]
+  def __call__(self, pixels: UInt8[np.ndarray, "h w 3"] | Image.Image) -> UInt8[np.ndarray, "i j 3"]:
+    """The prepared pixels, of an array or an RGB picture."""
+    h, w = pixels.size[::-1] if isinstance(pixels, Image.Image) else pixels.shape[:2]
+    new = (h, w)
     if self.resize == "shortest":
       short, long = min(h, w), max(h, w)
       edge = self.edge or min(self.size)
       new = (edge, int(edge * long / short))
-      pixels = self._resized(pixels, new if h <= w else new[::-1])
+      new = new if h <= w else new[::-1]
     elif self.resize == "squash":
-      pixels = self._resized(pixels, self.size)
+      new = tuple(self.size)
     elif self.resize == "longest":
       ratio = max(h / self.size[0], w / self.size[1])
-      pixels = self._resized(pixels, (max(1, round(h / ratio)), max(1, round(w / ratio))))
+      new = (max(1, round(h / ratio)), max(1, round(w / ratio)))
+    if new != (h, w):
+      pixels = self._resized(pixels, new)
+    if isinstance(pixels, Image.Image):
+      pixels = np.asarray(self._trimmed(pixels))
     return self._cropped(pixels)
 
-  def _resized(self, pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    if pixels.shape[:2] == size:
-      return pixels
+  def _resized(self, pixels: np.ndarray | Image.Image, size: tuple[int, int]) -> np.ndarray | Image.Image:
     if self.backend == "torch" and self.resample in torch_resize.FILTERS:
-      return torch_resize.resize(pixels, size, self.resample)
-    image = Image.fromarray(np.ascontiguousarray(pixels))
-    return np.asarray(image.resize((size[1], size[0]), Image.Resampling(self.resample)))
+      return torch_resize.resize(np.asarray(pixels), size, self.resample)
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(np.ascontiguousarray(pixels))
+    return image.resize((size[1], size[0]), Image.Resampling(self.resample))
+
+  def _start(self, have: int, want: int) -> int:
+    """First pixel of the middle, of the larger of both lengths."""
+    margin = abs(have - want)
+    return margin // 2 if self.crop == "down" or have < want else round(margin / 2)
+
+  def _trimmed(self, image: Image.Image) -> Image.Image:
+    """The middle, where the picture is larger: before the pixels are copied to an array."""
+    sides = [(have, min(have, want)) for have, want in zip(image.size, self.size[::-1])]
+    (left, width), (top, height) = [(self._start(have, inside), inside) for have, inside in sides]
+    return image if (width, height) == image.size else image.crop((left, top, left + width, top + height))
 
   def _cropped(self, pixels: np.ndarray) -> np.ndarray:
     if pixels.shape[:2] == tuple(self.size):
@@ -78,8 +92,7 @@ class Picture:
     out = np.full((*self.size, 3), self.fill, np.uint8)
     source, target = [], []
     for have, want in zip(pixels.shape[:2], self.size):
-      margin = abs(have - want)
-      start = margin // 2 if self.crop == "down" or have < want else round(margin / 2)
+      start = self._start(have, want)
       inside, whole = slice(start, start + min(have, want)), slice(0, min(have, want))
       source.append(inside if have > want else whole)
       target.append(whole if have > want else inside)
@@ -90,7 +103,7 @@ class Picture:
 def picture_input(picture: Picture) -> Input:
   """Input of an encoder of RGB images."""
   revision = f"{image_transforms.REVISION} {picture}"
-  return Input((*picture.size, 3), "uint8", Reading(image_transforms.read, picture), revision=revision)
+  return Input((*picture.size, 3), "uint8", Reading(image_transforms.read, picture, image_transforms.opened), revision=revision)
 
 
 def processor_picture(config: Mapping[str, Any], size: tuple[int, int], where: str | Path) -> Picture:

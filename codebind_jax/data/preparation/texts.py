@@ -38,7 +38,9 @@ def without_punctuation(text: str) -> str:
 
 def clean(text: str) -> str:
   """A text as CLIP's tokenizer sees it: mended by ftfy, HTML entities resolved, one space between words, lower case."""
-  text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+  if not (text.isascii() and text.isprintable() and "&" not in text):  # else there is nothing to mend
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+  text = text.strip()
   return re.sub(r"\s+", " ", text).strip().lower()
 
 

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Changes whenever the same input would give other pixels: it is part of the key of cached features.
 REVISION = "image-1"
+_TURNS = frozenset(("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"))  # keys of `info` that can tell a turn
 FITS = ("pad", "crop", "stretch")
 
 
@@ -42,6 +43,30 @@ def _on_white(picture: Image.Image) -> Image.Image:
   return Image.alpha_composite(white, picture).convert("RGB")
 
 
+def _upright(picture: Image.Image) -> Image.Image:
+  """With the EXIF turn applied; a JPEG without EXIF or XMP has none, and needs no copy."""
+  if picture.format == "JPEG" and not picture.info.keys() & _TURNS:
+    return picture
+  return ImageOps.exif_transpose(picture)
+
+
+def opened(value: str | Path | bytes) -> Image.Image:
+  """The picture of a path or encoded bytes, of which `read` gives the pixels.
+
+  Raises:
+    ValueError: naming the file, if it cannot be read as an image.
+  """
+  name = "image bytes" if isinstance(value, bytes) else str(value)
+  try:
+    with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as picture:
+      picture.load()
+      return _on_white(_upright(picture))
+  except FileNotFoundError as error:
+    raise ValueError(f"{name}: no such file") from error
+  except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    raise ValueError(f"{name}: not a readable image ({error})") from error
+
+
 def read(value: Any) -> UInt8[np.ndarray, "h w 3"]:
   """RGB pixels of a path, encoded bytes, PIL image or array; transparency is laid on white, the EXIF turn is applied.
 
@@ -57,15 +82,7 @@ def read(value: Any) -> UInt8[np.ndarray, "h w 3"]:
     return np.asarray(_on_white(ImageOps.exif_transpose(value)))
   if not isinstance(value, (str, Path, bytes)):
     raise ValueError(f"image: got {type(value).__name__}, allowed are a path, bytes, a PIL image or an array")
-  name = "image bytes" if isinstance(value, bytes) else str(value)
-  try:
-    with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as picture:
-      picture.load()
-      return np.asarray(_on_white(ImageOps.exif_transpose(picture)))
-  except FileNotFoundError as error:
-    raise ValueError(f"{name}: no such file") from error
-  except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-    raise ValueError(f"{name}: not a readable image ({error})") from error
+  return np.asarray(opened(value))
 
 
 def check(path: Path) -> None:
