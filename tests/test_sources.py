@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from codebind_jax.data.batches import SourceBatches
+from codebind_jax.data.examples import Texts
 from codebind_jax.data.formats.record import add_rows, parse
+from codebind_jax.data.inputs import Input
 from codebind_jax.data.opening import class_names, open_source
 from codebind_jax.data.records import IndexBuilder, groups_of, id_hash
 from codebind_jax.data.transforms import image as image_transform
@@ -328,3 +331,18 @@ def test_large_image_is_an_error_and_not_a_warning(tmp_path, monkeypatch):
   monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
   with pytest.raises(ValueError, match="a.png: .*decompression bomb"):
     image_transform.read(tmp_path / "a.png")
+
+
+def test_groups_of_selected_records_are_numbered_anew(tmp_path):
+  path = tmp_path / "x.jsonl"
+  labels = ["a", "b", None, "c", "b", "c", None, "b"]
+  path.write_text("".join(json.dumps({"text": str(n), "label": label}) + "\n" for n, label in enumerate(labels)))
+  source = open_source(path)
+  assert source.index.group.tolist() == [0, 1, 2, 3, 1, 3, 4, 1]
+  part = source.select([5, 7, 6, 3, 4])
+  assert part.index.group.tolist() == [0, 1, 2, 0, 1] and [part.fields(n)["text"] for n in (0, 4)] == [["5"], ["4"]]
+  assert part.select(np.array([4, 2])).index.group.tolist() == [0, 1] and part.select([4]).fields(0)["text"] == ["4"]
+  assert source.select(range(8)).index.group.tolist() == source.index.group.tolist()
+  feed = Texts(part, Input((), "int32", np.int32))
+  rows = SourceBatches(part, {"text": feed}, rows=3, seed=0)[0]
+  assert sorted(rows["_group"].tolist()) == [0, 1, 2]

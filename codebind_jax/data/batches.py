@@ -61,7 +61,7 @@ class Examples:
 class _Draw(grain.transforms.RandomMap):
   """Group number -> (row, its items): draws the member, and what the feeds draw."""
 
-  def __init__(self, source: Source, feeds: Mapping[str, Feed], starts: np.ndarray, members: np.ndarray):
+  def __init__(self, source: Source, feeds: Mapping[str, Feed], starts: np.ndarray | range, members: np.ndarray | range):
     self._source, self._feeds, self._starts, self._members = source, dict(feeds), starts, members
 
   def random_map(self, group: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -92,11 +92,19 @@ class _Order(grain.transforms.RandomMap):
     return rng.permutation(self._rows)
 
 
-def members_of(group: Int32[np.ndarray, "n"]) -> tuple[Int32[np.ndarray, "g"], Int32[np.ndarray, "n"]]:
-  """(first member of each group and the number of rows, rows by group), of groups numbered by first appearance."""
-  counts = np.bincount(group)
-  members = np.arange(len(group)) if (counts == 1).all() else np.argsort(group, kind="stable")
-  return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32), members.astype(np.int32)
+def members_of(
+  group: Int32[np.ndarray, "n"],
+) -> tuple[Int32[np.ndarray, "g"] | range, Int32[np.ndarray, "n"] | range]:
+  """(first member of each group and the number of rows, rows by group), of groups numbered by first appearance.
+
+  Ranges, which need no memory, where every row is its own group.
+  """
+  rows, block = len(group), 1 << 20
+  if all((group[n : n + block] == np.arange(n, min(n + block, rows))).all() for n in range(0, rows, block)):
+    return range(rows + 1), range(rows)
+  starts = np.zeros(int(group.max()) + 2, np.int32)
+  np.cumsum(np.bincount(group), out=starts[1:])
+  return starts, np.argsort(group, kind="stable").astype(np.int32)
 
 
 class SourceBatches:
@@ -146,9 +154,11 @@ class SourceBatches:
       "further rows of a batch": self._extra, "unique_labels": unique_labels, "seed": seed,
       "groups": digest(source.index.group),
     } | {f"items of {m}": feed.fingerprint for m, feed in feeds.items()}  # fmt: skip
-    group = source.index.group if unique_labels else np.arange(len(source), dtype=np.int32)
-    starts, members = members_of(group)
-    own = int(group[: len(source) - extra].max(initial=-1)) + 1  # groups that rows other than further data have
+    if unique_labels:
+      starts, members = members_of(source.index.group)
+      own = int(source.index.group[: len(source) - extra].max(initial=-1)) + 1  # of rows other than further data
+    else:
+      starts, members, own = range(len(source) + 1), range(len(source)), len(source) - extra
 
     def draws(first: int, count: int, size: int, seed: int) -> grain.MapDataset:
       if size > count:

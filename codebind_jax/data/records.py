@@ -196,6 +196,15 @@ def groups_of(label: Int[np.ndarray, "n"]) -> Int32[np.ndarray, "n"]:
   return rank[number.reshape(-1)]
 
 
+def _renumbered(group: Int32[np.ndarray, "n"]) -> Int32[np.ndarray, "n"]:
+  """Numbers of groups by first appearance, where some numbers may be missing."""
+  first = np.full(int(group.max(initial=-1)) + 1, -1, np.int32)
+  first[group[::-1]] = np.arange(len(group), dtype=np.int32)[::-1]  # of a row that is written twice, the last stays
+  there = np.flatnonzero(first >= 0)
+  first[there[np.argsort(first[there])]] = np.arange(len(there), dtype=np.int32)
+  return first[group]
+
+
 class IndexBuilder:
   """Makes an `Index` record by record."""
 
@@ -355,13 +364,17 @@ class Source(abc.ABC):
     Raises:
       IndexError: if a number is out of range.
     """
-    rows = np.fromiter(rows, np.int64)
+    rows = rows if isinstance(rows, np.ndarray) else np.fromiter(rows, np.int64)
     bad = rows[(rows >= len(self)) | (rows < -len(self))]
     if len(bad):
       raise IndexError(f"{self.name}: no record {bad[0]}, it has {len(self)}")
-    rows = rows % max(len(self), 1)
+    rows = (rows % max(len(self), 1)).astype(np.int32 if len(self) < 2**31 else np.int64)
     part = copy.copy(self)
-    part.index = self.index.take(rows)
+    if np.array_equal(rows, np.arange(len(self), dtype=rows.dtype)):  # all: what is memory-mapped stays so
+      return part
+    places = _Zeros((len(rows), 2), "<i8").array()  # a record is found by its number in the file
+    taken = dataclasses.replace(self.index, where=self.index.where[:, :0]).take(rows)
+    part.index = dataclasses.replace(taken, where=places, group=_renumbered(taken.group))
     part._numbers = rows if self._numbers is None else self._numbers[rows]
     return part
 
