@@ -64,7 +64,7 @@ def test_held_out_rows_are_a_share_chosen_by_id_alone(write, caplog):
   assert test.role == "val" and len(test.source) + len(small.train["mine"]) == 400
   assert 70 <= len(test.source) <= 130  # 100 expected, deviation 9
   assert not set(test.source.column("id")) & set(small.train["mine"].column("id"))
-  large = open_task(data(files=write("mine.jsonl", rows(800)), holdout=0.25))
+  large = open_task(data(files=write("more.jsonl", rows(800)), holdout=0.25))
   early = {name for name in large.evals[0].source.column("id") if int(name[1:]) < 400}
   assert early == set(test.source.column("id"))
 
