@@ -15,10 +15,12 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import logging
 from jaxtyping import Bool, Int, Int32, Shaped
 
 from codebind_jax.data.ahead import ahead, spread
 from codebind_jax.data.examples import Feed, digest, stacked
+from codebind_jax.data.order import BlockOrder
 from codebind_jax.data.records import Source
 
 Batch = dict[str, dict[str, Any]]
@@ -160,12 +162,20 @@ class SourceBatches:
     else:
       starts, members, own = range(len(source) + 1), range(len(source)), len(source) - extra
 
+    if source.block > 1 and not isinstance(members, range):
+      logging.warning("%s: rows are read in blocks of %d, but drawn by label from all of them, which is slow; set "
+                      "unique_labels False, or write shards by codebind_jax.tools.shards", name, source.block)  # fmt: skip
+
     def draws(first: int, count: int, size: int, seed: int) -> grain.MapDataset:
       if size > count:
         what = "distinct labels (unique_labels is on)" if unique_labels else "rows"
         raise ValueError(f"batch_size of {name!r}: {size} is larger than its {count} {what}")
+      draw = _Draw(source, feeds, starts, members)
+      if source.block > 1 and not first and isinstance(members, range):
+        order = BlockOrder(count, source.block, count // size * size, seed)
+        return grain.MapDataset.range(sys.maxsize).seed(seed).map(order).random_map(draw)
       drawn = grain.MapDataset.source(range(first, first + count)).seed(seed).shuffle()
-      return drawn.random_map(_Draw(source, feeds, starts, members))[: count // size * size]
+      return drawn.random_map(draw)[: count // size * size]
 
     self._main = draws(0, own, self._first, seed)
     if self._extra:
