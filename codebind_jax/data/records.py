@@ -373,8 +373,9 @@ class Source(abc.ABC):
     if np.array_equal(rows, np.arange(len(self), dtype=rows.dtype)):  # all: what is memory-mapped stays so
       return part
     places = _Zeros((len(rows), 2), "<i8").array()  # a record is found by its number in the file
-    taken = dataclasses.replace(self.index, where=self.index.where[:, :0]).take(rows)
-    part.index = dataclasses.replace(taken, where=places, group=_renumbered(taken.group))
+    columns = {name: getattr(self.index, name)[rows] for name in ("has", "label", "split", "ids")}
+    group = _renumbered(self.index.group[rows])
+    part.index = dataclasses.replace(self.index, where=places, group=group, **columns)
     part._numbers = rows if self._numbers is None else self._numbers[rows]
     return part
 
