@@ -1,9 +1,9 @@
 """Examples a second of JPEG and caption from tars, decoded and resized to 224: against open_clip, and a bare loop.
 
 Run: python -m benchmarks.input [--torch=PYTHON]   (PYTHON has open_clip_torch[training]; "" leaves open_clip out)
-Every contender has as many worker processes, and is stopped while another one is timed; the tars are in the page cache.
+Every contender has as many worker processes, and is stopped while another one is timed; the tars are in memory.
 open_clip is its training script's own reader, `get_wds_dataset`, with CLIP's evaluation transform: as it is (float32,
-normalised), and with uint8 pixels as ours. The bare loop reads at known offsets, decodes, resizes, and hands on nothing.
+normalised), and with uint8 pixels as ours. The bare loop reads at known offsets, decodes, resizes, hands on nothing.
 """
 
 import io
@@ -52,7 +52,7 @@ for line in sys.stdin:
   for _ in range(timed):
     images, texts = next(found)
     assert images.shape == (batch, 3, 224, 224) and texts.shape == (batch, 77)
-  print(json.dumps(time.perf_counter() - start), flush=True)
+  print(json.dumps([time.perf_counter() - start, batch * (warm + timed)]), flush=True)
 """
 
 
@@ -108,8 +108,9 @@ def own(folder, workers, rows, timed, warm):
     start = time.perf_counter()
     for _ in range(timed):
       part = next(batches).batch["tar"]
-      assert part["image"].shape == (rows, 224, 224, 3) and part["text"].shape == (rows, 77) and part["_mask"]["image"].all()
-    print(json.dumps(time.perf_counter() - start), flush=True)
+      assert part["image"].shape == (rows, 224, 224, 3) and part["text"].shape == (rows, 77)
+      assert part["_mask"]["image"].all()
+    print(json.dumps([time.perf_counter() - start, rows * (warm + timed)]), flush=True)
   batches.close()
 
 
@@ -137,49 +138,74 @@ def bare(folder, workers, rows, timed, _):
   for path in sorted(pathlib.Path(folder).glob("*.tar")):
     with tarfile.open(path) as tar:
       members += [(str(path), info.offset_data, info.size) for info in tar if info.name.endswith(".jpg")]
-  np.random.default_rng(0).shuffle(members)
+  members = [members[n] for n in np.random.default_rng(0).permutation(len(members))]
   context = multiprocessing.get_context("spawn")
   jobs, results = [context.Queue() for _ in range(workers)], context.Queue()
   for number, queue in enumerate(jobs):
-    context.Process(target=bare_share, args=(queue, results, [(p, int(o), int(s)) for p, o, s in members[number::workers]]), daemon=True).start()
-  for line in sys.stdin:
+    context.Process(target=bare_share, args=(queue, results, members[number::workers]), daemon=True).start()
+  for _ in sys.stdin:
     start = time.perf_counter()
     for queue in jobs:
       queue.put(rows * timed // workers)
     for _ in jobs:
       results.get()
-    print(json.dumps(time.perf_counter() - start), flush=True)
+    print(json.dumps([time.perf_counter() - start, rows * timed]), flush=True)
   for queue in jobs:
     queue.put(None)
 
 
+def processor(session):
+  """Processor seconds of all processes of a session that run."""
+  ticks = 0
+  for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+    try:
+      fields = path.read_text().rpartition(")")[2].split()
+    except OSError:
+      continue
+    if int(fields[3]) == session:
+      ticks += int(fields[11]) + int(fields[12])
+  return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def rates(commands, rounds, examples):
-  """{name: examples a second of each round}, of servers that are timed in turn and stopped in between."""
+  """{name: [(examples a second, processor milliseconds an example) of each round]}.
+
+  The servers are timed in turn and stopped in between. Processor time, what is read ahead included, hardly depends on
+  what else runs on the machine.
+  """
   pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
   servers = {name: subprocess.Popen(line, **pipes) for name, line in commands.items()}
   found = {name: [] for name in servers}
+  try:
+    _timed(servers, rounds, examples, found)
+  finally:
+    for server in servers.values():
+      os.killpg(server.pid, signal.SIGKILL)
+      server.communicate()
+  return found
+
+
+def _timed(servers, rounds, examples, found):
   for turn in range(rounds + 1):
     for name, server in servers.items():
       os.killpg(server.pid, signal.SIGCONT)
+      before = processor(server.pid)
       server.stdin.write("\n")
       server.stdin.flush()
       line = server.stdout.readline()
       if not line:
         raise SystemExit(f"{name} has ended")
+      seconds, taken = json.loads(line)
       if turn:
-        found[name].append(examples / json.loads(line))
+        found[name].append((examples / seconds, 1e3 * (processor(server.pid) - before) / taken))
       os.killpg(server.pid, signal.SIGSTOP)
-  for server in servers.values():
-    os.killpg(server.pid, signal.SIGCONT)
-    server.stdin.close()
-    server.wait()
-  return found
 
 
 def main(argv):
   if len(argv) > 1:
     {"own": own, "bare": bare}[argv[1]](argv[2], *map(int, argv[3:]))
     return
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the stopped servers are ended too
   machine.describe()
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
@@ -192,12 +218,15 @@ def main(argv):
       peer = [_TORCH.value, "-c", _PEER, name, *numbers]
       commands |= {"open_clip": [*peer, "float32"], "open_clip, uint8": [*peer, "uint8"]}
     found = rates(commands, _ROUNDS.value, _BATCH.value * _TIMED.value)
-  print(f"{_IMAGES.value} JPEG of {size / 1e3:.0f} kB in {_TARS} tars, {_WORKERS.value} workers, median of {_ROUNDS.value} "
-        f"rounds of {_TIMED.value} batches of {_BATCH.value}; load {os.getloadavg()[0]:.1f}")  # fmt: skip
+  print(f"{_IMAGES.value} JPEG of {size / 1e3:.0f} kB in {_TARS} tars, {_WORKERS.value} workers, median of "
+        f"{_ROUNDS.value} rounds of {_TIMED.value} batches of {_BATCH.value}; load {os.getloadavg()[0]:.1f}")
   for name, values in found.items():
-    ratio = statistics.median(a / b for a, b in zip(found["codebind_jax"], values))
-    print(f"{name:18s} {statistics.median(values):7.0f} examples/s ({min(values):.0f} to {max(values):.0f});  "
-          f"codebind_jax is at {ratio:.2f} of it")  # fmt: skip
+    speeds, taken = zip(*values)
+    faster = statistics.median(a / b for (a, _), (b, _) in zip(found["codebind_jax"], values))
+    costs = statistics.median(a / b for (_, a), (_, b) in zip(found["codebind_jax"], values))
+    print(f"{name:18s} {statistics.median(speeds):6.0f} examples/s ({min(speeds):.0f} to {max(speeds):.0f}), processor "
+          f"{statistics.median(taken):.2f} ms an example;  codebind_jax / this: examples/s {faster:.2f}, processor "
+          f"{costs:.2f}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -343,6 +343,6 @@ def test_groups_of_selected_records_are_numbered_anew(tmp_path):
   assert part.index.group.tolist() == [0, 1, 2, 0, 1] and [part.fields(n)["text"] for n in (0, 4)] == [["5"], ["4"]]
   assert part.select(np.array([4, 2])).index.group.tolist() == [0, 1] and part.select([4]).fields(0)["text"] == ["4"]
   assert source.select(range(8)).index.group.tolist() == source.index.group.tolist()
-  feed = Texts(part, Input((), "int32", np.int32))
+  feed = Texts(part, Input((1,), "int32", lambda text: np.array([int(text)], np.int32)))
   rows = SourceBatches(part, {"text": feed}, rows=3, seed=0)[0]
   assert sorted(rows["_group"].tolist()) == [0, 1, 2]

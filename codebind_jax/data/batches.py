@@ -63,7 +63,9 @@ class Examples:
 class _Draw(grain.transforms.RandomMap):
   """Group number -> (row, its items): draws the member, and what the feeds draw."""
 
-  def __init__(self, source: Source, feeds: Mapping[str, Feed], starts: np.ndarray | range, members: np.ndarray | range):
+  def __init__(
+    self, source: Source, feeds: Mapping[str, Feed], starts: np.ndarray | range, members: np.ndarray | range
+  ):  # fmt: skip
     self._source, self._feeds, self._starts, self._members = source, dict(feeds), starts, members
 
   def random_map(self, group: int, rng: np.random.Generator) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class Block:
     return array
 
   def dumps(self, value: Any) -> tuple[bytes, list[tuple[int, int]]]:
-    """The pickle of a value, and (offset, bytes) of its arrays, which are written to the block unless they are there."""
+    """The pickle of a value, and (offset, bytes) of its arrays, written to the block unless they are there."""
     spans = []
 
     def span(buffer: pickle.PickleBuffer) -> None:

@@ -103,7 +103,8 @@ class Picture:
 def picture_input(picture: Picture) -> Input:
   """Input of an encoder of RGB images."""
   revision = f"{image_transforms.REVISION} {picture}"
-  return Input((*picture.size, 3), "uint8", Reading(image_transforms.read, picture, image_transforms.opened), revision=revision)
+  reading = Reading(image_transforms.read, picture, image_transforms.opened)
+  return Input((*picture.size, 3), "uint8", reading, revision=revision)
 
 
 def processor_picture(config: Mapping[str, Any], size: tuple[int, int], where: str | Path) -> Picture:
