@@ -165,8 +165,9 @@ class SourceBatches:
       starts, members, own = range(len(source) + 1), range(len(source)), len(source) - extra
 
     if source.block > 1 and not isinstance(members, range):
-      logging.warning("%s: rows are read in blocks of %d, but drawn by label from all of them, which is slow; set "
-                      "unique_labels False, or write shards by codebind_jax.tools.shards", name, source.block)  # fmt: skip
+      advice = "set unique_labels False, or write shards by codebind_jax.tools.shards"
+      logging.warning("%s: rows are read in blocks of %d, but drawn by label from all of them, which is slow; %s",
+                      name, source.block, advice)  # fmt: skip
 
     def draws(first: int, count: int, size: int, seed: int) -> grain.MapDataset:
       if size > count:
