@@ -56,18 +56,21 @@ def _rows(pixels: UInt8[np.ndarray, "n k"], new_size: int, resample: int) -> UIn
   if size == new_size:
     return pixels
   start, weights, bits = _weights(size, new_size, resample)
+  # Either holds every partial sum exactly (float32 those of shrinking by less than about 1.7); integers have no fast
+  # matrix product.
+  largest = 255 * np.abs(weights).sum(axis=1).max() + (1 << bits)
+  kind = np.float32 if largest < 1 << 24 else np.float64
   out = np.empty((new_size, pixels.shape[1]), np.uint8)
   for low in range(0, new_size, _BLOCK):
     rows = np.arange(low, min(low + _BLOCK, new_size))
     first, last = start[low], min(start[rows[-1]] + weights.shape[1], size)
-    matrix = np.zeros((len(rows), last - first + weights.shape[1]))
+    matrix = np.zeros((len(rows), last - first + weights.shape[1]), kind)
     np.put_along_axis(matrix, (start[rows] - first)[:, None] + np.arange(weights.shape[1]), weights[rows], axis=1)
-    matrix = matrix[:, : last - first] / (1 << bits)
+    matrix = matrix[:, : last - first] / kind(1 << bits)
     step = max(_PRODUCT // matrix.size, 16)
     for at in range(0, pixels.shape[1], step):
-      # float64 holds every partial sum exactly; integers have no fast matrix product.
-      sums = matrix @ pixels[first:last, at : at + step].astype(np.float64)
-      sums += 0.5
+      sums = matrix @ pixels[first:last, at : at + step].astype(kind)
+      sums += kind(0.5)
       np.clip(np.floor(sums, out=sums), 0, 255, out=sums)
       out[low : low + len(rows), at : at + step] = sums
   return out
