@@ -170,6 +170,22 @@ def test_texts_have_the_same_bits_whatever_else_is_computed(tmp_path, workers):
   np.testing.assert_allclose(tokens[0], raw[0], atol=1e-3)
 
 
+class Width(nn.Module):
+  """Ids -> their padded length."""
+
+  def __call__(self, ids, train=False):
+    return Encoded(jnp.full((ids.shape[0], 1, 1), ids.shape[1], jnp.float32))
+
+
+def test_items_of_one_padded_length_are_computed_together(tmp_path):
+  ids = lambda text: np.array([ord(letter) for letter in text.ljust(12, "\0")], np.int32)
+  cut = lambda items: np.stack(items)[:, : max(int(np.count_nonzero(item)) for item in items)]
+  trunk = Trunk("width", "text", Width(), Input((12,), "int32", ids, cut), "width")
+  texts = ["x" * (1 + n % 5) + "abcdefg"[: n % 7] for n in range(40)]
+  store = TokenCache(tmp_path, trunk)
+  assert tokens_at(store, store.strings(texts)).ravel().tolist() == [len(text) for text in texts]
+
+
 def test_content_hash_tells_values_types_and_shapes_apart(tmp_path):
   path = tmp_path / "a"
   path.write_bytes(b"abc")
