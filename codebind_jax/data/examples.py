@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Int32, Int64, Shaped
 
 from codebind_jax.data.ahead import empty
-from codebind_jax.data.inputs import Input
+from codebind_jax.data.inputs import Input, item_errors
 from codebind_jax.data.records import Source
 from codebind_jax.data.token_reader import TokenReader
 
@@ -128,7 +128,8 @@ class Items:
       raw, size = self.raw(row)
       return self.input.prepared(self.modality, raw), size
     value, size = self.decoded(row)
-    return self.input.prepare(self.augment(value, rng)), size
+    with item_errors():
+      return self.input.prepare(self.augment(value, rng)), size
 
   def clean(self, row: int) -> np.ndarray:
     """Prepared as it is."""
