@@ -110,12 +110,10 @@ class Items:
 
   def raw(self, row: int) -> tuple[str | bytes | Path | np.ndarray, int]:
     """The item as the source has it, and the bytes that are read of it."""
-    try:
+    with item_errors():
       raw = self.source.read(row, self.modality)
       size = len(raw) if isinstance(raw, bytes) else os.stat(raw).st_size if isinstance(raw, str | Path) else raw.nbytes
       return raw, size
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-      raise ValueError(str(error)) from error  # another OSError is the machine's, and no bad record
 
   def decoded(self, row: int) -> tuple[Any, int]:
     """The decoded value, and the bytes that were read."""

@@ -21,7 +21,7 @@ def stack(items: Sequence[np.ndarray]) -> np.ndarray:
 
 
 # Errors of the machine, which no other item would escape.
-_MACHINE = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM}
+_MACHINE = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT}
 
 
 @contextlib.contextmanager
@@ -33,7 +33,7 @@ def item_errors() -> Iterator[None]:
   """
   try:
     yield
-  except (ValueError, MemoryError, ImportError, ChangedError):
+  except (ValueError, MemoryError, ImportError, ChangedError, TimeoutError, ConnectionError):
     raise
   except OSError as error:
     if error.errno in _MACHINE:
