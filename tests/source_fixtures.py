@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from codebind_jax.data.examples import Tokens
-from codebind_jax.data.records import Source, index_of
+from codebind_jax.data.index import index_of
+from codebind_jax.data.records import Source
 from codebind_jax.data.token_reader import TokenReader
 
 

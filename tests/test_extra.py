@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from codebind_jax.data.batches import SourceBatches
-from codebind_jax.data.records import joined
+from codebind_jax.data.joined import joined
 from codebind_jax.data.worlds import extra, icons, names
 from codebind_jax.tools.list_extra import WordNet
 from tests.source_fixtures import Rows, tokens_of

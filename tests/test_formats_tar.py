@@ -14,7 +14,7 @@ import pytest
 
 from codebind_jax.data import opening, ranges
 from codebind_jax.data.formats import tar
-from codebind_jax.data.records import id_hash
+from codebind_jax.data.index import id_hash
 from tests.world_fixtures import png
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from codebind_jax.data import opening
 from codebind_jax.data.formats import tfds as format_tfds
-from codebind_jax.data.records import id_hash
+from codebind_jax.data.index import id_hash
 from tests.world_fixtures import png
 
 tfds = pytest.importorskip("tensorflow_datasets")

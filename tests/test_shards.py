@@ -21,8 +21,9 @@ from PIL import Image
 
 from codebind_jax.data import shards
 from codebind_jax.data.formats import array_record
+from codebind_jax.data.index import id_hash, index_of
 from codebind_jax.data.opening import open_source
-from codebind_jax.data.records import Source, id_hash, index_of
+from codebind_jax.data.records import Source
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 ROWS = 12

@@ -12,9 +12,9 @@ from PIL import Image
 from codebind_jax.data.batches import SourceBatches
 from codebind_jax.data.examples import Texts
 from codebind_jax.data.formats.record import add_rows, parse
+from codebind_jax.data.index import IndexBuilder, groups_of, id_hash
 from codebind_jax.data.inputs import Input
 from codebind_jax.data.opening import class_names, open_source
-from codebind_jax.data.records import IndexBuilder, groups_of, id_hash
 from codebind_jax.data.transforms import image as image_transform
 from tests.world_fixtures import png
 

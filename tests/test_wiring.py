@@ -18,7 +18,7 @@ import pytest
 from codebind_jax.api import Embedded, Embeddings, Model
 from codebind_jax.config import method_of, read
 from codebind_jax.data.inputs import Input
-from codebind_jax.data.records import joined
+from codebind_jax.data.joined import joined
 from codebind_jax.data.task import Task
 from codebind_jax.data.worlds.evalset import EvalSet
 from codebind_jax.evaluate import Evaluation

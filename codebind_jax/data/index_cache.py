@@ -18,7 +18,8 @@ from absl import logging
 
 from codebind_jax import files
 from codebind_jax.data import ranges
-from codebind_jax.data.records import Index, known_modalities, map_file, unmap
+from codebind_jax.data.index import Index, known_modalities
+from codebind_jax.data.paged import map_file, unmap
 
 SMALLEST = 1_000_000  # bytes of the files from which on an index is kept; a smaller one is made as fast as read
 _REVISION = 2

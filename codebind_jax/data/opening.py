@@ -19,7 +19,9 @@ from jaxtyping import Bool
 
 from codebind_jax import files
 from codebind_jax.data import formats, ranges, transforms
-from codebind_jax.data.records import SPLITS, Source, id_hash, joined
+from codebind_jax.data.index import SPLITS, id_hash
+from codebind_jax.data.joined import joined
+from codebind_jax.data.records import Source
 from codebind_jax.data.worlds import fetch, registry
 from codebind_jax.data.worlds.source import WorldSource
 

@@ -31,8 +31,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Int64, UInt64
 
 from codebind_jax.data.formats.array_record import Shard, close, decode, encode, encode_index
+from codebind_jax.data.index import IndexBuilder, twice
 from codebind_jax.data.opening import CHECKED, SOME, check_item
-from codebind_jax.data.records import IndexBuilder, Source, twice
+from codebind_jax.data.records import Source
 from codebind_jax.files import lock, replacing, write_whole
 
 PLAN, SUMMARY = "plan.json", "shards.json"

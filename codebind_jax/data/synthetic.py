@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from codebind_jax.data.records import MODALITIES, Source, index_of
+from codebind_jax.data.index import MODALITIES, index_of
+from codebind_jax.data.records import Source
 from codebind_jax.data.worlds.evalset import EvalSet
 
 NAME = "synthetic"

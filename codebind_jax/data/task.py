@@ -11,8 +11,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from absl import logging
 
+from codebind_jax.data.index import SPLITS
+from codebind_jax.data.joined import joined
 from codebind_jax.data.opening import class_names, held_out, open_source
-from codebind_jax.data.records import SPLITS, Source, joined
+from codebind_jax.data.records import Source
 from codebind_jax.data.worlds import names, registry
 from codebind_jax.data.worlds.evalset import EvalSet
 from codebind_jax.schema import Frozen, Rule, above, at_least, check_keys, within

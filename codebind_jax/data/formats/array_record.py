@@ -30,8 +30,9 @@ from array_record.python.array_record_module import ArrayRecordReader
 from codebind_jax import files
 from codebind_jax.data import ranges
 from codebind_jax.data.formats.record import Record, parse
+from codebind_jax.data.index import Index, IndexBuilder, groups_of, twice
 from codebind_jax.data.index_cache import Bad, Scan, scanned
-from codebind_jax.data.records import Index, IndexBuilder, Source, groups_of, twice
+from codebind_jax.data.records import Source
 
 ENDINGS = (".array_record", ".arrayrecord")
 _INDEX = "__index__"

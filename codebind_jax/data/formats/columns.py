@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from codebind_jax.data.formats.record import TEXT, add_rows, modality_keys, renamed
+from codebind_jax.data.index import IndexBuilder
 from codebind_jax.data.index_cache import Bad
-from codebind_jax.data.records import IndexBuilder
 
 if TYPE_CHECKING:
   import pyarrow as pa

@@ -16,8 +16,9 @@ from codebind_jax.data import ranges
 from codebind_jax.data.formats import hugging_face
 from codebind_jax.data.formats.jsonl import item
 from codebind_jax.data.formats.record import BY_ENDING, FILE_SPLITS
+from codebind_jax.data.index import SPLITS, IndexBuilder
 from codebind_jax.data.index_cache import Scan
-from codebind_jax.data.records import SPLITS, IndexBuilder, Source
+from codebind_jax.data.records import Source
 
 
 class FolderSource(Source):

@@ -21,8 +21,9 @@ from codebind_jax.data.formats import columns as arrow
 from codebind_jax.data.formats import jsonl, parquet, table
 from codebind_jax.data.formats.columns import Columns
 from codebind_jax.data.formats.record import BY_ENDING, FILE_SPLITS, known_splits
+from codebind_jax.data.index import SPLITS, IndexBuilder, twice
 from codebind_jax.data.index_cache import Bad, Scan, scanned
-from codebind_jax.data.records import SPLITS, IndexBuilder, Source, twice
+from codebind_jax.data.records import Source
 
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _SHARD = re.compile(r"(?P<split>[\w.]+?)(-\d{5}-of-\d{5}(-[0-9a-f]+)?)?\.parquet")

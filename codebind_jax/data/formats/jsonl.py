@@ -14,9 +14,10 @@ import numpy as np
 from codebind_jax import files
 from codebind_jax.data import ranges
 from codebind_jax.data.formats.record import Record, add_rows, parse, renamed, short_names
+from codebind_jax.data.index import IndexBuilder, twice
 from codebind_jax.data.index_cache import Bad, Scan, scanned
 from codebind_jax.data.ranges import File
-from codebind_jax.data.records import IndexBuilder, Source, twice
+from codebind_jax.data.records import Source
 
 ENDINGS = (".jsonl",)
 _CHUNK = 1024  # lines parsed together

@@ -24,8 +24,9 @@ from codebind_jax.data.formats import columns as arrow
 from codebind_jax.data.formats.columns import Columns
 from codebind_jax.data.formats.jsonl import content_of, item
 from codebind_jax.data.formats.record import parse, short_names
+from codebind_jax.data.index import IndexBuilder, twice
 from codebind_jax.data.index_cache import Bad, Scan, scanned
-from codebind_jax.data.records import IndexBuilder, Source, twice
+from codebind_jax.data.records import Source
 
 ENDINGS = (".parquet",)
 KEPT = 256 * 2**20

@@ -13,7 +13,7 @@ from absl import logging
 from jaxtyping import Int64
 
 from codebind_jax.data import transforms
-from codebind_jax.data.records import SPLITS, IndexBuilder, known_modalities
+from codebind_jax.data.index import SPLITS, IndexBuilder, known_modalities
 
 SPLIT_NAMES = {split: split for split in SPLITS} | {"validation": "val"}
 FILE_SPLITS = SPLIT_NAMES | {"valid": "val", "dev": "val"}  # of folders and files

@@ -13,8 +13,9 @@ import numpy as np
 from codebind_jax.data import ranges
 from codebind_jax.data.formats.jsonl import LineSource, unlike
 from codebind_jax.data.formats.record import Record, add_rows, known_keys, parse, renamed, short_names
+from codebind_jax.data.index import IndexBuilder
 from codebind_jax.data.index_cache import Bad, Scan, scanned
-from codebind_jax.data.records import IndexBuilder, Source
+from codebind_jax.data.records import Source
 
 ENDINGS = (".csv", ".tsv")
 _SEPARATORS = (",", "\t", ";", "|")

@@ -20,9 +20,11 @@ import numpy as np
 
 from codebind_jax.data import ranges
 from codebind_jax.data.formats.record import BY_ENDING, TEXT, add_rows, modality_keys, parse, short_names
+from codebind_jax.data.index import IndexBuilder, known_modalities, twice
 from codebind_jax.data.index_cache import Bad, Scan, scanned
+from codebind_jax.data.joined import joined
 from codebind_jax.data.ranges import ChangedError, File
-from codebind_jax.data.records import IndexBuilder, Source, joined, known_modalities, twice
+from codebind_jax.data.records import Source
 
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _COMPRESSED = ENDINGS[1:]

@@ -17,8 +17,9 @@ import numpy as np
 
 from codebind_jax.data import ranges
 from codebind_jax.data.formats.record import SPLIT_NAMES, TEXT, add_rows, known_splits, modality_keys, parse, renamed
+from codebind_jax.data.index import IndexBuilder
 from codebind_jax.data.index_cache import Bad, Scan, scanned
-from codebind_jax.data.records import IndexBuilder, Source
+from codebind_jax.data.records import Source
 from codebind_jax.data.transforms import audio
 
 _CHUNK = 256  # records added together

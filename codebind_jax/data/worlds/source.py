@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from codebind_jax.data.records import Source, index_of
+from codebind_jax.data.index import index_of
+from codebind_jax.data.records import Source
 from codebind_jax.data.worlds import store
 
 
