@@ -166,7 +166,7 @@ class SourceBatches:
       if size > count:
         what = "distinct labels (unique_labels is on)" if unique_labels else "rows"
         raise ValueError(f"batch_size of {name!r}: {size} is larger than its {count} {what}")
-      drawn = grain.MapDataset.source(range(first, first + count)).seed(seed).shuffle()
+      drawn = grain.MapDataset.range(first, first + count).seed(seed).shuffle()
       return drawn.random_map(_Draw(source, feeds, starts, members))[: count // size * size]
 
     self._main = draws(0, own, self._first, seed)
