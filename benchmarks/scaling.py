@@ -17,7 +17,10 @@ from absl import app, flags
 from benchmarks.machine import describe, in_turn
 from codebind_jax import config as config_lib
 from codebind_jax.compile_ahead import report as aot
-from codebind_jax.data.batches import Batches, FeatureTable, SourceBatches
+from codebind_jax.data import open_source
+from codebind_jax.data.batches import Batches, SourceBatches
+from codebind_jax.data.examples import Tokens
+from codebind_jax.data.token_reader import TokenReader
 from codebind_jax.methods.base import make_init
 from codebind_jax.runtime import optim
 from codebind_jax.runtime import train_state as state_lib
@@ -89,14 +92,28 @@ def ready(rows):
   return compile_step(step, state, first, layout), state, layout
 
 
+class InMemory(TokenReader):
+  """Random tokens, one an item, of which the place is the number."""
+
+  def __init__(self, items, width):
+    super().__init__((), 1, width)
+    self.values = np.random.default_rng(0).normal(size=(items, 1, width)).astype(np.float16)
+
+  def __call__(self, place, pooled=False):
+    return self.values[place]
+
+
 def iterator(rows, threads=2):
-  """Endless batches of the trainer's input over random features: 4,096 items in two views, a caption each."""
-  rng = np.random.default_rng(0)
-  features = lambda width, views: rng.normal(size=(4096, views, 1, width)).astype(np.float16)
-  items = [(i,) for i in range(4096)]
-  tables = {"image": FeatureTable(features(WIDTHS["image"], 2), items, 0.5),
-            "text": FeatureTable(features(WIDTHS["text"], 1), items)}  # fmt: skip
-  return Batches({"toy": SourceBatches(tables, [str(i) for i in items], rows=rows, seed=0)}).start(threads=threads)
+  """Endless batches of the trainer's input over random tokens: 4,096 items in two views, a caption each."""
+  source = open_source("world:synthetic-image-text", profile="small", split="train").grouped("id")
+  count, views = len(source), {"image": 2, "text": 1}
+  feeds = {
+    name: Tokens(InMemory(count * views[name], width), np.arange(count + 1),
+                 np.arange(count * views[name]).reshape(count, -1), augmented=0.5)
+    for name, width in WIDTHS.items()
+  }  # fmt: skip
+  batches = Batches({"toy": SourceBatches(source, feeds, rows=rows, seed=0)}).start(threads=threads)
+  return (examples.batch for examples in batches)
 
 
 def step_time():

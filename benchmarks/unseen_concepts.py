@@ -16,7 +16,7 @@ from codebind_jax import config as config_lib
 from codebind_jax.data.task import open_task
 from codebind_jax.data.worlds import extra
 from codebind_jax.models.towers import whitening
-from codebind_jax.trunks.featurize import Featurizer
+from codebind_jax.trunks.feeds import Feeder
 from configs import stage1
 
 _PROFILE = flags.DEFINE_string("profile", "small", "Data profile of Icons.")
@@ -51,21 +51,26 @@ def without(names, unseen):
   return np.array([not spans(extra.words(name)) & unseen for name in names])
 
 
+def pooled(feed, rows):
+  """The clean pooled token of each row."""
+  return np.stack([feed.clean(row)[0] for row in range(rows)]).astype(np.float64)
+
+
 def main(_):
   """Prints the table."""
   config = stage1.get_config().unlock()
   config.data.profile = _PROFILE.value
   config.data.extra = 0.25
   config = config_lib.read(config)
-  task, featurizer = open_task(config.data), Featurizer(config.data, config.model.towers)
-  source, further = task.train["icons"], task.extra["icons"]
-  images = np.asarray(featurizer.table(source, "image").features[:, 0, 0], np.float64)
-  field = lambda name: np.array([row[name] for row in source.rows])
-  concept, family, label = field("concept"), field("family"), field("label")
-  embed = lambda texts: featurizer.texts(list(texts))[:, 0].astype(np.float64)
+  task, feeder = open_task(config.data), Feeder(config.data, config.model.towers)
+  source = task.train["icons"]
+  further = task.extra["icons"].select(range(len(source), len(task.extra["icons"])))
+  images = pooled(feeder.clean(source, "image"), len(source))
+  concept, family, label = (np.array(source.column(name)) for name in ("concept", "family", "label"))
+  embed = lambda texts: pooled(feeder.texts(list(texts)), len(texts))
   words = embed(label)
-  more_names = np.array([row["name"] for row in further.rows])
-  more_images = np.asarray(featurizer.table(further, "image").features[:, 0, 0], np.float64)
+  more_names = np.array(further.column("name"))
+  more_images = pooled(feeder.clean(further, "image"), len(further))
   more_words = embed(more_names)
   fold = np.array([int(hashlib.sha256(name.encode()).hexdigest(), 16) % _FOLDS for name in concept])
   rng, accuracy, others = np.random.default_rng(0), {share: [] for share in ("more", *_SHARES)}, []

@@ -348,8 +348,8 @@ def evaluate(config: Any, workdir: str | files.Path) -> dict[str, float]:
   config = config_lib.read(config)
   folder = files.path(workdir)
   files.probe(folder, write=True)
-  with distributed.process_0_first():  # worlds are fetched and built, and published trunks fetched
-    model = load(config.init_from)
+  model = load(config.init_from)
+  with distributed.process_0_first():  # worlds are fetched and built where not there yet
     task = open_task(config.data, default_split="test")
   data = dataclasses.replace(
     model.config.data, root=config.data.root, workers=config.data.workers, threads=config.data.threads,
@@ -357,7 +357,7 @@ def evaluate(config: Any, workdir: str | files.Path) -> dict[str, float]:
     templates_of=schema.Frozen(),
   )
   settings = dataclasses.replace(model.config, test=True, emergent=(), data=data)
-  with distributed.process_0_first():
+  with distributed.process_0_first():  # published trunks are fetched
     feeder = Feeder(data, settings.model.towers, model.trunks)
   evaluation = Evaluation(settings, task, feeder, (config.task,))
   model.trunks = evaluation.trunks

@@ -127,10 +127,12 @@ def _system(scheme: str) -> Any:
   """The client of a far disk; another one after the environment has changed, and in a forked process."""
   settings = tuple(sorted((key, value) for key, value in os.environ.items() if _ENVIRONMENT.match(key.upper())))
   key = scheme, os.getpid(), settings, patience.quiet
-  with _systems_lock:
-    if key not in _systems:
-      _systems[key] = (_google if scheme == "gs" else _amazon)()
-    return _systems[key]
+  system = _systems.get(key)
+  if system is None:
+    made = (_google if scheme == "gs" else _amazon)()  # outside the lock: it may ask a cloud who this machine is
+    with _systems_lock:
+      system = _systems.setdefault(key, made)
+  return system
 
 
 def _google() -> Any:
@@ -171,10 +173,11 @@ def close() -> None:
   for scheme, system in own:
     from fsspec.asyn import sync
 
-    if scheme == "gs" and system._session is not None:
-      sync(system.loop, system._session.close, timeout=5)
-    elif scheme == "s3" and system._s3 is not None:
-      sync(system.loop, system._s3.__aexit__, None, None, None, timeout=5)
+    with contextlib.suppress(TimeoutError):
+      if scheme == "gs" and system._session is not None:
+        sync(system.loop, system._session.close, timeout=5)
+      elif scheme == "s3" and system._s3 is not None:
+        sync(system.loop, system._s3.__aexit__, None, None, None, timeout=5)
 
 
 @functools.cache

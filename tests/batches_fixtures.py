@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import threadpoolctl
 
-from codebind_jax.data.batches import FeatureTable, SourceBatches
+from codebind_jax.data.batches import SourceBatches
+from tests.source_fixtures import Rows, tokens_of
 
 EXTRA = {"extra": 10, "extra_share": 0.3}  # of six rows two, of ten three
 
@@ -18,10 +19,10 @@ def toy():
   count = 30
   views = np.arange(count * 3 * 2 * 4, dtype=np.float16).reshape(count, 3, 2, 4)
   texts = np.arange(50 * 5, dtype=np.float16).reshape(50, 1, 1, 5)
-  image = FeatureTable(views, [(i,) if i % 7 else () for i in range(count)], 0.5)
-  text = FeatureTable(texts, [tuple(range(i % 4, 50, 5 + i))[: i % 3 + 1] for i in range(count)])
+  image = tokens_of(views, [(i,) if i % 7 else () for i in range(count)], 0.5)
+  text = tokens_of(texts, [tuple(range(i % 4, 50, 5 + i))[: i % 3 + 1] for i in range(count)])
   labels = [None if i % 9 == 4 else f"label{i % 8}" for i in range(20)] + [f"further{i % 7}" for i in range(10)]
-  return {"image": image, "text": text}, labels
+  return Rows("toy", [{"label": label} for label in labels]), {"image": image, "text": text}
 
 
 def toy_batches(rows, **options):

@@ -1,6 +1,7 @@
 """Batches as a function of the step: bits, slices of processes, workers, fingerprints."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -13,10 +14,11 @@ import numpy as np
 import pytest
 
 from codebind_jax.data.ahead import ahead
-from codebind_jax.data.batches import Batches, FeatureTable, SourceBatches
+from codebind_jax.data.batches import Batches, SourceBatches
 from codebind_jax.schema import difference
 from tests.batches_fixtures import EXTRA, Failing, Probe, digest, leaves, toy, toy_batches
 from tests.processes import REPOSITORY
+from tests.source_fixtures import Rows
 
 # Of the first twelve batches, more than two epochs, as they were when Grain's iterators drew them.
 KNOWN = {
@@ -44,16 +46,20 @@ def test_processes_read_their_rows_of_the_same_batch(rows, extra, processes):
 
 
 def test_a_process_reads_no_rows_but_its_own():
-  class Counted(np.ndarray):
-    def __getitem__(self, key):
-      if isinstance(key, tuple):
-        read.append(key)
-      return np.asarray(self)[key]
+  read, (source, feeds) = [], toy()
+  feed, places = feeds["text"], feeds["text"].places
 
-  read, (tables, labels) = [], toy()
-  table = FeatureTable(np.asarray(tables["text"].features).view(Counted), tables["text"].choices)
-  one = SourceBatches({"text": table}, labels, rows=12, seed=0, process=1, processes=4, extra=10, extra_share=0.4)
-  assert len(one[0]["_row"]) == len(read) == 3
+  class Counted(type(feed.reader)):
+    def __call__(self, place, pooled=False):
+      read.append(place)
+      return super().__call__(place, pooled)
+
+  feed = dataclasses.replace(feed, reader=Counted(feed.reader.values))
+  one = SourceBatches(source, {"text": feed}, rows=12, seed=0, process=1, processes=4, extra=10, extra_share=0.4)
+  rows = one[0]["_row"]
+  assert len(rows) == len(read) == 3
+  own = [set(places[feed.starts[row] : feed.starts[row + 1], 0].tolist()) for row in rows]
+  assert all(place in choices for place, choices in zip(read, own))
 
 
 def test_batches_do_not_depend_on_threads_workers_or_where_reading_starts():
@@ -62,7 +68,7 @@ def test_batches_do_not_depend_on_threads_workers_or_where_reading_starts():
   assert len(set(expected)) == 20
   for first, options in [(0, {}), (3, {"threads": 1}), (11, {"threads": 5}), (5, {"workers": 2}), (8, {"workers": 1})]:
     with contextlib.closing(batches.start(first, **options)) as following:
-      assert [digest([batch]) for batch in itertools.islice(following, 9)] == expected[first : first + 9]
+      assert [digest([one.batch]) for one in itertools.islice(following, 9)] == expected[first : first + 9]
 
 
 def test_workers_hold_no_jax_and_one_blas_thread_and_outlast_a_signal_to_all():
@@ -115,19 +121,6 @@ def test_workers_of_a_killed_process_end(tmp_path):
   assert done.returncode == -signal.SIGKILL and int(done.stdout) > 0, done.stderr
 
 
-def test_a_memory_mapped_table_is_sent_as_its_file(tmp_path):
-  np.save(tmp_path / "features.npy", np.arange(6 * 1000, dtype=np.float16).reshape(6, 1, 1, 1000))
-  table = FeatureTable(np.load(tmp_path / "features.npy", mmap_mode="r"), [(i,) for i in range(6)], 0.5, "abc")
-  sent = pickle.dumps(table)
-  assert len(sent) < 1000
-  again = pickle.loads(sent)
-  assert isinstance(again.features, np.memmap) and not again.features.flags.writeable
-  np.testing.assert_array_equal(again.features, table.features)
-  assert (again.choices, again.augmented, again.made_from) == (table.choices, 0.5, "abc")
-  part = FeatureTable(table.features[2:4], [(0,), (1,)])  # the map does not know where in the file it begins
-  np.testing.assert_array_equal(pickle.loads(pickle.dumps(part)).features, table.features[2:4])
-
-
 def test_kept_batches_are_read_once_and_not_sent():
   kept = Batches({"toy": toy_batches(4)}, keep=True)
   assert kept[3] is kept[3] and digest([kept[3]]) == digest([Batches({"toy": toy_batches(4)})[3]])
@@ -136,20 +129,24 @@ def test_kept_batches_are_read_once_and_not_sent():
 
 
 def test_fingerprint_names_what_changed():
-  tables, labels = toy()
-  make = lambda tables=tables, labels=labels, **options: Batches({
-    "toy": SourceBatches(tables, labels, **{"rows": 4, "seed": 3} | options)
+  source, feeds = toy()
+  make = lambda source=source, feeds=feeds, **options: Batches({
+    "toy": SourceBatches(source, feeds, **{"rows": 4, "seed": 3} | options)
   }).fingerprint  # fmt: skip
   assert make() == make(process=1, processes=2) == json.loads(json.dumps(make()))
-  image, text = tables["image"], tables["text"]
-  fewer = FeatureTable(image.features, [(), *image.choices[1:-1], ()], image.augmented)
-  other = FeatureTable(text.features + np.float16(1), text.choices)
+  labels = [row["label"] for row in source.rows]
+  relabelled = lambda labels: Rows("toy", [{"label": label} for label in labels])
+  image, text = feeds["image"], feeds["text"]
+  rarer = dataclasses.replace(image, augmented=0.25)
+  other = dataclasses.replace(text, made_from="other keys")
   for changed, what in [
-    (make(labels=[*labels[:-1], "new"]), {"labels"}), (make(labels=labels[::-1]), {"labels"}),
-    (make({"image": image}), {f"{what} text" for what in ("rows with", "choices of", "features of", "augmented")}),
-    (make({"image": fewer, "text": text}), {"rows with image", "choices of image"}), (make(seed=4), {"seed"}),
-    (make({"image": image, "text": other}), {"features of text"}), (make(rows=6), {"rows of a batch"}),
-    (make(unique_labels=False), {"unique_labels"}), (make(**EXTRA), {"further rows", "further rows of a batch"}),
+    (make(relabelled([*labels[:-1], "new"])), {"files.toy", "groups"}),
+    (make(relabelled(labels[::-1])), {"files.toy", "groups"}), (make(source.select(range(29))), {"files.toy", "rows",
+                                                                                              "groups"}),
+    (make(feeds={"image": image}), {"items of text"}), (make(feeds={"image": rarer, "text": text}), {"items of image"}),
+    (make(seed=4), {"seed"}), (make(feeds={"image": image, "text": other}), {"items of text"}),
+    (make(rows=6), {"rows of a batch"}), (make(unique_labels=False), {"unique_labels"}),
+    (make(**EXTRA), {"further rows", "further rows of a batch"}),
   ]:  # fmt: skip
     assert {line.partition(":")[0] for line in difference(make(), changed)} == {f"toy.{name}" for name in what}
 

@@ -1,11 +1,14 @@
 """Mode `embed`: shards with ids that equal `Model.embed`, divided over processes, restarted, and bad records."""
 
+import dataclasses
+import io
 import json
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,10 +16,13 @@ import pytest
 
 from codebind_jax import config as config_lib
 from codebind_jax.api import load
+from codebind_jax.data.task import open_task
 from codebind_jax.embedding import job as embed_lib
 from codebind_jax.embedding import shards
+from codebind_jax.evaluate import Evaluation
 from codebind_jax.methods.toc import channel_scores
 from codebind_jax.search import Index
+from codebind_jax.trunks.feeds import Feeder
 from configs import embed as embed_config
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -80,6 +86,60 @@ def test_rows_equal_the_model_s_embeddings(trained, model, tmp_path):
         np.testing.assert_array_equal(column, values)
       else:
         np.testing.assert_allclose(column, values, atol=1e-5)
+
+
+def records_of(kind, folder, trained):
+  """The squares in another format; ids and order stay."""
+  if kind == "jsonl":
+    return trained[0]
+  lines = [json.loads(line) for line in trained[0].read_text().splitlines()]
+  path = folder / "squares.tar"
+  with tarfile.open(path, "w") as archive:
+    for line in lines:
+      fields = json.dumps({key: line[key] for key in ("id", "text", "label", "split")}).encode()
+      picture = (trained[0].parent / line["image"]).read_bytes()
+      for name, content in ((f"{line['id']}.json", fields), (line["image"], picture)):
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        archive.addfile(info, io.BytesIO(content))
+  return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "tar"])
+def test_shards_evaluation_and_model_give_one_embedding(trained, tmp_path, kind):
+  """Shards: the same bits as of `Model.embed`. Evaluation: those of cached tokens, which are rounded to float16."""
+  path = records_of(kind, tmp_path, trained)
+  model = load(trained[2])
+  data = {"data.manifest": str(path), "data.root": str(tmp_path / "root")}
+  options = {"embed.dtype": "float32", "embed.shard_rows": 64, "embed.batch_size": 64}
+  plan = plan_of(config_of(trained, **data, **options), tmp_path / "out", model)
+  run(plan, model)
+  rows = table_of(tmp_path / "out")
+  records = [plan.source[row] for row in range(ROWS)]
+  raw = [plan.source.read(row, "image") for row in range(ROWS)]
+  assert all(isinstance(item, bytes if kind == "tar" else pathlib.Path) for item in raw)
+  direct = model.embed({"image": raw, "text": [record["text"][0] for record in records]})
+  decoded = model.embed({"image": [record["image"] for record in records]})["image"]
+  np.testing.assert_array_equal(decoded.full, direct["image"].full)
+  for modality, expected in direct.items():
+    for part in rows[records[0]["id"]].keys() & {f"{modality}_{part}" for part in ("shared", "specific", "full")}:
+      column = np.array([rows[record["id"]][part] for record in records], np.float32)
+      np.testing.assert_array_equal(column, getattr(expected, part.removeprefix(f"{modality}_")))
+
+  settings = dataclasses.replace(model.config, test=True, data=config_lib.read(config_of(trained, **data)).data)
+  feeder = Feeder(settings.data, settings.model.towers, model.trunks)
+  evaluation = Evaluation(settings, open_task(settings.data), feeder)
+  number = {record["id"]: row for row, record in enumerate(records)}
+  seen = set()
+  tables = [evaluation.train_table(model, "squares")] + [evaluation.table(model, e) for e in evaluation.task.evals]
+  for table in tables:
+    at = [number[name] for name in table["image"]["id"]]
+    seen.update(at)
+    np.testing.assert_allclose(table["image"]["full"], direct["image"].full[at], atol=2e-3)
+    by_text = {records[row]["text"][0]: row for row in range(ROWS)}
+    at = [by_text[caption] for caption in table["text"]["caption"]]
+    np.testing.assert_allclose(table["text"]["full"], direct["text"].full[at], atol=2e-3)
+  assert len(seen) == ROWS
 
 
 def test_command_line_on_two_devices_writes_what_one_device_does(trained, model, tmp_path):
@@ -167,39 +227,48 @@ def test_shards_of_another_run_manifest_or_setting_are_an_error(trained, model, 
     embed_lib.embed_shards(plan_of(config, tmp_path, model), model)
 
 
-BAD = ["{not json", {"image": "missing.png"}, {"image": "SQUARES/squares.jsonl"}, {"id": "a", "text": "twice"},
-       {"audio": "SQUARES/squares.jsonl"}]  # fmt: skip
+BAD = ["{not json", {"image": "missing.png"}, {"image": "SQUARES/squares.jsonl"}, {"audio": "SQUARES/squares.jsonl"}]
 
 
-def test_bad_records_are_named_counted_and_bounded(trained, model, tmp_path):
+def test_bad_records_are_named_counted_and_bounded(trained, model, tmp_path, caplog):
   good = [{"id": "a", "text": "red", "label": "red"}, {"id": "b", "image": "SQUARES/red0.png"},
           {"id": "c", "text": "green", "audio": "SQUARES/squares.jsonl"}, {"text": "blue"}]  # fmt: skip
   # Beside blank lines, which are no records.
   path = manifest_of(tmp_path, trained, [good[0], "", *BAD, "   ", *good[1:]])
-  options = {"data.manifest": str(path), "embed.shard_rows": 5, "embed.batch_size": 2}
+  options = {"data.manifest": str(path), "data.root": str(tmp_path), "embed.shard_rows": 3, "embed.batch_size": 2}
   make = lambda allowed: plan_of(
     config_of(trained, **options, **{"data.max_bad_records": allowed}), tmp_path / "out", model
   )
   with pytest.raises(ValueError, match="mine.jsonl:3: not JSON"):
-    embed_lib.embed_shards(make(0), model)
+    make(0)
+  # A line that is no record is found as the file is opened, and is none of a shard's.
+  with pytest.raises(ValueError, match=r"mine.jsonl:4: image: .*missing.png.*\(2 bad records in shard 0, 1 allowed"):
+    embed_lib.embed_shards(make(1), model)
   assert not shards.shard_files(tmp_path / "out")
-  with pytest.raises(ValueError, match=r"mine.jsonl:7: it has \['audio'\] alone"):
-    embed_lib.embed_shards(make(4), model)  # four of them are in its first shard
+  with pytest.raises(ValueError, match=r"mine.jsonl:6: it has \['audio'\] alone"):
+    embed_lib.embed_shards(make(2), model)  # two of them are in its first shard
   assert len(shards.shard_files(tmp_path / "out")) == 1
-  found = run(make(5), model)
+  with caplog.at_level("WARNING"):
+    found = run(make(3), model)
   assert found["rows"] == 4 and found["ignored_modalities"] == {"audio": 1}
-  assert [message.split(": ")[0].rsplit(":", 1)[1] for message in found["bad_records"]] == ["3", "4", "5", "6", "7"]
-  assert "id 'a' is there twice, first in line 1" in found["bad_records"][3]
-  with pytest.raises(ValueError, match="5 bad records in all shards, 4 allowed"):
-    embed_lib.summarise(make(4), "the run")
+  assert [message.split(": ")[0].rsplit(":", 1)[1] for message in found["bad_records"]] == ["4", "5", "6"]
+  assert f"left out {path}:3: not JSON" in caplog.text and f"left out {path}:6: it has" in caplog.text
+  with pytest.raises(ValueError, match="3 bad records in all shards, 2 allowed"):
+    embed_lib.summarise(make(2), "the run")
 
   rows = table_of(tmp_path / "out")
-  assert set(rows) == {"a", "b", "c", "mine.jsonl:11"}
+  assert set(rows) == {"a", "b", "c", "mine.jsonl:10"}
   assert rows["a"]["image_shared"] is None and rows["a"]["image_codes_specific"] is None
   assert rows["b"]["text_shared"] is None and rows["b"]["label"] is None and rows["a"]["label"] == "red"
   expected = model.embed({"text": ["red"]})["text"]
   np.testing.assert_allclose(rows["a"]["text_shared"], expected.shared[0], atol=1e-3)
   assert rows["a"]["text_codes_shared"] == expected.codes_shared[0].tolist()
+
+
+def test_an_id_that_two_records_have_is_an_error(trained, model, tmp_path):
+  path = manifest_of(tmp_path, trained, [{"id": "a", "text": "red"}, {"text": "blue"}, {"id": "a", "text": "twice"}])
+  with pytest.raises(ValueError, match="mine.jsonl:3: id 'a' is there twice, first in line 1"):
+    plan_of(config_of(trained, **{"data.manifest": str(path), "data.max_bad_records": 9}), tmp_path / "out", model)
 
 
 def test_an_embedding_that_is_not_finite_is_a_bad_record(trained, model, tmp_path, monkeypatch):

@@ -12,14 +12,14 @@ import pytest
 from PIL import Image
 
 from codebind_jax import config as config_lib
-from codebind_jax import schema
-from codebind_jax.api import Model, load
+from codebind_jax.api import load
 from codebind_jax.data.task import EvalSet, open_task
 from codebind_jax.evaluate import Evaluation, evaluate, named_pairs
 from codebind_jax.runtime.metrics import read_metrics
 from codebind_jax.trunks.cache import TokenCache
 from codebind_jax.trunks.feeds import Feeder
 from configs import eval as eval_config
+from tests.model_towers import uncached
 from tests.train_fixtures import COLOURS, tiny_config, write_manifest
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -144,17 +144,6 @@ def evaluation_of(trained, root, model=None, **changes):
   task = open_task(data, default_split="test")
   settings = dataclasses.replace(model.config, test=True, emergent=(), data=data)
   return Evaluation(settings, task, Feeder(data, settings.model.towers, model.trunks)), model
-
-
-def uncached(model, modality):
-  """The same model, whose trunk runs in it."""
-  method, params = model._with_trunk(modality)
-  towers = dict(model.config.model.towers)
-  towers[modality] = dataclasses.replace(towers[modality], cache=False)
-  config = dataclasses.replace(
-    model.config, model=dataclasses.replace(model.config.model, towers=schema.Frozen(towers))
-  )  # fmt: skip
-  return Model(config, params, model.codebooks, model.trunks)
 
 
 def test_sets_of_one_split_share_its_tokens_and_keep_their_rows(trained, tmp_path, monkeypatch):

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from codebind_jax.data.batches import FeatureTable, SourceBatches
+from codebind_jax.data.batches import SourceBatches
+from codebind_jax.data.records import joined
 from codebind_jax.data.worlds import extra, icons, names
 from codebind_jax.tools.list_extra import WordNet
-from codebind_jax.trunks.featurize import joined
+from tests.source_fixtures import Rows, tokens_of
 from tests.world_fixtures import unseen_names
 
 PROFILES = ("tiny", "small")
@@ -87,20 +88,26 @@ def test_wordnet_finds_kinds(tmp_path):
   assert not wordnet.kinds_of("bird", parrot) and wordnet.kinds_of("old-barn-owl", wordnet.senses("bird"))
 
 
-def table(count, start=0):
-  values = np.arange(start, start + count, dtype=np.float16)
-  return FeatureTable(values[:, None, None, None], [(i,) for i in range(count)])
-
-
-def test_joined_tables_keep_every_rows_items():
-  both = joined([table(3), FeatureTable(table(3, 10).features, [(1, 0), (), (2,)])])
-  found = [[float(both.features[i, 0, 0, 0]) for i in own] for own in both.choices]
-  assert found == [[0], [1], [2], [11, 10], [], [12]]
+def test_further_rows_are_read_where_they_are_and_share_groups_by_name():
+  main = Rows("main", [{"name": name, "text": [name]} for name in "aab"], image=[b"0", None, b"2"])
+  further = Rows("further", [{"name": "b"}, {"name": "c", "text": ["sea"]}], depth=[b"3", b"4"])
+  both = joined([main, further], field="name", unique=False)
+  assert [both.has(i, "image") for i in range(5)] == [True, False, True, False, False]
+  assert [both.has(i, "depth") for i in range(5)] == [False, False, False, True, True]
+  assert [both.has(i, "text") for i in range(5)] == [True, True, True, False, True]
+  assert (both.read(2, "image"), both.read(3, "depth"), both.fields(4)["text"]) == (b"2", b"3", ["sea"])
+  assert both.index.group.tolist() == [0, 0, 1, 1, 2] and both.where(4) == "further: record 1"
+  part = both.select([4, 0])
+  assert part.read(0, "depth") == b"4" and part.read(1, "image") == b"0" and part.column("name") == ["c", "a"]
 
 
 def test_batches_hold_the_share_of_further_rows():
   labels = [f"main{i // 2}" for i in range(20)] + ["main0"] + [f"further{i}" for i in range(9)]
-  make = lambda share, rows=8: SourceBatches({"a": table(30)}, labels, rows=rows, seed=0, extra=10, extra_share=share)
+  values = np.arange(30, dtype=np.float16)[:, None, None, None]
+  source = Rows("rows", [{"label": label} for label in labels])
+  make = lambda share, rows=8: SourceBatches(
+    source, {"a": tokens_of(values)}, rows=rows, seed=0, extra=10, extra_share=share
+  )
   batches, seen = make(0.25), []
   for step in range(4):
     batch = batches[step]

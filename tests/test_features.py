@@ -1,12 +1,11 @@
-"""The cache of features: right values, resumed after a kill, never stale, damage found and mended."""
+"""The cache of tokens: one more item costs one item, right values, kept after a kill, damage found, no half shard."""
 
-import dataclasses
-import json
+import os
 import signal
 import subprocess
 import sys
 import textwrap
-import time
+import threading
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -14,56 +13,54 @@ import numpy as np
 import pytest
 
 from codebind_jax.data.inputs import Input
+from codebind_jax.data.units import Strings
 from codebind_jax.models.encoder import Encoded
-from codebind_jax.trunks import cache as features
+from codebind_jax.trunks import cache
 from codebind_jax.trunks.base import Trunk
-from codebind_jax.trunks.cache import cached_features, content_hash
+from codebind_jax.trunks.cache import Contents, TokenCache, content_hash, key_of, string_keys
 from tests.pretrained_fixtures import tiny_text_trunk
+from tests.processes import REPOSITORY
 
 
 class Mean(nn.Module):
-  """Images -> the mean colour and its double, times `scale`; times `bright` as well where the batch is not black."""
-
-  bright: float = 1.0
+  """Images -> the mean colour and its double, times `scale`."""
 
   @nn.compact
   def __call__(self, images, train=False):
     mean = jnp.mean(images.astype(jnp.float32), axis=(1, 2)) * self.param("scale", nn.initializers.ones, ())
-    mean = mean * jnp.where(images.max() > 0, self.bright, 1)
     return Encoded(jnp.stack([mean, 2 * mean], axis=1))
 
 
-def mean_trunk(fingerprint="weights 1", scale=1.0, bright=1.0):
-  """A trunk whose two tokens are the mean colour and its double."""
+def mean_trunk(fingerprint="weights 1", scale=1.0):
+  """A trunk whose two tokens are the mean colour and its double; `batches` are those it was given."""
   load = lambda shapes: {"scale": jnp.full(shapes["scale"].shape, scale)}
-  return Trunk("mean", "image", Mean(bright), Input((4, 4, 3), "uint8", np.asarray), fingerprint, load)
+  trunk = Trunk("mean", "image", Mean(), Input((4, 4, 3), "uint8", np.asarray), fingerprint, load)
+  trunk.__dict__["batches"], compiled = [], trunk.compiled
+  trunk.__dict__["compiled"] = lambda params, batch: (trunk.batches.append(np.array(batch)), compiled(params, batch))[1]
+  return trunk
 
 
-@dataclasses.dataclass(frozen=True)
-class Brighter:
-  amount: float = 1.0
+class Images:
+  """Images, each with `views` ones that are brighter, which count how often they are read."""
 
-  def __call__(self, image, rng):
-    return image + np.uint8(self.amount * rng.integers(1, 20))
-
-
-class Items:
-  """Images that count how often they are read."""
-
-  def __init__(self, count):
+  def __init__(self, count, views=1, failing=None):
     rng = np.random.default_rng(count)
     self.images = rng.integers(0, 100, (count, 4, 4, 3)).astype(np.uint8)
-    self.keys = [f"item {index}" for index in range(count)]
-    self.reads = []
+    self.views, self.failing, self.reads = views, failing or {}, []
 
-  def __call__(self, index):
-    self.reads.append(index)
-    return self.images[index]
+  def __len__(self):
+    return len(self.images)
 
+  def __getitem__(self, number):
+    if number in self.failing:
+      raise self.failing[number]
+    self.reads.append(number)
+    return [self.images[number] + np.uint8(view) for view in range(self.views)]
 
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-  monkeypatch.setattr(features, "_ITEMS_PER_CHUNK", 6)
+  @property
+  def keys(self):
+    named = lambda image, view: key_of(content_hash(image), *([str(view)] if view else []))
+    return np.array([named(image, view) for image in self.images for view in range(self.views)], np.uint64)
 
 
 def expected(images):
@@ -71,81 +68,122 @@ def expected(images):
   return np.stack([mean, 2 * mean], axis=-2)
 
 
-def folder(path):
-  (found,) = [entry for entry in path.iterdir() if entry.is_dir()]
-  return found
+def tokens_at(store, places):
+  return np.stack([store.reader(int(place)) for place in places])
 
 
-def test_values_shape_and_type(tmp_path):
-  items = Items(20)
-  out = cached_features(mean_trunk(), items.keys, items, cache_dir=tmp_path, batch=4)
-  assert out.shape == (20, 1, 2, 3) and out.dtype == np.float16 and isinstance(out, np.memmap)
-  np.testing.assert_allclose(out[:, 0], expected(items.images), rtol=1e-3)
-  with pytest.raises(ValueError, match="read-only"):
-    out[0] = 0
+def files_of(folder):
+  """(shards, keys, others) below a folder, by name."""
+  names = sorted(path.name for path in folder.rglob("*") if path.is_file())
+  shards = [name for name in names if name.endswith(".array_record")]
+  keys = [name for name in names if name.endswith(".keys.npy")]
+  return shards, keys, sorted({*names} - {*shards, *keys})
 
 
-def test_a_hit_reads_no_item_when_hashes_are_given(tmp_path):
-  items = Items(9)
-  hashes = [content_hash(image) for image in items.images]
-  first = cached_features(mean_trunk(), items.keys, items, cache_dir=tmp_path, hashes=hashes)
-  items.reads.clear()
-  second = cached_features(mean_trunk(), items.keys, items, cache_dir=tmp_path, hashes=hashes)
-  assert items.reads == []
-  np.testing.assert_array_equal(first, second)
-  cached_features(mean_trunk(), items.keys, items, cache_dir=tmp_path)
-  assert sorted(items.reads) == list(range(9)), "without hashes each item is read once, to be hashed"
+@pytest.fixture
+def small_shards(monkeypatch):
+  monkeypatch.setattr(cache, "SHARD_ITEMS", 6)
 
 
-def test_views_are_augmented_by_key_and_seed_alone(tmp_path):
-  items, augment = Items(7), Brighter()
-  out = cached_features(mean_trunk(), items.keys, items, cache_dir=tmp_path, views=3, augment=augment, seed=5)
-  assert out.shape == (7, 3, 2, 3)
-  np.testing.assert_allclose(out[:, 0], expected(items.images), rtol=1e-3)
-  added = (out[:, 1:, 0] - out[:, :1, 0]).astype(np.float32)
-  np.testing.assert_allclose(added, np.round(added.mean(-1, keepdims=True)).repeat(3, -1), atol=0.2)
-  assert added.min() > 0.8 and len(np.unique(np.round(added))) > 3
-  part = cached_features(mean_trunk(), items.keys[4:], lambda i: items.images[4 + i], cache_dir=tmp_path, views=3,
-                         augment=augment, seed=5, batch=5)  # fmt: skip
-  np.testing.assert_array_equal(part, out[4:])
-  other = cached_features(mean_trunk(), items.keys, items, cache_dir=tmp_path, views=3, augment=augment, seed=6)
-  np.testing.assert_array_equal(other[:, 0], out[:, 0])
-  assert (other[:, 1:] != out[:, 1:]).any()
+def test_values_shape_and_type(tmp_path, small_shards):
+  images, store = Images(20), TokenCache(tmp_path, mean_trunk())
+  places, bad = store.fill(images.keys, images)
+  found = tokens_at(store, places)
+  assert found.shape == (20, 2, 3) and found.dtype == np.float16 and not bad
+  np.testing.assert_allclose(found, expected(images.images), rtol=1e-3)
+  for place, tokens in zip(places, found):
+    np.testing.assert_array_equal(store.reader(int(place), pooled=True), tokens[:1])
+  shards, keys, others = files_of(tmp_path)
+  assert len(shards) == 4 and keys == [f"{name}.keys.npy" for name in shards] and not others
 
 
-def test_the_key_follows_everything_that_decides_the_values(tmp_path):
-  items = Items(4)
-  changed = items.images.copy()
-  changed[2, 0, 0, 0] += 1
-  calls = [
-    dict(),
-    dict(trunk=mean_trunk("weights 2", 2.0)),
-    dict(read=lambda index: changed[index]),
-    dict(keys=[f"other {key}" for key in items.keys]),
-    dict(views=2, augment=Brighter(1.0)),
-    dict(views=2, augment=Brighter(2.0)),
-    dict(views=3, augment=Brighter(1.0)),
-    dict(views=2, augment=Brighter(1.0), seed=1),
-  ]
-  for count, call in enumerate(calls, 1):
-    arguments = dict(trunk=mean_trunk(), keys=items.keys, read=items) | call
-    out = cached_features(**arguments, cache_dir=tmp_path)
-    assert len([entry for entry in tmp_path.iterdir() if entry.is_dir()]) == count, call
-  np.testing.assert_allclose(cached_features(mean_trunk("weights 2"), items.keys, items, cache_dir=tmp_path)[:, 0],
-                             2 * expected(items.images), rtol=1e-3)  # fmt: skip
-  again = cached_features(mean_trunk(), items.keys, items, cache_dir=tmp_path, seed=9, batch=3)
-  assert len([entry for entry in tmp_path.iterdir() if entry.is_dir()]) == len(calls), (
-    "batch and an unused seed do not count"
-  )
-  assert out.shape[1] == 2 and again.shape[1] == 1
+def test_one_more_item_computes_one_item(tmp_path):
+  images, trunk = Images(20), mean_trunk()
+  fewer = Images(20)
+  fewer.images = fewer.images[:19]
+  TokenCache(tmp_path, trunk).fill(fewer.keys, fewer)
+  assert sorted(fewer.reads) == list(range(19)) and len(trunk.batches) == 2
+  trunk.batches.clear()
+  store = TokenCache(tmp_path, trunk)  # as another run
+  places, _ = store.fill(images.keys, images)
+  assert images.reads == [19] and len(trunk.batches) == 1
+  np.testing.assert_array_equal(trunk.batches[0], np.broadcast_to(images.images[19], trunk.batches[0].shape))
+  np.testing.assert_allclose(tokens_at(store, places), expected(images.images), rtol=1e-3)
+  images.reads.clear()
+  assert store.fill(images.keys, images)[0].tolist() == places.tolist() and not images.reads
+  assert len(files_of(tmp_path)[0]) == 2
 
 
-def test_texts(tmp_path):
-  trunk, texts = tiny_text_trunk(), ["a cat", "an icon of a very long dog", "owl"]
-  out = cached_features(trunk, texts, texts.__getitem__, cache_dir=tmp_path, batch=2)
-  assert out.shape == (3, 1, 1, 16)
-  alone = trunk.compiled(trunk.params, trunk.collate([trunk.preprocess("owl")]))
-  np.testing.assert_allclose(out[2, 0], alone[0], atol=1e-3)
+def test_equal_contents_share_an_item_and_views_are_their_own(tmp_path):
+  images, trunk = Images(4, views=3), mean_trunk()
+  images.images[2] = images.images[0]
+  keys = images.keys
+  keys[7:9] += np.uint64(1)  # the augmented views of the third image are of its own name
+  store = TokenCache(tmp_path, trunk)
+  places = store.fill(keys, images)[0].reshape(4, 3)
+  assert places[2, 0] == places[0, 0] and len(np.unique(places)) == 11
+  views = tokens_at(store, places.reshape(-1)).reshape(4, 3, 2, 3).astype(np.float32)
+  np.testing.assert_allclose(views[:, 0], expected(images.images), rtol=1e-3)
+  for view in (1, 2):
+    np.testing.assert_allclose(views[:, view, 0] - views[:, 0, 0], np.full((4, 3), view), atol=0.1)
+  assert sum(np.load(path).shape[0] for path in tmp_path.rglob("*.keys.npy")) == 11
+  images.reads.clear()
+  images.images[3] += 50
+  again = images.keys
+  again[7:9] += np.uint64(1)
+  places = store.fill(again, images)[0].reshape(4, 3)
+  assert images.reads == [3] and (places >= 0).all()
+
+
+def test_trunks_of_other_weights_have_folders_of_their_own(tmp_path):
+  images = Images(3)
+  for trunk, scale in ((mean_trunk(), 1), (mean_trunk("weights 2", 2.0), 2)):
+    store = TokenCache(tmp_path, trunk)
+    places, _ = store.fill(images.keys, images)
+    np.testing.assert_allclose(tokens_at(store, places), scale * expected(images.images), rtol=1e-3)
+  assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_cannot_be_read_has_no_place_and_is_tried_again(tmp_path):
+  images = Images(5, failing={3: ValueError("item 3 is no picture")})
+  store = TokenCache(tmp_path, mean_trunk())
+  places, bad = store.fill(images.keys, images)
+  assert bad == ["item 3 is no picture"] and (places < 0).tolist() == [False, False, False, True, False]
+  np.testing.assert_allclose(tokens_at(store, places[[0, 4]]), expected(images.images)[[0, 4]], rtol=1e-3)
+  images.failing.clear()
+  images.reads.clear()
+  assert (store.fill(images.keys, images)[0] >= 0).all() and images.reads == [3]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_texts_have_the_same_bits_whatever_else_is_computed(tmp_path, workers):
+  trunk = tiny_text_trunk()
+  texts = ["owl", "a cat", "an icon of a very long dog in the rain", *(f"{n} birds on a wire" for n in range(30))]
+  whole, alone, other = (TokenCache(tmp_path / name, trunk) for name in ("whole", "alone", "other"))
+  places, _ = whole.fill(string_keys(texts), Strings(texts, trunk.input.prepare), workers=workers)
+  tokens = tokens_at(whole, places)
+  assert len(np.unique(tokens, axis=0)) == len(texts)
+  for text in (texts[0], texts[2]):
+    np.testing.assert_array_equal(tokens_at(alone, alone.strings([text])), tokens[[texts.index(text)]])
+  np.testing.assert_array_equal(tokens_at(other, other.strings(texts[::-1]))[::-1], tokens)
+  raw = trunk.compiled(trunk.params, trunk.collate([trunk.preprocess("owl")]))
+  np.testing.assert_allclose(tokens[0], raw[0], atol=1e-3)
+
+
+class Width(nn.Module):
+  """Ids -> their padded length."""
+
+  def __call__(self, ids, train=False):
+    return Encoded(jnp.full((ids.shape[0], 1, 1), ids.shape[1], jnp.float32))
+
+
+def test_items_of_one_padded_length_are_computed_together(tmp_path):
+  ids = lambda text: np.array([ord(letter) for letter in text.ljust(12, "\0")], np.int32)
+  cut = lambda items: np.stack(items)[:, : max(int(np.count_nonzero(item)) for item in items)]
+  trunk = Trunk("width", "text", Width(), Input((12,), "int32", ids, cut), "width")
+  texts = ["x" * (1 + n % 5) + "abcdefg"[: n % 7] for n in range(40)]
+  store = TokenCache(tmp_path, trunk)
+  assert tokens_at(store, store.strings(texts)).ravel().tolist() == [len(text) for text in texts]
 
 
 def test_content_hash_tells_values_types_and_shapes_apart(tmp_path):
@@ -157,117 +195,252 @@ def test_content_hash_tells_values_types_and_shapes_apart(tmp_path):
   assert content_hash(path) == content_hash(b"abc") and content_hash(image[::-1][::-1]) == content_hash(image)
   with pytest.raises(ValueError, match="content_hash: got object"):
     content_hash(object())
+  assert key_of("a", "bc") != key_of("ab", "c")
 
 
-def test_an_interrupted_build_goes_on_from_its_finished_chunks(tmp_path):
-  items = Items(20)
-  hashes = [content_hash(image) for image in items.images]
+# What ends in the middle.
 
-  def failing(index):
-    if index == 15:
-      raise RuntimeError("the disk is on fire")
-    return items(index)
 
+def test_an_interrupted_fill_keeps_its_finished_shards_and_leaves_no_half_one(tmp_path, small_shards):
+  images = Images(60, failing={40: RuntimeError("the disk is on fire")})
   with pytest.raises(RuntimeError, match="on fire"):
-    cached_features(mean_trunk(), items.keys, failing, cache_dir=tmp_path, hashes=hashes)
-  assert folder(tmp_path).name.endswith(".part"), "an unfinished set is never under its final name"
-  items.reads.clear()
-  out = cached_features(mean_trunk(), items.keys, items, cache_dir=tmp_path, hashes=hashes)
-  assert sorted(items.reads) == list(range(12, 20)), "two chunks of six were there"
-  np.testing.assert_allclose(out[:, 0], expected(items.images), rtol=1e-3)
-  assert not folder(tmp_path).name.endswith(".part")
+    TokenCache(tmp_path, mean_trunk()).fill(images.keys, images)
+  shards, keys, others = files_of(tmp_path)
+  assert len(shards) == len(keys) == 5 and not others, "of 40 items two batches of 16 were computed"
+  images.failing.clear()
+  images.reads.clear()
+  store = TokenCache(tmp_path, mean_trunk())
+  places, _ = store.fill(images.keys, images)
+  assert sorted(images.reads) == list(range(30, 60))
+  np.testing.assert_allclose(tokens_at(store, places), expected(images.images), rtol=1e-3)
+
+
+KILLED = textwrap.dedent("""
+  import os, pathlib, signal, sys
+  from codebind_jax.trunks import cache
+  from tests.test_features import Images, mean_trunk
+  class Deadly(Images):
+    def __getitem__(self, number):
+      if number == 40:
+        os.kill(os.getpid(), signal.SIGKILL)
+      return super().__getitem__(number)
+  cache.SHARD_ITEMS = 6
+  images = Deadly(60)
+  cache.TokenCache(pathlib.Path(sys.argv[1]), mean_trunk()).fill(images.keys, images)
+""")
 
 
 def test_a_killed_process_leaves_nothing_half_written(tmp_path):
-  script = textwrap.dedent(f"""
-    import sys, time
-    import numpy as np
-    from codebind_jax.trunks import cache as features
-    from tests.test_features import Items, content_hash, mean_trunk
-    features._ITEMS_PER_CHUNK = 6
-    items = Items(40)
-    def slow(index):
-      time.sleep(0.02 if index < 18 else 600)
-      return items(index)
-    hashes = [content_hash(image) for image in items.images]
-    features.cached_features(mean_trunk(), items.keys, slow, cache_dir={str(tmp_path)!r}, hashes=hashes)
-  """)
-  process = subprocess.Popen([sys.executable, "-c", script])
-  chunks = lambda: [path for path in tmp_path.glob("*.part/chunks.jsonl") if path.read_text().count("crc32") >= 3]
-  for _ in range(3000):
-    if chunks() or process.poll() is not None:
-      break
-    time.sleep(0.02)
-  process.send_signal(signal.SIGKILL)
-  process.wait()
-  assert chunks(), "the process was killed while it worked"
-  with open(folder(tmp_path) / "chunks.jsonl", "a") as log:
-    log.write('{"start": 18, "sto')
-  items = Items(40)
-  hashes = [content_hash(image) for image in items.images]
-  out = cached_features(mean_trunk(), items.keys, items, cache_dir=tmp_path, hashes=hashes)
-  assert sorted(items.reads) == list(range(18, 40))
-  np.testing.assert_allclose(out[:, 0], expected(items.images), rtol=1e-3)
+  environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+  done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env=environment, capture_output=True, text=True)
+  assert done.returncode == -signal.SIGKILL, done.stderr
+  shards, keys, others = files_of(tmp_path)
+  assert len(shards) == len(keys) == 5 and all(name.endswith(".part") for name in others)
+  images, store = Images(60), TokenCache(tmp_path, mean_trunk())
+  places, _ = store.fill(images.keys, images)
+  assert sorted(images.reads) == list(range(30, 60))
+  np.testing.assert_allclose(tokens_at(store, places), expected(images.images), rtol=1e-3)
 
 
-@pytest.mark.parametrize("damage", ["a byte", "cut short", "no array", "no list", "a wrong header"])
-def test_a_damaged_set_is_found_and_mended(tmp_path, damage, caplog):
-  items = Items(20)
-  hashes = [content_hash(image) for image in items.images]
-  build = lambda: cached_features(mean_trunk(), items.keys, items, cache_dir=tmp_path, hashes=hashes)
-  good = np.array(build())
-  path, items.reads[:] = folder(tmp_path) / "features.npy", []
-  data = bytearray(path.read_bytes())
+def test_two_processes_of_one_fill_give_the_tokens_of_one(tmp_path, small_shards):
+  alone, whole = TokenCache(tmp_path / "alone", mean_trunk()), Images(41)
+  whole.images[7] = whole.images[2]
+  wanted = tokens_at(alone, alone.fill(whole.keys, whole)[0])
+  barrier, found = threading.Barrier(2, timeout=60), {}
+
+  def one(process):
+    images = Images(41)
+    images.images[7] = images.images[2]
+    store = TokenCache(tmp_path / "two", mean_trunk())
+    places, _ = store.fill(images.keys, images, process=process, processes=2, wait=lambda name: barrier.wait())
+    found[process] = sorted(images.reads), tokens_at(store, places)
+
+  threads = [threading.Thread(target=one, args=(process,)) for process in range(2)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  (first, a), (second, b) = found[0], found[1]
+  assert sorted(first + second) == [n for n in range(41) if n != 7] and len(first) == len(second) == 20
+  np.testing.assert_array_equal(a, wanted)
+  np.testing.assert_array_equal(b, wanted)
+
+
+# Damage.
+
+
+def filled(folder, count=10):
+  images, store = Images(count), TokenCache(folder, mean_trunk())
+  return images, store.fill(images.keys, images)[0], next(folder.rglob("*.array_record"))
+
+
+@pytest.mark.parametrize("damage", ["a byte", "cut to a block", "cut short", "empty", "gone while it is used", "other"])
+def test_a_damaged_shard_is_named_when_it_is_read(tmp_path, damage):
+  images, places, shard = filled(tmp_path)
+  store, content = TokenCache(tmp_path, mean_trunk()), shard.read_bytes()
   if damage == "a byte":
-    data[-13 * 12 - 1] ^= 1
-    path.write_bytes(data)
-  elif damage == "cut short":
-    path.write_bytes(data[:-40])
-  elif damage == "no array":
-    path.unlink()
-  elif damage == "no list":
-    (path.parent / "chunks.jsonl").unlink()
+    tokens = store.reader(int(places[4]))[1:].tobytes()
+    store = TokenCache(tmp_path, mean_trunk())
+    at = content.index(tokens)
+    shard.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+  elif damage == "gone while it is used":
+    shard.unlink()
+  elif damage == "other":  # of fewer items, as no writer leaves it
+    *_, small = filled(tmp_path / "small", 2)
+    shard.write_bytes(small.read_bytes())
   else:
-    np.save(path, np.zeros((20, 1, 2, 4), np.float16))
-  with caplog.at_level("WARNING"):
-    out = build()
-  np.testing.assert_array_equal(out, good)
-  assert "is damaged, computing" in caplog.text
-  bad = {"a byte": range(6, 12), "cut short": range(12, 20)}.get(damage, range(20))
-  assert sorted(items.reads) == list(bad), "chunks that are whole are kept"
-  assert not list(tmp_path.glob("*.part"))
+    shard.write_bytes(content[: {"cut to a block": 65536, "cut short": 1000, "empty": 0}[damage]])
+  with pytest.raises(OSError, match=rf"{shard}: cached tokens are damaged .*; remove this file and its .keys.npy"):
+    store.reader(int(places[4]))
+  if damage == "a byte":  # the others are whole
+    np.testing.assert_allclose(store.reader(int(places[5])), expected(images.images)[5], rtol=1e-3)
+    np.testing.assert_allclose(store.reader(int(places[4]), pooled=True), expected(images.images)[4, :1], rtol=1e-3)
 
 
-def test_chunks_are_recorded_with_checksums(tmp_path):
-  items = Items(8)
-  cached_features(mean_trunk(), items.keys, items, cache_dir=tmp_path)
-  lines = [json.loads(line) for line in (folder(tmp_path) / "chunks.jsonl").read_text().split("\n") if line]
-  assert [(line["start"], line["stop"]) for line in lines] == [(0, 6), (6, 8)]
+@pytest.mark.parametrize("damage", ["cut short", "header", "empty", "other numbers", "shard gone"])
+def test_damaged_keys_are_left_out_and_their_items_computed_again(tmp_path, damage, caplog):
+  images, _, shard = filled(tmp_path)
+  path = shard.with_name(f"{shard.name}.keys.npy")
+  content = path.read_bytes()
+  if damage == "other numbers":
+    np.save(path, np.zeros((10, 3), np.uint64))
+  elif damage == "shard gone":
+    shard.unlink()
+  else:
+    path.write_bytes({"cut short": content[:-40], "header": b"\0" + content[1:], "empty": b""}[damage])
+  store = TokenCache(tmp_path, mean_trunk())
+  assert f"{path} is left out: " in caplog.text
+  assert (store.places(images.keys) < 0).all()
+  images.reads.clear()
+  places, _ = store.fill(images.keys, images)
+  assert sorted(images.reads) == list(range(10))
+  np.testing.assert_allclose(tokens_at(store, places), expected(images.images), rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-  ("change", "message"),
-  [
-    (dict(keys=[]), "keys: got none"),
-    (dict(keys=["a", "b", "a"]), "'a' appears more than once"),
-    (dict(hashes=["x"]), "hashes: got 1 for 3 keys"),
-    (dict(views=0), "views: got 0"),
-    (dict(views=2), "more need `augment`"),
-    (dict(views=2, augment=lambda image, rng: image), "does not say what it does"),
-  ],
-)
-def test_bad_arguments_are_named(tmp_path, change, message):
-  items = Items(3)
-  with pytest.raises(ValueError, match=message):
-    cached_features(**(dict(trunk=mean_trunk(), keys=items.keys, read=items, cache_dir=tmp_path) | change))
+def test_a_changed_key_only_loses_its_item(tmp_path):
+  images, _, shard = filled(tmp_path)
+  path = shard.with_name(f"{shard.name}.keys.npy")
+  content = bytearray(path.read_bytes())
+  content[-16 * 7] ^= 1  # of the fourth item
+  path.write_bytes(content)
+  store = TokenCache(tmp_path, mean_trunk())
+  assert np.flatnonzero(store.places(images.keys) < 0).tolist() == [3]
+  images.reads.clear()
+  places, _ = store.fill(images.keys, images)
+  assert images.reads == [3]
+  np.testing.assert_allclose(tokens_at(store, places), expected(images.images), rtol=1e-3)
 
 
 @pytest.mark.parametrize("scale", [np.nan, 1e6])
-def test_values_that_are_not_finite_are_named(tmp_path, scale):
-  items = Items(8)
-  items.images[:] = 0
-  items.images[5] = 9
-  trunk = mean_trunk(bright=scale)
-  with pytest.raises(ValueError, match="not finite in float16 for 'item 5'"):
-    cached_features(trunk, items.keys, items, cache_dir=tmp_path, batch=1)
-  assert all(entry.name.endswith(".part") for entry in tmp_path.iterdir() if entry.is_dir())
+def test_values_that_are_not_finite_are_refused(tmp_path, scale):
+  images = Images(8)
+  with pytest.raises(ValueError, match="trunk 'mean' gave a value that is not finite in float16"):
+    TokenCache(tmp_path, mean_trunk(scale=scale)).fill(images.keys, images)
+  assert files_of(tmp_path) == ([], [], [])
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+  images = Images(3)
+  (tmp_path / "file").write_text("in the way")
+  with pytest.raises(OSError, match="file"):
+    TokenCache(tmp_path / "file", mean_trunk()).fill(images.keys, images)
+  store = TokenCache(tmp_path, mean_trunk())
+  with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match=rf"{tmp_path}/mean-.*: tokens cannot be"):
+    patch.setattr(cache.Path, "mkdir", lambda *_, **__: None)  # as a folder that another process has removed
+    store.fill(images.keys, images)
+
+
+FULL = textwrap.dedent("""
+  import pathlib, resource, signal, sys
+  from codebind_jax.trunks import cache
+  from tests.test_features import Images, mean_trunk
+  folder, room = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+  images = Images(600)
+  store, trunk = cache.TokenCache(folder, mean_trunk()), mean_trunk()
+  trunk.compiled(trunk.params, images.images[:16])  # compiled programs are kept on the disk too
+  cache.SHARD_ITEMS = 500
+  signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+  try:
+    store.fill(images.keys, images)
+  except OSError as error:
+    print(error)
+""")
+
+
+@pytest.mark.parametrize("room", [50_000, 4_000])
+def test_a_full_disk_is_an_error_and_leaves_no_shard(tmp_path, room):
+  environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+  command = [sys.executable, "-c", FULL, str(tmp_path), str(room)]
+  done = subprocess.run(command, env=environment, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert f"{tmp_path}/mean-" in done.stdout and "tokens cannot be written" in done.stdout, done.stdout + done.stderr
+  assert "File too large" in done.stdout
+  assert files_of(tmp_path) == ([], [], [])
+  images, store = Images(600), TokenCache(tmp_path, mean_trunk())
+  places, _ = store.fill(images.keys, images)
+  np.testing.assert_allclose(tokens_at(store, places), expected(images.images), rtol=1e-3)
+
+
+def test_no_room_for_the_keys_leaves_no_shard(tmp_path, monkeypatch):
+  def full(*_):
+    raise OSError(28, "No space left on device")
+
+  images = Images(4)
+  with monkeypatch.context() as patch, pytest.raises(OSError, match="tokens cannot be written .*No space left"):
+    patch.setattr(cache.np, "save", full)
+    TokenCache(tmp_path, mean_trunk()).fill(images.keys, images)
+  assert files_of(tmp_path) == ([], [], [])
+
+
+# What is remembered of files.
+
+
+class Hashes:
+  """The hashes of some files, counted."""
+
+  def __init__(self, folder):
+    self.paths, self.reads = [folder / f"{n}.bin" for n in range(4)], []
+    for n, path in enumerate(self.paths):
+      path.write_bytes(bytes([n] * 10))
+
+  def __call__(self, number):
+    self.reads.append(number)
+    return content_hash(self.paths[number])
+
+  @property
+  def identities(self):
+    stats = [path.stat() for path in self.paths]
+    return [f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in zip(self.paths, stats)]
+
+
+def test_a_file_s_hash_is_remembered_until_it_changes(tmp_path):
+  files, memory = Hashes(tmp_path), tmp_path / "below" / "contents.sqlite"
+  first = Contents(memory).hashes(files.identities, files)
+  assert first == [content_hash(path) for path in files.paths] and files.reads == [0, 1, 2, 3]
+  files.reads.clear()
+  assert Contents(memory).hashes(files.identities, files) == first and files.reads == []
+  files.paths[2].write_bytes(b"other byte")  # ten bytes too
+  stat = files.paths[2].stat()
+  os.utime(files.paths[2], ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+  again = Contents(memory).hashes(files.identities, files)
+  assert files.reads == [2] and again == [*first[:2], content_hash(b"other byte"), first[3]]
+  files.reads.clear()
+  unknown = [*files.identities[:3], ""]  # one that has no place of its own
+  assert Contents(memory).hashes(unknown, files) == again == Contents(memory).hashes(unknown, files)
+  assert files.reads == [3, 3]
+
+
+@pytest.mark.parametrize("damage", ["no base", "in the way", "a folder"])
+def test_a_memory_that_cannot_be_used_is_only_lost(tmp_path, damage, caplog):
+  files, memory = Hashes(tmp_path), tmp_path / "below" / "contents.sqlite"
+  if damage == "in the way":
+    memory.parent.write_text("a file")
+  elif damage == "a folder":
+    memory.mkdir(parents=True)
+  else:
+    memory.parent.mkdir()
+    memory.write_text("this is no data base, " * 100)
+  hashes = [content_hash(path) for path in files.paths]
+  assert Contents(memory).hashes(files.identities, files) == hashes and files.reads == [0, 1, 2, 3]
+  assert "content hashes are not remembered" in caplog.text

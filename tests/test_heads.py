@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from codebind_jax.config import read
-from codebind_jax.data.batches import FeatureTable
 from codebind_jax.initialise import copy_heads, whiten_heads
 from codebind_jax.models.towers import Head, whitened
 from codebind_jax.runtime.sharding import MeshShape, Sharding, make_layout
 from configs import common
+from tests.source_fixtures import tokens_of
 
 
 def crowded_tokens(width=12):
@@ -51,11 +51,13 @@ def towers_of(**towers):
 def test_a_run_whitens_by_the_clean_view_of_the_heads_that_ask_for_it():
   head, tokens = Head(12), crowded_tokens()
   params = {m: {"shared": head.init(jax.random.key(0), tokens[:, None])["params"]} for m in ("image", "text")}
-  towers = towers_of(image={"whiten": 0.3, "views": 2}, text={})
+  towers = towers_of(image={"whiten": 0.3, "views": 2, "augment": {"kind": "drawing"}}, text={})
   clean = np.asarray(tokens, np.float16)
-  table = FeatureTable(np.stack([clean, clean[:, ::-1]], axis=1)[:, :, None], [(i,) for i in range(len(clean))])
+  # Two rows show one item, which counts once.
+  choices = [(i,) for i in range(len(clean))] + [(3,)]
+  feed = tokens_of(np.stack([clean, clean[:, ::-1]], axis=1)[:, :, None], choices)
   layout = make_layout(MeshShape(), Sharding())
-  found = whiten_heads(params, towers, {"image": table, "text": table}, layout)
+  found = whiten_heads(params, towers, {"image": feed, "text": feed}, layout)
   expected = whitened(params["image"]["shared"], clean.astype(np.float32), 0.3)
   jax.tree.map(np.testing.assert_array_equal, found["image"]["shared"], expected)
   assert found["text"] is params["text"]

@@ -1,5 +1,6 @@
 """Preparation of items in worker processes, which have neither JAX nor Flax: pickled, and equal bit for bit."""
 
+import errno
 import io
 import pickle
 import subprocess
@@ -13,6 +14,7 @@ from PIL import Image
 
 from codebind_jax.data.inputs import Input
 from codebind_jax.data.preparation.texts import Ids, text_input, without_punctuation
+from codebind_jax.data.ranges import ChangedError
 from codebind_jax.trunks import codebind_release, imagebind, load_trunk, minilm, trunk_names, uni3d
 from codebind_jax.trunks.families import families
 from tests import family_fixtures, processes
@@ -161,3 +163,22 @@ def test_what_cannot_be_opened_is_a_value_error():
     Input((2,), "float32", np.asarray, read=read).opened("depth", "a.npy")
   with pytest.raises(ValueError, match=r"'smell' is not read from files; allowed: \['audio', 'depth'"):
     Input((2,), "float32", np.asarray).opened("smell", b"")
+
+
+class Struct(Exception):
+  """What a package raises for a damaged file."""
+
+
+@pytest.mark.parametrize("raised, kept", [
+  (Struct("bad magic"), False), (OSError("truncated"), False), (RecursionError("deep"), False),
+  (OSError(errno.EIO, "disk"), True), (MemoryError(), True), (ImportError("av"), True), (ChangedError("a.tar"), True),
+])  # fmt: skip
+def test_what_a_reader_raises_is_a_bad_item_unless_it_is_the_machines(tmp_path, raised, kept):
+  def fail(value):
+    raise raised
+
+  item = Input((1,), "float32", fail, read=fail)
+  for work in (lambda: item.opened("image", tmp_path), lambda: item.prepared("image", np.zeros(3))):
+    with pytest.raises(type(raised) if kept else ValueError) as caught:
+      work()
+    assert kept or str(raised.args[0]) in str(caught.value)

@@ -12,9 +12,9 @@ import pytest
 from scipy.stats import binomtest
 from tensorboardX.proto import event_pb2
 
+from codebind_jax.data import examples
 from codebind_jax.evaluators import intervals
 from codebind_jax.runtime import metrics
-from codebind_jax.trunks import featurize
 
 
 def events(folder):
@@ -183,7 +183,41 @@ def test_reading_while_a_step_runs_is_no_wait():
   assert rate.report() == {"examples_per_second": 1.0, "data_wait_share": 0.125}
 
 
-@pytest.mark.parametrize("module", [metrics, intervals, featurize])
+def test_what_was_read_is_reported_by_source_and_modality_a_second():
+  now = [10.0]
+  rate = metrics.Throughput(clock=lambda: now[0])
+  rate.read({"near": 8, "far": 4}, {"near": 3000, "far": 50}, {"image": 2.0, "text": 0.5})
+  rate.read({"near": 8}, {"near": 1000}, {"image": 4.0})
+  now[0] += 4.0
+  rate.add(20)
+  assert rate.report() == {
+    "examples_per_second": 5.0, "data_wait_share": 0.0,
+    "data/near/items_per_second": 4.0, "data/far/items_per_second": 1.0,
+    "data/near/bytes_per_second": 1000.0, "data/far/bytes_per_second": 12.5,
+    "data/image/read_share": 1.5, "data/text/read_share": 0.125,
+  }  # fmt: skip
+  now[0] += 1.0
+  assert rate.report() == {"examples_per_second": 0.0, "data_wait_share": 0.0}, "a report starts the count anew"
+
+
+@pytest.mark.parametrize("wait, costs, workers, message", [
+  (0.1, {"image": 2.0}, 0, ""), (0.0, {}, 0, ""),
+  # 3 of 4 threads' time is reading: the processor is what lacks.
+  (0.4, {"image": 2.4, "text": 0.6}, 0, "input-bound: waited 40 % of the time for data (threads 4, workers 0; reading: "
+   "image 80 %, text 20 %); raise config.data.workers to the number of free cores, store smaller files, or cache a "
+   "frozen trunk"),
+  # 3 of 8 workers' time.
+  (0.25, {"audio": 0.75, "image": 2.25}, 8, "input-bound: waited 25 % of the time for data (workers 8; reading: "
+   "image 75 %, audio 25 %); most of that is waiting for the disk: raise config.data.threads or workers, or copy the "
+   "data nearer"),
+])  # fmt: skip
+def test_a_run_that_waits_for_its_data_is_told_what_to_change(wait, costs, workers, message):
+  rates = {"examples_per_second": 1.0, "data_wait_share": wait, "data/near/items_per_second": 9.0}
+  rates |= {f"data/{name}/read_share": value for name, value in costs.items()}
+  assert metrics.input_bound(rates, workers, 4) == message
+
+
+@pytest.mark.parametrize("module", [metrics, intervals, examples])
 def test_docstring_examples(module):
   found = doctest.testmod(module)
   assert found.attempted and not found.failed

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from codebind_jax.data import transforms
-from codebind_jax.data.manifest import check_file
+from codebind_jax.data.opening import check_item
 from codebind_jax.data.transforms import depth, points, tactile, thermal
 
 METRES = np.array([[0.0, 0.5, 1.25], [2.0, 3.75, 0.0]], np.float32)
@@ -35,7 +35,7 @@ def test_depth_of_every_kind_of_file(tmp_path):
   with np.errstate(divide="ignore"):
     np.savez(tmp_path / "g.npz", disparity=np.where(METRES > 0, 20.0 / METRES, 0.0), scale=20.0)
   for path in sorted(tmp_path.iterdir()):
-    check_file("depth", path)
+    check_item("depth", path)
     for value in (path, str(path), path.read_bytes()):
       got = depth.read(value)
       assert got.dtype == np.float32
@@ -80,7 +80,7 @@ def test_thermal_of_every_kind_of_file(tmp_path):
   np.save(tmp_path / "c.npy", CELSIUS)
   (tmp_path / "d.tiff").write_bytes(encoded(CELSIUS.astype(np.float32), "TIFF"))
   for path in sorted(tmp_path.iterdir()):
-    check_file("thermal", path)
+    check_item("thermal", path)
     for value in (path, path.read_bytes()):
       got = thermal.read(value)
       assert got.dtype == np.float32
@@ -116,7 +116,7 @@ def test_tactile_is_a_colour_picture(tmp_path):
   pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 3)).astype(np.uint8)
   path = tmp_path / "touch.png"
   path.write_bytes(encoded(pixels))
-  check_file("tactile", path)
+  check_item("tactile", path)
   for value in (path, path.read_bytes(), pixels):
     np.testing.assert_array_equal(tactile.read(value), pixels)
   (tmp_path / "grey.png").write_bytes(encoded(pixels[..., 0]))
@@ -147,7 +147,7 @@ def test_clouds_are_read_as_they_are(tmp_path):
   (tmp_path / "b.ply").write_text(PLY)
   for value in (tmp_path / "a.npy", (tmp_path / "a.npy").read_bytes(), CORNERS):
     np.testing.assert_array_equal(points.read(value), CORNERS)
-  check_file("points", tmp_path / "b.ply")
+  check_item("points", tmp_path / "b.ply")
   coloured = np.c_[CORNERS, np.tile([1.0, 0.0, 0.2], (4, 1))]
   np.testing.assert_allclose(points.read(tmp_path / "b.ply"), coloured, rtol=1e-6)
 

@@ -134,8 +134,8 @@ def swap_picture(manifest):
 
 
 @pytest.mark.parametrize("change, message", [
-    (drop_record, "rows: 24 -> 23; bridges.squares.rows with image: 24 -> 23"), (rename_label, "labels: '"),
-    (take_caption, "features of text: '"), (swap_picture, "features of image: 'efficientnet_lite0-"),
+    (drop_record, "rows: 24 -> 23"), (rename_label, "files.squares: '"),
+    (take_caption, "items of text: '"), (swap_picture, "items of image: '"),
     (None, "rows of a batch: 8 -> 4")])  # fmt: skip
 def test_a_run_does_not_go_on_with_other_data_or_another_mixture(data, whole_run, tmp_path, change, message):
   workdir, manifest = tmp_path / "run", tmp_path / "squares" / "squares.jsonl"

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from codebind_jax.api import Embeddings, Model
+from codebind_jax.api import Embedded, Embeddings, Model
 from codebind_jax.config import method_of, read
 from codebind_jax.data.inputs import Input
-from codebind_jax.data.records import Source
+from codebind_jax.data.records import joined
 from codebind_jax.data.task import Task
 from codebind_jax.data.worlds.evalset import EvalSet
 from codebind_jax.evaluate import Evaluation
@@ -29,39 +29,14 @@ from codebind_jax.runtime.optim import frozen
 from codebind_jax.runtime.train_state import TrainState
 from codebind_jax.step import make_train_step
 from codebind_jax.train import optimizer_of
-from codebind_jax.trunks import featurize
+from codebind_jax.trunks import feeds
 from codebind_jax.trunks.base import Trunk
-from codebind_jax.trunks.cache import content_hash
+from codebind_jax.trunks.feeds import Feeder
 from codebind_jax.trunks.vectors import Prepared
 from configs import common
+from tests.source_fixtures import Rows
 
 EAST, NORTH, WEST, SOUTH = (np.array(direction, np.float16) for direction in ([1, 0], [0, 1], [-1, 0], [0, -1]))
-
-
-class Rows(Source):
-  """Rows with given arrays; None where a row lacks the modality. `closed` rows must not be read."""
-
-  def __init__(self, name, rows, closed=False, **arrays):
-    super().__init__(name, [{"id": f"{name} {i}"} | row for i, row in enumerate(rows)])
-    self.arrays, self.closed = {m: list(values) for m, values in arrays.items()}, closed
-
-  @property
-  def modalities(self):
-    return (*self.arrays, *(["text"] if any("text" in row for row in self.rows) else []))
-
-  def has(self, index, modality):
-    return super().has(index, modality) or self.arrays.get(modality, {index: None})[index] is not None
-
-  def content_hash(self, index, modality):
-    return content_hash(self.read(index, modality))
-
-  def read(self, index, modality):
-    assert not self.closed, f"{self.name} was read"
-    return np.asarray(self.arrays[modality][index])
-
-  def _choose(self, chosen):
-    super()._choose(chosen)
-    self.arrays = {m: [values[i] for i in chosen] for m, values in self.arrays.items()}
 
 
 class Plain(Model):
@@ -71,10 +46,11 @@ class Plain(Model):
     super().__init__(config, {}, {})
     self.method = types.SimpleNamespace(codebook_sizes={"shared": codes} if codes else {})
 
-  def embed_tokens(self, modality, tokens):
-    x = np.asarray(tokens[:, 0], np.float32)
+  def embed_rows(self, modality, feed, rows, *, workers=0, threads=2, batch=0):
+    x = np.stack([np.asarray(feed.clean(int(row))[0], np.float32) for row in rows])
     nothing, none = x[:, :0], np.zeros((len(x), 0), np.int32)
-    return Embeddings(x, nothing, nothing, x.argmax(axis=1)[:, None].astype(np.int32), none)
+    embeddings = Embeddings(x, nothing, nothing, x.argmax(axis=1)[:, None].astype(np.int32), none)
+    return Embedded(embeddings, np.ones(len(x), bool), ())
 
 
 def words_trunk(words):
@@ -95,19 +71,20 @@ def evaluation_of(folder, train, evals, words=None, *, views=1, codes=0, **overr
   config = common.get_config()
   config.data.root = str(folder)
   sources = [*train.values(), *(test.source for test in evals)]
-  arrays = [(m, v) for source in sources for m, values in source.arrays.items() for v in values if v is not None]
+  arrays = [(m, v) for source in sources for m, values in source.items.items() for v in values if v is not None]
   widths, trunks = {m: len(v) for m, v in arrays}, {}
   for name, width in widths.items():
-    config.model.towers[name] = common.tower("vectors", options={"width": width, "modality": name}, views=views)
+    config.model.towers[name] = common.tower("vectors", options={"width": width, "modality": name}, views=views,
+                                              augment={"kind": "any"} if views > 1 else {})  # fmt: skip
   if any(v.ndim == 3 for _, v in arrays):
     trunks["image"] = pictures_trunk()
   if words:
     trunks["text"], config.model.towers.text = words_trunk(words), common.tower("minilm")
   config.update_from_flattened_dict(overrides)
-  task = Task("task", "", train, dict.fromkeys(train, "label"), tuple(evals))
+  task = Task("task", "", train, tuple(evals))
   config = read(config)
-  featurizer = featurize.Featurizer(config.data, config.model.towers, trunks)
-  return Plain(config, codes), Evaluation(config, task, featurizer)
+  feeder = Feeder(config.data, config.model.towers, trunks)
+  return Plain(config, codes), Evaluation(config, task, feeder)
 
 
 # Probes.
@@ -267,11 +244,16 @@ class Turned:
     return -x
 
 
+def views_of(feed):
+  """[choices, views, tokens, width] of cached tokens."""
+  return np.stack([[feed.reader(int(place)) for place in own] for own in feed.places])
+
+
 def test_embeddings_are_of_the_clean_view(tmp_path, monkeypatch):
-  monkeypatch.setattr(featurize, "Drawing", Turned)
+  monkeypatch.setattr(feeds.augment, "make", lambda *_: Turned())
   train, evals, words = kinds(test_closed=False)
   model, evaluation = evaluation_of(tmp_path, train, evals, words, views=3)
-  features = evaluation._featurizer.table(train["a"], "image", augmented=True).features
+  features = views_of(evaluation._feeder.train(train["a"], "image"))
   np.testing.assert_array_equal(features[:, 1:, 0], -np.stack([[EAST, EAST], [NORTH, NORTH]] * 2))
   for table in (evaluation.table(model, evals[0]), evaluation.train_table(model, "a")):
     np.testing.assert_array_equal(table["image"]["shared"], [EAST, NORTH] * 2)
@@ -349,8 +331,8 @@ def test_code_usage_is_that_of_the_training_rows_of_all_worlds(tmp_path):
 # What is trained on.
 
 
-def test_training_tables_have_views_captions_and_what_tells_rows_apart(tmp_path, monkeypatch):
-  monkeypatch.setattr(featurize, "Drawing", Turned)
+def test_training_feeds_have_views_captions_and_what_tells_rows_apart(tmp_path, monkeypatch):
+  monkeypatch.setattr(feeds.augment, "make", lambda *_: Turned())
   rows = [
     {"label": "east", "style": "old", "text": ["east", "dawn"]},
     {"label": "north", "style": "new", "text": ["n"]}, {"label": "north", "style": "old", "text": ["n"]},
@@ -363,22 +345,28 @@ def test_training_tables_have_views_captions_and_what_tells_rows_apart(tmp_path,
   train = {"first": first, "second": Rows("second", rows, image=[EAST, NORTH, WEST])}
   share = {"model.towers.image.augmented": 0.25}
   _, evaluation = evaluation_of(tmp_path, train, [], words, views=2, **templates, **share)
-  featurizer = evaluation._featurizer
-  featurizer.texts(["n", "of n"])  # in memory before the others
-  tables, labels = featurizer.train_tables(train, {"first": "style", "second": "label"}, {"first": more})
-  assert labels == {"first": ["old", "new", "old", None], "second": ["east", "north", "north"]}
-  image = tables["first"]["image"]
-  assert image.augmented == 0.25 and image.features.shape == (4, 2, 1, 2)
+  feeder = evaluation._feeder
+  feeder.texts(["n", "of n"])  # in the cache before the others
+  whole = joined([first, more], field="style", unique=False)
+  found = feeder.train_feeds({**train, "first": whole}, evaluation.config.data.templates_of)
+  assert whole.index.group.tolist() == [0, 1, 0, 2] and train["second"].index.group.tolist() == [0, 1, 1]
+  image = found["first"]["image"]
+  assert image.augmented == 0.25 and image.shape == (1, 2) and image.starts.tolist() == [0, 1, 2, 3, 4]
   # Rows of one content have a clean view alike, but augmented ones of their own.
-  assert image.choices == [(0,), (1,), (2,), (3,)]
-  np.testing.assert_array_equal(image.features[:, 0, 0], [EAST, NORTH, NORTH, SOUTH])
-  np.testing.assert_array_equal(image.features[:, 1], -image.features[:, 0])
-  captions = lambda world: [
-    [names[int(tables[world]["text"].features[i, 0, 0, 0])] for i in own] for own in tables[world]["text"].choices
+  assert len(np.unique(image.places[:, 0])) == 3 and len(np.unique(image.places[:, 1])) == 4
+  views = views_of(image)
+  np.testing.assert_array_equal(views[:, 0, 0], [EAST, NORTH, NORTH, SOUTH])
+  np.testing.assert_array_equal(views[:, 1], -views[:, 0])
+  captions = lambda feed: [
+    [names[int(feed.reader(int(place))[0, 0])] for place in feed.places[start:stop, 0]]
+    for start, stop in zip(feed.starts, feed.starts[1:])
   ]
-  assert captions("first") == [["a east", "dawn"], ["a n"], ["a n"], ["a more"]]
-  assert captions("second") == [["of east", "dawn"], ["of n"], ["of n"]]
-  assert tables["first"]["text"].augmented == 0
+  assert captions(found["first"]["text"]) == [["a east", "dawn"], ["a n"], ["a n"], ["a more"]]
+  assert captions(found["second"]["text"]) == [["of east", "dawn"], ["of n"], ["of n"]]
+  assert found["first"]["text"].augmented == 0
+  # Evaluation has the main text of each row as it is, and no row that has none.
+  clean = feeder.texts(["n", "east", "n"])
+  assert [names[int(clean.clean(row)[0, 0])] for row in range(3)] == ["n", "east", "n"]
 
 
 # What is reported.
@@ -395,7 +383,8 @@ def test_the_report_shows_the_validation_set_both_models_and_the_baseline_s_curv
   train = {"set": make("train")}
   model, evaluation = evaluation_of(tmp_path, train, evals, {"east": EAST, "north": NORTH})
   before = Plain(evaluation.config)
-  before.embed_tokens = lambda m, tokens: model.embed_tokens(m, tokens[::-1] if m == "text" else tokens)
+  swapped = lambda m, rows: np.asarray(rows)[::-1] if m == "text" else rows
+  before.embed_rows = lambda m, feed, rows, **more: model.embed_rows(m, feed, swapped(m, rows), **more)
   for folder, loss in ((tmp_path / "run", 2.0), (tmp_path / "run" / "baseline", 3.0)):
     with MetricsWriter(folder) as writer:
       writer.write(1, "only", {"train/total": loss})
@@ -430,7 +419,7 @@ def test_classify_takes_the_templates_of_evaluation_and_a_bad_item_is_named_by_i
   model.trunks = evaluation.trunks
   assert [name for name, _ in model.classify([np.float32([1, 0])], ["east", "north"])[0]] == ["east", "north"]
   assert model.classify([np.float32([1, 0])], ["east", "north"], templates=["the {}"])[0][0][0] == "north"
-  items = [np.float32([1, 0])] * (model.trunk_rows + 2)
+  items = [np.float32([1, 0])] * 40
   items[-1] = np.zeros(3, np.float32)
   with pytest.raises(ValueError, match=rf"image\[{len(items) - 1}\]"):
     model.embed({"image": items})

@@ -63,6 +63,6 @@ def arrays_of(workdir: files.Path) -> dict[str, np.ndarray]:
 
 def lines_of(workdir: files.Path) -> list[dict]:
   """Lines of metrics.jsonl without the names that are wall-clock."""
-  timed = ("examples_per_second", "data_wait_share")
+  timed = ("examples_per_second", "data_wait_share", "data/")
   lines = [json.loads(line) for line in files.read_text(files.path(workdir) / "metrics.jsonl").splitlines()]
-  return [{name: value for name, value in line.items() if name not in timed} for line in lines]
+  return [{name: value for name, value in line.items() if not name.startswith(timed)} for line in lines]

@@ -15,10 +15,12 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import logging
 from jaxtyping import Bool, Int, Int32, Shaped
 
 from codebind_jax.data.ahead import ahead, spread
 from codebind_jax.data.examples import Feed, digest, stacked
+from codebind_jax.data.order import BlockOrder
 from codebind_jax.data.records import Source
 
 Batch = dict[str, dict[str, Any]]
@@ -162,12 +164,21 @@ class SourceBatches:
     else:
       starts, members, own = range(len(source) + 1), range(len(source)), len(source) - extra
 
+    if source.block > 1 and not isinstance(members, range):
+      advice = "set unique_labels False, or write shards by codebind_jax.tools.shards"
+      logging.warning("%s: rows are read in blocks of %d, but drawn by label from all of them, which is slow; %s",
+                      name, source.block, advice)  # fmt: skip
+
     def draws(first: int, count: int, size: int, seed: int) -> grain.MapDataset:
       if size > count:
         what = "distinct labels (unique_labels is on)" if unique_labels else "rows"
         raise ValueError(f"batch_size of {name!r}: {size} is larger than its {count} {what}")
+      draw = _Draw(source, feeds, starts, members)
+      if source.block > 1 and not first and isinstance(members, range):
+        order = BlockOrder(count, source.block, count // size * size, seed)
+        return grain.MapDataset.range(sys.maxsize).seed(seed).map(order).random_map(draw)
       drawn = grain.MapDataset.range(first, first + count).seed(seed).shuffle()
-      return drawn.random_map(_Draw(source, feeds, starts, members))[: count // size * size]
+      return drawn.random_map(draw)[: count // size * size]
 
     self._main = draws(0, own, self._first, seed)
     if self._extra:
@@ -225,11 +236,16 @@ class Batches:
 
   def _drawn(self, step: int) -> Examples:
     """The batch of a step, and how it was made."""
-    parts = [source.examples(step) for source in self._sources.values()]
-    seconds = {m: sum(part.seconds.get(m, 0.0) for part in parts) for m in {m for part in parts for m in part.seconds}}
-    join = lambda maps: {key: value for one in maps for key, value in one.items()}
-    bad = tuple(one for part in parts for one in part.bad)
-    return Examples(join(p.batch for p in parts), bad, seconds, join(p.read for p in parts))
+    parts = {name: source.examples(step) for name, source in self._sources.items()}
+    of_modality: dict[str, float] = {}
+    for part in parts.values():
+      for modality, seconds in part.seconds.items():
+        of_modality[modality] = of_modality.get(modality, 0.0) + seconds
+    return Examples(
+      {name: rows for name, part in parts.items() for rows in part.batch.values()},
+      tuple(dataclasses.replace(one, source=name) for name, part in parts.items() for one in part.bad), of_modality,
+      {name: size for name, part in parts.items() for size in part.read.values()},
+    )  # fmt: skip
 
   def start(self, step: int = 0, *, workers: int = 0, threads: int = 2) -> Iterator[Examples]:
     """The batches from a step on, without end, read ahead; see `ahead`. Close the iterator when done."""

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Int32, Int64, Shaped
 
 from codebind_jax.data.ahead import empty
-from codebind_jax.data.inputs import Input
+from codebind_jax.data.inputs import Input, item_errors
 from codebind_jax.data.records import Source
 from codebind_jax.data.token_reader import TokenReader
 
@@ -110,12 +110,10 @@ class Items:
 
   def raw(self, row: int) -> tuple[str | bytes | Path | np.ndarray, int]:
     """The item as the source has it, and the bytes that are read of it."""
-    try:
+    with item_errors():
       raw = self.source.read(row, self.modality)
       size = len(raw) if isinstance(raw, bytes) else os.stat(raw).st_size if isinstance(raw, str | Path) else raw.nbytes
       return raw, size
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-      raise ValueError(str(error)) from error  # another OSError is the machine's, and no bad record
 
   def decoded(self, row: int) -> tuple[Any, int]:
     """The decoded value, and the bytes that were read."""
@@ -128,7 +126,8 @@ class Items:
       raw, size = self.raw(row)
       return self.input.prepared(self.modality, raw), size
     value, size = self.decoded(row)
-    return self.input.prepare(self.augment(value, rng)), size
+    with item_errors():
+      return self.input.prepare(self.augment(value, rng)), size
 
   def clean(self, row: int) -> np.ndarray:
     """Prepared as it is."""

@@ -37,6 +37,7 @@ class Scan:
     columns: further arrays, of the format.
     notes: further plain values, of the format; JSON.
     stamps: size and time of each file when it was read.
+    mark: of the files' content, see `ranges.mark`.
   """
 
   index: Index
@@ -45,6 +46,7 @@ class Scan:
   columns: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
   notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   stamps: tuple[tuple[int, int], ...] = ()
+  mark: str = ""
 
 
 class Bad:
@@ -97,7 +99,8 @@ def scanned(
   if scan is None:
     before = len(bad.messages)
     scan = dataclasses.replace(make(bad), stamps=stamps)
-    scan = dataclasses.replace(scan, bad=tuple(bad.messages[before:]))
+    mark = " ".join(ranges.mark(path) for path in paths)
+    scan = dataclasses.replace(scan, bad=tuple(bad.messages[before:]), mark=mark)
     for path, then in zip(paths, stamps):
       if ranges.stamp(path) != then:
         raise ranges.ChangedError(f"{path}: has changed while it was indexed; start again")
@@ -189,7 +192,8 @@ def _kept(folder: Path, scan: Scan) -> Scan:
     _write(new / _FILE, arrays, layout)
     meta = {
       "stamps": scan.stamps, "modalities": scan.index.modalities, "labels": scan.index.labels, "bad": scan.bad,
-      "further": scan.further, "notes": scan.notes, "layout": layout, "sum": zlib.crc32((new / _FILE).read_bytes()),
+      "further": scan.further, "notes": scan.notes, "mark": scan.mark, "layout": layout,
+      "sum": zlib.crc32((new / _FILE).read_bytes()),
     }  # fmt: skip
     (new / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     files.replace_folder(new, folder)
@@ -216,7 +220,7 @@ def _read(folder: Path, stamps: tuple[tuple[int, int], ...]) -> Scan | None:
       raise ValueError("another checksum")
     index = Index(tuple(meta["modalities"]), labels=tuple(meta["labels"]), **{name: arrays[name] for name in _COLUMNS})
     further = {name[1:]: array for name, array in arrays.items() if name.startswith("_")}
-    return Scan(index, tuple(meta["bad"]), tuple(meta["further"]), further, meta["notes"], stamps)
+    return Scan(index, tuple(meta["bad"]), tuple(meta["further"]), further, meta["notes"], stamps, meta["mark"])
   except FileNotFoundError:
     return None
   except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:

@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import errno
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from codebind_jax.data import transforms
+from codebind_jax.data.ranges import ChangedError
 
 
 def stack(items: Sequence[np.ndarray]) -> np.ndarray:
   """One batch of equally shaped items, [b, ...]."""
   return np.stack(list(items))
+
+
+# Errors of the machine, which no other item would escape.
+_MACHINE = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT}
+
+
+@contextlib.contextmanager
+def item_errors() -> Iterator[None]:
+  """Makes whatever a reader raises for a bad item a ValueError; errors of the machine and of the installation stay.
+
+  Raises:
+    ValueError: naming the kind of another error.
+  """
+  try:
+    yield
+  except (ValueError, MemoryError, ImportError, ChangedError, TimeoutError, ConnectionError):
+    raise
+  except OSError as error:
+    if error.errno in _MACHINE:
+      raise
+    raise ValueError(str(error)) from error
+  except Exception as error:
+    raise ValueError(f"cannot be read ({type(error).__name__}: {error})") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +95,8 @@ class Input:
     """
     if modality == "text" or not isinstance(value, str | bytes | Path):
       return value
-    try:
+    with item_errors():
       return (self.read or transforms.of(modality).read)(value)
-    except OSError as error:
-      raise ValueError(str(error)) from error
 
   def prepared(self, modality: str, value: Any) -> np.ndarray:
     """`prepare(opened(value))`, by the shortest way.
@@ -86,8 +110,6 @@ class Input:
     """
     direct = self.read is None and isinstance(self.prepare, Reading) and self.prepare.open
     if not direct or not isinstance(value, str | bytes | Path):
-      return self.prepare(self.opened(modality, value))
-    try:
+      value = self.opened(modality, value)
+    with item_errors():
       return self.prepare(value)
-    except OSError as error:
-      raise ValueError(str(error)) from error

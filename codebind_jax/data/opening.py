@@ -95,19 +95,24 @@ def found(names: Sequence[str | PurePath]) -> list[PurePath]:
   """The files and folders of names, in the order given: with braces as in bash, and globs, sorted by name.
 
   Raises:
-    ValueError: if there are no names, or a scheme is unknown.
+    ValueError: if there are no names, or a scheme is unknown; for a bucket that is not there, refuses, or does not
+      answer.
     FileNotFoundError: naming a path or pattern that nothing fits.
   """
   if not names:
     raise ValueError("files: got an empty list; allowed: a path, a pattern, or several")
   paths: dict[str, PurePath] = {}
+  probed: set[str] = set()
   for name in names:
     for one in braces(str(name)):
       if one.startswith("tfds:"):
         fitting = [PurePath(one)]
       else:
         path = ranges.as_path(one)
-        there = path.exists()
+        if files.is_far(path) and (bucket := str(path).split("/")[2]) not in probed:
+          files.probe(path)
+          probed.add(bucket)
+        there = files.exists(path)
         fitting = [path] if there or not _GLOB.search(one) else _globbed(path)
         if not there and fitting == [path] or not fitting:
           of = "" if one == str(name) else f" (of {name})"

@@ -289,10 +289,10 @@ class Source(abc.ABC):
 
   block = 1
 
-  def __init__(self, name: str, index: Index):
+  def __init__(self, name: str, index: Index, made_from: str = ""):
     self.name, self.index = name, index
+    self._made_from = made_from  # a hash of what the index does not tell, where a format knows one
     self._numbers: np.ndarray | None = None  # of the records selected, in the file
-    self._made_from = ""  # a hash of what the index does not tell, where a format knows one
 
   def __getstate__(self) -> dict[str, Any]:
     return _referred(self.__dict__)
@@ -353,7 +353,7 @@ class Source(abc.ABC):
 
   def fingerprint(self) -> dict[str, str]:
     """File -> a hash of its records: ids, labels, splits, places, and of its content where that is known."""
-    digest = hashlib.sha256(self._made_from.encode())
+    digest = hashlib.sha256("\0".join((self._made_from, *self.index.labels)).encode("utf-8", "surrogatepass"))
     for column in ("has", "label", "split", "where", "ids"):
       digest.update(np.ascontiguousarray(getattr(self.index, column)).data)
     return {self.name: digest.hexdigest()[:16]}

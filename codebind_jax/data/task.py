@@ -10,9 +10,8 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from absl import logging
-from jaxtyping import Bool
 
-from codebind_jax.data.opening import class_names, open_source
+from codebind_jax.data.opening import class_names, held_out, open_source
 from codebind_jax.data.records import SPLITS, Source, joined
 from codebind_jax.data.worlds import names, registry
 from codebind_jax.data.worlds.evalset import EvalSet
@@ -57,7 +56,7 @@ class Data:
   root: str = ""
   worlds: tuple[str, ...] = ("icons",)
   profile: Literal[PROFILES] = "auto"
-  files: str | tuple[str, ...] = ()
+  files: str | tuple[Any, ...] = ()
   manifest: str = ""
   named_files: Mapping[str, tuple[str, ...]] = Frozen()
   options: Mapping[str, Any] = Frozen()
@@ -74,7 +73,7 @@ class Data:
   eval_templates: tuple[Template, ...] = ("{}",)
 
   @property
-  def sources(self) -> dict[str, list[str]]:
+  def sources(self) -> dict[str, list[Any]]:
     """Name ("" for the files' own) -> files of every source that is no world."""
     own = [self.files] if isinstance(self.files, str) and self.files else list(self.files)
     own += [self.manifest] if self.manifest else []
@@ -196,14 +195,6 @@ def _file_task(data: Data, name: str, names: Sequence[str], default_split: str) 
   rows = sum(map(len, train.values()))
   summary = f"{name}: {rows} training rows; " + ", ".join(f"{e.name} {len(e.source)}" for e in evals)
   return Task(name, summary, train, tuple(evals))
-
-
-def held_out(source: Source, share: float, salt: int = 0x9E3779B97F4A7C15) -> Bool[np.ndarray, "n"]:
-  """Rows that are held out, about `share` of them, by a hash of their ids: adding rows moves no other row."""
-  mixed = source.index.ids ^ np.uint64(salt)
-  for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # SplitMix64 (Steele et al., 2014)
-    mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-  return (mixed ^ (mixed >> np.uint64(31))) < np.uint64(min(int(share * 2**64), 2**64 - 1))
 
 
 def _labels(data: Data, source: Source) -> list[str]:

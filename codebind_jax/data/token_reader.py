@@ -50,11 +50,12 @@ class TokenReader:
     records = 1 if self.tokens == 1 else 2
     wanted = [records * item] if pooled or records == 1 else [2 * item, 2 * item + 1]
     try:
-      values = np.frombuffer(b"".join(self._reader(shard).read(wanted)), np.float16)
+      found = b"".join(self._reader(shard).read(wanted))  # of a file that was cut short it may be empty
+      values = np.frombuffer(found, np.float16).reshape(1 if pooled else self.tokens, self.width)
     except (RuntimeError, ValueError, IndexError) as error:
       raise OSError(f"{self.shards[shard]}: cached tokens are damaged ({error}); remove this file and its .keys.npy, "
                     "so that they are computed again") from error  # fmt: skip
-    return values.reshape(-1, self.width)
+    return values
 
   def _reader(self, shard: int) -> Any:
     with self._lock:

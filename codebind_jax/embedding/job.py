@@ -154,8 +154,6 @@ def _batch(
 ) -> list[pa.RecordBatch]:
   """Some records as one batch or none; adds to the bad records and to the modalities that are not embedded."""
   source, by_modality = plan.source, {}
-  ignored.update({m: int(n) for m in source.modalities if m not in plan.widths
-                  and (n := sum(source.has(int(row), m) for row in rows))})  # fmt: skip
   for row in rows:
     if not any(source.has(int(row), m) for m in plan.widths):
       have = [m for m in source.modalities if source.has(int(row), m)]
@@ -176,6 +174,7 @@ def _batch(
   rows = [int(row) for row in rows if int(row) not in bad]
   if not rows:
     return []
+  ignored.update(m for m in source.modalities if m not in plan.widths for row in rows if source.has(row, m))
   fields, place = [source.fields(row) for row in rows], {row: n for n, row in enumerate(rows)}
   columns = [pa.array([record.get(name) for record in fields], pa.string()) for name in shards.FIELDS]
   for m, parts in plan.widths.items():

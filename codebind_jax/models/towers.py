@@ -108,6 +108,9 @@ class TowerSpec:
       raise ValueError(f"config.{path}.whiten: got {self.whiten} with hidden {self.hidden}; allowed: 0, or hidden 0")
     if self.views > 1 and not self.augment:
       raise ValueError(f"config.{path}.augment: is empty with views {self.views}; allowed: {{'kind': ...}}, or views 1")
+    if self.cache and self.augment and self.views == 1:
+      raise ValueError(f"config.{path}.augment: got {to_plain(self.augment)} for cached tokens with views 1; allowed: "
+                       "views above 1, or cache False")  # fmt: skip
     if not self.cache and (self.whiten or self.views > 1):
       raise ValueError(f"config.{path}.cache: got False, which goes with none of whiten and views")
     if self.head == "published" and (self.hidden or self.whiten or self.meaning):

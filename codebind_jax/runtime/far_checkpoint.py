@@ -14,7 +14,6 @@ import contextlib
 import json
 import pathlib
 import re
-import shutil
 import tempfile
 import uuid
 import zlib
@@ -23,7 +22,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from jax.experimental import multihost_utils
 
 from codebind_jax import files
@@ -51,26 +49,22 @@ class FarCheckpoints:
                   reverse=True)  # fmt: skip
 
   def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
-    """Copies this process's shards to a local file, and starts to upload it."""
+    """Copies this process's shards to the host's memory, and starts to write and to upload them."""
     self.wait()
-    scratch = pathlib.Path(tempfile.mkdtemp(prefix="codebind_jax-"))
-    try:
-      empty = _write_part(state, scratch / "part")
-    except BaseException:
-      shutil.rmtree(scratch, ignore_errors=True)
-      raise
+    shards, empty = _copied(state)
     commit = {"format": FORMAT, "meta": dict(meta), "empty": empty}
-    self._running = self._pool.submit(self._upload, step, scratch, commit)
+    self._running = self._pool.submit(self._upload, step, shards, commit)
 
-  def _upload(self, step: int, scratch: pathlib.Path, commit: dict[str, Any]) -> None:
+  def _upload(self, step: int, shards: list[tuple[dict[str, Any], np.ndarray]], commit: dict[str, Any]) -> None:
     folder, count = self.path / str(step), jax.process_count()
     names = [f"part-{k:05d}-of-{count:05d}-{self._mark}" for k in range(count)]
-    try:
-      own = names[jax.process_index()]
-      files.upload(scratch / "part.bin", folder / f"{own}.bin")
-      files.upload(scratch / "part.json", folder / f"{own}.json")
-    finally:
-      shutil.rmtree(scratch, ignore_errors=True)
+    own = names[jax.process_index()]
+    with tempfile.TemporaryDirectory(prefix="codebind_jax-") as scratch:
+      part = pathlib.Path(scratch) / "part"
+      _write_part(shards, part)
+      shards.clear()
+      files.upload(part.with_suffix(".bin"), folder / f"{own}.bin")
+      files.upload(part.with_suffix(".json"), folder / f"{own}.json")
     if jax.process_index() > 0:
       return
     for _ in range(_PATIENCE):
@@ -233,32 +227,36 @@ def _shards(leaf: Any) -> Iterator[tuple[list[tuple[int, int]], np.ndarray]]:
     return
   for shard in leaf.addressable_shards:
     if shard.replica_id == 0:
-      yield _bounds(shard.index, leaf.shape), np.asarray(shard.data)
+      yield _bounds(shard.index, leaf.shape), np.array(shard.data)  # a copy: the next step overwrites the state
 
 
-def _write_part(state: Any, path: pathlib.Path) -> list[str]:
-  """Writes this process's shards and their index; returns the paths of empty dicts, which hold no arrays."""
+def _copied(state: Any) -> tuple[list[tuple[dict[str, Any], np.ndarray]], list[str]]:
+  """This process's shards, each with its entry of the index, and the paths of empty dicts, which hold no arrays."""
   leaves = jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda x: isinstance(x, Mapping) and not x)[0]
-  at, shards, empty = 0, [], []
+  shards, empty = [], []
+  for key, leaf in leaves:
+    if isinstance(leaf, Mapping):
+      empty.append(_name(key))
+      continue
+    kind = {"key": str(jax.random.key_impl(leaf))} if _is_key(leaf) else {}
+    leaf = _plain(leaf)
+    for place, values in _shards(leaf):
+      entry = {"path": _name(key), "dtype": str(values.dtype), "shape": list(np.shape(leaf)),
+               "start": [start for start, _ in place], "stop": [stop for _, stop in place], **kind}  # fmt: skip
+      shards.append((entry, values))
+  return shards, empty
+
+
+def _write_part(shards: Sequence[tuple[dict[str, Any], np.ndarray]], path: pathlib.Path) -> None:
+  """Writes shards and their index."""
+  at, index = 0, []
   with open(path.with_suffix(".bin"), "wb") as file:
-    for key, leaf in leaves:
-      if isinstance(leaf, Mapping):
-        empty.append(_name(key))
-        continue
-      kind = {"key": str(jax.random.key_impl(leaf))} if _is_key(leaf) else {}
-      leaf = _plain(leaf)
-      for place, values in _shards(leaf):
-        data = values.tobytes()
-        file.write(data)
-        shards.append({
-          "path": _name(key), "dtype": str(values.dtype), "shape": list(np.shape(leaf)), "at": at, "bytes": len(data),
-          "start": [start for start, _ in place], "stop": [stop for _, stop in place], "crc32": zlib.crc32(data),
-          **kind,
-        })  # fmt: skip
-        at += len(data)
-  path.with_suffix(".json").write_text(json.dumps({"bytes": at, "shards": shards}))
-  logging.debug("checkpoint part: %d shards, %d bytes", len(shards), at)
-  return empty
+    for entry, values in shards:
+      data = values.tobytes()
+      file.write(data)
+      index.append(entry | {"at": at, "bytes": len(data), "crc32": zlib.crc32(data)})
+      at += len(data)
+  path.with_suffix(".json").write_text(json.dumps({"bytes": at, "shards": index}))
 
 
 def _whole(shape: Sequence[int]) -> list[tuple[int, int]]:

@@ -6,13 +6,14 @@ A trunk's folder `<name>-<fingerprint>` holds shards: an ArrayRecord file of flo
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import hashlib
+import itertools
 import os
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from jaxtyping import Int64, UInt64
 from codebind_jax import files
 from codebind_jax.data.ahead import ahead
 from codebind_jax.data.token_reader import TokenReader
+from codebind_jax.data.units import Chosen, Strings, Units
 from codebind_jax.trunks.base import Trunk
 
 REVISION = "tokens-1"
@@ -66,25 +68,6 @@ def key_of(*parts: str) -> tuple[int, int]:
 def string_keys(strings: Sequence[str]) -> UInt64[np.ndarray, "n 2"]:
   """The keys of texts."""
   return np.array([key_of(REVISION, content_hash(text)) for text in strings], np.uint64).reshape(-1, 2)
-
-
-@dataclasses.dataclass(frozen=True)
-class Strings:
-  """Number -> the prepared text, as a list of one view.
-
-  Attributes:
-    strings: the texts.
-    prepare: text -> ids.
-  """
-
-  strings: Sequence[str]
-  prepare: Callable[[Any], np.ndarray]
-
-  def __len__(self) -> int:
-    return len(self.strings)
-
-  def __getitem__(self, number: int) -> list[np.ndarray]:
-    return [self.prepare(self.strings[number])]
 
 
 class TokenCache:
@@ -135,14 +118,14 @@ class TokenCache:
     return out
 
   def fill(
-    self, keys: UInt64[np.ndarray, "n 2"], prepared: Any, *, process: int = 0, processes: int = 1,
+    self, keys: UInt64[np.ndarray, "n 2"], prepared: Units, *, process: int = 0, processes: int = 1,
     wait: Callable[[str], None] = lambda name: None, workers: int = 0, threads: int = 2,
   ) -> tuple[Int64[np.ndarray, "n"], list[str]]:  # fmt: skip
     """Computes what is not there; every process a part of it, on all of its devices.
 
     Args:
       keys: of items; those of one `prepared` are consecutive.
-      prepared: number of a unit -> its prepared items (views of one picture, or one text), or a ValueError; picklable.
+      prepared: number of a unit -> its prepared items, or a ValueError; picklable.
       process: number of this process.
       processes: that call this at once, with equal arguments, on one folder.
       wait: waits for all of them, by a name.
@@ -158,13 +141,15 @@ class TokenCache:
     """
     views = len(keys) // max(len(prepared), 1)
     units = keys.reshape(-1, views, 2)
-    lacking = np.flatnonzero((self.places(keys).reshape(-1, views) < 0).any(axis=1))
-    _, first = np.unique(units[lacking][:, 0], axis=0, return_index=True)
-    lacking = lacking[np.sort(first)]  # of equal items one
+    absent = np.flatnonzero(self.places(keys) < 0)
+    wanted = np.zeros(len(keys), bool)
+    wanted[absent[np.unique(keys[absent], axis=0, return_index=True)[1]]] = True  # of equal items one
+    wanted = wanted.reshape(-1, views)
+    lacking = np.flatnonzero(wanted.any(axis=1))
     wait(f"looked {self._folder.name}")  # nobody writes before all have looked
     own, bad = lacking[process::processes], []
     if len(own):
-      bad = self._compute(own, units, prepared, workers, threads)
+      bad = self._compute(own, units, wanted, prepared, workers, threads)
     wait(f"filled {self._folder.name}")
     self._look()
     return self.places(keys), bad
@@ -173,20 +158,22 @@ class TokenCache:
     """The places of texts, computed by this process where they are not there."""
     return self.fill(string_keys(strings), Strings(strings, self._trunk.input.prepare))[0]
 
-  def _compute(self, own: np.ndarray, units: np.ndarray, prepared: Any, workers: int, threads: int) -> list[str]:
+  def _compute(
+    self, own: np.ndarray, units: np.ndarray, wanted: np.ndarray, prepared: Units, workers: int, threads: int
+  ) -> list[str]:
     self._folder.mkdir(parents=True, exist_ok=True)
-    began, label = time.perf_counter(), f"{self._trunk.modality} tokens"
-    bad, waiting, views = [], {}, units.shape[1]
+    began, label, count = time.perf_counter(), f"{self._trunk.modality} tokens", int(wanted[own].sum())
+    bad, waiting = [], {}
     bar = tqdm.tqdm(total=len(own), desc=label, unit="item", disable=None)
     with bar, _Writer(self._folder, self._far) as writer:
       workers = workers if len(own) >= _MANY * workers else 0
-      reading = ahead(_Chosen(prepared, own), workers=workers, threads=threads, stop=len(own))
+      reading = ahead(Chosen(prepared, own), workers=workers, threads=threads, stop=len(own))
       for unit, items in zip(own, reading):
         bar.update()
         if isinstance(items, ValueError):
           bad.append(str(items))
           continue
-        for key, item in zip(units[unit], items, strict=True):
+        for key, item in itertools.compress(zip(units[unit], items, strict=True), wanted[unit]):
           # Texts of one padded length at a time, so that an item's tokens do not depend on the others of its batch.
           shape = self._trunk.collate([item]).shape
           waiting.setdefault(shape, []).append((key, item))
@@ -195,8 +182,8 @@ class TokenCache:
       for rest in waiting.values():
         self._encode(rest, writer)
     seconds = time.perf_counter() - began
-    logging.info("%s: %d by %s in %.1f s, %.1f a second", label, len(own) * views, self._trunk.name, seconds,
-                 len(own) * views / max(seconds, 1e-9))  # fmt: skip
+    logging.info("%s: %d by %s in %.1f s, %.1f a second", label, count, self._trunk.name, seconds,
+                 count / max(seconds, 1e-9))  # fmt: skip
     return bad
 
   @property
@@ -221,34 +208,22 @@ class TokenCache:
       writer.add(key, value)
 
 
-class _Chosen:
-  """Some units of prepared items; what cannot be read is given as the error."""
-
-  def __init__(self, prepared: Any, own: np.ndarray):
-    self._prepared, self._own = prepared, own
-
-  def __getitem__(self, number: int) -> Any:
-    try:
-      return self._prepared[int(self._own[number])]
-    except ValueError as error:
-      return error
-
-
 class _Writer:
-  """Writes shards, each whole or not at all."""
+  """Writes shards, each whole or not at all; an OSError names the folder."""
 
   def __init__(self, folder: Path, far: files.Path | None):
-    self._folder, self._far, self._keys = folder, far, []
+    self._folder, self._far, self._name, self._keys = folder, far, "", []
     self._file: Any = None
 
   def add(self, key: np.ndarray, tokens: np.ndarray) -> None:
-    if self._file is None:
-      from array_record.python import array_record_module
+    with self._named():
+      if self._file is None:
+        from array_record.python import array_record_module
 
-      self._name = f"{uuid.uuid4().hex[:16]}{_SUFFIX}"
-      self._file = array_record_module.ArrayRecordWriter(str(self._part), "group_size:1,uncompressed")
-    for part in (tokens,) if len(tokens) == 1 else (tokens[:1], tokens[1:]):
-      self._file.write(part.tobytes())
+        self._name = f"{uuid.uuid4().hex[:16]}{_SUFFIX}"
+        self._file = array_record_module.ArrayRecordWriter(str(self._part), "group_size:1,uncompressed")
+      for part in (tokens,) if len(tokens) == 1 else (tokens[:1], tokens[1:]):
+        self._file.write(part.tobytes())
     self._keys.append(key)
     if len(self._keys) == SHARD_ITEMS:
       self.close()
@@ -257,14 +232,23 @@ class _Writer:
   def _part(self) -> Path:
     return self._folder / f".{self._name}.part"
 
+  @contextlib.contextmanager
+  def _named(self) -> Iterator[None]:
+    try:
+      yield
+    except (RuntimeError, OSError) as error:  # ArrayRecord's are RuntimeErrors
+      raise OSError(f"{self._folder}: tokens cannot be written ({error})") from error
+
   def close(self) -> None:
     if self._file is None:
       return
-    self._file.close()
-    self._file, keys, self._keys = None, np.array(self._keys, np.uint64), []
-    os.replace(self._part, self._folder / self._name)
-    with files.replacing(self._folder / f"{self._name}.keys.npy") as temporary, open(temporary, "wb") as file:
-      np.save(file, keys)
+    with self._named():
+      self._file.close()
+      with files.replacing(self._folder / f"{self._name}.keys.npy") as temporary:
+        with open(temporary, "wb") as file:
+          np.save(file, np.array(self._keys, np.uint64))
+        os.replace(self._part, self._folder / self._name)  # before the keys, after all that may find no room
+    self._file, self._keys = None, []
     for name in (self._name, f"{self._name}.keys.npy") if self._far else ():
       files.upload(self._folder / name, self._far / name)
 
@@ -272,10 +256,12 @@ class _Writer:
     return self
 
   def __exit__(self, kind: Any, *_: Any) -> None:
-    if kind is None:
-      self.close()
-    elif self._file is not None:
-      self._part.unlink(missing_ok=True)
+    try:
+      if kind is None:
+        self.close()
+    finally:
+      if self._file is not None:
+        self._part.unlink(missing_ok=True)
 
 
 def _read_keys(path: Path, shard: Path | None) -> np.ndarray | None:

@@ -3,53 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from codebind_jax.data import augment
 from codebind_jax.data.examples import Feed, Items, Texts, Tokens, Values, captions, digest
 from codebind_jax.data.records import Source
 from codebind_jax.data.task import Data
+from codebind_jax.data.units import Strings, Units, Views
 from codebind_jax.data.worlds import fetch
 from codebind_jax.models.towers import TowerSpec
 from codebind_jax.runtime import distributed
 from codebind_jax.trunks import load_trunk
-from codebind_jax.trunks.cache import REVISION, Contents, Strings, TokenCache, key_of, string_keys
-
-
-@dataclasses.dataclass(frozen=True)
-class _Views:
-  """Row -> its prepared views: the clean one, and augmented ones whose draws depend on the row's id alone."""
-
-  source: Source
-  rows: Int[np.ndarray, "n"]
-  feed: Items
-  views: int
-  augment: Callable[[Any, np.random.Generator], Any] | None
-
-  def __len__(self) -> int:
-    return len(self.rows)
-
-  def __getitem__(self, number: int) -> list[np.ndarray]:
-    row = int(self.rows[number])
-    try:
-      value = self.feed.decoded(row)[0]
-      out = [self.feed.input.prepare(value)]
-      for view in range(1, self.views):
-        seed = hashlib.sha256(f"0:{view}:{self.source.fields(row)['id']}".encode()).digest()
-        rng = np.random.default_rng(int.from_bytes(seed[:16], "little"))
-        out.append(self.feed.input.prepare(self.augment(value, rng)))
-      return out
-    except ValueError as error:
-      where = self.source.where(row)
-      message = str(error) if where in str(error) else f"{where}: {self.feed.modality}: {error}"
-      raise ValueError(message) from error
+from codebind_jax.trunks.cache import REVISION, Contents, TokenCache, key_of, string_keys
 
 
 class Feeder:
@@ -163,7 +134,7 @@ class Feeder:
     ], np.uint64).reshape(len(own), views * 2)  # fmt: skip
     keys = distributed.interleaved(keys, len(rows), self.process[1]).reshape(-1, 2)
     feed = Items(source, modality, self.trunks[modality].input)
-    places = self._filled(modality, keys, _Views(source, rows, feed, views, change))
+    places = self._filled(modality, keys, Views(source, rows, feed, views, change))
     starts = np.zeros(len(source) + 1, np.int64)
     starts[rows + 1] = 1
     share = self._towers[modality].augmented if views > 1 else 0.0
@@ -196,7 +167,7 @@ class Feeder:
     keys = string_keys(strings)
     return self._filled("text", keys, Strings(strings, self.trunks["text"].input.prepare)), keys
 
-  def _filled(self, modality: str, keys: np.ndarray, prepared: _Views | Strings) -> np.ndarray:
+  def _filled(self, modality: str, keys: np.ndarray, prepared: Units) -> np.ndarray:
     places, bad = self._cache(modality).fill(
       keys, prepared, process=self.process[0], processes=self.process[1],
       wait=distributed.wait_for_all if self.process[1] > 1 else lambda name: None, workers=self._data.workers,

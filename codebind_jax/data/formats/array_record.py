@@ -27,6 +27,7 @@ import msgpack
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
+from codebind_jax import files
 from codebind_jax.data import ranges
 from codebind_jax.data.formats.record import Record, parse
 from codebind_jax.data.index_cache import Bad, Scan, scanned
@@ -284,7 +285,7 @@ def open_files(paths: Sequence[Path], *, cache: Path | None = None, max_bad_reco
   """The records of each file: its index is read, or made by reading each record once, of which none is kept.
 
   Args:
-    paths: the files.
+    paths: the files; far ones are copied to `files.cache_folder`, since the reader knows no s3:// and does not give up.
     cache: folder of kept indices, of files without one.
     max_bad_records: of all files together.
 
@@ -294,7 +295,7 @@ def open_files(paths: Sequence[Path], *, cache: Path | None = None, max_bad_reco
     OSError: if a file cannot be read.
   """
   bad = Bad(max_bad_records)
-  return [_open(path, bad, cache) for path in paths]
+  return [_open(files.fetched(path) if files.is_far(path) else path, bad, cache) for path in paths]
 
 
 def _open(path: Path, bad: Bad, cache: Path | None) -> Source:

@@ -24,7 +24,7 @@ class FolderSource(Source):
   """Records that are files of a folder; memory holds their names as one string."""
 
   def __init__(self, path: PurePath, scan: Scan):
-    super().__init__(path.name, scan.index)
+    super().__init__(path.name, scan.index, scan.mark)
     self._path, self._names, self._places = path, scan.columns["names"], scan.index.where
     self._label, self._split, self._labels = scan.index.label, scan.index.split, scan.index.labels
 

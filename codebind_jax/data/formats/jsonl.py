@@ -27,7 +27,7 @@ class LineSource(Source):
   """Records of one text file, of which memory holds the offsets alone."""
 
   def __init__(self, path: PurePath, scan: Scan):
-    super().__init__(path.stem, scan.index)
+    super().__init__(path.stem, scan.index, scan.mark)
     self._places, self._name = scan.index.where, scan.notes["name"]
     self._size = (scan.stamps[0] if scan.stamps else ranges.stamp(path))[0]
     self._file = File(path, scan.stamps[0] if scan.stamps else None)

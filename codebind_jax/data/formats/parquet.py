@@ -68,7 +68,7 @@ class ColumnsSource(Source):
   """Records that are rows of Arrow tables."""
 
   def __init__(self, path: PurePath, scan: Scan, columns: Columns):
-    super().__init__(path.stem, scan.index)
+    super().__init__(path.stem, scan.index, scan.mark)
     self._path, self._places, self._stamps = path, scan.index.where, scan.stamps
     self._name = scan.notes["name"]
     self._columns = columns

@@ -207,7 +207,7 @@ class TarSource(Source):
   """Records of one tar; memory holds where the members are, 17 bytes of each."""
 
   def __init__(self, path: PurePath, scan: Scan, prefix: str = ""):
-    super().__init__(path.stem, scan.index)
+    super().__init__(path.stem, scan.index, scan.mark)
     self._prefix = prefix
     self._places, self._endings = scan.index.where, tuple(scan.notes["endings"])
     self._offsets, self._sizes = scan.columns["offsets"], scan.columns["sizes"]

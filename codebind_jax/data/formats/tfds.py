@@ -28,7 +28,7 @@ class TfdsSource(Source):
   """Records of one split of a data set."""
 
   def __init__(self, folder: str, split: str, columns: Mapping[str, str], scan: Scan):
-    super().__init__(scan.notes["name"], scan.index)
+    super().__init__(scan.notes["name"], scan.index, scan.mark)
     self._folder, self._split, self._columns = folder, split, dict(columns)
     self._places, self._stamps, self._paths = scan.index.where, scan.stamps, tuple(scan.notes["paths"])
     self._opened: Any = None

@@ -29,8 +29,7 @@ class WorldSource(Source):
     self._fingerprint = hashlib.sha256(manifest).hexdigest()
     self._arrays = tuple(json.loads(manifest).get("modalities", ("image",)))
     has = ([*(["text"] if row.get("text") else []), *row.get("has", self._arrays)] for row in rows)
-    super().__init__("/".join([*folder.parts[-3:-1], split]), index_of(rows, has))
-    self._made_from = self._fingerprint
+    super().__init__("/".join([*folder.parts[-3:-1], split]), index_of(rows, has), self._fingerprint)
     self._reader, self._lock = None, threading.Lock()
 
   def __getstate__(self) -> dict[str, Any]:
