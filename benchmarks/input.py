@@ -180,8 +180,12 @@ def rates(commands, rounds, examples):
     _timed(servers, rounds, examples, found)
   finally:
     for server in servers.values():
-      os.killpg(server.pid, signal.SIGKILL)
-      server.communicate()
+      os.killpg(server.pid, signal.SIGCONT)
+      server.stdin.close()
+      try:
+        server.wait(60)
+      except subprocess.TimeoutExpired:
+        os.killpg(server.pid, signal.SIGKILL)
   return found
 
 

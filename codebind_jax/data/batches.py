@@ -177,7 +177,7 @@ class SourceBatches:
       if source.block > 1 and not first and isinstance(members, range):
         order = BlockOrder(count, source.block, count // size * size, seed)
         return grain.MapDataset.range(sys.maxsize).seed(seed).map(order).random_map(draw)
-      drawn = grain.MapDataset.source(range(first, first + count)).seed(seed).shuffle()
+      drawn = grain.MapDataset.range(first, first + count).seed(seed).shuffle()
       return drawn.random_map(draw)[: count // size * size]
 
     self._main = draws(0, own, self._first, seed)
