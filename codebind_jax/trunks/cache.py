@@ -33,6 +33,7 @@ from codebind_jax.trunks.base import Trunk
 REVISION = "tokens-1"
 SHARD_ITEMS = 1024  # computed items that a kill can lose
 _MANY = 256  # items for each worker process, from which on they are started
+_STALE = 86_400  # seconds after which a shard that is not finished counts as left behind
 _BATCH = 16  # items of a trunk's batch, a device
 _SUFFIX = ".array_record"
 
@@ -141,6 +142,8 @@ class TokenCache:
     """
     views = len(keys) // max(len(prepared), 1)
     units = keys.reshape(-1, views, 2)
+    wait(f"looks {self._folder.name}")
+    self._look()  # all at once, so that all divide the same items
     absent = np.flatnonzero(self.places(keys) < 0)
     wanted = np.zeros(len(keys), bool)
     wanted[absent[np.unique(keys[absent], axis=0, return_index=True)[1]]] = True  # of equal items one
@@ -162,6 +165,9 @@ class TokenCache:
     self, own: np.ndarray, units: np.ndarray, wanted: np.ndarray, prepared: Units, workers: int, threads: int
   ) -> list[str]:
     self._folder.mkdir(parents=True, exist_ok=True)
+    for left in self._folder.glob(".*.part"):  # of processes that were killed
+      if time.time() - left.stat().st_mtime > _STALE:
+        left.unlink(missing_ok=True)
     began, label, count = time.perf_counter(), f"{self._trunk.modality} tokens", int(wanted[own].sum())
     bad, waiting = [], {}
     bar = tqdm.tqdm(total=len(own), desc=label, unit="item", disable=None)
