@@ -23,7 +23,7 @@ from codebind_jax.codebook import collapsed, usage_stats
 from codebind_jax.config import Config
 from codebind_jax.data.batches import Batches, SourceBatches
 from codebind_jax.data.examples import Feed
-from codebind_jax.data.task import Data, Task, open_task
+from codebind_jax.data.task import Task, open_task
 from codebind_jax.evaluate import Evaluation, StageEvaluation
 from codebind_jax.initialise import copy_heads, load_published, start_from, whiten_heads
 from codebind_jax.methods.base import Method, make_init
@@ -134,8 +134,7 @@ def train_and_evaluate(config: Any, workdir: str | files.Path) -> dict[str, floa
 
 def run_stages(
   config: Config, folder: files.Path, feeds: Mapping[str, Mapping[str, Feed]], evaluation: StageEvaluation,
-  programs: Programs | None = None,
-  make_batches: Callable[..., Batches] | None = None,
+  programs: Programs | None = None, make_batches: Callable[..., Batches] | None = None,
 ) -> tuple[dict[str, float], dict[str, Model]]:
   """Runs or continues the stages of one config.
 
@@ -287,7 +286,7 @@ def run_stage(
   evaluation: StageEvaluation, trained: Sequence[str], worlds: Collection[str], preemption: Preemption,
 ) -> TrainState:
   """Trains one stage from the step of `state` to its last, with the step function that `compile_for` gives."""
-  step, compiled = int(state.step), None
+  step, compiled, advised = int(state.step), None, False
   read = lambda at: layout.put_batch(batches[at - stage.first_step])
 
   def save(store: Checkpoints, at: int, state: TrainState) -> None:
@@ -324,7 +323,11 @@ def run_stage(
         values["compiled_megabytes"] = compiled.memory_analysis().temp_size_in_bytes / 2**20
         rates = clock.report()
         writer.write(step, stage.name, values | rates)
-        log_progress(stage, step, values["train/total"], rates, config.data)
+        log_progress(stage, step, values["train/total"], rates["examples_per_second"])
+        advice = input_bound(rates, config.data.workers, config.data.threads)
+        if advice and not advised:  # once a stage
+          logging.warning("%s", advice)
+        advised |= bool(advice)
       if step % config.eval_steps == 0 and not last:
         bar.clear()
         found = evaluation.validate(model_of(config, state, evaluation, trained, layout), worlds)
@@ -340,15 +343,12 @@ def run_stage(
   return state
 
 
-def log_progress(stage: Stage, step: int, loss: float, rates: Mapping[str, float], data: Data) -> None:
-  """Logs a line of progress where no terminal shows a bar, and what to change in a run that waits for its data."""
-  speed = rates["examples_per_second"]
+def log_progress(stage: Stage, step: int, loss: float, speed: float) -> None:
+  """Logs a line of progress where no terminal shows a bar."""
   if not sys.stderr.isatty():
     left = (stage.last_step - step) * sum(stage.sources.values()) / max(speed, 1e-9)
     logging.info("%s: step %d of %d, loss %.4f, %.1f rows/s, %s left", stage.name, step, stage.last_step, loss, speed,
                  datetime.timedelta(seconds=round(left)))  # fmt: skip
-  if advice := input_bound(rates, data.workers, data.threads):
-    logging.warning("%s", advice)
 
 
 def warn_of_collapse(codebooks: Mapping[str, Any], share: float, step: int) -> None:
