@@ -1,8 +1,11 @@
 """The metrics file survives kills, resumes and odd values; intervals and rates against hand computations."""
 
+import dataclasses
 import doctest
 import json
+import logging
 import math
+from types import SimpleNamespace
 
 import hypothesis
 import hypothesis.strategies as st
@@ -12,9 +15,13 @@ import pytest
 from scipy.stats import binomtest
 from tensorboardX.proto import event_pb2
 
+from codebind_jax import config as config_lib
+from codebind_jax import schema
 from codebind_jax.data import examples
 from codebind_jax.evaluators import intervals
 from codebind_jax.runtime import metrics
+from codebind_jax.train import log_progress
+from configs import stage1
 
 
 def events(folder):
@@ -263,3 +270,16 @@ def test_intervals_reject():
       intervals.bootstrap_interval(bad)
   with pytest.raises(ValueError, match="lengths"):
     intervals.bootstrap_interval(np.zeros(3), groups=np.zeros(2))
+
+
+def test_without_a_terminal_progress_is_a_line(caplog, monkeypatch):
+  caplog.set_level(logging.INFO)
+  stage = dataclasses.replace(config_lib.read(stage1.get_config()).ordered[0], sources=schema.Frozen({"icons": 80}))
+  stage = dataclasses.replace(stage, first_step=0, steps=100)
+  monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda: False))
+  log_progress(stage, 20, 1.5, 40.0)
+  assert f"bridges: step 20 of {stage.last_step}, loss 1.5000, 40.0 rows/s, 0:02:40 left" in caplog.text
+  monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda: True))
+  caplog.clear()
+  log_progress(stage, 20, 1.5, 40.0)
+  assert not caplog.text
