@@ -2,7 +2,9 @@
 
 import json
 import logging
+import pickle
 
+import numpy as np
 import pytest
 
 from codebind_jax import schema
@@ -83,3 +85,15 @@ def test_splits_of_records_are_kept(write):
 def test_bad_keys_are_named(keys, message):
   with pytest.raises(ValueError, match=message):
     data(**keys)
+
+
+def test_the_index_of_a_large_split_is_shared_by_a_file(write, monkeypatch):
+  monkeypatch.setattr("codebind_jax.data.task.SHARED", 50)
+  path = write("mine.jsonl", rows(400))
+  source = open_task(data(files=path, holdout=0.25)).train["mine"]
+  small = open_task(data(files=path, holdout=0.95)).train["mine"]
+  assert len(pickle.dumps(source)) < len(pickle.dumps(small)) + 4 * len(source)  # but for the numbers in the file
+  again = pickle.loads(pickle.dumps(source))
+  for name in ("has", "label", "group", "ids"):
+    np.testing.assert_array_equal(getattr(again.index, name), getattr(source.index, name))
+  assert again.fields(7) == source.fields(7)

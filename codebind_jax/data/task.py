@@ -11,14 +11,16 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from absl import logging
 
+from codebind_jax.data import index_cache
 from codebind_jax.data.index import SPLITS
 from codebind_jax.data.joined import joined
 from codebind_jax.data.opening import class_names, held_out, open_source
 from codebind_jax.data.records import Source
-from codebind_jax.data.worlds import names, registry
+from codebind_jax.data.worlds import fetch, names, registry
 from codebind_jax.data.worlds.evalset import EvalSet
 from codebind_jax.schema import Frozen, Rule, above, at_least, check_keys, within
 
+SHARED = 100_000  # records from which on the index of a split lies in a file, so that worker processes share it
 PROFILES = ("auto", "tiny", "tiny-plus", "small", "full")
 CAPTIONS = ("main", "each", "joined")
 
@@ -184,6 +186,9 @@ def _file_task(data: Data, name: str, names: Sequence[str], default_split: str) 
     logging.info("%s: %d of %d training rows are held out as val, by hash of the id", name, out.sum(), len(out))
     parts["val"] = joined([*([parts["val"]] if "val" in parts else []), parts["train"].select(np.flatnonzero(out))])
     parts["train"] = parts["train"].select(np.flatnonzero(~out))
+  for part in parts.values():
+    if len(part) >= SHARED:
+      part.index = index_cache.on_disk(part.index, fetch.data_dir(data.root or None) / "index")
   evals = []
   for role in ("val", "test"):
     if role in parts:
