@@ -15,7 +15,7 @@ from codebind_jax import config as config_lib
 from codebind_jax import files, schema
 from codebind_jax.api import Embedded, Model, load
 from codebind_jax.config import MEASURES, Config
-from codebind_jax.data.examples import Feed
+from codebind_jax.data.examples import Feed, Tokens
 from codebind_jax.data.records import Source
 from codebind_jax.data.task import EvalSet, Task, open_task
 from codebind_jax.evaluators import base
@@ -232,10 +232,11 @@ class Evaluation:
       else:
         feed = self._feeder.clean(source, modality)
       found = self._rows(model, modality, feed, rows)
-      for row, message in found.bad:
-        where = source.where(row)
+      told = dict(found.bad)
+      for row in () if isinstance(feed, Tokens) else rows[~found.good].tolist():  # what no cache has, the feeder counts
+        where, message = source.where(row), told.get(row, "another process could not read it")
         self._bad.add(source.name, row, modality, message if where in message else f"{where}: {modality}: {message}")
-      self._bad.check()
+      self._bad.check(alike=True)
       if found.good.any():
         columns = {field: values[found.good] for field, values in fields.items()}
         table[modality] = found.embeddings.asdict() | columns

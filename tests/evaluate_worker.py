@@ -34,6 +34,27 @@ def counted(name, counts):
   setattr(Source, name, method)
 
 
+def with_a_bad_picture(settings, evaluation, model):
+  """By the number of bad records allowed: ids of the rows that are left, or the error."""
+  real, told = Source.read, {}
+
+  def read(self, row, modality):
+    if self.fields(row)["id"] == "blue4":
+      raise ValueError("a hole")
+    return real(self, row, modality)
+
+  Source.read = read
+  for allowed in (0, 1):
+    data = dataclasses.replace(settings.data, max_bad_records=allowed)
+    feeder = Feeder(data, settings.model.towers, evaluation.trunks)
+    other = evaluate_lib.Evaluation(dataclasses.replace(settings, data=data), evaluation.task, feeder)
+    try:
+      told[allowed] = [*map(str, other.table(model, evaluation.task.evals[1])["image"]["id"])]
+    except ValueError as error:
+      told[allowed] = str(error)
+  return told
+
+
 def main(port, process, processes, manifest, root, run, out):
   """Mode `eval` with cached tokens, then all evaluators with the image trunk in the model."""
   if int(processes) > 1:
@@ -59,6 +80,7 @@ def main(port, process, processes, manifest, root, run, out):
   table = evaluation.table(on_all, evaluation.task.evals[0])
   np.savez(pathlib.Path(out) / f"{process}.npz", **{m: columns["full"] for m, columns in table.items()})
   told = {"cached": cached, "metrics": metrics, "reads": first, "hashes": dict(hashes), "streamed": dict(streamed)}
+  told["bad"] = with_a_bad_picture(settings, evaluation, on_all)
   (pathlib.Path(out) / f"{process}.json").write_text(json.dumps(told))
 
 

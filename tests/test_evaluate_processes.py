@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.processes import finish, started
+from tests.train_fixtures import COLOURS
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +55,12 @@ def test_every_process_reads_its_own_part(told):
     parts = [own[kind] for own in both]
     assert not set(parts[0]) & set(parts[1]) and parts[0] | parts[1] == one[kind]
     assert [len(part) for part in parts] == shares
+
+
+def test_a_picture_that_one_process_cannot_read_is_bad_for_all(told):
+  ((one,), (first, second)), _ = told
+  assert one["bad"]["1"] == first["bad"]["1"] == second["bad"]["1"]
+  assert one["bad"]["1"] == [f"{colour}4" for colour in COLOURS if colour != "blue"]
+  assert "squares.jsonl:15: image: a hole (1 bad records, 0 allowed" in one["bad"]["0"]
+  assert first["bad"]["0"] == one["bad"]["0"]  # which has read the first half of the rows
+  assert "squares.jsonl:15: image: another process could not read it (1 bad records" in second["bad"]["0"]

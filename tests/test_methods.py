@@ -248,8 +248,12 @@ def test_sequences_are_coded_predictively(name, options):
   method, state, history, batch, _ = run(name, steps=3, tokens=4, **options)
   assert any(key.startswith("predict_") for key in state.params[EXTRA])
   assert history[-1]["train/coding"] > 0 and np.isfinite(history[-1]["train/total"])
-  out = jax.jit(make_embed_step(method))(state.params, state.codebooks, {m: batch["world"][m] for m in NAMES})
+  inputs = {m: batch["world"][m] for m in NAMES}
+  features = lambda inputs: method.model.apply({"params": state.params}, inputs)[0]
+  every = lambda inputs: method.embed(state.params, state.codebooks, features(inputs))
+  out, pooled = jax.jit(every)(inputs), jax.jit(make_embed_step(method))(state.params, state.codebooks, inputs)
   assert out["image"].shared.shape == (ROWS, 4, 8)
+  np.testing.assert_allclose(pooled["image"].shared, out["image"].shared[:, :1], atol=1e-5)
   if name == "dcid":
     assert set(state.codebooks) == {"shared", "second"} and out["image"].indices_specific.shape == (ROWS, 4, 1)
     # The second level's networks learn once it counts.
