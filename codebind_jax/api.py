@@ -177,7 +177,8 @@ class Model:
       self._check_list(modality, items)
     out = {}
     for modality, items in inputs.items():
-      found = self.embed_rows(modality, Values(items, modality, self.trunk(modality).input), range(len(items)))
+      values = list(np.asarray(items) if isinstance(items, jax.Array) else items)
+      found = self.embed_rows(modality, Values(values, modality, self.trunk(modality).input), range(len(values)))
       if found.bad:
         raise ValueError(found.bad[0][1])
       out[modality] = found.embeddings
