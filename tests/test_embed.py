@@ -241,19 +241,19 @@ def test_bad_records_are_named_counted_and_bounded(trained, model, tmp_path, cap
   )
   with pytest.raises(ValueError, match="mine.jsonl:3: not JSON"):
     make(0)
-  # A line that is no record is found as the file is opened, and is none of a shard's.
-  with pytest.raises(ValueError, match=r"mine.jsonl:4: image: .*missing.png.*\(2 bad records in shard 0, 1 allowed"):
+  # A line that is no record is found as the file is opened, and counts before those of shards.
+  with pytest.raises(ValueError, match=r"mine.jsonl:4: image: .*missing.png.*\(2 bad records in shard 0, 0 allowed"):
     embed_lib.embed_shards(make(1), model)
   assert not shards.shard_files(tmp_path / "out")
   with pytest.raises(ValueError, match=r"mine.jsonl:6: it has \['audio'\] alone"):
-    embed_lib.embed_shards(make(2), model)  # two of them are in its first shard
+    embed_lib.embed_shards(make(3), model)  # two of them are in its first shard
   assert len(shards.shard_files(tmp_path / "out")) == 1
   with caplog.at_level("WARNING"):
-    found = run(make(3), model)
+    found = run(make(4), model)
   assert found["rows"] == 4 and found["ignored_modalities"] == {"audio": 1}
-  assert [message.split(": ")[0].rsplit(":", 1)[1] for message in found["bad_records"]] == ["4", "5", "6"]
+  assert [message.split(": ")[0].rsplit(":", 1)[1] for message in found["bad_records"]] == ["3", "4", "5", "6"]
   assert f"left out {path}:3: not JSON" in caplog.text and f"left out {path}:6: it has" in caplog.text
-  with pytest.raises(ValueError, match="3 bad records in all shards, 2 allowed"):
+  with pytest.raises(ValueError, match="4 bad records in all, 2 allowed"):
     embed_lib.summarise(make(2), "the run")
 
   rows = table_of(tmp_path / "out")

@@ -21,6 +21,7 @@ class Joined(Source):
   def __init__(self, name: str, index: Index, parts: Sequence[Source]):
     super().__init__(name, index)
     self._parts = tuple(parts)
+    self.left_out = tuple(message for part in parts for message in part.left_out)
     self._starts = np.cumsum([0, *map(len, parts)])
     self.block = max(part.block for part in parts)
 

@@ -28,6 +28,7 @@ class Source(abc.ABC):
   Attributes:
     name: for logs and errors.
     index: of its records.
+    left_out: what is wrong with records that could not be parsed, which are no part of it.
     block: number of records that are read together (a row group of Parquet); 1 where any order is cheap.
   """
 
@@ -35,6 +36,7 @@ class Source(abc.ABC):
 
   def __init__(self, name: str, index: Index, made_from: str = ""):
     self.name, self.index = name, index
+    self.left_out: tuple[str, ...] = ()
     self._made_from = made_from  # a hash of what the index does not tell, where a format knows one
     self._numbers: np.ndarray | None = None  # of the records selected, in the file
 

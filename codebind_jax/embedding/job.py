@@ -197,7 +197,7 @@ def embed_shards(plan: Plan, model: Model, *, process: int = 0, processes: int =
   done = plan.finished()
   own = range(process, plan.shards, processes)
   missing = [number for number in own if number not in done]
-  bad = sum(len(done[number].bad) for number in own if number in done)
+  bad = len(plan.source.left_out) + sum(len(done[number].bad) for number in own if number in done)
   logging.info("%d of %d shards of %d records are this process's, %d of them finished", len(own), plan.shards,
                len(plan.source), len(own) - len(missing))  # fmt: skip
   total, left = (sum(map(plan.rows, numbers)) for numbers in (own, missing))
@@ -223,9 +223,9 @@ def summarise(plan: Plan, run: str) -> dict[str, Any]:
     raise ValueError(f"{plan.folder}: {len(missing)} of {plan.shards} shards are missing, first {missing[:8]}; "
                      "run the same command again")  # fmt: skip
   reports = [done[number] for number in range(plan.shards)]
-  bad = [message for report in reports for message in report.bad]
+  bad = [*plan.source.left_out, *(message for report in reports for message in report.bad)]
   if len(bad) > plan.max_bad_records:
-    raise ValueError(f"{bad[0]} ({len(bad)} bad records in all shards, {plan.max_bad_records} allowed)")
+    raise ValueError(f"{bad[0]} ({len(bad)} bad records in all, {plan.max_bad_records} allowed)")
   ignored = sum((Counter(report.ignored) for report in reports), Counter())
   summary = {
     "run": run, "files": plan.files, "digest": plan.digest, "rows": sum(report.rows for report in reports),

@@ -302,9 +302,12 @@ def open_files(paths: Sequence[Path], *, cache: Path | None = None, max_bad_reco
 def _open(path: Path, bad: Bad, cache: Path | None) -> Source:
   shard = Shard(path)
   known = shard.index()
-  if known is None:
-    known = (scanned([path], lambda bad: _scan(shard, bad), bad, revision="array_record-1", cache=cache).index,)
-  source = ArrayRecordSource(shard, known[0])
+  if known:
+    source = ArrayRecordSource(shard, known[0])
+  else:
+    scan = scanned([path], lambda bad: _scan(shard, bad), bad, revision="array_record-1", cache=cache)
+    source = ArrayRecordSource(shard, scan.index)
+    source.left_out = scan.bad
   if pair := twice(source.index):
     first, second = pair
     raise ValueError(f"{source.where(second)}: id {source.fields(second)['id']!r} is there twice, first in record "

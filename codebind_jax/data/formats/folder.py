@@ -26,6 +26,7 @@ class FolderSource(Source):
 
   def __init__(self, path: PurePath, scan: Scan):
     super().__init__(path.name, scan.index, scan.mark)
+    self.left_out = scan.bad
     self._path, self._names, self._places = path, scan.columns["names"], scan.index.where
     self._label, self._split, self._labels = scan.index.label, scan.index.split, scan.index.labels
 

@@ -29,6 +29,7 @@ class LineSource(Source):
 
   def __init__(self, path: PurePath, scan: Scan):
     super().__init__(path.stem, scan.index, scan.mark)
+    self.left_out = scan.bad
     self._places, self._name = scan.index.where, scan.notes["name"]
     self._size = (scan.stamps[0] if scan.stamps else ranges.stamp(path))[0]
     self._file = File(path, scan.stamps[0] if scan.stamps else None)

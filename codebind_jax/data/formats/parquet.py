@@ -70,6 +70,7 @@ class ColumnsSource(Source):
 
   def __init__(self, path: PurePath, scan: Scan, columns: Columns):
     super().__init__(path.stem, scan.index, scan.mark)
+    self.left_out = scan.bad
     self._path, self._places, self._stamps = path, scan.index.where, scan.stamps
     self._name = scan.notes["name"]
     self._columns = columns

@@ -210,6 +210,7 @@ class TarSource(Source):
 
   def __init__(self, path: PurePath, scan: Scan, prefix: str = ""):
     super().__init__(path.stem, scan.index, scan.mark)
+    self.left_out = scan.bad
     self._prefix = prefix
     self._places, self._endings = scan.index.where, tuple(scan.notes["endings"])
     self._offsets, self._sizes = scan.columns["offsets"], scan.columns["sizes"]

@@ -30,6 +30,7 @@ class TfdsSource(Source):
 
   def __init__(self, folder: str, split: str, columns: Mapping[str, str], scan: Scan):
     super().__init__(scan.notes["name"], scan.index, scan.mark)
+    self.left_out = scan.bad
     self._folder, self._split, self._columns = folder, split, dict(columns)
     self._places, self._stamps, self._paths = scan.index.where, scan.stamps, tuple(scan.notes["paths"])
     self._opened: Any = None
