@@ -20,7 +20,7 @@ from codebind_jax.runtime.metrics import MetricsWriter, read_metrics
 from codebind_jax.search import Index
 from codebind_jax.train import open_run, train_and_evaluate
 from codebind_jax.trunks import load_trunk
-from codebind_jax.trunks.cache import cached_features, content_hash
+from codebind_jax.trunks.cache import TokenCache
 from tests.far_servers import KEYS, SETTINGS, VARIABLES, Server, Way
 from tests.processes import assert_close, assert_same_run, finish, launch, start, wait_for
 from tests.train_fixtures import tiny_config
@@ -440,18 +440,17 @@ def test_a_far_run_goes_on_and_equals_a_local_one(amazon, data, whole_run):
   np.testing.assert_array_equal(far.embed({"text": ["red"]})["text"].full, near.embed({"text": ["red"]})["text"].full)
 
 
-def test_features_far_are_computed_once(root, tmp_path, monkeypatch):
-  trunk, keys = load_trunk("hashed_words"), ["red", "green ball"]
-  read = keys.__getitem__
-  expected = np.asarray(cached_features(trunk, keys, read, cache_dir=tmp_path / "near"))
-  np.testing.assert_array_equal(cached_features(trunk, keys, read, cache_dir=root), expected)
-  name = files.children(root)[0].name
-  assert list(files.contents(root / name)) == ["chunks.jsonl", "features.npy"]
-  forbidden = lambda index: pytest.fail("computed again")
+def test_tokens_far_are_computed_once(root, tmp_path, monkeypatch):
+  trunk, strings = load_trunk("hashed_words"), ["red", "green ball"]
+  tokens = lambda cache: [cache.reader(int(place)) for place in cache.strings(strings)]
+  expected = tokens(TokenCache(tmp_path / "near", trunk))
+  np.testing.assert_array_equal(tokens(TokenCache(root, trunk)), expected)
+  [shard, keys] = files.contents(files.children(root)[0])
+  assert shard.endswith(".array_record") and keys == f"{shard}.keys.npy"
+  monkeypatch.setattr(TokenCache, "_compute", lambda *_: pytest.fail("computed again"))
   for cache in ("cache", "another"):  # the copy here, and that of another machine
     monkeypatch.setenv("CODEBIND_CACHE", str(tmp_path / cache))
-    found = cached_features(trunk, keys, forbidden, cache_dir=root, hashes=[content_hash(key) for key in keys])
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(tokens(TokenCache(root, trunk)), expected)
   monkeypatch.setenv("CODEBIND_DATA", str(root))
   assert fetch.data_dir() == tmp_path / "another" and fetch.features_dir() == root / "features"
 

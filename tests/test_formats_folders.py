@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet as pq
 
-from codebind_jax.data import index_cache, opening, ranges, records
+from codebind_jax.data import index_cache, opening, paged, ranges, records
 from codebind_jax.data.formats import hugging_face
 from tests.world_fixtures import png
 
@@ -210,7 +210,7 @@ def test_files_that_are_named(tmp_path, monkeypatch):
     ids("a.xyz")
   with pytest.raises(ValueError, match="files: got an empty list"):
     open_source([])
-  with pytest.raises(ValueError, match="ftp://x/a.jsonl: unknown scheme 'ftp://'; allowed: a local path, gs://, s3://"):
+  with pytest.raises(ValueError, match="'ftp://x/a.jsonl': unknown scheme 'ftp://'; allowed: a local path, gs://BUCKET"):
     open_source("ftp://x/a.jsonl")
   (tmp_path / "u.csv").write_text("id,text\n3,x\n")
   with pytest.raises(ValueError, match="id '3' is there twice: .*s03.jsonl:1 and .*u.csv:2"):
@@ -240,7 +240,7 @@ def test_the_kept_index(tmp_path, root, caplog, monkeypatch):
   first = open_source(path, max_bad_records=1)
   folder, ids = next((root / "index").iterdir()), first.index.ids.copy()
   again = open_source(path, max_bad_records=1)
-  assert isinstance(again.index.has, records.Pages) and caplog.text.count("left out") == 2
+  assert isinstance(again.index.has, paged.Pages) and caplog.text.count("left out") == 2
   assert (again.index.ids == ids).all() and again.index.label_of(9) == "2"
   assert len(pickle.dumps(again)) < 3000
   with pytest.raises(ValueError, match="a.jsonl:1101: not JSON"):
@@ -308,7 +308,7 @@ def test_more_files_than_can_be_open(tmp_path, monkeypatch):
   source.fields(0)
   assert len(handles) == 3
   before = set(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else None
-  kept = [records.map_file(str(tmp_path / f"{n:02d}.jsonl")) for n in range(12)]
+  kept = [paged.map_file(str(tmp_path / f"{n:02d}.jsonl")) for n in range(12)]
   assert bytes(kept[3]) == (tmp_path / "03.jsonl").read_bytes() and not kept[3].flags.writeable
   assert before is None or set(os.listdir("/proc/self/fd")) == before
 
