@@ -27,7 +27,8 @@ def started(command, devices=1):
 
 def start(data, workdir, *overrides, devices=1, largest_file=None, kill_at=None):
   """The tiny run: perhaps one that may not write a file beyond a size, or that kills itself at a point."""
-  command = [sys.executable, "-m", "tests.run_tiny", *map(str, data), str(workdir), *overrides]
+  bytecode = ["-B"] if largest_file else []  # or it leaves half a .pyc
+  command = [sys.executable, *bytecode, "-m", "tests.run_tiny", *map(str, data), str(workdir), *overrides]
   if kill_at is not None:
     command.append(f"kill_at={kill_at}")
   if largest_file:

@@ -371,7 +371,7 @@ FULL = textwrap.dedent("""
 @pytest.mark.parametrize("room", [50_000, 4_000])
 def test_a_full_disk_is_an_error_and_leaves_no_shard(tmp_path, room):
   environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-  command = [sys.executable, "-c", FULL, str(tmp_path), str(room)]
+  command = [sys.executable, "-B", "-c", FULL, str(tmp_path), str(room)]  # or it leaves half a .pyc
   done = subprocess.run(command, env=environment, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   assert f"{tmp_path}/mean-" in done.stdout and "tokens cannot be written" in done.stdout, done.stdout + done.stderr

@@ -49,7 +49,7 @@ def arrow_table(labels, first=0):
 
 
 def test_class_folders(put, caplog):
-  caplog.set_level("INFO")
+  caplog.set_level("INFO", "absl")
   folder = put("dog/b.jpg", "dog/x/a.PNG", "cat/ä.wav", "cat/c.mp4", "dog/notes.txt", ".git/x.jpg", "cat/.hidden.jpg",
                "README.md")  # fmt: skip
   (folder / "owl").mkdir()
@@ -91,7 +91,7 @@ def test_an_empty_folder(tmp_path):
 
 
 def test_parquet_named_by_split(put, tmp_path, caplog):
-  caplog.set_level("INFO")
+  caplog.set_level("INFO", "absl")
   put("README.md")
   (tmp_path / "set/data").mkdir()
   for name, labels, first in (("train-00000-of-00002", [0, 1], 0), ("train-00001-of-00002", [1], 2),

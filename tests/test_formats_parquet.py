@@ -43,7 +43,7 @@ def struct(*rows):
 
 
 def test_bytes_paths_and_structs(write, tmp_path, caplog):
-  caplog.set_level("INFO")
+  caplog.set_level("INFO", "absl")
   path = write({
     "image": struct({"bytes": RED, "path": "gone.png"}, {"bytes": None, "path": "red.png"}, None),
     "thermal": pa.array([BLUE, None, BLUE]), "depth": ["red.png", None, ""][:2] + [None],

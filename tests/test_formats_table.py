@@ -33,7 +33,7 @@ def write(tmp_path):
 
 
 def test_records_read_back(write, tmp_path, caplog):
-  caplog.set_level("INFO")
+  caplog.set_level("INFO", "absl")
   path = write('\ufeff,id,image,text,label,split,url\r\n0,a,red.png,"a ""red"", big\nthing",red,train,u\r\n\r\n'
                "1,b,,ü,3,validation,\r\n2,,red.png,,,test,v")  # fmt: skip
   source = open_source(path, check="all")

@@ -48,7 +48,7 @@ RED, BLUE = png((255, 0, 0)), png((0, 0, 255))
 
 
 def test_records_read_back(tmp_path, caplog):
-  caplog.set_level("INFO")
+  caplog.set_level("INFO", "absl")
   depth, points = np.full((2, 2), 1.5, np.float32), np.eye(3, dtype=np.float32)
   path = pack(
     tmp_path / "a.tar",

@@ -55,7 +55,7 @@ def open_source(name, root, **options):
 
 
 def test_records_read_back(prepared, caplog):
-  caplog.set_level("INFO")
+  caplog.set_level("INFO", "absl")
   source = pickle.loads(pickle.dumps(open_source("tfds:tiny", prepared)))
   assert len(source) == 7 and source.modalities == ("image", "text", "depth")
   assert np.bincount(source.index.split + 1).tolist() == [0, 5, 2] and source.index.labels == ("cat", "dog")

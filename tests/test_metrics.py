@@ -273,7 +273,7 @@ def test_intervals_reject():
 
 
 def test_without_a_terminal_progress_is_a_line(caplog, monkeypatch):
-  caplog.set_level(logging.INFO)
+  caplog.set_level(logging.INFO, "absl")
   stage = dataclasses.replace(config_lib.read(stage1.get_config()).ordered[0], sources=schema.Frozen({"icons": 80}))
   stage = dataclasses.replace(stage, first_step=0, steps=100)
   monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda: False))

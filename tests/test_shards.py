@@ -254,7 +254,7 @@ runpy.run_module("codebind_jax.tools.shards", run_name="__main__")
 
 def test_a_full_disk_leaves_no_half_a_shard_and_the_next_run_goes_on(manifest, tmp_path):
   command = [str(manifest), str(tmp_path / "out"), "--size=1GB", "--workers=1"]
-  limited = [sys.executable, "-c", _FULL, "4000", *command]
+  limited = [sys.executable, "-B", "-c", _FULL, "4000", *command]  # or it leaves half a .pyc
   found = subprocess.run(limited, cwd=REPOSITORY, capture_output=True, text=True)
   assert found.returncode == 1 and "error: " in found.stderr and "File too large" in found.stderr
   assert "Traceback" not in found.stderr and list(files_of(tmp_path / "out")) == ["plan.json"]

@@ -204,7 +204,7 @@ def test_image_cut_short_is_found_when_read(write, tmp_path):
 
 
 def test_values_that_are_taken(write, caplog):
-  caplog.set_level("INFO")
+  caplog.set_level("INFO", "absl")
   path = write({"id": 7, "caption": "x", "label": 3, "split": "validation", "audio": None, "url": "u", "width": [1]},
                {"id": "b", "text": "y", "label": "3", "split": "test"})  # fmt: skip
   source = open_source(path)

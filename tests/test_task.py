@@ -59,7 +59,7 @@ def test_groups_are_labels_and_rows_without_one_stand_alone(write):
 
 
 def test_held_out_rows_are_a_share_chosen_by_id_alone(write, caplog):
-  caplog.set_level(logging.INFO)
+  caplog.set_level(logging.INFO, "absl")
   small = open_task(data(files=write("mine.jsonl", rows(400)), holdout=0.25))
   assert "of 400 training rows are held out as val" in caplog.text
   test, = small.evals
