@@ -1,6 +1,7 @@
 """Batches of items that are read, augmented and prepared anew: the same bits everywhere, and bad ones masked."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import pickle
@@ -16,7 +17,7 @@ from codebind_jax.data.inputs import Input
 from codebind_jax.data.opening import open_source
 from codebind_jax.data.preparation.pictures import Picture
 from tests.batches_fixtures import digest, leaves
-from tests.source_fixtures import Letters, Rows
+from tests.source_fixtures import Letters, Rows, tokens_of
 
 # Row 4 has no picture, row 6 no text; rows 2 and 9 have one label.
 COUNT, SIZE = 13, 8
@@ -190,3 +191,13 @@ def test_each_row_once_in_order_with_padding_and_gaps(manifest, processes):
     bad = [item for part in parts for item in part[k].bad]
     assert [row for row, _ in bad] == ([7] if k == 0 else []) and all("7.png" in message for _, message in bad)
   np.testing.assert_array_equal(whole[1].items[0], feed.clean(0))
+
+
+def test_a_row_whose_view_or_caption_is_not_cached_has_no_item():
+  values = np.arange(8, dtype=np.float16).reshape(4, 2, 1, 1)
+  feed = tokens_of(values, [(0,), (1,), (2, 3), ()], 0.5)
+  places = feed.places.copy()
+  assert [feed.has(row) for row in range(4)] == [True, True, True, False]
+  places[1, 1] = places[3, 0] = -1  # an augmented view of row 1, and the second caption of row 2
+  part = dataclasses.replace(feed, places=places)
+  assert [part.has(row) for row in range(4)] == [True, False, False, False]

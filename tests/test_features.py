@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from codebind_jax.data import token_reader
 from codebind_jax.data.inputs import Input
 from codebind_jax.data.units import Strings
 from codebind_jax.models.encoder import Encoded
@@ -95,6 +96,17 @@ def test_values_shape_and_type(tmp_path, small_shards):
     np.testing.assert_array_equal(store.reader(int(place), pooled=True), tokens[:1])
   shards, keys, others = files_of(tmp_path)
   assert len(shards) == 4 and keys == [f"{name}.keys.npy" for name in shards] and not others
+
+
+def test_shards_that_are_open_at_once_are_bounded(tmp_path, small_shards, monkeypatch):
+  images, store = Images(20), TokenCache(tmp_path, mean_trunk())
+  places, _ = store.fill(images.keys, images)
+  whole = tokens_at(store, places)
+  monkeypatch.setattr(token_reader, "OPEN", 2)
+  again = TokenCache(tmp_path, mean_trunk())
+  for _ in range(2):
+    np.testing.assert_array_equal(tokens_at(again, again.places(images.keys)), whole)
+    assert len(again.reader._open) == 2 and len(again.reader.shards) == 4
 
 
 def test_one_more_item_computes_one_item(tmp_path):
@@ -429,6 +441,12 @@ def test_a_file_s_hash_is_remembered_until_it_changes(tmp_path):
   unknown = [*files.identities[:3], ""]  # one that has no place of its own
   assert Contents(memory).hashes(unknown, files) == again == Contents(memory).hashes(unknown, files)
   assert files.reads == [3, 3]
+
+
+def test_an_item_that_cannot_be_read_is_not_remembered(tmp_path):
+  memory, answers = Contents(tmp_path / "contents.sqlite"), iter(["", "hash"])
+  assert memory.hashes(["place"], lambda number: next(answers)) == [""]
+  assert memory.hashes(["place"], lambda number: next(answers)) == ["hash"] == memory.hashes(["place"], str)
 
 
 @pytest.mark.parametrize("damage", ["no base", "in the way", "a folder"])

@@ -257,9 +257,9 @@ class Tokens:
     return digest(f"{self.made_from} {self.augmented}")
 
   def has(self, row: int) -> bool:
-    """Whether the row has an item, and it could be read."""
+    """Whether the row has an item, and all of its choices and views could be read."""
     first, stop = self.starts[row], self.starts[row + 1]
-    return bool(stop > first and self.places[first, 0] >= 0)
+    return bool(stop > first and (self.places[first:stop] >= 0).all())
 
   def draw(self, row: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
     """A choice and a view."""

@@ -103,7 +103,6 @@ class Task:
     name: of the worlds or the manifest.
     summary: a readable line for each source, with its name and size.
     train: source name -> training rows; empty for evaluation only.
-    unique: source name -> the field whose values are the rows' labels: rows of one label are no negatives.
     evals: evaluation sets.
     attributions: (package, licence, credit) of the data, for reports.
     extra: source name -> its training rows and further ones after them, which probes and class means do not use.

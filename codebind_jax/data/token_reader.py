@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +13,7 @@ from jaxtyping import Float16
 
 from codebind_jax import files
 
+OPEN = 256  # shards that are open at once, of those that were read last
 READ = "readahead_buffer_size:0,max_parallelism:0"  # random access
 
 
@@ -30,11 +32,11 @@ class TokenReader:
 
   def __init__(self, shards: Iterable[Path], tokens: int, width: int, far: files.Path | None = None):
     self.shards, self.tokens, self.width, self._far = list(shards), tokens, width, far
-    self._open: dict[int, Any] = {}
+    self._open: collections.OrderedDict[int, Any] = collections.OrderedDict()
     self._lock = threading.Lock()
 
   def __getstate__(self) -> dict[str, Any]:
-    return self.__dict__ | {"_open": {}, "_lock": None}
+    return self.__dict__ | {"_open": collections.OrderedDict(), "_lock": None}
 
   def __setstate__(self, state: dict[str, Any]) -> None:
     self.__dict__.update(state)
@@ -65,4 +67,7 @@ class TokenReader:
         if self._far and not self.shards[shard].exists():
           files.download(self._far / self.shards[shard].name, self.shards[shard])
         self._open[shard] = array_record_module.ArrayRecordReader(str(self.shards[shard]), READ)
+        if len(self._open) > OPEN:
+          self._open.popitem(last=False)  # it is closed when no thread reads it any more
+      self._open.move_to_end(shard)
       return self._open[shard]

@@ -299,7 +299,7 @@ class Contents:
 
     Args:
       identities: of each item, or "" for one that is not remembered.
-      compute: number of an item -> its hash.
+      compute: number of an item -> its hash; "", which is not remembered, if it cannot be read.
     """
     try:
       return self._hashes(identities, compute)
@@ -322,7 +322,7 @@ class Contents:
           found = base.execute("SELECT hash FROM contents WHERE identity = ?", (key,)).fetchone()
           if found is None or not identities[number]:
             found = (compute(number),)
-            if identities[number]:
+            if identities[number] and found[0]:
               new.append((key, found[0]))
           out.append(found[0])
         base.executemany("INSERT OR REPLACE INTO contents VALUES (?, ?)", new)

@@ -44,7 +44,7 @@ class Feeder:
     self._data, self._towers = data, towers
     self._folder = fetch.features_dir(data.root or None)
     self._caches: dict[str, TokenCache] = {}
-    self._made: dict[tuple[int, str, bool], tuple[Source, Feed]] = {}
+    self._made: dict[tuple[int, str], tuple[Source, Feed]] = {}
     self.bad: list[str] = []
     self.process = jax.process_index(), jax.process_count()
     self.trunks = dict(trunks or {})
@@ -127,6 +127,8 @@ class Feeder:
     hashes = contents.hashes(
       [source.identity(int(row), modality) for row in own], lambda n: self._content(source, int(own[n]), modality)
     )  # fmt: skip
+    # An item that cannot be read is its place, so that the cache names it.
+    hashes = [content or f"unreadable {source.where(int(row))}" for row, content in zip(own, hashes)]
     keys = np.array([
       key_of(REVISION, content) if not view else
       key_of(REVISION, content, str(view), repr(change), source.fields(int(row))["id"])
@@ -142,11 +144,11 @@ class Feeder:
 
   @staticmethod
   def _content(source: Source, row: int, modality: str) -> str:
-    """An item's content hash; of one that cannot be read, its place, so that the cache names it."""
+    """An item's content hash; "" of one that cannot be read, of which the fill of the cache says why."""
     try:
       return source.content_hash(row, modality)
     except (ValueError, OSError):
-      return f"unreadable {source.where(row)}"
+      return ""
 
   def _captions(self, source: Source, templates: Sequence[str]) -> Tokens:
     rows = source.rows_with("text")
