@@ -73,8 +73,24 @@ def captions(texts: Sequence[str], templates: Sequence[str], mode: str = "each")
   return list(dict.fromkeys([*main, *rest]))
 
 
+class Prepared:
+  """What feeds of prepared items have in common: shape and type are those that their `input` says."""
+
+  input: Input
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of a prepared item."""
+    return self.input.shape
+
+  @property
+  def dtype(self) -> str:
+    """Of a prepared item."""
+    return self.input.dtype
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class Items:
+class Items(Prepared):
   """Items that are read, augmented and prepared anew each time.
 
   Attributes:
@@ -88,16 +104,6 @@ class Items:
   modality: str
   input: Input
   augment: Callable[[Any, np.random.Generator], Any] | None = None
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    """Of a prepared item."""
-    return self.input.shape
-
-  @property
-  def dtype(self) -> str:
-    """Of a prepared item."""
-    return self.input.dtype
 
   @property
   def fingerprint(self) -> str:
@@ -135,7 +141,7 @@ class Items:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Texts:
+class Texts(Prepared):
   """Ids of a row's captions, one drawn each time.
 
   Attributes:
@@ -149,16 +155,6 @@ class Texts:
   input: Input
   templates: tuple[str, ...] = ("{}",)
   mode: str = "each"
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    """Of a text's ids."""
-    return self.input.shape
-
-  @property
-  def dtype(self) -> str:
-    """Of a text's ids."""
-    return self.input.dtype
 
   @property
   def fingerprint(self) -> str:
@@ -181,7 +177,7 @@ class Texts:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Values:
+class Values(Prepared):
   """Given values of one modality, prepared; row i is value i.
 
   Attributes:
@@ -193,16 +189,6 @@ class Values:
   values: Sequence[Any]
   modality: str
   input: Input
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    """Of a prepared item."""
-    return self.input.shape
-
-  @property
-  def dtype(self) -> str:
-    """Of a prepared item."""
-    return self.input.dtype
 
   @property
   def fingerprint(self) -> str:
@@ -221,7 +207,7 @@ class Values:
     """The value, opened and prepared; an error names its number."""
     try:
       return self.input.prepared(self.modality, self.values[row])
-    except (ValueError, OSError) as error:
+    except ValueError as error:
       raise ValueError(f"{self.modality}[{row}]: {error}") from error
 
 

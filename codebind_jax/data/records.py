@@ -10,6 +10,7 @@ import abc
 import copy
 import dataclasses
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -147,9 +148,13 @@ class Source(abc.ABC):
   def _read(self, number: int, modality: str) -> str | bytes | Path | np.ndarray:
     """`read` by the number in the file."""
 
-  @abc.abstractmethod
   def _hash(self, number: int, modality: str) -> str:
-    """`content_hash` by the number in the file."""
+    """`content_hash` by the number in the file: of the captions, or of the item's bytes."""
+    if modality == "text":
+      content = json.dumps(self._fields(number)["text"]).encode()
+    else:
+      content = content_of(self._read(number, modality))
+    return hashlib.sha256(modality.encode() + content).hexdigest()
 
   def _identity(self, number: int, modality: str) -> str:
     """`identity` by the number in the file."""
@@ -158,3 +163,15 @@ class Source(abc.ABC):
   def _where(self, number: int) -> str:
     """`where` by the number in the file."""
     return f"{self.name}: record {number}"
+
+
+def content_of(item: str | bytes | Path | np.ndarray) -> bytes:
+  """The bytes of an item: of a file, of all files of a folder (a film in frames), or of an array and its form."""
+  if isinstance(item, bytes):
+    return item
+  if isinstance(item, np.ndarray):
+    return f"{item.dtype}{item.shape}".encode() + item.tobytes()
+  path = Path(item)
+  if path.is_dir():
+    return b"".join(part.name.encode() + part.read_bytes() for part in sorted(path.iterdir()) if part.is_file())
+  return path.read_bytes()

@@ -14,7 +14,6 @@ from __future__ import annotations
 import datetime
 import decimal
 import functools
-import hashlib
 import io
 import json
 import re
@@ -261,14 +260,6 @@ class ArrayRecordSource(Source):
       return np.load(io.BytesIO(item), allow_pickle=False)
     except (ValueError, EOFError) as error:
       raise ValueError(f"{self._where(number)}: {modality}: not a readable .npy file ({error})") from error
-
-  def _hash(self, number: int, modality: str) -> str:
-    if modality == "text":
-      content = json.dumps(self._record(number).fields["text"]).encode()
-    else:
-      item = self._item(number, modality)
-      content = item if isinstance(item, bytes) else item.read_bytes()
-    return hashlib.sha256(modality.encode() + content).hexdigest()
 
   def _identity(self, number: int, modality: str) -> str:
     return f"{modality} {ranges.identity(self._shard.path)} {self._places[number, 0]}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path, PurePath
@@ -41,10 +40,6 @@ class FolderSource(Source):
 
   def _read(self, number: int, modality: str) -> Path | bytes:
     return item(self._path / "-", self._name(number))
-
-  def _hash(self, number: int, modality: str) -> str:
-    content = files.read_bytes(self._path / self._name(number))
-    return hashlib.sha256(modality.encode() + content).hexdigest()
 
   def _identity(self, number: int, modality: str) -> str:
     return f"{modality} {ranges.identity(self._path / self._name(number))}"

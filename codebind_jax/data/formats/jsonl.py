@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import abc
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -40,22 +40,15 @@ class LineSource(Source):
     end = int(self._places[number + 1, 0]) if number + 1 < len(self._places) else self._size
     return self._file.read(offset, end - offset)
 
+  @abc.abstractmethod
   def _record(self, number: int) -> Record:
-    raise NotImplementedError
+    """The parsed record."""
 
   def _fields(self, number: int) -> dict[str, Any]:
     return self._record(number).fields
 
   def _read(self, number: int, modality: str) -> Path | bytes:
     return item(self._file.path, self._record(number).items[modality])
-
-  def _hash(self, number: int, modality: str) -> str:
-    record = self._record(number)
-    if modality == "text":
-      content = json.dumps(record.fields["text"]).encode()
-    else:
-      content = content_of(item_path(self._file.path, record.items[modality]))
-    return hashlib.sha256(modality.encode() + content).hexdigest()
 
   def _identity(self, number: int, modality: str) -> str:
     value = self._record(number).items.get(modality)
@@ -92,13 +85,6 @@ def item(file: PurePath, value: str | bytes) -> Path | bytes:
 def item_path(file: PurePath, value: str) -> PurePath:
   """The path of an item, relative to the record's file."""
   return ranges.as_path(value) if files.is_far(value) else file.parent / value
-
-
-def content_of(path: PurePath) -> bytes:
-  """All bytes of a file, or of all files of a folder, which is a film in frames."""
-  if not files.is_far(path) and path.is_dir():
-    return b"".join(part.name.encode() + part.read_bytes() for part in sorted(path.iterdir()) if part.is_file())
-  return files.read_bytes(path)
 
 
 def _object(line: bytes) -> dict[str, Any]:

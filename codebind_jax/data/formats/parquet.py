@@ -7,10 +7,9 @@ memory, which Arrow's pool holds beside Python's.
 
 from __future__ import annotations
 
+import abc
 import collections
 import dataclasses
-import hashlib
-import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
@@ -22,7 +21,7 @@ from codebind_jax import files
 from codebind_jax.data import ranges
 from codebind_jax.data.formats import columns as arrow
 from codebind_jax.data.formats.columns import Columns
-from codebind_jax.data.formats.jsonl import content_of, item
+from codebind_jax.data.formats.jsonl import item
 from codebind_jax.data.formats.record import parse, short_names
 from codebind_jax.data.index import IndexBuilder, twice
 from codebind_jax.data.index_cache import Bad, Scan, scanned
@@ -75,13 +74,13 @@ class ColumnsSource(Source):
     self._name = scan.notes["name"]
     self._columns = columns
 
+  @abc.abstractmethod
   def _value(self, number: int, names: tuple[str, ...]) -> Any:
     """A record's row of these columns, as a table of one row."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def _row(self, number: int) -> int:
     """Number of a record's row in its file: rows that were left out count."""
-    raise NotImplementedError
 
   def _fields(self, number: int) -> dict[str, Any]:
     names = tuple(self._columns.fields)
@@ -92,14 +91,6 @@ class ColumnsSource(Source):
   def _read(self, number: int, modality: str) -> Path | bytes:
     column = self._columns.items[modality]
     return item(self._path, arrow.item_of(self._value(number, (column,)).column(column)[0].as_py()))
-
-  def _hash(self, number: int, modality: str) -> str:
-    if modality == "text":
-      content = json.dumps(self._fields(number)["text"]).encode()
-    else:
-      content = self._read(number, modality)
-    content = content if isinstance(content, bytes) else content_of(content)
-    return hashlib.sha256(modality.encode() + content).hexdigest()
 
   def _identity(self, number: int, modality: str) -> str:
     value = self._read(number, modality)

@@ -8,7 +8,6 @@ A member's key is its path up to the first dot of the base name. What follows sa
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import json
 from array import array
@@ -259,13 +258,6 @@ class TarSource(Source):
 
   def _read(self, number: int, modality: str) -> bytes:
     return self._content(self._members(number)[modality])
-
-  def _hash(self, number: int, modality: str) -> str:
-    if modality == "text":
-      content = json.dumps(self._fields(number)["text"]).encode()
-    else:
-      content = self._read(number, modality)
-    return hashlib.sha256(modality.encode() + content).hexdigest()
 
   def _identity(self, number: int, modality: str) -> str:
     return f"{modality} {ranges.identity(self._file.path)} {number}"

@@ -5,9 +5,7 @@ Pictures stay encoded; sounds and films need TensorFlow, as that library reads t
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
@@ -68,12 +66,6 @@ class TfdsSource(Source):
       return value
     samples = value / np.float32(32768.0) if np.issubdtype(value.dtype, np.integer) else value
     return audio.resample(samples.astype(np.float32), rate, audio.RATE, self._where(number))
-
-  def _hash(self, number: int, modality: str) -> str:
-    value = json.dumps(self._fields(number)["text"]).encode() if modality == "text" else self._read(number, modality)
-    if isinstance(value, np.ndarray):
-      value = f"{value.dtype}{value.shape}".encode() + value.tobytes()
-    return hashlib.sha256(modality.encode() + value).hexdigest()
 
   def _where(self, number: int) -> str:
     return f"tfds:{self.name}: record {self._places[number, 0]}"
