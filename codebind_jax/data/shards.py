@@ -6,20 +6,17 @@ order, and again after a kill. Each is read back and compared with the input bef
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import io
 import json
-import multiprocessing
 import os
-import pickle
 import re
 import shutil
 import stat
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -30,6 +27,7 @@ from absl import logging
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Int64, UInt64
 
+from codebind_jax.data.ahead import ahead
 from codebind_jax.data.formats.array_record import Shard, close, decode, encode, encode_index
 from codebind_jax.data.index import IndexBuilder, twice
 from codebind_jax.data.opening import CHECKED, SOME, check_item
@@ -384,47 +382,26 @@ def write_all(job: Job, workers: int = 1) -> tuple[dict[str, Any], int]:
 
 
 def _each(work: Callable[[Any], Any], tasks: Sequence[Any], workers: int, title: str) -> Iterator[tuple[Any, Any]]:
-  """Each task and its answer, as they come; by this process if one is enough."""
-  bar = functools.partial(tqdm.tqdm, total=len(tasks), desc=title, unit="part", disable=None)
-  if workers == 1 or len(tasks) == 1:
-    yield from ((task, work(task)) for task in bar(tasks))
-    return
-  context = multiprocessing.get_context("spawn")
-  pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _begin, (pickle.dumps(work),))
+  """Each task and its answer, in order; by this process if one is enough."""
+  workers = 0 if workers == 1 or len(tasks) == 1 else min(workers, len(tasks))
+  answers = ahead(_Answers(work, tasks), workers=workers, threads=1, stop=len(tasks))
   try:
-    waiting, left = {}, iter(tasks)
-    with bar() as shown_bar:
-      while True:
-        while len(waiting) < 2 * workers and (task := next(left, None)) is not None:
-          waiting[pool.submit(_do, task)] = task
-        if not waiting:
-          return
-        for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-          shown_bar.update()
-          yield waiting.pop(future), future.result()
+    with contextlib.closing(answers):
+      yield from zip(tasks, tqdm.tqdm(answers, total=len(tasks), desc=title, unit="part", disable=None))
   except BrokenProcessPool as error:
     raise RuntimeError("a worker process was killed, perhaps for want of memory; what is finished is kept: run the "
                        "same command again") from error  # fmt: skip
-  finally:
-    pool.shutdown(cancel_futures=True)
 
 
-_work: Any = None  # in a worker process: what it does with a task
+@dataclasses.dataclass(frozen=True)
+class _Answers:
+  """Number of a task -> what the work gives for it."""
 
+  work: Callable[[Any], Any]
+  tasks: Sequence[Any]
 
-def _begin(pickled: bytes) -> None:
-  global _work
-  threading.Thread(target=_end_with_parent, daemon=True).start()
-  _work = pickle.loads(pickled)
-
-
-def _end_with_parent() -> None:
-  multiprocessing.parent_process().join()  # also where the parent was killed
-  os._exit(1)
-
-
-def _do(task: Any) -> Any:
-  return _work(task)
+  def __getitem__(self, number: int) -> Any:
+    return self.work(self.tasks[number])
 
 
 def _media(source: Source) -> list[tuple[str, int]]:
