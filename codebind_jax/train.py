@@ -20,6 +20,7 @@ from codebind_jax import config as config_lib
 from codebind_jax import files, schema
 from codebind_jax.api import Model
 from codebind_jax.codebook import collapsed, usage_stats
+from codebind_jax.command_line import bind
 from codebind_jax.config import Config
 from codebind_jax.data.batches import Batches, SourceBatches
 from codebind_jax.data.examples import Feed
@@ -104,12 +105,16 @@ def train_and_evaluate(config: Any, workdir: str | files.Path) -> dict[str, floa
     ValueError: for a bad config or a workdir of another run, before any work.
   """
   started = time.time()
-  config = config_lib.validate(config)
-  folder = open_run(config, workdir)
+  open_bind = getattr(config, "mode", "") == bind.MODE
+  config = config if open_bind else config_lib.validate(config)
+  folder = None if open_bind else open_run(config, workdir)
 
   banner("data")
   with distributed.process_0_first():  # worlds are fetched and built, and published trunks fetched, where not there yet
-    task = open_task(config.data)
+    task = open_task(bind.data_of(config) if open_bind else config.data)
+    if open_bind:
+      config = bind.resolved(config, task)
+      folder = open_run(config, workdir)
     feeder = Feeder(config.data, config.model.towers)
   feeds = feeder.train_feeds(task.drawn, config.data.templates_of)
   evaluation = Evaluation(config, task, feeder, config.tasks)

@@ -210,6 +210,8 @@ def refuse_unknown(module: ModuleType, path: PurePath, options: Mapping[str, Any
 def held_out(source: Source, share: float, salt: str = "holdout") -> Bool[np.ndarray, "n"]:
   """Which records are held out: by a hash of the id, so that more records change nothing of those before.
 
+  Where the share is above 0 and there are four records or more, at least two are held out.
+
   Args:
     source: the records.
     share: of them, about, from 0 to 1.
@@ -223,7 +225,11 @@ def held_out(source: Source, share: float, salt: str = "holdout") -> Bool[np.nda
   mixed = source.index.ids ^ np.uint64(id_hash(salt))
   for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):  # splitmix64's last steps
     mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-  return (mixed >> np.uint64(11)) < np.uint64(round(share * 2**53))
+  mixed >>= np.uint64(11)
+  out = mixed < np.uint64(round(share * 2**53))
+  if share and len(mixed) >= 4 and out.sum() < 2:
+    out[np.argsort(mixed, kind="stable")[:2]] = True
+  return out
 
 
 def of_split(source: Source, split: str) -> Source:

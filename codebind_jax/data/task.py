@@ -14,6 +14,7 @@ from absl import logging
 from codebind_jax.data import index_cache
 from codebind_jax.data.index import SPLITS
 from codebind_jax.data.joined import joined
+from codebind_jax.data.label_captions import LabelCaptions
 from codebind_jax.data.opening import class_names, held_out, open_source
 from codebind_jax.data.records import Source
 from codebind_jax.data.worlds import fetch, names, registry
@@ -44,7 +45,9 @@ class Data:
     manifest: another name of `files`.
     named_files: source name -> files, further sources beside the worlds or `files`.
     options: of the format, see `data.formats`.
-    holdout: share of the training records of files that is held out as val, by hash of the id; 0 for none.
+    holdout: share of the training records of files that is held out as val, by hash of the id, where no record is of
+      split val or test; 0 for none.
+    label_captions: a record with a label and without a text gets the label as its text.
     checked: which records' files are opened before any work: all, some (1,000), none, or auto: all of up to 10,000.
     classes: a text file with one class name a line; "" for the labels that occur.
     max_bad_records: number of bad records of files that are left out before it is an error; the log names each.
@@ -64,7 +67,8 @@ class Data:
   manifest: str = ""
   named_files: Mapping[str, tuple[str, ...]] = Frozen()
   options: Mapping[str, Any] = Frozen()
-  holdout: Annotated[float, within(0, 1, "none", below=True)] = 0.0
+  holdout: Annotated[float, within(0, 1, "none", below=True)] = 0.1
+  label_captions: bool = False
   checked: Literal["auto", "all", "some", "none"] = "auto"
   classes: str = ""
   max_bad_records: Annotated[int, at_least(0)] = 0
@@ -178,22 +182,26 @@ def _file_task(data: Data, name: str, names: Sequence[str], default_split: str) 
   )  # fmt: skip
   whole = opened(names)
   name = name or whole.name
+  if data.label_captions and (lacking := _labels_alone(whole)):
+    logging.info("%s: %d records without text have their label as caption", name, lacking)
+    whole = LabelCaptions(whole)
   split = np.where(whole.index.split < 0, SPLITS.index(default_split), whole.index.split)
   parts = {s: whole.select(np.flatnonzero(split == n)) for n, s in enumerate(SPLITS) if (split == n).any()}
-  if data.holdout and "train" in parts:
+  if data.holdout and list(parts) == ["train"]:
     out = held_out(parts["train"], data.holdout)
-    logging.info("%s: %d of %d training rows are held out as val, by hash of the id", name, out.sum(), len(out))
-    parts["val"] = joined([*([parts["val"]] if "val" in parts else []), parts["train"].select(np.flatnonzero(out))])
-    parts["train"] = parts["train"].select(np.flatnonzero(~out))
+    logging.info("%s: no record is of split val or test, so %d of %d are held out as val, by hash of the id "
+                 "(config.data.holdout=%g; 0 for none)", name, out.sum(), len(out), data.holdout)  # fmt: skip
+    kept = {"train": np.flatnonzero(~out), "val": np.flatnonzero(out)}
+    parts = {split: parts["train"].select(rows) for split, rows in kept.items() if len(rows)}
   for part in parts.values():
     if len(part) >= SHARED:
       part.index = index_cache.on_disk(part.index, fetch.data_dir(data.root or None) / "index")
   evals = []
   for role in ("val", "test"):
     if role in parts:
-      labels = _labels(data, parts[role])
+      labels = _labels(data, parts[role], parts.get("train"))
       fields = ("label",) if labels else ()
-      evals.append(EvalSet(f"{name}_{role}", name, role, parts[role], labels, fields, fields))
+      evals.append(EvalSet(f"{name}_{role}", name, role, parts[role], labels, fields, fields, _pairs(parts[role])))
   if not evals and default_split != "train":
     raise ValueError(f"{whole.name}: nothing to evaluate, every record is of split 'train'; allowed: val, test, or "
                      "no splits")  # fmt: skip
@@ -203,8 +211,27 @@ def _file_task(data: Data, name: str, names: Sequence[str], default_split: str) 
   return Task(name, summary, train, tuple(evals))
 
 
-def _labels(data: Data, source: Source) -> list[str]:
-  """Candidate labels: the class list of `config.data.classes`, else all labels of the rows."""
+def _labels_alone(source: Source) -> int:
+  """Number of records with a label and without a text."""
+  return int(((source.index.label >= 0) & ((source.index.has & np.uint32(source.index.bit("text"))) == 0)).sum())
+
+
+def _pairs(source: Source) -> tuple[tuple[str, str, str], ...]:
+  """Retrieval between modalities other than text that at least two records have both."""
+  items = [m for m in source.modalities if m != "text"]
+  both = lambda a, b: len(np.intersect1d(source.rows_with(a), source.rows_with(b)))
+  return tuple((a, b, "id") for n, a in enumerate(items) for b in items[n + 1 :] if both(a, b) > 1)
+
+
+def _labels(data: Data, source: Source, train: Source | None) -> list[str]:
+  """Candidate labels: the class list of `config.data.classes`, else the labels that occur.
+
+  Those of the training rows count as well if the set has some of them; a set of unseen labels alone has its own.
+  """
   if data.classes:
     return list(class_names(source, pathlib.Path(data.classes)))
-  return list(class_names(source)) if (source.index.label >= 0).any() else []
+  if not (source.index.label >= 0).any():
+    return []
+  own = class_names(source)
+  trained = class_names(train) if train and (train.index.label >= 0).any() else ()
+  return sorted({*own, *trained}) if set(own) & set(trained) else list(own)

@@ -1,0 +1,412 @@
+"""Mode `bind`: what `configs/bind.py` leaves open, chosen by looking at the data.
+
+The towers are those of the modalities that occur, the pairs those that enough records have, and the batch, the number
+of steps and the codebooks follow from the counts. The choice is printed as the flags that would give it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from codebind_jax import config as config_lib
+from codebind_jax import files, schema
+from codebind_jax.api import load
+from codebind_jax.config import Config
+from codebind_jax.data import transforms
+from codebind_jax.data.records import Source
+from codebind_jax.data.task import Data, Task
+from codebind_jax.data.worlds import fetch
+from codebind_jax.models.towers import TowerSpec
+from codebind_jax.runtime import checkpoint
+from codebind_jax.saving import hub
+from codebind_jax.trunks import eeg_patches, load_trunk, trunk_maker, trunk_names
+from codebind_jax.trunks.base import fingerprint
+from codebind_jax.trunks.families import family_of
+
+MODE, STAGE = "bind", "bind"
+SECTIONS = ("bind", "trunks", "weights", "tune")
+BRIDGES = ("text", "image")  # modalities that others are bound to, where the data has them
+FEWEST = 8  # training records that a pair needs: each is told from the others of its batch
+BATCH = 256
+EPOCHS = {True: 20, False: 10}  # by whether all trunks are frozen and their tokens cached
+STEPS = {True: (60, 3000), False: (100, 10000)}  # fewest and most
+EEG_SAMPLE = 256  # recordings that are read for the shape and the statistics of EEG
+
+
+class Counts:
+  """How many training records have which modalities.
+
+  Args:
+    sources: of the training records.
+  """
+
+  def __init__(self, sources: Sequence[Source]):
+    self.rows = sum(map(len, sources))
+    self.groups = sum(int(source.index.group.max(initial=-1)) + 1 for source in sources)
+    self.labels = len({source.index.labels[n] for source in sources for n in np.unique(source.index.label) if n >= 0})
+    self.modalities = tuple(dict.fromkeys(m for source in sources for m in source.modalities))
+    self._sets: Counter[tuple[str, ...]] = Counter()
+    for source in sources:
+      for bits, count in zip(*np.unique(source.index.has, return_counts=True)):
+        self._sets[tuple(m for m in source.modalities if int(bits) & source.index.bit(m))] += int(count)
+
+  def with_all(self, *modalities: str) -> int:
+    """Number of records that have all of these."""
+    return sum(count for there, count in self._sets.items() if set(modalities) <= set(there))
+
+  def with_a_pair(self, pairs: Sequence[tuple[str, str]]) -> int:
+    """Number of records that have both modalities of at least one pair."""
+    return sum(count for there, count in self._sets.items() if any({a, b} <= set(there) for a, b in pairs))
+
+
+def data_of(config: ConfigDict) -> Data:
+  """The section `data`.
+
+  Raises:
+    ValueError: as `schema.read`, or if no data is named.
+  """
+  data = schema.read(Data, config.data, "data")
+  if not data.sources and not data.worlds:
+    raise ValueError("config.data.files: must be set: a path, a pattern, or several (docs/data.md)")
+  return data
+
+
+def resolved(config: ConfigDict, task: Task) -> Config:
+  """The config of a run: what the command set, and for the rest what fits the data.
+
+  Args:
+    config: of `configs/bind.py`.
+    task: its data.
+
+  Raises:
+    ValueError: naming the key to set, or what the data lacks.
+  """
+  config = ConfigDict(config.to_dict())  # unlocked, and without references: what is chosen here changes nothing else
+  asked = {name: _by_modality(config, name) for name in SECTIONS[1:]}
+  counts = Counts(list(task.train.values()))
+  start = _start(config.init_from)
+  modalities = _modalities(config, counts, asked, start)
+  known = [m for m in modalities if start and m in start.model.towers]
+  pairs = _pairs(config, counts, modalities, known)
+  used = tuple(dict.fromkeys(m for pair in pairs for m in pair))
+  for modality in [m for m in modalities if m not in used]:
+    logging.warning("%s: left out, fewer than %d training records have it and another modality", modality, FEWEST)
+
+  towers = {m: start.model.towers[m] if m in known else _tower(config, m, asked, task, used) for m in used}
+  new = [m for m in used if m not in known]
+  stage = config.stages[STAGE]
+  stage.pairs = pairs
+  if start:
+    _continue(config, start, new)
+  else:
+    _publish(config, towers, asked, used)
+  config.model.towers = ConfigDict({m: schema.to_plain(tower) for m, tower in towers.items()})
+  specific = [m for m in used if towers[m]["specific_dim"]] if not start else [
+    m for m in used if (towers[m].specific_dim if m in known else towers[m]["specific_dim"])]
+  codes = config.codebook.codes.to_dict()
+  config.codebook.codes = ConfigDict({m: codes.get(m, 256) for m in specific})
+  stage.tune = ConfigDict({m: asked["tune"][m] for m in new if asked["tune"].get(m)})
+  cached = all(_cached(tower) for tower in towers.values())
+  _sizes(config, counts, pairs, cached, task)
+  if config.baseline is None:
+    config.baseline = cached and (not start or _has_baseline(config.init_from))
+  if not config.emergent and counts.labels:
+    free = [(a, b) for a, b in itertools.combinations([m for m in used if m != "text"], 2)
+            if (a, b) not in pairs and (b, a) not in pairs]  # fmt: skip
+    config.emergent = tuple(free)
+  config.stage_order, config.mode = (STAGE,), "train"
+  for section in SECTIONS:
+    del config[section]
+  chosen = config_lib.validate(config)
+  for line in describe(chosen, counts, task, asked):
+    logging.info("%s", line)
+  return chosen
+
+
+def describe(config: Config, counts: Counts, task: Task, asked: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
+  """What was found in the data, and the choice as flags."""
+  stage = config.stages[STAGE]
+  found = ", ".join(f"{m} {counts.with_all(m):,}" for m in counts.modalities)
+  held = ", ".join(f"{len(test.source):,} {test.role}" for test in task.evals) or "none to evaluate on"
+  yield f"found: {counts.rows:,} training records ({found}), {counts.labels:,} labels; {held}"
+  yield "chosen, as the flags that would give it:"
+  yield f"  --config=configs/bind.py:{','.join(config.model.towers)}"
+  for modality, tower in config.model.towers.items():
+    weights = asked["weights"].get(modality, "")
+    tune = stage.tune.get(modality) or ("frozen" if tower.cache else "")
+    yield f"  --config.trunks.{modality}={tower.trunk}" + (f" --config.weights.{modality}={weights}" * bool(weights)) + (
+      f" --config.tune.{modality}={tune}" * bool(tune))
+  values = {
+    "stages.bind.pairs": stage.pairs, "stages.bind.unique_labels": stage.unique_labels, "stages.bind.mixup": stage.mixup,
+    "batch_size": config.batch_size, "steps": config.steps, "eval_steps": config.eval_steps,
+    "checkpoint_steps": config.checkpoint_steps, "optim.learning_rate": config.optim.learning_rate,
+    "optim.warmup": config.optim.warmup, "model.shared_dim": config.model.shared_dim, "baseline": config.baseline,
+  }  # fmt: skip
+  for key, value in values.items():
+    yield f"  --config.{key}={_flag(value)}"
+
+
+def _flag(value: Any) -> str:
+  return json.dumps(repr(value)) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _by_modality(config: ConfigDict, section: str) -> dict[str, str]:
+  """Modality -> what the command set for it, in one of the sections `trunks`, `weights`, `tune`."""
+  values = schema.read(Mapping[str, str], config[section], section)
+  allowed = trunk_names() if section == "trunks" else ("frozen", "lora", "full")
+  for modality, value in values.items():
+    if value and section != "weights":
+      schema.check_keys([value], allowed, f"{section}.{modality}")
+  return {modality: value for modality, value in values.items() if value}
+
+
+def _start(source: str) -> Config | None:
+  """The config of the model that the run starts from, with the modalities it has; None for a run from scratch."""
+  if not source:
+    return None
+  try:
+    model = load(source)
+  except ValueError as error:
+    raise ValueError(f"config.init_from: {error}") from error
+  towers = {m: tower for m, tower in model.config.model.towers.items() if m in model.modalities}
+  return schema.read(Config, schema.to_plain(model.config) | {
+    "model": schema.to_plain(model.config.model) | {"towers": schema.to_plain(towers)}})  # fmt: skip
+
+
+def _has_baseline(source: str) -> bool:
+  return files.is_folder(files.path(source) / "baseline" / checkpoint.FOLDER)
+
+
+def _modalities(
+  config: ConfigDict, counts: Counts, asked: Mapping[str, Mapping[str, str]], start: Config | None
+) -> list[str]:
+  """Modalities to bind: those asked for, or all that the data and a tower know."""
+  wanted = tuple(config.bind.modalities)
+  lacking = [m for m in wanted if m not in counts.modalities]
+  there = ", ".join(f"{m} {counts.with_all(m)}" for m in counts.modalities) or "none"
+  if lacking:
+    raise ValueError(f"configs/bind.py:{','.join(wanted)}: no training record has {lacking[0]!r}; the data has {there}")
+  for section, values in asked.items():
+    if unknown := [m for m in values if m not in counts.modalities]:
+      raise ValueError(f"config.{section}.{unknown[0]}: no training record has {unknown[0]!r}; the data has {there}")
+  found = [m for m in wanted or counts.modalities if m in config.model.towers or m in asked["trunks"] or m in
+           asked["weights"] or (start and m in start.model.towers)]  # fmt: skip
+  for modality in [m for m in counts.modalities if m not in found and m not in wanted]:
+    if not wanted:
+      logging.warning("%s: left out, no trunk is packaged for it; config.trunks.%s names one", modality, modality)
+  if len(found) < 2:
+    raise ValueError(
+      f"config.data.files: the training records have the modalities {there}, and two are needed to bind one to another"
+      + ("; labels are taken as captions with config.data.label_captions" if counts.labels else
+         "; a text (key text or caption), a label or another modality of the same records makes a pair")
+    )  # fmt: skip
+  return found
+
+
+def _pairs(
+  config: ConfigDict, counts: Counts, modalities: Sequence[str], known: Sequence[str]
+) -> tuple[tuple[str, str], ...]:
+  """Pairs of a modality and a bridge that enough records have.
+
+  Bridges are text and image, or the modalities of the model that the run starts from, or, where there are none of
+  them, whatever shares most records with the others.
+  """
+  if config.stages[STAGE].pairs:
+    return tuple(map(tuple, config.stages[STAGE].pairs))
+  enough = lambda a, b: counts.with_all(a, b) >= FEWEST
+  shared = lambda m: sum(counts.with_all(m, other) for other in modalities if other != m)
+  asked = tuple(config.bind.bridges)
+  if unknown := [m for m in asked if m not in modalities]:
+    raise ValueError(f"config.bind.bridges: {unknown[0]!r} is not allowed; allowed: some of {list(modalities)}")
+  bridges = list(asked or known) or [m for m in BRIDGES if m in modalities] or [max(modalities, key=shared)]
+  pairs = [(a, b) for b, a in itertools.combinations(bridges, 2) if enough(a, b)]
+  if known and set(known) != set(modalities):
+    pairs = []  # the model that the run starts from has them bound already
+  others = [m for m in modalities if m not in bridges]
+  pairs += [(m, b) for m in others for b in bridges if enough(m, b)]
+  bound = {m for pair in pairs for m in pair}
+  for modality in sorted((m for m in others if m not in bound), key=shared, reverse=True):
+    partner = max((m for m in modalities if m != modality), key=lambda m: (m in bound, counts.with_all(m, modality)))
+    if enough(modality, partner):
+      pairs.append((modality, partner))
+      bound |= {modality, partner}
+  if not pairs:
+    most = max(itertools.combinations(modalities, 2), key=lambda pair: counts.with_all(*pair))
+    raise ValueError(f"config.data.files: {counts.with_all(*most)} training records have both {most[0]} and {most[1]}, "
+                     f"and no two modalities more; at least {FEWEST} are needed, as each is told from the others of "
+                     "its batch")  # fmt: skip
+  return tuple(pairs)
+
+
+def _tower(
+  config: ConfigDict, modality: str, asked: Mapping[str, Mapping[str, str]], task: Task, used: Sequence[str]
+) -> dict[str, Any]:
+  """The tower of a modality that the model does not have yet, as a plain section."""
+  packaged = config.model.towers[modality].to_dict() if modality in config.model.towers else {}
+  weights, name = asked["weights"].get(modality, ""), asked["trunks"].get(modality, "")
+  local = weights
+  if weights and weights != "random":
+    try:
+      local = hub.fetch(weights) if weights.startswith(hub.PREFIX) else files.fetched(files.path(weights))
+      if not Path(local).expanduser().exists():
+        raise ValueError(f"{weights!r}: no such file or folder")
+      name = name or family_of(Path(local).expanduser())
+    except ValueError as error:
+      raise ValueError(f"config.weights.{modality}: {error}") from error
+  if not name and not packaged:
+    raise ValueError(f"config.trunks.{modality}: must be set, no trunk is packaged for {modality!r}; allowed: one of "
+                     f"{trunk_names()}")  # fmt: skip
+  if name and name != packaged.get("trunk"):
+    keep = {key: packaged[key] for key in ("specific_dim", "augment", "lora_rank", "lora_layers") if key in packaged}
+    options = schema.defaults(trunk_maker(name))
+    tower = schema.defaults(TowerSpec) | keep | {"trunk": name, "options": options}
+  else:
+    tower = packaged
+  if weights:
+    tower["options"]["weights"] = str(local)
+  if "modality" in tower["options"]:
+    tower["options"]["modality"] = modality
+  if tower["meaning"] and tower["meaning"] not in used:
+    tower |= {"meaning": "", "meaning_dim": 0}
+    tower["options"] |= {"class_names": ""}
+  if tower["trunk"] in ("eeg", "eeg_patches"):
+    _fit_eeg(config, tower, task)
+  tune = asked["tune"].get(modality, "")
+  try:
+    trunk = load_trunk(tower["trunk"], **tower["options"])
+  except ValueError as error:
+    raise ValueError(f"config.model.towers.{modality}: {error}") from error
+  if trunk.modality != modality:
+    raise ValueError(f"config.trunks.{modality}: {tower['trunk']!r} is a trunk of {trunk.modality}")
+  learns = trunk.load is None and bool(trunk.shapes)  # nothing to read it from: it starts at random
+  if tune == "frozen" and learns and tower["trunk"] not in ("eeg", "eeg_patches"):
+    raise ValueError(f"config.tune.{modality}: got 'frozen', but the trunk {tower['trunk']!r} has no checkpoint and "
+                     "would stay as drawn; allowed: full")  # fmt: skip
+  tower["cache"] = tune in ("", "frozen") and not (learns and tower["trunk"] != "eeg_patches")
+  if not tower["cache"]:
+    tower |= {"whiten": 0.0, "views": 1}
+  elif tower["whiten"] and not _many_texts(task):
+    tower["whiten"] = 0.0
+  return tower
+
+
+def _many_texts(task: Task) -> bool:
+  """Whether the texts suffice for the covariance of the text trunk's tokens."""
+  return sum(len(source.rows_with("text")) for source in task.train.values()) >= 500
+
+
+def _fit_eeg(config: ConfigDict, tower: dict[str, Any], task: Task) -> None:
+  """Sets channels, samples and statistics of an EEG trunk to those of the training recordings, most of which agree."""
+  if tower["options"]["statistics"] != "evoked" or config.data.to_dict().get("worlds"):
+    return
+  recordings = []
+  for source in task.train.values():
+    rows = source.rows_with("eeg")
+    for row in rows[np.unique(np.linspace(0, len(rows) - 1, min(EEG_SAMPLE, len(rows))).astype(int))]:
+      try:
+        recordings.append(transforms.of("eeg").read(source.read(int(row), "eeg")))
+      except ValueError:
+        continue  # a bad record, which the run itself counts
+  if not recordings:
+    raise ValueError("config.data.files: none of the EEG recordings tried could be read")
+  (channels, samples), count = Counter(x.shape for x in recordings).most_common(1)[0]
+  alike = [x for x in recordings if x.shape == (channels, samples)]
+  if count < len(recordings):
+    logging.warning("eeg: %d of %d recordings tried have %d channels and %d samples; others count as bad records",
+                    count, len(recordings), channels, samples)  # fmt: skip
+  width = tower["options"].get("width" if tower["trunk"] == "eeg_patches" else "patch")
+  found = eeg_patches.statistics(np.stack(alike), width)
+  found["deviation"] = np.maximum(found["deviation"], 1e-6 * max(float(found["deviation"].max()), 1e-6))
+  digest = fingerprint(found, {}, "eeg")[:16]
+  path = fetch.data_dir(config.data.root or None) / "statistics" / f"eeg-{digest}.npz"
+  if not path.exists():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{np.random.default_rng().integers(1 << 62):x}.npz")
+    np.savez(temporary, **found)
+    temporary.replace(path)
+  tower["options"] |= {"channels": int(channels), "samples": int(samples), "statistics": str(path)}
+
+
+def _publish(
+  config: ConfigDict, towers: Mapping[str, dict[str, Any]], asked: Mapping[str, Mapping[str, str]], used: Sequence[str]
+) -> None:
+  """Starts the shared heads of published encoders that have one embedding from the checkpoints' own heads."""
+  heads = {}
+  for modality in used:
+    if modality in asked["weights"]:
+      head = load_trunk(towers[modality]["trunk"], **towers[modality]["options"]).head
+      if head is not None:
+        heads[modality] = head.module.width
+  anchors = [m for m in BRIDGES if m in used]
+  widths = {heads.get(m) for m in anchors}
+  if not anchors or None in widths or len(widths) > 1:
+    return
+  (width,) = widths
+  config.model.shared_dim = width
+  for modality in [m for m in used if heads.get(m) == width]:
+    towers[modality] |= {"head": "published", "whiten": 0.0, "hidden": 0, "meaning": "", "meaning_dim": 0}
+    # Published heads keep their place at first.
+    own = ((rf"{modality}/shared/.*(bias|scale)", 0.02, 0.0), (rf"{modality}/shared/.*", 0.02, 1.0))
+    config.optim.rules = (*own, *map(tuple, config.optim.rules))
+
+
+def _continue(config: ConfigDict, start: Config, new: Sequence[str]) -> None:
+  """Takes widths and codebooks of the model that the run starts from; what it has stays as it is."""
+  stage = config.stages[STAGE]
+  config.model.shared_dim = start.model.shared_dim
+  if start.model.quantize:
+    own = config.codebook.codes.to_dict()
+    config.codebook = ConfigDict(schema.to_plain(start.codebook))
+    config.codebook.codes = ConfigDict({m: own.get(m, 256) for m in new} | dict(start.codebook.codes))
+  if new:
+    stage.train = tuple(rf"{name}(/.*|_log_logit_scale)" for name in new)
+    stage.codes = tuple(new) if start.model.quantize else (".*",)
+
+
+def _cached(tower: Any) -> bool:
+  return tower["cache"] if isinstance(tower, Mapping) else tower.cache
+
+
+def _sizes(
+  config: ConfigDict, counts: Counts, pairs: Sequence[tuple[str, str]], cached: bool, task: Task
+) -> None:
+  """Batch, steps and what follows from them, where the command set none."""
+  stage, rows = config.stages[STAGE], counts.with_a_pair(pairs)
+  power = lambda n: 1 << (max(n, 1).bit_length() - 1)
+  whole = min(BATCH, power(rows))
+  if stage.unique_labels is None:
+    stage.unique_labels = counts.groups >= (stage.batch_size or config.batch_size or whole)
+  if config.batch_size is None:
+    config.batch_size = whole
+  if stage.batch_size is None:
+    stage.batch_size = config.batch_size
+  few, many = STEPS[cached]
+  if config.steps is None:
+    config.steps = int(np.clip(round(EPOCHS[cached] * rows / config.batch_size), few, many))
+  if stage.steps is None:
+    stage.steps = config.steps
+  if stage.mixup is None:
+    images = any(m != "text" and not _cached(tower) for m, tower in config.model.towers.items())
+    stage.mixup = 1.0 if rows < 5000 and not images else 0.0
+  if config.optim.learning_rate is None:
+    config.optim.learning_rate = 1e-3 if cached else 5e-4
+  for section, key, value in (
+    (config, "eval_steps", config.steps // 2), (config, "checkpoint_steps", min(100, config.steps // 3)),
+    (config, "log_steps", min(20, config.steps // 5)), (config.optim, "warmup", config.steps // 10),
+  ):  # fmt: skip
+    if section[key] is None:
+      section[key] = max(1, value)
+  if not stage.sources and len(task.train) > 1:
+    each, names = config.batch_size // len(task.train), list(task.train)
+    if not each:
+      raise ValueError(f"config.batch_size: got {config.batch_size} for {len(names)} sources; allowed: one row of each")
+    stage.sources = ConfigDict({name: min(each, power(len(task.train[name]))) for name in names})
