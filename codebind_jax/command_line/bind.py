@@ -35,6 +35,7 @@ from codebind_jax.trunks.families import family_of
 MODE, STAGE = "bind", "bind"
 SECTIONS = ("bind", "trunks", "weights", "tune")
 BRIDGES = ("text", "image")  # modalities that others are bound to, where the data has them
+ALL_PAIRS = 4  # modalities up to which all are bound to one another, where there is no bridge
 FEWEST = 8  # training records that a pair needs: each is told from the others of its batch
 BATCH = 256
 EPOCHS = {True: 20, False: 10}  # by whether all trunks are frozen and their tokens cached
@@ -217,8 +218,8 @@ def _pairs(
 ) -> tuple[tuple[str, str], ...]:
   """Pairs of a modality and a bridge that enough records have.
 
-  Bridges are text and image, or the modalities of the model that the run starts from, or, where there are none of
-  them, whatever shares most records with the others.
+  Bridges are text and image, or the modalities of the model that the run starts from. Where there are none of them, all
+  are bound to one another, or, if they are many, to the one that shares most records with the others.
   """
   if config.stages[STAGE].pairs:
     return tuple(map(tuple, config.stages[STAGE].pairs))
@@ -227,7 +228,9 @@ def _pairs(
   asked = tuple(config.bind.bridges)
   if unknown := [m for m in asked if m not in modalities]:
     raise ValueError(f"config.bind.bridges: {unknown[0]!r} is not allowed; allowed: some of {list(modalities)}")
-  bridges = list(asked or known) or [m for m in BRIDGES if m in modalities] or [max(modalities, key=shared)]
+  bridges = list(asked or known) or [m for m in BRIDGES if m in modalities]
+  if not bridges:
+    bridges = list(modalities) if len(modalities) <= ALL_PAIRS else [max(modalities, key=shared)]
   pairs = [(a, b) for b, a in itertools.combinations(bridges, 2) if enough(a, b)]
   if known and set(known) != set(modalities):
     pairs = []  # the model that the run starts from has them bound already
