@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 
 from codebind_jax import config as config_lib
 from codebind_jax import files, schema
+from codebind_jax.config import Config
 from codebind_jax.data.ahead import ahead
 from codebind_jax.data.batches import Once
 from codebind_jax.data.examples import Feed, Tokens, Values
@@ -392,6 +393,33 @@ def load(source: str | files.Path, *, modalities: Sequence[str] | None = None, *
     if local == path:
       raise
     raise ValueError(str(error).replace(str(local), str(path))) from error
+
+
+def config_of(source: str | files.Path) -> Config:
+  """The config of a model that `load` takes, with the towers that it has; of a run and of a saved model without arrays.
+
+  Raises:
+    ValueError: as `load`.
+  """
+  path = files.path(hub.fetch(str(source)) if str(source).startswith(hub.PREFIX) else source)
+  files.probe(path)
+  if not files.is_folder(path / checkpoint.FOLDER):
+    return load(path).config
+  config, position = _meta_of(path)
+  towers = schema.Frozen({m: tower for m, tower in config.model.towers.items() if m in position["trained"]})
+  return dataclasses.replace(config, model=dataclasses.replace(config.model, towers=towers))
+
+
+def _meta_of(folder: files.Path) -> tuple[Config, Mapping[str, Any]]:
+  """(config, position) of a run's newest checkpoint."""
+  store = checkpoint.Checkpoints(folder)
+  try:
+    meta = store.read_meta()
+  except FileNotFoundError as error:
+    raise ValueError(f"{folder}: a run without a checkpoint, its training has made no step yet") from error
+  finally:
+    store.close()
+  return config_lib.read(meta["config"]), meta["position"]
 
 
 def _chosen(wanted: Sequence[str] | None, there: Sequence[str], where: files.Path) -> tuple[str, ...]:

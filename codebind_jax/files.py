@@ -384,6 +384,27 @@ def read_text(place: Path) -> str:
   return read_bytes(place).decode()
 
 
+def check_space(folder: Path, need: int, what: str) -> None:
+  """Checks that a near disk has room for what will be written; nobody says it of far ones.
+
+  Args:
+    folder: on the disk, or a folder that is made there later.
+    need: bytes.
+    what: will be written, and which key chooses where, for the error.
+
+  Raises:
+    OSError: naming the folder, the bytes needed and those free.
+  """
+  if is_far(folder):
+    return
+  there = pathlib.Path(folder)
+  while not there.exists() and there != there.parent:
+    there = there.parent
+  free = shutil.disk_usage(there).free
+  if need > free:
+    raise OSError(28, f"no space: {what} need {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free", str(folder))
+
+
 def make_folder(folder: Path) -> None:
   """Makes a folder and those above it; a far one is there once an object is."""
   if not is_far(folder):

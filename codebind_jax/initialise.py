@@ -15,7 +15,8 @@ import numpy as np
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from codebind_jax.api import load
+from codebind_jax.api import config_of, load
+from codebind_jax.config import Config
 from codebind_jax.data.examples import Feed
 from codebind_jax.models.towers import ModelSpec, TowerSpec, whitened
 from codebind_jax.runtime import optim
@@ -96,6 +97,27 @@ def copy_heads(params: Any, towers: Mapping[str, TowerSpec], new: Collection[str
                          f"those of {name!r} {shapes[0]}")
       params[name] = jax.tree.map(jnp.copy, params[source])
   return params
+
+
+def check_start(config: Config) -> None:
+  """Checks `config.init_from` before any work: that it can be loaded, and that common towers are alike.
+
+  Raises:
+    ValueError: naming the key that differs, or what is wrong with the path.
+  """
+  try:
+    there = config_of(config.init_from)
+  except ValueError as error:
+    raise ValueError(f"config.init_from: {error}") from error
+  common = [m for m in config.model.towers if m in there.model.towers]
+  pairs = [("model.shared_dim", config.model, there.model, "shared_dim")] if common else []
+  for name in common:
+    for key in ("specific_dim", "hidden", "trunk"):
+      pairs.append((f"model.towers.{name}.{key}", config.model.towers[name], there.model.towers[name], key))
+  for path, ours, theirs, key in pairs:
+    if getattr(ours, key) != getattr(theirs, key):
+      raise ValueError(f"config.{path}: got {getattr(ours, key)!r}, but config.init_from {config.init_from!r} has "
+                       f"{getattr(theirs, key)!r}; allowed: the same")  # fmt: skip
 
 
 def start_from(state: TrainState, workdir: str) -> tuple[TrainState, tuple[str, ...]]:

@@ -22,20 +22,20 @@ from codebind_jax.api import Model
 from codebind_jax.codebook import collapsed, usage_stats
 from codebind_jax.command_line import bind
 from codebind_jax.config import Config
-from codebind_jax.data.batches import Batches, SourceBatches
+from codebind_jax.data.batches import Batches, SourceBatches, check_rows
 from codebind_jax.data.examples import Feed
 from codebind_jax.data.task import Task, open_task
 from codebind_jax.evaluate import Evaluation, StageEvaluation
-from codebind_jax.initialise import copy_heads, load_published, start_from, whiten_heads
+from codebind_jax.initialise import check_start, copy_heads, load_published, start_from, whiten_heads
 from codebind_jax.methods.base import Method, make_init
 from codebind_jax.report import summary
 from codebind_jax.report.page import write_report
-from codebind_jax.runtime import distributed, optim
+from codebind_jax.runtime import checkpoint, distributed, optim
 from codebind_jax.runtime import train_state as state_lib
 from codebind_jax.runtime.checkpoint import Checkpoints, Position
 from codebind_jax.runtime.compile import Programs, compile_step
 from codebind_jax.runtime.guard import BadRecords, Preempted, Preemption, Watch
-from codebind_jax.runtime.metrics import MetricsWriter, Throughput, input_bound
+from codebind_jax.runtime.metrics import FILE, MetricsWriter, Throughput, input_bound, read_metrics
 from codebind_jax.runtime.sharding import Layout, make_layout
 from codebind_jax.runtime.train_state import TrainState
 from codebind_jax.stages import Stage
@@ -45,8 +45,11 @@ from codebind_jax.trunks.feeds import Feeder
 
 # Config keys on which no compiled function depends, and the one on which only the training step depends.
 UNUSED, RATE = ("seed", "test"), "optim.learning_rate"
-# Config keys that change no result, so that a run may be continued with other values.
-FREE = ("data.workers", "data.threads")
+# Config keys that change no parameter, so that a run may be continued with other values; `steps` may grow.
+FREE = (
+  "data.workers", "data.threads", "data.checked", "data.max_bad_records", "log_steps", "eval_steps", "checkpoint_steps",
+  "keep_checkpoints", "baseline",
+)  # fmt: skip
 
 
 def banner(text: str) -> None:
@@ -54,8 +57,16 @@ def banner(text: str) -> None:
   logging.info("---- %s ----", text)
 
 
-def open_run(config: Config, workdir: str | files.Path) -> files.Path:
+def open_run(config: Config, workdir: str | files.Path, *, strict: bool = False) -> files.Path:
   """Creates the run's folder with its config.json, or checks that the folder holds a run of the same config.
+
+  A folder in which no step was made takes any config. Keys that change no parameter may differ (`FREE`), and the last
+  stage may have more steps than before.
+
+  Args:
+    config: of the run.
+    workdir: its folder.
+    strict: refuses every difference, also before the first step.
 
   Raises:
     ValueError: if the folder holds a run of another config, naming every key that differs; for an address that is
@@ -65,18 +76,43 @@ def open_run(config: Config, workdir: str | files.Path) -> files.Path:
   folder = files.path(workdir)
   files.probe(folder, write=True)
   files.make_folder(folder)
-  path, plain = folder / "config.json", schema.to_plain(config)
-  if files.is_file(path):
+  path, plain, earlier = folder / "config.json", schema.to_plain(config), None
+  if files.is_file(path) and (strict or steps_made(folder)):
     try:
       earlier = schema.to_plain(config_lib.read(json.loads(files.read_text(path))))
     except ValueError as error:
       raise ValueError(f"{path}: {error}") from error
-    changed = [line for line in schema.difference(earlier, plain) if line.partition(":")[0] not in FREE]
+    changed = [line for line in schema.difference(earlier, plain) if strict or not _harmless(line, earlier, plain)]
     if changed:
-      raise ValueError(f"workdir {str(folder)!r} holds a run of another config: {'; '.join(changed)}; use another one")
-  elif jax.process_index() == 0:
+      raise ValueError(
+        f"workdir {str(folder)!r} holds a run of another config: {'; '.join(changed)}; use another one (to start from "
+        f"this run's parameters, with --config.init_from={folder})"
+      )
+    if _steps(plain) > _steps(earlier):
+      logging.info("%s goes on to %d steps, %d before; the learning rate follows the longer schedule from here on",
+                   folder, _steps(plain), _steps(earlier))  # fmt: skip
+  if jax.process_index() == 0 and plain != earlier:
     files.write_whole(path, json.dumps(plain, indent=1, sort_keys=True) + "\n")
   return folder
+
+
+def steps_made(folder: files.Path) -> bool:
+  """Whether a run's folder has metrics or a checkpoint, be it a damaged one."""
+  has_lines = files.is_file(folder / FILE) and bool(read_metrics(folder))
+  return has_lines or files.is_folder(folder / checkpoint.FOLDER) and bool(files.children(folder / checkpoint.FOLDER))
+
+
+def _steps(plain: Mapping[str, Any]) -> int:
+  return sum(plain["stages"][name]["steps"] for name in plain["stage_order"])
+
+
+def _harmless(line: str, earlier: Mapping[str, Any], plain: Mapping[str, Any]) -> bool:
+  """Whether a line of `schema.difference` names a key that may change in a run."""
+  path = line.partition(":")[0]
+  if path == "steps":  # the stages have their own
+    return True
+  last = (plain["stage_order"] or [""])[-1]
+  return path in FREE or path == f"stages.{last}.steps" and _steps(plain) > _steps(earlier)
 
 
 def baseline_of(config: Config) -> Config:
@@ -115,6 +151,9 @@ def train_and_evaluate(config: Any, workdir: str | files.Path) -> dict[str, floa
     if open_bind:
       config = bind.resolved(config, task)
       folder = open_run(config, workdir)
+    check_data(config, task)
+    if config.init_from:
+      check_start(config)
     feeder = Feeder(config.data, config.model.towers)
   feeds = feeder.train_feeds(task.drawn, config.data.templates_of)
   evaluation = Evaluation(config, task, feeder, config.tasks)
@@ -135,6 +174,26 @@ def train_and_evaluate(config: Any, workdir: str | files.Path) -> dict[str, floa
     write_report(folder / "report.html", data)
     sys.stdout.write(summary.text_table(data) + f"\nreport: {folder / 'report.html'}\n")
   return final
+
+
+def check_data(config: Config, task: Task) -> None:
+  """Checks the data against towers, stages and batch, before encoders are fetched and tokens computed.
+
+  Raises:
+    ValueError: naming the key to set, or what the data lacks.
+  """
+  if not task.train or not all(map(len, task.train.values())):
+    raise ValueError("config.data: there are no training records (split 'train')")
+  modalities = {name: set(source.modalities) & set(config.model.towers) for name, source in task.train.items()}
+  for stage in config.ordered:
+    used = {m for name in (stage.sources or modalities) for m in modalities.get(name, ())}
+    if absent := [m for m in stage.modalities if m not in used]:
+      there = ", ".join(f"{name}: {', '.join(source.modalities)}" for name, source in task.train.items())
+      raise ValueError(f"config.stages.{stage.name}.pairs: no training record has {absent[0]!r}; the data has {there}")
+    for name, rows in stage.on(modalities).sources.items():
+      drawn = task.drawn[name]
+      check_rows(drawn, rows, unique_labels=stage.unique_labels, extra=len(drawn) - len(task.train[name]),
+                 extra_share=config.data.extra, name=name, processes=jax.process_count())  # fmt: skip
 
 
 def run_stages(
@@ -164,7 +223,8 @@ def run_stages(
     changed = schema.difference(store.fingerprint() or fingerprint, fingerprint)
   if changed:
     raise ValueError(f"the run in {str(folder)!r} was trained on other data (stage.source.what: then -> now): "
-                     f"{'; '.join(changed)}; go on with the data it began with, or use another workdir")  # fmt: skip
+                     f"{'; '.join(changed)}; go on with the data it began with, or use another workdir (with "
+                     f"--config.init_from={folder} to start from this run's parameters)")  # fmt: skip
   banner("model")
   programs = programs or Programs()
   layout = make_layout(config.mesh, config.sharding)
@@ -191,7 +251,9 @@ def run_stages(
     restored = store.restore(lambda at: state_lib.abstract(state, optimizers[at.stage][0], layout))
     position = Position(0, stages[0].name, False)  # until something is restored
     if restored is None:
-      logging.info("no checkpoint: starting from random heads")
+      need = 2 * sum(x.nbytes for x in jax.tree.leaves(state)) * config.keep_checkpoints  # with the optimizer's moments
+      files.check_space(folder, need, f"{config.keep_checkpoints} checkpoints (config.keep_checkpoints)")
+      logging.info("no checkpoint yet: training begins")
     else:
       position, state = restored
       logging.info("continuing from step %d of stage %r", position.step, position.stage)

@@ -117,5 +117,5 @@ def test_batches_hold_the_share_of_further_rows():
     seen += [label for label in own if label.startswith("further")]
   assert len(set(seen)) == 8, "an epoch of the further rows has no repeats"
   assert not any(labels[row].startswith("further") for row in make(0.0)[0]["_row"])
-  with pytest.raises(ValueError, match="'source': 12 is larger than its 9 distinct labels"):
+  with pytest.raises(ValueError, match="12 rows of a batch are of 'source', which has 9 distinct labels"):
     make(0.75, rows=16)

@@ -198,16 +198,36 @@ def test_load_and_embed(data, whole_run):
     codebind_jax.load(data[0].parent)
 
 
-def test_workdir_of_another_config_is_refused(data, tmp_path):
+def test_workdir_of_another_config_is_refused_once_a_step_was_made(data, whole_run, tmp_path):
+  open_run(config_lib.read(tiny_config(*data, batch_size=4)), tmp_path)
   open_run(config_lib.read(tiny_config(*data)), tmp_path)
-  with pytest.raises(ValueError, match=r"batch_size: 8 -> 4"):
-    open_run(config_lib.read(tiny_config(*data, batch_size=4)), tmp_path)
-  changed = tiny_config(*data, **{"data.workers": 2, "data.threads": 1})  # these change no result
-  open_run(config_lib.read(changed), tmp_path)
+  assert json.loads((tmp_path / "config.json").read_text())["batch_size"] == 8
+  with pytest.raises(ValueError, match=r"batch_size: 8 -> 4; use another one"):
+    open_run(config_lib.read(tiny_config(*data, batch_size=4)), tmp_path, strict=True)
+  folder = tmp_path / "run"
+  shutil.copytree(whole_run[0], folder)
+  with pytest.raises(ValueError, match=r"batch_size: 8 -> 4; .* --config.init_from="):
+    open_run(config_lib.read(tiny_config(*data, batch_size=4)), folder)
+  with pytest.raises(ValueError, match=r"stages.bridges.steps: 6 -> 5"):
+    open_run(config_lib.read(tiny_config(*data, steps=5)), folder)
+  harmless = {"data.workers": 2, "data.threads": 1, "log_steps": 7, "eval_steps": 9, "keep_checkpoints": 5}
+  open_run(config_lib.read(tiny_config(*data, **harmless)), folder)
+  assert json.loads((folder / "config.json").read_text())["keep_checkpoints"] == 5
+
+
+def test_a_finished_run_goes_on_to_more_steps(data, whole_run, tmp_path):
+  """From its last checkpoint: its lines of metrics stay, and a final evaluation is made of the later step."""
+  folder = tmp_path / "run"
+  shutil.copytree(whole_run[0], folder)
+  before = lines_of(folder)
+  train_and_evaluate(tiny_config(*data, steps=8, eval_steps=100), folder)
+  after = lines_of(folder)
+  assert after[: len(before)] == before and before[-1]["step"] == 6
+  assert [line["step"] for line in after[len(before) :]] == [7, 8, 8] and after[-1]["stage"] == "final"
 
 
 def test_batch_larger_than_the_data(data, tmp_path):
-  with pytest.raises(ValueError, match="9 is larger than its 8 distinct labels"):
+  with pytest.raises(ValueError, match="config.batch_size: 9 rows .* 8 distinct labels .* allowed: up to 8, or .*unique_labels=False"):
     train_and_evaluate(tiny_config(*data, batch_size=9), tmp_path)
 
 

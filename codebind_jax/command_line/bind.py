@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from codebind_jax import config as config_lib
 from codebind_jax import files, schema
-from codebind_jax.api import load
+from codebind_jax.api import config_of
 from codebind_jax.config import Config
 from codebind_jax.data import transforms
 from codebind_jax.data.records import Source
@@ -172,15 +172,10 @@ def _by_modality(config: ConfigDict, section: str) -> dict[str, str]:
 
 def _start(source: str) -> Config | None:
   """The config of the model that the run starts from, with the modalities it has; None for a run from scratch."""
-  if not source:
-    return None
   try:
-    model = load(source)
+    return config_of(source) if source else None
   except ValueError as error:
     raise ValueError(f"config.init_from: {error}") from error
-  towers = {m: tower for m, tower in model.config.model.towers.items() if m in model.modalities}
-  return schema.read(Config, schema.to_plain(model.config) | {
-    "model": schema.to_plain(model.config.model) | {"towers": schema.to_plain(towers)}})  # fmt: skip
 
 
 def _has_baseline(source: str) -> bool:
@@ -393,8 +388,9 @@ def _sizes(
   if stage.batch_size is None:
     stage.batch_size = config.batch_size
   few, many = STEPS[cached]
+  usual = int(np.clip(round(EPOCHS[cached] * rows / config.batch_size), few, many))
   if config.steps is None:
-    config.steps = int(np.clip(round(EPOCHS[cached] * rows / config.batch_size), few, many))
+    config.steps = usual
   if stage.steps is None:
     stage.steps = config.steps
   if stage.mixup is None:
@@ -404,7 +400,8 @@ def _sizes(
     config.optim.learning_rate = 1e-3 if cached else 5e-4
   for section, key, value in (
     (config, "eval_steps", config.steps // 2), (config, "checkpoint_steps", min(100, config.steps // 3)),
-    (config, "log_steps", min(20, config.steps // 5)), (config.optim, "warmup", config.steps // 10),
+    (config, "log_steps", min(20, config.steps // 5)),
+    (config.optim, "warmup", usual // 10),  # not of `steps`: a run may go on to more of them
   ):  # fmt: skip
     if section[key] is None:
       section[key] = max(1, value)

@@ -93,7 +93,7 @@ def compare(config: Any, workdir: str | files.Path) -> dict[str, Any]:
     config_lib.validate(run_config(config, variant, settings.learning_rates[0], 0, False))
   names = settings.names
   against = json.loads(files.read_text(files.path(settings.against))) if settings.against else None
-  folder = open_run(comparison_config(config), workdir)
+  folder = open_run(comparison_config(config), workdir, strict=True)
   task = graded_task(settings.world, sorted(config.model.towers)) if settings.world else open_task(config.data)
   task = dataclasses.replace(task, extra={})
   feeder = Feeder(config.data, config.model.towers)

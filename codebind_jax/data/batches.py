@@ -111,6 +111,37 @@ def members_of(
   return starts, np.argsort(group, kind="stable").astype(np.int32)
 
 
+def check_rows(
+  source: Source, rows: int, *, unique_labels: bool = True, extra: int = 0, extra_share: float = 0.0,
+  name: str = "source", processes: int = 1,
+) -> None:  # fmt: skip
+  """Checks that a source has enough rows for its part of a batch; the arguments are those of `SourceBatches`.
+
+  Raises:
+    ValueError: naming the key to set.
+  """
+  if rows < 1 or rows % processes:
+    raise ValueError(f"batch_size of {name!r}: {rows} must be a positive multiple of the {processes} processes")
+  further = round(extra_share * rows) if extra else 0
+  if extra and extra_share and not 0 < further < rows:
+    raise ValueError(f"config.data.extra: got {extra_share}, which is {further} of the {rows} rows of {name!r}; "
+                     f"allowed: 0, or a share of 1 to {rows - 1} rows")  # fmt: skip
+  own = _own_groups(source, extra) if unique_labels else len(source) - extra
+  others = (int(source.index.group.max(initial=-1)) + 1 if unique_labels else len(source)) - own
+  for size, count in ((rows - further, own), (further, others)):
+    if size > count:
+      raise ValueError(
+        f"config.batch_size: {size} rows of a batch are of {name!r}, which has {count} distinct labels "
+        f"(unique_labels is on); allowed: up to {count}, or config.stages.NAME.unique_labels=False" if unique_labels else
+        f"config.batch_size: {size} rows of a batch are of {name!r}, which has {count}; allowed: up to {count}"
+      )  # fmt: skip
+
+
+def _own_groups(source: Source, extra: int) -> int:
+  """Number of groups of the rows that are no further data."""
+  return int(source.index.group[: len(source) - extra].max(initial=-1)) + 1
+
+
 class SourceBatches:
   """One source's rows of every batch: `{modality: [b, ...], _mask: {modality: bool [b]}, _row, _group: int32 [b]}`.
 
@@ -145,12 +176,9 @@ class SourceBatches:
     self, source: Source, feeds: Mapping[str, Feed], *, rows: int, seed: int, unique_labels: bool = True,
     extra: int = 0, extra_share: float = 0.0, name: str = "source", process: int = 0, processes: int = 1,
   ):  # fmt: skip
-    if rows < 1 or rows % processes:
-      raise ValueError(f"batch_size of {name!r}: {rows} must be a positive multiple of the {processes} processes")
+    check_rows(source, rows, unique_labels=unique_labels, extra=extra, extra_share=extra_share, name=name,
+               processes=processes)  # fmt: skip
     self._extra = round(extra_share * rows) if extra else 0
-    if extra and extra_share and not 0 < self._extra < rows:
-      raise ValueError(f"config.data.extra: got {extra_share}, which is {self._extra} of the {rows} rows of {name!r}; "
-                       f"allowed: 0, or a share of 1 to {rows - 1} rows")  # fmt: skip
     self._name, self._source, self._feeds, self._first = name, source, dict(feeds), rows - self._extra
     self._own = range(rows)[process * (rows // processes) : (process + 1) * (rows // processes)]
     self.fingerprint = {
@@ -160,7 +188,7 @@ class SourceBatches:
     } | {f"items of {m}": feed.fingerprint for m, feed in feeds.items()}  # fmt: skip
     if unique_labels:
       starts, members = members_of(source.index.group)
-      own = int(source.index.group[: len(source) - extra].max(initial=-1)) + 1  # of rows other than further data
+      own = _own_groups(source, extra)
     else:
       starts, members, own = range(len(source) + 1), range(len(source)), len(source) - extra
 
@@ -170,9 +198,6 @@ class SourceBatches:
                       name, source.block, advice)  # fmt: skip
 
     def draws(first: int, count: int, size: int, seed: int) -> grain.MapDataset:
-      if size > count:
-        what = "distinct labels (unique_labels is on)" if unique_labels else "rows"
-        raise ValueError(f"batch_size of {name!r}: {size} is larger than its {count} {what}")
       draw = _Draw(source, feeds, starts, members)
       if source.block > 1 and not first and isinstance(members, range):
         order = BlockOrder(count, source.block, count // size * size, seed)

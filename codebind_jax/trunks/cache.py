@@ -164,6 +164,10 @@ class TokenCache:
   def _compute(
     self, own: np.ndarray, units: np.ndarray, wanted: np.ndarray, prepared: Units, workers: int, threads: int
   ) -> list[str]:
+    need = int(wanted[own].sum()) * self._trunk.num_tokens * self._trunk.width * 2  # float16
+    files.check_space(self._folder, need, f"the {self._trunk.modality} tokens of {len(own)} items (config.data.root or "
+                      f"CODEBIND_DATA chooses the disk; config.model.towers.{self._trunk.modality}.cache=False keeps "
+                      "none)")  # fmt: skip
     self._folder.mkdir(parents=True, exist_ok=True)
     for left in self._folder.glob(".*.part"):  # of processes that were killed
       if time.time() - left.stat().st_mtime > _STALE:
