@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -46,7 +47,8 @@ def kind_of(value: str | Path | bytes) -> str:
   head = head_of(value)
   if head[4:8] == b"ftyp" and head[8:12] in _HEIF:
     return "HEIC"
-  return next((kind for magic, kind in _OTHERS.items() if magic in (head[: len(magic)], head.lstrip()[: len(magic)])), "")
+  fits = lambda magic: head.startswith(magic) or head.lstrip().startswith(magic)
+  return next((kind for magic, kind in _OTHERS.items() if fits(magic)), "")
 
 
 @contextlib.contextmanager
@@ -108,18 +110,35 @@ def upright(picture: Image.Image, name: str = "image") -> Image.Image:
     return picture
 
 
-def pages(picture: Image.Image) -> int:
-  """How many pictures a file holds, of which it is left at the first; a camera's or a TIFF's previews do not count."""
+def pages(picture: Image.Image) -> list[int]:
+  """Numbers of the pictures that a file holds; not of previews that a camera's JPEG or a TIFF has beside its picture.
+
+  The picture that is no part of a PNG's animation, for programs that know none, does not count either. A TIFF is left
+  at the first of its pages.
+  """
   count = getattr(picture, "n_frames", 1)
-  if picture.format == "TIFF" and count > 1:
+  if count == 1 or picture.format in ("JPEG", "MPO"):
+    return [0]
+  if picture.format == "TIFF":
     whole = []
     for number in range(count):
       picture.seek(number)
       if not picture.tag_v2.get(_PAGE_TAG, 0) & _REDUCED:
         whole.append(number)
     picture.seek(whole[0] if whole else 0)
-    return max(len(whole), 1)
-  return 1 if picture.format in ("JPEG", "MPO") else count
+    return whole or [0]
+  return list(range(int(getattr(picture, "default_image", False)), count))
+
+
+def gif_ends(value: str | Path | bytes) -> bool:
+  """Whether a GIF has its end mark, perhaps before zeros and line ends; one that is cut has none."""
+  if isinstance(value, bytes):
+    tail = value[-1024:]
+  else:
+    with open(value, "rb") as file:
+      file.seek(max(0, os.fstat(file.fileno()).st_size - 1024))
+      tail = file.read()
+  return tail.rstrip(b"\0\r\n ").endswith(b";")
 
 
 def packing(picture: Image.Image) -> str:

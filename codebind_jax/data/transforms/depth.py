@@ -73,7 +73,7 @@ def _pixels(picture: Image.Image, name: str) -> np.ndarray:
   if picture.mode not in _DEEP:
     raise ValueError(f"its pixels are {picture.mode}, a picture of depth is no depth: 16-bit integers or floats are "
                      "needed")  # fmt: skip
-  if (count := picture_files.pages(picture)) > 1:
+  if (count := len(picture_files.pages(picture))) > 1:
     raise ValueError(f"it holds {count} pictures, allowed is one")
   picture.load()
   if "transparency" in picture.info:

@@ -112,8 +112,7 @@ def opened(value: str | Path | bytes) -> Image.Image:
   """
   name = name_of(value, "image")
   with picture_files.opened(value) as picture:
-    count = picture_files.pages(picture)
-    if count > 1:
+    if (count := len(picture_files.pages(picture))) > 1:
       logging.log_first_n(logging.WARNING, "%s: the first of its %d pictures is read", 20, name, count)
     raw = picture_files.packing(picture)
     picture.load()

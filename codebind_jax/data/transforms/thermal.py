@@ -82,7 +82,7 @@ def _pixels(picture: Image.Image, name: str) -> np.ndarray:
   if any(kind == "APP1" and content[:5] == b"FLIR\0" for kind, content in getattr(picture, "applist", ())):
     raise ValueError("a FLIR camera's JPEG, whose picture is scaled to itself: export its radiometric data, such as "
                      "16-bit TIFF or .npy in degrees C")  # fmt: skip
-  if (count := picture_files.pages(picture)) > 1:
+  if (count := len(picture_files.pages(picture))) > 1:
     raise ValueError(f"it holds {count} pictures, allowed is one")
   picture.load()
   picture = picture_files.upright(picture, name)
