@@ -9,10 +9,9 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from absl import logging
 from PIL import Image, ImageOps
 
-from codebind_jax.data.reading import file_errors, name_of
+from codebind_jax.data.reading import file_errors, name_of, say
 
 # Others that Pillow knows start programs (EPS), are no pictures (HDF5, MPEG) or are read wrongly or not at all.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "PPM", "JPEG2000")
@@ -105,8 +104,7 @@ def upright(picture: Image.Image, name: str = "image") -> Image.Image:
   try:
     return ImageOps.exif_transpose(picture)
   except Exception as error:
-    logging.log_first_n(logging.WARNING, "%s: its EXIF data cannot be read (%s); it is taken as not turned", 20, name,
-                        error)  # fmt: skip
+    say(f"{name}: its EXIF data cannot be read ({error}); it is taken as not turned")
     return picture
 
 

@@ -1,11 +1,14 @@
-"""Errors of one file: whatever a library raises about it becomes a ValueError with the file's name."""
+"""Errors of one file, and what is said of it: whatever a library raises becomes a ValueError with the file's name."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 from collections.abc import Iterator
 from pathlib import Path
+
+from absl import logging
 
 # Errors of the machine, which no other file would escape.
 MACHINE = frozenset((errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT))
@@ -40,3 +43,9 @@ def file_errors(name: str, what: str) -> Iterator[None]:
       raise
     usual = isinstance(error, (OSError, ValueError, SyntaxError)) and str(error)
     raise ValueError(f"{name}: not {what} ({error if usual else f'{type(error).__name__}: {error}'})") from error
+
+
+@functools.lru_cache(maxsize=4096)
+def say(message: str) -> None:
+  """Logs what was judged of a file, once for each message, a thousand in all."""
+  logging.log_first_n(logging.WARNING, "%s", 1000, message)

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import logging
 from jaxtyping import UInt8
 from PIL import Image, ImageCms
 
 from codebind_jax.data import picture_files
-from codebind_jax.data.reading import file_errors, name_of
+from codebind_jax.data.reading import file_errors, name_of, say
 
 # Changes whenever the same input would give other pixels: it is part of the key of cached features.
 REVISION = "image-2"
@@ -113,7 +112,7 @@ def opened(value: str | Path | bytes) -> Image.Image:
   name = name_of(value, "image")
   with picture_files.opened(value) as picture:
     if (count := len(picture_files.pages(picture))) > 1:
-      logging.log_first_n(logging.WARNING, "%s: the first of its %d pictures is read", 20, name, count)
+      say(f"{name}: the first of its {count} pictures is read")
     raw = picture_files.packing(picture)
     picture.load()
     return _on_white(picture_files.upright(picture, name), name, raw)
