@@ -23,6 +23,7 @@ _OTHERS = {b"%!PS": "PostScript", b"\xc5\xd0\xd3\xc6": "PostScript", b"%PDF": "P
 _HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 _PAGE_TAG, _REDUCED = 254, 5  # of TIFF; a smaller copy, or a mask, of another page
 PIXELS = 178_956_970  # as many as Pillow opens unless it is told otherwise
+SIDE = 2**16  # longest side, for tables of resize weights; JPEG and AVIF end there as well
 _TURNS = frozenset(("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"))  # keys of `info` that can tell a turn
 
 
@@ -78,6 +79,8 @@ def opened(
     with picture:
       if picture.width * picture.height > pixels:
         raise ValueError(f"{picture.width} x {picture.height} pixels, allowed are {pixels}")
+      if max(picture.size) > SIDE:
+        raise ValueError(f"{picture.width} x {picture.height} pixels, allowed are sides of up to {SIDE}")
       yield picture
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from codebind_jax.data import numpy_files
 from codebind_jax.data.inputs import Input
 from codebind_jax.data.preparation.audio import sound
-from codebind_jax.data.preparation.pictures import CLIP_MEAN, CLIP_STD, Picture, picture_input
+from codebind_jax.data.preparation.pictures import CLIP_MEAN, CLIP_STD, Picture, middle, picture_input
 from codebind_jax.data.preparation.texts import clip_ids, text_input
 from codebind_jax.data.reading import file_errors, name_of
 from codebind_jax.data.transforms import audio as audio_transforms
@@ -73,7 +73,7 @@ def _audio(value: Any, clips: int, frames: int) -> Float32[np.ndarray, "s 128 n 
 
 
 def _video(value: Any, clips: int, crops: int, size: int) -> Float32[np.ndarray, "s t h w 3"]:
-  frames = video_transforms.read_clips(value, clips)
+  frames = middle(video_transforms.read_clips(value, clips))
   scaled = short_side(frames.astype(np.float32) / np.float32(255.0), size)
   scaled = ((scaled - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)).astype(np.float32)
   h, w = scaled.shape[-3:-1]
@@ -127,6 +127,7 @@ def _thermal(value: Any, side: int) -> UInt8[np.ndarray, "h w 1"]:
 
 def _fitted(plane: Shaped[np.ndarray, "h w"], side: int, resample: Image.Resampling) -> Shaped[np.ndarray, "i j"]:
   """One channel, its shorter side resized to `side`, and the middle square cut out."""
+  plane = middle(plane[..., None])[..., 0]
   h, w = plane.shape
   new = tuple(side if n == min(h, w) else int(side * n / min(h, w)) for n in (h, w))
   if new != (h, w):

@@ -13,7 +13,7 @@ from jaxtyping import Float32, UInt8
 
 from codebind_jax.data.interpolation import antialias_matrix, cubic_matrix, linear_matrix
 from codebind_jax.data.preparation.audio import Sound, sound
-from codebind_jax.data.preparation.pictures import CLIP_MEAN, CLIP_STD
+from codebind_jax.data.preparation.pictures import CLIP_MEAN, CLIP_STD, middle
 from codebind_jax.data.transforms import audio as audio_transforms
 from codebind_jax.data.transforms import depth as depth_transforms
 from codebind_jax.data.transforms import image as image_transforms
@@ -34,6 +34,7 @@ def fitted(
     matrix: (size, new size) -> weights [new size, size].
     longer: (the longer side, the shorter one, `side`) -> the longer side's new size.
   """
+  x = middle(x)
   h, w = x.shape[-3:-1]
   new = tuple(side if n == min(h, w) else longer(n, min(h, w), side) for n in (h, w))
   for axis, n in ((x.ndim - 3, new[0]), (x.ndim - 2, new[1])):
