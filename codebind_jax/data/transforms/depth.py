@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Float32, UInt8
 from PIL import Image
 
-from codebind_jax.data import numpy_files, picture_files
+from codebind_jax.data import numpy_files, picture_files, tiff_files
 from codebind_jax.data.reading import file_errors, name_of
 
 # Changes whenever the same input would give other values: it is part of the key of cached features.
@@ -62,6 +62,8 @@ def _decoded(value: str | Path | bytes, name: str) -> np.ndarray:
       raise ValueError(f"scale has shape {scale.shape} and values {scale.ravel()[:4]}, allowed is one number above 0")
     returned = np.isfinite(disparity) & (disparity > 0)
     return np.divide(float(scale.item()), disparity, out=np.zeros_like(disparity), where=returned)
+  if tiff_files.takes(value):
+    return tiff_files.read(value, PIXELS)
   with picture_files.opened(value, "depth", _WHAT, _KINDS, PIXELS) as picture:
     return _pixels(picture, name)
 

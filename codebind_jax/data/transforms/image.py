@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageCms
 
-from codebind_jax.data import picture_files
+from codebind_jax.data import picture_files, tiff_files
 from codebind_jax.data.reading import file_errors, name_of, say
 
 # Changes whenever the same input would give other pixels: it is part of the key of cached features.
@@ -46,18 +46,21 @@ def _scaled(array: np.ndarray, name: str) -> np.ndarray:
   return np.round(array * 255.0).astype(np.uint8)
 
 
-def _on_white(picture: Image.Image, name: str = "image", raw: str = "") -> Image.Image:
+def _on_white(
+  picture: Image.Image, name: str = "image", raw: str = "", file: Image.Image | None = None
+) -> Image.Image:
   """RGB of a picture of any mode.
 
   Args:
     picture: loaded.
     name: for errors.
     raw: Pillow's name of how the file packs its values.
+    file: what was opened, which has the format and tags that a turned copy has not; None for the picture itself.
   """
   if picture.mode == "RGB" and "transparency" not in picture.info:
     return picture
   if picture.mode in _SIXTEEN or picture.mode == "I":
-    return _deep(picture, name)
+    return _deep(picture, name, file or picture)
   if picture.mode == "F":
     return Image.fromarray(_scaled(np.asarray(picture), f"{name}: a picture of floats")).convert("RGB")
   if picture.mode == "LAB":
@@ -82,12 +85,12 @@ def _transparency_of_eight_bits(picture: Image.Image, raw: str) -> None:
     picture.info["transparency"] = tuple(v >> 8 for v in value)
 
 
-def _deep(picture: Image.Image, name: str) -> Image.Image:
+def _deep(picture: Image.Image, name: str, file: Image.Image) -> Image.Image:
   """RGB of grey that is deeper than 8 bits."""
-  tags = getattr(picture, "tag_v2", {})
+  tags = getattr(file, "tag_v2", {})
   values = np.asarray(picture).astype(np.int64)
   # Of 32 bits, PNG and PPM alone say where white is.
-  if picture.mode == "I" and picture.format not in ("PNG", "PPM"):
+  if picture.mode == "I" and file.format not in ("PNG", "PPM"):
     raise ValueError(f"{name}: its pixels are 32-bit or signed integers, of which the range is not known; got "
                      f"{values.min()} to {values.max()}, allowed are 8 and 16 bits, and floats in 0 to 1")  # fmt: skip
   if tags.get(_BITS_TAG) == (12,):
@@ -110,12 +113,15 @@ def opened(value: str | Path | bytes) -> Image.Image:
     ValueError: naming the file, if it cannot be read as an image.
   """
   name = name_of(value, "image")
+  with file_errors(name, "a readable image"):
+    if tiff_files.takes(value):
+      return _on_white(_from_array(tiff_files.read(value, picture_files.PIXELS)))
   with picture_files.opened(value) as picture:
     if (count := len(picture_files.pages(picture))) > 1:
       say(f"{name}: the first of its {count} pictures is read")
     raw = picture_files.packing(picture)
     picture.load()
-    return _on_white(picture_files.upright(picture, name), name, raw)
+    return _on_white(picture_files.upright(picture, name), name, raw, picture)
 
 
 def read(value: Any) -> UInt8[np.ndarray, "h w 3"]:
@@ -132,7 +138,7 @@ def read(value: Any) -> UInt8[np.ndarray, "h w 3"]:
   if isinstance(value, Image.Image):
     with file_errors("image", "a readable image"):
       value.load()
-      return np.asarray(_on_white(picture_files.upright(value)))
+      return np.asarray(_on_white(picture_files.upright(value), file=value))
   if not isinstance(value, (str, Path, bytes)):
     raise ValueError(f"image: got {type(value).__name__}, allowed are a path, bytes, a PIL image or an array")
   return np.asarray(opened(value))
@@ -140,8 +146,10 @@ def read(value: Any) -> UInt8[np.ndarray, "h w 3"]:
 
 def check(path: Path) -> None:
   """Raises a ValueError naming the file if it is not an image; its pixels are not decoded."""
-  with picture_files.opened(path):
-    pass
+  with file_errors(name_of(path, "image"), "a readable image"):
+    if not tiff_files.takes(path):
+      with picture_files.opened(path):
+        pass
 
 
 def is_grey(pixels: UInt8[np.ndarray, "h w 3"]) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Float32, UInt8
 from PIL import Image
 
-from codebind_jax.data import numpy_files, picture_files
+from codebind_jax.data import numpy_files, picture_files, tiff_files
 from codebind_jax.data.reading import file_errors, name_of
 from codebind_jax.data.transforms import image
 
@@ -68,6 +68,8 @@ def stored(value: str | Path | bytes) -> UInt8[np.ndarray, "h w 3"] | None:
 def _decoded(value: str | Path | bytes, name: str) -> np.ndarray:
   if picture_files.head_of(value).startswith(numpy_files.MAGIC):
     return numpy_files.read_npy(value, PIXELS)
+  if tiff_files.takes(value):
+    return tiff_files.read(value, PIXELS)
   with picture_files.opened(value, "thermal", _WHAT, pixels=PIXELS) as picture:
     return _pixels(picture, name)
 
