@@ -50,9 +50,11 @@ def tiff(values, bits, sample_format, photometric=1, order="<", turn=1, pages=1,
   out = (b"II" if order == "<" else b"MM") + struct.pack(f"{word}HI", 42, 8)
   at = 8
   for page in range(pages):
-    tags = [(254, 4, (int(preview and not page),)), (256, 4, (width,)), (257, 4, (height,)),
-            (258, 3, (bits,) * count), (259, 3, (1,)), (262, 3, (photometric,)), (273, 4, (0,)), (274, 3, (turn,)), (277, 3, (count,)), (278, 4, (height,)), (279, 4, (len(data),)),
-            (339, 3, (sample_format,) * count)]  # fmt: skip
+    tags = [
+      (254, 4, (int(preview and not page),)), (256, 4, (width,)), (257, 4, (height,)), (258, 3, (bits,) * count),
+      (259, 3, (1,)), (262, 3, (photometric,)), (273, 4, (0,)), (274, 3, (turn,)), (277, 3, (count,)),
+      (278, 4, (height,)), (279, 4, (len(data),)), (339, 3, (sample_format,) * count),
+    ]  # fmt: skip
     size = 2 + 12 * len(tags) + 4
     extra, entries = b"", b""
     begin = at + size
