@@ -184,3 +184,11 @@ def test_every_error_of_a_damaged_array_names_it(tmp_path):
           module.read(path)
         except ValueError as error:
           assert str(error).startswith(f"{path}: ")
+
+
+def test_pil_images_are_read_as_their_files():
+  with Image.open(io.BytesIO(turned(Image.fromarray(MILLIMETRES), "PNG"))) as picture:
+    np.testing.assert_allclose(depth.read(picture), np.rot90(METRES, -1), rtol=1e-6)
+  np.testing.assert_allclose(thermal.read(Image.fromarray(CELSIUS.astype(np.float32))), CELSIUS, rtol=1e-6)
+  with pytest.raises(ValueError, match="depth: not a readable depth map.*its pixels are RGB"):
+    depth.read(Image.new("RGB", (4, 4)))

@@ -125,12 +125,15 @@ def _opened(value: str | Path | bytes, name: str) -> Iterator[tuple[Any, Any]]:
   # With "file:" no part of a name is taken for a protocol.
   source = io.BytesIO(value) if isinstance(value, bytes) else f"file:{value}"
   limit = {"max_pixels": str(PIXELS)}
-  with av.open(source, options=limit | {"format_whitelist": _FORMATS}, metadata_errors="replace") as film:
-    stream = _of_pictures(film)
-    if stream is None:
-      raise ValueError(f"{name}: has no video stream")
-    stream.codec_context.options = limit
-    yield film, stream
+  try:
+    with av.open(source, options=limit | {"format_whitelist": _FORMATS}, metadata_errors="replace") as film:
+      stream = _of_pictures(film)
+      if stream is None:
+        raise ValueError(f"{name}: has no video stream")
+      stream.codec_context.options = limit
+      yield film, stream
+  except av.error.FFmpegError as error:  # its "input/output error" is a damaged film's, not the machine's
+    raise ValueError(f"{name}: not {_WHAT} ({error})") from error
 
 
 def _of_pictures(film: Any) -> Any:
@@ -157,7 +160,7 @@ def _times(value: str | Path | bytes, name: str) -> _Times:
         if not (packet.is_corrupt or packet.is_discard):
           shown.append(packet.pts)
           lengths.append(packet.duration or 0)
-    rate, unit = float(stream.average_rate or 0), float(stream.time_base or 0)
+    rate, unit = float(stream.average_rate or 0), float(stream.time_base or 1)
     aspect = float(stream.sample_aspect_ratio or 1)
     begin = (film.start_time or 0) / 1e6
     said = film.duration / 1e6 if film.duration else 0.0

@@ -147,3 +147,8 @@ def packing(picture: Image.Image) -> str:
   args = picture.tile[0][3] if getattr(picture, "tile", None) else ""
   first = args[0] if isinstance(args, tuple) and args else args
   return first if isinstance(first, str) else ""
+
+
+def unscaled(picture: Image.Image) -> bool:
+  """Whether a PPM's numbers are as in the file: Pillow scales them to 16 bits where white is not 65535; not of PFM."""
+  return picture.mode != "F" and all(tile[0] == "raw" for tile in picture.tile)

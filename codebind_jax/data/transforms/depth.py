@@ -42,9 +42,12 @@ def read(value: Any) -> Float32[np.ndarray, "h w"]:
     name = name_of(value, "depth")
     with file_errors(name, _WHAT):
       return _checked(_decoded(value, name), name)
+  if isinstance(value, Image.Image):
+    with file_errors("depth", _WHAT):
+      return _checked(_pixels(value, "depth"), "depth")
   if not hasattr(value, "__array__"):
-    raise ValueError(f"depth: got {type(value).__name__}, allowed are a path, bytes or an array")
-  return _checked(np.asarray(_pixels(value, "depth") if isinstance(value, Image.Image) else value), "depth")
+    raise ValueError(f"depth: got {type(value).__name__}, allowed are a path, bytes, a PIL image or an array")
+  return _checked(np.asarray(value), "depth")
 
 
 def _decoded(value: str | Path | bytes, name: str) -> np.ndarray:
@@ -70,7 +73,7 @@ def _decoded(value: str | Path | bytes, name: str) -> np.ndarray:
 
 def _pixels(picture: Image.Image, name: str) -> np.ndarray:
   """The numbers of a picture; Pillow's mode I is of 32 bits, whatever the file has."""
-  if picture.format == "PPM" and (picture.mode == "F" or picture.tile[0][0] != "raw"):
+  if picture.format == "PPM" and not picture_files.unscaled(picture):
     raise ValueError("PFM and PGM whose white is not 65535 do not say their unit: save metres as .npy")
   if picture.mode not in _DEEP:
     raise ValueError(f"its pixels are {picture.mode}, a picture of depth is no depth: 16-bit integers or floats are "

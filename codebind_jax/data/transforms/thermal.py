@@ -43,10 +43,12 @@ def read(
     name = name_of(value, "thermal")
     with file_errors(name, _WHAT):
       return _celsius(_decoded(value, name), name, scale, offset, span)
+  if isinstance(value, Image.Image):
+    with file_errors("thermal", _WHAT):
+      return _celsius(_pixels(value, "thermal"), "thermal", scale, offset, span)
   if not hasattr(value, "__array__"):
-    raise ValueError(f"thermal: got {type(value).__name__}, allowed are a path, bytes or an array")
-  array = np.asarray(_pixels(value, "thermal") if isinstance(value, Image.Image) else value)
-  return _celsius(array, "thermal", scale, offset, span)
+    raise ValueError(f"thermal: got {type(value).__name__}, allowed are a path, bytes, a PIL image or an array")
+  return _celsius(np.asarray(value), "thermal", scale, offset, span)
 
 
 def stored(value: str | Path | bytes) -> UInt8[np.ndarray, "h w 3"] | None:
@@ -79,7 +81,7 @@ def _pixels(picture: Image.Image, name: str) -> np.ndarray:
   packing = picture_files.packing(picture)
   if picture.mode not in _NUMBERS and "16" in packing:
     raise ValueError(f"its pixels are {packing}, of which 8 bits would be left; allowed are 16 bits of grey alone")
-  if picture.format == "PPM" and picture.mode in _NUMBERS and (picture.mode == "F" or picture.tile[0][0] != "raw"):
+  if picture.format == "PPM" and picture.mode in _NUMBERS and not picture_files.unscaled(picture):
     raise ValueError("PFM and PGM whose white is not 65535 do not say their unit: save degrees C as .npy")
   if any(kind == "APP1" and content[:5] == b"FLIR\0" for kind, content in getattr(picture, "applist", ())):
     raise ValueError("a FLIR camera's JPEG, whose picture is scaled to itself: export its radiometric data, such as "
