@@ -26,7 +26,10 @@ _TURNS = {
 
 def takes(value: str | Path | bytes) -> bool:
   """Whether a file is a TIFF that Pillow does not know."""
-  return picture_files.head_of(value)[:4] in _MAGIC and not picture_files.is_picture(value)
+  try:
+    return picture_files.head_of(value)[:4] in _MAGIC and not picture_files.is_picture(value)
+  except (OSError, ValueError):
+    return False
 
 
 def read(value: str | Path | bytes, largest: int) -> np.ndarray:

@@ -112,10 +112,17 @@ def opened(value: str | Path | bytes) -> Image.Image:
   Raises:
     ValueError: naming the file, if it cannot be read as an image.
   """
+  try:
+    return _opened(value)
+  except ValueError:
+    if not tiff_files.takes(value):
+      raise
+  with file_errors(name_of(value, "image"), "a readable image"):
+    return _on_white(_from_array(tiff_files.read(value, picture_files.PIXELS)))
+
+
+def _opened(value: str | Path | bytes) -> Image.Image:
   name = name_of(value, "image")
-  with file_errors(name, "a readable image"):
-    if tiff_files.takes(value):
-      return _on_white(_from_array(tiff_files.read(value, picture_files.PIXELS)))
   with picture_files.opened(value) as picture:
     if (count := len(picture_files.pages(picture))) > 1:
       say(f"{name}: the first of its {count} pictures is read")
@@ -146,10 +153,12 @@ def read(value: Any) -> UInt8[np.ndarray, "h w 3"]:
 
 def check(path: Path) -> None:
   """Raises a ValueError naming the file if it is not an image; its pixels are not decoded."""
-  with file_errors(name_of(path, "image"), "a readable image"):
+  try:
+    with picture_files.opened(path):
+      pass
+  except ValueError:
     if not tiff_files.takes(path):
-      with picture_files.opened(path):
-        pass
+      raise
 
 
 def is_grey(pixels: UInt8[np.ndarray, "h w 3"]) -> bool:
