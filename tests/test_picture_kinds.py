@@ -11,7 +11,7 @@ from codebind_jax.data import reading
 from codebind_jax.data.opening import check_item
 from codebind_jax.data.preparation import imagebind, languagebind, pictures
 from codebind_jax.data.transforms import image, tactile
-from tests.picture_fixtures import encoded, grey16, png, tiff, turned
+from tests.picture_fixtures import encoded, grey16, png, tiff, turned, twelve_bits
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -44,6 +44,7 @@ KINDS = {
   "16-bit grey TIFF, big end first": (lambda: tiff(WIDE(GREY), 16, 1, order=">"), THRICE),
   "16-bit grey TIFF, 0 is white": (lambda: tiff(65535 - WIDE(GREY), 16, 1, photometric=0), THRICE),
   "8-bit grey TIFF, 0 is white": (lambda: tiff(255 - GREY, 8, 1, photometric=0), THRICE),
+  "12-bit TIFF": (lambda: twelve_bits(GREY.astype(int) * 16 + 8), THRICE),
   "float TIFF": (lambda: tiff(GREY / 255, 32, 3), THRICE),
   "float TIFF, big end first": (lambda: tiff(GREY / 255, 32, 3, order=">"), THRICE),
   "double TIFF": (lambda: tiff(GREY / 255, 64, 3), THRICE),

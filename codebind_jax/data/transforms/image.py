@@ -88,19 +88,19 @@ def _transparency_of_eight_bits(picture: Image.Image, raw: str) -> None:
 def _deep(picture: Image.Image, name: str, file: Image.Image) -> Image.Image:
   """RGB of grey that is deeper than 8 bits."""
   tags = getattr(file, "tag_v2", {})
-  values = np.asarray(picture).astype(np.int64)
+  values = np.asarray(picture)
   # Of 32 bits, PNG and PPM alone say where white is.
   if picture.mode == "I" and file.format not in ("PNG", "PPM"):
     raise ValueError(f"{name}: its pixels are 32-bit or signed integers, of which the range is not known; got "
                      f"{values.min()} to {values.max()}, allowed are 8 and 16 bits, and floats in 0 to 1")  # fmt: skip
   if tags.get(_BITS_TAG) == (12,):
-    values <<= 4
+    values = values << 4
   if 0 < values.max() < 256:
     raise ValueError(f"{name}: its pixels are of 16 bits, but lie in {values.min()} to {values.max()}, which would be "
                      "black; allowed are values up to 65535, or 8 bits")  # fmt: skip
   grey = np.clip(values >> 8, 0, 255).astype(np.uint8)
   if tags.get(_PHOTOMETRIC_TAG) == 0:  # Pillow turns only 8 bits and fewer, where 0 is white
-    grey = 255 - grey
+    grey = np.uint8(255) - grey
   if isinstance(hole := picture.info.get("transparency"), int):
     grey = np.where(values == hole, np.uint8(255), grey)
   return Image.fromarray(grey).convert("RGB")
