@@ -113,6 +113,23 @@ def test_pixels_of_no_likely_shape_are_said(tmp_path, caplog):
   assert "a.mp4: says that its pixels are 30 times as wide as high" in caplog.text
 
 
+@pytest.mark.parametrize(("number", "says"), [(16, "is in HDR (PQ)"), (18, "is in HDR (HLG)"), (1, "")])
+def test_hdr_is_said(tmp_path, number, says, caplog):
+  path = tmp_path / f"{number}.mp4"
+  with av.open(str(path), "w") as out:
+    stream = out.add_stream("libx264", rate=10)
+    stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+    stream.codec_context.color_trc = number
+    for frame in greys(2):
+      picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p")
+      picture.color_trc = number
+      out.mux(stream.encode(picture))
+    out.mux(stream.encode())
+  with caplog.at_level("WARNING"):
+    assert video.read(path).shape == (2, 48, 64, 3)
+  assert says in caplog.text and (says or not caplog.text)
+
+
 def edited(content, begin, share):
   """An mp4 whose edit list shows a share of the film from a begin on."""
   content = bytearray(content)

@@ -33,6 +33,7 @@ _STILL = ("mjpeg", "png", "bmp", "webp", "tiff")  # codecs of covers that are st
 _LEAST_MISSING, _SHARE_MISSING = 1.5, 0.05  # frames, and share of the time, from which a film is said to be cut
 _UNEVEN = 32  # a frame may be off its even place by this part of the whole time
 _MOST_STEPS = 16  # of a clock, to each frame
+_HDR = {16: "PQ", 18: "HLG"}  # FFmpeg's numbers of transfer functions
 _ASPECT = 8  # largest ratio of a pixel's sides
 
 
@@ -217,6 +218,8 @@ def _pixels(frame: Any, name: str, aspect: float) -> UInt8[np.ndarray, "h w 3"]:
     raise ValueError(f"{name}: frames of {frame.width} x {frame.height} pixels, allowed are {PIXELS}")
   if frame.is_corrupt:
     say(f"{name}: the frame at {frame.time or 0.0:.6g} s is damaged")
+  if getattr(frame, "color_trc", 0) in _HDR:
+    say(f"{name}: is in HDR ({_HDR[frame.color_trc]}); its values are taken as those of common video, which is paler")
   return _turned(squared(frame.to_ndarray(format="rgb24"), aspect, name), frame, name)
 
 
