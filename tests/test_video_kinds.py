@@ -1,6 +1,7 @@
 """Films, animations and folders as people have them: turned, cut, of uneven time, with covers; errors name the file."""
 
 import io
+import json
 import struct
 from fractions import Fraction
 
@@ -388,9 +389,20 @@ def test_a_folder_of_frames_is_a_video_of_a_manifest(tmp_path):
   (tmp_path / "m.jsonl").write_text('{"id": "1", "video": "clip", "text": "red"}\n')
   source = open_source(tmp_path / "m.jsonl", data_dir=tmp_path / "data")
   assert source[0]["video"].mean(axis=(1, 2, 3)).tolist() == [10 + 10 * i for i in range(12)]
-  before = source.content_hash(0, "video")
-  Image.new("RGB", (16, 16)).save(tmp_path / "clip" / "13.png")
-  assert len(before) == 64 and source.content_hash(0, "video") != before
+  before, known = source.content_hash(0, "video"), source.identity(0, "video")
+  assert len(before) == 64 and source.identity(0, "video") == known
+  Image.new("RGB", (99, 99)).save(tmp_path / "clip" / "12.png")  # in place: the folder's own time stays
+  assert source.content_hash(0, "video") != before and source.identity(0, "video") != known
+
+
+def test_a_name_that_no_file_can_have_is_a_bad_record(tmp_path, caplog):
+  folder(tmp_path / "clip", ["1.png"])
+  rows = [{"id": str(i), "video": name} for i, name in enumerate(("clip", "x" * 300 + ".mp4", "a\0b.mp4"))]
+  (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  with caplog.at_level("WARNING"):
+    source = open_source(tmp_path / "m.jsonl", data_dir=tmp_path / "data", max_bad_records=2)
+  assert caplog.text.count("will be left out") == 2
+  assert len(source.identity(0, "video")) > 20 and [source.identity(i, "video").strip() for i in (1, 2)] == ["video"] * 2
 
 
 def test_a_folder_with_a_damaged_frame_names_it(tmp_path):
