@@ -402,7 +402,7 @@ def test_a_name_that_no_file_can_have_is_a_bad_record(tmp_path, caplog):
   with caplog.at_level("WARNING"):
     source = open_source(tmp_path / "m.jsonl", data_dir=tmp_path / "data", max_bad_records=2)
   assert caplog.text.count("will be left out") == 2
-  assert len(source.identity(0, "video")) > 20 and [source.identity(i, "video").strip() for i in (1, 2)] == ["video"] * 2
+  assert [source.identity(i, "video").strip() == "video" for i in range(3)] == [False, True, True]
 
 
 def test_a_folder_with_a_damaged_frame_names_it(tmp_path):
