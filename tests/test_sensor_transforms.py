@@ -56,7 +56,7 @@ def test_depth_refuses(value, says):
 def test_depth_refuses_files_by_name(tmp_path):
   (tmp_path / "a.png").write_bytes(encoded(np.zeros((4, 4), np.uint8)))
   np.savez(tmp_path / "b.npz", other=METRES)
-  whys = {"a.png": "a picture of depth is no depth", "b.npz": "depth is not a file", "c.npy": "no such"}
+  whys = {"a.png": "a picture of depth is no depth", "b.npz": "needed is depth or disparity", "c.npy": "no such"}
   for name, says in whys.items():
     with pytest.raises(ValueError, match=f"{name}: .*{says}"):
       depth.read(tmp_path / name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import importlib
 import inspect
+import os
 import pkgutil
 import re
 from collections.abc import Mapping, Sequence
@@ -293,7 +294,7 @@ def check_item(modality: str, item: str | bytes | Path | np.ndarray) -> None:
     ValueError: naming modality and file, if it cannot be read.
   """
   module = transforms.of(modality)
-  if isinstance(item, str | Path) and not Path(item).exists():
+  if isinstance(item, str | Path) and not os.path.exists(item):  # a name that is too long is no file either
     raise ValueError(f"{modality}: no such file: {item}")
   try:
     (module.check if isinstance(item, str | Path) and hasattr(module, "check") else module.read)(item)

@@ -44,10 +44,13 @@ def stamp(path: PurePath) -> tuple[int, int]:
 
 
 def identity(path: PurePath) -> str:
-  """Path, size and time of a file, which change with its content; "" where there is none."""
+  """Path, size and time of a file, or of those of a folder, which change with its content; "" where there is none."""
   try:
+    if not files.is_far(path) and os.path.isdir(path):  # of a film in frames, whose own time tells of new files alone
+      own = repr(sorted((part.name, *stamp(Path(part))) for part in os.scandir(path)))
+      return f"{os.path.abspath(path)} {hashlib.sha256(own.encode()).hexdigest()[:16]}"
     return f"{path if files.is_far(path) else os.path.abspath(path)} {stamp(path)}"
-  except OSError:
+  except (OSError, ValueError):  # a name with a null byte is none that a file can have
     return ""
 
 

@@ -22,9 +22,9 @@ TEXT = ("text", "caption")
 BY_ENDING = {
   ending: modality
   for modality, endings in {
-    "image": "jpg jpeg png webp bmp gif tif tiff ppm",
+    "image": "jpg jpeg jpe jfif png webp avif bmp gif tif tiff ppm pgm jp2",
     "audio": "wav flac mp3 ogg opus",
-    "video": "mp4 webm mov avi mkv m4v",
+    "video": "mp4 webm mov avi mkv m4v mpg mpeg wmv flv ogv 3gp",
     "points": "ply off glb obj stl",
     "eeg": "edf bdf",
   }.items()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 import math
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,12 @@ import numpy as np
 from jaxtyping import Float32, Shaped, UInt8
 from PIL import Image
 
+from codebind_jax.data import numpy_files
 from codebind_jax.data.inputs import Input
 from codebind_jax.data.preparation.audio import sound
-from codebind_jax.data.preparation.pictures import CLIP_MEAN, CLIP_STD, Picture, picture_input
+from codebind_jax.data.preparation.pictures import CLIP_MEAN, CLIP_STD, Picture, middle, picture_input
 from codebind_jax.data.preparation.texts import clip_ids, text_input
+from codebind_jax.data.reading import file_errors, name_of
 from codebind_jax.data.transforms import audio as audio_transforms
 from codebind_jax.data.transforms import depth as depth_transforms
 from codebind_jax.data.transforms import thermal as thermal_transforms
@@ -26,6 +27,7 @@ from codebind_jax.data.transforms import video as video_transforms
 FOCAL_LENGTH, BASELINE = 518.857901, 0.075
 _NEAREST, _FARTHEST, _LARGEST_DISPARITY = 0.01, 50.0, 75.0
 _DEPTH_MEAN, _DEPTH_STD = 0.0418, 0.0295
+_LARGEST_SERIES = 2**28  # values
 _CLIPS = {"audio": 3, "video": 5}
 
 
@@ -71,7 +73,7 @@ def _audio(value: Any, clips: int, frames: int) -> Float32[np.ndarray, "s 128 n 
 
 
 def _video(value: Any, clips: int, crops: int, size: int) -> Float32[np.ndarray, "s t h w 3"]:
-  frames = video_transforms.read_clips(value, clips)
+  frames = middle(video_transforms.read_clips(value, clips))
   scaled = short_side(frames.astype(np.float32) / np.float32(255.0), size)
   scaled = ((scaled - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)).astype(np.float32)
   h, w = scaled.shape[-3:-1]
@@ -114,13 +116,8 @@ def grey(value: Any) -> UInt8[np.ndarray, "h w"]:
   """A thermal picture of 8-bit grey as it is, one with temperatures on the scale of `thermal.to_picture`."""
   if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 2 and value.size:
     return value
-  if isinstance(value, (str, Path, bytes)):
-    try:
-      with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as picture:
-        if picture.mode in ("L", "RGB", "P", "1"):
-          return np.asarray(picture.convert("L"))
-    except (OSError, SyntaxError, Image.DecompressionBombError):
-      pass  # the transform below reads other kinds, and names the file where it cannot
+  if isinstance(value, (str, Path, bytes)) and (stored := thermal_transforms.stored(value)) is not None:
+    return thermal_transforms.grey(stored, name_of(value, "thermal"))
   return thermal_transforms.to_picture(thermal_transforms.read(value))[..., 0]
 
 
@@ -130,6 +127,7 @@ def _thermal(value: Any, side: int) -> UInt8[np.ndarray, "h w 1"]:
 
 def _fitted(plane: Shaped[np.ndarray, "h w"], side: int, resample: Image.Resampling) -> Shaped[np.ndarray, "i j"]:
   """One channel, its shorter side resized to `side`, and the middle square cut out."""
+  plane = middle(plane[..., None])[..., 0]
   h, w = plane.shape
   new = tuple(side if n == min(h, w) else int(side * n / min(h, w)) for n in (h, w))
   if new != (h, w):
@@ -142,11 +140,9 @@ def _stored(value: Any) -> np.ndarray:
   """The array of an .npy file, its bytes, or an array."""
   if not isinstance(value, (str, Path, bytes)):
     return np.asarray(value)
-  name = "bytes" if isinstance(value, bytes) else str(value)
-  try:
-    return np.load(io.BytesIO(value) if isinstance(value, bytes) else value, allow_pickle=False)
-  except (OSError, ValueError, EOFError) as error:
-    raise ValueError(f"{name}: not a readable .npy file ({error})") from error
+  name = name_of(value, "series")
+  with file_errors(name, "a readable .npy file"):
+    return numpy_files.read_npy(value, _LARGEST_SERIES)
 
 
 def _series(value: Any, shape: tuple[int, int], name: str) -> Float32[np.ndarray, "n c"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +10,10 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, UInt8
-from PIL import Image
 
 from codebind_jax.data.interpolation import antialias_matrix, cubic_matrix, linear_matrix
 from codebind_jax.data.preparation.audio import Sound, sound
-from codebind_jax.data.preparation.pictures import CLIP_MEAN, CLIP_STD
+from codebind_jax.data.preparation.pictures import CLIP_MEAN, CLIP_STD, middle
 from codebind_jax.data.transforms import audio as audio_transforms
 from codebind_jax.data.transforms import depth as depth_transforms
 from codebind_jax.data.transforms import image as image_transforms
@@ -36,6 +34,7 @@ def fitted(
     matrix: (size, new size) -> weights [new size, size].
     longer: (the longer side, the shorter one, `side`) -> the longer side's new size.
   """
+  x = middle(x)
   h, w = x.shape[-3:-1]
   new = tuple(side if n == min(h, w) else longer(n, min(h, w), side) for n in (h, w))
   for axis, n in ((x.ndim - 3, new[0]), (x.ndim - 2, new[1])):
@@ -125,11 +124,6 @@ def thermal_picture(value: Any) -> UInt8[np.ndarray, "h w 3"]:
   """A thermal picture of 8 bits as it is, one with temperatures on the scale of `thermal.to_picture`."""
   if isinstance(value, np.ndarray) and value.dtype == np.uint8:
     return image_transforms.read(np.repeat(value[..., None], 3, axis=-1) if value.ndim == 2 else value)
-  if isinstance(value, (str, Path, bytes)):
-    try:
-      with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as picture:
-        if picture.mode in ("L", "RGB", "P", "1"):
-          return np.asarray(picture.convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError):
-      pass  # the transform below reads other kinds, and names the file where it cannot
+  if isinstance(value, (str, Path, bytes)) and (stored := thermal_transforms.stored(value)) is not None:
+    return stored
   return thermal_transforms.to_picture(thermal_transforms.read(value))

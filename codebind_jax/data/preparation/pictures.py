@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Shaped, UInt8
 from PIL import Image
 
-from codebind_jax.data import torch_resize
+from codebind_jax.data import picture_files, torch_resize
 from codebind_jax.data.inputs import Input, Reading
 from codebind_jax.data.interpolation import antialias_matrix
 from codebind_jax.data.transforms import depth as depth_transforms
@@ -23,6 +23,22 @@ from codebind_jax.data.transforms import video as video_transforms
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # PIL's numbers
 # CLIP's statistics of pixels in [0, 1], which ImageBind's image encoder was trained with.
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+_LONGEST = 64  # shorter sides, of what is enlarged whole
+
+
+def middle(x: Shaped[np.ndarray, "... h w c"]) -> Shaped[np.ndarray, "... i j c"]:
+  """The middle of a picture more than 64 times as long as wide, half as long; others as they are.
+
+  For preparations that bring the shorter side to a size and keep a square, so that memory stays bounded.
+  """
+  for axis, length, short in zip((-3, -2), x.shape[-3:-1], x.shape[-3:-1][::-1]):
+    if length > _LONGEST * short:
+      kept = _LONGEST // 2 * short
+      start = (length - kept) // 2
+      x = x[(..., slice(start, length - start), *[slice(None)] * (-1 - axis))]
+  return x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +70,9 @@ class Picture:
     h, w = pixels.size[::-1] if isinstance(pixels, Image.Image) else pixels.shape[:2]
     new = (h, w)
     if self.resize == "shortest":
+      if max(h, w) > _LONGEST * min(h, w):
+        pixels = middle(np.asarray(pixels))
+        new = h, w = pixels.shape[:2]
       short, long = min(h, w), max(h, w)
       edge = self.edge or min(self.size)
       new = (edge, int(edge * long / short))
@@ -214,6 +233,8 @@ class Square:
     picture = PICTURES[self.modality][0](value)
     if self.crop:
       picture = image_transforms.crop_to_content(picture)
+    if self.fit == "pad" and max(picture.shape[:2]) ** 2 > picture_files.PIXELS:  # before it is filled up
+      return Picture((self.side, self.side), "longest", fill=self.padding)(picture)
     return image_transforms.resize(image_transforms.fit_square(picture, self.fit, self.padding), self.side)
 
 

@@ -1,21 +1,30 @@
-"""Depth maps: 16-bit PNG or TIFF, .npy, .npz with depth or disparity, or an array, to metres.
+"""Depth maps: 16-bit PNG, integer or float TIFF, .npy, .npz with depth or disparity, or an array, to metres.
 
-Depth cameras write 16-bit integers in millimetres (ROS REP 118), programs write floats in metres; both use 0, and
-floats also inf or NaN, for "no return".
+Depth cameras write 16-bit integers in millimetres (ROS REP 118), programs write floats in metres; both use 0, floats
+also inf or NaN, and 16-bit integers also their largest value, 65535, for "no return".
 """
 
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from codebind_jax.data import numpy_files, picture_files, tiff_files
+from codebind_jax.data.reading import file_errors, name_of
 
 # Changes whenever the same input would give other values: it is part of the key of cached features.
-REVISION = "depth-1"
+REVISION = "depth-2"
 FARTHEST = 1000.0
-_DEEP = ("I;16", "I;16L", "I;16B", "I")
+PIXELS = 2**26  # largest map that is read
+_KINDS = ("PNG", "TIFF", "PPM", "JPEG", "GIF", "BMP", "WEBP")  # the last four for the message, they hold pictures only
+_DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+_WHAT = (
+  "a readable depth map; allowed are 16-bit PNG, integer or float TIFF, .npy, and .npz with depth, or with disparity "
+  "and scale"
+)
+_WHOLE = 100.0  # metres beyond which floats that are all whole numbers are taken for millimetres
 
 
 def read(value: Any) -> Float32[np.ndarray, "h w"]:
@@ -23,59 +32,82 @@ def read(value: Any) -> Float32[np.ndarray, "h w"]:
 
   Integers are millimetres and floats metres, in files as in arrays. An .npz file holds either `depth` in these units,
   or `disparity` with `scale` (focal length in pixels times baseline in metres), from which depth is scale / disparity.
+  A picture that says how the camera was turned (EXIF) is turned.
 
   Raises:
     ValueError: naming the file, if it cannot be read, has another shape or depth of colour, negative values or values
-      beyond a kilometre, or no return at all.
+      beyond a kilometre, floats that look like millimetres, or no return at all.
   """
   if isinstance(value, (str, Path, bytes)):
-    name = "depth bytes" if isinstance(value, bytes) else str(value)
-    try:
-      return _checked(_decoded(value), name)
-    except FileNotFoundError as error:
-      raise ValueError(f"{name}: no such file") from error
-    except (OSError, EOFError, SyntaxError, KeyError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-      raise ValueError(f"{name}: not a readable depth map; allowed are 16-bit PNG or TIFF, .npy, and .npz with depth, "
-                       f"or disparity and scale ({error})") from error
+    name = name_of(value, "depth")
+    with file_errors(name, _WHAT):
+      return _checked(_decoded(value, name), name)
+  if isinstance(value, Image.Image):
+    with file_errors("depth", _WHAT):
+      return _checked(_pixels(value, "depth"), "depth")
   if not hasattr(value, "__array__"):
-    raise ValueError(f"depth: got {type(value).__name__}, allowed are a path, bytes or an array")
+    raise ValueError(f"depth: got {type(value).__name__}, allowed are a path, bytes, a PIL image or an array")
   return _checked(np.asarray(value), "depth")
 
 
-def _decoded(value: str | Path | bytes) -> np.ndarray:
-  content = value if isinstance(value, bytes) else Path(value).read_bytes()
-  if content[:6] == b"\x93NUMPY":
-    return np.load(io.BytesIO(content), allow_pickle=False)
-  if content[:2] == b"PK":
-    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-      if "disparity" not in arrays:
-        return arrays["depth"]
-      disparity = np.asarray(arrays["disparity"], np.float64)
-      returned = np.isfinite(disparity) & (disparity > 0)
-      return np.divide(float(arrays["scale"]), disparity, out=np.zeros_like(disparity), where=returned)
-  with Image.open(io.BytesIO(content)) as picture:
-    if picture.mode not in _DEEP:
-      raise OSError(f"its pixels are {picture.mode}, a picture of depth is no depth: 16-bit integers are needed")
-    return np.asarray(picture).astype(np.int64)
+def _decoded(value: str | Path | bytes, name: str) -> np.ndarray:
+  head = picture_files.head_of(value)
+  if head.startswith(numpy_files.MAGIC):
+    return numpy_files.read_npy(value, PIXELS)
+  if head.startswith(numpy_files.ZIP):
+    arrays = numpy_files.read_npz(value, ("depth", "disparity", "scale"), PIXELS)
+    if "disparity" not in arrays and "depth" in arrays:
+      return arrays["depth"]
+    if missing := {"disparity", "scale"} - set(arrays):
+      raise ValueError(f"has no {' and no '.join(sorted(missing))}")
+    scale, disparity = arrays["scale"], arrays["disparity"].astype(np.float64)
+    if scale.size != 1 or not np.isfinite(scale).all() or not scale.item() > 0:
+      raise ValueError(f"scale has shape {scale.shape} and values {scale.ravel()[:4]}, allowed is one number above 0")
+    returned = np.isfinite(disparity) & (disparity > 0)
+    return np.divide(float(scale.item()), disparity, out=np.zeros_like(disparity), where=returned)
+  if tiff_files.takes(value):
+    return tiff_files.read(value, PIXELS)
+  with picture_files.opened(value, "depth", _WHAT, _KINDS, PIXELS) as picture:
+    return _pixels(picture, name)
+
+
+def _pixels(picture: Image.Image, name: str) -> np.ndarray:
+  """The numbers of a picture; Pillow's mode I is of 32 bits, whatever the file has."""
+  if picture.format == "PPM" and not picture_files.unscaled(picture):
+    raise ValueError("PFM and PGM whose white is not 65535 do not say their unit: save metres as .npy")
+  if picture.mode not in _DEEP:
+    raise ValueError(f"its pixels are {picture.mode}, a picture of depth is no depth: 16-bit integers or floats are "
+                     "needed")  # fmt: skip
+  if (count := len(picture_files.pages(picture))) > 1:
+    raise ValueError(f"it holds {count} pictures, allowed is one")
+  picture.load()
+  if "transparency" in picture.info:
+    raise ValueError("it has transparent pixels, which say no depth")
+  array = np.asarray(picture_files.upright(picture, name))
+  return array.astype(np.int64) if picture.mode == "I" else array
 
 
 def _checked(array: np.ndarray, name: str) -> np.ndarray:
   if array.ndim == 3 and array.shape[-1] == 1:
     array = array[..., 0]
-  numbers = np.issubdtype(array.dtype, np.integer) or np.issubdtype(array.dtype, np.floating)
-  if array.ndim != 2 or 0 in array.shape or not numbers:
+  whole = np.issubdtype(array.dtype, np.integer)
+  if array.ndim != 2 or 0 in array.shape or not (whole or np.issubdtype(array.dtype, np.floating)):
     raise ValueError(f"{name}: got type {array.dtype} and shape {array.shape}, allowed are integers (millimetres) or "
-                     "floats (metres) [h, w]")
-  if array.dtype == np.uint8:
-    raise ValueError(f"{name}: got uint8, which is a picture of depth; allowed are wider integers (millimetres) and "
-                     "floats (metres)")
-  metres = array * 1e-3 if np.issubdtype(array.dtype, np.integer) else array.astype(np.float64)
-  metres = np.where(np.isfinite(metres), metres, 0.0)
+                     "floats (metres) [h, w]")  # fmt: skip
+  if array.dtype in (np.uint8, np.int8):
+    raise ValueError(f"{name}: got {array.dtype}, which is a picture of depth; allowed are wider integers "
+                     "(millimetres) and floats (metres)")  # fmt: skip
+  metres = array * 1e-3 if whole else array.astype(np.float64)
+  returned = array != 65535 if (array.dtype.kind, array.itemsize) == ("u", 2) else np.isfinite(metres)
+  metres = np.where(returned, metres, 0.0)
   if metres.min() < 0 or metres.max() > FARTHEST:
     raise ValueError(f"{name}: values from {metres.min():g} to {metres.max():g} m, allowed are 0 to {FARTHEST:g} m "
                      "(floats are metres, integers millimetres)")
   if not metres.any():
-    raise ValueError(f"{name}: no return at all, every value is 0 or not finite")
+    raise ValueError(f"{name}: no return at all, every value is 0, not finite, or the largest of 16 bits")
+  if not whole and metres.max() > _WHOLE and (metres == np.floor(metres)).all():
+    raise ValueError(f"{name}: floats that are all whole numbers, up to {metres.max():g}, look like millimetres; "
+                     "allowed are floats in metres, and integers in millimetres")  # fmt: skip
   return metres.astype(np.float32)
 
 

@@ -1,17 +1,28 @@
-"""Images: anything PIL opens, or an array, to RGB on white, and to the square that a trunk reads."""
+"""Images: the picture files that people have, or an array, to RGB on white, and to the square that a trunk reads.
 
-import io
+Values of files and arrays: 8 bits as they are; 16 bits of grey by their upper 8 (0 to 65535 is black to white), 12-bit
+TIFF likewise; floats lie in 0 to 1, which is black to white. Integers of 32 bits, other floats, and 16 bits of which
+only the lowest 8 are used have no range that is known, and are refused. The first picture of several is read.
+"""
+
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms
+
+from codebind_jax.data import picture_files, tiff_files
+from codebind_jax.data.reading import file_errors, name_of, say
 
 # Changes whenever the same input would give other pixels: it is part of the key of cached features.
-REVISION = "image-1"
-_TURNS = frozenset(("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"))  # keys of `info` that can tell a turn
+REVISION = "image-2"
 FITS = ("pad", "crop", "stretch")
+# Grey may have the noise of a JPEG's colour channels: a pixel's largest channel minus its smallest, and the mean of it.
+_NOISE, _MEAN_NOISE = 16, 6.0
+_BLOCK = 64  # pixels of a JPEG's block; in fewer there is no such noise
+_SIXTEEN = ("I;16", "I;16L", "I;16B", "I;16N")
+_PHOTOMETRIC_TAG, _BITS_TAG = 262, 258  # of TIFF
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -20,9 +31,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
   if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or 0 in array.shape:
     raise ValueError(f"image: got an array of shape {array.shape}, allowed are [H, W], [H, W, 1], [H, W, 3], [H, W, 4]")
   if np.issubdtype(array.dtype, np.floating):
-    if not (np.isfinite(array).all() and array.min() >= 0.0 and array.max() <= 1.0):
-      raise ValueError("image: a float array must be finite and lie in 0 to 1")
-    array = np.round(array * 255.0).astype(np.uint8)
+    array = _scaled(array, "image: a float array")
   elif array.dtype == bool:
     array = array.astype(np.uint8) * 255
   elif array.dtype != np.uint8:
@@ -30,24 +39,71 @@ def _from_array(array: np.ndarray) -> Image.Image:
   return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else np.ascontiguousarray(array))
 
 
-def _on_white(picture: Image.Image) -> Image.Image:
+def _scaled(array: np.ndarray, name: str) -> np.ndarray:
+  """Floats in 0 to 1 as 8 bits."""
+  if not (np.isfinite(array).all() and array.min() >= 0.0 and array.max() <= 1.0):
+    raise ValueError(f"{name} must be finite and lie in 0 to 1; got {array.min():g} to {array.max():g}")
+  return np.round(array * 255.0).astype(np.uint8)
+
+
+def _on_white(
+  picture: Image.Image, name: str = "image", raw: str = "", file: Image.Image | None = None
+) -> Image.Image:
+  """RGB of a picture of any mode.
+
+  Args:
+    picture: loaded.
+    name: for errors.
+    raw: Pillow's name of how the file packs its values.
+    file: what was opened, which has the format and tags that a turned copy has not; None for the picture itself.
+  """
   if picture.mode == "RGB" and "transparency" not in picture.info:
     return picture
-  if picture.mode in ("I;16", "I;16L", "I;16B", "I"):
-    values = np.asarray(picture).astype(np.int64) >> 8
-    return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8)).convert("RGB")
-  if not (picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info):
+  if picture.mode in _SIXTEEN or picture.mode == "I":
+    return _deep(picture, name, file or picture)
+  if picture.mode == "F":
+    return Image.fromarray(_scaled(np.asarray(picture), f"{name}: a picture of floats")).convert("RGB")
+  if picture.mode == "LAB":
+    convert = ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
+    return ImageCms.applyTransform(picture, convert)
+  if not picture.has_transparency_data:
     return picture.convert("RGB")
-  picture = picture.convert("RGBA")
+  _transparency_of_eight_bits(picture, raw)
+  premultiplied = {"La": "LA", "RGBa": "RGBA"}
+  picture = picture.convert(premultiplied.get(picture.mode, "RGBA")).convert("RGBA")
   white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
   return Image.alpha_composite(white, picture).convert("RGB")
 
 
-def _upright(picture: Image.Image) -> Image.Image:
-  """With the EXIF turn applied; a JPEG without EXIF or XMP has none, and needs no copy."""
-  if picture.format == "JPEG" and not picture.info.keys() & _TURNS:
-    return picture
-  return ImageOps.exif_transpose(picture)
+def _transparency_of_eight_bits(picture: Image.Image, raw: str) -> None:
+  """Brings a PNG's transparent value to the 8 bits that Pillow has made of the pixels, but not of it."""
+  value = picture.info.get("transparency")
+  factor = {"L;2": 85, "L;4": 17}.get(raw, 1)
+  if isinstance(value, int) and factor > 1:
+    picture.info["transparency"] = value * factor
+  elif isinstance(value, tuple) and "16" in raw:
+    picture.info["transparency"] = tuple(v >> 8 for v in value)
+
+
+def _deep(picture: Image.Image, name: str, file: Image.Image) -> Image.Image:
+  """RGB of grey that is deeper than 8 bits."""
+  tags = getattr(file, "tag_v2", {})
+  values = np.asarray(picture)
+  # Of 32 bits, PNG and PPM alone say where white is.
+  if picture.mode == "I" and file.format not in ("PNG", "PPM"):
+    raise ValueError(f"{name}: its pixels are 32-bit or signed integers, of which the range is not known; got "
+                     f"{values.min()} to {values.max()}, allowed are 8 and 16 bits, and floats in 0 to 1")  # fmt: skip
+  if tags.get(_BITS_TAG) == (12,):
+    values = values << 4
+  if 0 < values.max() < 256:
+    raise ValueError(f"{name}: its pixels are of 16 bits, but lie in {values.min()} to {values.max()}, which would be "
+                     "black; allowed are values up to 65535, or 8 bits")  # fmt: skip
+  grey = np.clip(values >> 8, 0, 255).astype(np.uint8)
+  if tags.get(_PHOTOMETRIC_TAG) == 0:  # Pillow turns only 8 bits and fewer, where 0 is white
+    grey = np.uint8(255) - grey
+  if isinstance(hole := picture.info.get("transparency"), int):
+    grey = np.where(values == hole, np.uint8(255), grey)
+  return Image.fromarray(grey).convert("RGB")
 
 
 def opened(value: str | Path | bytes) -> Image.Image:
@@ -56,15 +112,23 @@ def opened(value: str | Path | bytes) -> Image.Image:
   Raises:
     ValueError: naming the file, if it cannot be read as an image.
   """
-  name = "image bytes" if isinstance(value, bytes) else str(value)
   try:
-    with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as picture:
-      picture.load()
-      return _on_white(_upright(picture))
-  except FileNotFoundError as error:
-    raise ValueError(f"{name}: no such file") from error
-  except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-    raise ValueError(f"{name}: not a readable image ({error})") from error
+    return _opened(value)
+  except ValueError:
+    if not tiff_files.takes(value):
+      raise
+  with file_errors(name_of(value, "image"), "a readable image"):
+    return _on_white(_from_array(tiff_files.read(value, picture_files.PIXELS)))
+
+
+def _opened(value: str | Path | bytes) -> Image.Image:
+  name = name_of(value, "image")
+  with picture_files.opened(value) as picture:
+    if (count := len(picture_files.pages(picture))) > 1:
+      say(f"{name}: the first of its {count} pictures is read")
+    raw = picture_files.packing(picture)
+    picture.load()
+    return _on_white(picture_files.upright(picture, name), name, raw, picture)
 
 
 def read(value: Any) -> UInt8[np.ndarray, "h w 3"]:
@@ -79,7 +143,9 @@ def read(value: Any) -> UInt8[np.ndarray, "h w 3"]:
       return array
     return np.asarray(_on_white(_from_array(array)))
   if isinstance(value, Image.Image):
-    return np.asarray(_on_white(ImageOps.exif_transpose(value)))
+    with file_errors("image", "a readable image"):
+      value.load()
+      return np.asarray(_on_white(picture_files.upright(value), file=value))
   if not isinstance(value, (str, Path, bytes)):
     raise ValueError(f"image: got {type(value).__name__}, allowed are a path, bytes, a PIL image or an array")
   return np.asarray(opened(value))
@@ -88,10 +154,21 @@ def read(value: Any) -> UInt8[np.ndarray, "h w 3"]:
 def check(path: Path) -> None:
   """Raises a ValueError naming the file if it is not an image; its pixels are not decoded."""
   try:
-    with Image.open(path):
+    with picture_files.opened(path):
       pass
-  except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-    raise ValueError(f"{path}: not a readable image ({error})") from error
+  except ValueError:
+    if not tiff_files.takes(path):
+      raise
+
+
+def is_grey(pixels: UInt8[np.ndarray, "h w 3"]) -> bool:
+  """Whether a picture has no colours but the noise that a JPEG's colour channels leave."""
+  if (pixels == pixels[..., :1]).all():
+    return True
+  if pixels.shape[0] * pixels.shape[1] < _BLOCK:
+    return False
+  spread = pixels.max(axis=-1) - pixels.min(axis=-1)
+  return bool(spread.max() <= _NOISE and spread.mean() <= _MEAN_NOISE)
 
 
 def crop_to_content(

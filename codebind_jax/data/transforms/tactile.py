@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from codebind_jax.data.reading import name_of
 from codebind_jax.data.transforms import image
 
 # Changes whenever the same input would give other values: it is part of the key of cached features.
-REVISION = f"tactile-1 {image.REVISION}"
+REVISION = f"tactile-2 {image.REVISION}"
 
 
 def read(value: Any) -> UInt8[np.ndarray, "h w 3"]:
@@ -22,8 +23,8 @@ def read(value: Any) -> UInt8[np.ndarray, "h w 3"]:
     pixels = image.read(value)
   except ValueError as error:
     raise ValueError(str(error).replace("image:", "tactile:", 1)) from error
-  if pixels.size > 3 and (pixels == pixels[..., :1]).all():
-    name = str(value) if isinstance(value, (str, Path)) else "tactile"
+  if pixels.size > 3 and image.is_grey(pixels):
+    name = name_of(value, "tactile") if isinstance(value, (str, Path, bytes)) else "tactile"
     raise ValueError(f"{name}: all pixels are grey; a touch sensor's picture is lit from three sides in three colours")
   return pixels
 

@@ -1,22 +1,24 @@
-"""Video: 16 evenly spaced frames of a film, an animated picture, a folder of frames or an array."""
+"""Video: 16 frames, evenly spaced in time, of a film, an animated picture, a folder of frames or an array."""
 
-import io
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
 
+from codebind_jax.data import films, picture_files
+from codebind_jax.data.reading import file_errors, name_of, say
 from codebind_jax.data.transforms import image
 
 # Changes whenever the same input would give other pixels: it is part of the key of cached features.
-REVISION = f"video-1 {image.REVISION}"
+REVISION = f"video-2 {image.REVISION}"
 FRAMES = 16
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-_NEEDS_AV = "needs the package av (PyAV): pip install av"
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2")
+_UNTIMED = 0.1  # seconds that a browser shows a picture of an animation that says 0
+_Choose = Callable[[int, float | None], list[list[int]]]
 
 
 def spaced(count: int, wanted: int) -> list[int]:
@@ -29,33 +31,22 @@ def spaced(count: int, wanted: int) -> list[int]:
 
 
 def read(value: Any, frames: int = FRAMES) -> UInt8[np.ndarray, "t h w 3"]:
-  """RGB frames of a video, at most `frames` of them, evenly spaced; transparency is laid on white.
+  """RGB frames of a video, at most `frames` of them, evenly spaced in time; transparency is laid on white.
+
+  A film is turned as its display matrix says, and has square pixels. A frame that is shown longer than others is there
+  as often as its time asks for; otherwise none is there twice.
 
   Args:
-    value: a path or the bytes of a film (mp4, webm, mov, ... through PyAV) or of an animated WebP, GIF or PNG; a folder
-      of pictures, taken by name; or an array [t, h, w, 3] (uint8, or float in 0 to 1).
+    value: a path or the bytes of a film (mp4, webm, mov, ... through PyAV) or of an animated WebP, GIF, PNG or AVIF; a
+      folder of pictures, taken by name (2.png before 10.png); or an array [t, h, w, 3] (uint8, or float in 0 to 1).
     frames: the largest number returned.
 
   Raises:
     ValueError: naming the file, if it cannot be read, has no frames, or frames differ in size.
     ImportError: for a film, where PyAV is not installed.
   """
-  if isinstance(value, (str, Path)) and Path(value).is_dir():
-    return _from_folder(Path(value), frames)
-  if isinstance(value, (str, Path, bytes)):
-    name = "video bytes" if isinstance(value, bytes) else str(value)
-    if not isinstance(value, bytes) and not Path(value).is_file():
-      raise ValueError(f"{name}: no such file or folder")
-    source = io.BytesIO(value) if isinstance(value, bytes) else value
-    if _is_picture(source):
-      return _from_picture(source, name, frames)
-    return _from_film(source, name, frames)
-  if not hasattr(value, "__array__"):
-    raise ValueError(f"video: got {type(value).__name__}, allowed are a path, bytes or an array")
-  array = np.asarray(value)
-  if array.ndim != 4 or array.shape[-1] != 3 or 0 in array.shape:
-    raise ValueError(f"video: got an array of shape {array.shape}, allowed is [t, h, w, 3] that is not empty")
-  return np.stack([image.read(array[i]) for i in spaced(len(array), frames)])
+  name, wanted, found = _frames(value, lambda count, rate: [spaced(count, frames)], "[t, h, w, 3]")
+  return _stack([found[i] for i in wanted[0]], name)
 
 
 def clip_frames(
@@ -98,91 +89,70 @@ def read_clips(value: Any, clips: int = 5, seconds: float = 2.0, frames: int = 2
   Raises:
     ValueError, ImportError: as `read` does.
   """
-  if isinstance(value, (str, Path)) and Path(value).is_dir():
-    pictures = _pictures(Path(value))
-    wanted = clip_frames(len(pictures), None, clips, seconds, frames)
-    found = {i: image.read(pictures[i]) for i in {i for clip in wanted for i in clip}}
-    name = str(value)
-  elif isinstance(value, (str, Path, bytes)):
-    name = "video bytes" if isinstance(value, bytes) else str(value)
-    if not isinstance(value, bytes) and not Path(value).is_file():
-      raise ValueError(f"{name}: no such file or folder")
-    source = io.BytesIO(value) if isinstance(value, bytes) else value
-    choose = lambda count, rate: clip_frames(count, rate, clips, seconds, frames)
-    wanted, found = (_picture_clips if _is_picture(source) else _film_clips)(source, name, choose)
-  else:
-    array, name = np.asarray(value), "video"
+  if hasattr(value, "__array__"):
+    array = np.asarray(value)
     if array.ndim == 5 and array.dtype == np.uint8 and array.shape[-1] == 3 and 0 not in array.shape:
       return array
-    if not hasattr(value, "__array__") or array.ndim != 4 or array.shape[-1] != 3 or 0 in array.shape:
-      raise ValueError(f"video: got {type(value).__name__} of shape {array.shape}, allowed are a path, bytes, or an "
-                       "array [t, h, w, 3] that is not empty")  # fmt: skip
-    wanted = clip_frames(len(array), None, clips, seconds, frames)
-    found = {i: image.read(array[i]) for i in {i for clip in wanted for i in clip}}
+  choose = lambda count, rate: clip_frames(count, rate, clips, seconds, frames)
+  name, wanted, found = _frames(value, choose, "[t, h, w, 3] or uint8 [s, n, h, w, 3]")
   return np.stack([_stack([found[i] for i in clip], name) for clip in wanted])
 
 
-def _picture_clips(source: Any, name: str, choose: Any) -> tuple[list[list[int]], dict[int, np.ndarray]]:
-  try:
-    with Image.open(source) as picture:
-      count = getattr(picture, "n_frames", 1)
-      picture.load()  # only then some kinds tell how long a frame is shown
-      rate = 1000.0 / duration if (duration := picture.info.get("duration")) else None
-      wanted, found = choose(count, rate), {}
-      for index in sorted({i for clip in wanted for i in clip}):
-        picture.seek(index)
-        found[index] = image.read(picture.convert("RGBA"))
-      return wanted, found
-  except (OSError, EOFError, SyntaxError, Image.DecompressionBombError) as error:
-    raise ValueError(f"{name}: not a readable animation ({error})") from error
-
-
-def _film_clips(source: Any, name: str, choose: Any) -> tuple[list[list[int]], dict[int, np.ndarray]]:
-  with _open_film(source, name) as film:
-    stream = film.streams.video[0]
-    count, rate = stream.frames, float(stream.average_rate or 0)
-  count = count or sum(1 for _ in _decoded(source, name))
-  if not count:
-    raise ValueError(f"{name}: has no frames")
-  wanted, found, last = choose(count, rate or None), {}, None
-  needed = {i for clip in wanted for i in clip}
-  for index, frame in enumerate(_decoded(source, name)):
-    if index in needed:
-      found[index] = last = frame.to_ndarray(format="rgb24")
-    if len(found) == len(needed):
-      break
-  if last is None:
-    raise ValueError(f"{name}: has no frames")
-  # A header may promise a few frames more than there are.
-  return wanted, {index: found.get(index, last) for index in needed}
-
-
 def check(path: Path) -> None:
-  """Raises a ValueError naming the file if it is no video; one frame is decoded at most."""
-  if Path(path).is_dir():
-    _pictures(Path(path))
-  elif not Path(path).is_file():
-    raise ValueError(f"{path}: no such file or folder")
-  elif not _is_picture(path):
-    with _open_film(path, str(path)):
-      pass
+  """Raises a ValueError naming the file if it is no video; no frame is decoded."""
+  name = name_of(path, "video")
+  with file_errors(name, "a readable video"):
+    if Path(path).is_dir():
+      image.check(_pictures(Path(path))[0])
+    elif not Path(path).is_file():
+      raise ValueError(f"{name}: no such file or folder")
+    elif picture_files.is_picture(path):
+      image.check(path)
+    else:
+      films.check(path)
 
 
-def _is_picture(source: Any) -> bool:
-  try:
-    with Image.open(source):
-      return True
-  except (UnidentifiedImageError, OSError, SyntaxError):
-    return False
-  finally:
-    if isinstance(source, io.BytesIO):
-      source.seek(0)
+def _frames(value: Any, choose: _Choose, shapes: str) -> tuple[str, list[list[int]], dict[int, np.ndarray]]:
+  """Name, numbers of the wanted frames, and these frames.
+
+  Args:
+    value: as of `read`.
+    choose: (number of frames, frames a second or None) -> numbers of the wanted ones.
+    shapes: of arrays that are allowed, for errors.
+  """
+  if isinstance(value, (str, Path, bytes)):
+    name = name_of(value, "video")
+    with file_errors(name, "a readable video"):
+      if not isinstance(value, bytes) and Path(value).is_dir():
+        return name, *_from_folder(Path(value), choose)
+      if not isinstance(value, bytes) and not Path(value).is_file():
+        raise ValueError(f"{name}: no such file or folder")
+      if picture_files.is_picture(value):
+        return name, *_from_picture(value, name, choose)
+      return name, *films.frames(value, choose)
+  if not hasattr(value, "__array__"):
+    raise ValueError(f"video: got {type(value).__name__}, allowed are a path, bytes or an array")
+  array = np.asarray(value)
+  if array.ndim != 4 or array.shape[-1] != 3 or 0 in array.shape:
+    raise ValueError(f"video: got an array of shape {array.shape}, allowed is {shapes} that is not empty")
+  wanted = choose(len(array), None)
+  return "video", wanted, {i: image.read(array[i]) for part in wanted for i in part}
+
+
+def _natural(path: Path) -> list[tuple[int, int | str]]:
+  """Sorts names by the numbers in them: 2.png before 10.png."""
+  return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", path.name) if part]
 
 
 def _pictures(folder: Path) -> list[Path]:
-  pictures = sorted(path for path in folder.iterdir() if path.suffix.lower() in _PICTURES)
+  there = [path for path in folder.iterdir() if path.suffix.lower() in _PICTURES and not path.name.startswith(".")]
+  pictures = sorted((path for path in there if path.is_file()), key=lambda path: (_natural(path), path.name))
   if not pictures:
     raise ValueError(f"{folder}: no frames; allowed are files ending in {', '.join(_PICTURES)}")
+  series = sorted({re.sub(r"\d+", "#", path.name) for path in pictures})
+  if len(series) > 1:
+    say(f"{folder}: all {len(pictures)} pictures are taken as frames, though their names are of {len(series)} kinds: "
+        f"{', '.join(series[:4])}")  # fmt: skip
   return pictures
 
 
@@ -193,63 +163,50 @@ def _stack(pictures: Sequence[np.ndarray], name: str) -> np.ndarray:
   return np.stack(pictures)
 
 
-def _from_folder(folder: Path, frames: int) -> np.ndarray:
+def _from_folder(folder: Path, choose: _Choose) -> tuple[list[list[int]], dict[int, np.ndarray]]:
   pictures = _pictures(folder)
-  return _stack([image.read(pictures[i]) for i in spaced(len(pictures), frames)], str(folder))
+  wanted = choose(len(pictures), None)
+  found: dict[int, np.ndarray] = {}
+  for i in sorted({i for part in wanted for i in part}):
+    found[i] = image.read(pictures[i])
+    _bounded(*found[i].shape[:2], str(folder))
+  return wanted, found
 
 
-def _from_picture(source: Any, name: str, frames: int) -> np.ndarray:
-  try:
-    with Image.open(source) as picture:
-      kept = []
-      for index in spaced(getattr(picture, "n_frames", 1), frames):
-        picture.seek(index)
-        kept.append(image.read(picture.convert("RGBA")))
-      return _stack(kept, name)
-  except (OSError, EOFError, SyntaxError, Image.DecompressionBombError) as error:
-    raise ValueError(f"{name}: not a readable animation ({error})") from error
+def _bounded(height: int, width: int, name: str) -> None:
+  if height * width > films.PIXELS:
+    raise ValueError(f"{name}: frames of {width} x {height} pixels, allowed are {films.PIXELS}")
 
 
-def _open_film(source: Any, name: str) -> Any:
-  try:
-    import av
-  except ImportError as error:
-    raise ImportError(f"{name}: reading films {_NEEDS_AV}") from error
-  try:
-    film = av.open(source)
-  except (av.error.FFmpegError, OSError) as error:
-    raise ValueError(f"{name}: not a readable video ({error})") from error
-  if not film.streams.video:
-    film.close()
-    raise ValueError(f"{name}: has no video stream")
-  return film
+def _from_picture(
+  value: str | Path | bytes, name: str, choose: _Choose
+) -> tuple[list[list[int]], dict[int, np.ndarray]]:
+  """Frames of an animation, a still picture being one; what is shown unequally long is read a second time, by time."""
+  with picture_files.opened(value, "video", "a readable animation") as picture:
+    _bounded(picture.height, picture.width, name)
+    numbers = picture_files.pages(picture)
+    if len(numbers) == 1:
+      return choose(1, None), {0: image.read(value)}
+    if picture.format == "GIF" and not picture_files.gif_ends(value):
+      say(f"{name}: has no end mark, as if it were cut; the {len(numbers)} frames that are there are taken")
+    picture.seek(numbers[0])
+    picture.load()  # only then some kinds tell how long a frame is shown
+    rate = 1000.0 / duration if (duration := picture.info.get("duration")) else None
+    wanted = choose(len(numbers), rate)
+    needed = {i for part in wanted for i in part}
+    found, seconds = {}, np.zeros(len(numbers))
+    for i, number in enumerate(numbers):
+      picture.seek(number)
+      picture.load()
+      seconds[i] = (picture.info.get("duration") or 0) / 1e3 or _UNTIMED
+      if i in needed:
+        found[i] = image.read(picture)
+    steps, counted = films.clock(seconds)
+    if len(steps) == len(numbers):
+      return wanted, found
+    wanted = [[int(steps[i]) for i in part] for part in choose(len(steps), counted)]
+    for i in sorted({i for part in wanted for i in part} - set(found)):
+      picture.seek(numbers[i])
+      found[i] = image.read(picture)
+    return wanted, found
 
-
-def _from_film(source: Any, name: str, frames: int) -> np.ndarray:
-  """Evenly spaced frames of a film; one whose header does not give the count is decoded twice, first to count them."""
-  with _open_film(source, name) as film:
-    count = film.streams.video[0].frames
-  count = count or sum(1 for _ in _decoded(source, name))
-  if not count:
-    raise ValueError(f"{name}: has no frames")
-  wanted, kept = set(spaced(count, frames)), []
-  for index, frame in enumerate(_decoded(source, name)):
-    if index in wanted:
-      kept.append(frame.to_ndarray(format="rgb24"))
-    if len(kept) == len(wanted):
-      break
-  if not kept:
-    raise ValueError(f"{name}: has no frames")
-  return _stack(kept, name)
-
-
-def _decoded(source: Any, name: str) -> Any:
-  import av
-
-  if isinstance(source, io.BytesIO):
-    source.seek(0)
-  with _open_film(source, name) as film:
-    try:
-      yield from film.decode(video=0)
-    except av.error.FFmpegError as error:
-      raise ValueError(f"{name}: damaged video ({error})") from error
