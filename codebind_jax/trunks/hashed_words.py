@@ -14,7 +14,7 @@ def make_trunk(*, width: int = 64, weights: str | Path = "") -> Trunk:
   """A trunk of one token a text.
 
   Args:
-    width: C.
+    width: width of a text's vector.
     weights: unused, as the trunk has none; every trunk takes it.
   """
   options, item = {"width": width}, Input((1, width), "float32", HashedWords(width), revision="words-1")

@@ -171,7 +171,7 @@ def make_trunk(
       `tokenizer.json`, "random" draws weights and reads letters.
     max_length: tokens after which a text is cut (a warning names it).
     layers: number of transformer layers; with real weights the first ones.
-    width: of the hidden states, for smaller networks with random weights.
+    width: width of the hidden states, for smaller networks with random weights.
     heads: attention heads.
     dont_load: patterns of parameters left at their random start.
 

@@ -59,9 +59,9 @@ def make_trunk(
 
   Args:
     weights, size, levels, stages, head_width, dont_load: of the image trunk, see `efficientnet_lite0.make_trunk`.
-    azimuths: of the cameras, degrees.
-    radius: of a point in the pictures, pixels.
-    metric: append the logarithm of the cloud's radius, for clouds whose unit is known (metres).
+    azimuths: directions of the cameras around the upright axis, degrees.
+    radius: radius of a point in the pictures, pixels.
+    metric: whether to append the logarithm of the cloud's radius, for clouds whose unit is known (metres).
 
   Raises:
     ValueError: if an option is out of its range or the checkpoint does not fit.

@@ -35,8 +35,8 @@ def make_trunk(
 
   Args:
     groups: number of groups.
-    neighbours: points a group.
-    size: tell the network the logarithm of the cloud's radius, for clouds whose unit is known (metres).
+    neighbours: number of points of a group.
+    size: whether the network is told the logarithm of the cloud's radius, for clouds whose unit is known (metres).
     width, depth, heads, dropout: see `models.points.Points`.
     weights: unused, as the trunk has no checkpoint; every trunk takes it.
 

@@ -155,10 +155,13 @@ def folder_ids(folder: Path, context: int) -> Ids:
 def make_trunk(
   *, weights: str = "", modality: str = "image", dtype: str = "", remat: bool = False, scan: bool = False
 ) -> Trunk:
-  """A tower of a SigLIP checkpoint; arguments and errors as in `clip.make_trunk`.
+  """A tower of a SigLIP checkpoint.
+
+  Args:
+    weights, modality, dtype, remat, scan: as in `clip.make_trunk`.
 
   Raises:
-    ValueError: also for NaFlex checkpoints, which take pictures of any size.
+    ValueError: as in `clip.make_trunk`, also for NaFlex checkpoints, which take pictures of any size.
   """
   folder = Path(weights).expanduser()
   config = family_config(weights, folder, _KINDS, "SigLIP")

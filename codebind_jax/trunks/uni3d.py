@@ -162,8 +162,9 @@ def make_trunk(
   Args:
     weights: file `model.pt`, or a folder with it.
     modality: "points".
-    points: of a cloud; larger ones are cut, smaller ones padded, which leaves their embedding as it is.
-    groups, neighbours: of the patches; 512 and 64 in the published encoders.
+    points: number of points of a cloud; larger ones are cut, smaller ones padded, which leaves their embedding as it
+      is.
+    groups, neighbours: number of groups, and of points in each; 512 and 64 in the published encoders.
     dtype: compute type, such as "bfloat16"; "" for float32.
     remat, scan: as in `models.transformer.Transformer`.
 

@@ -30,9 +30,9 @@ def make_trunk(*, width: int = 64, tokens: int = 1, modality: str = "vectors", w
   """A trunk whose tokens are the input.
 
   Args:
-    width: C.
-    tokens: T; an input is [T, C], or [C] where T is 1.
-    modality: for messages.
+    width: width C of a vector.
+    tokens: number T of vectors an item; an input is [T, C], or [C] where T is 1.
+    modality: the tower's modality, for messages.
     weights: unused, as the trunk has none; every trunk takes it.
   """
   options, item = {"width": width, "tokens": tokens}, vectors_input(tokens, width, modality)
