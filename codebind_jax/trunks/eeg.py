@@ -1,4 +1,9 @@
-"""EEG as patches in time, encoded by a small network that is trained from scratch."""
+"""EEG as patches in time, encoded by a small network that is trained from scratch.
+
+Modality: eeg.
+Takes: recordings [channels, samples] in microvolts, all of one form.
+Choose it for: EEG with enough recordings to train an encoder, set `channels`, `samples` and `statistics` to yours.
+"""
 
 from __future__ import annotations
 

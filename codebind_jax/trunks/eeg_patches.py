@@ -1,4 +1,9 @@
-"""EEG as patches in time: bins of a few samples, standardised with training statistics; nothing is trained."""
+"""EEG as patches in time: bins of a few samples, standardised with training statistics; nothing is trained.
+
+Modality: eeg.
+Takes: recordings [channels, samples] in microvolts, all of one form.
+Choose it for: few recordings: nothing is trained but the head, set `channels`, `samples` and `statistics` to yours.
+"""
 
 import importlib.resources
 import json

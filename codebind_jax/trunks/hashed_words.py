@@ -1,4 +1,9 @@
-"""Text without a checkpoint, for synthetic data: the normalised sum of one fixed random vector a word."""
+"""Text without a checkpoint, for synthetic data: the normalised sum of one fixed random vector a word.
+
+Modality: text.
+Takes: texts, as a bag of words.
+Choose it for: tests and synthetic data; it knows no meanings.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,9 @@
 
 One file holds the encoders of images (and video), text, audio, depth, thermal pictures and IMU readings; some of them
 may be left out. The CodeBind release (arXiv 2605.18257) adds touch and EEG under names of the same form.
+
+Takes: pictures, films, texts, sounds, depth, thermal pictures, IMU readings.
+Choose it for: six sensors in one space at once; the base of the publication's configs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""The text trunk all-MiniLM-L6-v2 (Wang et al. 2020; Reimers & Gurevych 2019), a six-layer BERT."""
+"""The text trunk all-MiniLM-L6-v2 (Wang et al. 2020; Reimers & Gurevych 2019), a six-layer BERT.
+
+Modality: text.
+Takes: texts of up to 64 tokens, in English.
+Choose it for: the packaged trunk for text; small enough for a CPU.
+"""
 
 import dataclasses
 import functools

@@ -1,4 +1,9 @@
-"""Vectors through a small network, trained from scratch, for synthetic data and precomputed features."""
+"""Vectors through a small network, trained from scratch, for synthetic data and precomputed features.
+
+Modality: any.
+Takes: arrays [tokens, inputs] of one shape: features that you have computed, readings of a sensor.
+Choose it for: features or readings with enough rows to train a small network; see also `vectors`.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,10 @@
 
 A few hundred objects are too few to train an encoder of shapes; a network pretrained on a million pictures replaces it.
 No parameters are trained here.
+
+Modality: points.
+Takes: point clouds whose y axis points up.
+Choose it for: clouds of objects, up to some thousands of them; the packaged trunk for points.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,9 @@
-"""Point clouds as groups of neighbours (Qi et al. 2017; Yu et al. 2022) and histograms, encoded by a small network."""
+"""Point clouds as groups of neighbours (Qi et al. 2017; Yu et al. 2022) and histograms, encoded by a small network.
+
+Modality: points.
+Takes: point clouds whose y axis points up.
+Choose it for: many clouds: an encoder of shapes is trained from scratch.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,8 @@
-"""SigLIP and SigLIP2 (arXiv 2303.15343, 2502.14786) in Hugging Face layout, of one image size."""
+"""SigLIP and SigLIP2 (arXiv 2303.15343, 2502.14786) in Hugging Face layout, of one image size.
+
+Takes: pictures; texts of up to 64 tokens.
+Choose it for: pictures and texts in many languages (SigLIP2, and the i18n models); permissive weights.
+"""
 
 from __future__ import annotations
 

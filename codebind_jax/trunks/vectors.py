@@ -1,4 +1,9 @@
-"""Arrays of one shape as tokens, without a network, for synthetic data and precomputed features."""
+"""Arrays of one shape as tokens, without a network, for synthetic data and precomputed features.
+
+Modality: any.
+Takes: arrays [tokens, width] of one shape: features that you have computed.
+Choose it for: features of an encoder of your own, which stay as they are.
+"""
 
 from __future__ import annotations
 
