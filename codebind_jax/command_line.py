@@ -84,7 +84,8 @@ def find_file(path: str) -> str:
   for place in places:
     if place.is_file():
       return str(place)
-  names = sorted(file.stem for file in (shipped / "configs").glob("[!_]*.py"))
+  files = (shipped / "configs").glob("*.py")
+  names = sorted(file.stem for file in files if "def get_config(" in file.read_text(encoding="utf-8"))
   raise ValueError(f"there is no such file; this package's own are configs/NAME.py, NAME one of {', '.join(names)}")
 
 
