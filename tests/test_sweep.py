@@ -1,8 +1,10 @@
 """A sweep: its grid, what it refuses before any run, its table by hand, and real runs that share a folder."""
 
+import dataclasses
 import fcntl
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ import pytest
 from absl import flags
 
 from codebind_jax import files
+from codebind_jax.schema import Frozen
 from codebind_jax.tools import runs, sweep
 from tests.train_fixtures import tiny_config
 
@@ -173,6 +176,21 @@ def test_a_run_in_other_hands_is_left_and_a_finished_one_is_not_trained_again(sw
   assert first["learning_rate=1e-2"] == second["learning_rate=1e-2"]
   assert times == {path: path.stat().st_mtime_ns for path in times}
   assert "Not finished, or in other processes' hands: learning_rate=1e-3." in sweep.text_of(sweep.summary(grid, first))
+
+
+def test_a_run_of_fewer_steps_or_without_its_baseline_or_report_is_not_finished(swept, tmp_path):
+  folder, _, valid, _, second, _ = swept
+  name = "learning_rate=1e-2"
+  config, longer = valid[name], dataclasses.replace(valid[name].stages["bridges"], steps=3)
+  assert runs.outcome(folder / name, config) == second[name]
+  assert runs.outcome(folder / name, dataclasses.replace(config, stages=Frozen(bridges=longer))) is None
+  assert runs.outcome(folder / name, dataclasses.replace(config, baseline=True)) is None
+  shutil.copy(folder / name / "metrics.jsonl", tmp_path)
+  assert runs.outcome(tmp_path, config) is None
+  (tmp_path / "report.html").touch()
+  shutil.copytree(tmp_path, tmp_path / "baseline")
+  found = runs.outcome(tmp_path, dataclasses.replace(config, baseline=True))
+  assert found == second[name] | {f"baseline/{metric}": value for metric, value in second[name].items()}
 
 
 def test_only_validation_sets_are_read(swept):

@@ -19,7 +19,9 @@ from absl import flags, logging
 from codebind_jax import config as config_lib
 from codebind_jax import files
 from codebind_jax.config import Config
+from codebind_jax.evaluate import FINAL
 from codebind_jax.runtime.guard import Preempted
+from codebind_jax.runtime.metrics import FILE, read_metrics
 
 try:
   import fcntl
@@ -55,13 +57,20 @@ def checked(configs: Mapping[str, Any], folder: files.Path) -> dict[str, Config]
 
 def outcome(folder: files.Path, config: Config) -> dict[str, float] | None:
   """The final metrics of a run, its baseline's under `baseline/...`; {} if it diverged, None if it is not finished."""
-  from codebind_jax.compare.evaluation import finished
-
   if files.is_file(folder / DIVERGED):
     return {}
-  final = finished(folder) if files.is_file(folder / "report.html") else None
-  baseline = finished(folder / "baseline") if config.baseline and final is not None else {}
+  last = config.ordered[-1].last_step
+  final = _final(folder, last) if files.is_file(folder / "report.html") else None
+  baseline = _final(folder / "baseline", last) if config.baseline and final is not None else {}
   return None if final is None or baseline is None else final | {BASELINE + key: baseline[key] for key in baseline}
+
+
+def _final(folder: files.Path, step: int) -> dict[str, float] | None:
+  """The metrics of the final evaluation after that step."""
+  for line in read_metrics(folder) if files.is_file(folder / FILE) else []:
+    if line["stage"] == FINAL and line["step"] == step:
+      return {name: value for name, value in line.items() if name not in ("step", "stage", "warning")}
+  return None
 
 
 def train(configs: Mapping[str, Config], folder: files.Path) -> None:
