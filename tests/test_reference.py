@@ -33,6 +33,12 @@ def test_every_section_and_key_of_a_config_is_on_the_page():
     assert [line.split("`")[1] for line in part.split("### ")[0].splitlines() if line.startswith("| `")] == keys
 
 
+def test_shipped_configs_are_told_by_their_first_lines():
+  found = config_reference.shipped()
+  assert found["configs/stage1.py"].startswith("Stage 1: bind text and images with the shared codebook")
+  assert "configs/paper/depth.py" in found and not {"configs/common.py", "configs/worlds.py"} & set(found)
+
+
 def test_the_page_of_trunks_is_what_their_modules_say():
   page = trunk_reference.page()
   assert (DOCS / "trunks.md").read_text(encoding="utf-8") == page, FRESH.format("trunk")

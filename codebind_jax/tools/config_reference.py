@@ -5,9 +5,11 @@ Command: python -m codebind_jax.tools.config_reference --write   (without --writ
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
 import inspect
+import pathlib
 import pkgutil
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +17,7 @@ from typing import Annotated, Any
 
 from absl import app, flags
 
+import codebind_jax
 from codebind_jax import schema
 from codebind_jax.config import Config
 from codebind_jax.data import augment, formats
@@ -59,6 +62,10 @@ range, and a key that does not exist, end the command before any work, with a li
 the empty text, `()` the empty tuple, `{}` the empty mapping. In the paths of parameters and codebooks a regular
 expression must match the whole path, such as `image/shared/proj/kernel`; the log shows the paths at the start of a run.
 """
+SHIPPED = """## Shipped configs
+
+The first lines of each file say more: arguments after a colon, time, what comes out.
+"""
 METHODS = """## Options of the methods
 
 `config.method_options`, with `config.method` set; [docs/methods.md](methods.md) explains the methods.
@@ -88,6 +95,14 @@ OPTIONS = {
 # What `configs.common.stage` sets.
 STAGE_DEFAULTS = {"steps": "`config.steps`", "batch_size": "`config.batch_size`"}
 FORMAT_ARGUMENTS = ("paths", "cache", "max_bad_records")  # of every format, which are no options
+
+
+def shipped() -> dict[str, str]:
+  """File -> the first sentence of its docstring, of every config that says how it is run."""
+  root = pathlib.Path(codebind_jax.__file__).parents[1]
+  texts = {path: path.read_text(encoding="utf-8") for path in sorted((root / "configs").rglob("*.py"))}
+  docs = {path: ast.get_docstring(ast.parse(text)) or "" for path, text in texts.items() if "def get_config(" in text}
+  return {path.relative_to(root).as_posix(): _first(doc).rstrip(".") for path, doc in docs.items() if "python -m" in doc}
 
 
 def sections(kind: type = Config, path: str = "") -> Iterator[tuple[str, type]]:
@@ -141,7 +156,8 @@ def page() -> str:
   Raises:
     ValueError: naming a key whose class does not say what it means.
   """
-  parts = [HEAD]
+  rows = [(f"`{name}`", line) for name, line in shipped().items()]
+  parts = [HEAD, SHIPPED, reference.rows_table(("file", "what it does"), rows)]
   for path, kind in sections():
     parts += [f"## config.{path}\n" if path else "## config\n", _first(kind.__doc__) + "\n"]
     links = {**LISTED, "options": OPTIONS[path]} if path in OPTIONS else LISTED
