@@ -102,7 +102,8 @@ def shipped() -> dict[str, str]:
   root = pathlib.Path(codebind_jax.__file__).parents[1]
   texts = {path: path.read_text(encoding="utf-8") for path in sorted((root / "configs").rglob("*.py"))}
   docs = {path: ast.get_docstring(ast.parse(text)) or "" for path, text in texts.items() if "def get_config(" in text}
-  return {path.relative_to(root).as_posix(): _first(doc).rstrip(".") for path, doc in docs.items() if "python -m" in doc}
+  run = {path: doc for path, doc in docs.items() if "python -m" in doc}
+  return {path.relative_to(root).as_posix(): _first(doc).rstrip(".") for path, doc in run.items()}
 
 
 def sections(kind: type = Config, path: str = "") -> Iterator[tuple[str, type]]:
