@@ -79,7 +79,7 @@ def find_file(path: str) -> str:
   Raises:
     ValueError: if there is neither.
   """
-  shipped = pathlib.Path(__file__).parents[1]  # the checkout, or where pip installed the package
+  shipped = pathlib.Path(schema.__file__).parents[1]  # the checkout, or where pip installed the package
   places = [pathlib.Path(path), *([shipped / path] if pathlib.Path(path).parts[:1] == ("configs",) else [])]
   for place in places:
     if place.is_file():
