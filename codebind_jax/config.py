@@ -26,14 +26,14 @@ MEASURES = (*TASKS, "codes")
 
 @dataclasses.dataclass(frozen=True)
 class Embed:
-  """Section `embed` of mode `embed`.
+  """Section `embed`: the files that mode `embed` writes.
 
   Attributes:
-    shard_rows: records of the manifest a shard.
-    dtype: of the vectors.
-    parts: fields of the embeddings to write, for every modality.
-    modalities: those to write; all of the run's unless given.
-    batch_size: decoded records of a batch, of which two are in memory, since the next one is read ahead.
+    shard_rows: number of records in one output file.
+    dtype: type of the numbers of the written vectors.
+    parts: what to write of every embedding: the vectors `shared`, `specific` and `full`, and the codes.
+    modalities: modalities to write; empty for all that the run was trained on.
+    batch_size: records decoded at once; memory holds two such batches, since the next one is read ahead.
     threads: number of threads that read and decode, in each process.
   """
 
@@ -50,10 +50,10 @@ class Variant:
   """Section `compare.variants.NAME`: the settings in which one variant of a comparison differs.
 
   Attributes:
-    method: as `config.method`.
-    options: as `config.method_options`.
-    losses: as `config.stages.*.losses`, of every stage.
-    quantize: as `config.model.quantize`.
+    method: the variant's `config.method`.
+    options: the variant's `config.method_options`.
+    losses: the variant's `config.stages.NAME.losses`, the same for every stage.
+    quantize: the variant's `config.model.quantize`.
   """
 
   method: str = "codebind"
@@ -67,12 +67,13 @@ class GradedWorld:
   """Section `compare.world`: the synthetic world with modalities of graded quality (`data.synthetic.Factors`).
 
   Attributes:
-    classes, styles: number of values of each factor.
+    classes: number of classes.
+    styles: number of styles, a second factor that is independent of the class.
     noise: standard deviation of the noise added to a vector.
     rows: number of training rows.
-    seed: of the world.
-    quality: modality -> share of the class's code that it shows; 1 where not named.
-    style_quality: likewise of the style's code.
+    seed: seed of the world's random draws.
+    quality: modality -> how much of the class it shows, 0 to 1; 1 where not named.
+    style_quality: modality -> how much of the style it shows, 0 to 1; 1 where not named.
   """
 
   classes: Annotated[int, above(0)] = 10
@@ -89,9 +90,9 @@ class HeadSets:
   """Section `compare.transfers.NAME`: training and test rows of the classifier heads that a comparison measures.
 
   Attributes:
-    worlds: whose training rows train the heads.
-    fields: those that the heads predict.
-    val, test: names of the sets that test the heads; those that a profile lacks are left out.
+    worlds: worlds whose training rows train the heads.
+    fields: fields of the records that the heads predict.
+    val, test: names of the evaluation sets that test the heads; sets that the world's profile lacks are left out.
   """
 
   worlds: tuple[str, ...]
@@ -102,21 +103,21 @@ class HeadSets:
 
 @dataclasses.dataclass(frozen=True)
 class Compare:
-  """Section `compare` of mode `compare`.
+  """Section `compare`: the variants that mode `compare` trains, and how they are measured.
 
   Attributes:
-    variants: by name.
-    only: comma-separated names of variants: this call trains these alone.
+    variants: name -> settings of one variant.
+    only: comma-separated names of variants; this call trains these alone.
     timing: number of steps of each variant to time, in turns, after all are trained; 0 for none.
     against: path of the graded world's comparison.json, for the claims that compare an equal world with it.
-    seeds: runs of each variant on the test sets.
-    learning_rates: candidates for each variant, chosen among on the validation sets.
-    fields: those that the heads predict, if there are no transfers.
-    transfers: by name; empty for a single one over all sets.
+    seeds: number of runs of each variant that are read on the test sets.
+    learning_rates: candidates; every variant gets the best of them on the validation sets.
+    fields: fields of the records that the classifier heads predict, if there are no transfers.
+    transfers: name -> the heads' training and test sets; empty for one over all sets.
     world: the synthetic world of the comparison; None for the worlds of `data`.
-    stages: also measures zero-shot and retrieval, as after a training stage.
+    stages: whether zero-shot and retrieval are measured too, as after a training stage.
     score: validation metric that chooses the learning rate.
-    columns: of the table of scores; empty for the usual ones.
+    columns: columns of the table of scores; empty for the usual ones.
   """
 
   variants: Mapping[str, Variant] = Frozen()
@@ -149,26 +150,35 @@ class Config:
   """The config of a run.
 
   Attributes:
-    mode: the command: train, eval, embed, compare or compile.
-    task: evaluation of mode `eval`.
+    mode: what the command does: train; evaluate a finished run on other data (eval); write embeddings (embed); train
+      methods side by side (compare); or compile for a TPU slice that need not be there (compile).
+    task: what mode `eval` measures.
     topology: in mode `compile`, the TPU slice to compile for, such as v5e:16x16.
     method: a module of `codebind_jax.methods`, or the dotted path of another module with a class `Method`.
-    method_options: fields of the method.
-    seed: of parameters, batches and all random draws.
-    steps, batch_size: of the stages that set none of their own.
+    method_options: options of the method.
+    seed: seed of parameters, batches and all random draws.
+    steps: number of optimizer steps of every stage that sets none of its own.
+    batch_size: rows of a batch, over all devices, of every stage that sets none of its own.
     log_steps: steps between two lines of metrics.
     eval_steps: steps between two evaluations on the validation sets; the end of the run is always evaluated.
     checkpoint_steps: steps between two checkpoints.
-    keep_checkpoints: number of checkpoints kept, the newest.
-    init_from: workdir of a finished run from whose parameters this one starts; in modes `eval` and `embed`, the run.
+    keep_checkpoints: number of checkpoints that are kept, the newest ones.
+    init_from: folder of a finished run from whose parameters this one starts; in modes `eval` and `embed`, the run that
+      is evaluated or that embeds.
     baseline: also train the same heads by plain InfoNCE, without codebooks, and report both.
-    test: read the test sets once, at the end.
-    tasks: evaluators of the final evaluation; probes take the longest.
+    test: also measure on the test sets, once, at the end; False while settings are being chosen.
+    tasks: what the final evaluation measures; probes take the longest.
     emergent: pairs of modalities that no stage binds, evaluated by retrieval of the same concept.
-    mesh, sharding, data, model, codebook, optim: sections.
-    stages: sections by name.
+    mesh: the devices.
+    sharding: how arrays are split over the devices.
+    data: training and evaluation data.
+    model: the towers.
+    codebook: the codebooks.
+    optim: the optimizer.
+    stages: name -> what one stage of training binds, and how.
     stage_order: names of the stages to train, in order.
-    embed, compare: sections of these modes; None in others.
+    embed: settings of mode `embed`.
+    compare: settings of mode `compare`.
   """
 
   mode: Literal[MODES] = "train"

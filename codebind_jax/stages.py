@@ -11,34 +11,36 @@ from codebind_jax.schema import DERIVED, Frozen, Regex, above, at_least, keys_of
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """Section `stages.NAME`: one stage of progressive alignment (spec section 4).
+  """Section `stages.NAME`: one stage of progressive alignment, which binds new modalities to bridges.
 
   Attributes:
     pairs: pairs (modality, bridge) that InfoNCE and code matching bind.
-    losses: term name -> weight.
-    sources: source name -> its rows of a global batch; empty for the only source, with `batch_size` rows.
+    losses: name of a loss -> its weight.
+    sources: source (a world, a name of `data.named_files`, or that of the files) -> its rows of a batch; empty for the
+      only source, with `batch_size` rows.
     weights: source name -> weight of its losses; 1 where not named.
     unique_labels: at most one row of a label in a batch; if False, rows of equal labels are no negatives of each other
       where one side of the pair is text.
-    steps: optimizer steps; the run's unless set.
-    batch_size: rows of the global batch if there is one source; the run's unless set.
-    learning_rate: of this stage; 0 for that of `config.optim`.
-    train: regexes of the trained parameters' paths; everything else is frozen.
+    steps: number of optimizer steps; the run's unless set.
+    batch_size: rows of a batch, over all devices, if there is one source; the run's unless set.
+    learning_rate: learning rate of this stage; 0 for that of `config.optim`.
+    train: regular expressions of the paths of the parameters that train; everything else is frozen.
     tune: modality -> how its trunk trains, where it runs in the model: `frozen`, `lora` (adapters and the class token)
       or `full`. Those not named are frozen if they have a checkpoint, else they train in full.
-    codes: regexes of the updated codebooks (`shared`, and each modality's own under its name); the others are frozen.
-    temperature: of InfoNCE (tau).
-    matching_temperature: of the softmax over codes in code matching.
+    codes: regular expressions of the updated codebooks (`shared`, and each modality's own under its name); the others
+      are frozen.
+    temperature: temperature of InfoNCE (tau); the smaller, the more the hardest negatives count.
+    matching_temperature: temperature of the softmax over codes in code matching.
     code_rows: rows of a batch for code contrast and code matching; 0 for all. Their cost grows with rows times segments
       times codes (matching: with the square of the rows), and dominates the step if all rows take part.
     chunk: rows and columns of the InfoNCE logits in memory at once; 0 for the whole matrix. If several devices share
       the rows, tiles of rows pass from device to device, so that none holds the whole batch.
-    ring: rows also pass from device to device with `chunk` 0, a device's rows at once.
+    ring: whether rows also pass from device to device with `chunk` 0, a device's rows at once.
     parts: number of micro-batches in which the towers run, for batches larger than memory; losses and codebooks take
       the whole batch.
     mixup: every row is mixed with its neighbour in the batch, in all modalities by one share drawn from Beta(mixup,
       mixup) (Zhang et al., 2018, arXiv 1710.09412); 0 for none.
-    balance: the loss balancer (`losses/balance.py`) sets the weights of those terms whose weight is not 0.
+    balance: whether the loss balancer (`losses/balance.py`) sets the weights of those losses whose weight is not 0.
     name: of the stage, in the metrics; set by `stages_of`.
     first_step: global step at which the stage begins; set by `stages_of`.
   """

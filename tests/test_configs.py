@@ -99,7 +99,7 @@ def changed(config, **overrides):
   return config
 
 
-PAPER = sorted(path.stem for path in (FOLDER / "paper").glob("*.py"))
+PAPER = sorted(path.stem for path in (FOLDER / "paper").glob("[!_]*.py"))
 # Spec section 3: commitment, both codes' terms, matching, decomposition, uniformity; rate of the trunk; batch of 8
 # devices; how the trunk trains.
 ROWS = {

@@ -26,12 +26,13 @@ class Codebook:
     dim: width of a code, which the widths of all shared and specific parts are multiples of.
     shared_codes: number of codes in the shared codebook.
     codes: modality -> number of codes in its own codebook; needed for each modality with a specific part.
-    distance: that the nearest code is the nearest by, cosine or squared distance.
-    normalize: quantise directions of segments only.
-    layout: parts (shared features first, then specific) or interleaved (chunks of one shared and one specific segment).
+    distance: what makes a code the nearest: the largest cosine, or the smallest squared distance (l2).
+    normalize: whether segments are scaled to unit length before they are quantised.
+    layout: order of an item's features: parts (shared features first, then specific) or interleaved (chunks of one
+      shared and one specific segment).
     update_mode: snapshot quantises all modalities with the codes of the step before; sequential updates the codes after
       each modality, as the release does.
-    decay: of the moving averages that the codes follow.
+    decay: decay of the moving averages that the codes follow.
     revive: what an unused code moves to, see `codebook.update`.
     revive_mode: whether a revived code's averages move with it (survive) or not (codes_only, as in the release).
     detach_similarity: the similarities to the codes give no gradient to the features, as in the release.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
+import pathlib
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,8 +55,7 @@ def read_file(path: str, chosen: Mapping[str, str]) -> ConfigDict:
     ValueError: if there is no such file, or it does not know the argument.
   """
   file, _, argument = path.partition(":")
-  if not os.path.isfile(file):
-    raise ValueError("there is no such file")
+  file = find_file(file)
   spec = importlib.util.spec_from_file_location("_config", file)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
@@ -72,6 +71,22 @@ def read_file(path: str, chosen: Mapping[str, str]) -> ConfigDict:
   if "method" in chosen:
     _reset_unheeded(config, chosen["method"])
   return config.lock()
+
+
+def find_file(path: str) -> str:
+  """The config file that a path names: that path, else for `configs/NAME.py` the one that this package brings.
+
+  Raises:
+    ValueError: if there is neither.
+  """
+  shipped = pathlib.Path(schema.__file__).parents[1]  # the checkout, or where pip installed the package
+  places = [pathlib.Path(path), *([shipped / path] if pathlib.Path(path).parts[:1] == ("configs",) else [])]
+  for place in places:
+    if place.is_file():
+      return str(place)
+  files = (shipped / "configs").glob("*.py")
+  names = sorted(file.stem for file in files if "def get_config(" in file.read_text(encoding="utf-8"))
+  raise ValueError(f"there is no such file; this package's own are configs/NAME.py, NAME one of {', '.join(names)}")
 
 
 def _reset_unheeded(config: ConfigDict, method: str) -> None:

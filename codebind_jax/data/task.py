@@ -39,25 +39,25 @@ class Data:
 
   Attributes:
     root: folder of worlds and features; "" for $CODEBIND_DATA, else the user's cache folder.
-    worlds: packaged worlds (`data.worlds.registry`), each a source of its own.
+    worlds: packaged data sets, built on your machine; each is a source of its own.
     profile: size of the worlds; auto is small where npm and apt-get answer, else tiny.
     files: a user's files (a path, or several; patterns `*` and `{000..127}`), one source in place of the worlds.
     manifest: another name of `files`.
     named_files: source name -> files, further sources beside the worlds or `files`.
-    options: of the format, see `data.formats`.
+    options: options of the files' format (`data.formats`).
     holdout: share of the training records of files that is held out as val, by hash of the id, where no record is of
       split val or test; 0 for none.
     label_captions: a record with a label and without a text gets the label as its text.
     checked: which records' files are opened before any work: all, some (1,000), none, or auto: all of up to 10,000.
     classes: a text file with one class name a line; "" for the labels that occur.
-    max_bad_records: number of bad records of files that are left out before it is an error; the log names each.
+    max_bad_records: number of unreadable records that may be left out, each named in the log; one more is an error.
     workers: processes that read batches ahead; 0 for threads of this process.
     threads: threads that read and decode, in each process.
     extra: share of a batch drawn from a world's further named pictures; 0 leaves them out.
     captions: use of a row's further texts: main (not used), each (captions of their own) or joined (one list).
-    templates: of training captions.
-    templates_of: source -> templates of its captions and classes, in place of the common ones.
-    eval_templates: of class names in zero-shot classification.
+    templates: sentences that a training caption is put into, in place of `{}`; one is drawn for every item.
+    templates_of: source -> sentences for its captions and its classes, in place of the common ones.
+    eval_templates: sentences that a class name is put into for zero-shot classification; their embeddings are averaged.
   """
 
   root: str = ""

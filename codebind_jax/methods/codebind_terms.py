@@ -45,11 +45,12 @@ def _mean(values: list[Float[Array, ""]]) -> Float[Array, ""]:
 
 
 def _info_nce(r: Rows) -> Float[Array, ""]:
+  """InfoNCE of each pair's shared parts after quantisation, both directions."""
   return _align(r, r.made.outputs)
 
 
 def _info_nce_plain(r: Rows) -> Float[Array, ""]:
-  """InfoNCE of the features before quantisation, whose gradient needs no straight-through estimate."""
+  """InfoNCE of the shared parts before quantisation, whose gradient needs no straight-through estimate."""
   return _align(r, r.made.plain)
 
 
@@ -67,10 +68,12 @@ def _align(r: Rows, outputs: Mapping[str, Any]) -> Float[Array, ""]:
 
 
 def _commitment(r: Rows) -> Float[Array, ""]:
+  """Distance of the features to their codes, which keeps them near."""
   return sum((out.commitment for out in r.made.outputs.values()), start=jnp.zeros((), jnp.float32))
 
 
 def _code_contrast(r: Rows) -> Float[Array, ""]:
+  """Every segment is near one code and far from the others."""
   total, rows = jnp.zeros((), jnp.float32), r.stage.code_rows or None
   for name, out in r.made.outputs.items():
     for similarity in (out.similarity_shared[:rows], out.similarity_specific[:rows]):
@@ -81,11 +84,13 @@ def _code_contrast(r: Rows) -> Float[Array, ""]:
 
 
 def _code_uniform(r: Rows) -> Float[Array, ""]:
+  """Codes of a codebook lie apart; has no gradient where codes follow moving averages, as they do here."""
   used = ["shared", *r.made.with_specific]
   return sum((losses.code_uniform(r.codebooks[name].codes) for name in used), start=jnp.zeros((), jnp.float32))
 
 
 def _code_matching(r: Rows) -> Float[Array, ""]:
+  """Both modalities of a pair have the same similarities to the shared codes."""
   rows, outputs = r.stage.code_rows or None, r.made.outputs
   return _mean([
     losses.code_matching(
@@ -97,6 +102,7 @@ def _code_matching(r: Rows) -> Float[Array, ""]:
 
 
 def _decomposition(r: Rows) -> Float[Array, ""]:
+  """Shared and specific part of an item are orthogonal."""
   return _mean([
     losses.decomposition(
       (out := r.made.outputs[m]).shared, out.specific, mask=r.masks[m],
@@ -107,6 +113,7 @@ def _decomposition(r: Rows) -> Float[Array, ""]:
 
 
 def _decorrelation(r: Rows) -> Float[Array, ""]:
+  """Over the batch no feature of the shared part correlates with one of the specific part (ours)."""
   return _mean([
     losses.decorrelation((out := r.made.outputs[m]).shared[:, 0], out.specific[:, 0], mask=r.masks[m])
     for m in r.made.with_specific
@@ -114,13 +121,14 @@ def _decorrelation(r: Rows) -> Float[Array, ""]:
 
 
 def _specific_uniform(r: Rows) -> Float[Array, ""]:
+  """Specific parts of different items lie apart."""
   return _mean([
     losses.specific_uniform(r.made.outputs[m].specific[:, 0], mask=r.masks[m]) for m in r.made.with_specific
   ])
 
 
 def _reconstruction(r: Rows) -> Float[Array, ""]:
-  """Sum over the modalities (spec section 3).
+  """A decoder gives back the tower's input from all of an item's features; a sum over the modalities.
 
   An encoder in the model has its own input as the target, normalised as it takes it; tokens are standardised, so that a
   constant has the error 1.

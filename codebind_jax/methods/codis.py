@@ -49,12 +49,12 @@ class Method(base.Method):
   Attributes:
     codes: size K of the codebook, a parameter trained by gradient.
     queue: number of older teacher embeddings of a modality that serve as negatives; 0 for none.
-    decay: of the teacher's moving average (ALBEF, TCL: 0.995).
+    decay: decay of the teacher's moving average (ALBEF, TCL: 0.995).
     alpha: share of the teacher's soft targets in the contrast (ALBEF, TCL: 0.4).
     gamma: temperature of the softmax over codes.
-    solver: "ipot" or "sinkhorn".
+    solver: how the transport plan is found: "ipot" (proximal point) or "sinkhorn" (entropy).
     step: size of a proximal step, or the weight of Sinkhorn's entropy, in units of 1 - cosine.
-    iterations: of the solver.
+    iterations: number of iterations of the solver.
     code_weight: weight of the three code losses together.
   """
 

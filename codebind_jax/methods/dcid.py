@@ -77,7 +77,7 @@ class Method(Unified):
   Attributes:
     levels: 2 adds H-DCID's second level, which splits the specific features into general and specific ones again, with
       a codebook of its own; `specific` of an embedding is then the second level's code.
-    second_weight: of the second level's terms (release: 0.3).
+    second_weight: weight of the second level's terms (release: 0.3).
     second_after: number of steps before the second level's terms count (release: three epochs).
   """
 

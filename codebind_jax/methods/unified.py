@@ -36,18 +36,22 @@ class Unified(base.Method):
     codes: size L of the codebook.
     first_codes: initial codes: "kmeans" of the first batch's vectors, or "uniform" U(-1/L, 1/L) (the release).
     start_count: initial count of every code's moving average (release: 0).
-    form: of the update, "joint" (paper) or "sequential" (release).
-    order: of the modalities in the sequential form; the others follow in alphabetical order.
-    decay: of the moving averages.
+    form: form of the update, "joint" (paper) or "sequential" (release).
+    order: order of the modalities in the sequential form; the others follow in alphabetical order.
+    decay: decay of the codes' moving averages.
     own: weight of a vector's own value in the update; 1 turns the multi-modal part off.
     partner: a vector's partners: the "same" step, or "attention" over all steps (paper; the authors see no difference).
     beta: weight inside the commitment.
-    reduce: of the commitment over the width, "sum" (paper) or "mean" (release).
+    reduce: how the commitment is reduced over the width, "sum" (paper) or "mean" (release).
     reset_after: idle batches before a code is reset; 0 for no reset.
     reset_by: a code is in use if "all" modalities use it (paper), all of one "source" (ours, where sources lack
       modalities), or "any" (release).
     reset_keep: "survive" also gives a reset code a mean code's count; "codes_only" does not (release).
-    commitment, matching, club, coding, reconstruction: weights of the terms.
+    commitment: weight of the commitment.
+    matching: weight of code matching.
+    club: weight of CLUB, which keeps general and specific features independent.
+    coding: weight of CPC, the prediction of later steps.
+    reconstruction: weight of the reconstruction.
     club_input: "continuous" features (paper), or "quantized" ones (DCID's release).
     club_per_step: mean over steps of the likelihood (eq. 5), or its parts' means (release).
     club_steps: inner Adam steps a batch.

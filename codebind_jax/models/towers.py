@@ -32,8 +32,8 @@ class DecoderSpec:
   tower's input tokens.
 
   Attributes:
-    width: of the blocks.
-    depth: number of blocks.
+    width: width of the transformer blocks.
+    depth: number of transformer blocks.
     heads: attention heads; must divide the width.
   """
 
@@ -55,21 +55,22 @@ class TowerSpec:
     shared_dim: width d_s of the shared part, `model.shared_dim`; 0 for a head that is specific alone (the release's
       single head).
     specific_dim: width d_p of the modality-specific part; 0 for none (text).
-    trunk: name of a module of `trunks`, the encoder of the modality's items.
-    options: arguments of that module's `make_trunk`.
+    trunk: name of the trunk, the encoder of the modality's items: a module of `trunks`.
+    options: options of the trunk, the arguments of that module's `make_trunk`.
     cache: the trunk is frozen, and its tokens are computed once and kept on disk; if False, it runs in the model, on
       prepared items, and trains as the stages' `tune` says.
-    lora_rank: of the adapters, where a stage tunes the trunk by LoRA.
+    lora_rank: rank of the adapters, where a stage tunes the trunk by LoRA.
     lora_layers: regex, matched in full, of the paths of the linear layers that get adapters.
-    augment: the augmentation of training items, `{"kind": "photo", ...}` of `data.augment`; none if empty. Items of a
+    augment: random changes of training items, `{"kind": "photo", ...}` of `data.augment`; empty for none. Items of a
       trunk that runs in the model get another one at every draw; of cached ones there are `views`.
     views: cached views of a training item: the clean one and views - 1 augmented ones.
     augmented: probability of drawing an augmented view.
     head: form and start of the shared head: `linear`, LayerNorm and a random linear map, or `published`, those of the
       trunk's checkpoint, whose embedding has `model.shared_dim` values.
     hidden: width of a hidden GELU layer in the shared head; 0 is the published linear head.
-    dropout: on the normalised trunk tokens, while training.
-    init: `orthogonal` keeps the trunk's geometry (its inner products, where the head is not narrower), or `lecun`.
+    dropout: share of the normalised trunk tokens' values that are set to zero while training.
+    init: start of the heads: `orthogonal` keeps the trunk's geometry (its inner products, where the head is not
+      narrower), `lecun` draws normal values.
     whiten: the shared head starts with the training tokens' covariance, to this negative power, folded in; 0 for a
       random start.
     starts_from: modality whose heads are copied to this one as its first stage begins; "" for none.
@@ -77,7 +78,7 @@ class TowerSpec:
     meaning: another modality, in whose trunk's space the last `meaning_dim` columns of this one's tokens lie (a
       classifier's class names in text space): that modality's shared head maps them, and the result is added to the
       output of this one's shared head, which takes the other columns.
-    meaning_dim: number of these columns.
+    meaning_dim: number of the columns that `meaning` speaks of.
     decoder: of this tower, `model.decoder`; None for none.
   """
 
@@ -124,11 +125,11 @@ class ModelSpec:
   """Section `model`: the towers and their common settings.
 
   Attributes:
-    towers: by modality.
+    towers: modality -> its tower.
     shared_dim: width of the shared part of all modalities.
     quantize: codebooks between heads and losses; if False, losses compare the features without quantisation.
-    half: path regexes of parameters kept in bfloat16 (frozen trunks).
-    decoder: of all modalities but text, if a stage has the loss `reconstruction`.
+    half: regular expressions of the paths of parameters that are kept in bfloat16 (frozen trunks).
+    decoder: decoders of all modalities but text, made if a stage has the loss `reconstruction`.
   """
 
   towers: Mapping[str, TowerSpec] = Frozen()

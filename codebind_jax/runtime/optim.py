@@ -24,11 +24,13 @@ class Optim:
     learning_rate: peak of the schedule, after the warm-up.
     warmup: steps in which the rate grows linearly from 0, at the start of each stage.
     final_ratio: final learning rate of the cosine, as a share of the peak (release: 1/50).
-    b1, b2: decay rates of Adam's averages of gradients and of their squares.
+    b1: decay of Adam's moving average of the gradients.
+    b2: decay of Adam's moving average of their squares.
     weight_decay: decoupled weight decay, multiplied by the learning rate and by the rules.
     clip_norm: largest global norm of the gradients.
-    accumulate: batches a step; only 1 is allowed.
-    rules: (path regex, multiplier of the learning rate, multiplier of the weight decay); the first match wins.
+    accumulate: batches a step; only 1 is allowed, `stages.NAME.parts` is for batches larger than memory.
+    rules: (regular expression of a parameter's path, multiplier of the learning rate, multiplier of the weight decay);
+      the first match wins.
   """
 
   learning_rate: Annotated[float, above(0)] = 1e-3

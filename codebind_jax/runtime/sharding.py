@@ -47,9 +47,9 @@ class MeshShape:
   """Section `mesh`: devices along each axis of the mesh; one number may be -1, for all remaining devices.
 
   Attributes:
-    data: this axis splits the rows of a batch.
-    fsdp: this axis splits rows and weights.
-    tensor: this axis splits the wide axes of weights.
+    data: number of devices that share out the rows of a batch.
+    fsdp: number of devices that share out rows and weights.
+    tensor: number of devices that share out the wide axes of weights.
   """
 
   data: int = -1
@@ -62,8 +62,8 @@ class Sharding:
   """Section `sharding`: how arrays are split over the mesh, beside `RULES`.
 
   Attributes:
-    rules: (path regex, logical names or mesh axes of the last axes), tried before `RULES`.
-    codes: the mesh axis that splits codebooks; "" replicates them.
+    rules: (regular expression of an array's path, logical names or mesh axes of its last axes), tried before `RULES`.
+    codes: the axis of the mesh that splits codebooks; "" for a whole copy on every device.
   """
 
   rules: tuple[tuple[Regex, tuple[str, ...]], ...] = ()

@@ -1,7 +1,9 @@
 """One config over several seeds: mean and standard deviation beside the baseline.
 
 Command: python -m codebind_jax.tools.seeds --config=configs/stage1.py --workdir=DIR --seeds=3 [--config.KEY=VALUE ...]
-Runs go to DIR/seed0, DIR/seed1, ...; finished ones are not run again. The table is printed and written to DIR/seeds.md.
+             [--parallel=N]
+Runs go to DIR/seed0, DIR/seed1, ...; finished ones are not run again, killed ones continue. The table is printed and
+written to DIR/seeds.md. Hosts that share DIR take different seeds if each is given the command.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ from absl import app, flags, logging
 
 from codebind_jax import files
 from codebind_jax.command_line import define_config, parse
-
-BASELINE = "baseline/"
+from codebind_jax.runtime.guard import Preempted
+from codebind_jax.tools import runs
+from codebind_jax.tools.runs import BASELINE
 
 
 def table(runs: Sequence[Mapping[str, float]], prefix: str = "eval/") -> str:
@@ -43,23 +46,36 @@ def table(runs: Sequence[Mapping[str, float]], prefix: str = "eval/") -> str:
 
 def main(_: Sequence[str]) -> None:
   """Runs every seed and writes the table."""
-  from codebind_jax.train import train_and_evaluate
-
   if flags.FLAGS.config is None or not flags.FLAGS.workdir:
     sys.exit("error: --config=FILE.py and --workdir=DIR are both needed")
-  folder, runs = files.path(flags.FLAGS.workdir), []
+  configs = {}
   for seed in range(flags.FLAGS.seeds):
     config = flags.FLAGS.config.copy_and_resolve_references().unlock()
     config.seed = seed
-    runs.append(train_and_evaluate(config.lock(), folder / f"seed{seed}"))
-  text = table(runs)
+    configs[f"seed{seed}"] = config.lock()
+  try:
+    folder = files.path(flags.FLAGS.workdir)
+    valid = runs.checked(configs, folder)
+    done = runs.train_all(valid, folder, flags.FLAGS.parallel)
+  except Preempted as stopped:
+    sys.exit(f"{stopped}")
+  except (ValueError, OSError) as error:
+    sys.exit(f"error: {error}")
+  diverged = [name for name, metrics in done.items() if not metrics]
+  if diverged:
+    sys.exit(f"error: {', '.join(diverged)} diverged, see {folder}/*/{runs.DIVERGED}")
+  if len(done) < len(valid):
+    left = ", ".join(name for name in valid if name not in done)
+    sys.stdout.write(f"not finished, or in other processes' hands: {left}; the same command prints the table then\n")
+    return
+  text = table(list(done.values()))
   files.write_whole(folder / "seeds.md", text)
   sys.stdout.write(text)
 
 
 if __name__ == "__main__":  # flags of its own: importing it defines none
   define_config()
-  flags.DEFINE_string("workdir", None, "Folder of all runs.")
+  runs.define_flags()
   flags.DEFINE_integer("seeds", 3, "Number of seeds: 0, 1, ...", lower_bound=1)
   logging.set_verbosity(logging.WARNING)
   app.run(main, flags_parser=parse)

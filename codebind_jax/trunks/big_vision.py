@@ -1,4 +1,8 @@
-"""SigLIP and SigLIP2 as big_vision's `.npz`: flax names, blocks one by one or stacked, with or without `params/`."""
+"""SigLIP and SigLIP2 as big_vision's `.npz`: flax names, blocks one by one or stacked, with or without `params/`.
+
+Takes: pictures; texts of up to 64 tokens.
+Choose it for: SigLIP from Google's own `.npz` files, where you have those.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""CLAP in Hugging Face layout (arXiv 2211.06687), without feature fusion: laion/clap-htsat-unfused, larger_clap_*."""
+"""CLAP in Hugging Face layout (arXiv 2211.06687), without feature fusion: laion/clap-htsat-unfused, larger_clap_*.
+
+Takes: sounds at 48,000 Hz; texts.
+Choose it for: sounds and music with texts; permissive weights.
+"""
 
 from __future__ import annotations
 
@@ -207,7 +211,7 @@ def make_trunk(
     modality: "audio" or "text".
     dtype: compute type, such as "bfloat16"; "" for float32.
     remat: as in `models.transformer.Transformer`.
-    scan: so too, for text; audio's stages are short and of different widths.
+    scan: one block compiled once, for text alone; audio's stages are short and of different widths.
 
   Raises:
     ValueError: if the folder is no such checkpoint, lacks the modality, or has feature fusion.

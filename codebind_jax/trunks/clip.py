@@ -1,4 +1,8 @@
-"""CLIP in Hugging Face layout (arXiv 2103.00020): `config.json`, `model.safetensors`, tokenizer, preprocessor."""
+"""CLIP in Hugging Face layout (arXiv 2103.00020): `config.json`, `model.safetensors`, tokenizer, preprocessor.
+
+Takes: pictures; texts of up to 77 tokens.
+Choose it for: the usual base for pictures and texts; permissive weights.
+"""
 
 from __future__ import annotations
 

@@ -8,6 +8,9 @@
   cfg_all_train.yaml                                the settings, here or in the folder above
 
 A file's names begin inside its module: here they get ImageBind's prefixes back, and the base checkpoint fills the rest.
+
+Takes: what ImageBind takes, and touch and EEG.
+Choose it for: to start from, or to compare with, the authors' own weights.
 """
 
 from __future__ import annotations

@@ -1,6 +1,10 @@
 """DINOv2 (arXiv 2304.07193), with registers (2309.16588), and DINOv3's ViT (2508.10104) in Hugging Face layout.
 
 Names as in the published files and as transformers 5 has them in its modules; facts from transformers 5.24.
+
+Takes: pictures.
+Choose it for: pictures where texture and parts count more than words; it has no text side, another tower must bring
+  one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""EEG as patches in time, encoded by a small network that is trained from scratch."""
+"""EEG as patches in time, encoded by a small network that is trained from scratch.
+
+Modality: eeg.
+Takes: recordings [channels, samples] in microvolts, all of one form.
+Choose it for: EEG with enough recordings to train an encoder, set `channels`, `samples` and `statistics` to yours.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +21,9 @@ def make_trunk(
   """The EEG trunk: with `depth` 0 one token, a linear map of all patches; else a class token and one token a patch.
 
   Args:
-    channels: channels of every recording.
+    channels: number of channels of every recording.
     samples: length of every recording; other lengths are refused, because a patch stands for one time.
-    patch: samples a patch.
+    patch: number of samples of a patch.
     statistics: mean and deviation of the patches, see `eeg_patches.make_trunk`.
     width, depth, heads, dropout: see `models.series.Series`.
     weights: unused, as the trunk has no checkpoint; every trunk takes it.

@@ -1,4 +1,9 @@
-"""EEG as patches in time: bins of a few samples, standardised with training statistics; nothing is trained."""
+"""EEG as patches in time: bins of a few samples, standardised with training statistics; nothing is trained.
+
+Modality: eeg.
+Takes: recordings [channels, samples] in microvolts, all of one form.
+Choose it for: few recordings: nothing is trained but the head, set `channels`, `samples` and `statistics` to yours.
+"""
 
 import importlib.resources
 import json
@@ -89,9 +94,9 @@ def make_trunk(
   """The EEG trunk: n patches in time with one value a channel, or all patches in one token.
 
   Args:
-    channels: channels of every recording.
+    channels: number of channels of every recording.
     samples: length of every recording; other lengths are refused, because a patch stands for one time.
-    width: samples a patch.
+    width: number of samples of a patch.
     statistics: mean and deviation of the patches: "evoked" (training epochs of the world Evoked), or the path of an
       .npz file with the arrays that the function `statistics` returns.
     flat: one token of n * channels values, for a linear head.

@@ -2,6 +2,11 @@
 
 It takes images, and depth, thermal and tactile arrays as pictures. Batch normalisation is folded into the convolutions
 when the checkpoint is read, so that a layer is a kernel and a bias.
+
+Modality: image, depth, thermal, tactile.
+Takes: pictures; depth maps in metres, thermal images in degrees C and touch pictures, each shown to the network as a
+  picture.
+Choose it for: the packaged trunk for whatever is like a picture; small enough for a CPU.
 """
 
 import functools

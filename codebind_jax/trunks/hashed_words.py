@@ -1,4 +1,9 @@
-"""Text without a checkpoint, for synthetic data: the normalised sum of one fixed random vector a word."""
+"""Text without a checkpoint, for synthetic data: the normalised sum of one fixed random vector a word.
+
+Modality: text.
+Takes: texts, as a bag of words.
+Choose it for: tests and synthetic data; it knows no meanings.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,7 @@ def make_trunk(*, width: int = 64, weights: str | Path = "") -> Trunk:
   """A trunk of one token a text.
 
   Args:
-    width: C.
+    width: width of a text's vector.
     weights: unused, as the trunk has none; every trunk takes it.
   """
   options, item = {"width": width}, Input((1, width), "float32", HashedWords(width), revision="words-1")

@@ -2,6 +2,9 @@
 
 One file holds the encoders of images (and video), text, audio, depth, thermal pictures and IMU readings; some of them
 may be left out. The CodeBind release (arXiv 2605.18257) adds touch and EEG under names of the same form.
+
+Takes: pictures, films, texts, sounds, depth, thermal pictures, IMU readings.
+Choose it for: six sensors in one space at once; the base of the publication's configs.
 """
 
 from __future__ import annotations
@@ -195,11 +198,12 @@ def make_trunk(
     weights: the `.pth` or `.safetensors` file, or a folder that holds it; "" draws the parameters.
     modality: one of the file's, see `modalities`; "vision" is "image".
     heads: attention heads, needed for another width than ImageBind-Huge's.
-    width, depth: of drawn encoders; 0 for ImageBind-Huge's. A checkpoint has its own.
-    clips: of a sound or video, evenly spaced, 2 s each; 0 for the checkpoint's own 3 and 5.
-    crops: of a video's frames: 3 along the longer side, or 1 in the middle.
-    focal_length, baseline: of the camera that depth maps are seen with, in pixels and metres; the encoder takes
-      disparity. The default is the Kinect of NYU Depth v2.
+    width, depth: width and number of blocks of an encoder with drawn parameters; 0 for ImageBind-Huge's. A checkpoint
+      has its own.
+    clips: number of clips of a sound or video, evenly spaced, 2 s each; 0 for the checkpoint's own 3 and 5.
+    crops: number of crops of a video's frames: 3 along the longer side, or 1 in the middle.
+    focal_length, baseline: focal length (pixels) and distance of projector and sensor (metres) of the camera that depth
+      maps are seen with; the encoder takes disparity. The default is the Kinect of NYU Depth v2.
     dtype: compute type, such as "bfloat16"; "" for float32.
     remat, scan: as in `models.transformer.Transformer`.
 

@@ -8,6 +8,9 @@ compare with transformers' CLIP and with its layers arranged as the original arr
 config.json names the modality in `model_type` or `architectures`, what `max_depth` is where it is not given (10 is
 taken), and which of the published files hold LoRA unmerged. Video is cropped in the middle, where the original crops
 and mirrors at random.
+
+Takes: pictures, films, sounds, depth, thermal pictures; texts.
+Choose it for: video, and five sensors that share one text space; permissive weights.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""The text trunk all-MiniLM-L6-v2 (Wang et al. 2020; Reimers & Gurevych 2019), a six-layer BERT."""
+"""The text trunk all-MiniLM-L6-v2 (Wang et al. 2020; Reimers & Gurevych 2019), a six-layer BERT.
+
+Modality: text.
+Takes: texts of up to 64 tokens, in English.
+Choose it for: the packaged trunk for text; small enough for a CPU.
+"""
 
 import dataclasses
 import functools
@@ -171,7 +176,7 @@ def make_trunk(
       `tokenizer.json`, "random" draws weights and reads letters.
     max_length: tokens after which a text is cut (a warning names it).
     layers: number of transformer layers; with real weights the first ones.
-    width: of the hidden states, for smaller networks with random weights.
+    width: width of the hidden states, for smaller networks with random weights.
     heads: attention heads.
     dont_load: patterns of parameters left at their random start.
 

@@ -1,4 +1,9 @@
-"""Vectors through a small network, trained from scratch, for synthetic data and precomputed features."""
+"""Vectors through a small network, trained from scratch, for synthetic data and precomputed features.
+
+Modality: any.
+Takes: arrays [tokens, inputs] of one shape: features that you have computed, readings of a sensor.
+Choose it for: features or readings with enough rows to train a small network; see also `vectors`.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +21,11 @@ def make_trunk(
   """A trunk of two layers, token by token.
 
   Args:
-    inputs: width of an input's tokens.
-    tokens: T; an input is [T, inputs], or [inputs] where T is 1.
-    width: C, of both layers.
-    dropout: rate after each layer.
-    modality: for messages.
+    inputs: width of an input's vectors.
+    tokens: number T of vectors an item; an input is [T, inputs], or [inputs] where T is 1.
+    width: width of both layers.
+    dropout: share of values set to zero after each layer, while training.
+    modality: the tower's modality, for messages.
     weights: unused, as the trunk has no checkpoint; every trunk takes it.
   """
   options = {"inputs": inputs, "tokens": tokens, "width": width, "dropout": dropout}

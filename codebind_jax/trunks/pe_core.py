@@ -1,4 +1,8 @@
-"""Perception Encoder, PE-Core (arXiv 2504.13181): one torch file (facebook/PE-Core-*), or OpenCLIP's layout."""
+"""Perception Encoder, PE-Core (arXiv 2504.13181): one torch file (facebook/PE-Core-*), or OpenCLIP's layout.
+
+Takes: pictures; texts.
+Choose it for: pictures and texts; permissive weights.
+"""
 
 from __future__ import annotations
 

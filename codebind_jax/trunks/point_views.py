@@ -2,6 +2,10 @@
 
 A few hundred objects are too few to train an encoder of shapes; a network pretrained on a million pictures replaces it.
 No parameters are trained here.
+
+Modality: points.
+Takes: point clouds whose y axis points up.
+Choose it for: clouds of objects, up to some thousands of them; the packaged trunk for points.
 """
 
 from collections.abc import Sequence
@@ -59,9 +63,9 @@ def make_trunk(
 
   Args:
     weights, size, levels, stages, head_width, dont_load: of the image trunk, see `efficientnet_lite0.make_trunk`.
-    azimuths: of the cameras, degrees.
-    radius: of a point in the pictures, pixels.
-    metric: append the logarithm of the cloud's radius, for clouds whose unit is known (metres).
+    azimuths: directions of the cameras around the upright axis, degrees.
+    radius: radius of a point in the pictures, pixels.
+    metric: whether to append the logarithm of the cloud's radius, for clouds whose unit is known (metres).
 
   Raises:
     ValueError: if an option is out of its range or the checkpoint does not fit.

@@ -1,4 +1,9 @@
-"""Point clouds as groups of neighbours (Qi et al. 2017; Yu et al. 2022) and histograms, encoded by a small network."""
+"""Point clouds as groups of neighbours (Qi et al. 2017; Yu et al. 2022) and histograms, encoded by a small network.
+
+Modality: points.
+Takes: point clouds whose y axis points up.
+Choose it for: many clouds: an encoder of shapes is trained from scratch.
+"""
 
 from pathlib import Path
 
@@ -35,8 +40,8 @@ def make_trunk(
 
   Args:
     groups: number of groups.
-    neighbours: points a group.
-    size: tell the network the logarithm of the cloud's radius, for clouds whose unit is known (metres).
+    neighbours: number of points of a group.
+    size: whether the network is told the logarithm of the cloud's radius, for clouds whose unit is known (metres).
     width, depth, heads, dropout: see `models.points.Points`.
     weights: unused, as the trunk has no checkpoint; every trunk takes it.
 

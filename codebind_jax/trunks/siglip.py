@@ -1,4 +1,8 @@
-"""SigLIP and SigLIP2 (arXiv 2303.15343, 2502.14786) in Hugging Face layout, of one image size."""
+"""SigLIP and SigLIP2 (arXiv 2303.15343, 2502.14786) in Hugging Face layout, of one image size.
+
+Takes: pictures; texts of up to 64 tokens.
+Choose it for: pictures and texts in many languages (SigLIP2, and the i18n models); permissive weights.
+"""
 
 from __future__ import annotations
 
@@ -155,10 +159,13 @@ def folder_ids(folder: Path, context: int) -> Ids:
 def make_trunk(
   *, weights: str = "", modality: str = "image", dtype: str = "", remat: bool = False, scan: bool = False
 ) -> Trunk:
-  """A tower of a SigLIP checkpoint; arguments and errors as in `clip.make_trunk`.
+  """A tower of a SigLIP checkpoint.
+
+  Args:
+    weights, modality, dtype, remat, scan: as in `clip.make_trunk`.
 
   Raises:
-    ValueError: also for NaFlex checkpoints, which take pictures of any size.
+    ValueError: as in `clip.make_trunk`, also for NaFlex checkpoints, which take pictures of any size.
   """
   folder = Path(weights).expanduser()
   config = family_config(weights, folder, _KINDS, "SigLIP")

@@ -3,6 +3,9 @@
 `modelzoo/uni3d-{ti,s,b,l,g}/model.pt` of BAAI/Uni3D. Texts and images are those of the OpenCLIP checkpoint
 EVA02-E-14-plus (`trunks.open_clip`). Facts from baaivision/Uni3D f027bd1 and timm 1.0.31; the farthest point sampling
 is that of pointnet2_ops, not compared with its CUDA kernel.
+
+Takes: point clouds with colours, up to 10,000 points.
+Choose it for: objects in 3D, in the space of OpenCLIP's EVA02-E-14-plus.
 """
 
 from __future__ import annotations
@@ -162,8 +165,9 @@ def make_trunk(
   Args:
     weights: file `model.pt`, or a folder with it.
     modality: "points".
-    points: of a cloud; larger ones are cut, smaller ones padded, which leaves their embedding as it is.
-    groups, neighbours: of the patches; 512 and 64 in the published encoders.
+    points: number of points of a cloud; larger ones are cut, smaller ones padded, which leaves their embedding as it
+      is.
+    groups, neighbours: number of groups, and of points in each; 512 and 64 in the published encoders.
     dtype: compute type, such as "bfloat16"; "" for float32.
     remat, scan: as in `models.transformer.Transformer`.
 

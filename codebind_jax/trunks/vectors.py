@@ -1,4 +1,9 @@
-"""Arrays of one shape as tokens, without a network, for synthetic data and precomputed features."""
+"""Arrays of one shape as tokens, without a network, for synthetic data and precomputed features.
+
+Modality: any.
+Takes: arrays [tokens, width] of one shape: features that you have computed.
+Choose it for: features of an encoder of your own, which stay as they are.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +35,9 @@ def make_trunk(*, width: int = 64, tokens: int = 1, modality: str = "vectors", w
   """A trunk whose tokens are the input.
 
   Args:
-    width: C.
-    tokens: T; an input is [T, C], or [C] where T is 1.
-    modality: for messages.
+    width: width C of a vector.
+    tokens: number T of vectors an item; an input is [T, C], or [C] where T is 1.
+    modality: the tower's modality, for messages.
     weights: unused, as the trunk has none; every trunk takes it.
   """
   options, item = {"width": width, "tokens": tokens}, vectors_input(tokens, width, modality)

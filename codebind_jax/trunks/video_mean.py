@@ -1,4 +1,9 @@
-"""A video as the mean of its frames' image trunk tokens, so that its heads can start from those of images."""
+"""A video as the mean of its frames' image trunk tokens, so that its heads can start from those of images.
+
+Modality: video.
+Takes: films, animated pictures, folders of frames; 16 frames are read, 8 used.
+Choose it for: short clips; its heads can start from those of images (`starts_from`).
+"""
 
 from collections.abc import Sequence
 from pathlib import Path

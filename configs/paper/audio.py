@@ -1,4 +1,4 @@
-"""The audio stage of CodeBind on ImageBind-Huge, with the publication's settings (arXiv 2605.18257, spec section 3).
+"""The audio stage of CodeBind on ImageBind-Huge, with the publication's settings (arXiv 2605.18257).
 
 Data: AudioSet, as a manifest with "audio", "image" and "text".
 Published after this stage (top-1 %): AudioSet mAP 21.1, VGGSound 30.5, ESC-50 71.0.

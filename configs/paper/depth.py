@@ -1,4 +1,4 @@
-"""The depth stage of CodeBind on ImageBind-Huge, with the publication's settings (arXiv 2605.18257, spec section 3).
+"""The depth stage of CodeBind on ImageBind-Huge, with the publication's settings (arXiv 2605.18257).
 
 Data: SUN RGB-D (depth as disparity), as a manifest with "depth", "image" and "text".
 Published after this stage (top-1 %): SUN-D 45.7, NYU-D 59.3.

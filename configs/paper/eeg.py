@@ -1,4 +1,4 @@
-"""The eeg stage of CodeBind on ImageBind-Huge, with the publication's settings (arXiv 2605.18257, spec section 3).
+"""The eeg stage of CodeBind on ImageBind-Huge, with the publication's settings (arXiv 2605.18257).
 
 Data: ImageNet-EEG, as a manifest with "eeg", "image" and "text".
 Published after this stage (top-1 %): ImageNet-EEG 33.1.

@@ -1,4 +1,4 @@
-"""Stage 1 of CodeBind on ImageBind-Huge: image and text, with the publication's settings (arXiv 2605.18257, spec 3, 4).
+"""Stage 1 of CodeBind on ImageBind-Huge: image and text, with the publication's settings (arXiv 2605.18257).
 
 Data: ImageNet-1K and MSR-VTT frames, as a manifest with "image" and "text". Published after this stage (top-1 %):
 ImageNet-1K 79.3, Places365 55.5, Kinetics-400 54.4; MSR-VTT recall@1 37.8.

@@ -1,4 +1,4 @@
-"""The tactile stage of CodeBind on ImageBind-Huge, with the publication's settings (arXiv 2605.18257, spec section 3).
+"""The tactile stage of CodeBind on ImageBind-Huge, with the publication's settings (arXiv 2605.18257).
 
 Data: Touch and Go, as a manifest with "tactile", "image" and "text".
 Published after this stage (top-1 %): TAG material 42.6, hard/soft 83.9, rough/smooth 78.2.

@@ -1,4 +1,4 @@
-"""The thermal stage of CodeBind on ImageBind-Huge, with the publication's settings (arXiv 2605.18257, spec section 3).
+"""The thermal stage of CodeBind on ImageBind-Huge, with the publication's settings (arXiv 2605.18257).
 
 Data: LLVIP, as a manifest with "thermal", "image" and "text".
 Published after this stage (top-1 %): LLVIP 95.5, FLIR_v2 97.2.

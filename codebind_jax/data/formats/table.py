@@ -84,7 +84,7 @@ def open_files(
     max_bad_records: of all files together.
     columns: key -> name of its column, for those that are called otherwise.
     separator: between cells; a tab in .tsv, else the one of `, ; |` and tab that gives most columns, unless given.
-    encoding: of the text.
+    encoding: encoding of the text.
     quote: around cells with separators or newlines, doubled inside; "" where quotes are nothing but letters.
 
   Raises:
