@@ -168,7 +168,7 @@ def test_options_of_trunks_and_methods_are_keys_of_the_command_line():
 
 def test_a_module_that_the_command_names_brings_its_own_options():
   argv = "main --config=x --config.method dcid --config.model.towers.image.trunk=vectors --config.steps=3"
-  chosen = command_line._chosen(argv.split())
+  chosen = command_line.chosen(argv.split())
   assert chosen == {"method": "dcid", "model.towers.image.trunk": "vectors"}
   config = command_line.read_file(FILE, chosen)
   assert config.method == "dcid" and config.method_options.codes == 400 and config.method_options.form == "joint"
@@ -183,7 +183,7 @@ def test_a_module_that_the_command_names_brings_its_own_options():
 
 def test_a_method_that_the_command_names_takes_none_of_the_stages_keys_that_it_does_not_heed():
   argv = ["main", "--config.method=centrobind"]
-  config = command_line.read_file(FILE, command_line._chosen(argv))
+  config = command_line.read_file(FILE, command_line.chosen(argv))
   assert not config.stages.bridges.losses and config.stages.bridges.code_rows == 0 and config.stages.bridges.mixup == 1
   assert config_lib.validate(config).method == "centrobind"
   with config.unlocked():

@@ -91,7 +91,7 @@ def test_configs_and_keys_of_commands_exist(place):
       continue
     seen.add(name)
     form = str(place / "clip") if form == "WEIGHTS" else form
-    config = command_line.read_file(f"{REPOSITORY / name}{f':{form}' if form else ''}", command_line._chosen(given))
+    config = command_line.read_file(f"{REPOSITORY / name}{f':{form}' if form else ''}", command_line.chosen(given))
     for word in given:
       key = word.partition("=")[0].removeprefix("--config.")
       if not word.startswith("--config=") and not re.search(r"\b[A-Z]+\b", key):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 
 from absl import flags, logging
@@ -29,48 +31,93 @@ def define_config() -> flags.FlagHolder:
 
 
 def parse(argv: Sequence[str]) -> list[str]:
-  """absl's parsing, which ends with a one-line error for an unknown config key or a value of the wrong type."""
+  """absl's parsing, which ends with a one-line error for whatever is wrong with the command."""
   try:
-    return flags.FLAGS(list(argv))
-  except (AttributeError, KeyError) as error:
-    path = [arg.removeprefix("--config=") for arg in argv if arg.startswith("--config=")][-1]
+    left = flags.FLAGS(list(argv))
+  except (AttributeError, KeyError, flags.Error) as error:
+    sys.exit(f"error: {_said(error, argv)}")
+  if len(left) > 1:
+    sys.exit(f"error: {left[1]!r} is no flag; keys of the config are set by --config.KEY=VALUE, without spaces around =")
+  return left
+
+
+def config_argument(argv: Sequence[str]) -> str:
+  """FILE.py[:ARGUMENT] of the last `--config=FILE.py` or `--config FILE.py`; "" where there is none."""
+  found = ""
+  for at, word in enumerate(argv):
+    name, given, value = word.partition("=")
+    if name in ("--config", "-config"):
+      found = value if given else argv[at + 1] if at + 1 < len(argv) else ""
+  return found
+
+
+def _said(error: Exception, argv: Sequence[str]) -> str:
+  """One line for an error of absl or ml_collections."""
+  if "in argv before a value" in str(error):
+    return f"--config=FILE.py comes first, then the keys that change it ({str(error).split(' in argv')[0]})"
+  if isinstance(error, flags.IllegalFlagValueError):
+    if lacking := re.match(r"flag --([\w.]+)=--", str(error)):
+      return f"{lacking[1]}: needs a value, --{lacking[1]}=VALUE"
+    return str(error)
+  if not isinstance(error, flags.Error):
     try:
-      for key in (arg.removeprefix("--config.").split("=")[0] for arg in argv if arg.startswith("--config.")):
-        schema.get(read_file(path, _chosen(argv)), key)
+      config = read_file(config_argument(argv), chosen(argv))
+      for word in argv:
+        if key := re.match(r"--?(?:no)?config\.([^=]+)", word):
+          schema.get(config, key[1])
     except ValueError as unknown:
-      sys.exit(f"error: {unknown}")
-    sys.exit(f"error: {error}")
-  except flags.Error as error:
-    sys.exit(f"error: {error}")
+      return str(unknown)
+  return str(error)
 
 
-def read_file(path: str, chosen: Mapping[str, str]) -> ConfigDict:
+def read_file(path: str, replaced: Mapping[str, str]) -> ConfigDict:
   """The config of FILE.py or FILE.py:ARGUMENT, its methods and trunks with all their options.
 
   Args:
     path: file and argument.
-    chosen: config key that names a module -> module that replaces the file's; its options get their defaults.
+    replaced: config key that names a module -> module that replaces the file's; its options get their defaults.
 
   Raises:
     ValueError: if there is no such file, or it does not know the argument.
   """
   file, _, argument = path.partition(":")
-  file = find_file(file)
-  spec = importlib.util.spec_from_file_location("_config", file)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  config = (module.get_config(argument) if argument else module.get_config()).unlock()
+  config = _run_file(find_file(file), argument).unlock()
   for at, part, key, (options, maker) in _choices(config):
-    name = chosen.get(at + key, part[key])
+    name = replaced.get(at + key, part[key])
     own = part[options].to_dict() if name == part[key] else {}
     try:
       defaults = schema.defaults(maker(name)) if name else {}
     except ValueError:
       defaults = {}  # `config.validate` names the fault
     part[key], part[options] = name, ConfigDict(defaults | own)
-  if "method" in chosen:
-    _reset_unheeded(config, chosen["method"])
+  if "method" in replaced:
+    _reset_unheeded(config, replaced["method"])
   return config.lock()
+
+
+def _run_file(file: str, argument: str) -> ConfigDict:
+  """What a file's `get_config` gives."""
+  spec = importlib.util.spec_from_file_location("_config", file)
+  if spec is None:
+    raise ValueError(f"{file}: a config is a Python file, NAME.py")
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    make = getattr(module, "get_config", None)
+    if make is None:
+      raise ValueError(f"{file}: has no function get_config")
+    if argument and not inspect.signature(make).parameters:
+      raise ValueError(f"{file}:{argument}: takes no argument after the colon")
+    config = make(argument) if argument else make()
+  except ValueError:
+    raise
+  except Exception as error:
+    at = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    line = f":{at[-1]}" if at else ""
+    raise ValueError(f"{file}{line}: {type(error).__name__}: {error}") from error
+  if not isinstance(config, ConfigDict):
+    raise ValueError(f"{file}: get_config gave {type(config).__name__}; needed: a ConfigDict")
+  return config
 
 
 def find_file(path: str) -> str:
@@ -106,10 +153,10 @@ class _FileParser(flags.ArgumentParser):
 
   def parse(self, argument: str) -> ConfigDict:
     """See `read_file`."""
-    return read_file(argument, _chosen(sys.argv))
+    return read_file(argument, chosen(sys.argv))
 
 
-def _chosen(argv: Sequence[str]) -> dict[str, str]:
+def chosen(argv: Sequence[str]) -> dict[str, str]:
   """Config key that names a module -> module, for those that the command sets."""
   matches = zip(map(_CHOICE.fullmatch, argv), [*argv[1:], ""])
   return {match[1]: following if match[2] is None else match[2] for match, following in matches if match}

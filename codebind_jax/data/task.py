@@ -180,7 +180,11 @@ def _file_task(data: Data, name: str, names: Sequence[str], default_split: str) 
   opened = functools.partial(
     open_source, data_dir=data.root or None, max_bad_records=data.max_bad_records, check=data.checked, **data.options
   )  # fmt: skip
-  whole = opened(names)
+  try:
+    whole = opened(names)
+  except FileNotFoundError as error:
+    key = f"named_files.{name}" if name else "files"
+    raise FileNotFoundError(2, f"config.data.{key}: {error.strerror}", error.filename) from error
   name = name or whole.name
   if data.label_captions and (lacking := _labels_alone(whole)):
     logging.info("%s: %d records without text have their label as caption", name, lacking)
