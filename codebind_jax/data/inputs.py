@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,12 @@ import numpy as np
 
 from codebind_jax.data import transforms
 from codebind_jax.data.ranges import ChangedError
+from codebind_jax.data.reading import MACHINE
 
 
 def stack(items: Sequence[np.ndarray]) -> np.ndarray:
   """One batch of equally shaped items, [b, ...]."""
   return np.stack(list(items))
-
-
-# Errors of the machine, which no other item would escape.
-_MACHINE = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT}
 
 
 @contextlib.contextmanager
@@ -36,7 +32,7 @@ def item_errors() -> Iterator[None]:
   except (ValueError, MemoryError, ImportError, ChangedError, TimeoutError, ConnectionError):
     raise
   except OSError as error:
-    if error.errno in _MACHINE:
+    if error.errno in MACHINE:
       raise
     raise ValueError(str(error)) from error
   except Exception as error:
