@@ -39,6 +39,8 @@ def named(name: str, what: str) -> Iterator[None]:
     yield
   except (MemoryError, ImportError):
     raise
+  except FileNotFoundError as error:
+    raise ValueError(f"{name}: {what} (no such file)") from error
   except OSError as error:
     if error.errno in MACHINE:
       raise

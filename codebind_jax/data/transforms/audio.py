@@ -13,6 +13,7 @@ import soundfile
 import soxr
 from jaxtyping import Float, Float32
 
+from codebind_jax.data import mp3
 from codebind_jax.data.reading import named, remark, shown
 
 # Changes whenever the same input would give other samples: it is part of the key of cached features.
@@ -30,7 +31,7 @@ _FULL_SCALE = {  # as wav files have them: type -> (middle, full scale)
 }  # fmt: skip
 _UNKNOWN = 1 << 62  # libsndfile's count where a stream does not say it
 _UNKNOWN_SIZE = 0x7FFF0000  # programs that write into pipes give sizes from here on
-_MP3_SLACK = 2 * 1152  # an encoder's delay and padding are counted, or not
+_MP3_DELAY = 2 * 1152  # samples of an encoder's delay and padding, which some count
 _OGG_PAGES = 1 << 17  # two pages
 # libsndfile's log of a header, in the formats whose samples are one chunk.
 _SIZES = re.compile(r"^ *(?:data|SSND|riff|Data Size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
@@ -133,13 +134,27 @@ def _decoded(value: str | Path | bytes, name: str) -> tuple[np.ndarray, int]:
 
 
 def _samples(file: Any, name: str) -> tuple[np.ndarray, int]:
+  found = None
   with soundfile.SoundFile(file) as sound:
     _check_head(sound, name)
-    samples = sound.read(dtype="float32", always_2d=True)
-    if len(samples) < sound.frames - (_MP3_SLACK if sound.format == "MP3" else 0):
-      raise ValueError(f"{name}: cut off, its header says {sound.frames / sound.samplerate:.2f} s and there are "
-                       f"{len(samples) / sound.samplerate:.2f}")  # fmt: skip
+    if sound.format == "MP3":
+      content = file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
+      found = mp3.frames(content)
+    if found is None or found.tells or found.count * found.samples <= sound.frames + _MP3_DELAY:
+      samples = sound.read(dtype="float32", always_2d=True)
+      told = sound.format != "MP3" or (found is not None and found.tells)
+      if told and len(samples) < sound.frames - (_MP3_DELAY if found else 0):
+        raise ValueError(f"{name}: cut off, its header says {sound.frames / sound.samplerate:.2f} s and there are "
+                         f"{len(samples) / sound.samplerate:.2f}")  # fmt: skip
+    else:
+      samples = None
+  if found and found.cut:
+    remark("cut sounds", f"{name}: its last frame is not whole, so it may be cut off; what is there is taken")
+  if samples is not None:
     return samples, sound.samplerate
+  with soundfile.SoundFile(io.BytesIO(mp3.with_length(content, found))) as sound:
+    _check_head(sound, name)
+    return sound.read(dtype="float32", always_2d=True), sound.samplerate
 
 
 def _check_head(sound: soundfile.SoundFile, name: str) -> None:
