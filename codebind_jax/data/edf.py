@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
+import soxr
 from jaxtyping import Float
-from scipy.signal import resample_poly
 
 from codebind_jax.data.reading import remark
 
@@ -212,7 +212,7 @@ def _physical(data: np.ndarray, channel: Channel, offset: int, width: int, name:
 
 
 def _one_rate(signals: list[np.ndarray], rates: list[Fraction], labels: list[str], name: str) -> np.ndarray:
-  """Signals at the rate of the fastest; slower ones are resampled with a polyphase filter."""
+  """Signals at the rate of the fastest; slower ones are resampled by soxr's band-limited resampler."""
   fastest = max(rates)
   slow = [label for label, rate in zip(labels, rates) if rate != fastest]
   if slow:
@@ -220,8 +220,8 @@ def _one_rate(signals: list[np.ndarray], rates: list[Fraction], labels: list[str
   length = max(map(len, signals))
   out = np.empty((len(signals), length))
   for row, signal, rate in zip(out, signals, rates):
-    ratio = fastest / rate
-    if ratio != 1:
-      signal = resample_poly(signal, ratio.numerator, ratio.denominator, padtype="line")[:length]
+    if rate != fastest:
+      signal = soxr.resample(signal, float(rate), float(fastest))[:length]
+      signal = np.pad(signal, (0, length - len(signal)), mode="edge")
     row[:] = signal
   return out

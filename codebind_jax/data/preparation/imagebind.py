@@ -16,6 +16,7 @@ from codebind_jax.data.inputs import Input
 from codebind_jax.data.preparation.audio import sound
 from codebind_jax.data.preparation.pictures import CLIP_MEAN, CLIP_STD, Picture, picture_input
 from codebind_jax.data.preparation.texts import clip_ids, text_input
+from codebind_jax.data.reading import load_npy
 from codebind_jax.data.transforms import audio as audio_transforms
 from codebind_jax.data.transforms import depth as depth_transforms
 from codebind_jax.data.transforms import thermal as thermal_transforms
@@ -142,11 +143,7 @@ def _stored(value: Any) -> np.ndarray:
   """The array of an .npy file, its bytes, or an array."""
   if not isinstance(value, (str, Path, bytes)):
     return np.asarray(value)
-  name = "bytes" if isinstance(value, bytes) else str(value)
-  try:
-    return np.load(io.BytesIO(value) if isinstance(value, bytes) else value, allow_pickle=False)
-  except (OSError, ValueError, EOFError) as error:
-    raise ValueError(f"{name}: not a readable .npy file ({error})") from error
+  return load_npy(value, "bytes" if isinstance(value, bytes) else str(value))
 
 
 def _series(value: Any, shape: tuple[int, int], name: str) -> Float32[np.ndarray, "n c"]:
