@@ -66,7 +66,8 @@ class Encoder:
   def _marks(self) -> dict[int, str]:
     added = {number: str(token) for number, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
     one = self.tokenizer.encode("a")
-    return added | {i: t for i, t, mark in zip(one.ids, one.tokens, one.special_tokens_mask) if mark}
+    marks = added | {i: t for i, t, mark in zip(one.ids, one.tokens, one.special_tokens_mask) if mark}
+    return {number: name for number, name in marks.items() if number != self._unknown}
 
   @functools.cached_property
   def _unknown(self) -> int | None:
