@@ -94,6 +94,8 @@ def test_patches_are_means_over_time_standardised_by_training_rows(tmp_path):
   np.testing.assert_allclose(seen, tower(jnp.asarray(tokens[:1])).tokens, atol=1e-5)
   with pytest.raises(ValueError, match="got 3 channels of 21 samples, allowed: 3 of 22"):
     trunk.preprocess(rows[0, :, 1:])
+  with pytest.raises(ValueError, match="got 22 channels of 3 samples, allowed: 3 of 22; is the array transposed?"):
+    trunk.preprocess(rows[0].T)
   with pytest.raises(ValueError, match=r"means of shape \(5, 3\).*needed are \(5, 4\)"):
     load_trunk("eeg_patches", **options | {"channels": 4})
   with pytest.raises(ValueError, match="neither 'evoked' nor an .npz"):

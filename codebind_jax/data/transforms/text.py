@@ -29,6 +29,8 @@ def checked(text: Any, length: int, *, blank: bool = False) -> str:
   Raises:
     ValueError: if it is not a string, holds nothing but spaces, or has half of a surrogate pair.
   """
+  if blank and not isinstance(text, str):
+    raise ValueError(f"text: got {type(text).__name__}, a string is needed")
   if not isinstance(text, str) or not (blank or text.strip()):
     raise ValueError(f"text: got {text!r:.80}, a string that is not empty is needed")
   if len(text) > length * _CHARACTERS:
