@@ -25,7 +25,7 @@ BY_ENDING = {
     "image": "jpg jpeg png webp bmp gif tif tiff ppm",
     "audio": "wav flac mp3 ogg opus",
     "video": "mp4 webm mov avi mkv m4v",
-    "points": "ply off glb obj stl pcd xyz",
+    "points": "ply off glb obj stl pcd",
     "eeg": "edf bdf",
   }.items()
   for ending in endings.split()
