@@ -57,6 +57,15 @@ def test_an_ogg_file_that_is_cut_between_pages_is_said_to_be_once(tmp_path, capl
   assert len(caplog.messages) == 1 and "cut.ogg: has no end mark" in caplog.messages[0]
 
 
+def test_an_mp3_file_that_lacks_a_frame_or_two_is_read_and_it_is_said(tmp_path, caplog):
+  whole = encoded(TONE, "MP3")
+  audio.read(whole)
+  assert not caplog.messages
+  (tmp_path / "short.mp3").write_bytes(whole[:-20])
+  assert 0 < 44100 - len(audio.read(tmp_path / "short.mp3")) <= 2304
+  assert "short.mp3: cut off, its header says 44100 samples and there are 4" in caplog.text
+
+
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("rate", [44100, 22050, 11025])
 def test_an_mp3_file_of_changing_bit_rate_is_read_to_its_end(channels, rate, tmp_path, caplog):

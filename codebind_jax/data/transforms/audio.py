@@ -143,9 +143,11 @@ def _samples(file: Any, name: str) -> tuple[np.ndarray, int]:
     if found is None or found.tells or found.count * found.samples <= sound.frames + _MP3_DELAY:
       samples = sound.read(dtype="float32", always_2d=True)
       told = sound.format != "MP3" or (found is not None and found.tells)
-      if told and len(samples) < sound.frames - (_MP3_DELAY if found else 0):
-        raise ValueError(f"{name}: cut off, its header says {sound.frames / sound.samplerate:.2f} s and there are "
-                         f"{len(samples) / sound.samplerate:.2f}")  # fmt: skip
+      if told and len(samples) < sound.frames:
+        message = f"cut off, its header says {sound.frames} samples and there are {len(samples)}"
+        if not found or len(samples) < sound.frames - _MP3_DELAY:
+          raise ValueError(f"{name}: {message}")
+        remark("cut sounds", f"{name}: {message}; what is there is taken")
     else:
       samples = None
   if found and found.cut:
