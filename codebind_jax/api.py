@@ -34,6 +34,7 @@ from codebind_jax.trunks.families import families, family_of
 
 # Axes of one item as an array, 1 where not named.
 _AXES = {"image": 3, "tactile": 3, "video": 4, "depth": 2, "thermal": 2, "points": 2, "eeg": 2, "imu": 2}
+_EQUAL = 1e-5  # embeddings that differ by less in every value are one
 _MANY = 16  # batches for each worker process, from which on they are started
 _TRUNK_ROWS = 32  # items of a batch that a trunk encodes, a device
 
@@ -311,16 +312,30 @@ class Model:
 
     Returns:
       Per item (label, cosine), best first.
+
+    Raises:
+      ValueError: as `embed`; for one text where a list of labels or templates is needed, or two labels that have one
+        embedding, such as "cow" and "Cow ".
     """
     self._check({modality: items, "text": labels})
+    self._check_list(modality, items)
     self._check_list("text", labels, "labels")
+    if isinstance(templates, str):
+      raise ValueError(f"templates: got {templates!r:.60}; a list of templates is needed, [template] for one")
     templates = tuple(templates) or self.config.data.eval_templates
     classes = class_embeddings(lambda texts: self.embed({"text": list(texts)})["text"].shared, list(labels), templates)
+    for k in range(1, len(classes)):
+      equal = np.abs(classes[:k] - classes[k]).max(axis=1) <= _EQUAL
+      if equal.any():
+        first = labels[int(np.argmax(equal))]
+        raise ValueError(f"labels: {first!r} and {labels[k]!r} have one embedding; leave one of them out")
     scores = self.embed({modality: items})[modality].shared @ classes.T
     order = np.argsort(-scores, axis=1, kind="stable")
     return [[(labels[k], float(scores[row, k])) for k in ranking] for row, ranking in enumerate(order)]
 
-  def _check(self, inputs: Mapping[str, Any]) -> None:
+  def _check(self, inputs: Any) -> None:
+    if not isinstance(inputs, Mapping):
+      raise ValueError(f"got {inputs!r:.60}; needed: modality -> a list of items, such as {{'text': ['a cow']}}")
     for name in inputs:
       if name not in self.modalities:
         raise ValueError(f"modality {name!r} is not in this model; it has {list(self.modalities)}")
@@ -329,9 +344,12 @@ class Model:
     """Refuses what is no list of items: a text would be taken as its letters, a picture as its rows."""
     name, got = name or modality, f"one {type(items).__name__}"
     if isinstance(items, np.ndarray | jax.Array):
-      axes = 0 if modality == "text" else 1 if self._towers[modality].trunk == "vectors" else _AXES.get(modality, 1)
+      vectors, words = self._towers[modality].trunk == "vectors", items.dtype.kind in "OSUT"  # paths, texts
+      axes = 0 if modality == "text" or words else 1 if vectors else _AXES.get(modality, 1)
       one, got = items.ndim <= axes, f"an array of shape {items.shape}"
-      one |= modality == "audio" and items.ndim == 2 and items.shape[1] <= 8  # a recording's channels
+      if not vectors and not words:  # a recording's channels; a picture's
+        one |= modality == "audio" and items.ndim == 2 and items.shape[1] <= 32
+        one |= modality in ("depth", "thermal") and items.ndim == 3 and items.shape[2] in (1, 3, 4)
     else:
       one = not isinstance(items, Sequence) or isinstance(items, str | bytes | bytearray | memoryview)
       got = f"{items!r:.60}" if isinstance(items, str | pathlib.Path) else got

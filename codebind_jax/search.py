@@ -1,7 +1,8 @@
 """Nearest neighbours by cosine, exactly: ids and vectors in, ids and scores out.
 
 Vectors are L2-normalised and compared by inner product: with faiss (`IndexFlatIP`) where it is installed (`pip install
-codebind_jax[search]`), else with numpy, block by block; `Index.backend` says which. Both give the same neighbours.
+codebind_jax[search]`), else with numpy, block by block; `Index.backend` says which. Both give the same neighbours, and
+of equal ones those that were added first.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from codebind_jax import files
 from codebind_jax.embedding import shards
@@ -22,6 +23,8 @@ BACKENDS = ("auto", "faiss", "numpy")
 _COLUMNS = ["id", "vector"]
 _BLOCK = 1 << 24  # scores held at once
 _ROW_GROUP = 1 << 16
+_MORE = 16  # candidates beyond k, among which ties are settled
+_ROUNDING = 1e-5  # by which a float32 sum of a cosine may be off
 
 
 class Index:
@@ -60,23 +63,29 @@ class Index:
     """Width of the vectors; None while the index is empty."""
     return self._store.width if self._store else None
 
-  def add(self, ids: Sequence[Any] | np.ndarray, vectors: Float[np.ndarray | Array, "n d"]) -> None:
+  def add(self, ids: Any, vectors: Any) -> None:
     """Adds vectors: all of them, or none if one is refused.
 
     Args:
       ids: strings or integers, one kind in an index, each once.
-      vectors: of any norm but zero; they are normalised here.
+      vectors: [n, d], of any norm but zero; they are normalised here.
 
     Raises:
-      ValueError: if counts or widths differ, an id is there already or of another kind, or a vector is zero or not
-        finite.
+      ValueError: for one id or vector where a list is needed; if counts or widths differ, an id is there already or of
+        another kind, or a vector is zero or not finite.
     """
+    if not isinstance(ids, Sequence | np.ndarray) or isinstance(ids, str | bytes) or np.ndim(ids) != 1:
+      raise ValueError(f"ids: got {ids!r:.60}; a list of ids is needed, [id] for one")
     names = [_plain(value) for value in ids]
+    vectors = _matrix(vectors, "vectors")
     if len(names) != len(vectors):
       raise ValueError(f"ids: got {len(names)} for {len(vectors)} vectors")
-    if not names:
-      return
-    kind = type((self._ids or names)[0])
+    self._check_ids(names)
+    if names:
+      self._append(names, _unit(vectors, self.width, names))
+
+  def _check_ids(self, names: Sequence[Any]) -> None:
+    kind = type((self._ids or names or [""])[0])
     fresh: set[Any] = set()
     for name in names:
       if type(name) is not kind:
@@ -84,7 +93,6 @@ class Index:
       if name in self._known or name in fresh:
         raise ValueError(f"ids: {name!r} is there twice; allowed: each id once")
       fresh.add(name)
-    self._append(names, _unit(vectors, self.width, names))
 
   def _append(self, names: list[Any], unit: np.ndarray) -> None:
     if self._store is None:
@@ -93,28 +101,58 @@ class Index:
     self._ids += names
     self._known.update(names)
 
-  def search(
-    self, queries: Float[np.ndarray | Array, "q d"], k: int = 10
-  ) -> tuple[np.ndarray, Float[np.ndarray, "q k"]]:
+  def search(self, queries: Any, k: Any = 10) -> tuple[np.ndarray, Float[np.ndarray, "q k"]]:
     """The k nearest neighbours of every query, best first; all vectors where the index holds fewer than k.
 
     Args:
-      queries: of any norm but zero.
+      queries: [q, d], of any norm but zero.
       k: number of neighbours, 1 and up.
 
     Returns:
       (ids, cosines), both [Q, min(k, size)].
 
     Raises:
-      ValueError: if the index is empty, k is below 1, or widths differ.
+      ValueError: if the index is empty, k is below 1, widths differ, or a query is zero or not finite.
     """
     if self._store is None:
       raise ValueError("the index is empty; add something first")
-    if k < 1:
-      raise ValueError(f"k: got {k}; allowed: 1 and up")
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+      raise ValueError(f"k: got {k!r}; allowed: whole numbers, 1 and up")
+    queries = _matrix(queries, "queries")
     unit = _unit(queries, self.width, [f"query {number}" for number in range(len(queries))])
-    numbers, scores = self._store.search(unit, min(k, len(self)))
+    numbers, scores = self._nearest(unit, min(int(k), len(self)))
     return np.array([self._ids[number] for number in numbers.flat]).reshape(numbers.shape), scores
+
+  def _nearest(self, unit: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers and scores of the k nearest, ties by position: a backend's candidates, compared anew in float64.
+
+    A backend's float32 sums differ in their last bits with the place of a vector, and among equal scores faiss takes
+    any. So a few more than k are asked for; where they all reach the k-th one's score, everything that reaches it.
+    """
+    wanted = min(k + _MORE, len(self))
+    numbers, scores = np.zeros((len(unit), k), np.int64), np.zeros((len(unit), k), np.float32)
+    rows = max(1, _BLOCK // (wanted * self.width))
+    for start in range(0, len(unit), rows):
+      some = unit[start : start + rows]
+      found, rough = self._store.search(some, wanted)
+      least = rough[:, k - 1] - _ROUNDING
+      exact = self._exact(some, found)
+      order = np.lexsort((found, -exact), axis=1)[:, :k]
+      numbers[start : start + rows] = np.take_along_axis(found, order, 1)
+      scores[start : start + rows] = np.take_along_axis(exact, order, 1)
+      for row in np.flatnonzero(rough[:, -1] >= least) if wanted < len(self) else ():
+        reached = self._store.reaching(some[row : row + 1], float(least[row]))
+        parts = np.array_split(reached, -(-len(reached) * self.width // _BLOCK))
+        own = np.concatenate([self._exact(some[row : row + 1], part[None])[0] for part in parts])
+        order = np.lexsort((reached, -own))[:k]
+        numbers[start + row], scores[start + row] = reached[order], own[order]
+    return numbers, scores
+
+  def _exact(self, unit: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Cosines [q, n] of queries and vectors [q, n], summed in float64 and in one order, as float32."""
+    vectors = self._store.rows(numbers.reshape(-1)).reshape(*numbers.shape, -1)
+    products = vectors.astype(np.float64) * unit[:, None].astype(np.float64)
+    return products.sum(axis=-1).astype(np.float32)
 
   def save(self, path: str | files.Path) -> None:
     """Writes one Parquet file with the columns `id` and `vector`, whatever the backend.
@@ -138,7 +176,8 @@ class Index:
     """Reads what `save` wrote.
 
     Raises:
-      ValueError: if there is no such file, or it is not an index.
+      ValueError: if there is no such file, or it is not an index; if an id or a vector is null, an id is there twice,
+        or a vector is not finite, not of unit length or of another width.
     """
     file, index = files.path(path), cls(backend)
     if not files.is_file(file):
@@ -151,7 +190,16 @@ class Index:
     except (pa.ArrowException, ValueError) as error:
       raise ValueError(f"{str(path)!r} is not an index that was saved ({error})") from error
     for batch in table.iter_batches(_ROW_GROUP):
-      index._append(batch.column("id").to_pylist(), shards.vectors_of(batch.column("vector")))
+      try:
+        names, vectors = _rows(batch.column("id"), batch.column("vector"))
+        names, unit = [_plain(name) for name in names], _unit(vectors, index.width, names)
+        index._check_ids(names)
+        if np.abs(unit - vectors).max(initial=0.0) > _ROUNDING:
+          raise ValueError("vectors that are not of unit length; add them to an index to have them normalised")
+        if names:
+          index._append(names, vectors)
+      except ValueError as error:
+        raise ValueError(f"{str(path)!r}: {error}") from error
     return index
 
   @classmethod
@@ -167,13 +215,17 @@ class Index:
       backend: of the index.
 
     Raises:
-      ValueError: for an unfinished job, shards of several jobs, a column that is not there, or a repeated id.
+      ValueError: for an unfinished job, shards of several jobs, a column that is not there, a repeated or absent id, or
+        a vector that is zero, not finite or of another width.
     """
     if part not in shards.PARTS:
       raise ValueError(f"part: got {part!r}; allowed: {list(shards.PARTS)}")
     index, path = cls(backend), files.path(folder)
     for ids, vectors in shards.read_column(path, shards.column_name(modality, part)):
-      index.add(ids, vectors)
+      try:
+        index.add(ids, vectors)
+      except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return index
 
 
@@ -189,8 +241,20 @@ class _Blocks:
   def blocks(self) -> Iterator[np.ndarray]:
     yield from self._parts
 
+  def rows(self, numbers: np.ndarray) -> np.ndarray:
+    self._join()
+    return self._parts[0][numbers]
+
+  def reaching(self, query: np.ndarray, least: float) -> np.ndarray:
+    self._join()
+    return np.flatnonzero(query[0] @ self._parts[0].T >= least)
+
+  def _join(self) -> None:
+    if len(self._parts) > 1:
+      self._parts = [np.concatenate(self._parts)]
+
   def search(self, unit: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    self._parts = [np.concatenate(self._parts)]
+    self._join()
     rows = max(1, _BLOCK // len(self._parts[0]))
     results = [self._nearest(unit[start : start + rows], k) for start in range(0, len(unit), rows)]
     return tuple(np.concatenate(columns) for columns in zip(*results))
@@ -217,6 +281,12 @@ class _Faiss:
     for start in range(0, self._index.ntotal, _ROW_GROUP):
       yield self._index.reconstruct_n(start, min(_ROW_GROUP, self._index.ntotal - start))
 
+  def rows(self, numbers: np.ndarray) -> np.ndarray:
+    return self._index.reconstruct_batch(numbers)
+
+  def reaching(self, query: np.ndarray, least: float) -> np.ndarray:
+    return np.sort(self._index.range_search(query, least)[2])
+
   def search(self, unit: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     scores, numbers = self._index.search(unit, k)
     return numbers, scores
@@ -230,11 +300,50 @@ def _plain(value: Any) -> str | int:
   raise ValueError(f"ids: got {value!r}; allowed: strings or integers")
 
 
+def _matrix(vectors: Any, name: str) -> np.ndarray:
+  """Rows of numbers.
+
+  Raises:
+    ValueError: if it is something else: one vector, ragged lists, words.
+  """
+  try:
+    array = np.asarray(vectors)
+  except ValueError as error:
+    raise ValueError(f"{name}: rows of different lengths; allowed: [rows, width]") from error
+  if array.ndim != 2 or not array.shape[1]:
+    raise ValueError(f"{name}: got shape {array.shape}; allowed: [rows, width]")
+  if not (np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)):
+    try:
+      array = array.astype(np.float32) if array.dtype.kind == "V" else None  # bfloat16 and its like
+    except (TypeError, ValueError):
+      array = None
+    if array is None:
+      raise ValueError(f"{name}: got values of type {np.asarray(vectors).dtype}; allowed: numbers")
+  return array.astype(np.float32, copy=False) if array.dtype != np.float64 else array
+
+
+def _rows(ids: pa.Array, vectors: pa.Array) -> tuple[list[Any], np.ndarray]:
+  """Ids and vectors of two columns.
+
+  Raises:
+    ValueError: if one is null, or vectors are of different widths.
+  """
+  for name, column in (("id", ids), ("vector", vectors)):
+    if column.null_count:
+      raise ValueError(f"column {name!r} has {column.null_count} nulls; allowed: none")
+  names = ids.to_pylist()
+  if not pa.types.is_list(vectors.type) and not pa.types.is_fixed_size_list(vectors.type):
+    raise ValueError(f"column 'vector' is of type {vectors.type}; allowed: lists of numbers")
+  if pa.types.is_list(vectors.type) and len(widths := set(np.diff(vectors.offsets.to_numpy()).tolist())) > 1:
+    raise ValueError(f"column 'vector' has vectors of widths {sorted(widths)[:4]}; allowed: one width")
+  if vectors.flatten().null_count:
+    raise ValueError("column 'vector' has vectors with nulls; allowed: numbers")
+  return names, shards.vectors_of(vectors)
+
+
 def _unit(vectors: Any, width: int | None, names: Sequence[Any]) -> np.ndarray:
   """Rows of norm 1, float32."""
-  array = np.asarray(vectors, np.float32)
-  if array.ndim != 2 or not array.shape[1]:
-    raise ValueError(f"vectors: got shape {array.shape}; allowed: [rows, width]")
+  array = np.asarray(vectors)
   if width is not None and array.shape[1] != width:
     raise ValueError(f"vectors: got width {array.shape[1]}; this index has width {width}")
   length = np.linalg.norm(array.astype(np.float64), axis=1, keepdims=True)

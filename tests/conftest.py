@@ -35,6 +35,14 @@ def pytest_addoption(parser):
   parser.addoption("--kill-seed", type=int, default=0, help="where the slow test of kill -9 kills")
 
 
+@pytest.fixture(autouse=True)
+def remarks_are_made_anew():
+  """What a process says once, each test may hear."""
+  from codebind_jax.data import reading
+
+  reading._made.clear()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def no_programs_of_other_files():
   """Frees a file's compiled programs, about a megabyte each; those that are needed again are read from disk."""

@@ -62,7 +62,7 @@ def test_arrays_are_checked_and_passed_on():
   samples = tone()
   np.testing.assert_array_equal(audio.read(samples), samples)
   np.testing.assert_allclose(audio.read((samples * 32768).astype(np.int16)), samples, atol=1e-4)
-  np.testing.assert_allclose(audio.read(np.stack([samples, -samples], axis=1)), 0.0)
+  np.testing.assert_array_equal(audio.read(np.stack([samples, -samples], axis=1)), samples)  # not their mean, silence
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_bad_files_are_named(tmp_path):
   for look in (audio.read, audio.check):
     with pytest.raises(ValueError, match=r"text\.wav: not a readable sound"):
       look(tmp_path / "text.wav")
-    with pytest.raises(ValueError, match=r"none\.wav: not a readable sound"):
+    with pytest.raises(ValueError, match=r"none\.wav: no such file"):
       look(tmp_path / "none.wav")
   with pytest.raises(ValueError, match="rate of 10 Hz, allowed are 1000 to 768000"):
     audio.resample(tone(), 10, audio.RATE)

@@ -191,6 +191,32 @@ def test_empty_lists_and_labels_that_are_one_text_are_refused(model):
     model.embed({"text": ["a", 3]})
 
 
+def test_two_labels_with_one_embedding_are_refused_with_both_names(model):
+  for labels, pair in ((["a dog", "a cat", "A  Dog "], "'a dog' and 'A  Dog '"),
+                       (["x", "caf\u00e9", "cafe\u0301"], "'caf")):
+    with pytest.raises(ValueError, match=f"labels: .*{pair}.* have one embedding; leave one of them out"):
+      model.classify(RAW["image"], labels)
+  assert len(model.classify(RAW["image"], ["a dog", "a cat"])[0]) == 2
+
+
+def test_one_template_and_one_item_to_classify_are_refused(model):
+  with pytest.raises(ValueError, match="templates: got 'a {}'; a list of templates is needed".replace("{", r"\{")):
+    model.classify(RAW["image"], ["a dog", "a cat"], templates="a {}")
+  for item in ("dog.png", RAW["image"][0], b"PNG"):
+    with pytest.raises(ValueError, match="image: got .*; a list of items is needed"):
+      model.classify(item, ["a dog", "a cat"])
+
+
+def test_an_array_of_paths_is_a_list(model, tmp_path):
+  PIL.Image.fromarray(RAW["image"][0]).save(tmp_path / "a.png")
+  paths = [str(tmp_path / "a.png")] * 2
+  want = model.embed({"image": paths})["image"].shared
+  np.testing.assert_array_equal(model.embed({"image": np.array(paths)})["image"].shared, want)
+  np.testing.assert_array_equal(model.embed({"image": np.array(paths, object)})["image"].shared, want)
+  with pytest.raises(ValueError, match="a list of items is needed"):
+    model.embed({"image": np.array(paths[0])})
+
+
 def test_combined_items_are_the_weighted_sum_at_unit_length(model):
   seen = model.embed(RAW)
   image, text = seen["image"].shared, seen["text"].shared

@@ -4,6 +4,8 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import codebind_jax
@@ -67,6 +69,83 @@ def test_save_and_load(backend, ids, tmp_path):
   again.save(tmp_path / "second.parquet")
   same = [Index.load(tmp_path / f"{name}.parquet", "numpy")._store.blocks() for name in ("index", "second")]
   np.testing.assert_array_equal(*(np.concatenate(list(blocks)) for blocks in same))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equal_vectors_are_found_by_position(backend, monkeypatch):
+  """Also where k cuts through a tie, for any k, however many are equal, and added in any number of parts."""
+  monkeypatch.setattr(search, "_BLOCK", 4000)
+  rng = np.random.default_rng(0)
+  vectors = rng.normal(size=(7, 33)).astype(np.float32)
+  places = rng.integers(0, 7, 400)
+  tied = vectors[places] * np.float32(2.0) ** rng.integers(-3, 4, (400, 1)).astype(np.float32)  # one direction each
+  index = Index(backend=backend_there(backend))
+  for part in np.array_split(np.arange(400), 3):
+    index.add(part, tied[part])
+  exact = vectors.astype(np.float64) / np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+  for k in (1, 2, 17, 90, 399, 400, 500):
+    ids, scores = index.search(vectors, k)
+    for query in range(7):
+      order = sorted(range(400), key=lambda row: (-float(exact[query] @ exact[places[row]]), row))
+      assert ids[query].tolist() == order[:k], (backend, k, query)
+    assert (np.diff(scores, axis=1) <= 0).all()
+
+
+def test_backends_agree_on_everything():
+  pytest.importorskip("faiss")
+  rng = np.random.default_rng(1)
+  vectors = np.concatenate([rng.integers(-1, 2, (300, 6)) * 1.0 + 0.01, rng.normal(size=(100, 6))])
+  found = []
+  for backend in BACKENDS:
+    index = Index(backend=backend)
+    index.add([f"{i}" for i in range(400)], vectors)
+    found.append(index.search(vectors[::7], 25))
+  np.testing.assert_array_equal(found[0][0], found[1][0])
+  np.testing.assert_array_equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_item_where_a_list_is_needed_is_refused(backend):
+  index = Index(backend=backend_there(backend))
+  one = np.array([1.0, 0.0, 0.0])
+  for ids, vectors, message in [
+    ("cow", np.eye(3), "ids: got 'cow'; a list of ids is needed"), (b"cow", np.eye(3), "a list of ids is needed"),
+    ({"a": 1}, np.eye(3)[:1], "a list of ids is needed"), ({"a"}, np.eye(3)[:1], "a list of ids is needed"),
+    (np.array("a"), np.eye(3)[:1], "a list of ids is needed"), (7, np.eye(3)[:1], "a list of ids is needed"),
+    (["a"], one, r"vectors: got shape \(3,\)"), (["a", "b", "c"], one, r"vectors: got shape \(3,\)"),
+    (["a"], 1.0, r"vectors: got shape \(\)"), (["a", "b"], [[1.0], [1.0, 2.0]], "rows of different lengths"),
+    (["a"], [["x", "y"]], "type <U1; allowed: numbers"), (["a"], np.eye(3)[:1] * 1j, "type complex128"),
+    (["a"], np.zeros((1, 0)), r"got shape \(1, 0\)"), (["a"], np.full((1, 3), np.inf), "zero or not finite"),
+  ]:  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+      index.add(ids, vectors)
+  assert len(index) == 0
+  index.add(["a", "b", "c"], np.eye(3))
+  for queries, k, message in [(one, 1, r"queries: got shape \(3,\)"), (np.eye(3), 1.5, "k: got 1.5"),
+                              (np.eye(3), True, "k: got True"), (np.full((1, 3), np.nan), 1, "query 0"),
+                              ([[1.0, 0.0, 0.0], [1.0]], 1, "rows of different lengths")]:  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+      index.search(queries, k)
+  ids, scores = index.search(np.zeros((0, 3)), 2)
+  assert ids.shape == scores.shape == (0, 2)
+  assert index.search(np.array([[0, 2, 1]]), 2)[0].tolist() == [["b", "c"]]
+
+
+@pytest.mark.parametrize(("ids", "vectors", "message"), [
+  (["a", None], [[1.0, 0.0], [0.0, 1.0]], "column 'id' has 1 nulls"),
+  (["a", "b"], [[1.0, 0.0], None], "column 'vector' has 1 nulls"),
+  (["a", "b"], [[1.0, 0.0], [None, 1.0]], "vectors with nulls"),
+  (["a", "b"], [[1.0, 0.0], [np.nan, 1.0]], "that of 'b' is zero or not finite"),
+  (["a", "b"], [[1.0, 0.0], [0.0, 0.0]], "that of 'b' is zero or not finite"),
+  (["a", "b"], [[1.0, 0.0], [3.0, 4.0]], "not of unit length"),
+  (["a", "b"], [[1.0, 0.0], [1.0]], r"widths \[1, 2\]"), (["a", "a"], [[1.0, 0.0], [0.0, 1.0]], "'a' is there twice"),
+  ([1.5, 2.5], [[1.0, 0.0], [0.0, 1.0]], "got 1.5; allowed: strings or integers"),
+  (["a", "b"], ["x", "y"], "column 'vector' is of type string"),
+])  # fmt: skip
+def test_a_file_that_another_program_wrote_is_checked(ids, vectors, message, tmp_path):
+  pq.write_table(pa.table({"id": ids, "vector": vectors}), tmp_path / "index.parquet")
+  with pytest.raises(ValueError, match=rf"index\.parquet.*{message}"):
+    Index.load(tmp_path / "index.parquet")
 
 
 def test_fewer_than_k_gives_all():

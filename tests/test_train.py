@@ -169,6 +169,21 @@ def test_eight_devices_equal_one(data, whole_run, tmp_path):
   assert_close(whole_run[0], tmp_path / "eight")
 
 
+def test_a_runs_folder_is_read_wherever_it_is_and_nothing_is_written_to_it(data, whole_run, tmp_path, monkeypatch):
+  want = codebind_jax.load(whole_run[0]).embed({"text": ["red"]})["text"].shared
+  there = shutil.copytree(whole_run[0], tmp_path / "a run ü")
+  everything = [*there.rglob("*"), there]
+  for path in everything:
+    path.chmod(0o555 if path.is_dir() else 0o444)
+  before = {path: path.stat().st_mtime_ns for path in everything}
+  monkeypatch.chdir(tmp_path)
+  for name in (there, f"{there}/", "a run ü", "./a run ü/"):
+    np.testing.assert_array_equal(codebind_jax.load(name).embed({"text": ["red"]})["text"].shared, want)
+  assert {path: path.stat().st_mtime_ns for path in [*there.rglob("*"), there]} == before
+  for path in [there, *there.rglob("*")]:
+    path.chmod(0o755)
+
+
 def test_baseline_has_only_info_nce(data):
   plain = baseline_of(config_lib.read(tiny_config(*data)))
   assert not plain.model.quantize and list(plain.stages["bridges"].losses) == ["info_nce"]
@@ -227,7 +242,7 @@ def test_a_finished_run_goes_on_to_more_steps(data, whole_run, tmp_path):
 
 
 def test_batch_larger_than_the_data(data, tmp_path):
-  with pytest.raises(ValueError, match="config.batch_size: 9 rows .* 8 distinct labels .* allowed: up to 8, or .*unique_labels=False"):
+  with pytest.raises(ValueError, match="batch_size: 9 rows .* 8 distinct labels .* up to 8, or .*unique_labels=False"):
     train_and_evaluate(tiny_config(*data, batch_size=9), tmp_path)
 
 

@@ -54,10 +54,12 @@ def kmeans(
     on_sphere = jnp.max(error if weights is None else jnp.where(weights > 0, error, 0.0)) < 1e-3
   else:
     on_sphere = jnp.asarray(normalize)
+  shift = jnp.where(on_sphere, 0.0, _far_mean(lanes, weights)) if distance == "l2" else jnp.zeros(z.shape[1])
+  lanes = lanes - shift[:, None]
   if init is None:
     means = _distant_rows(rng, unit(lanes, axis=1) if distance == "cosine" else lanes, weights, num_codes)
   else:
-    means = jnp.asarray(init, jnp.float32)
+    means = jnp.asarray(init, jnp.float32) - shift
 
   def iterate(_, carry):
     means, _ = carry
@@ -67,7 +69,18 @@ def kmeans(
     new = jnp.where(on_sphere, unit(new), new)
     return jnp.where((counts > 0)[:, None], new, means), counts
 
-  return jax.lax.fori_loop(0, iterations, iterate, (means, jnp.zeros(num_codes, jnp.float32)))
+  means, counts = jax.lax.fori_loop(0, iterations, iterate, (means, jnp.zeros(num_codes, jnp.float32)))
+  return means + shift, counts
+
+
+def _far_mean(lanes, weights):
+  """The mean [d] of rows far from the origin, where squared distances would be lost to float32; else 0."""
+  weights = jnp.ones(lanes.shape[2]) if weights is None else weights
+  total = jnp.maximum(jnp.sum(weights), 1e-30)
+  z = jnp.where(weights > 0, lanes[0], 0.0)
+  mean = jnp.sum(z * weights, axis=1) / total
+  spread = jnp.sum(jnp.where(weights > 0, (z - mean[:, None]) ** 2, 0.0) * weights) / total
+  return jnp.where(jnp.sum(mean * mean) > 100.0 * spread, mean, 0.0)
 
 
 def _distant_rows(rng, z, weights, k):

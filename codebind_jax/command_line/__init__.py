@@ -37,7 +37,7 @@ def parse(argv: Sequence[str]) -> list[str]:
   except (AttributeError, KeyError, flags.Error) as error:
     sys.exit(f"error: {_said(error, argv)}")
   if len(left) > 1:
-    sys.exit(f"error: {left[1]!r} is no flag; keys of the config are set by --config.KEY=VALUE, without spaces around =")
+    sys.exit(f"error: {left[1]!r} is no flag; a key of the config is set by --config.KEY=VALUE, without spaces at =")
   return left
 
 

@@ -115,7 +115,7 @@ def resolved(config: ConfigDict, task: Task) -> Config:
     m for m in used if (towers[m].specific_dim if m in known else towers[m]["specific_dim"])]
   codes = config.codebook.codes.to_dict()
   config.codebook.codes = ConfigDict({m: codes.get(m, 256) for m in specific})
-  stage.tune = ConfigDict({m: asked["tune"][m] for m in new if asked["tune"].get(m)})
+  stage.tune = ConfigDict({m: asked["tune"].get(m) or ("frozen" if towers[m]["cache"] else "full") for m in new})
   cached = all(_cached(tower) for tower in towers.values())
   _sizes(config, counts, pairs, cached, task)
   if config.baseline is None:
@@ -128,36 +128,41 @@ def resolved(config: ConfigDict, task: Task) -> Config:
   for section in SECTIONS:
     del config[section]
   chosen = config_lib.validate(config)
-  for line in describe(chosen, counts, task, asked):
+  for line in describe(chosen, counts, task, asked, known):
     logging.info("%s", line)
   return chosen
 
 
-def describe(config: Config, counts: Counts, task: Task, asked: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
-  """What was found in the data, and the choice as flags."""
-  stage = config.stages[STAGE]
+def describe(
+  config: Config, counts: Counts, task: Task, asked: Mapping[str, Mapping[str, str]], known: Sequence[str] = ()
+) -> Iterator[str]:
+  """What was found in the data, and the choice as flags; `known` are modalities of the model it starts from."""
+  stage, start = config.stages[STAGE], config.init_from
   found = ", ".join(f"{m} {counts.with_all(m):,}" for m in counts.modalities)
   held = ", ".join(f"{len(test.source):,} {test.role}" for test in task.evals) or "none to evaluate on"
   yield f"found: {counts.rows:,} training records ({found}), {counts.labels:,} labels; {held}"
   yield "chosen, as the flags that would give it:"
-  yield f"  --config=configs/bind.py:{','.join(config.model.towers)}"
+  yield f"  --config=configs/bind.py:{','.join(config.model.towers)}" + f" --config.init_from={start}" * bool(start)
   for modality, tower in config.model.towers.items():
-    weights = asked["weights"].get(modality, "")
-    tune = stage.tune.get(modality) or ("frozen" if tower.cache else "")
-    yield f"  --config.trunks.{modality}={tower.trunk}" + (f" --config.weights.{modality}={weights}" * bool(weights)) + (
-      f" --config.tune.{modality}={tune}" * bool(tune))
+    if modality in known:  # the trunks are those of `init_from`
+      continue
+    flags = {"trunks": tower.trunk, "weights": asked["weights"].get(modality, ""),
+             "tune": stage.tune[modality]}  # fmt: skip
+    yield "  " + " ".join(f"--config.{section}.{modality}={value}" for section, value in flags.items() if value)
   values = {
-    "stages.bind.pairs": stage.pairs, "stages.bind.unique_labels": stage.unique_labels, "stages.bind.mixup": stage.mixup,
-    "batch_size": config.batch_size, "steps": config.steps, "eval_steps": config.eval_steps,
-    "checkpoint_steps": config.checkpoint_steps, "optim.learning_rate": config.optim.learning_rate,
-    "optim.warmup": config.optim.warmup, "model.shared_dim": config.model.shared_dim, "baseline": config.baseline,
+    **{f"stages.bind.{key}": getattr(stage, key) for key in ("pairs", "unique_labels", "mixup")}, "batch_size": config.batch_size, "steps": config.steps,
+    "eval_steps": config.eval_steps, "log_steps": config.log_steps, "checkpoint_steps": config.checkpoint_steps,
+    "optim.learning_rate": config.optim.learning_rate, "optim.warmup": config.optim.warmup,
+    "model.shared_dim": config.model.shared_dim, "emergent": config.emergent, "baseline": config.baseline,
   }  # fmt: skip
   for key, value in values.items():
     yield f"  --config.{key}={_flag(value)}"
 
 
 def _flag(value: Any) -> str:
-  return json.dumps(repr(value)) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
+  if isinstance(value, tuple):
+    return json.dumps(repr(value))
+  return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _by_modality(config: ConfigDict, section: str) -> dict[str, str]:
@@ -285,7 +290,8 @@ def _tower(
     raise ValueError(f"config.model.towers.{modality}: {error}") from error
   if trunk.modality != modality:
     raise ValueError(f"config.trunks.{modality}: {tower['trunk']!r} is a trunk of {trunk.modality}")
-  learns = trunk.load is None and bool(trunk.shapes)  # nothing to read it from: it starts at random
+  drawn = tower["options"].get("weights") == "random"  # asked for
+  learns = trunk.load is None and bool(trunk.shapes) and not drawn  # there is nothing to read it from
   if tune == "frozen" and learns and tower["trunk"] not in ("eeg", "eeg_patches"):
     raise ValueError(f"config.tune.{modality}: got 'frozen', but the trunk {tower['trunk']!r} has no checkpoint and "
                      "would stay as drawn; allowed: full")  # fmt: skip

@@ -130,11 +130,9 @@ def check_rows(
   others = (int(source.index.group.max(initial=-1)) + 1 if unique_labels else len(source)) - own
   for size, count in ((rows - further, own), (further, others)):
     if size > count:
-      raise ValueError(
-        f"config.batch_size: {size} rows of a batch are of {name!r}, which has {count} distinct labels "
-        f"(unique_labels is on); allowed: up to {count}, or config.stages.NAME.unique_labels=False" if unique_labels else
-        f"config.batch_size: {size} rows of a batch are of {name!r}, which has {count}; allowed: up to {count}"
-      )  # fmt: skip
+      labels = f" distinct labels (unique_labels is on); allowed: up to {count}, or stages.NAME.unique_labels=False"
+      rest = labels if unique_labels else f"; allowed: up to {count}"
+      raise ValueError(f"config.batch_size: {size} rows of a batch are of {name!r}, which has {count}{rest}")
 
 
 def _own_groups(source: Source, extra: int) -> int:

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from codebind_jax.data import picture_files
-from codebind_jax.data.reading import file_errors, name_of, say
+from codebind_jax.data.reading import file_errors, name_of, remark
 
 PIXELS = 2**26  # of a frame: 8192 x 8192
 _NEEDS_AV = "needs the package av (PyAV): pip install av"
@@ -179,8 +179,8 @@ def _times(value: str | Path | bytes, name: str) -> _Times:
   seconds = np.append(seconds, last or usual or 1.0) if len(keys) else seconds
   missing = said - (end - begin)
   if broken or len(keys) and missing > max(_LEAST_MISSING * usual, _SHARE_MISSING * said):
-    say(f"{name}: cut or damaged: {end - begin:.6g} of the {said:.6g} s that its header says are there, {broken} "
-        "packets are broken; frames are of what is there")  # fmt: skip
+    remark("damaged films", f"{name}: cut or damaged: {end - begin:.6g} of the {said:.6g} s that its header says are "
+           f"there, {broken} packets are broken; frames are of what is there")  # fmt: skip
   return _Times(keys, seconds, rate, True, aspect)
 
 
@@ -207,7 +207,8 @@ def _found(value: str | Path | bytes, name: str, times: _Times, wanted: list[int
   if before is None:
     raise ValueError(f"{name}: has no frames")
   if len(waiting) > 1 or times.shown[waiting[0]] > at:
-    say(f"{name}: {number + 1} of {len(times.shown)} frames can be decoded; the last one stands for those at its end")
+    remark("damaged films", f"{name}: {number + 1} of {len(times.shown)} frames can be decoded; the last one stands for "
+           "those at its end")  # fmt: skip
   last = _pixels(before, name, times.aspect)
   return found | dict.fromkeys(waiting, last)
 
@@ -217,9 +218,10 @@ def _pixels(frame: Any, name: str, aspect: float) -> UInt8[np.ndarray, "h w 3"]:
   if frame.width * frame.height > PIXELS:
     raise ValueError(f"{name}: frames of {frame.width} x {frame.height} pixels, allowed are {PIXELS}")
   if frame.is_corrupt:
-    say(f"{name}: the frame at {frame.time or 0.0:.6g} s is damaged")
+    remark("damaged films", f"{name}: the frame at {frame.time or 0.0:.6g} s is damaged")
   if getattr(frame, "color_trc", 0) in _HDR:
-    say(f"{name}: is in HDR ({_HDR[frame.color_trc]}); its values are taken as those of common video, which is paler")
+    remark("films in HDR", f"{name}: is in HDR ({_HDR[frame.color_trc]}); its values are taken as those of common "
+           "video, which is paler")  # fmt: skip
   return _turned(squared(frame.to_ndarray(format="rgb24"), aspect, name), frame, name)
 
 
@@ -227,7 +229,8 @@ def squared(pixels: UInt8[np.ndarray, "h w 3"], aspect: float, name: str) -> UIn
   """Pixels that are `aspect` times as wide as high as square ones: the side that is too short is enlarged."""
   h, w = pixels.shape[:2]
   if not 1 / _ASPECT <= aspect <= _ASPECT:
-    say(f"{name}: says that its pixels are {aspect:.4g} times as wide as high; they are taken as square")
+    remark("pixel aspects", f"{name}: says that its pixels are {aspect:.4g} times as wide as high; they are taken as "
+           "square")  # fmt: skip
     return pixels
   new = (round(w * aspect), h) if aspect >= 1 else (w, round(h / aspect))
   if new == (w, h) or new[0] * new[1] > PIXELS:
@@ -244,7 +247,7 @@ def _turned(pixels: np.ndarray, frame: Any, name: str) -> np.ndarray:
   across = abs(b) + abs(c) > abs(a) + abs(d)
   small, large = sorted((abs(b) + abs(c), abs(a) + abs(d)))
   if small > large / 50:
-    say(f"{name}: is not held by quarter turns; it is turned to the nearest one")
+    remark("turned films", f"{name}: is not held by quarter turns; it is turned to the nearest one")
   if across:
     pixels, flip_x, flip_y = pixels.swapaxes(0, 1), c < 0, b < 0
   else:

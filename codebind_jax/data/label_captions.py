@@ -24,7 +24,8 @@ class LabelCaptions(Source):
 
   def fingerprint(self) -> dict[str, str]:
     """Of the source, and of the choice of records."""
-    return self._source.fingerprint() | {f"{name} with labels": digest for name, digest in super().fingerprint().items()}
+    own = {f"{name} with labels": digest for name, digest in super().fingerprint().items()}
+    return self._source.fingerprint() | own
 
   def _fields(self, number: int) -> dict[str, Any]:
     fields = self._source.fields(number)

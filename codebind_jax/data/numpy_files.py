@@ -12,8 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from codebind_jax.data.reading import file_errors
+
 MAGIC = np.lib.format.MAGIC_PREFIX
 ZIP = b"PK"
+LARGEST = 1 << 29  # values
 
 
 def read_npy(value: str | Path | bytes, largest: int) -> np.ndarray:
@@ -30,6 +33,24 @@ def read_npy(value: str | Path | bytes, largest: int) -> np.ndarray:
   size = len(value) if isinstance(value, bytes) else os.stat(value).st_size
   with io.BytesIO(value) if isinstance(value, bytes) else open(value, "rb") as file:
     return _array(file, size, largest)
+
+
+def load_npy(value: str | Path | bytes, name: str, allowed: str = ".npy") -> np.ndarray:
+  """`read_npy` of up to 2^29 values, with errors that name the file.
+
+  Args:
+    value: the file.
+    name: for errors.
+    allowed: formats that the caller reads, for errors.
+
+  Raises:
+    ValueError: naming the file, if it is none, is damaged or cut, holds Python objects, or is larger.
+  """
+  with file_errors(name, f"a readable .npy file; allowed: {allowed}"):
+    with io.BytesIO(value) if isinstance(value, bytes) else open(value, "rb") as file:
+      if file.read(len(ZIP)) == ZIP:
+        raise ValueError("an .npz archive; save its one array with numpy.save")
+    return read_npy(value, LARGEST)
 
 
 def read_npz(value: str | Path | bytes, names: Sequence[str], largest: int) -> dict[str, np.ndarray]:
@@ -70,6 +91,8 @@ def _array(file: Any, size: int, largest: int) -> np.ndarray:
   shape, fortran, dtype = (
     np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
   )(file)
+  if dtype.hasobject:
+    raise ValueError("an array of Python objects, which is a pickle; allowed are numbers")
   if dtype.kind not in "biufc" or min(shape, default=1) < 0:
     raise ValueError(f"an array of plain numbers is needed, this has type {dtype} and shape {shape}")
   count = math.prod(shape)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from codebind_jax.data.reading import file_errors, name_of, say
+from codebind_jax.data.reading import file_errors, name_of, remark
 
 # Others that Pillow knows start programs (EPS), are no pictures (HDF5, MPEG) or are read wrongly or not at all.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "PPM", "JPEG2000")
@@ -107,7 +107,7 @@ def upright(picture: Image.Image, name: str = "image") -> Image.Image:
   try:
     return ImageOps.exif_transpose(picture)
   except Exception as error:
-    say(f"{name}: its EXIF data cannot be read ({error}); it is taken as not turned")
+    remark("unreadable EXIF data", f"{name}: its EXIF data cannot be read ({error}); it is taken as not turned")
     return picture
 
 

@@ -1,22 +1,26 @@
-"""Errors of one file, and what is said of it: whatever a library raises becomes a ValueError with the file's name."""
+"""What readers of files share: errors that name the file, and remarks that are made once."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 
 # Errors of the machine, which no other file would escape.
 MACHINE = frozenset((errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT))
+_REMARKS = 100  # of one kind
+_made: dict[str, set[str]] = {}
 
 
-def name_of(value: str | Path | bytes, kind: str) -> str:
-  """What errors call a path, or a file's bytes."""
-  return f"{kind} bytes" if isinstance(value, bytes) else str(value).encode("utf-8", "backslashreplace").decode()
+def name_of(value: Any, kind: str) -> str:
+  """What errors call a path, a file's bytes, or an array of this kind."""
+  if isinstance(value, str | Path):
+    return str(value).encode("utf-8", "backslashreplace").decode()
+  return f"{kind} bytes" if isinstance(value, bytes) else kind
 
 
 @contextlib.contextmanager
@@ -45,7 +49,15 @@ def file_errors(name: str, what: str) -> Iterator[None]:
     raise ValueError(f"{name}: not {what} ({error if usual else f'{type(error).__name__}: {error}'})") from error
 
 
-@functools.lru_cache(maxsize=4096)
-def say(message: str) -> None:
-  """Logs what was judged of a file, once for each message, a thousand in all."""
-  logging.log_first_n(logging.WARNING, "%s", 1000, message)
+def remark(kind: str, message: str) -> None:
+  """Warns of what was judged of an item or done to it, once in a process; of one kind no more than a hundred.
+
+  Args:
+    kind: of what was done, in the plural.
+    message: naming the item.
+  """
+  made = _made.setdefault(kind, set())
+  if message in made or len(made) >= _REMARKS:
+    return
+  made.add(message)
+  logging.warning("%s%s", message, "" if len(made) < _REMARKS else f" (further remarks on {kind} are left out)")

@@ -22,7 +22,7 @@ LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 # A module of each extra of setup.cfg that is importable where the extra is installed.
 EXTRAS = {"tpu": "libtpu", "gpu": "jax_cuda12_plugin", "search": "faiss", "beam": "apache_beam",
           "hub": "huggingface_hub", "gcs": "gcsfs", "s3": "s3fs", "parity": "torch", "bench": "threadpoolctl",
-          "data": "mne", "test": "pytest"}
+          "data": "av", "test": "pytest"}
 
 
 def findings() -> Iterator[tuple[str, str, bool]]:

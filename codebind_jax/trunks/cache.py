@@ -46,7 +46,7 @@ def content_hash(value: Any) -> str:
   """
   digest = hashlib.sha256()
   if isinstance(value, str):
-    digest.update(b"text" + value.encode())
+    digest.update(b"text" + value.encode("utf-8", "surrogatepass"))
   elif isinstance(value, bytes):
     digest.update(b"bytes" + value)
   elif isinstance(value, Path):

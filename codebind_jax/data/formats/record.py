@@ -25,7 +25,7 @@ BY_ENDING = {
     "image": "jpg jpeg jpe jfif png webp avif bmp gif tif tiff ppm pgm jp2",
     "audio": "wav flac mp3 ogg opus",
     "video": "mp4 webm mov avi mkv m4v mpg mpeg wmv flv ogv 3gp",
-    "points": "ply off glb obj stl",
+    "points": "ply off glb obj stl pcd",
     "eeg": "edf bdf",
   }.items()
   for ending in endings.split()

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32
 
+from codebind_jax.data.reading import name_of
 from codebind_jax.data.transforms import audio as audio_transforms
 
 FRAMES, BANDS = 100, 96  # of a chunk
@@ -26,13 +27,15 @@ class Sound:
 def sound(value: Any) -> Sound:
   """A sound of a path, bytes, or an array [n] or [n, channels] at 44,100 Hz, neither mixed nor resampled.
 
+  ImageBind and LanguageBind take the first channel: where that is silent, a louder one is moved to its place.
+
   Raises:
     ValueError: naming the file, as `data.transforms.audio.read` does.
   """
   if isinstance(value, Sound):
     return value
   samples, rate = audio_transforms.read_channels(value)
-  return Sound(samples, rate)
+  return Sound(audio_transforms.first_channel(samples, name_of(value, "audio")), rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +67,14 @@ class Mel:
     return self.length // self.hop + 1, self.bands
 
   def read(self, value: Any) -> Float32[np.ndarray, " n"]:
-    """Mono samples at `rate` of a path, bytes or an array at 44,100 Hz; channels are averaged.
+    """Mono samples at `rate` of a path, bytes or an array at 44,100 Hz, see `data.transforms.audio.mono`.
 
     Raises:
       ValueError: as of `data.transforms.audio.read`.
     """
     samples, rate = audio_transforms.read_channels(value)
-    return audio_transforms.resample(np.ascontiguousarray(samples.mean(axis=1)), rate, self.rate)
+    name = name_of(value, "audio")
+    return audio_transforms.resample(audio_transforms.mono(samples, name), rate, self.rate, name)
 
   def __call__(self, samples: Float[np.ndarray, " n"]) -> Float32[np.ndarray, "frames bands"]:
     """The spectrogram of samples at `rate`."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32
 
+from codebind_jax.data.reading import name_of
 from codebind_jax.data.transforms import eeg as eeg_transforms
 
 
@@ -44,6 +45,7 @@ class Patches:
     """
     eeg = eeg_transforms.read(value)
     if eeg.shape != (self.channels, self.samples):
-      raise ValueError(f"eeg: got {eeg.shape[0]} channels of {eeg.shape[1]} samples, allowed: {self.channels} of "
-                       f"{self.samples}")  # fmt: skip
+      turned = "; is the array transposed?" if eeg.shape == (self.samples, self.channels) else ""
+      raise ValueError(f"{name_of(value, 'eeg')}: got {eeg.shape[0]} channels of {eeg.shape[1]} samples, allowed: "
+                       f"{self.channels} of {self.samples}{turned}")  # fmt: skip
     return patches(eeg, self.width)

@@ -16,7 +16,7 @@ from codebind_jax.data.inputs import Input
 from codebind_jax.data.preparation.audio import sound
 from codebind_jax.data.preparation.pictures import CLIP_MEAN, CLIP_STD, Picture, middle, picture_input
 from codebind_jax.data.preparation.texts import clip_ids, text_input
-from codebind_jax.data.reading import file_errors, name_of
+from codebind_jax.data.reading import name_of
 from codebind_jax.data.transforms import audio as audio_transforms
 from codebind_jax.data.transforms import depth as depth_transforms
 from codebind_jax.data.transforms import thermal as thermal_transforms
@@ -140,9 +140,7 @@ def _stored(value: Any) -> np.ndarray:
   """The array of an .npy file, its bytes, or an array."""
   if not isinstance(value, (str, Path, bytes)):
     return np.asarray(value)
-  name = name_of(value, "series")
-  with file_errors(name, "a readable .npy file"):
-    return numpy_files.read_npy(value, _LARGEST_SERIES)
+  return numpy_files.load_npy(value, name_of(value, "series"))
 
 
 def _series(value: Any, shape: tuple[int, int], name: str) -> Float32[np.ndarray, "n c"]:

@@ -7,6 +7,7 @@ own. The merges in `clip_merges.txt.gz` are OpenAI's (MIT, see NOTICE). ImageBin
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import hashlib
 import html
@@ -62,6 +63,7 @@ class Ids:
     lower: texts are lower-cased first.
     clean: what happens to a text before that, such as `clean`; None for nothing.
     left: padding stands before the text.
+    marks: as in `data.transforms.text.Encoder`.
   """
 
   tokenizer: tokenizers.Tokenizer
@@ -70,22 +72,28 @@ class Ids:
   lower: bool = False
   clean: Callable[[str], str] | None = None
   left: bool = False
+  marks: bool = False
 
   def __post_init__(self):
     self.tokenizer.no_padding()
     self.tokenizer.enable_truncation(self.length)
 
+  @functools.cached_property
+  def _encoder(self) -> text_transforms.Encoder:
+    return text_transforms.Encoder(self.tokenizer, self.marks)
+
   def __call__(self, text: Any) -> Int32[np.ndarray, " n"]:
     """Ids of one text.
 
     Raises:
-      ValueError: if it is not a string.
+      ValueError: if it is not a string, or nothing is left of it for the tokenizer; a blank text is the empty one.
     """
-    if not isinstance(text, str):
-      raise ValueError(f"text: got {type(text).__name__}, a string is needed")
+    whole = text_transforms.checked(text, self.length, blank=True)
+    text = self.clean(whole) if self.clean else whole
+    if whole.strip() and not text.strip():
+      raise ValueError(f"text: nothing is left of {whole!r:.80} after cleaning")
+    ids = self._encoder(text.lower() if self.lower else text, self.length)
     out = np.full((self.length,), self.pad_id, np.int32)
-    text = self.clean(text) if self.clean else text
-    ids = self.tokenizer.encode(text.lower() if self.lower else text).ids
     start = self.length - len(ids) if self.left else 0
     out[start : start + len(ids)] = ids
     return out
@@ -133,7 +141,7 @@ def clip_tokenizer(start: str = "<|startoftext|>", end: str = "<|endoftext|>") -
 
 def clip_ids(length: int = CONTEXT, start: str = "<|startoftext|>", end: str = "<|endoftext|>") -> Ids:
   """One text -> its ids, padded with 0; a longer text is cut and keeps its end mark."""
-  return Ids(clip_tokenizer(start, end), length, pad_id=0, clean=clean)
+  return Ids(clip_tokenizer(start, end), length, pad_id=0, clean=clean, marks=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,11 +158,11 @@ class HashedWords:
     """The vector of a text.
 
     Raises:
-      ValueError: if it has no word.
+      ValueError: if it is no string or has no word.
     """
-    words = re.findall(r"\w+", str(value).lower())
+    words = re.findall(r"\w+", text_transforms.checked(value, text_transforms.WORDS).lower())
     if not words:
-      raise ValueError(f"text: {value!r} has no word")
+      raise ValueError(f"text: {value!r:.80} has no word")
     total = sum(self._word(text) for text in words)
     return (np.sqrt(self.width) * total / np.linalg.norm(total))[None].astype(np.float32)
 

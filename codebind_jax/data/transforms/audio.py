@@ -3,6 +3,7 @@
 import functools
 import io
 import math
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,55 +13,116 @@ import soundfile
 import soxr
 from jaxtyping import Float, Float32
 
+from codebind_jax.data import mp3
+from codebind_jax.data.reading import file_errors, name_of, remark
+
 # Changes whenever the same input would give other samples: it is part of the key of cached features.
-REVISION = "audio-1"
+REVISION = "audio-2"
 RATE = 44_100
 RATES = (1_000, 768_000)
+LARGEST = 1 << 29  # samples of all channels: 2 GiB, 100 minutes of stereo
+CANCELLED, SILENT = 0.01, 1e-6  # shares of energy
 LOUDEST = 8.0  # full scale is 1; lossy decoders overshoot a little, integer samples that were not scaled do a lot
 
 IMAGEBIND_RATE = 16_000
 IMAGEBIND_MEAN, IMAGEBIND_STD = -4.268, 9.138
+_FULL_SCALE = {  # as wav files have them: type -> (middle, full scale)
+  np.dtype(np.int16): (0, 2**15), np.dtype(np.int32): (0, 2**31), np.dtype(np.uint8): (128, 2**7),
+}  # fmt: skip
+_UNKNOWN = 1 << 62  # libsndfile's count where a stream does not say it
+_UNKNOWN_SIZE = 0x7FFF0000  # programs that write into pipes give sizes from here on
+_MP3_DELAY = 2 * 1152  # samples of an encoder's delay and padding, which some count
+_OGG_PAGES = 1 << 17  # two pages
+# libsndfile's log of a header, in the formats whose samples are one chunk.
+_SIZES = re.compile(r"^ *(?:data|SSND|riff|Data Size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
+_COUNTS = re.compile(r"Calculated frame count (\d+) does not match value from 'ds64' chunk of (\d+)")
 _TINY = np.finfo(np.float32).eps
 
 
 def read(value: Any) -> Float32[np.ndarray, " n"]:
-  """Mono samples at 44,100 Hz of a path, encoded bytes or an array; channels are averaged, other rates resampled.
+  """Mono samples at 44,100 Hz of a path, encoded bytes or an array; channels are mixed, other rates resampled.
 
   Args:
     value: wav, ogg, flac, mp3 or whatever else libsndfile reads; or an array [n] or [n, channels] at 44,100 Hz, float
-      with full scale 1 or int16 (bring other rates to it with `resample`).
+      with full scale 1, int16, int32 or uint8 (bring other rates to it with `resample`).
 
   Raises:
-    ValueError: naming the file, if it cannot be read, is empty, or has samples that are not finite or far beyond 1.
+    ValueError: naming the file, if it cannot be read, is cut off or empty, has a rate out of range, or has samples that
+      are not finite or far beyond 1.
   """
   samples, rate = read_channels(value)
-  mono = np.ascontiguousarray(samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0])
-  return mono if rate == RATE else resample(mono, rate, RATE, _name(value))
+  return resample(mono(samples, _name(value)), rate, RATE, _name(value))
 
 
 def read_channels(value: Any) -> tuple[Float32[np.ndarray, "n channels"], int]:
   """Samples of each channel at the sound's own rate, and that rate in Hz; arguments and errors as of `read`."""
   name = _name(value)
   if isinstance(value, (str, Path, bytes)):
-    try:
-      samples, rate = _decoded(value)
-    except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
-      raise ValueError(f"{name}: not a readable sound ({error})") from error
+    with file_errors(name, "a readable sound"):
+      samples, rate = _decoded(value, name)
+    _check_rate(rate, name)
     return _checked(samples, name), rate
   if not hasattr(value, "__array__"):
     raise ValueError(f"audio: got {type(value).__name__}, allowed are a path, bytes or an array")
   return _checked(np.asarray(value), name), RATE
 
 
+def mono(samples: Float32[np.ndarray, "n channels"], name: str = "audio") -> Float32[np.ndarray, " n"]:
+  """The mean of a sound's channels; of channels that cancel each other the loudest one, the first of equal ones.
+
+  Channels cancel where their sum has less than a hundredth of the energy that unrelated ones' would have, as with a
+  microphone that is wired the wrong way round. An offset that is larger than the sound itself is taken off. Both are
+  said in the log.
+
+  Args:
+    samples: of each channel.
+    name: of the sound, for the log.
+  """
+  if samples.shape[1] == 1:
+    mixed = samples[:, 0]
+  else:
+    mixed = samples.mean(axis=1)
+    energy = _energy(samples)
+    if samples.shape[1] ** 2 * _energy(mixed[:, None])[0] < CANCELLED * energy.sum():
+      loudest = int(np.argmax(energy))
+      remark("cancelling channels", f"{name}: its channels cancel each other; channel {loudest} is taken alone")
+      mixed = samples[:, loudest]
+  offset, deviation = float(mixed.mean(dtype=np.float64)), float(mixed.std(dtype=np.float64))
+  if abs(offset) > deviation > 0.0:
+    remark("offsets", f"{name}: an offset of {offset:.3g}, larger than the sound itself, is taken off")
+    mixed = mixed - np.float32(offset)
+  return np.ascontiguousarray(mixed)
+
+
+def first_channel(samples: Float32[np.ndarray, "n channels"], name: str = "audio") -> Float32[np.ndarray, "n channels"]:
+  """The channels with the loudest one moved to the front where the first one is silent (60 dB below it); it is said."""
+  if samples.shape[1] == 1:
+    return samples
+  energy = _energy(samples)
+  loudest = int(np.argmax(energy))
+  if energy[0] >= SILENT * energy[loudest]:
+    return samples
+  remark("silent first channels", f"{name}: its first channel is silent; channel {loudest} is taken")
+  return np.roll(samples, -loudest, axis=1)
+
+
+def _energy(samples: np.ndarray) -> np.ndarray:
+  """Sum of squares of each channel."""
+  return np.array([np.square(channel, dtype=np.float64).sum() for channel in samples.T])
+
+
 def _name(value: Any) -> str:
-  return "audio bytes" if isinstance(value, bytes) else str(value) if isinstance(value, (str, Path)) else "audio"
+  return name_of(value, "audio")
 
 
-def _decoded(value: str | Path | bytes) -> tuple[np.ndarray, int]:
+def _decoded(value: str | Path | bytes, name: str) -> tuple[np.ndarray, int]:
   if not isinstance(value, bytes):
-    return soundfile.read(value, dtype="float32", always_2d=True)
+    with open(value, "rb") as file:  # libsndfile takes the beginning of a name that has a null in it
+      _check_end(file, name)
+    return _samples(value, name)
+  _check_end(io.BytesIO(value), name)
   try:
-    return soundfile.read(io.BytesIO(value), dtype="float32", always_2d=True)
+    return _samples(io.BytesIO(value), name)
   except soundfile.LibsndfileError:
     if value[:3] != b"ID3":
       raise
@@ -68,27 +130,90 @@ def _decoded(value: str | Path | bytes) -> tuple[np.ndarray, int]:
     with tempfile.NamedTemporaryFile(suffix=".mp3") as file:
       file.write(value)
       file.flush()
-      return soundfile.read(file.name, dtype="float32", always_2d=True)
+      return _samples(file.name, name)
+
+
+def _samples(file: Any, name: str) -> tuple[np.ndarray, int]:
+  found = None
+  with soundfile.SoundFile(file) as sound:
+    _check_head(sound, name)
+    if sound.format == "MP3":
+      content = file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
+      found = mp3.frames(content)
+    if found is None or found.tells or found.count * found.samples <= sound.frames + _MP3_DELAY:
+      samples = sound.read(dtype="float32", always_2d=True)
+      told = sound.format != "MP3" or (found is not None and found.tells)
+      if told and len(samples) < sound.frames:
+        message = f"cut off, its header says {sound.frames} samples and there are {len(samples)}"
+        if not found or len(samples) < sound.frames - _MP3_DELAY:
+          raise ValueError(f"{name}: {message}")
+        remark("cut sounds", f"{name}: {message}; what is there is taken")
+    else:
+      samples = None
+  if found and found.cut:
+    remark("cut sounds", f"{name}: its last frame is not whole, so it may be cut off; what is there is taken")
+  if samples is not None:
+    return samples, sound.samplerate
+  with soundfile.SoundFile(io.BytesIO(mp3.with_length(content, found))) as sound:
+    _check_head(sound, name)
+    return sound.read(dtype="float32", always_2d=True), sound.samplerate
+
+
+def _check_head(sound: soundfile.SoundFile, name: str) -> None:
+  """Refuses a header that asks for too much memory, or for more data than there are."""
+  if sound.frames >= _UNKNOWN:
+    raise ValueError(f"{name}: its header does not say how long it is; write it anew into a file, not a pipe")
+  if sound.frames * sound.channels > LARGEST:
+    raise ValueError(f"{name}: its header says {sound.frames:,} samples of {sound.channels} channels; allowed are "
+                     f"{LARGEST:,} of all channels; cut it into parts")  # fmt: skip
+  for said, there in _SIZES.findall(sound.extra_info):
+    if int(there) < int(said) < _UNKNOWN_SIZE:
+      raise ValueError(f"{name}: cut off, its header says {said} bytes of samples and there are {there}")
+  for there, said in _COUNTS.findall(sound.extra_info):
+    if int(there) < int(said):
+      raise ValueError(f"{name}: cut off, its header says {said} samples and there are {there}")
+
+
+def _check_end(file: Any, name: str) -> None:
+  """Says it of an Ogg file whose last page is not marked as the last one: its length is written nowhere else."""
+  if file.read(4) != b"OggS":
+    return
+  file.seek(max(0, file.seek(0, io.SEEK_END) - _OGG_PAGES))
+  tail = file.read()
+  last = tail.rfind(b"OggS\0")
+  if last < 0 or not tail[last + 5] & 4:
+    remark("cut sounds", f"{name}: has no end mark, so it may be cut off; what is there is taken")
 
 
 def check(path: Path) -> None:
-  """Raises a ValueError naming the file if it is not a sound; its samples are not decoded."""
-  try:
-    soundfile.info(path)
-  except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
-    raise ValueError(f"{path}: not a readable sound ({error})") from error
+  """Raises a ValueError naming the file if it is not a sound, or cut off by its header; samples are not decoded."""
+  with file_errors(str(path), "a readable sound"):
+    with open(path, "rb"):
+      pass
+    with soundfile.SoundFile(path) as sound:
+      _check_head(sound, str(path))
+      _check_rate(sound.samplerate, str(path))
+
+
+def _check_rate(rate: int | float, name: str) -> None:
+  if not RATES[0] <= rate <= RATES[1]:
+    raise ValueError(f"{name}: got a rate of {rate} Hz, allowed are {RATES[0]} to {RATES[1]}")
 
 
 def _checked(samples: np.ndarray, name: str) -> np.ndarray:
-  if samples.dtype == np.int16:
-    samples = samples.astype(np.float32) / 32768.0
+  if samples.dtype in _FULL_SCALE:
+    if samples.dtype == np.int32 and samples.size and 0 < np.abs(samples, dtype=np.float64).max() < 2**15:
+      raise ValueError(f"{name}: int32 samples of {samples.min()} to {samples.max()} look like 16-bit ones, whose full "
+                       "scale is 32768; allowed are int32 with full scale 2147483648, int16, or float")  # fmt: skip
+    middle, scale = _FULL_SCALE[samples.dtype]
+    samples = ((samples - np.float64(middle)) / scale).astype(np.float32)
   if not np.issubdtype(samples.dtype, np.floating) or samples.ndim not in (1, 2) or 0 in samples.shape:
     raise ValueError(
-      f"{name}: got samples of type {samples.dtype} and shape {samples.shape}, allowed are float or int16 [n] or"
-      " [n, channels] that are not empty"
+      f"{name}: got samples of type {samples.dtype} and shape {samples.shape}, allowed are float, int16, int32 or uint8"
+      " [n] or [n, channels] that are not empty"
     )
-  if samples.ndim == 2 and samples.shape[1] > 32:
-    raise ValueError(f"{name}: got {samples.shape[1]} channels, allowed are 1 to 32; is the array transposed?")
+  if samples.ndim == 2 and samples.shape[1] > (most := len(samples) if samples.shape[1] <= 32 else 32):
+    raise ValueError(f"{name}: got {samples.shape[1]} channels, allowed are 1 to {most}; is the array transposed?")
   samples = samples.reshape(len(samples), -1)
   if not np.isfinite(samples).all() or np.abs(samples).max() > LOUDEST:
     raise ValueError(
@@ -104,15 +229,16 @@ def resample(
   """Samples at another rate, by soxr's band-limited resampler.
 
   Raises:
-    ValueError: if a rate is out of range.
+    ValueError: if a rate is out of range, or so few samples are given that none would be left.
   """
   for hertz in (rate, new_rate):
-    if not RATES[0] <= hertz <= RATES[1]:
-      raise ValueError(f"{name}: got a rate of {hertz} Hz, allowed are {RATES[0]} to {RATES[1]}")
+    _check_rate(hertz, name)
   if rate == new_rate:
     return samples.astype(np.float32, copy=False)
   resampled = soxr.resample(samples.astype(np.float32, copy=False), rate, new_rate)
-  return resampled if resampled.size else np.zeros(1, np.float32)
+  if not resampled.size:
+    raise ValueError(f"{name}: {len(samples)} samples at {rate} Hz are none at {new_rate} Hz; a longer sound is needed")
+  return resampled
 
 
 def sinc_resample(
@@ -129,8 +255,7 @@ def sinc_resample(
     ValueError: if a rate is out of range.
   """
   for hertz in (rate, new_rate):
-    if not RATES[0] <= hertz <= RATES[1]:
-      raise ValueError(f"{name}: got a rate of {hertz} Hz, allowed are {RATES[0]} to {RATES[1]}")
+    _check_rate(hertz, name)
   old, new = (hertz // math.gcd(rate, new_rate) for hertz in (rate, new_rate))
   if old == new:
     return samples.astype(np.float32, copy=False)
@@ -251,15 +376,14 @@ def kaldi_log_mel(samples: Float[np.ndarray, " n"], bands: int = 128) -> Float32
   """Kaldi's filter bank as ImageBind calls it: 25 ms every 10 ms, Hann, natural logarithm, no dither.
 
   Per frame: mean taken off, pre-emphasis 0.97, window, power of a 512-point spectrum. A sound shorter than one frame
-  gives no frames.
+  is filled up with zeros, where Kaldi has no frame and the original would hear silence.
 
   Args:
     samples: mono at 16,000 Hz.
     bands: of the mel scale; ImageBind has 128.
   """
-  if len(samples) < 400:
-    return np.zeros((0, bands), np.float32)
   centred = samples.astype(np.float64) - samples.mean(dtype=np.float64)
+  centred = np.pad(centred, (0, max(0, 400 - len(centred))))
   frames = np.lib.stride_tricks.sliding_window_view(centred, 400)[::160]
   frames = frames - frames.mean(axis=1, keepdims=True)
   frames = frames - 0.97 * np.concatenate([frames[:, :1], frames[:, :-1]], axis=1)

@@ -1,49 +1,46 @@
 """EEG: a numpy file, an EDF or BDF recording, or an array [channels, samples], to microvolts."""
 
-import io
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
 
+from codebind_jax.data import edf
+from codebind_jax.data.numpy_files import load_npy
+from codebind_jax.data.reading import file_errors, name_of
+
 # Changes whenever the same input would give other values: it is part of the key of cached features.
-REVISION = "eeg-1"
+REVISION = "eeg-2"
 CHANNELS = 1024
 # On the scalp brain waves have 1 to some 100 microvolts, artefacts some 1,000: the same in volts is below 0.01.
 SMALLEST, LARGEST = 0.01, 1e5
 _RECORDINGS = (".edf", ".bdf")
-_BEGINNINGS = {b"0       ": ".edf", b"\xffBIOSEMI": ".bdf"}
+_BEGINNINGS = (b"0       ", b"\xffBIOSEMI")
 
 
 def read(value: Any) -> Float32[np.ndarray, "channels samples"]:
   """Microvolts [channels, samples] at the recording's own rate.
 
-  EDF and BDF files, or their bytes, name their unit and are converted (needs the package mne). Numbers without a unit -
-  a .npy file, its bytes or an array - must be in microvolts: values that can only be volts are refused, not guessed at.
+  EDF and BDF files, or their bytes, name their unit and are converted; their EEG channels are taken in the order of
+  their names, see `data.edf.read`. Numbers without a unit - a .npy file, its bytes or an array - must be in microvolts:
+  values that can only be volts are refused, not guessed at.
 
   Raises:
-    ValueError: naming the file, if it cannot be read, has another shape or is not in microvolts.
-    ImportError: for EDF and BDF, where mne is not installed.
+    ValueError: naming the file, if it cannot be read, is cut off or has gaps, has another shape or is not in
+      microvolts.
   """
-  if isinstance(value, bytes) and value[:8] in _BEGINNINGS:
-    with tempfile.NamedTemporaryFile(suffix=_BEGINNINGS[value[:8]]) as file:  # mne reads files alone
-      file.write(value)
-      file.flush()
-      return _checked(_from_recording(Path(file.name)), "eeg bytes")
-  if isinstance(value, (str, Path)) and Path(value).suffix.lower() in _RECORDINGS:
-    return _checked(_from_recording(Path(value)), str(value))
+  name = name_of(value, "eeg")
   if isinstance(value, (str, Path, bytes)):
-    name = "eeg bytes" if isinstance(value, bytes) else str(value)
-    try:
-      array = np.load(io.BytesIO(value) if isinstance(value, bytes) else value, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-      raise ValueError(f"{name}: not a readable .npy file; allowed are .npy, .edf and .bdf ({error})") from error
-    return _checked(array, name)
+    with file_errors(name, "a readable recording; allowed: .npy, .edf, .bdf"):
+      content = value if isinstance(value, bytes) else Path(value).read_bytes()
+      recording = isinstance(value, (str, Path)) and Path(value).suffix.lower() in _RECORDINGS
+      if recording or content[:8] in _BEGINNINGS:
+        return _checked(edf.read(content, name), name)
+    return _checked(load_npy(content, name, ".npy, .edf and .bdf"), name)
   if not hasattr(value, "__array__"):
     raise ValueError(f"eeg: got {type(value).__name__}, allowed are a path, bytes or an array")
-  return _checked(np.asarray(value), "eeg")
+  return _checked(np.asarray(value), name)
 
 
 def _checked(array: np.ndarray, name: str) -> np.ndarray:
@@ -59,19 +56,3 @@ def _checked(array: np.ndarray, name: str) -> np.ndarray:
   if largest > LARGEST:
     raise ValueError(f"{name}: largest value {largest:g}, allowed are microvolts up to {LARGEST:g}")
   return np.ascontiguousarray(array, np.float32)
-
-
-def _from_recording(path: Path) -> np.ndarray:
-  try:
-    import mne
-  except ImportError as error:
-    raise ImportError(f"{path}: reading EDF and BDF files needs the package mne: pip install mne") from error
-  reader = mne.io.read_raw_edf if path.suffix.lower() == ".edf" else mne.io.read_raw_bdf
-  try:
-    recording = reader(path, preload=True, verbose="error")
-  except Exception as error:  # mne raises many kinds for a damaged file
-    raise ValueError(f"{path}: not a readable recording ({error})") from error
-  picked = mne.pick_types(recording.info, eeg=True)
-  if not len(picked):
-    raise ValueError(f"{path}: has no EEG channel; its channels are {recording.ch_names[:8]}")
-  return recording.get_data(picks=picked, units="uV")

@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageCms
 
 from codebind_jax.data import picture_files, tiff_files
-from codebind_jax.data.reading import file_errors, name_of, say
+from codebind_jax.data.reading import file_errors, name_of, remark
 
 # Changes whenever the same input would give other pixels: it is part of the key of cached features.
 REVISION = "image-2"
@@ -125,7 +125,7 @@ def _opened(value: str | Path | bytes) -> Image.Image:
   name = name_of(value, "image")
   with picture_files.opened(value) as picture:
     if (count := len(picture_files.pages(picture))) > 1:
-      say(f"{name}: the first of its {count} pictures is read")
+      remark("files of several pictures", f"{name}: the first of its {count} pictures is read")
     raw = picture_files.packing(picture)
     picture.load()
     return _on_white(picture_files.upright(picture, name), name, raw, picture)

@@ -1,0 +1,193 @@
+"""Sounds as people have them: cut off, with lying headers, wired the wrong way, too short, of other integer types."""
+
+import io
+import struct
+
+import numpy as np
+import pytest
+import soundfile
+
+from codebind_jax.data import mp3
+from codebind_jax.data.preparation.audio import Mel, sound
+from codebind_jax.data.transforms import audio
+
+TONE = (0.3 * np.sin(2 * np.pi * 440 * np.arange(44100) / 44100)).astype(np.float32)
+
+
+def encoded(samples, kind, rate=44100, **options):
+  out = io.BytesIO()
+  soundfile.write(out, samples, rate, format=kind, **options)
+  return out.getvalue()
+
+
+def rms(samples):
+  return float(np.sqrt(np.square(samples, dtype=np.float64).mean()))
+
+
+@pytest.mark.parametrize("kind", ["WAV", "AIFF", "AU", "W64", "RF64", "FLAC", "MP3", "CAF"])
+@pytest.mark.parametrize("share", [0.5, 0.85])
+def test_a_sound_that_is_cut_off_is_refused_with_its_name(kind, share, tmp_path):
+  whole = encoded(TONE, kind)
+  assert abs(len(audio.read(whole)) - 44100) <= 1152
+  (tmp_path / "cut").write_bytes(whole[: int(share * len(whole))])
+  with pytest.raises(ValueError, match=r"cut: (cut off|not a readable sound)"):
+    audio.read(tmp_path / "cut")
+  with pytest.raises(ValueError, match="audio bytes: (cut off|not a readable sound)"):
+    audio.read((tmp_path / "cut").read_bytes())
+
+
+@pytest.mark.parametrize("kind", ["WAV", "AIFF", "AU", "W64", "RF64"])
+def test_where_the_header_tells_the_size_a_look_at_it_is_enough(kind, tmp_path):
+  whole = encoded(TONE, kind)
+  (tmp_path / "whole").write_bytes(whole)
+  audio.check(tmp_path / "whole")
+  (tmp_path / "cut").write_bytes(whole[:-2000])
+  with pytest.raises(ValueError, match=r"cut: cut off, its header says \d+ (bytes of )?samples and there are \d+"):
+    audio.check(tmp_path / "cut")
+
+
+def test_an_ogg_file_that_is_cut_between_pages_is_said_to_be_once(tmp_path, caplog):
+  noise = np.random.default_rng(0).normal(0, 0.1, 4 * 44100)
+  whole = encoded(noise, "OGG")
+  (tmp_path / "whole.ogg").write_bytes(whole)
+  (tmp_path / "cut.ogg").write_bytes(whole[: whole.rfind(b"OggS")])
+  assert len(audio.read(tmp_path / "whole.ogg")) == len(noise) and not caplog.messages
+  for _ in range(2):
+    assert 0 < len(audio.read(tmp_path / "cut.ogg")) < len(noise)
+  assert len(caplog.messages) == 1 and "cut.ogg: has no end mark" in caplog.messages[0]
+
+
+def test_an_mp3_file_that_lacks_a_frame_or_two_is_read_and_it_is_said(tmp_path, caplog):
+  whole = encoded(TONE, "MP3")
+  audio.read(whole)
+  assert not caplog.messages
+  (tmp_path / "short.mp3").write_bytes(whole[:-20])
+  assert 0 < 44100 - len(audio.read(tmp_path / "short.mp3")) <= 2304
+  assert "short.mp3: cut off, its header says 44100 samples and there are 4" in caplog.text
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("rate", [44100, 22050, 11025])
+def test_an_mp3_file_of_changing_bit_rate_is_read_to_its_end(channels, rate, tmp_path, caplog):
+  rng = np.random.default_rng(0)
+  loud, quiet = rng.normal(0, 0.2, (2 * rate, channels)), 1e-4 * rng.normal(size=(6 * rate, channels))
+  whole = encoded(np.concatenate([loud, quiet]), "MP3", rate)
+  found = mp3.frames(whole)
+  assert found.tells
+  bare = whole[found.stop :]  # without the frame that tells the length
+  assert not mp3.frames(bare).tells
+  with soundfile.SoundFile(io.BytesIO(bare)) as guessed:
+    assert guessed.frames < 6 * rate
+  (tmp_path / "bare.mp3").write_bytes(bare)
+  want, _ = soundfile.read(io.BytesIO(whole), dtype="float32", always_2d=True)
+  for value in (tmp_path / "bare.mp3", bare, b"ID3\x03\0\0\0\0\0\x05hello" + bare, bare + b"TAG" + bytes(125)):
+    got, _ = audio.read_channels(value)
+    assert abs(len(got) - len(want)) <= 4 * 1152
+    lag = int(np.argmax(np.correlate(got[: rate // 2, 0], want[2000 : rate // 4, 0], "valid"))) - 2000
+    assert np.abs(got[lag + 4000 :][: rate, 0] - want[4000:][: rate, 0]).max() < 0.02
+  assert not caplog.messages
+  (tmp_path / "cut.mp3").write_bytes(bare[:-10])
+  audio.read(tmp_path / "cut.mp3")
+  assert "cut.mp3: its last frame is not whole" in caplog.text
+
+
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000])
+def test_a_wav_file_that_was_written_into_a_pipe_is_whole(size):
+  content = bytearray(encoded(TONE, "WAV"))
+  content[40:44] = struct.pack("<I", size)
+  np.testing.assert_allclose(audio.read(bytes(content)), TONE, atol=1e-4)
+
+
+def test_a_header_is_not_believed_before_memory_is_taken():
+  flac = bytearray(encoded(TONE, "FLAC"))
+  flac[21] = (flac[21] & 0xF0) | 0xF  # 36 bits of a count of samples: 256 GiB as floats
+  flac[22:26] = b"\xff" * 4
+  with pytest.raises(ValueError, match="audio bytes: its header says 68,71.* samples of 1 channels; allowed"):
+    audio.read(bytes(flac))
+  mp3 = bytearray(encoded(TONE, "MP3"))
+  place = mp3.find(b"Xing") if b"Xing" in mp3 else mp3.find(b"Info")
+  mp3[place + 8 : place + 12] = struct.pack(">I", 2**24)
+  with pytest.raises(ValueError, match="audio bytes: its header says .* samples of 1 channels"):
+    audio.read(bytes(mp3))
+  flac[21:26] = bytes([flac[21] & 0xF0, 0, 0, 0, 0])  # a count that is not known
+  with pytest.raises(ValueError, match="audio bytes: its header does not say how long it is"):
+    audio.read(bytes(flac))
+
+
+@pytest.mark.parametrize("read", [audio.read, Mel(rate=44100).read])
+def test_channels_that_cancel_are_not_silence(read, tmp_path, caplog):
+  other = np.random.default_rng(0).normal(size=len(TONE)).astype(np.float32)
+  cases = {"inverted": (TONE, -TONE), "nearly": (TONE + 0.001 * other, -TONE), "louder": (-0.5 * TONE, 0.51 * TONE)}
+  for name, channels in cases.items():
+    soundfile.write(tmp_path / f"{name}.wav", np.stack(channels, axis=1), 44100, subtype="FLOAT")
+    got = read(tmp_path / f"{name}.wav")
+    assert rms(got) == pytest.approx(max(map(rms, channels)), rel=1e-3), name
+    assert sum(f"{name}.wav: its channels cancel each other" in message for message in caplog.messages) == 1
+    caplog.clear()
+  # Unrelated, equal and empty channels are averaged as ever.
+  for channels in ((TONE, 0.1 * other), (TONE, TONE), (TONE, 0 * TONE), (0 * TONE, 0 * TONE)):
+    np.testing.assert_array_equal(read(np.stack(channels, axis=1)), np.stack(channels, axis=1).mean(axis=1))
+  assert not caplog.messages
+
+
+def test_where_the_first_channel_alone_is_taken_it_is_not_a_silent_one(tmp_path, caplog):
+  soundfile.write(tmp_path / "right.wav", np.stack([0 * TONE, TONE], axis=1), 44100, subtype="FLOAT")
+  np.testing.assert_array_equal(sound(tmp_path / "right.wav").samples[:, 0], TONE)
+  assert "right.wav: its first channel is silent; channel 1 is taken" in caplog.text
+  caplog.clear()
+  np.testing.assert_array_equal(sound(np.stack([0.01 * TONE, TONE], axis=1)).samples[:, 0], np.float32(0.01) * TONE)
+  assert not caplog.messages
+
+
+def test_an_offset_that_drowns_the_sound_is_taken_off(caplog):
+  np.testing.assert_allclose(audio.read(TONE + np.float32(0.5)), TONE, atol=1e-4)
+  assert "an offset of 0.5" in caplog.text
+  np.testing.assert_array_equal(audio.read(TONE + np.float32(0.1)), TONE + np.float32(0.1))
+
+
+def test_integer_arrays_have_the_full_scale_of_wav_files():
+  for kind, middle, scale in ((np.int16, 0, 2**15), (np.int32, 0, 2**31), (np.uint8, 128, 2**7)):
+    samples = (np.round(TONE.astype(np.float64) * (scale - 1)) + middle).astype(kind)
+    np.testing.assert_allclose(audio.read(samples), TONE, atol=1.0 / scale + 1e-6)
+  assert audio.read(np.array([-(2**31), 2**31 - 1], np.int32)).tolist() == [-1.0, 1.0]
+  assert audio.read(np.array([0, 128, 255], np.uint8)).tolist() == [-1.0, 0.0, 127 / 128]
+  with pytest.raises(ValueError, match="int32 samples of -9830 to 9830 look like 16-bit ones"):
+    audio.read(np.round(TONE * 32767).astype(np.int32))
+  for kind in (np.int8, np.int64, np.uint16, bool, complex):
+    with pytest.raises(ValueError, match="allowed are float, int16, int32 or uint8"):
+      audio.read(np.zeros(9, kind))
+  with pytest.raises(ValueError, match="9 channels, allowed are 1 to 5; is the array transposed"):
+    audio.read(np.zeros((5, 9), np.float32))
+
+
+@pytest.mark.parametrize("rate", [500, 800_000])
+def test_rates_out_of_range_name_the_file(rate, tmp_path):
+  soundfile.write(tmp_path / "odd.wav", TONE, rate)
+  for read in (audio.read, audio.check, sound, Mel().read):
+    with pytest.raises(ValueError, match=rf"odd\.wav: got a rate of {rate} Hz"):
+      read(tmp_path / "odd.wav")
+
+
+def test_sounds_shorter_than_a_frame_are_heard():
+  short = [(0.3 * np.sin(2 * np.pi * hertz * np.arange(1014) / 44100)).astype(np.float32) for hertz in (300, 3000)]
+  low, high, silent = (audio.imagebind_log_mel(x) for x in (*short, 0 * short[0]))
+  assert np.isfinite(low).all() and np.abs(low - high).max() > 1 and np.abs(low - silent).max() > 1
+  assert audio.kaldi_log_mel(np.ones(5)).shape == (1, 128)
+  # By hand: five samples and zeros are one frame.
+  few = np.array([0.1, -0.2, 0.3, -0.1, -0.1])
+  np.testing.assert_array_equal(audio.kaldi_log_mel(few), audio.kaldi_log_mel(np.pad(few, (0, 395))))
+
+
+def test_every_other_way_to_be_no_sound_names_the_file(tmp_path):
+  (tmp_path / "a.raw").write_bytes(bytes(100))
+  (tmp_path / "empty.wav").write_bytes(b"")
+  soundfile.write(tmp_path / "none.wav", np.zeros(0), 44100)
+  values = np.array([0.1, np.nan, 0.2])
+  soundfile.write(tmp_path / "nan.wav", values, 44100, subtype="FLOAT")
+  (tmp_path / "folder.wav").mkdir()
+  for name in ("a.raw", "empty.wav", "none.wav", "nan.wav", "folder.wav", "a\0.wav", "x" * 300 + ".wav"):
+    with pytest.raises(ValueError, match=name[:4]):
+      audio.read(tmp_path / name)
+  soundfile.write(tmp_path / "a.wav", TONE, 44100)
+  with pytest.raises(ValueError, match="null"):  # libsndfile would take the name up to the null
+    audio.read(f"{tmp_path}/a.wav\0.wav")
