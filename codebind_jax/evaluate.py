@@ -135,7 +135,9 @@ class Evaluation:
       metrics |= base.run_evaluators(self._evaluators(test, table, tasks, intervals, prompts), table, prefix=prefix)
       for a, b, field, by in named_pairs(test, table) if "retrieval" in tasks else ():
         if (both := paired(table, a, b, field)) is not None:
-          metrics |= base.run_evaluators([Retrieval(a, b, match=field, by=by)], both, prefix=prefix)
+          metrics |= base.run_evaluators(
+            [Retrieval(a, b, match=field, by=by, intervals=intervals)], both, prefix=prefix
+          )
       for probe, field in self._probes(test, table, train.get(test.world) or {}, means, "probe" in tasks, linear):
         known = _known_values(table, train[test.world], probe.modality, field)
         metrics |= base.run_evaluators([probe], known, prefix=prefix)
@@ -145,7 +147,7 @@ class Evaluation:
     if model.method.codebook_sizes and "codes" in tasks and train:
       metrics |= base.run_evaluators([self._usage(model, train)], _stacked(train.values()), prefix="eval/train")
     if "retrieval" in tasks:
-      metrics |= self._emergent(sets, tables)
+      metrics |= self._emergent(sets, tables, intervals)
     return metrics | dict(self._means_over_validation(model, sets, metrics))
 
   def code_counts(self, model: Model) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -158,13 +160,13 @@ class Evaluation:
     names = {"shared", *(m for table in train.values() for m in table)}
     return CodebookUsage({name: size for name, size in model.method.codebook_sizes.items() if name in names})
 
-  def _emergent(self, sets: Sequence[EvalSet], tables: Mapping[str, base.Table]) -> dict[str, float]:
+  def _emergent(self, sets: Sequence[EvalSet], tables: Mapping[str, base.Table], intervals: bool) -> dict[str, float]:
     """Retrieval by concept between modalities that no stage binds, over all sets of one role."""
     metrics: dict[str, float] = {}
     for role in dict.fromkeys(test.role for test in sets):
       table = _stacked(tables[test.name] for test in sets if test.role == role)
       pairs = [pair for pair in self.config.emergent if all(m in table for m in pair)]
-      evaluators = [evaluator for a, b in pairs if (evaluator := Emergent(a, b)).overlap(table)]
+      evaluators = [evaluator for a, b in pairs if (evaluator := Emergent(a, b, intervals=intervals)).overlap(table)]
       metrics |= base.run_evaluators(evaluators, table, prefix=f"eval/{role}")
     return metrics
 
@@ -212,10 +214,11 @@ class Evaluation:
     for name in table:
       if name != "text" and name in train:
         for field in _varying_fields(test.means, name, train[name]) if means else ():
-          yield NearestClassMean(name, train, field=field), field
+          yield NearestClassMean(name, train, field=field, intervals=True), field
         for field in _varying_fields(test.probes, name, train[name]) if probes else ():
           group = test.probe_group if field != "label" else None
-          yield linear.setdefault((test.world, name, field), LinearProbe(name, train, field=field, group=group)), field
+          probe = LinearProbe(name, train, field=field, group=group, intervals=True)
+          yield linear.setdefault((test.world, name, field), probe), field
 
   def _embed(self, model: Model, source: Source) -> dict[str, dict[str, np.ndarray]]:
     """Embeddings and fields of a source's rows."""

@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Shaped
+from jaxtyping import Bool, Float, Float32, Int, Shaped
+
+from codebind_jax.evaluators.intervals import groups_by
 
 Columns = Mapping[str, np.ndarray]
 Table = Mapping[str, Columns]
@@ -90,6 +92,14 @@ def columns(table: Table, modality: str, fields: Sequence[str]) -> list[np.ndarr
   if arrays and not len(arrays[0]):
     raise ValueError(f"{modality}: no rows to evaluate{' (all are masked)' if '_mask' in rows else ''}")
   return arrays
+
+
+def concepts(table: Table, modality: str, field: str) -> Int[np.ndarray, "n"] | None:
+  """Numbers of the groups of rows of equal `field`, a row without it being its own; None where no row has the field."""
+  if field not in table.get(modality, {}):
+    return None
+  (values,) = columns(table, modality, [field])
+  return groups_by(values)
 
 
 def parts_of(table: Table, modality: str, parts: Sequence[str] | None = None) -> tuple[str, ...]:

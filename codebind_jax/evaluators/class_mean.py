@@ -8,7 +8,7 @@ from absl import logging
 from jaxtyping import Float, Shaped
 
 from codebind_jax.evaluators import base
-from codebind_jax.evaluators.probe import ProbeResult, check_rows, result_of
+from codebind_jax.evaluators.probe import ProbeResult, check_rows, measured_result, result_of
 
 
 def nearest_class_mean(
@@ -33,7 +33,7 @@ def nearest_class_mean(
   means = np.zeros((len(classes), train_x.shape[1]), np.float32)
   np.add.at(means, numbers, base.unit_rows("train embeddings", train_x))
   scores = base.unit_rows("test embeddings", test_x) @ base.unit_rows("class means", means).T
-  return result_of(classes[scores.argmax(axis=1)], test_y)
+  return result_of(classes[scores.argmax(axis=1)], test_y, len(classes))
 
 
 def nearest_other_mean(x: Float[np.ndarray, "..."], y: Shaped[np.ndarray, "..."]) -> ProbeResult:
@@ -59,7 +59,7 @@ def nearest_other_mean(x: Float[np.ndarray, "..."], y: Shaped[np.ndarray, "..."]
   scores = x[scored] @ base.unit_rows("class means", sums).T
   others = base.unit_rows("class means", sums[numbers[scored]] - x[scored])
   scores[np.arange(len(scored)), numbers[scored]] = (x[scored] * others).sum(axis=1)
-  return result_of(classes[scores.argmax(axis=1)], y[scored])
+  return result_of(classes[scores.argmax(axis=1)], y[scored], len(classes), scored)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,20 +72,26 @@ class NearestClassMean:
       (`nearest_other_mean`).
     field: column of the label.
     parts: embedding columns; None takes all that the table has.
+    concept: column whose equal values intervals draw together, where the table has it.
+    intervals: also yield `n`, `ways`, `low` and `high` of each accuracy (`intervals.measured`).
   """
 
   modality: str
   train: base.Table | None = None
   field: str = "label"
   parts: Sequence[str] | None = None
+  concept: str = "label"
+  intervals: bool = False
   name: str = "ncm"
 
   def __call__(self, table: base.Table) -> Iterator[tuple[str, float]]:
     """Yields one accuracy a part."""
+    concepts = base.concepts(table, self.modality, self.concept)
     for part in base.parts_of(table, self.modality, self.parts):
       x, y = base.columns(table, self.modality, [part, self.field])
       if self.train is None:
         result = nearest_other_mean(x, y)
       else:
         result = nearest_class_mean(*base.columns(self.train, self.modality, [part, self.field]), x, y)
-      yield f"{self.name}/{self.modality}/{part}", result.accuracy
+      name = f"{self.name}/{self.modality}/{part}"
+      yield from measured_result(name, result, concepts, balanced=False, intervals=self.intervals)

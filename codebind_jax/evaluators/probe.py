@@ -6,6 +6,7 @@ then needs few steps), and the search stops when validation has not improved twi
 """
 
 import dataclasses
+import functools
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -13,12 +14,13 @@ from typing import Any
 
 import numpy as np
 from absl import logging
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from codebind_jax.evaluators import base
+from codebind_jax.evaluators.intervals import measured
 
 C_GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -30,7 +32,10 @@ class ProbeResult:
   Attributes:
     accuracy: percent.
     balanced_accuracy: mean over classes of the percentage right, so that big classes do not decide.
-    predictions: [N] predicted labels.
+    predictions: [N] predicted labels of the scored rows.
+    targets: [N] their right labels.
+    rows: [N] which of the given rows they are.
+    ways: number of classes among which was chosen.
     c: the chosen inverse strength of the penalty; NaN where there is none.
     val_accuracy: percent on the validation part at that strength; NaN where there is none.
   """
@@ -38,6 +43,9 @@ class ProbeResult:
   accuracy: float
   balanced_accuracy: float
   predictions: np.ndarray
+  targets: np.ndarray
+  rows: np.ndarray
+  ways: int
   c: float = float("nan")
   val_accuracy: float = float("nan")
 
@@ -47,11 +55,33 @@ def balanced_accuracy(predictions: Shaped[np.ndarray, "n"], targets: Shaped[np.n
   return 100.0 * float(np.sum(base.class_weights(targets) * (predictions == targets)))
 
 
-def result_of(predictions: Shaped[np.ndarray, "n"], targets: Shaped[np.ndarray, "n"], **rest: float) -> ProbeResult:
-  """The outcome of predictions; `rest` are further attributes."""
-  return ProbeResult(
-    100.0 * float(np.mean(predictions == targets)), balanced_accuracy(predictions, targets), predictions, **rest
-  )
+def result_of(
+  predictions: Shaped[np.ndarray, "n"], targets: Shaped[np.ndarray, "n"], ways: int,
+  rows: Int[np.ndarray, "n"] | None = None, **rest: float,
+) -> ProbeResult:  # fmt: skip
+  """The outcome of predictions; without `rows` all rows are scored, `rest` are further attributes."""
+  rows = np.arange(len(targets)) if rows is None else rows
+  accuracy = 100.0 * float(np.mean(predictions == targets))
+  return ProbeResult(accuracy, balanced_accuracy(predictions, targets), predictions, targets, rows, ways, **rest)
+
+
+def measured_result(
+  name: str, result: ProbeResult, groups: np.ndarray | None, *, balanced: bool, intervals: bool
+) -> Iterator[tuple[str, float]]:
+  """Accuracy `name` and, with `balanced`, `name/balanced`, of a result; with `intervals` the numbers about them.
+
+  Args:
+    name: of the metric.
+    result: of the probe.
+    groups: [N], groups of all given rows, which intervals draw whole; None for independent rows.
+    balanced: also the mean over classes.
+    intervals: as of `intervals.measured`.
+  """
+  values, groups = 100.0 * (result.predictions == result.targets), None if groups is None else groups[result.rows]
+  numbers = functools.partial(measured, values=values, ways=result.ways, groups=groups, intervals=intervals)
+  yield from numbers(name)
+  if balanced:
+    yield from numbers(f"{name}/balanced", weights=base.class_weights(result.targets))
 
 
 def check_rows(
@@ -153,7 +183,7 @@ class FittedProbe:
       both = np.intersect1d(self.groups, groups)
       if len(both):
         raise ValueError(f"groups: {len(both)} are in training and test, first {str(both[0])!r}")
-    return result_of(self.predict(x), y, c=self.c, val_accuracy=self.val_accuracy)
+    return result_of(self.predict(x), y, len(self.classes), c=self.c, val_accuracy=self.val_accuracy)
 
 
 def fit_probe(
@@ -290,6 +320,8 @@ class LinearProbe:
     parts: embedding columns; None takes all that the table has.
     c_grid: inverse strengths of the penalty.
     test_fraction: of the groups, without `train`.
+    concept: column whose equal values intervals draw together, where the table has it.
+    intervals: also yield `n`, `ways`, `low` and `high` of each accuracy (`intervals.measured`).
   """
 
   modality: str
@@ -299,6 +331,8 @@ class LinearProbe:
   parts: Sequence[str] | None = None
   c_grid: Sequence[float] = C_GRID
   test_fraction: float = 0.4
+  concept: str = "label"
+  intervals: bool = False
   name: str = "probe"
   _fitted: dict[str, FittedProbe] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -307,17 +341,18 @@ class LinearProbe:
     if self.train is None and self.group is None:
       raise ValueError("group: needed to hold rows out of the evaluated set; or give train")
     extra = [] if self.group is None else [self.group]
+    concepts = base.concepts(table, self.modality, self.concept)
     for part in base.parts_of(table, self.modality, self.parts):
       x, y, *groups = base.columns(table, self.modality, [part, self.field, *extra])
       if self.train is None:
         test = grouped_split(groups[0], self.test_fraction, salt="probe-test")
         fitted = fit_probe(x[~test], y[~test], c_grid=self.c_grid, groups=groups[0][~test])
-        x, y, groups = x[test], y[test], [groups[0][test]]
+        x, y, groups, together = x[test], y[test], [groups[0][test]], None if concepts is None else concepts[test]
       else:
-        fitted = self._on_training_rows(part, extra)
+        fitted, together = self._on_training_rows(part, extra), concepts
       result = fitted.test(x, y, groups=groups[0] if extra else None)
-      yield f"{self.name}/{self.field}/{self.modality}/{part}", result.accuracy
-      yield f"{self.name}/{self.field}/{self.modality}/{part}/balanced", result.balanced_accuracy
+      name = f"{self.name}/{self.field}/{self.modality}/{part}"
+      yield from measured_result(name, result, together, balanced=True, intervals=self.intervals)
 
   def _on_training_rows(self, part: str, extra: Sequence[str]) -> FittedProbe:
     """The probe of a part of the training rows, fitted once for all evaluated sets."""

@@ -1,6 +1,7 @@
 """Retrieval between and within modalities: recall at k and the median rank of the first right answer."""
 
 import dataclasses
+import functools
 from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
@@ -8,6 +9,7 @@ from absl import logging
 from jaxtyping import Float, Int
 
 from codebind_jax.evaluators import base
+from codebind_jax.evaluators.intervals import measured
 from codebind_jax.evaluators.zeroshot import TIE
 
 Relevant = Sequence[Collection[int]] | tuple[np.ndarray, np.ndarray]
@@ -125,6 +127,8 @@ class Retrieval:
     part: embedding column compared.
     ks: the k of recall.
     by: part of the names, `retrieval/<a>_to_<b>/<by>/r1`, if two modalities are compared by several fields.
+    intervals: also yield `n`, `ways`, `low` and `high` of each recall (`intervals.measured`), which draw the queries
+      of one value of `match` together.
   """
 
   a: str = "text"
@@ -133,6 +137,7 @@ class Retrieval:
   part: str = "shared"
   ks: Sequence[int] = (1, 5, 10)
   by: str = ""
+  intervals: bool = False
   name: str = "retrieval"
 
   def __call__(self, table: base.Table) -> Iterator[tuple[str, float]]:
@@ -140,8 +145,12 @@ class Retrieval:
     sides = {modality: base.columns(table, modality, [self.part, self.match]) for modality in (self.a, self.b)}
     for source, target in ((self.a, self.b), (self.b, self.a)):
       (query, of_query), (gallery, of_item) = sides[source], sides[target]
-      for metric, value in recall_at_k(query, gallery, (of_query, of_item), self.ks).items():
-        yield f"{self.name}/{source}_to_{target}/{f'{self.by}/' if self.by else ''}{metric}", value
+      ranks = first_ranks(query, gallery, (of_query, of_item))
+      name = f"{self.name}/{source}_to_{target}/{f'{self.by}/' if self.by else ''}"
+      numbers = functools.partial(measured, ways=len(gallery), groups=of_query, intervals=self.intervals)
+      for k in self.ks:
+        yield from numbers(f"{name}r{k}", 100.0 * (ranks <= k))
+      yield f"{name}median_rank", float(np.median(ranks))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +165,8 @@ class Emergent:
     match: column both have; "" stands for none.
     part: embedding column compared.
     k: of recall.
+    intervals: also yield `n`, `ways`, `low` and `high` of each recall (`intervals.measured`), which draw the rows of
+      one concept together.
   """
 
   a: str
@@ -163,6 +174,7 @@ class Emergent:
   match: str = "concept"
   part: str = "shared"
   k: int = 5
+  intervals: bool = False
   name: str = "emergent"
 
   def overlap(self, table: base.Table) -> set[str]:
@@ -180,8 +192,9 @@ class Emergent:
       sides[modality] = x[keep], values[keep]
     for source, target in ((self.a, self.b), (self.b, self.a)):
       (query, of_query), (gallery, of_item) = sides[source], sides[target]
-      recall = recall_at_k(query, gallery, (of_query, of_item), (self.k,))[f"r{self.k}"]
-      yield f"{self.name}/{source}_to_{target}/r{self.k}", recall
+      hits = 100.0 * (first_ranks(query, gallery, (of_query, of_item)) <= self.k)
+      name = f"{self.name}/{source}_to_{target}/r{self.k}"
+      yield from measured(name, hits, ways=len(gallery), groups=of_query, intervals=self.intervals)
       right = np.array([(of_item == value).sum() for value in of_query])
       chance = 100.0 * float(np.mean(_chance(right, len(gallery), self.k)))
       yield f"{self.name}/{source}_to_{target}/chance{self.k}", chance
@@ -205,12 +218,15 @@ class WithinRetrieval:
     field: column of the fine-grained label.
     parts: embedding columns; None takes all that the table has.
     ks: the k of recall.
+    intervals: also yield `n`, `ways`, `low` and `high` of each recall (`intervals.measured`), which draw the rows of
+      one label together.
   """
 
   modality: str
   field: str = "label"
   parts: Sequence[str] | None = None
   ks: Sequence[int] = (1, 5)
+  intervals: bool = False
   name: str = "retrieval"
 
   def __call__(self, table: base.Table) -> Iterator[tuple[str, float]]:
@@ -228,8 +244,7 @@ class WithinRetrieval:
     for part, x in zip(parts, embeddings):
       x, ids, queries = x[order], numbers[order], int(has_partner.sum())
       ranks = first_ranks(x[:queries], x, (ids[:queries], ids), exclude_self=True)
+      name = f"{self.name}/{self.modality}_to_{self.modality}/{self.field}/{part}"
       for k in self.ks:
-        yield (
-          f"{self.name}/{self.modality}_to_{self.modality}/{self.field}/{part}/r{k}",
-          100.0 * float(np.mean(ranks <= k)),
-        )
+        hits, groups = 100.0 * (ranks <= k), ids[:queries]
+        yield from measured(f"{name}/r{k}", hits, ways=len(x) - 1, groups=groups, intervals=self.intervals)

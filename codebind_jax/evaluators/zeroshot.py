@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ from absl import logging
 from jaxtyping import Bool, Float, Float32, Int
 
 from codebind_jax.evaluators import base
-from codebind_jax.evaluators.intervals import bootstrap_interval, wilson_interval
+from codebind_jax.evaluators.intervals import about, bootstrap_interval, measured
 
 # Cosines closer than this count as equal: float32 sums of the same products differ by about 1e-7 with their order.
 TIE = 1e-6
@@ -199,8 +200,8 @@ class ZeroShot:
       `labels`.
     slices: columns (`style`, `family`) each of whose values also gets its accuracy:
       `zeroshot/<modality>/<column>=<value>/top1`.
-    intervals: also yield the ends of 95 % intervals, `.../top1/low` and `.../top1/high` and so on: Wilson's for the
-      top-k accuracies, by bootstrap over rows for the balanced one.
+    intervals: also yield `.../top1/n`, `ways`, `low` and `high` and so on: rows, classes, and the ends of a 95 %
+      interval that draws whole classes, since rows of one class meet the same prompt (`intervals.percentage_interval`).
   """
 
   modality: str
@@ -221,23 +222,20 @@ class ZeroShot:
     if right.ndim == 2:
       shared = base.unit_rows(f"{self.modality} shared", shared)
       base.check_widths(embeddings=shared, classes=classes)
-      yield f"{start}/map", mean_average_precision(shared @ classes.T, right.astype(bool))
+      scores, right = shared @ classes.T, right.astype(bool)
+      yield f"{start}/map", mean_average_precision(scores, right)
+      if self.intervals:
+        per_class = average_precision(scores, right)
+        low, high = bootstrap_interval(per_class[~np.isnan(per_class)])
+        yield from about(f"{start}/map", len(scores), len(classes), low, high)
       return
     ranks = _ranks(shared, classes, label_indices(right, self.labels), None)
     ks = [k for k in self.ks if k == 1 or k < len(classes)]
+    numbers = functools.partial(measured, ways=len(classes), intervals=self.intervals)
     for k in ks:
-      yield from self._with_interval(f"{start}/top{k}", 100.0 * (ranks < k))
-    yield from self._with_interval(f"{start}/balanced", 100.0 * (ranks < 1), base.class_weights(right))
+      yield from numbers(f"{start}/top{k}", 100.0 * (ranks < k), groups=right)
+    yield from numbers(f"{start}/balanced", 100.0 * (ranks < 1), groups=right, weights=base.class_weights(right))
     for column, values in zip(self.slices, slices):
       for value in np.unique(values):
-        yield f"{start}/{column}={value}/top1", 100.0 * float(np.mean(ranks[values == value] < 1))
-
-  def _with_interval(self, name, values, weights=None):
-    mean = float(np.average(values, weights=weights))
-    yield name, mean
-    if self.intervals:
-      low, high = (
-        wilson_interval(mean, len(values)) if weights is None else bootstrap_interval(values, weights=weights)
-      )
-      yield f"{name}/low", low
-      yield f"{name}/high", high
+        of = values == value
+        yield from numbers(f"{start}/{column}={value}/top1", 100.0 * (ranks[of] < 1), groups=right[of])
