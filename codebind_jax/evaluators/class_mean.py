@@ -7,7 +7,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float, Shaped
 
-from codebind_jax.evaluators import base
+from codebind_jax.evaluators import base, contents
 from codebind_jax.evaluators.probe import ProbeResult, check_rows, measured_result, result_of
 
 
@@ -64,7 +64,7 @@ def nearest_other_mean(x: Float[np.ndarray, "..."], y: Shaped[np.ndarray, "..."]
 
 @dataclasses.dataclass(frozen=True)
 class NearestClassMean:
-  """Nearest class mean of each part: `ncm/<modality>/<part>`, percent.
+  """Nearest class mean of each part: `ncm/<modality>/<part>`, percent; each content counts once.
 
   Attributes:
     modality: which modality.
@@ -87,11 +87,16 @@ class NearestClassMean:
   def __call__(self, table: base.Table) -> Iterator[tuple[str, float]]:
     """Yields one accuracy a part."""
     concepts = base.concepts(table, self.modality, self.concept)
+    content = contents.contents_of(table, self.modality)
     for part in base.parts_of(table, self.modality, self.parts):
       x, y = base.columns(table, self.modality, [part, self.field])
       if self.train is None:
-        result = nearest_other_mean(x, y)
+        kept = contents.once_each(content, y)
+        result = nearest_other_mean(x[kept], y[kept])
+        result = dataclasses.replace(result, rows=kept[result.rows])
       else:
-        result = nearest_class_mean(*base.columns(self.train, self.modality, [part, self.field]), x, y)
+        train_x, train_y = base.columns(self.train, self.modality, [part, self.field])
+        kept = contents.once_each(contents.contents_of(self.train, self.modality), train_y)
+        result = nearest_class_mean(train_x[kept], train_y[kept], x, y)
       name = f"{self.name}/{self.modality}/{part}"
-      yield from measured_result(name, result, concepts, balanced=False, intervals=self.intervals)
+      yield from measured_result(name, result, content, concepts, balanced=False, intervals=self.intervals)

@@ -9,7 +9,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Bool, Float, Float32, Int
 
-from codebind_jax.evaluators import base
+from codebind_jax.evaluators import base, contents
 from codebind_jax.evaluators.intervals import about, bootstrap_interval, measured
 
 # Cosines closer than this count as equal: float32 sums of the same products differ by about 1e-7 with their order.
@@ -32,7 +32,8 @@ def class_embeddings(
     [K, D], rows of unit length.
 
   Raises:
-    ValueError: if there is no class or template, a class is empty or named twice, a template has no `{}`, or an
+    ValueError: if there is no class or template, a class is empty or named twice (also
+      where case or blanks differ), a template has no `{}`, or an
       embedding is not finite.
   """
   if not len(labels):
@@ -45,6 +46,10 @@ def class_embeddings(
   name, count = collections.Counter(labels).most_common(1)[0]
   if count > 1:
     raise ValueError(f"labels: {name!r} is named {count} times; every class once")
+  first: dict[str, str] = {}
+  for label in labels:
+    if (other := first.setdefault(base.plain_text(label), label)) != label:
+      raise ValueError(f"labels: {other!r} and {label!r} are one class but for case and blanks; every class once")
   for template in templates:
     if "{}" not in template:
       raise ValueError(f"templates: {template!r} has no {{}} for the label")
@@ -188,7 +193,8 @@ def mean_average_precision(
 class ZeroShot:
   """Classifies one modality by text: `zeroshot/<modality>/top1`, `top5`, or `map` where rows have several labels.
 
-  `.../balanced` is the mean accuracy over the classes that occur, so that big classes do not decide.
+  `.../balanced` is the mean accuracy over the classes that occur, so that big classes do not decide. A content that is
+  in several rows (column `_content`) counts once, and is right if it is given any of their labels.
 
   Attributes:
     modality: the modality to classify.
@@ -222,7 +228,8 @@ class ZeroShot:
     if right.ndim == 2:
       shared = base.unit_rows(f"{self.modality} shared", shared)
       base.check_widths(embeddings=shared, classes=classes)
-      scores, right = shared @ classes.T, right.astype(bool)
+      kept = contents.once(contents.contents_of(table, self.modality))
+      scores, right = shared[kept] @ classes.T, right[kept].astype(bool)
       yield f"{start}/map", mean_average_precision(scores, right)
       if self.intervals:
         per_class = average_precision(scores, right)
@@ -230,6 +237,8 @@ class ZeroShot:
         yield from about(f"{start}/map", len(scores), len(classes), low, high)
       return
     ranks = _ranks(shared, classes, label_indices(right, self.labels), None)
+    kept = contents.once(contents.contents_of(table, self.modality), ranks)
+    ranks, right, slices = ranks[kept], right[kept], [values[kept] for values in slices]
     ks = [k for k in self.ks if k == 1 or k < len(classes)]
     numbers = functools.partial(measured, ways=len(classes), intervals=self.intervals)
     for k in ks:
