@@ -287,6 +287,8 @@ def _choose_c(x, y, grid, groups, content, val, fraction, max_iter):
     held_out = grouped_split(groups, fraction) if groups is not None else _stratified_split(y, fraction)
     held_out = held_out if content is None else np.isin(content, content[held_out])
     fit_x, fit_y, val_x, val_y = x[~held_out], y[~held_out], x[held_out], y[held_out]
+  if not len(val_y):
+    raise base.LeftOutError("validation: each label has one training row alone, so that none can be held out")
   known = np.isin(val_y, fit_y)
   if not known.any() or len(np.unique(fit_y)) < 2:
     raise base.LeftOutError(
