@@ -141,7 +141,7 @@ def test_the_folder_gets_answers_a_confusion_table_and_a_page_and_keeps_what_it_
   templates = eval_config.get_config().data.eval_templates
   (ranking,) = model.classify([pictures / "red.png"], sorted(COLOURS), templates=templates)
   np.testing.assert_allclose([score for _, score in lines[0]["top5"]], [score for _, score in ranking[:5]], atol=2e-3)
-  rows = list(csv.DictReader((out / "confusion.csv").open()))
+  rows = list(csv.DictReader((out / "confusion.csv").read_text().splitlines()))
   assert sum(int(row["count"]) for row in rows) == 8
   wrong = sum(int(row["count"]) for row in rows if row["truth"] != row["answer"])
   assert wrong == sum(not line["right"] for line in lines)
@@ -156,7 +156,7 @@ def test_the_folder_gets_answers_a_confusion_table_and_a_page_and_keeps_what_it_
   one = next(line for line in lines if line["metric"] == "retrieval/text_to_image")
   assert one["text"] == one["id"] == "red" and one["truth"] == ["red"]
   assert [len(answer) for answer in one["top5"]] == [3] * 5 and one["right"] == one["top5"][0][2]
-  assert sum(int(row["count"]) for row in csv.DictReader((out / "confusion.csv").open())) == 4
+  assert sum(int(row["count"]) for row in csv.DictReader((out / "confusion.csv").read_text().splitlines())) == 4
   (out / "predictions.jsonl").write_text("something else\n")
   with pytest.raises(ValueError, match="predictions.jsonl: was not written by an evaluation"):
     run(trained, pictures, records, out, "zeroshot")
