@@ -173,7 +173,7 @@ def test_a_new_folder_gets_report_html_and_rows_of_training_are_not_scored(train
   with caplog.at_level("WARNING"):
     seen = [record for record in records if record["id"] != "red0"]
     found = run(trained, pictures, seen, tmp_path / "seen", "probe")
-  assert found["eval/mine_test/probe/label/image/shared/n"] == 1
+  assert found["eval/mine_test/probe/label/image/shared/n"] == 2  # green and blue
   assert "label of image: every item is one of a training row too" in caplog.text
 
 
