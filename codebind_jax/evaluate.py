@@ -231,6 +231,15 @@ class Evaluation:
       self._said.add(line)
       logging.info("%s", line)
 
+  def _name_alike(self, test: EvalSet, prompts: Mapping[str, np.ndarray]) -> None:
+    """Warns once of classes that have one embedding: ties count against the model, so that rows of both are wrong."""
+    template = self._templates(test)[0]
+    same = _alike(test.candidates, np.stack([prompts[template.format(label)] for label in test.candidates]))
+    if same and test.name not in self._said:
+      self._said.add(test.name)
+      logging.warning("%s: classes %r and %r (%d such pairs) have one embedding: the model cannot tell them apart, and "
+                      "their rows count as wrong; name one otherwise", test.name, *same[0], len(same))  # fmt: skip
+
   def _kept(self) -> Keep | None:
     """Takes the answers on the set that is being measured."""
     return (lambda answers: self._keep(self._on, answers)) if self._keep else None
@@ -246,6 +255,8 @@ class Evaluation:
       elif len(test.candidates) < 2:
         self._leave_out(f"{test.name}/zeroshot", f"{test.candidates[0]!r} is the only class, nothing to choose among")
       else:
+        if intervals:
+          self._name_alike(test, prompts)
         for name in (name for name in table if name != "text"):
           if (known := self._labelled(test, table, name)) is not None:
             slices = tuple(field for field in test.slices if field in table[name] and test.role == "test")
@@ -374,6 +385,13 @@ def _varying_fields(fields: Sequence[str], modality: str, columns: base.Columns)
   named = [field.format(modality=modality) for field in fields]
   several = lambda field: len(np.unique(columns[field][_has_value(columns, field)])) > 1
   return [field for field in named if field in columns and several(field)]
+
+
+def _alike(names: Sequence[str], embeddings: Float[np.ndarray, "n d"]) -> list[tuple[str, str]]:
+  """Pairs of names whose embeddings are equal, of each such group its neighbours."""
+  order = np.lexsort(np.round(embeddings, 4).T[:16])
+  near = np.abs(np.diff(embeddings[order], axis=0)).max(axis=1, initial=0.0) <= 1e-5
+  return [(names[order[n]], names[order[n + 1]]) for n in np.flatnonzero(near)]
 
 
 def _spelt_once(

@@ -105,6 +105,16 @@ def test_labels_that_differ_in_case_and_blanks_are_one_class(trained, pictures, 
     run(trained, pictures, records, tmp_path / "listed", "zeroshot", **{"data.classes": str(classes)})
 
 
+def test_classes_that_the_model_cannot_tell_apart_are_named(trained, pictures, tmp_path, caplog):
+  # The tokenizer takes control characters away, so that these two are one text to the model.
+  records = [row("red", "red"), row("blue", "re\u0001d"), row("green", "green")]
+  with caplog.at_level("WARNING"):
+    found = run(trained, pictures, records, tmp_path / "out", "zeroshot")
+  assert found["eval/mine_test/zeroshot/image/top1/ways"] == 3
+  (said,) = [r.getMessage() for r in caplog.records if "one embedding" in r.getMessage()]
+  assert "'red'" in said and "(1 such pairs)" in said
+
+
 def test_a_picture_under_several_labels_counts_once(trained, pictures, tmp_path):
   records = [{"id": str(n), "image": image, "label": label} for n, (image, label) in enumerate(
     [("red.png", "red"), ("red.png", "warm"), ("copy.png", "red"), ("blue.png", "blue")])]  # fmt: skip
