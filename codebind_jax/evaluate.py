@@ -339,7 +339,8 @@ class Evaluation:
         captions[modality] = np.arange(len(kept)), np.arange(len(kept))
       else:
         content = feed.places_of(rows)[good] if known else found.content
-        if isinstance(source.read(int(rows[good[0]]), modality), np.ndarray):  # of no file: equal ones may be chance
+        several = len(np.unique(content)) < len(content)
+        if several and isinstance(source.read(int(rows[good[0]]), modality), np.ndarray):  # of no file: may be chance
           ids = columns["id"].tolist()
           content = np.array([number_of(f"{one} {name}") for one, name in zip(content.tolist(), ids)], np.int64)
         pairs = [(n, row_of[text]) for n, at in enumerate(good) for text in own[at] if text in row_of]
