@@ -1,40 +1,46 @@
-"""Evaluation of a model on a task's sets, during and after training, and on a user's manifest (mode `eval`)."""
+"""Evaluation of a model on a task's sets, during and after training, and on a user's own data (mode `eval`)."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from absl import logging
+from jaxtyping import Bool, Float, Int, Shaped
 
 from codebind_jax import config as config_lib
 from codebind_jax import files, schema
 from codebind_jax.api import Embedded, Model, load
 from codebind_jax.config import MEASURES, Config
-from codebind_jax.data.examples import Feed, Tokens
+from codebind_jax.data.examples import Feed, Tokens, number_of
 from codebind_jax.data.records import Source
 from codebind_jax.data.task import EvalSet, Task, open_task
-from codebind_jax.evaluators import base
+from codebind_jax.evaluators import base, contents
+from codebind_jax.evaluators.answers import Answers, Keep
 from codebind_jax.evaluators.class_mean import NearestClassMean
 from codebind_jax.evaluators.codes import CodebookUsage, shared_counts, table_counts
 from codebind_jax.evaluators.decomposition import decomposition
+from codebind_jax.evaluators.pairs import keys_of, named_pairs
 from codebind_jax.evaluators.probe import LinearProbe
 from codebind_jax.evaluators.retrieval import Emergent, Retrieval
-from codebind_jax.evaluators.zeroshot import ZeroShot
+from codebind_jax.evaluators.zeroshot import TIE, ZeroShot
+from codebind_jax.report import summary
+from codebind_jax.report.answers import text_of, write_answers
+from codebind_jax.report.page import write_report
 from codebind_jax.runtime import distributed
 from codebind_jax.runtime.guard import BadRecords
-from codebind_jax.runtime.metrics import MetricsWriter, read_metrics
+from codebind_jax.runtime.metrics import FILE, MetricsWriter, read_metrics
 from codebind_jax.trunks.feeds import Feeder
 
 FINAL = "final"  # stage name of the final evaluation in metrics.jsonl
 STAGE_DONE = "eval/stage_done"  # metric that marks the line of a finished stage's evaluation
 NEEDS = {
-  "zeroshot": "it needs labels, and a model with a text tower",
-  "retrieval": "it needs records with a text and another modality",
+  "zeroshot": "it needs labels of two classes and more, and a model with a text tower",
+  "retrieval": "it needs records with a text and another modality, two of each and more",
   "probe": "it needs labels, on records of split train as well",
 }
 
@@ -66,12 +72,24 @@ class Evaluation:
 
   All processes embed, each a part of every batch; process 0 evaluates, and the others get no metrics.
 
+  Args:
+    config: of the run.
+    task: the data.
+    feeder: of the towers.
+    tasks: evaluators to run.
+    keep: takes the answers of zero-shot classification, retrieval and probes on each set.
+
   Attributes:
     trunks: modality -> Trunk.
   """
 
-  def __init__(self, config: Config, task: Task, feeder: Feeder, tasks: Sequence[str] = MEASURES):
-    self.config, self.task, self.trunks = config, task, feeder.trunks
+  def __init__(
+    self, config: Config, task: Task, feeder: Feeder, tasks: Sequence[str] = MEASURES,
+    keep: Callable[[EvalSet, Answers], None] | None = None,
+  ):  # fmt: skip
+    self.config, self.task, self.trunks, self._keep = config, task, feeder.trunks, keep
+    self._said: set[str] = set()
+    self._on: EvalSet | None = None  # the set that is being measured
     self._feeder, self._tasks = feeder, tasks
     self._bad = BadRecords(config.data.max_bad_records, "left out")
 
@@ -106,13 +124,18 @@ class Evaluation:
   def _sets(self) -> list[EvalSet]:
     return [s for s in self.task.evals if s.role == "val" or self.config.test]
 
-  def table(self, model: Model, test: EvalSet) -> base.Table:
-    """Embeddings of one set: a row for every item, and in text a row for every distinct caption."""
-    return self._embed(model, test.source)
+  def table(self, model: Model, test: EvalSet) -> base.Captioned:
+    """Embeddings of one set: a row for every item, and in text a row for every distinct caption.
 
-  def train_table(self, model: Model, world: str) -> base.Table:
+    The column `_content` numbers the items' contents: rows of one file, or of equal bytes, have one number. Items that
+    a source gives as arrays have one number where their records' ids are equal too.
+    """
+    return self._embed(model, test.source, test.texts, test.spellings)
+
+  def train_table(self, model: Model, world: str) -> base.Captioned:
     """Embeddings of a source's training rows as they are."""
-    return self._embed(model, self.task.train[world])
+    own = next((test for test in self.task.evals if test.world == world), None)
+    return self._embed(model, self.task.train[world], spellings=own.spellings if own else schema.Frozen())
 
   def embed_text(self, model: Model, texts: Sequence[str]) -> np.ndarray:
     """`shared` embeddings of strings."""
@@ -131,21 +154,23 @@ class Evaluation:
       return {}
     linear: dict[tuple[str, str, str], LinearProbe] = {}  # fitted once for all sets of a world
     for test in sets:
-      table, prefix = tables[test.name], f"eval/{test.name}"
-      metrics |= base.run_evaluators(self._evaluators(test, table, tasks, intervals, prompts), table, prefix=prefix)
-      for a, b, field, by in named_pairs(test, table) if "retrieval" in tasks else ():
-        if (both := paired(table, a, b, field)) is not None:
-          metrics |= base.run_evaluators([Retrieval(a, b, match=field, by=by)], both, prefix=prefix)
+      self._on, table, prefix = test, tables[test.name], f"eval/{test.name}"
+      for evaluator, part in self._evaluators(test, table, tasks, intervals, prompts):
+        metrics |= self._measured(evaluator, part, prefix)
       for probe, field in self._probes(test, table, train.get(test.world) or {}, means, "probe" in tasks, linear):
-        known = _known_values(table, train[test.world], probe.modality, field)
-        metrics |= base.run_evaluators([probe], known, prefix=prefix)
+        try:
+          known = _known_values(table, train[test.world], probe.modality, field)
+        except base.LeftOutError as error:
+          self._leave_out(f"{prefix}/{probe.name}/{probe.modality}", error)
+          continue
+        metrics |= self._measured(probe, known, prefix)
       if any("{modality}" in field for field in test.probes):
         of_set = {name.removeprefix(f"{prefix}/"): value for name, value in metrics.items() if name.startswith(prefix)}
         metrics |= {f"{prefix}/{name}": value for name, value in decomposition(of_set, table, test.probes)}
     if model.method.codebook_sizes and "codes" in tasks and train:
       metrics |= base.run_evaluators([self._usage(model, train)], _stacked(train.values()), prefix="eval/train")
     if "retrieval" in tasks:
-      metrics |= self._emergent(sets, tables)
+      metrics |= self._emergent(sets, tables, intervals)
     return metrics | dict(self._means_over_validation(model, sets, metrics))
 
   def code_counts(self, model: Model) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -158,13 +183,13 @@ class Evaluation:
     names = {"shared", *(m for table in train.values() for m in table)}
     return CodebookUsage({name: size for name, size in model.method.codebook_sizes.items() if name in names})
 
-  def _emergent(self, sets: Sequence[EvalSet], tables: Mapping[str, base.Table]) -> dict[str, float]:
+  def _emergent(self, sets: Sequence[EvalSet], tables: Mapping[str, base.Table], intervals: bool) -> dict[str, float]:
     """Retrieval by concept between modalities that no stage binds, over all sets of one role."""
     metrics: dict[str, float] = {}
     for role in dict.fromkeys(test.role for test in sets):
       table = _stacked(tables[test.name] for test in sets if test.role == role)
       pairs = [pair for pair in self.config.emergent if all(m in table for m in pair)]
-      evaluators = [evaluator for a, b in pairs if (evaluator := Emergent(a, b)).overlap(table)]
+      evaluators = [evaluator for a, b in pairs if (evaluator := Emergent(a, b, intervals=intervals)).overlap(table)]
       metrics |= base.run_evaluators(evaluators, table, prefix=f"eval/{role}")
     return metrics
 
@@ -191,60 +216,141 @@ class Evaluation:
   def _templates(self, test: EvalSet) -> tuple[str, ...]:
     return self.config.data.templates_of.get(test.world, self.config.data.eval_templates)
 
+  def _measured(self, evaluator: base.Evaluator, table: base.Table, prefix: str) -> dict[str, float]:
+    """The metrics of an evaluator; none, and one line in the log, where the data lacks what it needs."""
+    try:
+      return dict(base.run_evaluators([evaluator], table, prefix=prefix))
+    except base.LeftOutError as error:
+      self._leave_out(prefix, error)
+      return {}
+
+  def _leave_out(self, what: str, why: Any) -> None:
+    """Says once that a number is not measured, and why."""
+    line = f"{what.removeprefix('eval/')} is left out: {why}"
+    if line not in self._said:
+      self._said.add(line)
+      logging.info("%s", line)
+
+  def _name_alike(self, test: EvalSet, prompts: Mapping[str, np.ndarray]) -> None:
+    """Warns once of classes that have one embedding: ties count against the model, so that rows of both are wrong."""
+    template = self._templates(test)[0]
+    same = _alike(test.candidates, np.stack([prompts[template.format(label)] for label in test.candidates]))
+    if same and test.name not in self._said:
+      self._said.add(test.name)
+      logging.warning("%s: classes %r and %r (%d such pairs) have one embedding: the model cannot tell them apart, and "
+                      "their rows count as wrong; name one otherwise", test.name, *same[0], len(same))  # fmt: skip
+
+  def _kept(self) -> Keep | None:
+    """Takes the answers on the set that is being measured."""
+    return (lambda answers: self._keep(self._on, answers)) if self._keep else None
+
   def _evaluators(
-    self, test: EvalSet, table: base.Table, tasks: Sequence[str], intervals: bool, prompts: Mapping[str, np.ndarray]
-  ) -> Iterator[base.Evaluator]:
-    """Zero-shot classification of every modality, if the set has labels and the model a text tower."""
-    items = [name for name in table if name != "text"]
-    if "zeroshot" in tasks and test.candidates and prompts:
-      for name in items:
-        slices = tuple(field for field in test.slices if field in table[name] and test.role == "test")
-        yield ZeroShot(
-          name, test.candidates, lambda texts: np.stack([prompts[text] for text in texts]), self._templates(test),
-          slices=slices, intervals=intervals,
-        )  # fmt: skip
+    self, test: EvalSet, table: base.Captioned, tasks: Sequence[str], intervals: bool, prompts: Mapping[str, np.ndarray]
+  ) -> Iterator[tuple[base.Evaluator, base.Table]]:
+    """(evaluator, its rows) of zero-shot classification of every modality, and of retrieval between modalities."""
+    if "zeroshot" in tasks:
+      embed = lambda texts: np.stack([prompts[text] for text in texts])
+      if not test.candidates or not prompts:
+        self._leave_out(f"{test.name}/zeroshot", NEEDS["zeroshot"])
+      elif len(test.candidates) < 2:
+        self._leave_out(f"{test.name}/zeroshot", f"{test.candidates[0]!r} is the only class, nothing to choose among")
+      else:
+        if intervals:
+          self._name_alike(test, prompts)
+        for name in (name for name in table if name != "text"):
+          if (known := self._labelled(test, table, name)) is not None:
+            slices = tuple(field for field in test.slices if field in table[name] and test.role == "test")
+            yield ZeroShot(name, test.candidates, embed, self._templates(test), slices=slices, intervals=intervals,
+                           keep=self._kept()), known  # fmt: skip
+    if "retrieval" in tasks:
+      pairs = [(pair, keys) for pair in named_pairs(test, table) if (keys := keys_of(table, *pair[:3]))]
+      if not pairs:
+        self._leave_out(f"{test.name}/retrieval", NEEDS["retrieval"])
+      for (a, b, field, by), keys in pairs:
+        yield Retrieval(a, b, match=field, keys=keys, by=by, intervals=intervals, keep=self._kept()), table
+
+  def _labelled(self, test: EvalSet, table: base.Table, modality: str) -> base.Table | None:
+    """A modality with a `_mask` of the rows that have a label; None if there are none."""
+    there = _has_value(table[modality], "label")
+    if not there.all():
+      self._leave_out(f"{test.name}/zeroshot/{modality} of {(~there).sum()} of {len(there)} rows", "they have no label")
+    return {modality: dict(table[modality]) | {"_mask": there}} if there.any() else None
 
   def _probes(
     self, test: EvalSet, table: base.Table, train: base.Table, means: bool, probes: bool,
     linear: dict[tuple[str, str, str], LinearProbe],
   ) -> Iterator[tuple[base.Evaluator, str]]:
     """(probe fitted on the training rows, field that it predicts)."""
+    if probes and test.probes and not any(name != "text" for name in train):
+      self._leave_out(f"{test.name}/probe", NEEDS["probe"])
     for name in table:
       if name != "text" and name in train:
         for field in _varying_fields(test.means, name, train[name]) if means else ():
-          yield NearestClassMean(name, train, field=field), field
-        for field in _varying_fields(test.probes, name, train[name]) if probes else ():
+          known = {name: _with_values(train[name], field)}
+          yield NearestClassMean(name, known, field=field, intervals=True), field
+        varying = _varying_fields(test.probes, name, train[name]) if probes else []
+        if probes and test.probes and not varying:
+          self._leave_out(f"{test.name}/probe/{name}", "the training rows have no two values of what it predicts")
+        for field in varying:
           group = test.probe_group if field != "label" else None
-          yield linear.setdefault((test.world, name, field), LinearProbe(name, train, field=field, group=group)), field
+          known = {name: _with_values(train[name], field)}
+          probe = LinearProbe(name, known, field=field, group=group, intervals=True, keep=self._kept())
+          yield linear.setdefault((test.world, name, field), probe), field
 
-  def _embed(self, model: Model, source: Source) -> dict[str, dict[str, np.ndarray]]:
-    """Embeddings and fields of a source's rows."""
-    table = {}
-    for modality in model.modalities:
+  def _embed(
+    self, model: Model, source: Source, texts: str = "main", spellings: Mapping[str, str] = schema.Frozen()
+  ) -> base.Captioned:
+    """Embeddings and fields of a source's rows, and which captions they have; arguments as `EvalSet`'s."""
+    table, captions, row_of = {}, {}, {}
+    for modality in sorted(model.modalities, key=lambda name: name != "text"):  # captions are numbered first
       rows = source.rows_with(modality)
       if not len(rows):
         continue
-      fields = _fields([source.fields(int(row)) for row in rows])
+      records = [source.fields(int(row)) for row in rows]
+      own = [record.get("text", ())[: None if texts == "all" else 1] for record in records]
+      fields, told_of = _fields(records, spellings), rows
       if modality == "text":
-        distinct = np.sort(np.unique(fields["caption"], return_index=True)[1])
-        fields = {field: values[distinct] for field, values in fields.items()}
-        feed, rows = self._feeder.texts(list(fields["caption"])), np.arange(len(distinct))
+        first = {text: n for n, each in reversed([*enumerate(own)]) for text in reversed(each)}
+        strings = list(dict.fromkeys(text for each in own for text in each))
+        of = np.array([first[text] for text in strings])
+        fields = {field: values[of] for field, values in fields.items()} | {"caption": np.array(strings)}
+        feed, rows, told_of = self._feeder.texts(strings), np.arange(len(strings)), rows[of]
       else:
         feed = self._feeder.clean(source, modality)
-      found = self._rows(model, modality, feed, rows)
+      # Cached tokens of one content have one place; of what is read anew the model tells it.
+      known = modality == "text" or isinstance(feed, Tokens)
+      found = self._rows(model, modality, feed, rows, **({} if known else {"content": True}))
       told = dict(found.bad)
-      for row in () if isinstance(feed, Tokens) else rows[~found.good].tolist():  # what no cache has, the feeder counts
-        where, message = source.where(row), told.get(row, "another process could not read it")
-        self._bad.add(source.name, row, modality, message if where in message else f"{where}: {modality}: {message}")
+      # What no cache has, the feeder counts.
+      for row in () if isinstance(feed, Tokens) else np.flatnonzero(~found.good).tolist():
+        at, message = int(told_of[row]), told.get(int(rows[row]), "another process could not read it")
+        where = source.where(at)
+        self._bad.add(source.name, at, modality, message if where in message else f"{where}: {modality}: {message}")
       self._bad.check(alike=True)
-      if found.good.any():
-        columns = {field: values[found.good] for field, values in fields.items()}
-        table[modality] = found.embeddings.asdict() | columns
-    return table
+      good = np.flatnonzero(found.good)
+      if not len(good):
+        continue
+      columns = found.embeddings.asdict() | {field: values[good] for field, values in fields.items()}
+      if modality == "text":
+        kept, place = _spelt_once(columns["caption"], columns["shared"])
+        row_of = {text: int(at) for text, at in zip(columns["caption"].tolist(), place)}
+        columns = {field: values[kept] for field, values in columns.items()}
+        content = np.array([number_of(text) for text in columns["caption"].tolist()], np.int64)
+        captions[modality] = np.arange(len(kept)), np.arange(len(kept))
+      else:
+        content = feed.places_of(rows)[good] if known else found.content
+        several = len(np.unique(content)) < len(content)
+        if several and isinstance(source.read(int(rows[good[0]]), modality), np.ndarray):  # of no file: may be chance
+          ids = columns["id"].tolist()
+          content = np.array([number_of(f"{one} {name}") for one, name in zip(content.tolist(), ids)], np.int64)
+        pairs = [(n, row_of[text]) for n, at in enumerate(good) for text in own[at] if text in row_of]
+        captions[modality] = tuple(np.array(pairs, np.int64).reshape(-1, 2).T)
+      table[modality] = columns | {contents.COLUMN: content}
+    return base.Captioned({m: table[m] for m in model.modalities if m in table}, captions)
 
-  def _rows(self, model: Model, modality: str, feed: Feed, rows: np.ndarray | range) -> Embedded:
+  def _rows(self, model: Model, modality: str, feed: Feed, rows: np.ndarray | range, **more: bool) -> Embedded:
     data = self.config.data
-    return model.embed_rows(modality, feed, rows, workers=data.workers, threads=data.threads)
+    return model.embed_rows(modality, feed, rows, workers=data.workers, threads=data.threads, **more)
 
   def finish(self, model: Model, step: int, writer: Any) -> dict[str, float]:
     """Evaluates a finished run and writes the metrics; a run that is evaluated already gets the written ones."""
@@ -278,31 +384,35 @@ def retention(final: Mapping[str, float], lines: Sequence[Mapping[str, Any]]) ->
 def _varying_fields(fields: Sequence[str], modality: str, columns: base.Columns) -> list[str]:
   """Those fields that have several values among a modality's training rows; a field with one value tests nothing."""
   named = [field.format(modality=modality) for field in fields]
-  return [field for field in named if field in columns and len(np.unique(columns[field])) > 1]
+  several = lambda field: len(np.unique(columns[field][_has_value(columns, field)])) > 1
+  return [field for field in named if field in columns and several(field)]
 
 
-def named_pairs(test: EvalSet, modalities: Iterable[str]) -> list[tuple[str, str, str, str]]:
-  """(modality, modality, field, name) of retrieval: every modality with text by caption, then the set's own pairs.
+def _alike(names: Sequence[str], embeddings: Float[np.ndarray, "n d"]) -> list[tuple[str, str]]:
+  """Pairs of names whose embeddings are equal, of each such group its neighbours."""
+  order = np.lexsort(np.round(embeddings, 4).T[:16])
+  near = np.abs(np.diff(embeddings[order], axis=0)).max(axis=1, initial=0.0) <= 1e-5
+  return [(names[order[n]], names[order[n + 1]]) for n in np.flatnonzero(near)]
 
-  The name is empty for the first field by which two modalities are matched, and the field for further ones (touch to
-  the photograph of the same crop, and to one of the same texture).
+
+def _spelt_once(
+  texts: Shaped[np.ndarray, "n"], embeddings: Float[np.ndarray, "n d"]
+) -> tuple[Int[np.ndarray, "m"], Int[np.ndarray, "n"]]:
+  """(The first of texts that are one, which one each is): they differ in case and blanks alone, and have one embedding.
+
+  Otherwise each would be a wrong answer where another is right, and as near to every query.
   """
-  first: dict[frozenset[str], str] = {}
-  by_text = [("text", name, "caption") for name in modalities if name != "text"]
-  return [
-    (a, b, field, "" if first.setdefault(frozenset((a, b)), field) == field else field)
-    for a, b, field in [*by_text, *test.pairs]
-  ]
-
-
-def paired(table: base.Table, a: str, b: str, field: str) -> base.Table | None:
-  """Two modalities with a `_mask` of the rows whose value of `field` occurs in both; None if no value does."""
-  if a not in table or b not in table:
-    return None
-  both = np.intersect1d(table[a][field], table[b][field])
-  both = both[both != ""] if both.dtype.kind in "US" else both
-  masked = {m: dict(table[m]) | {"_mask": np.isin(table[m][field], both)} for m in (a, b)}
-  return masked if len(both) else None
+  firsts: dict[str, list[int]] = {}
+  kept, place = [], np.zeros(len(texts), np.int64)
+  for n, text in enumerate(texts.tolist()):
+    own = firsts.setdefault(base.plain_text(text), [])
+    same = next((at for at in own if np.abs(embeddings[kept[at]] - embeddings[n]).max(initial=0.0) <= TIE), None)
+    if same is None:
+      same = len(kept)
+      own.append(same)
+      kept.append(n)
+    place[n] = same
+  return np.array(kept, np.int64), place
 
 
 def _stacked(tables: Iterable[base.Table]) -> base.Table:
@@ -317,28 +427,65 @@ def _stacked(tables: Iterable[base.Table]) -> base.Table:
   }
 
 
-def _fields(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-  """Columns of the rows' plain fields, and `caption`, the main text."""
+def _fields(rows: Sequence[Mapping[str, Any]], spellings: Mapping[str, str]) -> dict[str, np.ndarray]:
+  """Columns of the rows' plain fields, labels as the candidates are written, and `caption`, the main text."""
   names = {key for row in rows for key, value in row.items() if isinstance(value, str | bool | int) or value is None}
   plain = lambda value: "" if value is None else value
   columns = {name: np.array([plain(row.get(name)) for row in rows]) for name in sorted(names)}
+  if spellings and "label" in columns:
+    columns["label"] = np.array([spellings.get(label, label) for label in columns["label"].tolist()])
   return columns | {"caption": np.array([row["text"][0] if row.get("text") else row["id"] for row in rows])}
 
 
+def _has_value(columns: base.Columns, field: str) -> Bool[np.ndarray, "n"]:
+  """Which rows have a value of a field; "" is none where it is a label, and a value of other fields."""
+  return columns[field] != "" if field == "label" else np.ones(len(columns[field]), bool)
+
+
+def _with_values(columns: base.Columns, field: str) -> base.Columns:
+  """A modality with a `_mask` of the rows that have a value of the field, unless all have."""
+  there = _has_value(columns, field)
+  return columns if there.all() else dict(columns) | {"_mask": there}
+
+
 def _known_values(table: base.Table, train: base.Table, modality: str, field: str) -> base.Table:
-  """A modality with a `_mask` of the rows whose value of `field` occurs in training, as a probe knows no others."""
-  known = np.isin(table[modality][field], train[modality][field])
+  """A modality with a `_mask` of the rows that a probe can be scored on.
+
+  These are those whose value of `field` occurs in training, as a probe knows no others, and whose content does not. If
+  all contents do, they are scored, and the log says what the number is.
+
+  Raises:
+    LeftOutError: if no value was trained on.
+  """
+  columns, values = table[modality], table[modality][field]
+  known = np.isin(values, train[modality][field]) & _has_value(columns, field)
+  seen = np.isin(columns[contents.COLUMN], train[modality][contents.COLUMN])
   if not known.all():
     logging.info("%s of %s: %d of %d rows have a value that was trained on", field, modality, known.sum(), len(known))
-  return {modality: dict(table[modality]) | {"_mask": known}}
+  if not known.any():
+    raise base.LeftOutError(f"no value of {field!r} is one of the training rows")
+  if not (known & ~seen).any():
+    logging.warning("%s of %s: every item is one of a training row too, so that the number says what was learned by "
+                    "heart; give other items for testing", field, modality)  # fmt: skip
+  elif seen.any():
+    logging.info("%s of %s: %d of %d rows are items of training rows too, and are not scored",
+                 field, modality, seen.sum(), len(seen))  # fmt: skip
+    known = known & ~seen
+  return {modality: dict(columns) | {"_mask": known}}
 
 
 def evaluate(config: Any, workdir: str | files.Path) -> dict[str, float]:
-  """Mode `eval`: evaluates a trained model on a user's manifest by one task, and writes `workdir/metrics.jsonl`.
+  """Mode `eval`: evaluates a trained model on a user's data by one task, and adds what it finds to a folder.
+
+  `metrics.jsonl` gets a line more. `predictions.jsonl` has an object for every row: `id`, `set`, `metric`, `modality`,
+  `truth`, `top5` and `right`. `top5` lists [label, score], of retrieval [id or text, score, whether right]; the scores
+  are cosines, of a probe probabilities. `confusion.csv` counts how often rows of a class were answered another. In both
+  what the same task found on the same set before is replaced. The page is `report.html`, in a training run's folder,
+  whose page stays, `report_eval.html`.
 
   Args:
     config: `configs/eval.py`: `init_from`, `task` (zeroshot, retrieval or probe) and `data`.
-    workdir: folder of the metrics.
+    workdir: folder of what is written; also one that holds a run or earlier evaluations, of which nothing is removed.
 
   Returns:
     Metrics by name; {} on processes other than 0.
@@ -356,11 +503,12 @@ def evaluate(config: Any, workdir: str | files.Path) -> dict[str, float]:
     model.config.data, root=config.data.root, workers=config.data.workers, threads=config.data.threads,
     max_bad_records=config.data.max_bad_records, eval_templates=config.data.eval_templates,
     templates_of=schema.Frozen(),
-  )
+  )  # fmt: skip
   settings = dataclasses.replace(model.config, test=True, emergent=(), data=data)
   with distributed.process_0_first():  # published trunks are fetched
     feeder = Feeder(data, settings.model.towers, model.trunks)
-  evaluation = Evaluation(settings, task, feeder, (config.task,))
+  found: list[tuple[EvalSet, Answers]] = []
+  evaluation = Evaluation(settings, task, feeder, (config.task,), lambda test, answers: found.append((test, answers)))
   model.trunks = evaluation.trunks
   metrics = evaluation.everything(model.on(jax.devices()) if jax.device_count() > 1 else model)
   if jax.process_index():
@@ -368,8 +516,13 @@ def evaluate(config: Any, workdir: str | files.Path) -> dict[str, float]:
   if not metrics:
     raise ValueError(f"task {config.task!r}: {task.name} has nothing to measure; {NEEDS[config.task]}")
   with MetricsWriter(folder) as writer:
-    writer.truncate(-1)
-    writer.write(0, "eval", metrics)
-  width = max(map(len, metrics))
-  sys.stdout.write("".join(f"{name:{width}} {value:8.2f}\n" for name, value in metrics.items()))
+    lines = read_metrics(folder) if files.is_file(folder / FILE) else []
+    # At the step of the run that the folder may hold, so that its curves have no point at 0.
+    writer.write(max((line["step"] for line in lines), default=0), "eval", metrics)
+  write_answers(folder, config.task, task.evals, found)
+  evaluation.alone()
+  page = folder / ("report_eval.html" if files.is_file(folder / "config.json") else "report.html")
+  report = summary.report_data(settings, folder, task, evaluation, metrics, {"after": model}, {})
+  write_report(page, report)
+  sys.stdout.write(f"{text_of(metrics)}\nreport: {page}\n")
   return metrics

@@ -192,7 +192,7 @@ def check_data(config: Config, task: Task) -> None:
       raise ValueError(f"config.stages.{stage.name}.pairs: no training record has {absent[0]!r}; the data has {there}")
     for name, rows in stage.on(modalities).sources.items():
       drawn = task.drawn[name]
-      check_rows(drawn, rows, unique_labels=stage.unique_labels, extra=len(drawn) - len(task.train[name]),
+      check_rows(drawn.index.group, rows, unique_labels=stage.unique_labels, extra=len(drawn) - len(task.train[name]),
                  extra_share=config.data.extra, name=name, processes=jax.process_count())  # fmt: skip
 
 

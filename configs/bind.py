@@ -6,7 +6,7 @@ Command: python -m codebind_jax.main --config=configs/bind.py --config.data.file
 The choice is printed as flags; whatever the command sets stays as it is. `--config.trunks.image=NAME`,
 `--config.weights.image=PATH` (a published checkpoint: docs/models.md) and `--config.tune.image=frozen|lora|full`
 choose the encoder of a modality, `--config.init_from=RUN` binds new modalities to a model that is there.
-Time: on two cores two to five minutes for a thousand pictures with texts, most of it for encoders, whose output is kept.
+Time: on two cores 2 to 5 minutes for a thousand pictures with texts, most of it in encoders, whose output is kept.
 """
 
 from ml_collections.config_dict import ConfigDict, placeholder

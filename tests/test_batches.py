@@ -154,7 +154,7 @@ def test_fingerprint_names_what_changed():
 @pytest.mark.parametrize("options, message", [
     ({"rows": 0}, "batch_size of 'source': 0 must be a positive multiple of the 1 processes"),
     ({"rows": 6, "process": 0, "processes": 4}, "batch_size of 'source': 6 must be a positive multiple of the 4"),
-    ({"rows": 40}, r"40 rows .* 'source', which has 17 distinct labels \(unique_labels is on\); allowed: up to 17"),
+    ({"rows": 40}, r"40 rows .* 'source', which has 17 distinct labels or contents; allowed: up to 17"),
     ({"rows": 40, "unique_labels": False}, "config.batch_size: 40 rows .* 'source', which has 30; allowed: up to 30"),
     ({"rows": 4, "extra": 10, "extra_share": 0.1}, "config.data.extra: got 0.1, which is 0 of the 4 rows of 'source'; "
      "allowed: 0, or a share of 1 to 3 rows"),

@@ -1,5 +1,6 @@
 """Mode `bind`: what is chosen by the data, what is refused before any work, and whole runs of it."""
 
+import ast
 import json
 import logging
 import re
@@ -97,7 +98,8 @@ def test_forty_pictures_of_five_classes(write, caplog):
   assert config.mode == "train" and set(config.model.towers) == {"image", "text"}
   assert stage.pairs == (("image", "text"),) and not stage.unique_labels and config.batch_size == 32
   assert config.steps == 60 and stage.steps == 60 and config.eval_steps == 30 and config.baseline
-  assert stage.tune == {"image": "frozen", "text": "frozen"} and all(tower.cache for tower in config.model.towers.values())
+  assert stage.tune == {"image": "frozen", "text": "frozen"}
+  assert all(tower.cache for tower in config.model.towers.values())
   assert "40 records without text have their label as caption" in caplog.text
   assert "--config.stages.bind.pairs=\"(('image', 'text'),)\"" in caplog.text
 
@@ -117,7 +119,7 @@ def test_the_printed_flags_give_the_same_config(write, caplog, monkeypatch):
     section, _, name = key.rpartition(".")
     part = schema.get(given, section) if section else given
     kind = part.get_type(name)
-    part[name] = eval(value) if kind in (tuple, bool) else kind(value)  # noqa: S307  as the flags' parsers do
+    part[name] = ast.literal_eval(value) if kind in (tuple, bool) else kind(value)  # as the flags' parsers do
   other = bind.resolved(given.lock(), open_task(bind.data_of(given)))
   differing = schema.difference(schema.to_plain(config), schema.to_plain(other))
   assert [line.partition(":")[0] for line in differing] == ["data.files"]
@@ -133,7 +135,7 @@ def test_a_hundred_classes_and_a_thousand_rows(write):
 
 def test_captions_without_labels_are_their_own_groups(write):
   config = chosen(write([{"text": f"thing {i}", "image": i % 9} for i in range(60)]))
-  assert config.ordered[0].unique_labels and config.batch_size == 32 and config.emergent == ()
+  assert not config.ordered[0].unique_labels and config.batch_size == 32 and config.emergent == ()
   assert config.model.towers["text"].whiten == 0  # the covariance of 384 values is not known from 50 texts
 
 
@@ -244,10 +246,11 @@ def test_published_encoders_by_key(write, tmp_path):
 
 
 def test_the_command(write, tmp_path):
-  """From another folder, as an installed package would be used."""
+  """Given twice, with another harmless key, it finds the run finished."""
   path = write(pictures(24))
   command = [sys.executable, "-m", "codebind_jax.main", "--config=configs/bind.py", f"--config.data.files={path}",
-             f"--workdir={tmp_path / 'run'}", "--config.steps=2", "--config.baseline=False", "--config.model.shared_dim=16",
+             f"--workdir={tmp_path / 'run'}", "--config.steps=2", "--config.baseline=False",
+             "--config.model.shared_dim=16",
              *(f"--config.model.towers.{m}.options.{key}={value}" for m in ("image", "text")
                for key, value in RANDOM[m].items()), "--config.model.towers.image.meaning=",
              "--config.model.towers.image.meaning_dim=0"]  # fmt: skip

@@ -242,7 +242,7 @@ def test_a_finished_run_goes_on_to_more_steps(data, whole_run, tmp_path):
 
 
 def test_batch_larger_than_the_data(data, tmp_path):
-  with pytest.raises(ValueError, match="batch_size: 9 rows .* 8 distinct labels .* up to 8, or .*unique_labels=False"):
+  with pytest.raises(ValueError, match="batch_size: 9 rows .* 8 distinct labels .* up to 8, or config"):
     train_and_evaluate(tiny_config(*data, batch_size=9), tmp_path)
 
 

@@ -52,7 +52,7 @@ class Counts:
 
   def __init__(self, sources: Sequence[Source]):
     self.rows = sum(map(len, sources))
-    self.groups = sum(int(source.index.group.max(initial=-1)) + 1 for source in sources)
+    self.unlabelled = sum(int((source.index.label < 0).sum()) for source in sources)
     self.labels = len({source.index.labels[n] for source in sources for n in np.unique(source.index.label) if n >= 0})
     self.modalities = tuple(dict.fromkeys(m for source in sources for m in source.modalities))
     self._sets: Counter[tuple[str, ...]] = Counter()
@@ -146,11 +146,11 @@ def describe(
   for modality, tower in config.model.towers.items():
     if modality in known:  # the trunks are those of `init_from`
       continue
-    flags = {"trunks": tower.trunk, "weights": asked["weights"].get(modality, ""),
-             "tune": stage.tune[modality]}  # fmt: skip
+    flags = {"trunks": tower.trunk, "weights": asked["weights"].get(modality), "tune": stage.tune[modality]}
     yield "  " + " ".join(f"--config.{section}.{modality}={value}" for section, value in flags.items() if value)
   values = {
-    **{f"stages.bind.{key}": getattr(stage, key) for key in ("pairs", "unique_labels", "mixup")}, "batch_size": config.batch_size, "steps": config.steps,
+    **{f"stages.bind.{key}": getattr(stage, key) for key in ("pairs", "unique_labels", "mixup")},
+    "batch_size": config.batch_size, "steps": config.steps,
     "eval_steps": config.eval_steps, "log_steps": config.log_steps, "checkpoint_steps": config.checkpoint_steps,
     "optim.learning_rate": config.optim.learning_rate, "optim.warmup": config.optim.warmup,
     "model.shared_dim": config.model.shared_dim, "emergent": config.emergent, "baseline": config.baseline,
@@ -388,7 +388,8 @@ def _sizes(
   power = lambda n: 1 << (max(n, 1).bit_length() - 1)
   whole = min(BATCH, power(rows))
   if stage.unique_labels is None:
-    stage.unique_labels = counts.groups >= (stage.batch_size or config.batch_size or whole)
+    labelled = counts.labels and not counts.unlabelled  # contents that records share are known later
+    stage.unique_labels = bool(labelled) and counts.labels >= (stage.batch_size or config.batch_size or whole)
   if config.batch_size is None:
     config.batch_size = whole
   if stage.batch_size is None:

@@ -19,7 +19,8 @@ from absl import logging
 from jaxtyping import Bool, Int, Int32, Shaped
 
 from codebind_jax.data.ahead import ahead, spread
-from codebind_jax.data.examples import Feed, digest, stacked
+from codebind_jax.data.examples import Feed, Tokens, digest, stacked
+from codebind_jax.data.index import of_contents
 from codebind_jax.data.order import BlockOrder
 from codebind_jax.data.records import Source
 
@@ -112,10 +113,14 @@ def members_of(
 
 
 def check_rows(
-  source: Source, rows: int, *, unique_labels: bool = True, extra: int = 0, extra_share: float = 0.0,
+  group: Int32[np.ndarray, "n"], rows: int, *, unique_labels: bool = True, extra: int = 0, extra_share: float = 0.0,
   name: str = "source", processes: int = 1,
 ) -> None:  # fmt: skip
-  """Checks that a source has enough rows for its part of a batch; the arguments are those of `SourceBatches`.
+  """Checks that a source has enough rows for its part of a batch.
+
+  Args:
+    group: of its rows, see `Index.group`.
+    rows: of the global batch; this and the others as of `SourceBatches`.
 
   Raises:
     ValueError: naming the key to set.
@@ -126,25 +131,26 @@ def check_rows(
   if extra and extra_share and not 0 < further < rows:
     raise ValueError(f"config.data.extra: got {extra_share}, which is {further} of the {rows} rows of {name!r}; "
                      f"allowed: 0, or a share of 1 to {rows - 1} rows")  # fmt: skip
-  own = _own_groups(source, extra) if unique_labels else len(source) - extra
-  others = (int(source.index.group.max(initial=-1)) + 1 if unique_labels else len(source)) - own
+  own = _own_groups(group, extra) if unique_labels else len(group) - extra
+  others = (_own_groups(group, 0) if unique_labels else len(group)) - own
   for size, count in ((rows - further, own), (further, others)):
     if size > count:
-      labels = f" distinct labels (unique_labels is on); allowed: up to {count}, or stages.NAME.unique_labels=False"
+      labels = f" distinct labels or contents; allowed: up to {count}, or config.stages.NAME.unique_labels=False"
       rest = labels if unique_labels else f"; allowed: up to {count}"
       raise ValueError(f"config.batch_size: {size} rows of a batch are of {name!r}, which has {count}{rest}")
 
 
-def _own_groups(source: Source, extra: int) -> int:
+def _own_groups(group: Int32[np.ndarray, "n"], extra: int) -> int:
   """Number of groups of the rows that are no further data."""
-  return int(source.index.group[: len(source) - extra].max(initial=-1)) + 1
+  return int(group[: len(group) - extra].max(initial=-1)) + 1
 
 
 class SourceBatches:
   """One source's rows of every batch: `{modality: [b, ...], _mask: {modality: bool [b]}, _row, _group: int32 [b]}`.
 
-  Rows of equal `_group` are not each other's negatives. With `unique_labels` an epoch visits every group once and draws
-  one of its rows, so that no batch holds two rows of one group.
+  Rows of equal `_group` are not each other's negatives: those of one group of the index, and those without a label
+  whose cached tokens are of one content. With `unique_labels` an epoch visits every group once and draws one of its
+  rows, so that no batch holds two rows of one group.
 
   The last `extra` rows are further data, which may have many more groups than the others: `extra_share` of a batch is
   drawn from those of their groups that no other row has, so that both kinds have their own epochs. Rows of both kinds
@@ -174,19 +180,22 @@ class SourceBatches:
     self, source: Source, feeds: Mapping[str, Feed], *, rows: int, seed: int, unique_labels: bool = True,
     extra: int = 0, extra_share: float = 0.0, name: str = "source", process: int = 0, processes: int = 1,
   ):  # fmt: skip
-    check_rows(source, rows, unique_labels=unique_labels, extra=extra, extra_share=extra_share, name=name,
-               processes=processes)  # fmt: skip
     self._extra = round(extra_share * rows) if extra else 0
     self._name, self._source, self._feeds, self._first = name, source, dict(feeds), rows - self._extra
+    tokens = [feed for modality, feed in feeds.items() if modality != "text" and isinstance(feed, Tokens)]
+    contents = [feed.places_of(np.arange(len(source))) for feed in tokens]
+    self._group = of_contents(source.index.group, source.index.label, contents)
+    check_rows(self._group, rows, unique_labels=unique_labels, extra=extra, extra_share=extra_share, name=name,
+               processes=processes)  # fmt: skip
     self._own = range(rows)[process * (rows // processes) : (process + 1) * (rows // processes)]
     self.fingerprint = {
       "files": source.fingerprint(), "rows": len(source), "further rows": extra, "rows of a batch": rows,
       "further rows of a batch": self._extra, "unique_labels": unique_labels, "seed": seed,
-      "groups": digest(source.index.group),
+      "groups": digest(self._group),
     } | {f"items of {m}": feed.fingerprint for m, feed in feeds.items()}  # fmt: skip
     if unique_labels:
-      starts, members = members_of(source.index.group)
-      own = _own_groups(source, extra)
+      starts, members = members_of(self._group)
+      own = _own_groups(self._group, extra)
     else:
       starts, members, own = range(len(source) + 1), range(len(source)), len(source) - extra
 
@@ -216,7 +225,7 @@ class SourceBatches:
     batch = {m: stacked([one["items"][m] for one in drawn], feed) for m, feed in self._feeds.items()}
     batch |= {
       "_mask": {m: np.array([one["items"][m] is not None for one in drawn]) for m in self._feeds},
-      "_row": rows, "_group": self._source.index.group[rows],
+      "_row": rows, "_group": self._group[rows],
     }  # fmt: skip
     bad = tuple(Bad(self._name, *item) for one in drawn for item in one["bad"])
     seconds = {m: sum(one["seconds"][m] for one in drawn) for m in self._feeds}
@@ -293,11 +302,13 @@ class Part:
     items: [b, ...], the last batch padded with zeros.
     good: rows that are neither padding nor unreadable.
     bad: (row, message) of those that could not be read.
+    content: a hash of each row's content in two halves, if it was asked for.
   """
 
   items: Shaped[np.ndarray, "b ..."]
   good: Bool[np.ndarray, "b"]
   bad: tuple[tuple[int, str], ...]
+  content: Int32[np.ndarray, "b 2"] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -310,6 +321,7 @@ class Once:
     rows: of the global batch.
     process: number of the reading process.
     processes: that share a batch; each reads consecutive rows of it.
+    content: also hashes the content of items that are prepared anew (`Items`).
   """
 
   feed: Feed
@@ -317,6 +329,7 @@ class Once:
   rows: int
   process: int = 0
   processes: int = 1
+  content: bool = False
 
   def __len__(self) -> int:
     return -(-len(self.numbers) // self.rows)
@@ -327,12 +340,17 @@ class Once:
     numbers = [int(number) for number in self.numbers[start : start + own]]
     read = spread(self._read, numbers)
     bad = tuple((number, one) for number, one in zip(numbers, read) if isinstance(one, str))
-    items = [one if isinstance(one, np.ndarray) else None for one in read] + [None] * (own - len(read))
-    return Part(stacked(items, self.feed), np.array([item is not None for item in items]), bad)
+    there = [one if isinstance(one, tuple) else (None, 0) for one in read] + [(None, 0)] * (own - len(read))
+    items = [item for item, _ in there]
+    content = np.array([content for _, content in there], np.int64).view(np.int32).reshape(-1, 2)
+    return Part(stacked(items, self.feed), np.array([item is not None for item in items]), bad,
+                content if self.content else None)  # fmt: skip
 
-  def _read(self, number: int) -> np.ndarray | str | None:
-    """An item, what is wrong with it, or None where there is none."""
+  def _read(self, number: int) -> tuple[np.ndarray, int] | str | None:
+    """An item and its content, what is wrong with it, or None where there is none."""
     try:
-      return self.feed.clean(number) if self.feed.has(number) else None
+      if not self.feed.has(number):
+        return None
+      return self.feed.clean_and_content(number) if self.content else (self.feed.clean(number), 0)
     except ValueError as error:
       return str(error)

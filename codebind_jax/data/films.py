@@ -207,8 +207,8 @@ def _found(value: str | Path | bytes, name: str, times: _Times, wanted: list[int
   if before is None:
     raise ValueError(f"{name}: has no frames")
   if len(waiting) > 1 or times.shown[waiting[0]] > at:
-    remark("damaged films", f"{name}: {number + 1} of {len(times.shown)} frames can be decoded; the last one stands for "
-           "those at its end")  # fmt: skip
+    remark("damaged films", f"{name}: {number + 1} of {len(times.shown)} frames can be decoded; the last one stands "
+           "for those at its end")  # fmt: skip
   last = _pixels(before, name, times.aspect)
   return found | dict.fromkeys(waiting, last)
 

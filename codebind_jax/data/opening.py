@@ -25,6 +25,7 @@ from codebind_jax.data.joined import joined
 from codebind_jax.data.records import Source
 from codebind_jax.data.worlds import fetch, registry
 from codebind_jax.data.worlds.source import WorldSource
+from codebind_jax.evaluators.base import plain_text
 
 CHECKED = 10_000  # records up to which all files are opened before any work
 SOME = 1_000  # records whose files are opened where there are more
@@ -211,7 +212,8 @@ def refuse_unknown(module: ModuleType, path: PurePath, options: Mapping[str, Any
 def held_out(source: Source, share: float, salt: str = "holdout") -> Bool[np.ndarray, "n"]:
   """Which records are held out: by a hash of the id, so that more records change nothing of those before.
 
-  Where the share is above 0 and there are four records or more, at least two are held out.
+  Records without a label that have one content (captions of one picture, as far as the index knows) go together. Where
+  the share is above 0 and there are four records or more, at least two are held out.
 
   Args:
     source: the records.
@@ -227,9 +229,13 @@ def held_out(source: Source, share: float, salt: str = "holdout") -> Bool[np.nda
   for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):  # splitmix64's last steps
     mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
   mixed >>= np.uint64(11)
+  alone = source.index.label < 0  # its group is its content: captions of one picture go together, as the first of them
+  if alone.any():
+    _, first, group = np.unique(source.index.group, return_index=True, return_inverse=True)
+    mixed = np.where(alone, mixed[first[group]], mixed)
   out = mixed < np.uint64(round(share * 2**53))
   if share and len(mixed) >= 4 and out.sum() < 2:
-    out[np.argsort(mixed, kind="stable")[:2]] = True
+    out |= mixed <= np.unique(mixed)[: 2][-1]
   return out
 
 
@@ -314,15 +320,27 @@ def class_names(source: Source, path: Path | None = None) -> tuple[str, ...]:
     if not labels:
       raise ValueError(f"empty class list: no row of {source.name} has a label")
     return tuple(labels)
+  classes = class_lines(path)
+  known = {plain_text(name) for name in classes}
+  unknown = [label for label in labels if plain_text(label) not in known]
+  if unknown:
+    raise ValueError(f"{path}: label {unknown[0]!r} of {source.name} is not among its {len(classes)} classes")
+  return classes
+
+
+def class_lines(path: Path) -> tuple[str, ...]:
+  """The classes of a text file, one a line.
+
+  Raises:
+    ValueError: if there are none, or a class is there twice, also where case or blanks differ.
+  """
   lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
   classes = [line for line in lines if line]
   if not classes:
     raise ValueError(f"{path}: empty class list; one class a line is needed")
   first: dict[str, int] = {}
   for number, line in enumerate(lines, 1):
-    if line and first.setdefault(line, number) != number:
-      raise ValueError(f"{path}:{number}: class {line!r} is there twice, first in line {first[line]}")
-  unknown = [label for label in labels if label not in first]
-  if unknown:
-    raise ValueError(f"{path}: label {unknown[0]!r} of {source.name} is not among its {len(classes)} classes")
+    if line and (earlier := first.setdefault(plain_text(line), number)) != number:
+      as_what = "" if lines[earlier - 1] == line else f" as {lines[earlier - 1]!r}"
+      raise ValueError(f"{path}:{number}: class {line!r} is there twice, first in line {earlier}{as_what}")
   return tuple(classes)

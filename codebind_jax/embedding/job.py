@@ -22,9 +22,9 @@ from absl import logging
 
 from codebind_jax import config as config_lib
 from codebind_jax import files
-from codebind_jax.api import Model, load
+from codebind_jax.api import Embeddings, Model, load
 from codebind_jax.config import Embed
-from codebind_jax.data.examples import Items, Texts
+from codebind_jax.data.examples import Items, Texts, Values
 from codebind_jax.data.opening import open_source
 from codebind_jax.data.records import Source
 from codebind_jax.data.task import Data
@@ -34,7 +34,7 @@ from codebind_jax.runtime import distributed
 from codebind_jax.schema import check_keys
 
 PARTS = (*shards.PARTS, "codes")
-_FORMAT = "embed-2"
+_FORMAT = "embed-3"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Plan:
     threads: number of threads that read and decode.
     max_bad_records: bad records that the whole job may leave out.
     files: names of the source's files, for the summary.
+    captions: also writes all texts of a record, and the vector of each (`shards.CAPTIONS`).
   """
 
   source: Source
@@ -66,6 +67,7 @@ class Plan:
   threads: int
   max_bad_records: int
   files: str
+  captions: bool = False
 
   @property
   def shards(self) -> int:
@@ -92,7 +94,7 @@ class Plan:
   def schema(self) -> pa.Schema:
     """Columns of a shard."""
     columns = [shards.column_name(m, part) for m, parts in self.widths.items() for part in parts]
-    return shards.make_schema(columns, self.dtype)
+    return shards.make_schema(columns, self.dtype, self.captions)
 
 
 def make_plan(settings: Embed, data: Data, workdir: str | files.Path, model: Model) -> Plan:
@@ -110,11 +112,13 @@ def make_plan(settings: Embed, data: Data, workdir: str | files.Path, model: Mod
   source = open_source(
     names, data_dir=data.root or None, max_bad_records=data.max_bad_records, check="none", **data.options
   )  # fmt: skip
-  recipe = [_FORMAT, model.fingerprint(modalities), source.fingerprint(), settings.shard_rows, settings.dtype, widths]
+  captions = "shared" in widths.get("text", ()) and data.captions != "main"
+  recipe = [_FORMAT, model.fingerprint(modalities), source.fingerprint(), settings.shard_rows, settings.dtype, widths,
+            captions]  # fmt: skip
   return Plan(
     source, files.path(workdir), hashlib.sha256(json.dumps(recipe).encode()).hexdigest(),
     settings.shard_rows, widths, settings.dtype, settings.batch_size, data.workers, settings.threads,
-    data.max_bad_records, ", ".join(names),
+    data.max_bad_records, ", ".join(names), captions,
   )  # fmt: skip
 
 
@@ -171,6 +175,7 @@ def _batch(
     finite = np.isfinite(found.embeddings.full).all(axis=1)
     bad |= {int(row): f"{source.where(int(row))}: {m}: its embedding is not finite" for row in good[~finite]}
     by_modality[m] = good, found.embeddings
+  vectors = _caption_vectors(plan, model, bad, *by_modality["text"]) if "text" in by_modality else {}
   rows = [int(row) for row in rows if int(row) not in bad]
   if not rows:
     return []
@@ -184,7 +189,41 @@ def _batch(
     for part, width in parts.items():
       values = getattr(embedded, part)[keep] if embedded is not None else np.zeros((0, width))
       columns.append(shards.with_nulls(values, at, len(rows), np.int32 if part in shards.CODES else plan.dtype))
+  if plan.captions:
+    texts = [record["text"] if source.has(row, "text") else None for row, record in zip(rows, fields)]
+    columns += shards.nested(texts, vectors, plan.dtype)
   return [pa.RecordBatch.from_arrays(columns, schema=plan.schema)]
+
+
+def _caption_vectors(
+  plan: Plan, model: Model, bad: dict[int, str], embedded: np.ndarray, main: Embeddings
+) -> dict[str, np.ndarray]:
+  """Text -> its vector, of all texts of the rows that are good; adds to the bad records.
+
+  Args:
+    plan, model: of the job.
+    bad: message of each row that is left out.
+    embedded, main: the rows whose main texts are embedded, and their embeddings.
+  """
+  if not plan.captions:
+    return {}
+  texts = {int(row): plan.source.fields(int(row))["text"] for row in embedded if int(row) not in bad}
+  vectors = {texts[row][0]: vector for row, vector in zip(embedded.tolist(), main.shared) if row in texts}
+  strings = list(dict.fromkeys(text for own in texts.values() for text in own if text not in vectors))
+  if not strings:
+    return vectors
+  feed = Values(strings, "text", model.trunk("text").input)
+  found = model.embed_rows("text", feed, np.arange(len(strings)), workers=plan.workers, threads=plan.threads,
+                           batch=plan.batch_size)  # fmt: skip
+  told = dict(found.bad)
+  finite = np.isfinite(found.embeddings.shared).all(axis=1)
+  good = np.flatnonzero(found.good)
+  vectors |= {strings[n]: vector for n, vector, well in zip(good, found.embeddings.shared, finite) if well}
+  for row, own in texts.items():
+    if lost := [text for text in own if text not in vectors]:
+      why = told.get(strings.index(lost[0]), f"text: the embedding of {lost[0]!r} is not finite")
+      bad[row] = f"{plan.source.where(row)}: {why}"
+  return vectors
 
 
 def embed_shards(plan: Plan, model: Model, *, process: int = 0, processes: int = 1) -> None:

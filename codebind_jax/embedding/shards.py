@@ -18,6 +18,7 @@ from codebind_jax import files
 FIELDS = ("id", "label", "split")
 PARTS = ("shared", "specific", "full")
 CODES = ("codes_shared", "codes_specific")
+CAPTIONS = ("text_captions", "text_captions_shared")  # all texts of a record, and the vector of each
 SUMMARY = "summary.json"
 _PATTERN = "shard-*.parquet"
 _KEY = b"codebind_jax"
@@ -57,7 +58,7 @@ def column_name(modality: str, part: str) -> str:
   return f"{modality}_{part}"
 
 
-def make_schema(columns: Sequence[str], dtype: str) -> pa.Schema:
+def make_schema(columns: Sequence[str], dtype: str, captions: bool = False) -> pa.Schema:
   """Columns of a shard: id, label and split (null where not given), then vectors and codes as lists.
 
   All lists of a column have one length, but not Arrow's fixed-size type: before version 26 Arrow could not read such a
@@ -66,10 +67,14 @@ def make_schema(columns: Sequence[str], dtype: str) -> pa.Schema:
   Args:
     columns: names; those that end in one of `CODES` hold int32, others floats.
     dtype: of the floats, float16 or float32.
+    captions: adds the columns `CAPTIONS`.
   """
   kind = lambda name: pa.int32() if name.endswith(CODES) else pa.from_numpy_dtype(np.dtype(dtype))
   fields = [pa.field("id", pa.string(), nullable=False), pa.field("label", pa.string()), pa.field("split", pa.string())]
-  return pa.schema([*fields, *(pa.field(name, pa.list_(kind(name))) for name in columns)])
+  fields += [pa.field(name, pa.list_(kind(name))) for name in columns]
+  texts, vectors = CAPTIONS
+  vector = pa.list_(kind(vectors))
+  return pa.schema(fields + ([pa.field(texts, pa.list_(pa.string())), pa.field(vectors, pa.list_(vector))] * captions))
 
 
 def with_nulls(values: Num[np.ndarray, "n w"], at: Sequence[int], rows: int, dtype: Any) -> pa.ListArray:
@@ -78,6 +83,19 @@ def with_nulls(values: Num[np.ndarray, "n w"], at: Sequence[int], rows: int, dty
   length[at], missing[at] = values.shape[1], False
   offsets = np.concatenate([[0], np.cumsum(length)]).astype(np.int32)
   return pa.ListArray.from_arrays(offsets, values.astype(dtype).reshape(-1), mask=pa.array(missing))
+
+
+def nested(
+  texts: Sequence[Sequence[str] | None], vectors: Mapping[str, Num[np.ndarray, "w"]], dtype: Any
+) -> tuple[pa.ListArray, pa.ListArray]:
+  """The columns `CAPTIONS`: each row's texts, and the vector of each; null where a row has None."""
+  width = len(next(iter(vectors.values()))) if vectors else 0
+  every = [vectors[text] for own in texts if own is not None for text in own]
+  flat = np.stack(every).astype(dtype).reshape(-1) if every else np.zeros(0, dtype)
+  inner = pa.ListArray.from_arrays(np.arange(len(every) + 1, dtype=np.int32) * width, flat)
+  ends = np.cumsum([0, *(len(own or ()) for own in texts)]).astype(np.int32)
+  missing = pa.array([own is None for own in texts])
+  return pa.array(texts, pa.list_(pa.string())), pa.ListArray.from_arrays(ends, inner, mask=missing)
 
 
 def write_shard(path: files.Path, schema: pa.Schema, batches: Sequence[pa.RecordBatch], report: ShardReport) -> None:

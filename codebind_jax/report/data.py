@@ -170,9 +170,6 @@ def scores_from_metrics(
     counts: test items by `<set>/<metric>`, for the Wilson intervals of metrics that come without `<name>/low` and
       `<name>/high` of their own.
     chance: percentage of a guess, by `<set>/<metric>`.
-
-  Raises:
-    ValueError: if no pair of set and metric was measured, naming those that were.
   """
   rows = []
   for metric, title in metrics.items():
@@ -187,8 +184,6 @@ def scores_from_metrics(
         interval = wilson_interval(float(measured[key]), count)
       other = None if baseline is None or key not in baseline else float(baseline[key])
       rows.append(Score(title, on, float(measured[key]), other, (chance or {}).get(f"{name}/{metric}"), interval))
-  if not rows:
-    raise ValueError(f"none of {sorted(metrics)} on {sorted(sets)} was measured; there are {sorted(measured)[:20]}")
   return rows
 
 

@@ -15,8 +15,8 @@ from codebind_jax.api import Model
 from codebind_jax.config import Config
 from codebind_jax.data.task import EvalSet, Task
 from codebind_jax.data.transforms import image
-from codebind_jax.evaluate import Evaluation, named_pairs
 from codebind_jax.evaluators.decomposition import PRIVATE
+from codebind_jax.evaluators.pairs import Evaluation, named_pairs
 from codebind_jax.report.data import (
   Attribution,
   EmbeddingMap,
@@ -87,12 +87,13 @@ def report_data(
 ) -> ReportData:
   """The records of a finished run's report."""
   plain = folder / "baseline"
-  shown = next((s for s in task.evals if s.role == "val" and s.candidates), None)
+  shown = next((s for s in sorted(task.evals, key=lambda s: s.role != "val") if s.candidates), None)
   gallery = _gallery(evaluation, models["after"], shown) if shown else ((), ())
   sizes = dict(models["after"].method.codebook_sizes)
-  code_counts, shared_counts = evaluation.code_counts(models["after"]) if sizes and task.train else ({}, {})
+  trained = "before" in models  # else the task is one of mode eval
+  code_counts, shared_counts = evaluation.code_counts(models["after"]) if sizes and task.train and trained else ({}, {})
   return ReportData(
-    title=f"{' + '.join(sorted(config.model.towers))}: {', '.join(config.stage_order)}",
+    title=f"{' + '.join(sorted(config.model.towers))}: {', '.join(config.stage_order) if trained else task.name}",
     run=Run(title_of(config), read_metrics(folder)),
     summary=task.summary,
     command=f"python -m codebind_jax.main {' '.join(sys.argv[1:])}" if len(sys.argv) > 1 else "train_and_evaluate(...)",
@@ -110,7 +111,7 @@ def report_data(
     shared_counts=shared_counts,
     text_queries=gallery[0],
     image_queries=gallery[1],
-    maps=_maps(evaluation, models, shown) if shown else (),
+    maps=_maps(evaluation, models, shown) if shown and trained else (),
     attributions=[Attribution(*credit) for credit in task.attributions],
   )
 

@@ -151,8 +151,8 @@ def _pictures(folder: Path) -> list[Path]:
     raise ValueError(f"{folder}: no frames; allowed are files ending in {', '.join(_PICTURES)}")
   series = sorted({re.sub(r"\d+", "#", path.name) for path in pictures})
   if len(series) > 1:
-    remark("folders of frames", f"{folder}: all {len(pictures)} pictures are taken as frames, though their names are of "
-           f"{len(series)} kinds: {', '.join(series[:4])}")  # fmt: skip
+    remark("folders of frames", f"{folder}: all {len(pictures)} pictures are taken as frames, though their names are "
+           f"of {len(series)} kinds: {', '.join(series[:4])}")  # fmt: skip
   return pictures
 
 
@@ -188,8 +188,8 @@ def _from_picture(
     if len(numbers) == 1:
       return choose(1, None), {0: image.read(value)}
     if picture.format == "GIF" and not picture_files.gif_ends(value):
-      remark("damaged films", f"{name}: has no end mark, as if it were cut; the {len(numbers)} frames that are there are "
-             "taken")  # fmt: skip
+      remark("damaged films", f"{name}: has no end mark, as if it were cut; the {len(numbers)} frames that are there "
+             "are taken")  # fmt: skip
     picture.seek(numbers[0])
     picture.load()  # only then some kinds tell how long a frame is shown
     rate = 1000.0 / duration if (duration := picture.info.get("duration")) else None

@@ -1,8 +1,8 @@
 """A set to evaluate on: which rows of a split, and what is asked of them."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +23,8 @@ class EvalSet:
     split: split of the world.
     labelled: whether rows without a label are left out.
     where: (field, values): only rows are kept whose field has one of the values.
+    texts: which of a row's texts are its captions: all, or the main one alone (others are tags).
+    spellings: label of rows -> the candidate that it is, where it is written otherwise (in case or blanks).
   """
 
   name: str = ""
@@ -38,6 +40,8 @@ class EvalSet:
   split: str = ""
   labelled: bool = False
   where: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+  texts: Literal["all", "main"] = "main"
+  spellings: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def keep(self, row: dict[str, Any]) -> bool:
     """Whether a row of the split belongs to the set."""
