@@ -23,6 +23,7 @@ from codebind_jax.schema import Frozen, Rule, above, at_least, check_keys, withi
 SHARED = 100_000  # records from which on the index of a split lies in a file, so that worker processes share it
 PROFILES = ("auto", "tiny", "tiny-plus", "small", "full")
 CAPTIONS = ("main", "each", "joined")
+ROLES = {"val": "validation rows", "test": "test rows"}
 
 
 def _one_gap(text: str) -> bool:
@@ -156,7 +157,9 @@ def _world_task(world: str, data: Data) -> Task:
     whole = opened[test.split]
     source = whole.select(i for i in range(len(whole)) if test.keep(whole.fields(i)))
     if len(source):
-      evals.append(dataclasses.replace(test, name=f"{world}_{name}", world=world, source=source))
+      title = f"{_world_title(world)}, {test.title or ROLES[test.role]}"
+      title += " (validation)" if test.title and test.role == "val" else ""
+      evals.append(dataclasses.replace(test, name=f"{world}_{name}", world=world, source=source, title=title))
   extra = opened_split("extra") if data.extra and hasattr(module, "EXTRA") else None
   more = f" and {len(extra)} further named pictures" if extra else ""
   summary = f"{world}, profile {profile}: {len(train)} training rows{more}; " + ", ".join(
@@ -169,6 +172,12 @@ def _world_task(world: str, data: Data) -> Task:
     world, summary, {world: train.grouped(unique)}, tuple(evals), credits,
     {world: joined([train, extra], field=unique, unique=False)} if extra else {},
   )  # fmt: skip
+
+
+def _world_title(world: str) -> str:
+  """A world's name with the modalities it lists: "synthetic-audio-text" is called "synthetic (audio, text)"."""
+  name, *modalities = world.split("-")
+  return f"{name} ({', '.join(modalities)})" if modalities else name
 
 
 def _file_task(data: Data, name: str, names: Sequence[str], default_split: str) -> Task:
@@ -193,7 +202,8 @@ def _file_task(data: Data, name: str, names: Sequence[str], default_split: str) 
     if role in parts:
       labels = _labels(data, parts[role])
       fields = ("label",) if labels else ()
-      evals.append(EvalSet(f"{name}_{role}", name, role, parts[role], labels, fields, fields))
+      title = f"{name}, {ROLES[role]}" + (" held out" if role == "val" and "train" in parts and data.holdout else "")
+      evals.append(EvalSet(f"{name}_{role}", name, role, parts[role], labels, fields, fields, title=title))
   if not evals and default_split != "train":
     raise ValueError(f"{whole.name}: nothing to evaluate, every record is of split 'train'; allowed: val, test, or "
                      "no splits")  # fmt: skip

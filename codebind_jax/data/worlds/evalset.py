@@ -23,6 +23,7 @@ class EvalSet:
     split: split of the world.
     labelled: whether rows without a label are left out.
     where: (field, values): only rows are kept whose field has one of the values.
+    title: how reports name the set, "icons, unseen artists"; a world leaves out its own name, `open_task` adds it.
   """
 
   name: str = ""
@@ -38,6 +39,7 @@ class EvalSet:
   split: str = ""
   labelled: bool = False
   where: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+  title: str = ""
 
   def keep(self, row: dict[str, Any]) -> bool:
     """Whether a row of the split belongs to the set."""
