@@ -2,13 +2,12 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped, UInt8
 
 from codebind_jax.evaluators import base
-from codebind_jax.evaluators.intervals import wilson_interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +28,8 @@ class Score:
   """One headline number beside its baseline.
 
   Attributes:
-    metric: rows of one metric form a group: "Zero-shot top-1".
-    on: the evaluation set: "unseen artists (550 ways)".
+    metric: rows of one metric form a group: "Zero-shot image, top-1".
+    on: the evaluation set: "icons, unseen artists".
     value: of the run reported, in `unit`.
     baseline: the baseline's number.
     chance: the number of a model that guesses.
@@ -38,7 +37,13 @@ class Score:
     spread: standard deviation over seeds, if `value` is their mean.
     unit: "%" or "".
     higher_is_better: which sign of the difference is good.
-    averaged: whether the row counts in the mean of its group.
+    averaged: whether the row counts in the mean of its group, with those of as many ways.
+    n: number of rows scored.
+    ways: number of candidates among which each row's answer was chosen.
+    baseline_interval: the baseline's 95 % interval.
+    difference: 95 % interval of `value` minus `baseline`, of both models on the same rows.
+    family: what a verdict joins, such as "Zero-shot"; "" for rows that no verdict counts.
+    subject: what of the family it is, such as "image".
   """
 
   metric: str
@@ -51,21 +56,29 @@ class Score:
   unit: str = "%"
   higher_is_better: bool = True
   averaged: bool = True
+  n: int | None = None
+  ways: int | None = None
+  baseline_interval: tuple[float, float] | None = None
+  difference: tuple[float, float] | None = None
+  family: str = ""
+  subject: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-  """A query or an answer of the gallery: a text, an image, or an image with a caption.
+  """A query or an answer of the gallery: a text, a picture, or a picture with a caption.
 
   Attributes:
-    text: what is written; the caption of an image.
-    image: [h, w, 3] uint8.
+    text: what is written; the caption of a picture.
+    image: [h, w, 3] uint8: an image, or the drawing of another modality (`report.pictures`).
+    kind: what the picture shows, such as "sound": part of its text alternative.
     right: whether it answers the query; None for queries.
     score: cosine to the query.
   """
 
   text: str = ""
   image: UInt8[np.ndarray, "h w c"] | None = None
+  kind: str = ""
   right: bool | None = None
   score: float | None = None
 
@@ -76,6 +89,28 @@ class Query:
 
   asked: Item
   answers: Sequence[Item]
+
+
+@dataclasses.dataclass(frozen=True)
+class Gallery:
+  """Queries of one modality and what was found in another.
+
+  Attributes:
+    title: "Text to image".
+    on: the set they are of.
+    queries: those shown, with and without a right first answer.
+    asked, found: number of all queries, and of the candidates.
+    first: number of all queries whose first answer is right.
+    kind: what the answers are, "pictures" or "texts".
+  """
+
+  title: str
+  on: str
+  queries: Sequence[Query]
+  asked: int
+  found: int
+  first: int
+  kind: Literal["pictures", "texts"] = "pictures"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +145,13 @@ class ReportData:
 
   Attributes:
     title: heading of the page.
-    summary: a sentence or two on what was run and found.
+    verdict: sentences on what was found, the most important first (`report.verdict`).
+    trained: a sentence or two on what was trained on what.
+    summary: sizes of the data.
     command: the line that repeats it.
     config: settings, nested or flat.
     environment: versions and machine, by name.
-    seconds: time taken by phase, in order.
+    seconds: time that the command took, by phase, in order.
     data_profile: name of the data profile and why it was chosen.
     data_counts: number of items by split, in order.
     run: the run reported.
@@ -123,8 +160,7 @@ class ReportData:
     codebook_sizes: number of codes by codebook.
     code_counts: how often each code was used on the training data, [K] by codebook.
     shared_counts: how often each modality used each shared code, [K] by modality.
-    text_queries: texts and the images found.
-    image_queries: images and the texts found.
+    galleries: queries and what was found; the first of them are shown near the top.
     maps: embedding maps, first before and then after training.
     attributions: of the data and of pretrained weights.
     notes: further paragraphs (what is rendered, what to be careful about).
@@ -132,6 +168,8 @@ class ReportData:
 
   title: str
   run: Run
+  verdict: Sequence[str] = ()
+  trained: str = ""
   summary: str = ""
   command: str = ""
   config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -144,8 +182,7 @@ class ReportData:
   codebook_sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
   code_counts: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
   shared_counts: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-  text_queries: Sequence[Query] = ()
-  image_queries: Sequence[Query] = ()
+  galleries: Sequence[Gallery] = ()
   maps: Sequence[EmbeddingMap] = ()
   attributions: Sequence[Attribution] = ()
   notes: Sequence[str] = ()
@@ -157,39 +194,73 @@ def scores_from_metrics(
   *,
   metrics: Mapping[str, str],
   sets: Mapping[str, str],
-  counts: Mapping[str, int] | None = None,
-  chance: Mapping[str, float] | None = None,
+  differences: Mapping[str, tuple[float, float]] | None = None,
 ) -> list[Score]:
   """Headline rows out of metrics named `eval/<set>/<metric>`; pairs that were not measured are left out.
+
+  Rows, candidates and interval of a metric NAME are the metrics `NAME/n`, `NAME/ways`, `NAME/low` and `NAME/high`, where
+  they are there. Chance is that of a guess among the candidates, see `chance_of`.
 
   Args:
     measured: metrics of the run.
     baseline: metrics of the baseline under the same names.
     metrics: title by metric, such as `{"zeroshot/image/top1": "Zero-shot top-1"}`; percentages.
     sets: title by set, such as `{"test_artist": "unseen artists"}`.
-    counts: test items by `<set>/<metric>`, for the Wilson intervals of metrics that come without `<name>/low` and
-      `<name>/high` of their own.
-    chance: percentage of a guess, by `<set>/<metric>`.
-
-  Raises:
-    ValueError: if no pair of set and metric was measured, naming those that were.
+    differences: 95 % interval of run minus baseline on the same rows, by `eval/<set>/<metric>`.
   """
-  rows = []
+  rows, base = [], baseline or {}
   for metric, title in metrics.items():
     for name, on in sets.items():
       key = f"eval/{name}/{metric}"
       if key not in measured:
         continue
-      interval, count = None, (counts or {}).get(f"{name}/{metric}")
-      if f"{key}/low" in measured:
-        interval = float(measured[f"{key}/low"]), float(measured[f"{key}/high"])
-      elif count:
-        interval = wilson_interval(float(measured[key]), count)
-      other = None if baseline is None or key not in baseline else float(baseline[key])
-      rows.append(Score(title, on, float(measured[key]), other, (chance or {}).get(f"{name}/{metric}"), interval))
-  if not rows:
-    raise ValueError(f"none of {sorted(metrics)} on {sorted(sets)} was measured; there are {sorted(measured)[:20]}")
+      count = lambda end, key=key: int(measured[f"{key}/{end}"]) if f"{key}/{end}" in measured else None
+      other = float(base[key]) if key in base else None
+      rows.append(Score(
+        title, on, float(measured[key]), other, chance_of(key, measured), _interval(key, measured), n=count("n"),
+        ways=count("ways"), baseline_interval=_interval(key, base), difference=(differences or {}).get(key),
+        family=FAMILIES.get(_kind(metric), ""), subject=_subject(metric),
+      ))  # fmt: skip
   return rows
+
+
+# Metric's kind -> family of the verdict. Of an item's several numbers one counts.
+FAMILIES = {"zeroshot/top1": "Zero-shot", "retrieval/r5": "Retrieval", "probe/full": "Linear probes"}
+
+
+def _kind(metric: str) -> str:
+  """Beginning and end of a metric's name."""
+  return f"{metric.partition('/')[0]}/{metric.rpartition('/')[2]}"
+
+
+def _subject(metric: str) -> str:
+  """What a metric is of: "image" of `zeroshot/image/top1`, "text to image", "family of image"."""
+  first, *rest = metric.split("/")
+  if first == "probe":
+    return f"{rest[0]} of {rest[1]}"
+  return rest[0].replace("_to_", " to ") + (f" by {rest[1]}" if first == "retrieval" and len(rest) > 2 else "")
+
+
+def _interval(key: str, metrics: Mapping[str, float]) -> tuple[float, float] | None:
+  """The ends `key/low` and `key/high`; None unless both are there and finite."""
+  ends = float(metrics.get(f"{key}/low", np.nan)), float(metrics.get(f"{key}/high", np.nan))
+  return ends if np.isfinite(ends).all() else None
+
+
+def chance_of(key: str, measured: Mapping[str, float]) -> float | None:
+  """What a guess would score, percent: 100 k of the `ways` candidates; None where it is not known.
+
+  k is that of `top5` and `r5`, and 1 of an accuracy. With fewer queries than candidates, several candidates answer a
+  query of retrieval, and how many is not measured; emergent retrieval measures its chance itself.
+  """
+  end = key.rpartition("/")[2]
+  k = int(end.lstrip("topr")) if end.lstrip("topr").isdigit() else 1
+  if f"{key.rpartition('/')[0]}/chance{k}" in measured:
+    return float(measured[f"{key.rpartition('/')[0]}/chance{k}"])
+  ways = measured.get(f"{key}/ways")
+  if not ways or "/retrieval/" in key and measured.get(f"{key}/n", 0) < ways:
+    return None
+  return 100.0 * min(k, ways) / ways
 
 
 def nearest(

@@ -171,7 +171,9 @@ def eval_sets(profile: str) -> dict[str, EvalSet]:
       table = names.concepts()
       unseen = tuple(table[c]["label"] for c in sorted(table) if table[c]["split"] == role)
       sets[f"{role}_video"] = of_role(candidates=unseen, where=(clip,), title="clips of unseen concepts")
-      sets[f"{role}_audio_video"] = of_role(split=f"{role}_emergent", pairs=(("audio", "video", "concept"),), title="sounds and clips")
+      sets[f"{role}_audio_video"] = of_role(
+        split=f"{role}_emergent", pairs=(("audio", "video", "concept"),), title="sounds and clips"
+      )
   return sets
 
 
