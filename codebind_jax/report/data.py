@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float, Int, Shaped, UInt8
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
 
 from codebind_jax.evaluators import base
 
@@ -198,8 +198,8 @@ def scores_from_metrics(
 ) -> list[Score]:
   """Headline rows out of metrics named `eval/<set>/<metric>`; pairs that were not measured are left out.
 
-  Rows, candidates and interval of a metric NAME are the metrics `NAME/n`, `NAME/ways`, `NAME/low` and `NAME/high`, where
-  they are there. Chance is that of a guess among the candidates, see `chance_of`.
+  Rows, candidates and interval of a metric NAME are the metrics `NAME/n`, `NAME/ways`, `NAME/low` and `NAME/high`,
+  where they are there. Chance is that of a guess among the candidates, see `chance_of`.
 
   Args:
     measured: metrics of the run.
@@ -263,6 +263,9 @@ def chance_of(key: str, measured: Mapping[str, float]) -> float | None:
   return 100.0 * min(k, ways) / ways
 
 
+COUNTED = 2000  # queries of a gallery that are counted
+
+
 def nearest(
   query: Float[np.ndarray, "..."], gallery: Float[np.ndarray, "..."], k: int = 5
 ) -> tuple[Int[np.ndarray, "n k"], Float[np.ndarray, "n k"]]:
@@ -274,7 +277,9 @@ def nearest(
   return order, np.take_along_axis(scores, order, axis=1)
 
 
-def build_queries(
+def build_gallery(
+  title: str,
+  on: str,
   asked: Sequence[Item],
   asked_labels: Sequence | Shaped[np.ndarray, "..."],
   asked_embeddings: Float[np.ndarray, "..."],
@@ -282,35 +287,59 @@ def build_queries(
   found_labels: Sequence | Shaped[np.ndarray, "..."],
   found_embeddings: Float[np.ndarray, "..."],
   *,
+  shown: int = 4,
   k: int = 5,
-) -> list[Query]:
-  """Each query with its k nearest answers, which are right where labels are equal.
+  kind: Literal["pictures", "texts"] = "pictures",
+) -> Gallery:
+  """Queries with their k nearest answers, which are right where labels are equal.
+
+  Half of the queries shown have a right first answer and half a wrong one, as far as there are; they are spread evenly
+  over the set. Of a set with more than `COUNTED` queries as many are counted, spread evenly too.
 
   Args:
-    asked: N queries.
+    title, on: of the gallery.
+    asked: N queries; a sequence may make item i when it is read.
     asked_labels: [N].
     asked_embeddings: [N, D].
-    found: M candidate answers; a sequence may make item i when it is read.
+    found: M candidate answers, likewise.
     found_labels: [M].
     found_embeddings: [M, D].
-    k: answers shown.
+    shown: number of queries shown.
+    k: answers shown of each.
+    kind: what the answers are.
 
   Raises:
     ValueError: if lengths or widths differ, or embeddings are empty or not finite.
   """
   base.check_lengths(asked=asked, asked_labels=asked_labels, asked_embeddings=asked_embeddings)
   base.check_lengths(found=found, found_labels=found_labels, found_embeddings=found_embeddings)
-  order, scores = nearest(asked_embeddings, found_embeddings, k)
-  return [
-    Query(
-      item,
-      [
-        dataclasses.replace(found[int(j)], right=bool(found_labels[j] == label), score=float(score))
-        for j, score in zip(rows, row_scores)
-      ],
-    )
-    for item, label, rows, row_scores in zip(asked, asked_labels, order, scores)
-  ]
+  asked_labels, found_labels = np.asarray(asked_labels), np.asarray(found_labels)
+  counted = evenly(np.arange(len(asked)), COUNTED)
+  order, scores = nearest(np.asarray(asked_embeddings)[counted], found_embeddings, k)
+  right = found_labels[order] == asked_labels[counted, None]
+  queries = []
+  for row in balanced(right[:, 0], shown):
+    answers = [
+      dataclasses.replace(found[int(j)], right=bool(hit), score=float(score))
+      for j, hit, score in zip(order[row], right[row], scores[row])
+    ]
+    queries.append(Query(asked[int(counted[row])], answers))
+  return Gallery(title, on, queries, len(counted), len(found), int(right[:, 0].sum()), kind)
+
+
+def evenly(rows: Int[np.ndarray, "n"], count: int) -> Int[np.ndarray, "m"]:
+  """Up to `count` of the rows, spread evenly, the first and the last among them."""
+  if len(rows) <= count:
+    return rows
+  return rows[np.linspace(0, len(rows) - 1, count).round().astype(int)]
+
+
+def balanced(right: Bool[np.ndarray, "n"], count: int) -> list[int]:
+  """Rows to show: half of those that are right and half of those that are wrong, in order; more of one for lack of the
+  other."""
+  hits, misses = np.flatnonzero(right), np.flatnonzero(~right)
+  some = min(len(hits), max(count - count // 2, count - len(misses)))
+  return sorted([*evenly(hits, some).tolist(), *evenly(misses, min(len(misses), count - some)).tolist()])
 
 
 def embedding_map(

@@ -33,7 +33,7 @@ def difference_interval(
 
   Example: 30 rows that one model alone has right and 10 that the other has, of 200.
     >>> tuple(round(end, 1) for end in difference_interval(np.arange(200) < 30, np.arange(200) >= 190))
-    (4.0, 15.8)
+    (3.8, 16.0)
   """
   count = len(own) + 2
   won, lost = (float(np.sum(a & ~b) + 1) / count for a, b in ((own, other), (other, own)))
@@ -46,7 +46,7 @@ def difference_interval(
 
 
 def differences(
-  evaluations: Mapping[str, Evaluation],
+  evaluation: Evaluation,
   models: Mapping[str, Model],
   sets: Sequence[EvalSet],
   measured: Mapping[str, Mapping[str, float]],
@@ -56,14 +56,15 @@ def differences(
   A set with more than `ROWS` rows is left out, as is a metric that the rows found here do not reproduce.
 
   Args:
-    evaluations, models, measured: "run" and "baseline": what embeds a set, the model, and its metrics.
+    evaluation: embeds the sets.
+    models, measured: "run" and "baseline": the model, and its metrics.
     sets: the sets to compare on.
   """
   found: dict[str, tuple[float, float]] = {}
   for test in sets:
     if len(test.source) > ROWS:
       continue
-    rows = {of: dict(_right(evaluations[of], model, test)) for of, model in models.items()}
+    rows = {of: dict(_right(evaluation, model, test)) for of, model in models.items()}
     for name in rows["run"].keys() & rows["baseline"].keys():
       key, same = f"eval/{test.name}/{name}", True
       for of, by_metric in rows.items():

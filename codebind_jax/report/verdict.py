@@ -93,8 +93,8 @@ def verdict(
       families.setdefault(score.family, []).append(score)
   lines = [line for family, rows in families.items() for line in _compared(family, rows)]
   if not scores:
-    lines.append("Nothing was measured: there is no evaluation set, or none has what zero-shot classification (labels and "
-                 "a text tower), retrieval (two modalities) or probes (labels in training too) need.")  # fmt: skip
+    lines.append("Nothing was measured: there is no evaluation set, or none has what zero-shot classification (labels "
+                 "and a text tower), retrieval (two modalities) or probes (labels in training too) need.")  # fmt: skip
   return [*lines, *_bad(families), *_codes(code_counts or {}, alarm_share)]
 
 
@@ -162,8 +162,8 @@ def _codes(counts: Mapping[str, np.ndarray], alarm_share: float) -> list[str]:
     if not np.sum(each) > 0:
       lines.append(f"Codes: no code of codebook {name} was used on the training data.")
     elif effect < alarm_share * len(each):
-      lines.append(f"Codes: codebook {name} has collapsed: {effect:.1f} of its {len(each):,} codes are in effect on the "
-                   "training data.")  # fmt: skip
+      lines.append(f"Codes: codebook {name} has collapsed: {effect:.1f} of its {len(each):,} codes are in effect on "
+                   "the training data.")  # fmt: skip
   return lines
 
 

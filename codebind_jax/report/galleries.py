@@ -1,0 +1,101 @@
+"""Galleries of a run: queries of one modality and what a model finds in another, of any set and any two modalities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from codebind_jax.config import Config
+from codebind_jax.data.records import Source
+from codebind_jax.data.task import EvalSet, Task
+from codebind_jax.evaluate import paired
+from codebind_jax.evaluators import base
+from codebind_jax.report import pictures
+from codebind_jax.report.data import Gallery, Item, build_gallery
+
+Pair = tuple[str, str, str]  # modality, modality, field whose equal values answer each other
+FIELDS = {"id": "of one item", "caption": "", "label": "of one label"}
+
+
+def shown_sets(task: Task) -> list[EvalSet]:
+  """Sets to show items of, best first: validation sets, test sets, and the training rows where there is no other."""
+  sets = sorted(task.evals, key=lambda test: test.role != "val")
+  return sets or [EvalSet(f"{world}_train", world, "train", source, title=f"{world}, training rows (seen in training)")
+                  for world, source in task.train.items()]  # fmt: skip
+
+
+def pairs_of(config: Config, test: EvalSet, table: base.Table) -> list[Pair]:
+  """Pairs of modalities that a set can show: each with text by caption, then the set's own, then those that were bound.
+
+  Two modalities make one pair, by the first field that both have values of in common.
+  """
+  named = [("text", m, "caption") for m in sorted(table, key=lambda m: m != "image") if m != "text"]
+  bound = [(a, b, "id") for stage in config.ordered for a, b in stage.pairs if "text" not in (a, b)]
+  pairs: dict[frozenset[str], Pair] = {}
+  for a, b, field in (*named, *test.pairs, *bound):
+    there = all(m in table and field in table[m] for m in (a, b))
+    if there and paired(table, a, b, field) is not None:
+      pairs.setdefault(frozenset((a, b)), (a, b, field))
+  return list(pairs.values())
+
+
+def galleries(
+  config: Config, tables: Sequence[tuple[EvalSet, base.Table]], *, most: int = 12, shown: int = 4
+) -> Iterator[Gallery]:
+  """Both directions of every pair of modalities whose items can be drawn, each on the first set that has it.
+
+  Args:
+    config: of the run.
+    tables: sets with their embeddings, best first.
+    most: number of galleries.
+    shown: queries of each.
+  """
+  done: set[frozenset[str]] = set()
+  for test, table in tables:
+    for a, b, field in pairs_of(config, test, table):
+      both = paired(table, a, b, field)
+      sides = {m: _Items(test.source, m, both[m]) for m in (a, b)} if both else {}
+      if frozenset((a, b)) in done or not any(side.drawn for side in sides.values()):
+        continue
+      done.add(frozenset((a, b)))
+      columns = {m: base.columns(both, m, [field, "shared"]) for m in (a, b)}
+      for asked, found in ((a, b), (b, a)):
+        if len(done) > most // 2:
+          return
+        how = f" {FIELDS.get(field, f'of one {field}')}".rstrip()
+        yield build_gallery(
+          f"{asked.capitalize()} to {found}{how}", test.title or test.name, sides[asked], *columns[asked],
+          sides[found], *columns[found], shown=shown, kind="texts" if found == "text" else "pictures",
+        )  # fmt: skip
+
+
+class _Items(Sequence):
+  """Items of one modality in a set, read and drawn when asked for.
+
+  Attributes:
+    drawn: whether they are drawn; texts and vectors are not.
+  """
+
+  def __init__(self, source: Source, modality: str, columns: base.Columns):
+    fields = [f for f in ("id", "caption", "label") if f in columns]
+    self._columns = dict(zip(fields, base.columns({modality: columns}, modality, fields)))
+    self._source, self._modality = source, modality
+    self._rows: Mapping[str, int] = {}
+    if modality != "text":
+      self._rows = {str(name): row for row, name in enumerate(source.column("id"))}
+    self.drawn = modality != "text" and pictures.drawable(modality, self._item(0))
+
+  def __len__(self) -> int:
+    return len(next(iter(self._columns.values())))
+
+  def __getitem__(self, index: int) -> Item:
+    name = next((str(self._columns[f][index]) for f in ("caption", "label", "id")
+                 if f in self._columns and str(self._columns[f][index])), "")  # fmt: skip
+    if not self.drawn:
+      return Item(name)
+    kind = pictures.DRAWN[self._modality].kind
+    return Item(name, np.asarray(pictures.draw(self._modality, self._item(index))), kind)
+
+  def _item(self, index: int):
+    return self._source.read(self._rows[str(self._columns["id"][index])], self._modality)
