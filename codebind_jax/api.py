@@ -18,7 +18,7 @@ from codebind_jax import config as config_lib
 from codebind_jax import files, schema
 from codebind_jax.data.ahead import ahead
 from codebind_jax.data.batches import Once
-from codebind_jax.data.examples import Feed, Tokens, Values
+from codebind_jax.data.examples import Feed, Items, Tokens, Values
 from codebind_jax.evaluators.zeroshot import class_embeddings
 from codebind_jax.methods.base import Method
 from codebind_jax.norm import unit
@@ -73,11 +73,13 @@ class Embedded:
     embeddings: of the rows that could be read, in order.
     good: which rows these are.
     bad: (number of the row, message) of those that this process could not read.
+    content: of the rows that could be read, numbers that are equal where contents are; None unless asked for.
   """
 
   embeddings: Embeddings
   good: Bool[np.ndarray, "n"]
   bad: tuple[tuple[int, str], ...]
+  content: Int[np.ndarray, "m"] | None = None
 
 
 class Model:
@@ -186,7 +188,7 @@ class Model:
 
   def embed_rows(
     self, modality: str, feed: Feed, rows: Int[np.ndarray, "n"] | range, *, workers: int = 0, threads: int = 2,
-    batch: int = 0,
+    batch: int = 0, content: bool = False,
   ) -> Embedded:  # fmt: skip
     """Embeds rows of a feed, in order; what cannot be read is left out.
 
@@ -197,6 +199,7 @@ class Model:
       workers: processes that read and prepare where there is much to do; 0 for threads of this one.
       threads: reading threads of each process.
       batch: rows at once, on each device; 0 for the model's.
+      content: also tells which rows have one content, from what is read anyway.
 
     Raises:
       ValueError: if there are no rows.
@@ -205,28 +208,33 @@ class Model:
       raise ValueError(f"{modality}: nothing to embed, got 0 items")
     raw = not isinstance(feed, Tokens)
     method, params = self._with_trunk(modality) if raw else (self.method, self.params)
-    layout, columns, good, bad = self._layout, [], [], []
+    layout, columns, good, bad, hashes = self._layout, [], [], [], []
+    hashed = content and isinstance(feed, Items)
     process, processes = layout.process if layout else (0, 1)
     size = (batch or (min(self.batch, _TRUNK_ROWS) if raw else self.batch)) * (layout.row_devices if layout else 1)
     if len(rows) < size:  # a power of two, so that few programs are compiled
       devices = layout.row_devices if layout else 1
       size = -(-(1 << (len(rows) - 1).bit_length()) // devices) * devices
-    parts = Once(feed, rows, size, process, processes)
+    parts = Once(feed, rows, size, process, processes, hashed)
     collate = self.trunk(modality).collate if raw and processes == 1 else np.asarray
     workers = workers if raw and len(parts) >= _MANY * workers else 0  # that take seconds to start
     for part in ahead(parts, workers=workers, threads=threads, stop=len(parts), parts=True):
       items, there = collate(list(part.items)), part.good
+      halves = part.content if hashed else np.zeros((len(there), 2), np.int32)
       if layout:
-        items, there = layout.put_batch((items, there))
+        items, there, halves = layout.put_batch((items, there, halves))
       out = _embed_step(method)(params, self.codebooks, {modality: items})[modality]
-      found = (*(column[:, 0] for column in _columns(out)), there)
-      *values, there = found if processes == 1 else layout.gathered(found)
+      found = (*(column[:, 0] for column in _columns(out)), there, halves)
+      *values, there, halves = found if processes == 1 else layout.gathered(found)
       there = np.asarray(there)
+      hashes.append(np.ascontiguousarray(np.asarray(halves)[there]).view(np.int64)[:, 0])
       columns.append([np.asarray(value)[there] for value in values])
       good.append(there)
       bad.extend(part.bad)
     whole = Embeddings(*(np.concatenate(column) for column in zip(*columns)))
-    return Embedded(whole, np.concatenate(good)[: len(rows)], tuple(bad))
+    good = np.concatenate(good)[: len(rows)]
+    numbers = np.concatenate(hashes) if hashed else feed.places_of(rows)[good] if isinstance(feed, Tokens) else None
+    return Embedded(whole, good, tuple(bad), numbers if content else None)
 
   def combine(
     self, inputs: Mapping[str, Any], weights: Mapping[str, Any] | None = None

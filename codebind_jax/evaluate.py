@@ -10,21 +10,22 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 from absl import logging
+from jaxtyping import Float, Int, Shaped
 
 from codebind_jax import config as config_lib
 from codebind_jax import files, schema
 from codebind_jax.api import Embedded, Model, load
 from codebind_jax.config import MEASURES, Config
-from codebind_jax.data.examples import Feed, Tokens
+from codebind_jax.data.examples import Feed, Tokens, number_of
 from codebind_jax.data.records import Source
 from codebind_jax.data.task import EvalSet, Task, open_task
-from codebind_jax.evaluators import base
+from codebind_jax.evaluators import base, contents
 from codebind_jax.evaluators.class_mean import NearestClassMean
 from codebind_jax.evaluators.codes import CodebookUsage, shared_counts, table_counts
 from codebind_jax.evaluators.decomposition import decomposition
 from codebind_jax.evaluators.probe import LinearProbe
 from codebind_jax.evaluators.retrieval import Emergent, Retrieval
-from codebind_jax.evaluators.zeroshot import ZeroShot
+from codebind_jax.evaluators.zeroshot import TIE, ZeroShot
 from codebind_jax.runtime import distributed
 from codebind_jax.runtime.guard import BadRecords
 from codebind_jax.runtime.metrics import MetricsWriter, read_metrics
@@ -106,13 +107,17 @@ class Evaluation:
   def _sets(self) -> list[EvalSet]:
     return [s for s in self.task.evals if s.role == "val" or self.config.test]
 
-  def table(self, model: Model, test: EvalSet) -> base.Table:
-    """Embeddings of one set: a row for every item, and in text a row for every distinct caption."""
-    return self._embed(model, test.source)
+  def table(self, model: Model, test: EvalSet) -> base.Captioned:
+    """Embeddings of one set: a row for every item, and in text a row for every distinct caption.
 
-  def train_table(self, model: Model, world: str) -> base.Table:
+    The column `_content` numbers the items' contents: rows of one file, or of equal bytes, have one number.
+    """
+    return self._embed(model, test.source, test.texts, test.spellings)
+
+  def train_table(self, model: Model, world: str) -> base.Captioned:
     """Embeddings of a source's training rows as they are."""
-    return self._embed(model, self.task.train[world])
+    own = next((test for test in self.task.evals if test.world == world), None)
+    return self._embed(model, self.task.train[world], spellings=own.spellings if own else schema.Frozen())
 
   def embed_text(self, model: Model, texts: Sequence[str]) -> np.ndarray:
     """`shared` embeddings of strings."""
@@ -134,8 +139,9 @@ class Evaluation:
       table, prefix = tables[test.name], f"eval/{test.name}"
       metrics |= base.run_evaluators(self._evaluators(test, table, tasks, intervals, prompts), table, prefix=prefix)
       for a, b, field, by in named_pairs(test, table) if "retrieval" in tasks else ():
-        if (both := paired(table, a, b, field)) is not None:
-          metrics |= base.run_evaluators([Retrieval(a, b, match=field, by=by)], both, prefix=prefix)
+        if keys := paired(table, a, b, field):
+          evaluator = Retrieval(a, b, match=field, keys=keys, by=by, intervals=intervals)
+          metrics |= base.run_evaluators([evaluator], table, prefix=prefix)
       for probe, field in self._probes(test, table, train.get(test.world) or {}, means, "probe" in tasks, linear):
         known = _known_values(table, train[test.world], probe.modality, field)
         metrics |= base.run_evaluators([probe], known, prefix=prefix)
@@ -145,7 +151,7 @@ class Evaluation:
     if model.method.codebook_sizes and "codes" in tasks and train:
       metrics |= base.run_evaluators([self._usage(model, train)], _stacked(train.values()), prefix="eval/train")
     if "retrieval" in tasks:
-      metrics |= self._emergent(sets, tables)
+      metrics |= self._emergent(sets, tables, intervals)
     return metrics | dict(self._means_over_validation(model, sets, metrics))
 
   def code_counts(self, model: Model) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -158,13 +164,13 @@ class Evaluation:
     names = {"shared", *(m for table in train.values() for m in table)}
     return CodebookUsage({name: size for name, size in model.method.codebook_sizes.items() if name in names})
 
-  def _emergent(self, sets: Sequence[EvalSet], tables: Mapping[str, base.Table]) -> dict[str, float]:
+  def _emergent(self, sets: Sequence[EvalSet], tables: Mapping[str, base.Table], intervals: bool) -> dict[str, float]:
     """Retrieval by concept between modalities that no stage binds, over all sets of one role."""
     metrics: dict[str, float] = {}
     for role in dict.fromkeys(test.role for test in sets):
       table = _stacked(tables[test.name] for test in sets if test.role == role)
       pairs = [pair for pair in self.config.emergent if all(m in table for m in pair)]
-      evaluators = [evaluator for a, b in pairs if (evaluator := Emergent(a, b)).overlap(table)]
+      evaluators = [evaluator for a, b in pairs if (evaluator := Emergent(a, b, intervals=intervals)).overlap(table)]
       metrics |= base.run_evaluators(evaluators, table, prefix=f"eval/{role}")
     return metrics
 
@@ -212,39 +218,62 @@ class Evaluation:
     for name in table:
       if name != "text" and name in train:
         for field in _varying_fields(test.means, name, train[name]) if means else ():
-          yield NearestClassMean(name, train, field=field), field
+          yield NearestClassMean(name, train, field=field, intervals=True), field
         for field in _varying_fields(test.probes, name, train[name]) if probes else ():
           group = test.probe_group if field != "label" else None
-          yield linear.setdefault((test.world, name, field), LinearProbe(name, train, field=field, group=group)), field
+          probe = LinearProbe(name, train, field=field, group=group, intervals=True)
+          yield linear.setdefault((test.world, name, field), probe), field
 
-  def _embed(self, model: Model, source: Source) -> dict[str, dict[str, np.ndarray]]:
-    """Embeddings and fields of a source's rows."""
-    table = {}
-    for modality in model.modalities:
+  def _embed(
+    self, model: Model, source: Source, texts: str = "main", spellings: Mapping[str, str] = schema.Frozen()
+  ) -> base.Captioned:
+    """Embeddings and fields of a source's rows, and which captions they have; arguments as `EvalSet`'s."""
+    table, captions, row_of = {}, {}, {}
+    for modality in sorted(model.modalities, key=lambda name: name != "text"):  # captions are numbered first
       rows = source.rows_with(modality)
       if not len(rows):
         continue
-      fields = _fields([source.fields(int(row)) for row in rows])
+      records = [source.fields(int(row)) for row in rows]
+      own = [record.get("text", ())[: None if texts == "all" else 1] for record in records]
+      fields, told_of = _fields(records, spellings), rows
       if modality == "text":
-        distinct = np.sort(np.unique(fields["caption"], return_index=True)[1])
-        fields = {field: values[distinct] for field, values in fields.items()}
-        feed, rows = self._feeder.texts(list(fields["caption"])), np.arange(len(distinct))
+        first = {text: n for n, each in reversed([*enumerate(own)]) for text in reversed(each)}
+        strings = list(dict.fromkeys(text for each in own for text in each))
+        of = np.array([first[text] for text in strings])
+        fields = {field: values[of] for field, values in fields.items()} | {"caption": np.array(strings)}
+        feed, rows, told_of = self._feeder.texts(strings), np.arange(len(strings)), rows[of]
       else:
         feed = self._feeder.clean(source, modality)
-      found = self._rows(model, modality, feed, rows)
+      found = self._rows(model, modality, feed, rows, content=modality != "text")
       told = dict(found.bad)
-      for row in () if isinstance(feed, Tokens) else rows[~found.good].tolist():  # what no cache has, the feeder counts
-        where, message = source.where(row), told.get(row, "another process could not read it")
-        self._bad.add(source.name, row, modality, message if where in message else f"{where}: {modality}: {message}")
+      # What no cache has, the feeder counts.
+      for row in () if isinstance(feed, Tokens) else np.flatnonzero(~found.good).tolist():
+        at, message = int(told_of[row]), told.get(int(rows[row]), "another process could not read it")
+        where = source.where(at)
+        self._bad.add(source.name, at, modality, message if where in message else f"{where}: {modality}: {message}")
       self._bad.check(alike=True)
-      if found.good.any():
-        columns = {field: values[found.good] for field, values in fields.items()}
-        table[modality] = found.embeddings.asdict() | columns
-    return table
+      good = np.flatnonzero(found.good)
+      if not len(good):
+        continue
+      columns = found.embeddings.asdict() | {field: values[good] for field, values in fields.items()}
+      if modality == "text":
+        kept, place = _spelt_once(columns["caption"], columns["shared"])
+        row_of = {text: int(at) for text, at in zip(columns["caption"].tolist(), place)}
+        columns = {field: values[kept] for field, values in columns.items()}
+        content = np.array([number_of(text) for text in columns["caption"].tolist()], np.int64)
+        captions[modality] = np.arange(len(kept)), np.arange(len(kept))
+      else:
+        content = found.content
+        pairs = [(n, row_of[text]) for n, at in enumerate(good) for text in own[at] if text in row_of]
+        captions[modality] = tuple(np.array(pairs, np.int64).reshape(-1, 2).T)
+      table[modality] = columns | {contents.COLUMN: content}
+    return base.Captioned({m: table[m] for m in model.modalities if m in table}, captions)
 
-  def _rows(self, model: Model, modality: str, feed: Feed, rows: np.ndarray | range) -> Embedded:
+  def _rows(
+    self, model: Model, modality: str, feed: Feed, rows: np.ndarray | range, content: bool = False
+  ) -> Embedded:
     data = self.config.data
-    return model.embed_rows(modality, feed, rows, workers=data.workers, threads=data.threads)
+    return model.embed_rows(modality, feed, rows, workers=data.workers, threads=data.threads, content=content)
 
   def finish(self, model: Model, step: int, writer: Any) -> dict[str, float]:
     """Evaluates a finished run and writes the metrics; a run that is evaluated already gets the written ones."""
@@ -295,14 +324,44 @@ def named_pairs(test: EvalSet, modalities: Iterable[str]) -> list[tuple[str, str
   ]
 
 
-def paired(table: base.Table, a: str, b: str, field: str) -> base.Table | None:
-  """Two modalities with a `_mask` of the rows whose value of `field` occurs in both; None if no value does."""
+def paired(table: base.Captioned, a: str, b: str, field: str) -> dict[str, contents.Keys]:
+  """Modality -> its rows and their values of `field` ("caption": all captions of a row) that both modalities have.
+
+  Empty if no value is in both.
+  """
   if a not in table or b not in table:
-    return None
-  both = np.intersect1d(table[a][field], table[b][field])
-  both = both[both != ""] if both.dtype.kind in "US" else both
-  masked = {m: dict(table[m]) | {"_mask": np.isin(table[m][field], both)} for m in (a, b)}
-  return masked if len(both) else None
+    return {}
+  keys = {}
+  for m in (a, b):
+    if field == "caption":
+      keys[m] = table.captions.get(m, (np.zeros(0, np.int64), np.zeros(0, np.int64)))
+    else:
+      values = table[m][field]
+      rows = np.flatnonzero(values != "") if values.dtype.kind in "US" else np.arange(len(values))
+      keys[m] = rows, values[rows]
+  both = np.intersect1d(keys[a][1], keys[b][1])
+  keys = {m: tuple(column[np.isin(values, both)] for column in (rows, values)) for m, (rows, values) in keys.items()}
+  return keys if len(both) else {}
+
+
+def _spelt_once(
+  texts: Shaped[np.ndarray, "n"], embeddings: Float[np.ndarray, "n d"]
+) -> tuple[Int[np.ndarray, "m"], Int[np.ndarray, "n"]]:
+  """(The first of texts that are one, which one each is): they differ in case and blanks alone, and have one embedding.
+
+  Otherwise each would be a wrong answer where another is right, and as near to every query.
+  """
+  firsts: dict[str, list[int]] = {}
+  kept, place = [], np.zeros(len(texts), np.int64)
+  for n, text in enumerate(texts.tolist()):
+    own = firsts.setdefault(base.plain_text(text), [])
+    same = next((at for at in own if np.abs(embeddings[kept[at]] - embeddings[n]).max(initial=0.0) <= TIE), None)
+    if same is None:
+      same = len(kept)
+      own.append(same)
+      kept.append(n)
+    place[n] = same
+  return np.array(kept, np.int64), place
 
 
 def _stacked(tables: Iterable[base.Table]) -> base.Table:
@@ -317,11 +376,13 @@ def _stacked(tables: Iterable[base.Table]) -> base.Table:
   }
 
 
-def _fields(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-  """Columns of the rows' plain fields, and `caption`, the main text."""
+def _fields(rows: Sequence[Mapping[str, Any]], spellings: Mapping[str, str]) -> dict[str, np.ndarray]:
+  """Columns of the rows' plain fields, labels as the candidates are written, and `caption`, the main text."""
   names = {key for row in rows for key, value in row.items() if isinstance(value, str | bool | int) or value is None}
   plain = lambda value: "" if value is None else value
   columns = {name: np.array([plain(row.get(name)) for row in rows]) for name in sorted(names)}
+  if spellings and "label" in columns:
+    columns["label"] = np.array([spellings.get(label, label) for label in columns["label"].tolist()])
   return columns | {"caption": np.array([row["text"][0] if row.get("text") else row["id"] for row in rows])}
 
 

@@ -12,7 +12,7 @@ import hypothesis.strategies as st
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, bootstrap
 from tensorboardX.proto import event_pb2
 
 from codebind_jax import config as config_lib
@@ -259,6 +259,57 @@ def test_weighted_bootstrap_is_that_of_the_weighted_mean():
   assert intervals.bootstrap_interval(values, weights=np.full(400, 2.0)) == intervals.bootstrap_interval(values)
   with pytest.raises(ValueError, match="weights: expected 400 numbers above 0"):
     intervals.bootstrap_interval(values, weights=np.zeros(400))
+
+
+def plain_bootstrap(values, groups, samples=4000):
+  """Second implementation: draws lists of whole groups, one sample at a time."""
+  rng, names = np.random.default_rng(7), np.unique(groups)
+  rows = {name: values[groups == name] for name in names}
+  means = [np.concatenate([rows[n] for n in rng.choice(names, len(names))]).mean() for _ in range(samples)]
+  return np.quantile(means, [0.025, 0.975])
+
+
+def test_grouped_bootstrap_equals_a_plain_one_and_scipy():
+  rng = np.random.default_rng(3)
+  sizes = rng.integers(1, 9, 60)
+  groups = np.repeat([f"concept {n}" for n in range(60)], sizes)
+  values = 100.0 * (rng.random(len(groups)) < np.repeat(rng.random(60), sizes))
+  found = intervals.bootstrap_interval(values, groups=groups, samples=4000)
+  np.testing.assert_allclose(found, plain_bootstrap(values, groups), atol=0.8)
+  # SciPy draws pairs of (sum, count) of the groups, which is the same.
+  sums, counts = (np.array([f(values[groups == g]) for g in np.unique(groups)]) for f in (np.sum, len))
+  options = dict(paired=True, vectorized=True, n_resamples=4000, method="percentile", rng=np.random.default_rng(1))
+  other = bootstrap((sums, counts), lambda s, c, axis: s.sum(axis) / c.sum(axis), **options).confidence_interval
+  np.testing.assert_allclose(found, other, atol=0.8)
+  assert intervals.percentage_interval(values, groups=groups) == pytest.approx(
+    intervals.bootstrap_interval(values, groups=groups)
+  )
+
+
+def test_intervals_of_percentages():
+  hits = np.array([100.0] * 30 + [0.0] * 10)
+  wilson = intervals.wilson_interval(75.0, 40)
+  assert intervals.percentage_interval(hits) == wilson
+  assert intervals.percentage_interval(hits, groups=np.arange(40)) == wilson
+  # Twenty copies of two rows, one right and one wrong: drawn as two groups, all or nothing may come out.
+  assert intervals.percentage_interval(np.repeat([100.0, 0.0], 20), groups=np.repeat([0, 1], 20)) == (0.0, 100.0)
+  # Groups that agree by chance, or are all right, tell no more than their rows.
+  assert intervals.percentage_interval(np.tile([100.0, 0.0], 4), groups=np.repeat(np.arange(4), 2)) == (
+    intervals.wilson_interval(50.0, 8)
+  )
+  all_right = intervals.percentage_interval(np.full(8, 100.0), groups=np.repeat([0, 1], 4))
+  assert all_right == intervals.wilson_interval(100.0, 8) and all_right[0] < 70
+  # Three of weight 1 and one of weight 3 count as (3 + 3)^2 / (3 + 9) = 3 rows.
+  weighted = intervals.percentage_interval(np.array([100.0, 100, 100, 0]), weights=np.array([1.0, 1, 1, 3]))
+  assert weighted == pytest.approx(intervals.wilson_interval(50.0, 3))
+
+
+def test_a_percentage_comes_with_its_rows_and_ways():
+  found = dict(intervals.measured("top1", np.array([100.0, 0.0]), ways=7))
+  low, high = intervals.wilson_interval(50.0, 2)
+  assert found == {"top1": 50.0, "top1/n": 2.0, "top1/ways": 7.0, "top1/low": low, "top1/high": high}
+  assert dict(intervals.measured("top1", np.array([100.0, 0.0]), ways=7, intervals=False)) == {"top1": 50.0}
+  assert [name for name in found if not intervals.is_about(name)] == ["top1"]
 
 
 def test_intervals_reject():

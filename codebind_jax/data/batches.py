@@ -270,11 +270,13 @@ class Part:
     items: [b, ...], the last batch padded with zeros.
     good: rows that are neither padding nor unreadable.
     bad: (row, message) of those that could not be read.
+    content: a hash of each row's content in two halves, if it was asked for.
   """
 
   items: Shaped[np.ndarray, "b ..."]
   good: Bool[np.ndarray, "b"]
   bad: tuple[tuple[int, str], ...]
+  content: Int32[np.ndarray, "b 2"] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -287,6 +289,7 @@ class Once:
     rows: of the global batch.
     process: number of the reading process.
     processes: that share a batch; each reads consecutive rows of it.
+    content: also hashes the content of items that are prepared anew (`Items`).
   """
 
   feed: Feed
@@ -294,6 +297,7 @@ class Once:
   rows: int
   process: int = 0
   processes: int = 1
+  content: bool = False
 
   def __len__(self) -> int:
     return -(-len(self.numbers) // self.rows)
@@ -304,12 +308,17 @@ class Once:
     numbers = [int(number) for number in self.numbers[start : start + own]]
     read = spread(self._read, numbers)
     bad = tuple((number, one) for number, one in zip(numbers, read) if isinstance(one, str))
-    items = [one if isinstance(one, np.ndarray) else None for one in read] + [None] * (own - len(read))
-    return Part(stacked(items, self.feed), np.array([item is not None for item in items]), bad)
+    there = [one if isinstance(one, tuple) else (None, 0) for one in read] + [(None, 0)] * (own - len(read))
+    items = [item for item, _ in there]
+    content = np.array([content for _, content in there], np.int64).view(np.int32).reshape(-1, 2)
+    return Part(stacked(items, self.feed), np.array([item is not None for item in items]), bad,
+                content if self.content else None)  # fmt: skip
 
-  def _read(self, number: int) -> np.ndarray | str | None:
-    """An item, what is wrong with it, or None where there is none."""
+  def _read(self, number: int) -> tuple[np.ndarray, int] | str | None:
+    """An item and its content, what is wrong with it, or None where there is none."""
     try:
-      return self.feed.clean(number) if self.feed.has(number) else None
+      if not self.feed.has(number):
+        return None
+      return self.feed.clean_and_content(number) if self.content else (self.feed.clean(number), 0)
     except ValueError as error:
       return str(error)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int32, Int64, Shaped
+from jaxtyping import Int, Int32, Int64, Shaped
 
 from codebind_jax.data.ahead import empty
 from codebind_jax.data.inputs import Input, item_errors
@@ -139,6 +139,13 @@ class Items(Prepared):
     """Prepared as it is."""
     return self.input.prepared(self.modality, self.raw(row)[0])
 
+  def clean_and_content(self, row: int) -> tuple[np.ndarray, int]:
+    """The item prepared as it is, and a hash of its content, of what was read anyway: equal for equal bytes."""
+    raw = self.raw(row)[0]
+    prepared = self.input.prepared(self.modality, raw)
+    with item_errors():
+      return prepared, number_of(self.source.content_of_item(row, self.modality, raw))
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Texts(Prepared):
@@ -254,6 +261,13 @@ class Tokens:
     tokens = self.reader(int(self.places[first + rng.integers(stop - first), view]), self.pooled)
     return tokens, tokens.nbytes
 
+  def places_of(self, rows: Int[np.ndarray, "n"] | range) -> Int64[np.ndarray, "n"]:
+    """Place of the clean view of each row's first choice, which rows of one content share; -1 where there is none."""
+    rows = np.asarray(rows)
+    first = self.starts[rows]
+    there = first < self.starts[rows + 1]
+    return np.where(there, self.places[np.minimum(first, len(self.places) - 1), 0], -1)
+
   def clean(self, row: int) -> np.ndarray:
     """The clean view of the first choice."""
     return self.reader(int(self.places[self.starts[row], 0]), self.pooled)
@@ -265,6 +279,11 @@ def stacked(items: Sequence[Shaped[np.ndarray, "..."] | None], feed: Feed) -> Sh
   for place, item in enumerate(items):
     out[place] = 0 if item is None else item
   return out
+
+
+def number_of(content: str) -> int:
+  """A number of 62 bits that stands for a content."""
+  return int.from_bytes(hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()[:8], "little") >> 2
 
 
 def digest(value: str | bytes | np.ndarray) -> str:

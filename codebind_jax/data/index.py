@@ -104,6 +104,23 @@ def renumbered(group: Int32[np.ndarray, "n"]) -> Int32[np.ndarray, "n"]:
   return first[group]
 
 
+def of_labels(index: Index, same: Mapping[str, str]) -> Index:
+  """The index whose groups of labels that are the `same` as another one are the other's.
+
+  >>> index = index_of([{"id": n, "label": n} for n in ("cow", "Cow", "dog")], [["image"]] * 3)
+  >>> of_labels(index, {"Cow": "cow"}).group.tolist()
+  [0, 0, 1]
+  """
+  number: dict[str, int] = {}
+  into = np.array([number.setdefault(same.get(label, label), n) for n, label in enumerate(index.labels)], np.int64)
+  labelled = index.label >= 0
+  first = np.full(len(index.labels) + 1, -1)
+  first[index.label[labelled][::-1]] = index.group[labelled][::-1]
+  group = index.group.copy()
+  group[labelled] = first[into[index.label[labelled]]]
+  return dataclasses.replace(index, group=renumbered(group))
+
+
 class IndexBuilder:
   """Makes an `Index` record by record."""
 

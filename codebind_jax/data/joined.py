@@ -46,6 +46,10 @@ class Joined(Source):
     part, row = self._part(number)
     return part.content_hash(row, modality)
 
+  def _item_content(self, number: int, modality: str, item: str | bytes | Path | np.ndarray) -> str:
+    part, row = self._part(number)
+    return part.content_of_item(row, modality, item)
+
   def _identity(self, number: int, modality: str) -> str:
     part, row = self._part(number)
     return part.identity(row, modality)

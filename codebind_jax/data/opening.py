@@ -24,6 +24,7 @@ from codebind_jax.data.joined import joined
 from codebind_jax.data.records import Source
 from codebind_jax.data.worlds import fetch, registry
 from codebind_jax.data.worlds.source import WorldSource
+from codebind_jax.evaluators.base import plain_text
 
 CHECKED = 10_000  # records up to which all files are opened before any work
 SOME = 1_000  # records whose files are opened where there are more
@@ -307,15 +308,27 @@ def class_names(source: Source, path: Path | None = None) -> tuple[str, ...]:
     if not labels:
       raise ValueError(f"empty class list: no row of {source.name} has a label")
     return tuple(labels)
+  classes = class_lines(path)
+  known = {plain_text(name) for name in classes}
+  unknown = [label for label in labels if plain_text(label) not in known]
+  if unknown:
+    raise ValueError(f"{path}: label {unknown[0]!r} of {source.name} is not among its {len(classes)} classes")
+  return classes
+
+
+def class_lines(path: Path) -> tuple[str, ...]:
+  """The classes of a text file, one a line.
+
+  Raises:
+    ValueError: if there are none, or a class is there twice, also where case or blanks differ.
+  """
   lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
   classes = [line for line in lines if line]
   if not classes:
     raise ValueError(f"{path}: empty class list; one class a line is needed")
   first: dict[str, int] = {}
   for number, line in enumerate(lines, 1):
-    if line and first.setdefault(line, number) != number:
-      raise ValueError(f"{path}:{number}: class {line!r} is there twice, first in line {first[line]}")
-  unknown = [label for label in labels if label not in first]
-  if unknown:
-    raise ValueError(f"{path}: label {unknown[0]!r} of {source.name} is not among its {len(classes)} classes")
+    if line and (earlier := first.setdefault(plain_text(line), number)) != number:
+      as_what = "" if lines[earlier - 1] == line else f" as {lines[earlier - 1]!r}"
+      raise ValueError(f"{path}:{number}: class {line!r} is there twice, first in line {earlier}{as_what}")
   return tuple(classes)

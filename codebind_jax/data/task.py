@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import pathlib
@@ -12,12 +13,13 @@ import numpy as np
 from absl import logging
 
 from codebind_jax.data import index_cache
-from codebind_jax.data.index import SPLITS
+from codebind_jax.data.index import SPLITS, of_labels
 from codebind_jax.data.joined import joined
-from codebind_jax.data.opening import class_names, held_out, open_source
+from codebind_jax.data.opening import class_lines, class_names, held_out, open_source
 from codebind_jax.data.records import Source
 from codebind_jax.data.worlds import fetch, names, registry
 from codebind_jax.data.worlds.evalset import EvalSet
+from codebind_jax.evaluators.base import plain_text
 from codebind_jax.schema import Frozen, Rule, above, at_least, check_keys, within
 
 SHARED = 100_000  # records from which on the index of a split lies in a file, so that worker processes share it
@@ -186,6 +188,10 @@ def _file_task(data: Data, name: str, names: Sequence[str], default_split: str) 
     open_source, data_dir=data.root or None, max_bad_records=data.max_bad_records, check=data.checked, **data.options
   )  # fmt: skip
   whole = opened(names)
+  spellings = _spellings(data, whole)
+  if spellings:
+    whole = copy.copy(whole)
+    whole.index = of_labels(whole.index, spellings)
   name = name or whole.name
   split = np.where(whole.index.split < 0, SPLITS.index(default_split), whole.index.split)
   parts = {s: whole.select(np.flatnonzero(split == n)) for n, s in enumerate(SPLITS) if (split == n).any()}
@@ -200,10 +206,12 @@ def _file_task(data: Data, name: str, names: Sequence[str], default_split: str) 
   evals = []
   for role in ("val", "test"):
     if role in parts:
-      labels = _labels(data, parts[role])
+      labels = list(dict.fromkeys(spellings.get(label, label) for label in _labels(data, parts[role])))
       fields = ("label",) if labels else ()
       title = f"{name}, {ROLES[role]}" + (" held out" if role == "val" and "train" in parts and data.holdout else "")
-      evals.append(EvalSet(f"{name}_{role}", name, role, parts[role], labels, fields, fields, title=title))
+      texts = "main" if data.captions == "main" else "all"
+      evals.append(EvalSet(f"{name}_{role}", name, role, parts[role], labels, fields, fields, texts=texts,
+                           spellings=spellings, title=title))  # fmt: skip
   if not evals and default_split != "train":
     raise ValueError(f"{whole.name}: nothing to evaluate, every record is of split 'train'; allowed: val, test, or "
                      "no splits")  # fmt: skip
@@ -211,6 +219,25 @@ def _file_task(data: Data, name: str, names: Sequence[str], default_split: str) 
   rows = sum(map(len, train.values()))
   summary = f"{name}: {rows} training rows; " + ", ".join(f"{e.name} {len(e.source)}" for e in evals)
   return Task(name, summary, train, tuple(evals))
+
+
+def _spellings(data: Data, source: Source) -> dict[str, str]:
+  """Label -> the class that it is, of labels that differ from it in case and blanks alone; the log names them.
+
+  The class is the line of `config.data.classes`, else the spelling of the most rows.
+  """
+  index = source.index
+  rows = np.bincount(index.label[index.label >= 0], minlength=len(index.labels))
+  order = [index.labels[n] for n in np.argsort(-rows, kind="stable")]
+  listed = class_lines(pathlib.Path(data.classes)) if data.classes else ()
+  chosen: dict[str, str] = {}
+  for label in (*listed, *order):
+    chosen.setdefault(plain_text(label), label)
+  found = {label: name for label in index.labels if (name := chosen[plain_text(label)]) != label}
+  if found:
+    said = ", ".join(f"{label!r} is taken as {name!r}" for label, name in found.items())
+    logging.warning("%s: labels that differ in case and blanks alone are one class: %s", source.name, said)
+  return found
 
 
 def _labels(data: Data, source: Source) -> list[str]:

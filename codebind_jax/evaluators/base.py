@@ -7,16 +7,36 @@ is False on rows that only pad a batch. Modalities may have different numbers of
 columns of one modality may not.
 """
 
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Shaped
+from jaxtyping import Bool, Float, Float32, Int, Shaped
+
+from codebind_jax.evaluators.intervals import groups_by
 
 Columns = Mapping[str, np.ndarray]
 Table = Mapping[str, Columns]
 
 PARTS = ("shared", "specific", "full")
+
+
+class Captioned(dict):
+  """A table whose texts are the distinct captions of its items.
+
+  Attributes:
+    captions: modality -> (row, row of its caption in `text`), as many pairs as its rows have captions; rows of `text`
+      themselves are paired with themselves.
+  """
+
+  def __init__(self, table: Table, captions: Mapping[str, tuple[np.ndarray, np.ndarray]]):
+    super().__init__(table)
+    self.captions = dict(captions)
+
+
+class LeftOutError(ValueError):
+  """What an evaluator needs and the data has not: it is left out, and the message says why."""
 
 
 @runtime_checkable
@@ -90,6 +110,23 @@ def columns(table: Table, modality: str, fields: Sequence[str]) -> list[np.ndarr
   if arrays and not len(arrays[0]):
     raise ValueError(f"{modality}: no rows to evaluate{' (all are masked)' if '_mask' in rows else ''}")
   return arrays
+
+
+def plain_text(text: str) -> str:
+  """A text without differences of case, blanks and Unicode composition.
+
+  >>> plain_text(" Polar  BEAR")
+  'polar bear'
+  """
+  return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+
+
+def concepts(table: Table, modality: str, field: str) -> Int[np.ndarray, "n"] | None:
+  """Numbers of the groups of rows of equal `field`, a row without it being its own; None where no row has the field."""
+  if field not in table.get(modality, {}):
+    return None
+  (values,) = columns(table, modality, [field])
+  return groups_by(values)
 
 
 def parts_of(table: Table, modality: str, parts: Sequence[str] | None = None) -> tuple[str, ...]:

@@ -7,8 +7,8 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float, Shaped
 
-from codebind_jax.evaluators import base
-from codebind_jax.evaluators.probe import ProbeResult, check_rows, result_of
+from codebind_jax.evaluators import base, contents
+from codebind_jax.evaluators.probe import ProbeResult, check_rows, measured_result, result_of
 
 
 def nearest_class_mean(
@@ -33,7 +33,7 @@ def nearest_class_mean(
   means = np.zeros((len(classes), train_x.shape[1]), np.float32)
   np.add.at(means, numbers, base.unit_rows("train embeddings", train_x))
   scores = base.unit_rows("test embeddings", test_x) @ base.unit_rows("class means", means).T
-  return result_of(classes[scores.argmax(axis=1)], test_y)
+  return result_of(classes[scores.argmax(axis=1)], test_y, len(classes))
 
 
 def nearest_other_mean(x: Float[np.ndarray, "..."], y: Shaped[np.ndarray, "..."]) -> ProbeResult:
@@ -59,12 +59,12 @@ def nearest_other_mean(x: Float[np.ndarray, "..."], y: Shaped[np.ndarray, "..."]
   scores = x[scored] @ base.unit_rows("class means", sums).T
   others = base.unit_rows("class means", sums[numbers[scored]] - x[scored])
   scores[np.arange(len(scored)), numbers[scored]] = (x[scored] * others).sum(axis=1)
-  return result_of(classes[scores.argmax(axis=1)], y[scored])
+  return result_of(classes[scores.argmax(axis=1)], y[scored], len(classes), scored)
 
 
 @dataclasses.dataclass(frozen=True)
 class NearestClassMean:
-  """Nearest class mean of each part: `ncm/<modality>/<part>`, percent.
+  """Nearest class mean of each part: `ncm/<modality>/<part>`, percent; each content counts once.
 
   Attributes:
     modality: which modality.
@@ -72,20 +72,31 @@ class NearestClassMean:
       (`nearest_other_mean`).
     field: column of the label.
     parts: embedding columns; None takes all that the table has.
+    concept: column whose equal values intervals draw together, where the table has it.
+    intervals: also yield `n`, `ways`, `low` and `high` of each accuracy (`intervals.measured`).
   """
 
   modality: str
   train: base.Table | None = None
   field: str = "label"
   parts: Sequence[str] | None = None
+  concept: str = "label"
+  intervals: bool = False
   name: str = "ncm"
 
   def __call__(self, table: base.Table) -> Iterator[tuple[str, float]]:
     """Yields one accuracy a part."""
+    concepts = base.concepts(table, self.modality, self.concept)
+    content = contents.contents_of(table, self.modality)
     for part in base.parts_of(table, self.modality, self.parts):
       x, y = base.columns(table, self.modality, [part, self.field])
       if self.train is None:
-        result = nearest_other_mean(x, y)
+        kept = contents.once_each(content, y)
+        result = nearest_other_mean(x[kept], y[kept])
+        result = dataclasses.replace(result, rows=kept[result.rows])
       else:
-        result = nearest_class_mean(*base.columns(self.train, self.modality, [part, self.field]), x, y)
-      yield f"{self.name}/{self.modality}/{part}", result.accuracy
+        train_x, train_y = base.columns(self.train, self.modality, [part, self.field])
+        kept = contents.once_each(contents.contents_of(self.train, self.modality), train_y)
+        result = nearest_class_mean(train_x[kept], train_y[kept], x, y)
+      name = f"{self.name}/{self.modality}/{part}"
+      yield from measured_result(name, result, content, concepts, balanced=False, intervals=self.intervals)

@@ -1,18 +1,30 @@
-"""Confidence intervals for the numbers that are reported."""
+"""Confidence intervals for the numbers that are reported, and the names under which they are."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Num, Shaped
 
+# Ends of names of numbers about another one: NAME/n rows scored, NAME/ways candidates, NAME/low and NAME/high.
+ABOUT = ("n", "ways", "low", "high")
 
-def wilson_interval(percent: float, count: int, *, z: float = 1.96) -> tuple[float, float]:
+
+def is_about(name: str) -> bool:
+  """Whether a metric's name is one of `measured` beside the value itself.
+
+  >>> is_about("eval/x/zeroshot/image/top1/low"), is_about("eval/x/zeroshot/image/top1")
+  (True, False)
+  """
+  return name.rpartition("/")[2] in ABOUT
+
+
+def wilson_interval(percent: float, count: int | float, *, z: float = 1.96) -> tuple[float, float]:
   """Wilson score interval of a percentage of independent trials; sensible near 0 and 100 and for small counts.
 
   Args:
     percent: the share observed, 0 ... 100.
-    count: number of trials.
+    count: number of trials, or the number that would tell as much (`percentage_interval`).
     z: normal quantile, 1.96 for 95 %.
 
   Returns:
@@ -73,10 +85,80 @@ def bootstrap_interval(
       raise ValueError(f"lengths must be equal, got {len(values)} values and {len(groups)} groups")
     _, numbers = np.unique(groups, return_inverse=True)
     sums, counts = np.bincount(numbers, weights=sums), np.bincount(numbers, weights=counts)
-  rng = np.random.default_rng(seed)
-  means = np.empty(samples)
-  for i in range(samples):
-    drawn = rng.integers(0, len(sums), len(sums))
-    means[i] = sums[drawn].sum() / counts[drawn].sum()
-  low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+  # Groups of one sum and weight are alike, so that a sample is the number of draws of each kind.
+  kinds, alike = np.unique(np.stack([sums, counts]), axis=1, return_counts=True)
+  drawn = np.random.default_rng(seed).multinomial(len(sums), alike / len(sums), size=samples)
+  low, high = np.quantile((drawn @ kinds[0]) / (drawn @ kinds[1]), [(1 - level) / 2, (1 + level) / 2])
   return float(low), float(high)
+
+
+def percentage_interval(
+  values: Num[np.ndarray, "n"],
+  *,
+  groups: Shaped[np.ndarray, "n"] | None = None,
+  weights: Num[np.ndarray, "n"] | None = None,
+) -> tuple[float, float]:
+  """95 % interval of the mean of rows that are right (100) or wrong (0).
+
+  Wilson's of independent rows; of weighted rows, with Kish's effective number (sum w)^2 / sum w^2. Where rows share a
+  group, each end is that of the bootstrap over whole groups if it lies further out: a few groups can agree by chance,
+  which tells nothing, and rows of one group never tell more than independent ones.
+
+  Args:
+    values: each row's score.
+    groups: group of each row; None for rows that are independent.
+    weights: of the mean; None weighs all rows alike.
+
+  Returns:
+    Lower and upper end, 0 ... 100.
+
+  Raises:
+    ValueError: as `bootstrap_interval` and `wilson_interval`.
+  """
+  mean = float(np.average(values, weights=weights))
+  count = len(values) if weights is None else float(weights.sum() ** 2 / (weights**2).sum())
+  low, high = wilson_interval(min(max(mean, 0.0), 100.0), max(count, 1.0))
+  if groups is not None and len(np.unique(groups)) < len(groups):
+    ends = bootstrap_interval(values, groups=groups, weights=weights)
+    low, high = min(low, ends[0]), max(high, ends[1])
+  return low, high
+
+
+def measured(
+  name: str,
+  values: Num[np.ndarray, "n"],
+  *,
+  ways: int,
+  groups: Shaped[np.ndarray, "n"] | None = None,
+  weights: Num[np.ndarray, "n"] | None = None,
+  intervals: bool = True,
+) -> Iterator[tuple[str, float]]:
+  """A percentage and, with `intervals`, `name/n`, `name/ways`, `name/low` and `name/high`.
+
+  Args:
+    name: of the metric.
+    values: 100 where a row is right and 0 where it is wrong.
+    ways: number of candidates among which each row's answer was chosen.
+    groups, weights: of `percentage_interval`.
+    intervals: False yields the percentage alone.
+  """
+  yield name, float(np.average(values, weights=weights))
+  if intervals:
+    low, high = percentage_interval(values, groups=groups, weights=weights)
+    yield from about(name, len(values), ways, low, high)
+
+
+def about(name: str, rows: int, ways: int, low: float, high: float) -> Iterator[tuple[str, float]]:
+  """The numbers about a percentage, under their names."""
+  yield from zip((f"{name}/{end}" for end in ABOUT), (float(rows), float(ways), low, high))
+
+
+def groups_by(values: Shaped[np.ndarray, "n"]) -> Shaped[np.ndarray, "n"]:
+  """Groups of equal values; a row whose value is "" is its own.
+
+  >>> groups_by(np.array(["cow", "", "cow", ""])).tolist()
+  [1, -2, 1, -4]
+  """
+  values = np.asarray(values)
+  _, numbers = np.unique(values, return_inverse=True)
+  return np.where(values == "", -1 - np.arange(len(values)), numbers) if values.dtype.kind in "US" else numbers

@@ -6,6 +6,7 @@ then needs few steps), and the search stops when validation has not improved twi
 """
 
 import dataclasses
+import functools
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -13,12 +14,13 @@ from typing import Any
 
 import numpy as np
 from absl import logging
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-from codebind_jax.evaluators import base
+from codebind_jax.evaluators import base, contents
+from codebind_jax.evaluators.intervals import measured
 
 C_GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -30,7 +32,10 @@ class ProbeResult:
   Attributes:
     accuracy: percent.
     balanced_accuracy: mean over classes of the percentage right, so that big classes do not decide.
-    predictions: [N] predicted labels.
+    predictions: [N] predicted labels of the scored rows.
+    targets: [N] their right labels.
+    rows: [N] which of the given rows they are.
+    ways: number of classes among which was chosen.
     c: the chosen inverse strength of the penalty; NaN where there is none.
     val_accuracy: percent on the validation part at that strength; NaN where there is none.
   """
@@ -38,6 +43,9 @@ class ProbeResult:
   accuracy: float
   balanced_accuracy: float
   predictions: np.ndarray
+  targets: np.ndarray
+  rows: np.ndarray
+  ways: int
   c: float = float("nan")
   val_accuracy: float = float("nan")
 
@@ -47,11 +55,39 @@ def balanced_accuracy(predictions: Shaped[np.ndarray, "n"], targets: Shaped[np.n
   return 100.0 * float(np.sum(base.class_weights(targets) * (predictions == targets)))
 
 
-def result_of(predictions: Shaped[np.ndarray, "n"], targets: Shaped[np.ndarray, "n"], **rest: float) -> ProbeResult:
-  """The outcome of predictions; `rest` are further attributes."""
-  return ProbeResult(
-    100.0 * float(np.mean(predictions == targets)), balanced_accuracy(predictions, targets), predictions, **rest
-  )
+def result_of(
+  predictions: Shaped[np.ndarray, "n"], targets: Shaped[np.ndarray, "n"], ways: int,
+  rows: Int[np.ndarray, "n"] | None = None, **rest: float,
+) -> ProbeResult:  # fmt: skip
+  """The outcome of predictions; without `rows` all rows are scored, `rest` are further attributes."""
+  rows = np.arange(len(targets)) if rows is None else rows
+  accuracy = 100.0 * float(np.mean(predictions == targets))
+  return ProbeResult(accuracy, balanced_accuracy(predictions, targets), predictions, targets, rows, ways, **rest)
+
+
+def measured_result(
+  name: str, result: ProbeResult, content: Int[np.ndarray, "n"], groups: np.ndarray | None, *, balanced: bool,
+  intervals: bool,
+) -> Iterator[tuple[str, float]]:  # fmt: skip
+  """Accuracy `name` and, with `balanced`, `name/balanced`, of a result; with `intervals` the numbers about them.
+
+  A content that is in several rows counts once, and is right if any of them is.
+
+  Args:
+    name: of the metric.
+    result: of the probe.
+    content: [N], number of the content of all given rows.
+    groups: [N], groups of all given rows, which intervals draw whole; None for independent rows.
+    balanced: also the mean over classes.
+    intervals: as of `intervals.measured`.
+  """
+  wrong = result.predictions != result.targets
+  kept = contents.once(content[result.rows], wrong.astype(np.int8))
+  values, groups = 100.0 * ~wrong[kept], None if groups is None else groups[result.rows[kept]]
+  numbers = functools.partial(measured, values=values, ways=result.ways, groups=groups, intervals=intervals)
+  yield from numbers(name)
+  if balanced:
+    yield from numbers(f"{name}/balanced", weights=base.class_weights(result.targets[kept]))
 
 
 def check_rows(
@@ -153,7 +189,7 @@ class FittedProbe:
       both = np.intersect1d(self.groups, groups)
       if len(both):
         raise ValueError(f"groups: {len(both)} are in training and test, first {str(both[0])!r}")
-    return result_of(self.predict(x), y, c=self.c, val_accuracy=self.val_accuracy)
+    return result_of(self.predict(x), y, len(self.classes), c=self.c, val_accuracy=self.val_accuracy)
 
 
 def fit_probe(
@@ -162,6 +198,7 @@ def fit_probe(
   *,
   c_grid: Sequence[float] = C_GRID,
   groups: Shaped[np.ndarray, "..."] | None = None,
+  content: Int[np.ndarray, "n"] | None = None,
   val: tuple[np.ndarray, np.ndarray] | None = None,
   val_fraction: float = 0.2,
   max_iter: int = 300,
@@ -177,6 +214,7 @@ def fit_probe(
     train_y: [N] labels.
     c_grid: inverse strengths of the penalty to try; one value skips the choice.
     groups: [N], rows of one group stay on one side of the validation split (concepts, when the artist is predicted).
+    content: [N], rows of one content (of several labels) stay on one side too; None for rows of their own.
     val: validation rows and labels, instead of a part of the training rows.
     val_fraction: of the training rows or groups.
     max_iter: iterations of L-BFGS.
@@ -195,7 +233,7 @@ def fit_probe(
   groups = None if groups is None else np.asarray(groups)
   c, val_accuracy = grid[0], float("nan")
   if len(grid) > 1:
-    c, val_accuracy = _choose_c(train_x, train_y, grid, groups, val, val_fraction, max_iter)
+    c, val_accuracy = _choose_c(train_x, train_y, grid, groups, content, val, val_fraction, max_iter)
   scale, fitted = _fitted(train_x, train_y, [c], max_iter)
   model = next(fitted)
   predict = lambda rows: model.predict(scale(rows))
@@ -228,13 +266,14 @@ def linear_probe(
   return fit_probe(train_x, train_y, **options).test(test_x, test_y, groups=test_groups)
 
 
-def _choose_c(x, y, grid, groups, val, fraction, max_iter):
+def _choose_c(x, y, grid, groups, content, val, fraction, max_iter):
   if val is not None:
     fit_x, fit_y, val_x, val_y = x, y, base.finite_rows("validation embeddings", val[0]), np.asarray(val[1])
     base.check_widths(train=x, validation=val_x)
     base.check_lengths(val_x=val_x, val_y=val_y)
   else:
     held_out = grouped_split(groups, fraction) if groups is not None else _stratified_split(y, fraction)
+    held_out = held_out if content is None else np.isin(content, content[held_out])
     fit_x, fit_y, val_x, val_y = x[~held_out], y[~held_out], x[held_out], y[held_out]
   known = np.isin(val_y, fit_y)
   if not known.any() or len(np.unique(fit_y)) < 2:
@@ -280,6 +319,8 @@ def _fitted(x, y, grid, max_iter):
 class LinearProbe:
   """Linear probe of each part: `probe/<field>/<modality>/<part>` and `.../<part>/balanced`, percent.
 
+  Each content (column `_content`) counts once, and its copies lie on one side of every split.
+
   Attributes:
     modality: which modality.
     train: table the probe is fitted on, once for all evaluated sets; None holds out `test_fraction` of the groups of
@@ -290,6 +331,8 @@ class LinearProbe:
     parts: embedding columns; None takes all that the table has.
     c_grid: inverse strengths of the penalty.
     test_fraction: of the groups, without `train`.
+    concept: column whose equal values intervals draw together, where the table has it.
+    intervals: also yield `n`, `ways`, `low` and `high` of each accuracy (`intervals.measured`).
   """
 
   modality: str
@@ -299,6 +342,8 @@ class LinearProbe:
   parts: Sequence[str] | None = None
   c_grid: Sequence[float] = C_GRID
   test_fraction: float = 0.4
+  concept: str = "label"
+  intervals: bool = False
   name: str = "probe"
   _fitted: dict[str, FittedProbe] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -307,21 +352,34 @@ class LinearProbe:
     if self.train is None and self.group is None:
       raise ValueError("group: needed to hold rows out of the evaluated set; or give train")
     extra = [] if self.group is None else [self.group]
+    concepts, content = base.concepts(table, self.modality, self.concept), contents.contents_of(table, self.modality)
     for part in base.parts_of(table, self.modality, self.parts):
       x, y, *groups = base.columns(table, self.modality, [part, self.field, *extra])
       if self.train is None:
         test = grouped_split(groups[0], self.test_fraction, salt="probe-test")
-        fitted = fit_probe(x[~test], y[~test], c_grid=self.c_grid, groups=groups[0][~test])
-        x, y, groups = x[test], y[test], [groups[0][test]]
+        test = np.isin(content, content[test])
+        fitted = _fit_once(x[~test], y[~test], content[~test], groups[0][~test], self.c_grid)
+        rows = np.flatnonzero(test)
+        rows = rows[~np.isin(groups[0][rows], groups[0][~test])]
       else:
-        fitted = self._on_training_rows(part, extra)
-      result = fitted.test(x, y, groups=groups[0] if extra else None)
-      yield f"{self.name}/{self.field}/{self.modality}/{part}", result.accuracy
-      yield f"{self.name}/{self.field}/{self.modality}/{part}/balanced", result.balanced_accuracy
+        fitted, rows = self._on_training_rows(part, extra), np.arange(len(x))
+      result = fitted.test(x[rows], y[rows], groups=groups[0][rows] if extra else None)
+      result = dataclasses.replace(result, rows=rows)
+      name = f"{self.name}/{self.field}/{self.modality}/{part}"
+      yield from measured_result(name, result, content, concepts, balanced=True, intervals=self.intervals)
 
   def _on_training_rows(self, part: str, extra: Sequence[str]) -> FittedProbe:
     """The probe of a part of the training rows, fitted once for all evaluated sets."""
     if part not in self._fitted:
       x, y, *groups = base.columns(self.train, self.modality, [part, self.field, *extra])
-      self._fitted[part] = fit_probe(x, y, c_grid=self.c_grid, groups=groups[0] if extra else None)
+      content = contents.contents_of(self.train, self.modality)
+      self._fitted[part] = _fit_once(x, y, content, groups[0] if extra else None, self.c_grid)
     return self._fitted[part]
+
+
+def _fit_once(x, y, content, groups, c_grid):
+  """A probe of rows of which each content counts once for each of its labels."""
+  kept = contents.once_each(content, y)
+  groups, content = None if groups is None else groups[kept], content[kept]
+  content = content if len(contents.once(content)) < len(content) else None
+  return fit_probe(x[kept], y[kept], c_grid=c_grid, groups=groups, content=content)

@@ -1,16 +1,18 @@
 """Retrieval between and within modalities: recall at k and the median rank of the first right answer."""
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+import functools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 from absl import logging
 from jaxtyping import Float, Int
 
-from codebind_jax.evaluators import base
+from codebind_jax.evaluators import base, contents
+from codebind_jax.evaluators.intervals import measured
 from codebind_jax.evaluators.zeroshot import TIE
 
-Relevant = Sequence[Collection[int]] | tuple[np.ndarray, np.ndarray]
+Relevant = Sequence[Collection[int]] | tuple[np.ndarray, np.ndarray] | tuple[contents.Side, contents.Side]
 
 # Entries of the similarity matrix held at once: 64 MB of float32, so 50,000 x 50,000 needs no more than that.
 _BLOCK = 1 << 24
@@ -35,7 +37,7 @@ def first_ranks(
     query: [N, D].
     gallery: [M, D].
     relevant: for each query the gallery rows that are right, as N collections of indices; or a pair of id arrays (query
-      ids [N], gallery ids [M]) of which equal ids are right.
+      ids [N], gallery ids [M]) of which equal ids are right; or a pair of sides, of which a common value is right.
     exclude_self: query i and gallery row i are one item, which is no answer (retrieval inside a modality); the gallery
       may have more rows than there are queries.
     chunk: queries compared at once; 0 keeps the block of similarities at 64 MB.
@@ -77,6 +79,8 @@ def _relevance(relevant, queries, items):
     _, numbers = np.unique(np.concatenate(relevant), return_inverse=True)
     of_query, of_item = numbers[:queries], numbers[queries:]
     return lambda part: of_query[part, None] == of_item[None, :]
+  if isinstance(relevant, tuple) and len(relevant) == 2 and isinstance(relevant[0], contents.Side):
+    return lambda part: contents.shared_values(*relevant, part).toarray() > 0
   base.check_lengths(query=range(queries), relevant=relevant)
   for row, answers in enumerate(relevant):
     if any(not 0 <= index < items for index in answers):
@@ -120,35 +124,56 @@ class Retrieval:
   Attributes:
     a: one modality.
     b: the other.
-    match: column both have; rows with equal values are right answers to each other. Texts shared by many items should
-      come as one row a text (`base.unique_rows`), else frequent texts weigh more.
+    match: column both have; rows with equal values are right answers to each other. Each content (column `_content`)
+      is one query and one item. Texts shared by many items should come as one row a text (`base.unique_rows`), else
+      frequent texts weigh more.
+    keys: modality -> (rows, values), any number of values a row, in place of the column `match`; rows without a value
+      take no part.
     part: embedding column compared.
     ks: the k of recall.
     by: part of the names, `retrieval/<a>_to_<b>/<by>/r1`, if two modalities are compared by several fields.
+    intervals: also yield `n`, `ways`, `low` and `high` of each recall (`intervals.measured`), which draw the queries
+      of one main value together (`contents.groups_of`): the captions of a picture, the pictures of a concept.
   """
 
   a: str = "text"
   b: str = "image"
   match: str = "label"
+  keys: Mapping[str, contents.Keys] = dataclasses.field(default_factory=dict)
   part: str = "shared"
   ks: Sequence[int] = (1, 5, 10)
   by: str = ""
+  intervals: bool = False
   name: str = "retrieval"
 
   def __call__(self, table: base.Table) -> Iterator[tuple[str, float]]:
     """Yields recall and median rank of both directions."""
-    sides = {modality: base.columns(table, modality, [self.part, self.match]) for modality in (self.a, self.b)}
-    for source, target in ((self.a, self.b), (self.b, self.a)):
-      (query, of_query), (gallery, of_item) = sides[source], sides[target]
-      for metric, value in recall_at_k(query, gallery, (of_query, of_item), self.ks).items():
-        yield f"{self.name}/{source}_to_{target}/{f'{self.by}/' if self.by else ''}{metric}", value
+    both = self.a, self.b
+    x = {modality: base.columns(table, modality, [self.part])[0] for modality in both}
+    keys = [self.keys.get(modality) or _column_keys(table, modality, self.match) for modality in both]
+    of = dict(zip(both, contents.sides(tuple(contents.contents_of(table, m) for m in both), tuple(keys))))
+    for source, target in (both, both[::-1]):
+      query, gallery = of[source], of[target]
+      ranks = first_ranks(x[source][query.rows], x[target][gallery.rows], (query, gallery))
+      name = f"{self.name}/{source}_to_{target}/{f'{self.by}/' if self.by else ''}"
+      groups = contents.groups_of(query, gallery)
+      numbers = functools.partial(measured, ways=len(gallery.rows), groups=groups, intervals=self.intervals)
+      for k in self.ks:
+        yield from numbers(f"{name}r{k}", 100.0 * (ranks <= k))
+      yield f"{name}median_rank", float(np.median(ranks))
+
+
+def _column_keys(table, modality, field):
+  """The rows and values of a column."""
+  (values,) = base.columns(table, modality, [field])
+  return np.arange(len(values)), values
 
 
 @dataclasses.dataclass(frozen=True)
 class Emergent:
   """Retrieval by concept between modalities never trained together: `emergent/<a>_to_<b>/r5` and `.../chance5`.
 
-  Only rows whose concept the other modality also has take part.
+  Only rows whose concept the other modality also has take part; each content is one query and one item.
 
   Attributes:
     a: one modality.
@@ -156,6 +181,8 @@ class Emergent:
     match: column both have; "" stands for none.
     part: embedding column compared.
     k: of recall.
+    intervals: also yield `n`, `ways`, `low` and `high` of each recall (`intervals.measured`), which draw the rows of
+      one concept together.
   """
 
   a: str
@@ -163,6 +190,7 @@ class Emergent:
   match: str = "concept"
   part: str = "shared"
   k: int = 5
+  intervals: bool = False
   name: str = "emergent"
 
   def overlap(self, table: base.Table) -> set[str]:
@@ -173,17 +201,18 @@ class Emergent:
   def __call__(self, table: base.Table) -> Iterator[tuple[str, float]]:
     """Yields recall of both directions and its chance level, in percent."""
     common = sorted(self.overlap(table))
-    sides = {}
-    for modality in (self.a, self.b):
-      x, values = base.columns(table, modality, [self.part, self.match])
-      keep = np.isin(values, common)
-      sides[modality] = x[keep], values[keep]
-    for source, target in ((self.a, self.b), (self.b, self.a)):
-      (query, of_query), (gallery, of_item) = sides[source], sides[target]
-      recall = recall_at_k(query, gallery, (of_query, of_item), (self.k,))[f"r{self.k}"]
-      yield f"{self.name}/{source}_to_{target}/r{self.k}", recall
-      right = np.array([(of_item == value).sum() for value in of_query])
-      chance = 100.0 * float(np.mean(_chance(right, len(gallery), self.k)))
+    both, keys, x = (self.a, self.b), [], {}
+    for modality in both:
+      x[modality], values = base.columns(table, modality, [self.part, self.match])
+      rows = np.flatnonzero(np.isin(values, common))
+      keys.append((rows, values[rows]))
+    of = dict(zip(both, contents.sides(tuple(contents.contents_of(table, m) for m in both), tuple(keys))))
+    for source, target in (both, both[::-1]):
+      query, gallery = of[source], of[target]
+      hits = 100.0 * (first_ranks(x[source][query.rows], x[target][gallery.rows], (query, gallery)) <= self.k)
+      name, groups = f"{self.name}/{source}_to_{target}/r{self.k}", contents.groups_of(query, gallery)
+      yield from measured(name, hits, ways=len(gallery.rows), groups=groups, intervals=self.intervals)
+      chance = 100.0 * float(np.mean(_chance(contents.right_answers(query, gallery), len(gallery.rows), self.k)))
       yield f"{self.name}/{source}_to_{target}/chance{self.k}", chance
 
 
@@ -198,27 +227,31 @@ def _chance(right: Int[np.ndarray, "n"], items: int, k: int) -> Float[np.ndarray
 class WithinRetrieval:
   """Retrieval of the same label inside one modality: `retrieval/<modality>_to_<modality>/<field>/<part>/r1`.
 
-  Rows whose label no other row has are no queries; they stay in the gallery, and the log counts them.
+  Contents whose label no other content has are no queries; they stay in the gallery, and the log counts them.
 
   Attributes:
     modality: which modality.
     field: column of the fine-grained label.
     parts: embedding columns; None takes all that the table has.
     ks: the k of recall.
+    intervals: also yield `n`, `ways`, `low` and `high` of each recall (`intervals.measured`), which draw the rows of
+      one label together.
   """
 
   modality: str
   field: str = "label"
   parts: Sequence[str] | None = None
   ks: Sequence[int] = (1, 5)
+  intervals: bool = False
   name: str = "retrieval"
 
   def __call__(self, table: base.Table) -> Iterator[tuple[str, float]]:
     """Yields recall and median rank of each part."""
     parts = base.parts_of(table, self.modality, self.parts)
     labels, *embeddings = base.columns(table, self.modality, [self.field, *parts])
-    _, numbers, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    has_partner = counts[numbers] > 1
+    content, key = contents.contents_of(table, self.modality), (np.arange(len(labels)), labels)
+    one, _ = contents.sides((content, content), (key, key))
+    has_partner = contents.right_answers(one, one) > 1  # itself is one of them
     if not has_partner.any():
       raise ValueError(f"{self.modality}: no two rows share a {self.field!r}, so nothing can be retrieved")
     if not has_partner.all():
@@ -226,10 +259,11 @@ class WithinRetrieval:
                    self.modality, (~has_partner).sum(), len(has_partner), self.field)  # fmt: skip
     order = np.concatenate([np.flatnonzero(has_partner), np.flatnonzero(~has_partner)])
     for part, x in zip(parts, embeddings):
-      x, ids, queries = x[order], numbers[order], int(has_partner.sum())
-      ranks = first_ranks(x[:queries], x, (ids[:queries], ids), exclude_self=True)
+      x, queries = x[one.rows[order]], int(has_partner.sum())
+      gallery = contents.Side(one.rows[order], one.values[order], one.first[order])
+      query = contents.Side(gallery.rows[:queries], gallery.values[:queries], gallery.first[:queries])
+      ranks = first_ranks(x[:queries], x, (query, gallery), exclude_self=True)
+      name = f"{self.name}/{self.modality}_to_{self.modality}/{self.field}/{part}"
       for k in self.ks:
-        yield (
-          f"{self.name}/{self.modality}_to_{self.modality}/{self.field}/{part}/r{k}",
-          100.0 * float(np.mean(ranks <= k)),
-        )
+        hits, groups = 100.0 * (ranks <= k), query.first
+        yield from measured(f"{name}/r{k}", hits, ways=len(x) - 1, groups=groups, intervals=self.intervals)

@@ -2,14 +2,15 @@
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from absl import logging
 from jaxtyping import Bool, Float, Float32, Int
 
-from codebind_jax.evaluators import base
-from codebind_jax.evaluators.intervals import bootstrap_interval, wilson_interval
+from codebind_jax.evaluators import base, contents
+from codebind_jax.evaluators.intervals import about, bootstrap_interval, measured
 
 # Cosines closer than this count as equal: float32 sums of the same products differ by about 1e-7 with their order.
 TIE = 1e-6
@@ -31,7 +32,8 @@ def class_embeddings(
     [K, D], rows of unit length.
 
   Raises:
-    ValueError: if there is no class or template, a class is empty or named twice, a template has no `{}`, or an
+    ValueError: if there is no class or template, a class is empty or named twice (also
+      where case or blanks differ), a template has no `{}`, or an
       embedding is not finite.
   """
   if not len(labels):
@@ -44,6 +46,10 @@ def class_embeddings(
   name, count = collections.Counter(labels).most_common(1)[0]
   if count > 1:
     raise ValueError(f"labels: {name!r} is named {count} times; every class once")
+  first: dict[str, str] = {}
+  for label in labels:
+    if (other := first.setdefault(base.plain_text(label), label)) != label:
+      raise ValueError(f"labels: {other!r} and {label!r} are one class but for case and blanks; every class once")
   for template in templates:
     if "{}" not in template:
       raise ValueError(f"templates: {template!r} has no {{}} for the label")
@@ -187,7 +193,8 @@ def mean_average_precision(
 class ZeroShot:
   """Classifies one modality by text: `zeroshot/<modality>/top1`, `top5`, or `map` where rows have several labels.
 
-  `.../balanced` is the mean accuracy over the classes that occur, so that big classes do not decide.
+  `.../balanced` is the mean accuracy over the classes that occur, so that big classes do not decide. A content that is
+  in several rows (column `_content`) counts once, and is right if it is given any of their labels.
 
   Attributes:
     modality: the modality to classify.
@@ -199,8 +206,8 @@ class ZeroShot:
       `labels`.
     slices: columns (`style`, `family`) each of whose values also gets its accuracy:
       `zeroshot/<modality>/<column>=<value>/top1`.
-    intervals: also yield the ends of 95 % intervals, `.../top1/low` and `.../top1/high` and so on: Wilson's for the
-      top-k accuracies, by bootstrap over rows for the balanced one.
+    intervals: also yield `.../top1/n`, `ways`, `low` and `high` and so on: rows, classes, and the ends of a 95 %
+      interval that draws whole classes, since rows of one class meet the same prompt (`intervals.percentage_interval`).
   """
 
   modality: str
@@ -221,23 +228,23 @@ class ZeroShot:
     if right.ndim == 2:
       shared = base.unit_rows(f"{self.modality} shared", shared)
       base.check_widths(embeddings=shared, classes=classes)
-      yield f"{start}/map", mean_average_precision(shared @ classes.T, right.astype(bool))
+      kept = contents.once(contents.contents_of(table, self.modality))
+      scores, right = shared[kept] @ classes.T, right[kept].astype(bool)
+      yield f"{start}/map", mean_average_precision(scores, right)
+      if self.intervals:
+        per_class = average_precision(scores, right)
+        low, high = bootstrap_interval(per_class[~np.isnan(per_class)])
+        yield from about(f"{start}/map", len(scores), len(classes), low, high)
       return
     ranks = _ranks(shared, classes, label_indices(right, self.labels), None)
+    kept = contents.once(contents.contents_of(table, self.modality), ranks)
+    ranks, right, slices = ranks[kept], right[kept], [values[kept] for values in slices]
     ks = [k for k in self.ks if k == 1 or k < len(classes)]
+    numbers = functools.partial(measured, ways=len(classes), intervals=self.intervals)
     for k in ks:
-      yield from self._with_interval(f"{start}/top{k}", 100.0 * (ranks < k))
-    yield from self._with_interval(f"{start}/balanced", 100.0 * (ranks < 1), base.class_weights(right))
+      yield from numbers(f"{start}/top{k}", 100.0 * (ranks < k), groups=right)
+    yield from numbers(f"{start}/balanced", 100.0 * (ranks < 1), groups=right, weights=base.class_weights(right))
     for column, values in zip(self.slices, slices):
       for value in np.unique(values):
-        yield f"{start}/{column}={value}/top1", 100.0 * float(np.mean(ranks[values == value] < 1))
-
-  def _with_interval(self, name, values, weights=None):
-    mean = float(np.average(values, weights=weights))
-    yield name, mean
-    if self.intervals:
-      low, high = (
-        wilson_interval(mean, len(values)) if weights is None else bootstrap_interval(values, weights=weights)
-      )
-      yield f"{name}/low", low
-      yield f"{name}/high", high
+        of = values == value
+        yield from numbers(f"{start}/{column}={value}/top1", 100.0 * (ranks[of] < 1), groups=right[of])

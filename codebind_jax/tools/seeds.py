@@ -14,6 +14,7 @@ from absl import app, flags, logging
 
 from codebind_jax import files
 from codebind_jax.command_line import define_config, parse
+from codebind_jax.evaluators.intervals import is_about
 
 BASELINE = "baseline/"
 
@@ -32,7 +33,7 @@ def table(runs: Sequence[Mapping[str, float]], prefix: str = "eval/") -> str:
     deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
     return f"{np.mean(values):{sign}.1f}{deviation}"
 
-  names = [name for name in runs[0] if name.startswith(prefix)]
+  names = [name for name in runs[0] if name.startswith(prefix) and not is_about(name)]
   lines = [f"| metric, {len(runs)} seeds | CodeBind | baseline | difference, seed by seed |", "|---|---|---|---|"]
   for name in names:
     own, baseline = ([run[key] for run in runs if key in run] for key in (name, BASELINE + name))

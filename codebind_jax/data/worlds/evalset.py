@@ -1,8 +1,8 @@
 """A set to evaluate on: which rows of a split, and what is asked of them."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,8 @@ class EvalSet:
     title: how reports name the set, "icons, unseen artists"; a world leaves out its own name, `open_task` adds it.
     labelled: whether rows without a label are left out.
     where: (field, values): only rows are kept whose field has one of the values.
+    texts: which of a row's texts are its captions: all, or the main one alone (others are tags).
+    spellings: label of rows -> the candidate that it is, where it is written otherwise (in case or blanks).
   """
 
   name: str = ""
@@ -40,6 +42,8 @@ class EvalSet:
   title: str = ""
   labelled: bool = False
   where: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+  texts: Literal["all", "main"] = "main"
+  spellings: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def keep(self, row: dict[str, Any]) -> bool:
     """Whether a row of the split belongs to the set."""

@@ -47,6 +47,10 @@ class WorldSource(Source):
     """From the world's manifest (package and table hashes, builder version) and the row's id: nothing is decoded."""
     return hashlib.sha256(f"{self._fingerprint}:{modality}:{self._rows[number]['id']}".encode()).hexdigest()
 
+  def _item_content(self, number: int, modality: str, item: bytes | np.ndarray) -> str:
+    """Each record is a content of its own."""
+    return self._hash(number, modality)
+
   def _read(self, number: int, modality: str) -> bytes | np.ndarray:
     with self._lock:
       if self._reader is None:
