@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Shaped, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
-from codebind_jax.evaluators import base
+from codebind_jax.evaluators import base, contents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,6 @@ class ReportData:
     title: heading of the page.
     verdict: sentences on what was found, the most important first (`report.verdict`).
     trained: a sentence or two on what was trained on what.
-    summary: sizes of the data.
     command: the line that repeats it.
     config: settings, nested or flat.
     environment: versions and machine, by name.
@@ -170,7 +169,6 @@ class ReportData:
   run: Run
   verdict: Sequence[str] = ()
   trained: str = ""
-  summary: str = ""
   command: str = ""
   config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -281,17 +279,16 @@ def build_gallery(
   title: str,
   on: str,
   asked: Sequence[Item],
-  asked_labels: Sequence | Shaped[np.ndarray, "..."],
   asked_embeddings: Float[np.ndarray, "..."],
   found: Sequence[Item],
-  found_labels: Sequence | Shaped[np.ndarray, "..."],
   found_embeddings: Float[np.ndarray, "..."],
   *,
+  relevant: tuple[contents.Side, contents.Side],
   shown: int = 4,
   k: int = 5,
   kind: Literal["pictures", "texts"] = "pictures",
 ) -> Gallery:
-  """Queries with their k nearest answers, which are right where labels are equal.
+  """Queries with their k nearest answers, which are right where the two share a value.
 
   Half of the queries shown have a right first answer and half a wrong one, as far as there are; they are spread evenly
   over the set. Of a set with more than `COUNTED` queries as many are counted, spread evenly too.
@@ -299,11 +296,10 @@ def build_gallery(
   Args:
     title, on: of the gallery.
     asked: N queries; a sequence may make item i when it is read.
-    asked_labels: [N].
     asked_embeddings: [N, D].
     found: M candidate answers, likewise.
-    found_labels: [M].
     found_embeddings: [M, D].
+    relevant: the values of the queries and of the answers.
     shown: number of queries shown.
     k: answers shown of each.
     kind: what the answers are.
@@ -311,12 +307,12 @@ def build_gallery(
   Raises:
     ValueError: if lengths or widths differ, or embeddings are empty or not finite.
   """
-  base.check_lengths(asked=asked, asked_labels=asked_labels, asked_embeddings=asked_embeddings)
-  base.check_lengths(found=found, found_labels=found_labels, found_embeddings=found_embeddings)
-  asked_labels, found_labels = np.asarray(asked_labels), np.asarray(found_labels)
+  base.check_lengths(asked=asked, values=relevant[0].rows, asked_embeddings=asked_embeddings)
+  base.check_lengths(found=found, values=relevant[1].rows, found_embeddings=found_embeddings)
   counted = evenly(np.arange(len(asked)), COUNTED)
   order, scores = nearest(np.asarray(asked_embeddings)[counted], found_embeddings, k)
-  right = found_labels[order] == asked_labels[counted, None]
+  answers_of = contents.shared_values(*relevant, counted).toarray() > 0
+  right = np.take_along_axis(answers_of, order, axis=1)
   queries = []
   for row in balanced(right[:, 0], shown):
     answers = [

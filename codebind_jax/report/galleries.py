@@ -10,7 +10,7 @@ from codebind_jax.config import Config
 from codebind_jax.data.records import Source
 from codebind_jax.data.task import EvalSet, Task
 from codebind_jax.evaluate import paired
-from codebind_jax.evaluators import base
+from codebind_jax.evaluators import base, contents
 from codebind_jax.report import pictures
 from codebind_jax.report.data import Gallery, Item, build_gallery
 
@@ -25,7 +25,15 @@ def shown_sets(task: Task) -> list[EvalSet]:
                   for world, source in task.train.items()]  # fmt: skip
 
 
-def pairs_of(config: Config, test: EvalSet, table: base.Table) -> list[Pair]:
+def sides_of(table: base.Captioned, a: str, b: str, field: str) -> dict[str, contents.Side]:
+  """Modality -> its contents, each once, and their values of a field that both have; {} where they share none."""
+  keys = paired(table, a, b, field)
+  if not keys:
+    return {}
+  return dict(zip((a, b), contents.sides(tuple(contents.contents_of(table, m) for m in (a, b)), (keys[a], keys[b]))))
+
+
+def pairs_of(config: Config, test: EvalSet, table: base.Captioned) -> list[Pair]:
   """Pairs of modalities that a set can show: each with text by caption, then the set's own, then those that were bound.
 
   Two modalities make one pair, by the first field that both have values of in common.
@@ -34,14 +42,13 @@ def pairs_of(config: Config, test: EvalSet, table: base.Table) -> list[Pair]:
   bound = [(a, b, "id") for stage in config.ordered for a, b in stage.pairs if "text" not in (a, b)]
   pairs: dict[frozenset[str], Pair] = {}
   for a, b, field in (*named, *test.pairs, *bound):
-    there = all(m in table and field in table[m] for m in (a, b))
-    if there and paired(table, a, b, field) is not None:
+    if all(m in table and field in table[m] for m in (a, b)) and paired(table, a, b, field):
       pairs.setdefault(frozenset((a, b)), (a, b, field))
   return list(pairs.values())
 
 
 def galleries(
-  config: Config, tables: Sequence[tuple[EvalSet, base.Table]], *, most: int = 12, shown: int = 4
+  config: Config, tables: Sequence[tuple[EvalSet, base.Captioned]], *, most: int = 12, shown: int = 4
 ) -> Iterator[Gallery]:
   """Both directions of every pair of modalities whose items can be drawn, each on the first set that has it.
 
@@ -54,19 +61,20 @@ def galleries(
   done: set[frozenset[str]] = set()
   for test, table in tables:
     for a, b, field in pairs_of(config, test, table):
-      both = paired(table, a, b, field)
-      sides = {m: _Items(test.source, m, both[m]) for m in (a, b)} if both else {}
-      if frozenset((a, b)) in done or not any(side.drawn for side in sides.values()):
+      sides = sides_of(table, a, b, field)
+      items = {m: _Items(test.source, m, table[m], side.rows) for m, side in sides.items()}
+      if frozenset((a, b)) in done or not any(item.drawn for item in items.values()):
         continue
       done.add(frozenset((a, b)))
-      columns = {m: base.columns(both, m, [field, "shared"]) for m in (a, b)}
+      if len(done) > most // 2:
+        return
       for asked, found in ((a, b), (b, a)):
-        if len(done) > most // 2:
-          return
         how = f" {FIELDS.get(field, f'of one {field}')}".rstrip()
+        x = {m: table[m]["shared"][sides[m].rows] for m in (a, b)}
         yield build_gallery(
-          f"{asked.capitalize()} to {found}{how}", test.title or test.name, sides[asked], *columns[asked],
-          sides[found], *columns[found], shown=shown, kind="texts" if found == "text" else "pictures",
+          f"{asked.capitalize()} to {found}{how}", test.title or test.name, items[asked], x[asked], items[found],
+          x[found], relevant=(sides[asked], sides[found]), shown=shown,
+          kind="texts" if found == "text" else "pictures",
         )  # fmt: skip
 
 
@@ -77,9 +85,8 @@ class _Items(Sequence):
     drawn: whether they are drawn; texts and vectors are not.
   """
 
-  def __init__(self, source: Source, modality: str, columns: base.Columns):
-    fields = [f for f in ("id", "caption", "label") if f in columns]
-    self._columns = dict(zip(fields, base.columns({modality: columns}, modality, fields)))
+  def __init__(self, source: Source, modality: str, columns: base.Columns, rows: np.ndarray):
+    self._columns = {f: columns[f][rows] for f in ("id", "caption", "label") if f in columns}
     self._source, self._modality = source, modality
     self._rows: Mapping[str, int] = {}
     if modality != "text":

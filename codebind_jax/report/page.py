@@ -19,6 +19,7 @@ from codebind_jax.report.verdict import ABOVE, BELOW, gap, judged
 
 _LARGE = 3_000_000
 STRIPS = 2  # galleries near the top
+CARDS = 6
 KINDS = {ABOVE: "up", BELOW: "down"}
 
 
@@ -83,22 +84,32 @@ def _table(head, rows, caption, kind=""):
 
 def _head(data, shown, left_out):
   parts = [f"<header><h1>{escape(data.title)}</h1>"]
-  if data.trained:
-    parts.append(f'<p class="lead">{escape(data.trained)}</p>')
   if data.verdict:
-    parts.append(f'<ul class="found">{"".join(f"<li>{escape(line)}</li>" for line in data.verdict)}</ul>')
+    parts.append(f'<ul class="found">{"".join(f"<li>{_words(line)}</li>" for line in data.verdict)}</ul>')
+  if data.trained:
+    parts.append(f"<p>{_words(data.trained)}</p>")
   if data.scores:
-    parts.append(f'<p class="small">{escape(_reading(data.scores))}</p>')
-  parts += [f'<p class="small">{escape(line)}</p>' for line in data.summary.splitlines()]
+    parts.append(f'<p class="small">{_words(_reading(data.scores))}</p>')
   parts += [f"<p>{escape(note)}</p>" for note in data.notes]
-  cards = [_card(name, rows) for name, rows in _groups(data.scores).items() if mean_of(rows) or len(rows) == 1]
-  if cards:
+  if cards := _cards(data.scores):
     parts.append(f'<ul class="cards">{"".join(cards)}</ul>')
   links = "".join(f'<li><a href="#{key}">{title}</a></li>' for key, (title, _) in shown.items())
   parts.append(f'<nav aria-label="Contents"><ol>{links}</ol></nav>')
   if left_out:
     parts.append(f'<p class="small left-out">Left out for lack of data: {", ".join(left_out)}.</p>')
   return "".join(parts) + "</header>"
+
+
+def _words(text: str) -> str:
+  """A sentence as HTML, in which no line ends before a percent sign."""
+  return escape(text).replace(" %", "\u00a0%")
+
+
+def _cards(scores: Sequence[Score]) -> list[str]:
+  """Of the rows that a verdict counts, the mean of each group, or its rows where they have none; at most `CARDS`."""
+  counted = [score for score in scores if score.family] or scores
+  rows = [row for group in _groups(counted).values() for row in ([mean] if (mean := mean_of(group)) else group)]
+  return [_card(row) for row in rows[:CARDS]]
 
 
 def _reading(scores: Sequence[Score]) -> str:
@@ -156,12 +167,11 @@ def _joined_difference(rows: Sequence[Score]) -> tuple[float, float] | None:
   return float(changes.mean()) - below, float(changes.mean()) + above
 
 
-def _card(name, rows):
-  row = mean_of(rows) or rows[0]
+def _card(row):
   unit = f'<span class="unit"> {escape(row.unit)}</span>' if row.unit else ""
   against = f"{_difference(row)} against the baseline" if row.baseline is not None else ""
   return (
-    f'<li>{escape(name)}<b>{_number(row.value)}{unit}</b><span class="small">{escape(row.on)}</span>'
+    f'<li>{escape(row.metric)}<b>{_number(row.value)}{unit}</b><span class="small">{escape(row.on)}</span>'
     f'<span class="under">{against}</span></li>'
   )
 

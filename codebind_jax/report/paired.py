@@ -9,11 +9,12 @@ from jaxtyping import Bool, Shaped
 
 from codebind_jax.api import Model
 from codebind_jax.data.task import EvalSet
-from codebind_jax.evaluate import Evaluation, paired
-from codebind_jax.evaluators import base
+from codebind_jax.evaluate import Evaluation
+from codebind_jax.evaluators import base, contents
 from codebind_jax.evaluators.intervals import bootstrap_interval
 from codebind_jax.evaluators.retrieval import first_ranks
 from codebind_jax.evaluators.zeroshot import class_embeddings, class_ranks, label_indices
+from codebind_jax.report.galleries import sides_of
 
 ROWS = 5000  # rows of a set up to which both models embed it once more
 K = 5  # of the recall that is compared
@@ -94,9 +95,14 @@ def _right(
       if np.isin(labels, test.candidates).all():
         cosines = base.unit_rows(modality, table[modality]["shared"]) @ classes.T
         ranks = class_ranks(cosines, label_indices(labels, test.candidates))
-        yield f"zeroshot/{modality}/top1", (ranks < 1, labels)
+        # Each content counts once, and is right where one of its rows is.
+        _, first, of_row = np.unique(contents.contents_of(table, modality), return_index=True, return_inverse=True)
+        right = np.zeros(len(first), bool)
+        np.logical_or.at(right, of_row.reshape(-1), ranks < 1)
+        yield f"zeroshot/{modality}/top1", (right, labels[first])
   for modality in items:
-    both = paired(table, "text", modality, "caption")
-    for a, b in (("text", modality), (modality, "text")) if both is not None else ():
-      (query, of_query), (gallery, of_item) = (base.columns(both, m, ["shared", "caption"]) for m in (a, b))
-      yield f"retrieval/{a}_to_{b}/r{K}", (first_ranks(query, gallery, (of_query, of_item)) <= K, of_query)
+    sides = sides_of(table, "text", modality, "caption")
+    for a, b in (("text", modality), (modality, "text")) if sides else ():
+      query, gallery = sides[a], sides[b]
+      ranks = first_ranks(table[a]["shared"][query.rows], table[b]["shared"][gallery.rows], (query, gallery))
+      yield f"retrieval/{a}_to_{b}/r{K}", (ranks <= K, contents.groups_of(query, gallery))

@@ -15,8 +15,8 @@ from codebind_jax import files, schema
 from codebind_jax.api import Model
 from codebind_jax.config import Config
 from codebind_jax.data.task import EvalSet, Task
-from codebind_jax.evaluate import Evaluation, named_pairs, paired
-from codebind_jax.evaluators import base
+from codebind_jax.evaluate import Evaluation, named_pairs
+from codebind_jax.evaluators import base, contents
 from codebind_jax.evaluators.decomposition import PRIVATE
 from codebind_jax.report.data import (
   Attribution,
@@ -28,7 +28,7 @@ from codebind_jax.report.data import (
   evenly,
   scores_from_metrics,
 )
-from codebind_jax.report.galleries import galleries, pairs_of, shown_sets
+from codebind_jax.report.galleries import galleries, pairs_of, shown_sets, sides_of
 from codebind_jax.report.paired import differences
 from codebind_jax.report.verdict import verdict
 from codebind_jax.runtime.metrics import read_metrics
@@ -120,7 +120,6 @@ def report_data(
     run=Run(title_of(config), read_metrics(folder)),
     verdict=verdict(scores, code_counts, alarm_share=config.codebook.alarm_share),
     trained=trained(config, task, "baseline" in models),
-    summary=task.summary,
     command=f"python -m codebind_jax.main {' '.join(sys.argv[1:])}" if len(sys.argv) > 1 else "train_and_evaluate(...)",
     config=schema.to_plain(config),
     environment=_environment(),
@@ -170,7 +169,7 @@ def _joined(words: Sequence[str]) -> str:
 
 def text_table(data: ReportData) -> str:
   """The verdict, and the headline rows as plain text, one a line."""
-  lines = [line for text in (data.trained, *data.verdict) if text for line in textwrap.wrap(text, WIDTH)]
+  lines = [line for text in (*data.verdict, data.trained) if text for line in textwrap.wrap(text, WIDTH)]
   if not data.scores:
     return "\n".join(lines)
   number = lambda value: "" if value is None else f"{value:.1f}" if np.isfinite(value) else "not finite"
@@ -197,25 +196,25 @@ def _environment() -> dict[str, str]:
   return {"Python": platform.python_version(), "machine": machine} | versions
 
 
-def _maps(config: Config, sets: Sequence[EvalSet], table: Callable[[str, int], base.Table]) -> list[EmbeddingMap]:
+def _maps(config: Config, sets: Sequence[EvalSet], table: Callable[[str, int], base.Captioned]) -> list[EmbeddingMap]:
   """The first pair of modalities of the first set that has one, before and after training."""
   for place, test in enumerate(sets):
     for a, b, field in pairs_of(config, test, table("after", place)):
       maps = []
       for when in ("before", "after"):
-        both = paired(table(when, place), a, b, field)
-        if both is None:
+        rows, sides = table(when, place), sides_of(table(when, place), a, b, field)
+        if not sides:
           break
-        (first, x), (second, y) = (base.columns(both, m, [field, "shared"]) for m in (b, a))
-        some = evenly(np.arange(len(first)), MAP_POINTS)
-        where = {value: row for row, value in enumerate(second)}
-        used = sorted({where[first[row]] for row in some})
+        some = evenly(np.arange(len(sides[b].rows)), MAP_POINTS)
+        answers = contents.shared_values(sides[b], sides[a])[some]
+        partner = [int(right.min()) for right in np.split(answers.indices, answers.indptr[1:-1])]  # each has one
+        used = sorted(set(partner))
         number = {row: n for n, row in enumerate(used)}
-        joined = [(n, number[where[first[row]]]) for n, row in enumerate(some)]
         if len(used) < 2:
           break
-        maps.append(embedding_map(f"{when.capitalize()} training: {test.title or test.name}",
-                                  {b: x[some], a: y[used]}, joined))  # fmt: skip
+        points = {b: rows[b]["shared"][sides[b].rows[some]], a: rows[a]["shared"][sides[a].rows[used]]}
+        joined = [(n, number[row]) for n, row in enumerate(partner)]
+        maps.append(embedding_map(f"{when.capitalize()} training: {test.title or test.name}", points, joined))
       if len(maps) == 2:
         return maps
   return []
