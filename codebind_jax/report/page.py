@@ -108,8 +108,8 @@ def _words(text: str) -> str:
 def _cards(scores: Sequence[Score]) -> list[str]:
   """Of the rows that a verdict counts, the mean of each group, or its rows where they have none; at most `CARDS`."""
   counted = [score for score in scores if score.family] or scores
-  rows = [row for group in _groups(counted).values() for row in ([mean] if (mean := mean_of(group)) else group)]
-  return [_card(row) for row in rows[:CARDS]]
+  means = [(mean_of(group), group) for group in _groups(counted).values()]
+  return [_card(row) for mean, group in means for row in ([mean] if mean else group)][:CARDS]
 
 
 def _reading(scores: Sequence[Score]) -> str:
