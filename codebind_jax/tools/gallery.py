@@ -36,7 +36,7 @@ COLOURS = {
 }  # fmt: skip
 SHAPES = ("circle", "ring", "square", "triangle", "star", "cross", "diamond", "crescent")
 COPIES = 3  # drawings of each shape in each colour, of several sizes and places
-_SIDE, _ASKED, _CELL, _ROW, _TOP = 96, 150, 104, 128, 62
+_SIDE, _ASKED, _CELL, _ROW, _TOP = 96, 150, 112, 128, 62
 
 
 def gallery_of(workdir: str | files.Path, title: str = "", queries: int = 4) -> Gallery:
@@ -90,12 +90,12 @@ def _row(number: int, asked: Item, answers: Sequence[Item]) -> str:
     left = _ASKED + place * _CELL
     colour, mark, dashes = ("#17703a", "✓", "") if answer.right else ("#8b3a34", "✗", ' stroke-dasharray="4 3"')
     parts.append(f'<g class="{"right" if answer.right else "wrong"}"><rect x="{left}" y="{top + 4}" '
-                 f'width="{_CELL - 8}" height="{_ROW - 12}" rx="6" fill="none" stroke="{colour}" stroke-width="1.6"{dashes}/>'
+                 f'width="{_CELL - 8}" height="{_ROW - 12}" rx="6" fill="none" stroke="{colour}"{dashes}/>'
                  f'<text x="{left + 8}" y="{top + 19}" font-weight="700" fill="{colour}">{mark}</text>')  # fmt: skip
     if answer.image is not None:
-      parts.append(_picture(answer, left + 12, top + 22, 72))
+      parts.append(_picture(answer, left + 16, top + 22, 72))
     at = top + (108 if answer.image is not None else _ROW // 2)
-    parts.append(f'<text x="{left + 8}" y="{at}" fill="#1b1f24">{_cut(answer.text, 14)}</text></g>')
+    parts.append(f'<text x="{left + 8}" y="{at}" font-size="11" fill="#1b1f24">{_cut(answer.text, 16)}</text></g>')
   return "".join(parts)
 
 
