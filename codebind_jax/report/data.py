@@ -71,16 +71,16 @@ class Item:
   Attributes:
     text: what is written; the caption of a picture.
     image: [h, w, 3] uint8: an image, or the drawing of another modality (`report.pictures`).
-    kind: what the picture shows, such as "sound": part of its text alternative.
     right: whether it answers the query; None for queries.
     score: cosine to the query.
+    kind: what the picture shows, such as "spectrogram of a sound": part of its text alternative.
   """
 
   text: str = ""
   image: UInt8[np.ndarray, "h w c"] | None = None
-  kind: str = ""
   right: bool | None = None
   score: float | None = None
+  kind: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +261,8 @@ def chance_of(key: str, measured: Mapping[str, float]) -> float | None:
   return 100.0 * min(k, ways) / ways
 
 
-COUNTED = 2000  # queries of a gallery that are counted
+COUNTED = 2000  # queries of a gallery that are counted, fewer where there are very many answers
+_CELLS = 1 << 26  # similarities held at once
 
 
 def nearest(
@@ -309,10 +310,10 @@ def build_gallery(
   """
   base.check_lengths(asked=asked, values=relevant[0].rows, asked_embeddings=asked_embeddings)
   base.check_lengths(found=found, values=relevant[1].rows, found_embeddings=found_embeddings)
-  counted = evenly(np.arange(len(asked)), COUNTED)
+  counted = evenly(np.arange(len(asked)), min(COUNTED, max(shown, _CELLS // len(found))))
   order, scores = nearest(np.asarray(asked_embeddings)[counted], found_embeddings, k)
-  answers_of = contents.shared_values(*relevant, counted).toarray() > 0
-  right = np.take_along_axis(answers_of, order, axis=1)
+  answers_of = contents.shared_values(*relevant)[counted]
+  right = np.take_along_axis(answers_of.toarray() > 0, order, axis=1)
   queries = []
   for row in balanced(right[:, 0], shown):
     answers = [

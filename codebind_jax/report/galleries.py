@@ -102,7 +102,7 @@ class _Items(Sequence):
     if not self.drawn:
       return Item(name)
     kind = pictures.DRAWN[self._modality].kind
-    return Item(name, np.asarray(pictures.draw(self._modality, self._item(index))), kind)
+    return Item(name, np.asarray(pictures.draw(self._modality, self._item(index))), kind=kind)
 
   def _item(self, index: int):
     return self._source.read(self._rows[str(self._columns["id"][index])], self._modality)
