@@ -1,16 +1,16 @@
-"""Evaluation of a model on a task's sets, during and after training, and on a user's manifest (mode `eval`)."""
+"""Evaluation of a model on a task's sets, during and after training, and on a user's own data (mode `eval`)."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from absl import logging
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 from codebind_jax import config as config_lib
 from codebind_jax import files, schema
@@ -20,22 +20,27 @@ from codebind_jax.data.examples import Feed, Tokens, number_of
 from codebind_jax.data.records import Source
 from codebind_jax.data.task import EvalSet, Task, open_task
 from codebind_jax.evaluators import base, contents
+from codebind_jax.evaluators.answers import Answers, Keep
 from codebind_jax.evaluators.class_mean import NearestClassMean
 from codebind_jax.evaluators.codes import CodebookUsage, shared_counts, table_counts
 from codebind_jax.evaluators.decomposition import decomposition
+from codebind_jax.evaluators.pairs import keys_of, named_pairs
 from codebind_jax.evaluators.probe import LinearProbe
 from codebind_jax.evaluators.retrieval import Emergent, Retrieval
 from codebind_jax.evaluators.zeroshot import TIE, ZeroShot
+from codebind_jax.report import summary
+from codebind_jax.report.answers import text_of, write_answers
+from codebind_jax.report.page import write_report
 from codebind_jax.runtime import distributed
 from codebind_jax.runtime.guard import BadRecords
-from codebind_jax.runtime.metrics import MetricsWriter, read_metrics
+from codebind_jax.runtime.metrics import FILE, MetricsWriter, read_metrics
 from codebind_jax.trunks.feeds import Feeder
 
 FINAL = "final"  # stage name of the final evaluation in metrics.jsonl
 STAGE_DONE = "eval/stage_done"  # metric that marks the line of a finished stage's evaluation
 NEEDS = {
-  "zeroshot": "it needs labels, and a model with a text tower",
-  "retrieval": "it needs records with a text and another modality",
+  "zeroshot": "it needs labels of two classes and more, and a model with a text tower",
+  "retrieval": "it needs records with a text and another modality, two of each and more",
   "probe": "it needs labels, on records of split train as well",
 }
 
@@ -67,12 +72,24 @@ class Evaluation:
 
   All processes embed, each a part of every batch; process 0 evaluates, and the others get no metrics.
 
+  Args:
+    config: of the run.
+    task: the data.
+    feeder: of the towers.
+    tasks: evaluators to run.
+    keep: takes the answers of zero-shot classification, retrieval and probes on each set.
+
   Attributes:
     trunks: modality -> Trunk.
   """
 
-  def __init__(self, config: Config, task: Task, feeder: Feeder, tasks: Sequence[str] = MEASURES):
-    self.config, self.task, self.trunks = config, task, feeder.trunks
+  def __init__(
+    self, config: Config, task: Task, feeder: Feeder, tasks: Sequence[str] = MEASURES,
+    keep: Callable[[EvalSet, Answers], None] | None = None,
+  ):  # fmt: skip
+    self.config, self.task, self.trunks, self._keep = config, task, feeder.trunks, keep
+    self._said: set[str] = set()
+    self._on: EvalSet | None = None  # the set that is being measured
     self._feeder, self._tasks = feeder, tasks
     self._bad = BadRecords(config.data.max_bad_records, "left out")
 
@@ -136,15 +153,16 @@ class Evaluation:
       return {}
     linear: dict[tuple[str, str, str], LinearProbe] = {}  # fitted once for all sets of a world
     for test in sets:
-      table, prefix = tables[test.name], f"eval/{test.name}"
-      metrics |= base.run_evaluators(self._evaluators(test, table, tasks, intervals, prompts), table, prefix=prefix)
-      for a, b, field, by in named_pairs(test, table) if "retrieval" in tasks else ():
-        if keys := paired(table, a, b, field):
-          evaluator = Retrieval(a, b, match=field, keys=keys, by=by, intervals=intervals)
-          metrics |= base.run_evaluators([evaluator], table, prefix=prefix)
+      self._on, table, prefix = test, tables[test.name], f"eval/{test.name}"
+      for evaluator, part in self._evaluators(test, table, tasks, intervals, prompts):
+        metrics |= self._measured(evaluator, part, prefix)
       for probe, field in self._probes(test, table, train.get(test.world) or {}, means, "probe" in tasks, linear):
-        known = _known_values(table, train[test.world], probe.modality, field)
-        metrics |= base.run_evaluators([probe], known, prefix=prefix)
+        try:
+          known = _known_values(table, train[test.world], probe.modality, field)
+        except base.LeftOutError as error:
+          self._leave_out(f"{prefix}/{probe.name}/{probe.modality}", error)
+          continue
+        metrics |= self._measured(probe, known, prefix)
       if any("{modality}" in field for field in test.probes):
         of_set = {name.removeprefix(f"{prefix}/"): value for name, value in metrics.items() if name.startswith(prefix)}
         metrics |= {f"{prefix}/{name}": value for name, value in decomposition(of_set, table, test.probes)}
@@ -197,31 +215,74 @@ class Evaluation:
   def _templates(self, test: EvalSet) -> tuple[str, ...]:
     return self.config.data.templates_of.get(test.world, self.config.data.eval_templates)
 
+  def _measured(self, evaluator: base.Evaluator, table: base.Table, prefix: str) -> dict[str, float]:
+    """The metrics of an evaluator; none, and one line in the log, where the data lacks what it needs."""
+    try:
+      return dict(base.run_evaluators([evaluator], table, prefix=prefix))
+    except base.LeftOutError as error:
+      self._leave_out(prefix, error)
+      return {}
+
+  def _leave_out(self, what: str, why: Any) -> None:
+    """Says once that a number is not measured, and why."""
+    line = f"{what.removeprefix('eval/')} is left out: {why}"
+    if line not in self._said:
+      self._said.add(line)
+      logging.info("%s", line)
+
+  def _kept(self) -> Keep | None:
+    """Takes the answers on the set that is being measured."""
+    return (lambda answers: self._keep(self._on, answers)) if self._keep else None
+
   def _evaluators(
-    self, test: EvalSet, table: base.Table, tasks: Sequence[str], intervals: bool, prompts: Mapping[str, np.ndarray]
-  ) -> Iterator[base.Evaluator]:
-    """Zero-shot classification of every modality, if the set has labels and the model a text tower."""
-    items = [name for name in table if name != "text"]
-    if "zeroshot" in tasks and test.candidates and prompts:
-      for name in items:
-        slices = tuple(field for field in test.slices if field in table[name] and test.role == "test")
-        yield ZeroShot(
-          name, test.candidates, lambda texts: np.stack([prompts[text] for text in texts]), self._templates(test),
-          slices=slices, intervals=intervals,
-        )  # fmt: skip
+    self, test: EvalSet, table: base.Captioned, tasks: Sequence[str], intervals: bool, prompts: Mapping[str, np.ndarray]
+  ) -> Iterator[tuple[base.Evaluator, base.Table]]:
+    """(evaluator, its rows) of zero-shot classification of every modality, and of retrieval between modalities."""
+    if "zeroshot" in tasks:
+      embed = lambda texts: np.stack([prompts[text] for text in texts])
+      if not test.candidates or not prompts:
+        self._leave_out(f"{test.name}/zeroshot", NEEDS["zeroshot"])
+      elif len(test.candidates) < 2:
+        self._leave_out(f"{test.name}/zeroshot", f"{test.candidates[0]!r} is the only class, nothing to choose among")
+      else:
+        for name in (name for name in table if name != "text"):
+          if (known := self._labelled(test, table, name)) is not None:
+            slices = tuple(field for field in test.slices if field in table[name] and test.role == "test")
+            yield ZeroShot(name, test.candidates, embed, self._templates(test), slices=slices, intervals=intervals,
+                           keep=self._kept()), known  # fmt: skip
+    if "retrieval" in tasks:
+      pairs = [(pair, keys) for pair in named_pairs(test, table) if (keys := keys_of(table, *pair[:3]))]
+      if not pairs:
+        self._leave_out(f"{test.name}/retrieval", NEEDS["retrieval"])
+      for (a, b, field, by), keys in pairs:
+        yield Retrieval(a, b, match=field, keys=keys, by=by, intervals=intervals, keep=self._kept()), table
+
+  def _labelled(self, test: EvalSet, table: base.Table, modality: str) -> base.Table | None:
+    """A modality with a `_mask` of the rows that have a label; None if there are none."""
+    there = _has_value(table[modality], "label")
+    if not there.all():
+      self._leave_out(f"{test.name}/zeroshot/{modality} of {(~there).sum()} of {len(there)} rows", "they have no label")
+    return {modality: dict(table[modality]) | {"_mask": there}} if there.any() else None
 
   def _probes(
     self, test: EvalSet, table: base.Table, train: base.Table, means: bool, probes: bool,
     linear: dict[tuple[str, str, str], LinearProbe],
   ) -> Iterator[tuple[base.Evaluator, str]]:
     """(probe fitted on the training rows, field that it predicts)."""
+    if probes and test.probes and not any(name != "text" for name in train):
+      self._leave_out(f"{test.name}/probe", NEEDS["probe"])
     for name in table:
       if name != "text" and name in train:
         for field in _varying_fields(test.means, name, train[name]) if means else ():
-          yield NearestClassMean(name, train, field=field, intervals=True), field
-        for field in _varying_fields(test.probes, name, train[name]) if probes else ():
+          known = {name: _with_values(train[name], field)}
+          yield NearestClassMean(name, known, field=field, intervals=True), field
+        varying = _varying_fields(test.probes, name, train[name]) if probes else []
+        if probes and test.probes and not varying:
+          self._leave_out(f"{test.name}/probe/{name}", "the training rows have no two values of what it predicts")
+        for field in varying:
           group = test.probe_group if field != "label" else None
-          probe = LinearProbe(name, train, field=field, group=group, intervals=True)
+          known = {name: _with_values(train[name], field)}
+          probe = LinearProbe(name, known, field=field, group=group, intervals=True, keep=self._kept())
           yield linear.setdefault((test.world, name, field), probe), field
 
   def _embed(
@@ -307,41 +368,8 @@ def retention(final: Mapping[str, float], lines: Sequence[Mapping[str, Any]]) ->
 def _varying_fields(fields: Sequence[str], modality: str, columns: base.Columns) -> list[str]:
   """Those fields that have several values among a modality's training rows; a field with one value tests nothing."""
   named = [field.format(modality=modality) for field in fields]
-  return [field for field in named if field in columns and len(np.unique(columns[field])) > 1]
-
-
-def named_pairs(test: EvalSet, modalities: Iterable[str]) -> list[tuple[str, str, str, str]]:
-  """(modality, modality, field, name) of retrieval: every modality with text by caption, then the set's own pairs.
-
-  The name is empty for the first field by which two modalities are matched, and the field for further ones (touch to
-  the photograph of the same crop, and to one of the same texture).
-  """
-  first: dict[frozenset[str], str] = {}
-  by_text = [("text", name, "caption") for name in modalities if name != "text"]
-  return [
-    (a, b, field, "" if first.setdefault(frozenset((a, b)), field) == field else field)
-    for a, b, field in [*by_text, *test.pairs]
-  ]
-
-
-def paired(table: base.Captioned, a: str, b: str, field: str) -> dict[str, contents.Keys]:
-  """Modality -> its rows and their values of `field` ("caption": all captions of a row) that both modalities have.
-
-  Empty if no value is in both.
-  """
-  if a not in table or b not in table:
-    return {}
-  keys = {}
-  for m in (a, b):
-    if field == "caption":
-      keys[m] = table.captions.get(m, (np.zeros(0, np.int64), np.zeros(0, np.int64)))
-    else:
-      values = table[m][field]
-      rows = np.flatnonzero(values != "") if values.dtype.kind in "US" else np.arange(len(values))
-      keys[m] = rows, values[rows]
-  both = np.intersect1d(keys[a][1], keys[b][1])
-  keys = {m: tuple(column[np.isin(values, both)] for column in (rows, values)) for m, (rows, values) in keys.items()}
-  return keys if len(both) else {}
+  several = lambda field: len(np.unique(columns[field][_has_value(columns, field)])) > 1
+  return [field for field in named if field in columns and several(field)]
 
 
 def _spelt_once(
@@ -386,20 +414,51 @@ def _fields(rows: Sequence[Mapping[str, Any]], spellings: Mapping[str, str]) -> 
   return columns | {"caption": np.array([row["text"][0] if row.get("text") else row["id"] for row in rows])}
 
 
+def _has_value(columns: base.Columns, field: str) -> Bool[np.ndarray, "n"]:
+  """Which rows have a value of a field; "" is none where it is a label, and a value of other fields."""
+  return columns[field] != "" if field == "label" else np.ones(len(columns[field]), bool)
+
+
+def _with_values(columns: base.Columns, field: str) -> base.Columns:
+  """A modality with a `_mask` of the rows that have a value of the field, unless all have."""
+  there = _has_value(columns, field)
+  return columns if there.all() else dict(columns) | {"_mask": there}
+
+
 def _known_values(table: base.Table, train: base.Table, modality: str, field: str) -> base.Table:
-  """A modality with a `_mask` of the rows whose value of `field` occurs in training, as a probe knows no others."""
-  known = np.isin(table[modality][field], train[modality][field])
+  """A modality with a `_mask` of the rows that a probe can be scored on.
+
+  These are those whose value of `field` occurs in training, as a probe knows no others, and whose content does not.
+
+  Raises:
+    LeftOutError: if there are none.
+  """
+  columns, values = table[modality], table[modality][field]
+  known = np.isin(values, train[modality][field]) & _has_value(columns, field)
+  seen = np.isin(columns[contents.COLUMN], train[modality][contents.COLUMN])
   if not known.all():
     logging.info("%s of %s: %d of %d rows have a value that was trained on", field, modality, known.sum(), len(known))
-  return {modality: dict(table[modality]) | {"_mask": known}}
+  if seen.any():
+    logging.info("%s of %s: %d of %d rows are items of training rows too, and are not scored",
+                 field, modality, seen.sum(), len(seen))  # fmt: skip
+  if not (known & ~seen).any():
+    why = "every item is one of a training row" if known.any() else f"no value of {field!r} is one of the training rows"
+    raise base.LeftOutError(why)
+  return {modality: dict(columns) | {"_mask": known & ~seen}}
 
 
 def evaluate(config: Any, workdir: str | files.Path) -> dict[str, float]:
-  """Mode `eval`: evaluates a trained model on a user's manifest by one task, and writes `workdir/metrics.jsonl`.
+  """Mode `eval`: evaluates a trained model on a user's data by one task, and adds what it finds to a folder.
+
+  `metrics.jsonl` gets a line more. `predictions.jsonl` has an object for every row: `id`, `set`, `metric`, `modality`,
+  `truth`, `top5` and `right`. `top5` lists [label, score], of retrieval [id or text, score, whether right]; the scores
+  are cosines, of a probe probabilities. `confusion.csv` counts how often rows of a class were answered another. In both
+  what the same task found on the same set before is replaced. The page is `report.html`, in a training run's folder,
+  whose page stays, `report_eval.html`.
 
   Args:
     config: `configs/eval.py`: `init_from`, `task` (zeroshot, retrieval or probe) and `data`.
-    workdir: folder of the metrics.
+    workdir: folder of what is written; also one that holds a run or earlier evaluations, of which nothing is removed.
 
   Returns:
     Metrics by name; {} on processes other than 0.
@@ -417,11 +476,12 @@ def evaluate(config: Any, workdir: str | files.Path) -> dict[str, float]:
     model.config.data, root=config.data.root, workers=config.data.workers, threads=config.data.threads,
     max_bad_records=config.data.max_bad_records, eval_templates=config.data.eval_templates,
     templates_of=schema.Frozen(),
-  )
+  )  # fmt: skip
   settings = dataclasses.replace(model.config, test=True, emergent=(), data=data)
   with distributed.process_0_first():  # published trunks are fetched
     feeder = Feeder(data, settings.model.towers, model.trunks)
-  evaluation = Evaluation(settings, task, feeder, (config.task,))
+  found: list[tuple[EvalSet, Answers]] = []
+  evaluation = Evaluation(settings, task, feeder, (config.task,), lambda test, answers: found.append((test, answers)))
   model.trunks = evaluation.trunks
   metrics = evaluation.everything(model.on(jax.devices()) if jax.device_count() > 1 else model)
   if jax.process_index():
@@ -429,8 +489,13 @@ def evaluate(config: Any, workdir: str | files.Path) -> dict[str, float]:
   if not metrics:
     raise ValueError(f"task {config.task!r}: {task.name} has nothing to measure; {NEEDS[config.task]}")
   with MetricsWriter(folder) as writer:
-    writer.truncate(-1)
-    writer.write(0, "eval", metrics)
-  width = max(map(len, metrics))
-  sys.stdout.write("".join(f"{name:{width}} {value:8.2f}\n" for name, value in metrics.items()))
+    lines = read_metrics(folder) if files.is_file(folder / FILE) else []
+    # At the step of the run that the folder may hold, so that its curves have no point at 0.
+    writer.write(max((line["step"] for line in lines), default=0), "eval", metrics)
+  write_answers(folder, config.task, task.evals, found)
+  evaluation.alone()
+  page = folder / ("report_eval.html" if files.is_file(folder / "config.json") else "report.html")
+  report = summary.report_data(settings, folder, task, evaluation, metrics, {"after": model}, {})
+  write_report(page, report)
+  sys.stdout.write(f"{text_of(metrics)}\nreport: {page}\n")
   return metrics

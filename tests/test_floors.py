@@ -10,7 +10,8 @@ import codebind_jax
 ROOT = pathlib.Path(codebind_jax.__file__).parent
 # From the top floor down; rooms of one floor do not import each other.
 FLOORS = (
-  "main tools", "__init__", "compare", "train", "report search", "embedding evaluate initialise", "api compile_ahead",
+  "main tools", "__init__", "compare", "train", "evaluate", "report search", "embedding initialise",
+  "api compile_ahead",
   "saving", "command_line config step", "methods", "trunks", "compositional models", "losses",
   "codebook data runtime transport",
   "evaluators files norm stages", "schema",

@@ -72,6 +72,8 @@ def run_evaluators(evaluators: Iterable[Evaluator], table: Table, *, prefix: str
           raise ValueError(f"metric {name!r} was already yielded by evaluator {seen[name]!r}")
         seen[name] = evaluator.name
         yield f"{prefix}/{name}" if prefix else name, float(value)
+    except LeftOutError as error:
+      raise LeftOutError(f"{evaluator.name}: {error}") from error
     except ValueError as error:
       raise ValueError(f"evaluator {evaluator.name!r}{f' on {prefix!r}' if prefix else ''}: {error}") from error
 

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 from absl import logging
 from jaxtyping import Bool, Float, Int, Shaped
+from scipy.special import softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from codebind_jax.evaluators import base, contents
+from codebind_jax.evaluators.answers import Answers, Keep, ids_of, top
 from codebind_jax.evaluators.intervals import measured
 
 C_GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -36,6 +38,7 @@ class ProbeResult:
     targets: [N] their right labels.
     rows: [N] which of the given rows they are.
     ways: number of classes among which was chosen.
+    probabilities: [N, K] of the classes; None where a probe has none.
     c: the chosen inverse strength of the penalty; NaN where there is none.
     val_accuracy: percent on the validation part at that strength; NaN where there is none.
   """
@@ -46,6 +49,7 @@ class ProbeResult:
   targets: np.ndarray
   rows: np.ndarray
   ways: int
+  probabilities: np.ndarray | None = None
   c: float = float("nan")
   val_accuracy: float = float("nan")
 
@@ -57,7 +61,7 @@ def balanced_accuracy(predictions: Shaped[np.ndarray, "n"], targets: Shaped[np.n
 
 def result_of(
   predictions: Shaped[np.ndarray, "n"], targets: Shaped[np.ndarray, "n"], ways: int,
-  rows: Int[np.ndarray, "n"] | None = None, **rest: float,
+  rows: Int[np.ndarray, "n"] | None = None, **rest: Any,
 ) -> ProbeResult:  # fmt: skip
   """The outcome of predictions; without `rows` all rows are scored, `rest` are further attributes."""
   rows = np.arange(len(targets)) if rows is None else rows
@@ -145,7 +149,7 @@ class FittedProbe:
   """A linear classifier of embeddings, which can be tested on any number of sets.
 
   Attributes:
-    predict: [M, D] -> [M] labels.
+    logits: [M, D] -> [M, K], of which the softmax are probabilities.
     classes: [K] labels it can name.
     width: D.
     groups: the groups of the training rows, which no test row may share; None for no groups.
@@ -153,7 +157,7 @@ class FittedProbe:
     val_accuracy: percent on the validation part at that strength; NaN for a single strength.
   """
 
-  predict: Callable[[np.ndarray], np.ndarray] = dataclasses.field(repr=False)
+  logits: Callable[[np.ndarray], np.ndarray] = dataclasses.field(repr=False)
   classes: np.ndarray
   width: int
   groups: np.ndarray | None
@@ -189,7 +193,10 @@ class FittedProbe:
       both = np.intersect1d(self.groups, groups)
       if len(both):
         raise ValueError(f"groups: {len(both)} are in training and test, first {str(both[0])!r}")
-    return result_of(self.predict(x), y, len(self.classes), c=self.c, val_accuracy=self.val_accuracy)
+    logits = self.logits(x)
+    predictions = self.classes[logits.argmax(axis=1)]
+    return result_of(predictions, y, len(self.classes), probabilities=softmax(logits, axis=1), c=self.c,
+                     val_accuracy=self.val_accuracy)  # fmt: skip
 
 
 def fit_probe(
@@ -236,8 +243,13 @@ def fit_probe(
     c, val_accuracy = _choose_c(train_x, train_y, grid, groups, content, val, val_fraction, max_iter)
   scale, fitted = _fitted(train_x, train_y, [c], max_iter)
   model = next(fitted)
-  predict = lambda rows: model.predict(scale(rows))
-  return FittedProbe(predict, classes, train_x.shape[1], groups, c, val_accuracy)
+
+
+  def logits(rows):
+    decided = model.decision_function(scale(rows))
+    return decided if decided.ndim == 2 else np.stack([np.zeros_like(decided), decided], axis=1)  # of two classes
+
+  return FittedProbe(logits, classes, train_x.shape[1], groups, c, val_accuracy)
 
 
 def linear_probe(
@@ -275,9 +287,11 @@ def _choose_c(x, y, grid, groups, content, val, fraction, max_iter):
     held_out = grouped_split(groups, fraction) if groups is not None else _stratified_split(y, fraction)
     held_out = held_out if content is None else np.isin(content, content[held_out])
     fit_x, fit_y, val_x, val_y = x[~held_out], y[~held_out], x[held_out], y[held_out]
+  if not len(val_y):
+    raise base.LeftOutError("validation: each label has one training row alone, so that none can be held out")
   known = np.isin(val_y, fit_y)
   if not known.any() or len(np.unique(fit_y)) < 2:
-    raise ValueError(
+    raise base.LeftOutError(
       f"validation: none of its {len(np.unique(val_y))} labels can be told by the {len(np.unique(fit_y))} left to fit"
       + (" (each label lies in one group)" if groups is not None else "")
     )
@@ -333,6 +347,7 @@ class LinearProbe:
     test_fraction: of the groups, without `train`.
     concept: column whose equal values intervals draw together, where the table has it.
     intervals: also yield `n`, `ways`, `low` and `high` of each accuracy (`intervals.measured`).
+    keep: takes the answers of each scored item.
   """
 
   modality: str
@@ -344,6 +359,7 @@ class LinearProbe:
   test_fraction: float = 0.4
   concept: str = "label"
   intervals: bool = False
+  keep: Keep | None = dataclasses.field(default=None, compare=False)
   name: str = "probe"
   _fitted: dict[str, FittedProbe] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -366,7 +382,20 @@ class LinearProbe:
       result = fitted.test(x[rows], y[rows], groups=groups[0][rows] if extra else None)
       result = dataclasses.replace(result, rows=rows)
       name = f"{self.name}/{self.field}/{self.modality}/{part}"
+      if self.keep:
+        self.keep(self._answers(name, table, result, content, fitted.classes))
       yield from measured_result(name, result, content, concepts, balanced=True, intervals=self.intervals)
+
+  def _answers(
+    self, name: str, table: base.Table, result: ProbeResult, content: np.ndarray, classes: np.ndarray
+  ) -> Answers:
+    kept = contents.once(content[result.rows], (result.predictions != result.targets).astype(np.int8))
+    found, scores = top(result.probabilities[kept])
+    names = list(map(str, classes))
+    truth = list(map(str, result.targets[kept]))
+    right = classes[found] == result.targets[kept][:, None]
+    ids = ids_of(table, self.modality, result.rows[kept])
+    return Answers(name, self.modality, ids, (), truth, found, names, scores, right)
 
   def _on_training_rows(self, part: str, extra: Sequence[str]) -> FittedProbe:
     """The probe of a part of the training rows, fitted once for all evaluated sets."""

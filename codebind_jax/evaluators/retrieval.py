@@ -9,6 +9,7 @@ from absl import logging
 from jaxtyping import Float, Int
 
 from codebind_jax.evaluators import base, contents
+from codebind_jax.evaluators.answers import TOP, Answers, Keep, best, ids_of
 from codebind_jax.evaluators.intervals import measured
 from codebind_jax.evaluators.zeroshot import TIE
 
@@ -134,6 +135,7 @@ class Retrieval:
     by: part of the names, `retrieval/<a>_to_<b>/<by>/r1`, if two modalities are compared by several fields.
     intervals: also yield `n`, `ways`, `low` and `high` of each recall (`intervals.measured`), which draw the queries
       of one main value together (`contents.groups_of`): the captions of a picture, the pictures of a concept.
+    keep: takes the answers to each query: ids of items, and texts.
   """
 
   a: str = "text"
@@ -144,6 +146,7 @@ class Retrieval:
   ks: Sequence[int] = (1, 5, 10)
   by: str = ""
   intervals: bool = False
+  keep: Keep | None = dataclasses.field(default=None, compare=False)
   name: str = "retrieval"
 
   def __call__(self, table: base.Table) -> Iterator[tuple[str, float]]:
@@ -152,15 +155,38 @@ class Retrieval:
     x = {modality: base.columns(table, modality, [self.part])[0] for modality in both}
     keys = [self.keys.get(modality) or _column_keys(table, modality, self.match) for modality in both]
     of = dict(zip(both, contents.sides(tuple(contents.contents_of(table, m) for m in both), tuple(keys))))
+    if alone := next((m for m in both if len(of[m].rows) < 2), None):
+      if self.keys:
+        raise base.LeftOutError(f"{' and '.join(both)}: one {alone} alone has an answer, nothing to choose among")
     for source, target in (both, both[::-1]):
       query, gallery = of[source], of[target]
       ranks = first_ranks(x[source][query.rows], x[target][gallery.rows], (query, gallery))
       name = f"{self.name}/{source}_to_{target}/{f'{self.by}/' if self.by else ''}"
       groups = contents.groups_of(query, gallery)
+      if self.keep:
+        self.keep(_answers(name.rstrip("/"), table, (source, target), (query, gallery), (x[source], x[target])))
       numbers = functools.partial(measured, ways=len(gallery.rows), groups=groups, intervals=self.intervals)
       for k in self.ks:
         yield from numbers(f"{name}r{k}", 100.0 * (ranks <= k))
       yield f"{name}median_rank", float(np.median(ranks))
+
+
+def _answers(name, table, modalities, sides, embeddings):
+  """The items nearest to each query."""
+  (source, target), (query, gallery) = modalities, sides
+  written = lambda m, side: [str(text) for text in base.columns(table, m, ["caption"])[0][side.rows]]
+  names = written(target, gallery) if target == "text" else ids_of(table, target, gallery.rows)
+  texts = written(source, query) if source == "text" else ()
+  units = [base.unit_rows(m, x[side.rows]) for m, x, side in zip(modalities, embeddings, sides)]
+  found, scores = best(*units)
+  right, truth = np.zeros(found.shape, bool), []
+  for start in range(0, len(found), 1024):
+    block = contents.shared_values(query, gallery, slice(start, start + 1024))
+    for n, (first, stop) in enumerate(zip(block.indptr, block.indptr[1:])):
+      own = np.sort(block.indices[first:stop])
+      right[start + n] = np.isin(found[start + n], own)
+      truth.append([names[at] for at in own[:TOP]])
+  return Answers(name, source, ids_of(table, source, query.rows), texts, truth, found, names, scores, right)
 
 
 def _column_keys(table, modality, field):

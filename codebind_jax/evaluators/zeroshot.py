@@ -10,6 +10,7 @@ from absl import logging
 from jaxtyping import Bool, Float, Float32, Int
 
 from codebind_jax.evaluators import base, contents
+from codebind_jax.evaluators.answers import Answers, Keep, best, ids_of
 from codebind_jax.evaluators.intervals import about, bootstrap_interval, measured
 
 # Cosines closer than this count as equal: float32 sums of the same products differ by about 1e-7 with their order.
@@ -208,6 +209,7 @@ class ZeroShot:
       `zeroshot/<modality>/<column>=<value>/top1`.
     intervals: also yield `.../top1/n`, `ways`, `low` and `high` and so on: rows, classes, and the ends of a 95 %
       interval that draws whole classes, since rows of one class meet the same prompt (`intervals.percentage_interval`).
+    keep: takes the answers of each item with one label.
   """
 
   modality: str
@@ -218,6 +220,7 @@ class ZeroShot:
   field: str = "label"
   slices: Sequence[str] = ()
   intervals: bool = False
+  keep: Keep | None = dataclasses.field(default=None, compare=False)
   name: str = "zeroshot"
 
   def __call__(self, table: base.Table) -> Iterator[tuple[str, float]]:
@@ -238,6 +241,13 @@ class ZeroShot:
       return
     ranks = _ranks(shared, classes, label_indices(right, self.labels), None)
     kept = contents.once(contents.contents_of(table, self.modality), ranks)
+    if self.keep:
+      units = base.unit_rows(f"{self.modality} shared", shared[kept])
+      found, scores = best(units, classes)
+      names, own = list(map(str, self.labels)), label_indices(right[kept], self.labels)
+      truth = [names[n] for n in own]
+      ids = ids_of(table, self.modality, kept)
+      self.keep(Answers(start, self.modality, ids, (), truth, found, names, scores, found == own[:, None]))
     ranks, right, slices = ranks[kept], right[kept], [values[kept] for values in slices]
     ks = [k for k in self.ks if k == 1 or k < len(classes)]
     numbers = functools.partial(measured, ways=len(classes), intervals=self.intervals)

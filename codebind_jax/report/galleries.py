@@ -9,8 +9,8 @@ import numpy as np
 from codebind_jax.config import Config
 from codebind_jax.data.records import Source
 from codebind_jax.data.task import EvalSet, Task
-from codebind_jax.evaluate import paired
 from codebind_jax.evaluators import base, contents
+from codebind_jax.evaluators.pairs import keys_of
 from codebind_jax.report import pictures
 from codebind_jax.report.data import Gallery, Item, build_gallery
 
@@ -27,7 +27,7 @@ def shown_sets(task: Task) -> list[EvalSet]:
 
 def sides_of(table: base.Captioned, a: str, b: str, field: str) -> dict[str, contents.Side]:
   """Modality -> its contents, each once, and their values of a field that both have; {} where they share none."""
-  keys = paired(table, a, b, field)
+  keys = keys_of(table, a, b, field)
   if not keys:
     return {}
   return dict(zip((a, b), contents.sides(tuple(contents.contents_of(table, m) for m in (a, b)), (keys[a], keys[b]))))
@@ -42,7 +42,7 @@ def pairs_of(config: Config, test: EvalSet, table: base.Captioned) -> list[Pair]
   bound = [(a, b, "id") for stage in config.ordered for a, b in stage.pairs if "text" not in (a, b)]
   pairs: dict[frozenset[str], Pair] = {}
   for a, b, field in (*named, *test.pairs, *bound):
-    if all(m in table and field in table[m] for m in (a, b)) and paired(table, a, b, field):
+    if all(m in table and field in table[m] for m in (a, b)) and keys_of(table, a, b, field):
       pairs.setdefault(frozenset((a, b)), (a, b, field))
   return list(pairs.values())
 

@@ -9,9 +9,9 @@ from jaxtyping import Bool, Shaped
 
 from codebind_jax.api import Model
 from codebind_jax.data.task import EvalSet
-from codebind_jax.evaluate import Evaluation
 from codebind_jax.evaluators import base, contents
 from codebind_jax.evaluators.intervals import bootstrap_interval
+from codebind_jax.evaluators.pairs import Evaluation
 from codebind_jax.evaluators.retrieval import first_ranks
 from codebind_jax.evaluators.zeroshot import class_embeddings, class_ranks, label_indices
 from codebind_jax.report.galleries import sides_of
@@ -86,17 +86,18 @@ def _right(
   if "text" not in model.modalities:
     return
   items = [name for name in table if name != "text"]
-  if test.candidates and items:
+  if len(test.candidates) > 1 and items:
     data = evaluation.config.data
     templates = data.templates_of.get(test.world, data.eval_templates)
     classes = class_embeddings(lambda texts: evaluation.embed_text(model, texts), test.candidates, templates)
     for modality in items:
-      labels = table[modality]["label"]
-      if np.isin(labels, test.candidates).all():
-        cosines = base.unit_rows(modality, table[modality]["shared"]) @ classes.T
+      there = np.isin(table[modality]["label"], test.candidates)
+      if there.any():
+        labels, content = table[modality]["label"][there], contents.contents_of(table, modality)[there]
+        cosines = base.unit_rows(modality, table[modality]["shared"][there]) @ classes.T
         ranks = class_ranks(cosines, label_indices(labels, test.candidates))
         # Each content counts once, and is right where one of its rows is.
-        _, first, of_row = np.unique(contents.contents_of(table, modality), return_index=True, return_inverse=True)
+        _, first, of_row = np.unique(content, return_index=True, return_inverse=True)
         right = np.zeros(len(first), bool)
         np.logical_or.at(right, of_row.reshape(-1), ranks < 1)
         yield f"zeroshot/{modality}/top1", (right, labels[first])

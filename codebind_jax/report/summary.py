@@ -15,9 +15,9 @@ from codebind_jax import files, schema
 from codebind_jax.api import Model
 from codebind_jax.config import Config
 from codebind_jax.data.task import EvalSet, Task
-from codebind_jax.evaluate import Evaluation, named_pairs
 from codebind_jax.evaluators import base, contents
 from codebind_jax.evaluators.decomposition import PRIVATE
+from codebind_jax.evaluators.pairs import Evaluation, named_pairs
 from codebind_jax.report.data import (
   Attribution,
   EmbeddingMap,
@@ -93,21 +93,22 @@ def _titles(config: Config, sets: Sequence[EvalSet]) -> dict[str, str]:
 
 def report_data(
   config: Config, folder: files.Path, task: Task, evaluation: Evaluation, final: Mapping[str, float],
-  models: Mapping[str, Model],
+  models: Mapping[str, Model], seconds: Mapping[str, float] = schema.Frozen(),
 ) -> ReportData:
-  """The records of a finished run's report.
+  """The records of the report of a finished run, or of an evaluation of one (mode `eval`).
 
   Args:
     config, folder, task, evaluation: of the run.
     final: its final metrics, the baseline's under `baseline/...`.
-    models: "before" and "after" training, and "baseline" where there is one.
+    models: "before" and "after" training, and "baseline" where there is one; "after" alone in mode `eval`.
+    seconds: time by phase.
   """
-  plain = folder / "baseline"
+  plain, training = folder / "baseline", "before" in models
   table = functools.cache(lambda when, place: evaluation.table(models[when], sets[place]))
   sets = shown_sets(task)
   after = [(test, table("after", place)) for place, test in enumerate(sets)]
   sizes = dict(models["after"].method.codebook_sizes)
-  code_counts, shared_counts = evaluation.code_counts(models["after"]) if sizes and task.train else ({}, {})
+  code_counts, shared_counts = evaluation.code_counts(models["after"]) if sizes and task.train and training else ({}, {})
   compared = {}
   if "baseline" in models:
     numbers = {"run": final, "baseline": {name.removeprefix("baseline/"): value for name, value in final.items()
@@ -116,24 +117,26 @@ def report_data(
     compared = differences(evaluation, both, reported_sets(config, task), numbers)
   scores = headline(config, task, final, compared)
   return ReportData(
-    title=f"{' + '.join(sorted(config.model.towers))}: {', '.join(config.stage_order)}",
+    title=f"{' + '.join(sorted(config.model.towers))}: {', '.join(config.stage_order) if training else task.name}",
     run=Run(title_of(config), read_metrics(folder)),
     verdict=verdict(scores, code_counts, alarm_share=config.codebook.alarm_share),
-    trained=trained(config, task, "baseline" in models),
+    trained=trained(config, task, "baseline" in models) if training else evaluated(config, task),
     command=f"python -m codebind_jax.main {' '.join(sys.argv[1:])}" if len(sys.argv) > 1 else "train_and_evaluate(...)",
     config=schema.to_plain(config),
     environment=_environment(),
+    seconds=dict(seconds),
     data_profile=task.name,
     data_counts={f"{name}, training rows": len(rows) for name, rows in task.train.items()}
     | {f"{name}, further training rows": len(rows) - len(task.train[name]) for name, rows in task.extra.items()}
     | {s.title or s.name: len(s.source) for s in task.evals},
-    baseline=Run("InfoNCE without codebooks", read_metrics(plain)) if files.is_file(plain / "metrics.jsonl") else None,
+    baseline=Run("InfoNCE without codebooks", read_metrics(plain))
+    if training and files.is_file(plain / "metrics.jsonl") else None,
     scores=scores,
     codebook_sizes=sizes,
     code_counts={name: counts for name, counts in code_counts.items() if np.sum(counts) > 0},
     shared_counts={name: counts for name, counts in shared_counts.items() if np.sum(counts) > 0},
     galleries=list(galleries(config, after)),
-    maps=_maps(config, sets, table),
+    maps=_maps(config, sets, table) if training else (),
     attributions=[Attribution(*credit) for credit in task.attributions],
   )
 
@@ -161,6 +164,12 @@ def trained(config: Config, task: Task, baseline: bool) -> str:
   if baseline:
     text += " The baseline is the same heads, data and steps by plain InfoNCE, without codebooks."
   return text
+
+
+def evaluated(config: Config, task: Task) -> str:
+  """A plain sentence: what model was evaluated on what, in mode `eval`."""
+  sets = _joined([f"{len(s.source):,} rows of {s.title or s.name}" for s in task.evals])
+  return f"{title_of(config)} of {_joined(sorted(config.model.towers))}, trained before, was evaluated on {sets}."
 
 
 def _joined(words: Sequence[str]) -> str:
