@@ -91,8 +91,8 @@ def full():
     galleries=[
       Gallery("Text to image", "icons, unseen artists", [
         Query(Item("a cat"), [Item("cat", picture(0), True, 0.5), Item("dog", picture(9), False, -0.25)])], 40, 30, 12),
-      Gallery("Image to text", "icons, unseen artists", [Query(Item("cat", picture(3)), [Item("a dog", None, False, 0.4)])
-              ], 30, 40, 0, "texts"),
+      Gallery("Image to text", "icons, unseen artists", [
+        Query(Item("cat", picture(3)), [Item("a dog", None, False, 0.4)])], 30, 40, 0, "texts"),
       Gallery("Text to audio", "mine, validation rows held out", [
         Query(Item("barking"), [Item("dog", picture(5), False, 0.1, "spectrogram of a sound")])], 1_200, 30, 600),
     ],
@@ -142,7 +142,8 @@ def test_page_shows_what_it_was_given(page):
     "Stage 1 & <bridges>", "python -m codebind_jax.main --config='a b'", "model.codes.shared", "3 min 04 s", "12.3 s",
     "3 min 17 s", "3,587", "Apache-2.0", "1 of 120 values not finite", "512 codes, 2 never used", "shared (512 codes)",
     "half the codes", "stage2", "level with <the> baseline (difference 2.2 points, within the 95 % interval).",
-    "12 of 40 queries (30 %) have a right first answer among 30 pictures.", "600 of 1,200 queries (50 %)", "Before training", "−0.25", "val · zeroshot · image · top1",
+    "12 of 40 queries (30 %) have a right first answer among 30 pictures.", "600 of 1,200 queries (50 %)",
+    "Before training", "−0.25", "val · zeroshot · image · top1",
     "33.3 % of the shared codes in use", "serves 1.3 of 2 in effect", "depth 50.0 2",
   ]:  # fmt: skip
     assert expected in text, expected
@@ -175,7 +176,8 @@ def test_score_table(page):
 def test_missing_parts_are_named(tmp_path):
   path = report.write_report(tmp_path / "r.html", ReportData("Evaluation", Run("model", []), command="run"))
   text = " ".join(Page(path.read_text()).text)
-  assert "Left out for lack of data: Queries and what was found, Results, Training curves, Validation during training, Codebook usage" in text
+  left_out = "Queries and what was found, Results, Training curves, Validation during training, Codebook usage"
+  assert f"Left out for lack of data: {left_out}" in text
   assert "What was run" in text and [file.name for file in tmp_path.iterdir()] == ["r.html"]
 
 
@@ -242,7 +244,7 @@ def test_tick_labels_are_not_cut():
 
 def sides(asked, found):
   """Both sides of a gallery, from one value of each row."""
-  keys = [(np.arange(len(values)), np.array(values)) for values in (asked, found)]
+  keys = [(np.arange(len(values)), np.array(list(values))) for values in (asked, found)]
   return contents.sides(tuple(np.arange(len(values)) for values in (asked, found)), tuple(keys))
 
 
@@ -278,7 +280,7 @@ def test_scores_take_rows_ways_interval_and_chance_from_the_metrics():
     "eval/a/zeroshot/image/top1/low": 30.0, "eval/a/zeroshot/image/top1/high": 70.0,
     "eval/b/zeroshot/image/top1": 20.0, "eval/a/retrieval/text_to_image/r5": 10.0,
   }  # fmt: skip
-  base = {"eval/a/zeroshot/image/top1": 40.0, "eval/a/zeroshot/image/top1/low": 20.0}  # an interval with one end is none
+  base = {"eval/a/zeroshot/image/top1": 40.0, "eval/a/zeroshot/image/top1/low": 20.0}  # one end is no interval
   made = report_data.scores_from_metrics(
     found, base, metrics={"zeroshot/image/top1": "Top-1", "retrieval/text_to_image/r5": "R@5"},
     sets={"a": "set A", "b": "set B"}, differences={"eval/a/zeroshot/image/top1": (4.0, 16.0)},

@@ -81,8 +81,8 @@ LEVEL = [row(50.0 + d, 50.0, 1000, on) for d, on in ((1.2, "a"), (-0.5, "b"), (0
     ([row(40.0, 50.0, 1000, "a"), row(40.0, 50.0, 1000, "b")],
      ["Zero-shot: below the baseline on both sets (by 10.0 points)."]),
     ([row(60.0, 50.0, 1000, "a"), row(40.0, 50.0, 1000, "b"), *LEVEL[1:], row(60.0, 50.0, 20, "d")],
-     ["Zero-shot: above the baseline on image (a) by 10.0 points; below the baseline on image (b) by 10.0 points; level "
-      "on image (b) and image (c); too few rows to tell on image (d)."]),
+     ["Zero-shot: above the baseline on image (a) by 10.0 points; below the baseline on image (b) by 10.0 points; "
+      "level on image (b) and image (c); too few rows to tell on image (d)."]),
     ([row(60.0, 50.0, 20, "a"), row(40.0, 50.0, 20, "b", subject="depth")],
      ["Zero-shot: too few rows to tell it from the baseline on both rows."]),
     ([row(60.0, None, 1000, "a"), row(58.0, None, 1000, "b", chance=2.0)],
@@ -108,8 +108,8 @@ def test_sentences(scores, sentences):
 def test_one_of_many_rows_outside_its_interval_is_called_what_it_may_be():
   many = [row(50.0, 50.0, 1000, f"s{i}") for i in range(19)] + [row(56.0, 50.0, 1000, "luck")]
   (sentence,) = verdict.verdict(many)
-  assert sentence == ("Zero-shot: above the baseline on image (luck) by 6.0 points; level on 19 rows. Of 20 comparisons "
-                      "about one in 20 lies outside its interval by chance alone.")  # fmt: skip
+  assert sentence == ("Zero-shot: above the baseline on image (luck) by 6.0 points; level on 19 rows. Of 20 "
+                      "comparisons about one in 20 lies outside its interval by chance alone.")  # fmt: skip
   assert "chance alone" not in verdict.verdict([*many, *(row(56.0, 50.0, 1000, f"t{i}") for i in range(3))])[0]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -48,18 +48,24 @@ def pairs_of(config: Config, test: EvalSet, table: base.Captioned) -> list[Pair]
 
 
 def galleries(
-  config: Config, tables: Sequence[tuple[EvalSet, base.Captioned]], *, most: int = 12, shown: int = 4
+  config: Config, sets: Sequence[EvalSet], table_of: Callable[[int], base.Captioned], *, most: int = 12, shown: int = 4
 ) -> Iterator[Gallery]:
   """Both directions of every pair of modalities whose items can be drawn, each on the first set that has it.
 
+  A set is embedded only where it has a modality that no set before it has shown.
+
   Args:
     config: of the run.
-    tables: sets with their embeddings, best first.
+    sets: best first.
+    table_of: place of a set -> its embeddings.
     most: number of galleries.
     shown: queries of each.
   """
   done: set[frozenset[str]] = set()
-  for test, table in tables:
+  for place, test in enumerate(sets):
+    if {*test.source.modalities} & {*config.model.towers} <= {m for pair in done for m in pair}:
+      continue
+    table = table_of(place)
     for a, b, field in pairs_of(config, test, table):
       sides = sides_of(table, a, b, field)
       items = {m: _Items(test.source, m, table[m], side.rows) for m, side in sides.items()}

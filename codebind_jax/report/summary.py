@@ -106,9 +106,9 @@ def report_data(
   plain, training = folder / "baseline", "before" in models
   table = functools.cache(lambda when, place: evaluation.table(models[when], sets[place]))
   sets = shown_sets(task)
-  after = [(test, table("after", place)) for place, test in enumerate(sets)]
   sizes = dict(models["after"].method.codebook_sizes)
-  code_counts, shared_counts = evaluation.code_counts(models["after"]) if sizes and task.train and training else ({}, {})
+  counted = sizes and task.train and training
+  code_counts, shared_counts = evaluation.code_counts(models["after"]) if counted else ({}, {})
   compared = {}
   if "baseline" in models:
     numbers = {"run": final, "baseline": {name.removeprefix("baseline/"): value for name, value in final.items()
@@ -135,7 +135,7 @@ def report_data(
     codebook_sizes=sizes,
     code_counts={name: counts for name, counts in code_counts.items() if np.sum(counts) > 0},
     shared_counts={name: counts for name, counts in shared_counts.items() if np.sum(counts) > 0},
-    galleries=list(galleries(config, after)),
+    galleries=list(galleries(config, sets, functools.partial(table, "after"))),
     maps=_maps(config, sets, table) if training else (),
     attributions=[Attribution(*credit) for credit in task.attributions],
   )

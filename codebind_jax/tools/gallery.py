@@ -56,8 +56,9 @@ def gallery_of(workdir: str | files.Path, title: str = "", queries: int = 4) -> 
   task = open_task(config.data)
   evaluation = Evaluation(config, task, Feeder(config.data, config.model.towers, model.trunks), config.tasks)
   model.trunks = evaluation.trunks
-  tables = [(test, evaluation.table(model, test)) for test in galleries.shown_sets(task)]
-  found = {gallery.title: gallery for gallery in galleries.galleries(config, tables, shown=queries)}
+  sets = galleries.shown_sets(task)
+  made = galleries.galleries(config, sets, lambda place: evaluation.table(model, sets[place]), shown=queries)
+  found = {gallery.title: gallery for gallery in made}
   if not found or title and title not in found:
     raise ValueError(f"{folder}: gallery {title!r} is not there; there are {list(found)}")
   return found[title] if title else next(iter(found.values()))
