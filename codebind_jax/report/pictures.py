@@ -50,7 +50,7 @@ class _Drawing:
     self.kind, self.ndim, self.picture = kind, ndim, picture
 
 
-def _coloured(values: np.ndarray, name: str) -> UInt8[np.ndarray, "h w 3"]:
+def _coloured(values: np.ndarray, name: str) -> UInt8[np.ndarray, "... 3"]:
   """Values from 0 to 1 in a colour map."""
   return (255 * matplotlib.colormaps[name](np.clip(values, 0.0, 1.0))[..., :3] + 0.5).astype(np.uint8)
 
@@ -75,7 +75,7 @@ def of_thermal(celsius: Float[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
   return _coloured(_scaled(celsius, *np.percentile(celsius, (1, 99))), "inferno")
 
 
-def of_video(frames: UInt8[np.ndarray, "t h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
+def of_video(frames: UInt8[np.ndarray, "t h w 3"]) -> UInt8[np.ndarray, "rows columns 3"]:
   """The first and the middle frame, above one another where they are wide, else side by side."""
   if len(frames) == 1:
     return np.asarray(frames[0])
