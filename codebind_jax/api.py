@@ -199,7 +199,7 @@ class Model:
       workers: processes that read and prepare where there is much to do; 0 for threads of this one.
       threads: reading threads of each process.
       batch: rows at once, on each device; 0 for the model's.
-      content: also tells which rows have one content, from what is read anyway.
+      content: also tells which rows of a feed of `Items` have one content, from what is read anyway.
 
     Raises:
       ValueError: if there are no rows.
@@ -233,8 +233,7 @@ class Model:
       bad.extend(part.bad)
     whole = Embeddings(*(np.concatenate(column) for column in zip(*columns)))
     good = np.concatenate(good)[: len(rows)]
-    numbers = np.concatenate(hashes) if hashed else feed.places_of(rows)[good] if isinstance(feed, Tokens) else None
-    return Embedded(whole, good, tuple(bad), numbers if content else None)
+    return Embedded(whole, good, tuple(bad), np.concatenate(hashes) if hashed else None)
 
   def combine(
     self, inputs: Mapping[str, Any], weights: Mapping[str, Any] | None = None

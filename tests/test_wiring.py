@@ -299,7 +299,8 @@ def test_emergent_retrieval_joins_the_sets_of_a_role_and_its_chance_is_of_drawin
   found = evaluation.everything(model)
   assert {name for name in found if "emergent" in name} == {
     f"eval/{role}/emergent/{pair}/{name}" for role in ("test", "val")
-    for pair in ("audio_to_depth", "depth_to_audio") for name in ("r5", "chance5")
+    for pair in ("audio_to_depth", "depth_to_audio")
+    for name in ("r5", "r5/n", "r5/ways", "r5/low", "r5/high", "chance5")
   }  # fmt: skip
   # Test: 3 cows and 1 dog among the sounds; 4 cows and 2 dogs among the depth maps, of which five are drawn.
   hit = lambda right, items, k: 100 * (1 - math.comb(items - right, k) / math.comb(items, k))

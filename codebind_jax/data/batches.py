@@ -19,7 +19,8 @@ from absl import logging
 from jaxtyping import Bool, Int, Int32, Shaped
 
 from codebind_jax.data.ahead import ahead, spread
-from codebind_jax.data.examples import Feed, digest, stacked
+from codebind_jax.data.examples import Feed, Tokens, digest, stacked
+from codebind_jax.data.index import of_contents
 from codebind_jax.data.order import BlockOrder
 from codebind_jax.data.records import Source
 
@@ -114,8 +115,9 @@ def members_of(
 class SourceBatches:
   """One source's rows of every batch: `{modality: [b, ...], _mask: {modality: bool [b]}, _row, _group: int32 [b]}`.
 
-  Rows of equal `_group` are not each other's negatives. With `unique_labels` an epoch visits every group once and draws
-  one of its rows, so that no batch holds two rows of one group.
+  Rows of equal `_group` are not each other's negatives: those of one group of the index, and those without a label
+  whose cached tokens are of one content. With `unique_labels` an epoch visits every group once and draws one of its
+  rows, so that no batch holds two rows of one group.
 
   The last `extra` rows are further data, which may have many more groups than the others: `extra_share` of a batch is
   drawn from those of their groups that no other row has, so that both kinds have their own epochs. Rows of both kinds
@@ -152,15 +154,18 @@ class SourceBatches:
       raise ValueError(f"config.data.extra: got {extra_share}, which is {self._extra} of the {rows} rows of {name!r}; "
                        f"allowed: 0, or a share of 1 to {rows - 1} rows")  # fmt: skip
     self._name, self._source, self._feeds, self._first = name, source, dict(feeds), rows - self._extra
+    tokens = [feed for modality, feed in feeds.items() if modality != "text" and isinstance(feed, Tokens)]
+    contents = [feed.places_of(np.arange(len(source))) for feed in tokens]
+    self._group = of_contents(source.index.group, source.index.label, contents)
     self._own = range(rows)[process * (rows // processes) : (process + 1) * (rows // processes)]
     self.fingerprint = {
       "files": source.fingerprint(), "rows": len(source), "further rows": extra, "rows of a batch": rows,
       "further rows of a batch": self._extra, "unique_labels": unique_labels, "seed": seed,
-      "groups": digest(source.index.group),
+      "groups": digest(self._group),
     } | {f"items of {m}": feed.fingerprint for m, feed in feeds.items()}  # fmt: skip
     if unique_labels:
-      starts, members = members_of(source.index.group)
-      own = int(source.index.group[: len(source) - extra].max(initial=-1)) + 1  # of rows other than further data
+      starts, members = members_of(self._group)
+      own = int(self._group[: len(source) - extra].max(initial=-1)) + 1  # of rows other than further data
     else:
       starts, members, own = range(len(source) + 1), range(len(source)), len(source) - extra
 
@@ -193,7 +198,7 @@ class SourceBatches:
     batch = {m: stacked([one["items"][m] for one in drawn], feed) for m, feed in self._feeds.items()}
     batch |= {
       "_mask": {m: np.array([one["items"][m] is not None for one in drawn]) for m in self._feeds},
-      "_row": rows, "_group": self._source.index.group[rows],
+      "_row": rows, "_group": self._group[rows],
     }  # fmt: skip
     bad = tuple(Bad(self._name, *item) for one in drawn for item in one["bad"])
     seconds = {m: sum(one["seconds"][m] for one in drawn) for m in self._feeds}

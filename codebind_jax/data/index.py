@@ -19,6 +19,7 @@ MODALITIES = ("image", "text", "audio", "video", "depth", "points", "thermal", "
 SPLITS = ("train", "val", "test")
 _blake2b = hashlib.blake2b
 _number = functools.partial(int.from_bytes, byteorder="little")
+_NONE: Mapping[str, Any] = {}
 
 
 def known_modalities() -> tuple[str, ...]:
@@ -41,8 +42,12 @@ class Index:
     label: number of its label in `labels`; -1 where it has none.
     labels: all labels.
     split: number of its split in `SPLITS`; -1 where it names none.
-    group: number of its group, by first appearance; records of one group are not each other's negatives. A record
-      without a label is its own group.
+    group: number of its group, by first appearance; records of one group are not each other's negatives. They have one
+      label; or no label, and an item that is one file (five captions of a picture), also over several such files. A
+      record with neither is its own group. Noticed here is the same path as JSON lines, CSV and TSV write it, in one
+      file of records; equal bytes of whatever source are noticed where batches are made, in tokens that are cached
+      (`batches.SourceBatches`). Not noticed are one file under paths written in two ways or bytes in several records
+      where nothing is cached, and records of one picture that have different labels.
     where: the format's own two numbers: offset and length, file and row; zeros, which take no memory, where sources are
       joined.
     ids: `id_hash` of its id.
@@ -95,6 +100,64 @@ def groups_of(label: Int[np.ndarray, "n"]) -> Int32[np.ndarray, "n"]:
   return rank[number.reshape(-1)]
 
 
+def unified(group: Int[np.ndarray, "n"], label: Int[np.ndarray, "n"]) -> Int32[np.ndarray, "n"]:
+  """Groups of which those that hold one label (not -1) are one, by first appearance.
+
+  >>> unified(np.array([0, 1, 2, 3, 2]), np.array([7, -1, 7, -1, -1])).tolist()
+  [0, 1, 0, 2, 0]
+  """
+  into, labelled = np.arange(int(group.max(initial=-1)) + 1, dtype=np.int32), np.flatnonzero(label >= 0)
+  first = np.full(int(label.max(initial=-1)) + 1, -1, np.int32)
+  first[label[labelled[::-1]]] = group[labelled[::-1]]
+  into[group[labelled]] = first[label[labelled]]
+  return renumbered(into[group])
+
+
+def of_contents(
+  group: Int[np.ndarray, "n"], label: Int[np.ndarray, "n"], contents: Sequence[Int[np.ndarray, "n"]]
+) -> Int32[np.ndarray, "n"]:
+  """Groups of which those without labels that share a content are one, by first appearance.
+
+  Groups with a label stay apart, since a picture of two labels would make its classes one; a group without labels that
+  shares a content with one of them joins the first such.
+
+  Args:
+    group: of each record.
+    label: of each record; -1 for none.
+    contents: of each modality, number of each record's content; below 0 for none.
+
+  >>> of_contents(np.arange(5), np.full(5, -1), [np.array([3, 4, 3, -1, -1]), np.array([-1, 8, -1, 8, 9])]).tolist()
+  [0, 1, 0, 1, 2]
+  >>> of_contents(np.arange(4), np.array([0, 1, -1, -1]), [np.array([3, 3, 3, 5])]).tolist()
+  [0, 1, 0, 2]
+  """
+  ends, start = [], int(group.max(initial=-1)) + 1
+  for content in contents:
+    there = np.flatnonzero(content >= 0)
+    names, number, count = np.unique(content[there], return_inverse=True, return_counts=True)
+    repeated = count[number.reshape(-1)] > 1
+    if repeated.any():
+      ends.append((there[repeated], start + number.reshape(-1)[repeated]))
+      start += len(names)
+  if not ends:
+    return group.astype(np.int32, copy=False)
+  # Imported here, as few sources need it: SciPy's graphs take a while to load.
+  import scipy.sparse.csgraph
+
+  rows, places = (np.concatenate(column) for column in zip(*ends))
+  fixed = np.zeros(start, bool)
+  fixed[group[label >= 0]] = True
+  free = ~fixed[group[rows]]
+  edges = (np.ones(int(free.sum()), bool), (group[rows[free]], places[free]))
+  part = scipy.sparse.csgraph.connected_components(scipy.sparse.csr_array(edges, shape=(start, start)), False)[1]
+  joins = np.full(start, start, np.int64)  # component -> the first group with labels that it shares a content with
+  np.minimum.at(joins, part[places[~free]], group[rows[~free]])
+  first = np.full(start, start, np.int64)  # component -> its first group
+  np.minimum.at(first, part[group], group)
+  own = np.where(fixed[group], group, np.where(joins[part[group]] < start, joins[part[group]], first[part[group]]))
+  return renumbered(own.astype(np.int32))
+
+
 def renumbered(group: Int32[np.ndarray, "n"]) -> Int32[np.ndarray, "n"]:
   """Numbers of groups by first appearance, where some numbers may be missing."""
   first = np.full(int(group.max(initial=-1)) + 1, -1, np.int32)
@@ -112,13 +175,8 @@ def of_labels(index: Index, same: Mapping[str, str]) -> Index:
   [0, 0, 1]
   """
   number: dict[str, int] = {}
-  into = np.array([number.setdefault(same.get(label, label), n) for n, label in enumerate(index.labels)], np.int64)
-  labelled = index.label >= 0
-  first = np.full(len(index.labels) + 1, -1)
-  first[index.label[labelled][::-1]] = index.group[labelled][::-1]
-  group = index.group.copy()
-  group[labelled] = first[into[index.label[labelled]]]
-  return dataclasses.replace(index, group=renumbered(group))
+  into = [number.setdefault(same.get(label, label), n) for n, label in enumerate(index.labels)]
+  return dataclasses.replace(index, group=unified(index.group, np.array([*into, -1], np.int64)[index.label]))
 
 
 class IndexBuilder:
@@ -129,6 +187,7 @@ class IndexBuilder:
     self._labels: dict[str, int] = {}
     self._has, self._label, self._split = array("I"), array("i"), array("b")
     self._where, self._ids = array("q"), array("Q")
+    self._files: dict[str, tuple[array, array]] = {}  # modality -> records, and what stands for their files' paths
 
   def __len__(self) -> int:
     return len(self._has)
@@ -161,9 +220,13 @@ class IndexBuilder:
 
   def add_many(
     self, names: Sequence[str], has: UInt32[np.ndarray, "n"], labels: Sequence[str | None],
-    splits: Sequence[str | None], where: Int64[np.ndarray, "n 2"],
+    splits: Sequence[str | None], where: Int64[np.ndarray, "n 2"], paths: Mapping[str, Mapping[int, str]] = _NONE,
   ) -> None:  # fmt: skip
-    """Adds records as `add` does, faster; `has` are their `bits`."""
+    """Adds records as `add` does, faster; `has` are their `bits`, `paths` their files by modality and place."""
+    for modality, by_place in paths.items():
+      records, files = self._files.setdefault(modality, (array("q"), array("q")))
+      records.extend([len(self) + place for place in by_place])
+      files.extend([hash(path) >> 1 & (1 << 62) - 1 for path in by_place.values()])
     known, number = self._labels, {None: -1} | {split: number for number, split in enumerate(SPLITS)}
     self._has.frombytes(has.tobytes())
     self._label.extend([-1 if label is None else known.setdefault(label, len(known)) for label in labels])
@@ -176,10 +239,16 @@ class IndexBuilder:
     column = lambda values, kind: np.frombuffer(values, kind) if values else np.zeros(0, kind)
     label = column(self._label, np.int32)
     unlabelled = bool(len(label)) and int(label.min()) < 0
+    group = groups_of(label) if unlabelled else label  # labels are numbered by first appearance, as groups are
+    if unlabelled and self._files:
+      contents = []
+      for records, files in self._files.values():
+        contents.append(np.full(len(label), -1, np.int64))
+        contents[-1][column(records, np.int64)] = column(files, np.int64)
+      group = of_contents(group, label, contents)
     return Index(
       tuple(self._modalities), column(self._has, np.uint32), label, tuple(self._labels), column(self._split, np.int8),
-      groups_of(label) if unlabelled else label,  # labels are numbered by first appearance, as groups are
-      column(self._where, np.int64).reshape(-1, 2), column(self._ids, np.uint64),
+      group, column(self._where, np.int64).reshape(-1, 2), column(self._ids, np.uint64),
     )  # fmt: skip
 
 

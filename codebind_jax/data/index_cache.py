@@ -22,7 +22,7 @@ from codebind_jax.data.index import Index, known_modalities
 from codebind_jax.data.paged import map_file, unmap
 
 SMALLEST = 1_000_000  # bytes of the files from which on an index is kept; a smaller one is made as fast as read
-_REVISION = 2
+_REVISION = 3
 _FILE = "columns"
 _COLUMNS = ("has", "label", "split", "group", "where", "ids")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from codebind_jax.data.index import Index, groups_of, twice
+from codebind_jax.data.index import Index, twice, unified
 from codebind_jax.data.paged import Zeros
 from codebind_jax.data.records import Source
 
@@ -88,7 +88,9 @@ def joined(parts: Sequence[Source], *, name: str = "", field: str = "label", uni
     columns[column] = [getattr(part.index, column) for part in parts]
   whole = {column: np.concatenate(values) for column, values in columns.items()}
   whole["where"] = Zeros((len(whole["ids"]), 2), "<i8").array()
-  index = Index(modalities, labels=labels, group=groups_of(whole["label"]), **whole)
+  starts = np.cumsum([0, *(int(part.index.group.max(initial=-1)) + 1 for part in parts)])
+  groups = np.concatenate([part.index.group + start for part, start in zip(parts, starts)])
+  index = Index(modalities, labels=labels, group=unified(groups, whole["label"]), **whole)
   source = Joined(name or parts[0].name, index, parts)
   if unique and (pair := twice(index)):
     a, b = pair

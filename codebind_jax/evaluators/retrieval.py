@@ -155,9 +155,8 @@ class Retrieval:
     x = {modality: base.columns(table, modality, [self.part])[0] for modality in both}
     keys = [self.keys.get(modality) or _column_keys(table, modality, self.match) for modality in both]
     of = dict(zip(both, contents.sides(tuple(contents.contents_of(table, m) for m in both), tuple(keys))))
-    if alone := next((m for m in both if len(of[m].rows) < 2), None):
-      if self.keys:
-        raise base.LeftOutError(f"{' and '.join(both)}: one {alone} alone has an answer, nothing to choose among")
+    if self.keys and max(len(side.rows) for side in of.values()) < 2:
+      raise base.LeftOutError(f"{' and '.join(both)}: there is one of each, nothing to choose among")
     for source, target in (both, both[::-1]):
       query, gallery = of[source], of[target]
       ranks = first_ranks(x[source][query.rows], x[target][gallery.rows], (query, gallery))

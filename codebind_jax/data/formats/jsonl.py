@@ -158,7 +158,7 @@ def _scan(path: PurePath, name: str, bad: Bad, columns: Mapping[str, str]) -> Sc
             wrong.append((at, str(error)))
       where = np.stack([starts[places], number + 1 + np.array(places, np.int64)], 1)
       default_id = lambda at, number=number, places=places: f"{name}:{number + 1 + places[at]}"
-      unfit, keys = add_rows(builder, rows, default_id, where)
+      unfit, keys = add_rows(builder, rows, default_id, where, paths=True)
       further |= dict.fromkeys(keys)
       for at, message in sorted(wrong + [(places[row], message) for row, message in unfit.items()]):
         bad.add(f"{path}:{number + 1 + at}: {message}")

@@ -104,7 +104,7 @@ def _known(folders: tuple[str, ...]) -> frozenset[str]:
 
 def add_rows(
   builder: IndexBuilder, rows: Sequence[Mapping[str, Any]], default_id: Callable[[int], str],
-  where: Int64[np.ndarray, "n 2"],
+  where: Int64[np.ndarray, "n 2"], paths: bool = False,
 ) -> tuple[dict[int, str], tuple[str, ...]]:  # fmt: skip
   """Adds records to an index as `parse` takes them; those with the same keys and types are taken together.
 
@@ -113,6 +113,7 @@ def add_rows(
     rows: keys and values of each record.
     default_id: id of a row that names none.
     where: the format's own numbers of each.
+    paths: items that are texts are paths, of which equal ones are one file.
 
   Returns:
     What is wrong with which rows, which are left out; and the further keys.
@@ -153,8 +154,11 @@ def add_rows(
   if bad:
     kept = [at for at in range(len(rows)) if at not in bad]
     columns = {name: [column[at] for at in kept] for name, column in columns.items()}
-    has, where = has[kept], where[kept]
-  builder.add_many(columns["id"], has, columns["label"], columns["split"], where)
+    has, where, rows = has[kept], where[kept], [rows[at] for at in kept]
+  files = {key: {at: row[key] for at, row in enumerate(rows) if type(row.get(key)) is str}
+           for key in dict.fromkeys(key for keys in groups for key in keys if key in modality_keys())
+           } if paths else {}  # fmt: skip
+  builder.add_many(columns["id"], has, columns["label"], columns["split"], where, files)
   return dict(sorted(bad.items())), tuple(further)
 
 

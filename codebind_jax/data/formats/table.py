@@ -122,7 +122,7 @@ def _scan(
 
     def flush() -> None:
       places = np.array(where, np.int64).reshape(-1, 2)
-      unfit, others = add_rows(builder, rows, lambda at: f"{name}:{where[at][1]}", places)
+      unfit, others = add_rows(builder, rows, lambda at: f"{name}:{where[at][1]}", places, paths=True)
       further.update(dict.fromkeys(others))
       for at, message in unfit.items():
         bad.add(f"{path}:{where[at][1]}: {message}")
