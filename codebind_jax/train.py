@@ -8,7 +8,6 @@ import datetime
 import functools
 import json
 import sys
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -35,7 +34,7 @@ from codebind_jax.runtime import train_state as state_lib
 from codebind_jax.runtime.checkpoint import Checkpoints, Position
 from codebind_jax.runtime.compile import Programs, compile_step
 from codebind_jax.runtime.guard import BadRecords, Preempted, Preemption, Watch
-from codebind_jax.runtime.metrics import FILE, MetricsWriter, Throughput, input_bound, read_metrics
+from codebind_jax.runtime.metrics import FILE, MetricsWriter, Phases, Throughput, input_bound, read_metrics
 from codebind_jax.runtime.sharding import Layout, make_layout
 from codebind_jax.runtime.train_state import TrainState
 from codebind_jax.stages import Stage
@@ -50,6 +49,7 @@ FREE = (
   "data.workers", "data.threads", "data.checked", "data.max_bad_records", "log_steps", "eval_steps", "checkpoint_steps",
   "keep_checkpoints", "baseline",
 )  # fmt: skip
+WAITED = 10.0  # seconds that a stage waited for data, below which no advice is worth a line
 
 
 def banner(text: str) -> None:
@@ -140,13 +140,14 @@ def train_and_evaluate(config: Any, workdir: str | files.Path) -> dict[str, floa
   Raises:
     ValueError: for a bad config or a workdir of another run, before any work.
   """
-  started = time.time()
+  phases = Phases()
   open_bind = getattr(config, "mode", "") == bind.MODE
   config = config if open_bind else config_lib.validate(config)
   folder = None if open_bind else open_run(config, workdir)
 
   banner("data")
-  with distributed.process_0_first():  # worlds are fetched and built, and published trunks fetched, where not there yet
+  # Worlds are fetched and built, and published trunks fetched, where they are not there yet.
+  with phases("data"), distributed.process_0_first():
     task = open_task(bind.data_of(config) if open_bind else config.data)
     if open_bind:
       config = bind.resolved(config, task)
@@ -155,23 +156,27 @@ def train_and_evaluate(config: Any, workdir: str | files.Path) -> dict[str, floa
     if config.init_from:
       check_start(config)
     feeder = Feeder(config.data, config.model.towers)
-  feeds = feeder.train_feeds(task.drawn, config.data.templates_of)
+  with phases("features"):
+    feeds = feeder.train_feeds(task.drawn, config.data.templates_of)
   evaluation = Evaluation(config, task, feeder, config.tasks)
 
-  final, models = run_stages(config, folder, feeds, evaluation)
+  with phases("model"):
+    final, models = run_stages(config, folder, feeds, evaluation, phases=phases)
   if config.baseline:
     banner("baseline: the same heads by plain InfoNCE, without codebooks")
     plain = baseline_of(config)
     inner = open_run(plain, folder / "baseline")
-    baseline, _ = run_stages(plain, inner, feeds, Evaluation(plain, task, feeder, config.tasks))
+    with phases("baseline"):
+      baseline, plain_models = run_stages(plain, inner, feeds, Evaluation(plain, task, feeder, config.tasks))
     final |= {f"baseline/{name}": value for name, value in baseline.items()}
+    models["baseline"] = plain_models["after"]
 
   if jax.process_index() == 0:
     banner("report")
     evaluation.alone()
-    seconds = {"this command": time.time() - started}
-    data = summary.report_data(config, folder, task, evaluation, final, models, seconds)
-    write_report(folder / "report.html", data)
+    with phases("report"):
+      data = summary.report_data(config, folder, task, evaluation, final, models)
+    write_report(folder / "report.html", dataclasses.replace(data, seconds=phases.seconds))
     sys.stdout.write(summary.text_table(data) + f"\nreport: {folder / 'report.html'}\n")
   return final
 
@@ -198,7 +203,7 @@ def check_data(config: Config, task: Task) -> None:
 
 def run_stages(
   config: Config, folder: files.Path, feeds: Mapping[str, Mapping[str, Feed]], evaluation: StageEvaluation,
-  programs: Programs | None = None, make_batches: Callable[..., Batches] | None = None,
+  programs: Programs | None = None, make_batches: Callable[..., Batches] | None = None, phases: Phases | None = None,
 ) -> tuple[dict[str, float], dict[str, Model]]:
   """Runs or continues the stages of one config.
 
@@ -209,6 +214,7 @@ def run_stages(
     evaluation: of this config and its task.
     programs: compiled functions of earlier runs on the same data, to be used again.
     make_batches: gives the same batches as `batches_of`, the default, for the same arguments.
+    phases: counts the time.
 
   Returns:
     The final metrics (empty on other processes than 0), and the models "before" and "after" training.
@@ -216,6 +222,7 @@ def run_stages(
   Raises:
     ValueError: if the run in the folder was trained on other data, before anything of it is changed.
   """
+  phases = phases or Phases()
   stages = [stage.on({name: set(modalities) for name, modalities in feeds.items()}) for stage in config.ordered]
   batches = {s.name: (make_batches or batches_of)(config, s, feeds, evaluation.task) for s in stages}
   fingerprint = {name: of_stage.fingerprint for name, of_stage in batches.items()}
@@ -285,17 +292,20 @@ def run_stages(
           state_lib.guarded(make_train_step(method, stage, tx, frozen=optim.frozen(table))), state, batch, layout
         ),
       )
-      state = run_stage(
-        config, stage, state, compile_for, batches[stage.name], fingerprint, layout, store, writer, evaluation,
-        trained[stage.name], worlds_until(stages, stage), preemption,
-      )
+      with phases(f"stage {stage.name}"):
+        state = run_stage(
+          config, stage, state, compile_for, batches[stage.name], fingerprint, layout, store, writer, evaluation,
+          trained[stage.name], worlds_until(stages, stage), preemption, phases,
+        )
       position = Position(stage.last_step, stage.name, True)
-      evaluate_stage(config, state, stage, stages, evaluation, writer, trained[stage.name], layout)
+      with phases("evaluation"):
+        evaluate_stage(config, state, stage, stages, evaluation, writer, trained[stage.name], layout)
 
     banner("evaluation")
     all_trained = trained[stages[-1].name]
-    final = evaluation.finish(model_of(config, state, evaluation, all_trained, layout), int(state.step), writer)
-    distributed.wait_for_all("evaluation")
+    with phases("evaluation"):
+      final = evaluation.finish(model_of(config, state, evaluation, all_trained, layout), int(state.step), writer)
+      distributed.wait_for_all("evaluation")
     after = Model(config, *layout.gathered((state.params, state.codebooks)), evaluation.trunks, modalities=all_trained)
     before = Model(baseline_of(config), untrained_params, {}, evaluation.trunks, modalities=all_trained)
     return final, {"before": before, "after": after}
@@ -350,7 +360,7 @@ def worlds_until(stages: Sequence[Stage], stage: Stage) -> set[str]:
 def run_stage(
   config: Config, stage: Stage, state: TrainState, compile_for: Callable[[TrainState, Any], Any],
   batches: Batches, fingerprint: Mapping[str, Any], layout: Layout, store: Checkpoints, writer: MetricsWriter,
-  evaluation: StageEvaluation, trained: Sequence[str], worlds: Collection[str], preemption: Preemption,
+  evaluation: StageEvaluation, trained: Sequence[str], worlds: Collection[str], preemption: Preemption, phases: Phases,
 ) -> TrainState:
   """Trains one stage from the step of `state` to its last, with the step function that `compile_for` gives."""
   step, compiled, advised = int(state.step), None, False
@@ -372,7 +382,8 @@ def run_stage(
       for item in examples.bad:
         bad.add(item.source, item.row, item.modality, item.message)
       if compiled is None:
-        compiled = compile_for(state, batch)
+        with phases("compile"):
+          compiled = compile_for(state, batch)
         clock.restart()
       state, metrics = compiled(state, batch)
       step += 1
@@ -391,13 +402,14 @@ def run_stage(
         rates = clock.report()
         writer.write(step, stage.name, values | rates)
         log_progress(stage, step, values["train/total"], rates["examples_per_second"])
-        advice = input_bound(rates, config.data.workers, config.data.threads)
+        advice = input_bound(rates, config.data.workers, config.data.threads) if clock.waited > WAITED else ""
         if advice and not advised:  # once a stage
           logging.warning("%s", advice)
         advised |= bool(advice)
       if step % config.eval_steps == 0 and not last:
         bar.clear()
-        found = evaluation.validate(model_of(config, state, evaluation, trained, layout), worlds)
+        with phases("evaluation"):
+          found = evaluation.validate(model_of(config, state, evaluation, trained, layout), worlds)
         writer.write(step, stage.name, found)
         clock.restart()
       if due:

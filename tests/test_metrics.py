@@ -334,3 +334,27 @@ def test_without_a_terminal_progress_is_a_line(caplog, monkeypatch):
   caplog.clear()
   log_progress(stage, 20, 1.5, 40.0)
   assert not caplog.text
+
+
+def test_phases_add_up_and_an_inner_one_stops_the_outer():
+  ticks = iter([0.0, 1.0, 4.0, 6.0, 10.0, 15.0, 20.0, 21.0])
+  phases = metrics.Phases(clock=lambda: next(ticks))
+  with phases("data"):  # 0 to 1
+    pass
+  with phases("stage"):  # 4 to 6, 10 to 15
+    with phases("compile"):  # 6 to 10
+      pass
+  with pytest.raises(ValueError), phases("data"):  # 20 to 21
+    raise ValueError
+  assert list(phases.seconds.items()) == [("data", 2.0), ("stage", 7.0), ("compile", 4.0)]
+
+
+def test_waiting_is_counted_over_restarts():
+  ticks = iter([0.0, 1.0, 3.0, 3.0, 4.0, 4.5])
+  rate = metrics.Throughput(clock=lambda: next(ticks))
+  with rate.waiting():
+    pass
+  rate.restart()
+  with rate.waiting():
+    pass
+  assert rate.waited == 2.5

@@ -67,3 +67,16 @@ def test_mesh_fills_and_refuses():
   assert dict(sharding.make_mesh(sharding.MeshShape()).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
   with pytest.raises(ValueError, match=r"mesh: .* does not fit 1 devices"):
     sharding.make_mesh(sharding.MeshShape(data=3))
+
+
+def test_the_log_names_what_trains_and_counts_what_does_not(caplog):
+  params = {"image": {"block_0": np.zeros(3), "block_1": np.zeros(3), "head": np.zeros((2, 3))}, "text": np.zeros(4),
+            "audio": {"a": np.zeros(1), "b": np.zeros(1)}}  # fmt: skip
+  table = {"image/block_0": "lr*1 wd*1", "image/block_1": "lr*1 wd*1", "image/head": "lr*0.1 wd*0", "text": "frozen",
+           "audio/a": "frozen", "audio/b": "frozen"}  # fmt: skip
+  with caplog.at_level("INFO"):
+    optim.log_table(params, table)
+  assert [record.getMessage().split() for record in caplog.records] == [
+    ["image/block_*", "(3,)", "lr*1", "wd*1", "(2", "of", "them)"], ["image/head", "(2,", "3)", "lr*0.1", "wd*0"],
+    ["frozen:", "text,", "audio", "(2)"],
+  ]  # fmt: skip

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from codebind_jax.evaluators import contents
 from codebind_jax.evaluators.intervals import wilson_interval
 from codebind_jax.report import charts
 from codebind_jax.report import data as report_data
 from codebind_jax.report import page as report
-from codebind_jax.report.data import Attribution, EmbeddingMap, Item, Query, ReportData, Run, Score
+from codebind_jax.report.data import Attribution, EmbeddingMap, Gallery, Item, Query, ReportData, Run, Score
 
 VOID = {"meta", "img", "br"}
 
@@ -71,7 +72,8 @@ def full():
     title="Stage 1 & <bridges>",
     run=Run("CodeBind", records),
     baseline=Run("plain InfoNCE", [{"step": s, "stage": "stage1", "train/info_nce": 1100.0 / s} for s in steps]),
-    summary="What was found.",
+    verdict=["Zero-shot: level with <the> baseline (difference 2.2 points, within the 95 % interval)."],
+    trained="CodeBind learned to bind image with text.",
     command="python -m codebind_jax.main --config='a b'",
     config={"seed": 0, "model": {"width": 1024, "codes": {"shared": 512}}, "empty": {}},
     environment={"jax": "0.10.2"},
@@ -86,8 +88,14 @@ def full():
     codebook_sizes={"shared": 512},
     code_counts={"shared": np.append(np.arange(511), 0)},
     shared_counts={"image": np.array([3, 1, 0, 0]), "depth": np.array([0, 2, 2, 0])},
-    text_queries=[Query(Item("a cat"), [Item("cat", picture(0), True, 0.5), Item("dog", picture(9), False, -0.25)])],
-    image_queries=[Query(Item("cat", picture(3)), [Item("a dog", None, False, 0.4)])],
+    galleries=[
+      Gallery("Text to image", "icons, unseen artists", [
+        Query(Item("a cat"), [Item("cat", picture(0), True, 0.5), Item("dog", picture(9), False, -0.25)])], 40, 30, 12),
+      Gallery("Image to text", "icons, unseen artists", [
+        Query(Item("cat", picture(3)), [Item("a dog", None, False, 0.4)])], 30, 40, 0, "texts"),
+      Gallery("Text to audio", "mine, validation rows held out", [
+        Query(Item("barking"), [Item("dog", picture(5), False, 0.1, "spectrogram of a sound")])], 1_200, 30, 600),
+    ],
     maps=[EmbeddingMap("Before training", points, np.array([[0, 1], [29, 9]]), "PCA.")],
     attributions=[Attribution("noto", "Apache-2.0", "Google Inc")],
   )
@@ -122,17 +130,20 @@ def test_page_can_be_read_without_seeing_it(page):
   assert all(cell.get("scope") in ("row", "col") for cell in parsed.all("th"))
   # Right and wrong in words and signs, not by colour alone.
   text = " ".join(parsed.text)
-  assert text.count("✓ right") == 1 and text.count("✗ wrong") == 2
+  assert text.count("✓ right") == 1 and text.count("✗ wrong") == 3
+  assert [image["alt"] for image in parsed.all("img")] == ["cat", "dog", "cat", "spectrogram of a sound: dog"]
   # Dark and print are looked after.
   assert "prefers-color-scheme: dark" in page and "@media print" in page
 
 
 def test_page_shows_what_it_was_given(page):
-  text = re.sub(r"\s+", " ", " ".join(Page(page).text))
+  text = re.sub(r"\s+", " ", " ".join(Page(page).text))  # no-break blanks too
   for expected in [
     "Stage 1 & <bridges>", "python -m codebind_jax.main --config='a b'", "model.codes.shared", "3 min 04 s", "12.3 s",
     "3 min 17 s", "3,587", "Apache-2.0", "1 of 120 values not finite", "512 codes, 2 never used", "shared (512 codes)",
-    "half the codes", "stage2", "Before training", "−0.25", "val · zeroshot · image · top1",
+    "half the codes", "stage2", "level with <the> baseline (difference 2.2 points, within the 95 % interval).",
+    "12 of 40 queries (30 %) have a right first answer among 30 pictures.", "600 of 1,200 queries (50 %)",
+    "Before training", "−0.25", "val · zeroshot · image · top1",
     "33.3 % of the shared codes in use", "serves 1.3 of 2 in effect", "depth 50.0 2",
   ]:  # fmt: skip
     assert expected in text, expected
@@ -165,7 +176,8 @@ def test_score_table(page):
 def test_missing_parts_are_named(tmp_path):
   path = report.write_report(tmp_path / "r.html", ReportData("Evaluation", Run("model", []), command="run"))
   text = " ".join(Page(path.read_text()).text)
-  assert "Left out for lack of data: Results, Training curves, Validation during training, Codebook usage" in text
+  left_out = "Queries and what was found, Results, Training curves, Validation during training, Codebook usage"
+  assert f"Left out for lack of data: {left_out}" in text
   assert "What was run" in text and [file.name for file in tmp_path.iterdir()] == ["r.html"]
 
 
@@ -179,15 +191,16 @@ def test_no_baseline_no_column(tmp_path):
 def test_gallery_images_are_small_and_true(page):
   sources = [image["src"] for image in Page(page).all("img")]
   decoded = [np.asarray(Image.open(io.BytesIO(base64.b64decode(s.split(",")[1]))).convert("RGB")) for s in sources]
-  assert [image.shape for image in decoded] == [(96, 96, 3)] * 3
-  assert [int(image.mean().round()) for image in decoded] == [0, 9, 3]
+  assert [image.shape for image in decoded] == [(96, 96, 3)] * 4
+  assert [int(image.mean().round()) for image in decoded] == [0, 9, 3, 5]
 
 
 @pytest.mark.parametrize(
   "change, message",
   [
     (dict(code_counts={"shared": np.zeros(4)}), r"code_counts\['shared'\]"),
-    (dict(text_queries=[Query(Item("q"), [Item("x", np.zeros((4, 4, 4), np.uint8), True)])]), "gallery image 'x'"),
+    (dict(galleries=[Gallery("T", "s", [Query(Item("q"), [Item("x", np.zeros((4, 4, 4), np.uint8), True)])], 1, 1, 1)]),
+     "gallery image 'x'"),
     (dict(maps=[EmbeddingMap("m", {"a": np.array([[np.nan, 0]])}, np.zeros((0, 2), int))]), "map 'm', a"),
   ],
 )
@@ -229,33 +242,100 @@ def test_tick_labels_are_not_cut():
 # Builders.
 
 
-def test_build_queries():
+def sides(asked, found):
+  """Both sides of a gallery, from one value of each row."""
+  keys = [(np.arange(len(values)), np.array(list(values))) for values in (asked, found)]
+  return contents.sides(tuple(np.arange(len(values)) for values in (asked, found)), tuple(keys))
+
+
+def test_a_gallery_shows_queries_with_right_and_with_wrong_first_answers_and_counts_all():
   found = [Item("north"), Item("east"), Item("also north")]
   embeddings = np.array([[0, 2], [1, 0], [0.1, 1]], np.float32)
-  (query,) = report_data.build_queries(
-    [Item("up")], ["n"], np.array([[0, 1]], np.float32), found, np.array(["n", "e", "n"]), embeddings, k=2
-  )
-  assert [(answer.text, answer.right) for answer in query.answers] == [("north", True), ("also north", True)]
-  assert query.answers[0].score == pytest.approx(1.0) and query.answers[1].score == pytest.approx(1 / np.sqrt(1.01))
+  asked = [Item(f"up {i}") for i in range(9)] + [Item("right")]
+  queries = np.array([[0, 1]] * 9 + [[0, 1]], np.float32)  # the last asks for east and gets north
+  made = report_data.build_gallery("T", "mine", asked, queries, found, embeddings,
+                                   relevant=sides(["n"] * 9 + ["e"], ["n", "e", "n"]), shown=4, k=2)  # fmt: skip
+  assert (made.asked, made.found, made.first, made.on) == (10, 3, 9, "mine")
+  # One is wrong, so three right ones are shown, spread over all.
+  assert [query.asked.text for query in made.queries] == ["up 0", "up 4", "up 8", "right"]
+  first, last = made.queries[0].answers, made.queries[-1].answers
+  assert [(answer.text, answer.right) for answer in first] == [("north", True), ("also north", True)]
+  assert [(answer.text, answer.right) for answer in last] == [("north", False), ("also north", False)]
+  assert first[0].score == pytest.approx(1.0) and first[1].score == pytest.approx(1 / np.sqrt(1.01))
   with pytest.raises(ValueError, match="lengths must be equal"):
-    report_data.build_queries([Item("up")], ["n", "n"], embeddings[:1], found, ["n"] * 3, embeddings)
+    report_data.build_gallery("T", "", asked[:1], queries[:1], found, embeddings, relevant=sides("nn", "nen"))
 
 
-def test_scores_from_metrics():
-  found = {"eval/a/top1": 50.0, "eval/b/top1": 20.0, "eval/a/r1": 10.0}
+def test_right_and_wrong_queries_are_shown_in_equal_number_as_far_as_there_are():
+  right = np.array([True] * 6 + [False] * 6)
+  assert report_data.balanced(right, 4) == [0, 5, 6, 11]
+  assert report_data.balanced(right, 3) == [0, 5, 6]
+  assert report_data.balanced(np.ones(3, bool), 4) == [0, 1, 2] and report_data.balanced(np.zeros(3, bool), 2) == [0, 2]
+  assert report_data.balanced(np.array([False, True]), 9) == [0, 1]
+
+
+def test_scores_take_rows_ways_interval_and_chance_from_the_metrics():
+  found = {
+    "eval/a/zeroshot/image/top1": 50.0, "eval/a/zeroshot/image/top1/n": 756.0, "eval/a/zeroshot/image/top1/ways": 6.0,
+    "eval/a/zeroshot/image/top1/low": 30.0, "eval/a/zeroshot/image/top1/high": 70.0,
+    "eval/b/zeroshot/image/top1": 20.0, "eval/a/retrieval/text_to_image/r5": 10.0,
+  }  # fmt: skip
+  base = {"eval/a/zeroshot/image/top1": 40.0, "eval/a/zeroshot/image/top1/low": 20.0}  # one end is no interval
   made = report_data.scores_from_metrics(
-    found, {"eval/a/top1": 40.0}, metrics={"top1": "Top-1", "r1": "R@1"}, sets={"a": "set A", "b": "set B"},
-    counts={"a/top1": 100, "a/r1": 50}, chance={"b/top1": 1.0},
+    found, base, metrics={"zeroshot/image/top1": "Top-1", "retrieval/text_to_image/r5": "R@5"},
+    sets={"a": "set A", "b": "set B"}, differences={"eval/a/zeroshot/image/top1": (4.0, 16.0)},
   )  # fmt: skip
   assert made == [
-    Score("Top-1", "set A", 50.0, 40.0, None, wilson_interval(50.0, 100)),
-    Score("Top-1", "set B", 20.0, None, 1.0),
-    Score("R@1", "set A", 10.0, None, None, wilson_interval(10.0, 50)),
-  ]
-  found |= {"eval/a/top1/low": 30.0, "eval/a/top1/high": 70.0}
-  own = report_data.scores_from_metrics(found, metrics={"top1": "Top-1"}, sets={"a": "A"}, counts={"a/top1": 100})
-  assert own[0].interval == (30.0, 70.0)
+    Score("Top-1", "set A", 50.0, 40.0, 100.0 * 1 / 6.0, (30.0, 70.0), n=756, ways=6, difference=(4.0, 16.0),
+          family="Zero-shot", subject="image"),
+    Score("Top-1", "set B", 20.0, family="Zero-shot", subject="image"),
+    Score("R@5", "set A", 10.0, family="Retrieval", subject="text to image"),
+  ]  # fmt: skip
   assert report_data.scores_from_metrics(found, metrics={"top5": "Top-5"}, sets={"a": "A"}) == []
+
+
+@pytest.mark.parametrize(
+  "name, about, chance",
+  [
+    ("zeroshot/image/top1", {"ways": 550}, 100 / 550),
+    ("zeroshot/image/top5", {"ways": 20}, 25.0),
+    ("zeroshot/image/top5", {"ways": 3}, 100.0),
+    ("zeroshot/image/balanced", {"ways": 4}, 25.0),
+    ("probe/family/image/shared", {"n": 756, "ways": 6}, 100 / 6),
+    ("probe/family/image/shared/balanced", {"ways": 6}, 100 / 6),
+    ("retrieval/image_to_text/r5", {"n": 300, "ways": 100}, 5.0),
+    ("retrieval/text_to_image/r5", {"n": 100, "ways": 300}, None),  # several pictures answer a text
+    ("zeroshot/image/top1", {}, None),
+  ],
+)
+def test_chance_is_that_of_a_guess_among_the_candidates(name, about, chance):
+  measured = {f"eval/s/{name}": 1.0} | {f"eval/s/{name}/{end}": float(value) for end, value in about.items()}
+  assert report_data.chance_of(f"eval/s/{name}", measured) == (None if chance is None else pytest.approx(chance))
+
+
+def test_emergent_retrieval_has_the_chance_that_was_measured():
+  measured = {"eval/test/emergent/a_to_b/r5": 9.0, "eval/test/emergent/a_to_b/chance5": 7.0}
+  assert report_data.chance_of("eval/test/emergent/a_to_b/r5", measured) == 7.0
+
+
+def test_only_rows_of_as_many_ways_have_a_mean():
+  rows = [Score("Top-1", "a", 60.0, 50.0, 10.0, (50.0, 70.0), ways=10, baseline_interval=(40.0, 60.0)),
+          Score("Top-1", "b", 40.0, 40.0, 10.0, (30.0, 50.0), ways=10, baseline_interval=(30.0, 50.0))]  # fmt: skip
+  mean = report.mean_of(rows)
+  assert (mean.on, mean.value, mean.baseline, mean.chance, mean.n) == ("mean of 2 sets", 50.0, 45.0, 10.0, None)
+  assert mean.interval == pytest.approx((50 - np.hypot(10, 10) / 2, 50 + np.hypot(10, 10) / 2))
+  # Each difference has sqrt(10^2 + 10^2) to either side, their mean sqrt(2 * 200) / 2 = 10.
+  assert mean.difference == pytest.approx((-5.0, 15.0))
+  other = Score("Top-1", "c", 10.0, ways=120)
+  assert report.mean_of([*rows, other]) is None and report.mean_of(rows[:1]) is None
+  assert report.mean_of([rows[0], Score("Top-1", "d", float("nan"), ways=10)]) is None
+
+
+def test_a_narrow_page_scrolls_tables_alone_and_breaks_no_word(page):
+  assert not re.search(r"overflow-wrap: anywhere[^}]*}", page.split("pre {")[0])
+  narrow = page[page.index("@media (max-width: 640px)") : page.index("@media print")]
+  assert "min-width: 0" in page and "minmax(100px, 1fr)" in narrow and "overflow-x: auto" in page
+  assert "\u00a0%" in page.split("<section")[0], "no line ends before a percent sign"
 
 
 def test_embedding_map_separates_what_is_apart_and_says_how_near_pairs_are():

@@ -46,11 +46,11 @@ class Plain(Model):
     super().__init__(config, {}, {})
     self.method = types.SimpleNamespace(codebook_sizes={"shared": codes} if codes else {})
 
-  def embed_rows(self, modality, feed, rows, *, workers=0, threads=2, batch=0):
+  def embed_rows(self, modality, feed, rows, *, workers=0, threads=2, batch=0, content=False):
     x = np.stack([np.asarray(feed.clean(int(row))[0], np.float32) for row in rows])
     nothing, none = x[:, :0], np.zeros((len(x), 0), np.int32)
     embeddings = Embeddings(x, nothing, nothing, x.argmax(axis=1)[:, None].astype(np.int32), none)
-    return Embedded(embeddings, np.ones(len(x), bool), ())
+    return Embedded(embeddings, np.ones(len(x), bool), (), np.arange(len(x)) if content else None)
 
 
 def words_trunk(words):
@@ -392,22 +392,26 @@ def test_the_report_shows_the_validation_set_both_models_and_the_baseline_s_curv
   metric = "zeroshot/image/top1"
   final = {f"{start}eval/set_{role}/{name}": value for start, value in (("", 50.0), ("baseline/", 40.0))
            for role in ("test", "val") for name in (metric, "zeroshot/image/top5")}  # fmt: skip
+  final |= {f"eval/set_test/zeroshot/image/top{k}/ways": 10.0 for k in (1, 5)}
   models = {"before": before, "after": model}
-  found = summary.report_data(evaluation.config, tmp_path / "run", evaluation.task, evaluation, final, models, {})
+  found = summary.report_data(evaluation.config, tmp_path / "run", evaluation.task, evaluation, final, models)
   assert [run.records[0]["train/total"] for run in (found.run, found.baseline)] == [2.0, 3.0]
-  assert [(s.on.split()[0], s.value, s.baseline, s.chance) for s in found.scores] == [
+  assert [(s.on, s.value, s.baseline, s.chance) for s in found.scores] == [
     ("set_test", 50.0, 40.0, 10.0), ("set_test", 50.0, 40.0, 50.0)
   ]  # fmt: skip
-  assert [query.asked.text for query in found.text_queries] == ["east", "north"]
-  assert [query.answers[0].image.mean(axis=(0, 1)).tolist() for query in found.text_queries] == [
-    [200, 0, 0], [0, 100, 0]
+  assert [(g.title, g.on, g.first, g.asked, g.kind) for g in found.galleries] == [
+    ("Text to image", "set_val", 2, 2, "pictures"), ("Image to text", "set_val", 2, 2, "texts")
   ]  # fmt: skip
-  assert all(query.answers[0].right for query in (*found.text_queries, *found.image_queries))
+  by_text, by_image = (gallery.queries for gallery in found.galleries)
+  assert [query.asked.text for query in by_text] == ["east", "north"]
+  assert [query.answers[0].image.mean(axis=(0, 1)).tolist() for query in by_text] == [[200, 0, 0], [0, 100, 0]]
+  assert all(query.answers[0].right and not query.answers[1].right for query in (*by_text, *by_image))
   # Pictures and names are joined by their caption; before training each name lay on the other's place.
   notes = [map_.note.split("joined pairs ")[1].split(",")[0] for map_ in found.maps]
-  assert [map_.title for map_ in found.maps] == ["Before training", "After training"] and notes == ["0.00", "1.00"]
+  assert [map_.title for map_ in found.maps] == ["Before training: set_val", "After training: set_val"]
+  assert notes == ["0.00", "1.00"]
   shown = summary.headline(dataclasses.replace(evaluation.config, test=False), evaluation.task, final)
-  assert {score.on.split()[0] for score in shown} == {"set_test", "set_val"}
+  assert {score.on for score in shown} == {"set_test", "set_val"}
 
 
 # The model.

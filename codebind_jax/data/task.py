@@ -26,6 +26,7 @@ from codebind_jax.schema import Frozen, Rule, above, at_least, check_keys, withi
 SHARED = 100_000  # records from which on the index of a split lies in a file, so that worker processes share it
 PROFILES = ("auto", "tiny", "tiny-plus", "small", "full")
 CAPTIONS = ("main", "each", "joined")
+ROLES = {"val": "validation rows", "test": "test rows"}
 
 
 def _one_gap(text: str) -> bool:
@@ -162,7 +163,9 @@ def _world_task(world: str, data: Data) -> Task:
     whole = opened[test.split]
     source = whole.select(i for i in range(len(whole)) if test.keep(whole.fields(i)))
     if len(source):
-      evals.append(dataclasses.replace(test, name=f"{world}_{name}", world=world, source=source))
+      title = f"{_world_title(world)}, {test.title or ROLES[test.role]}"
+      title += " (validation)" if test.title and test.role == "val" else ""
+      evals.append(dataclasses.replace(test, name=f"{world}_{name}", world=world, source=source, title=title))
   extra = opened_split("extra") if data.extra and hasattr(module, "EXTRA") else None
   more = f" and {len(extra)} further named pictures" if extra else ""
   summary = f"{world}, profile {profile}: {len(train)} training rows{more}; " + ", ".join(
@@ -175,6 +178,12 @@ def _world_task(world: str, data: Data) -> Task:
     world, summary, {world: train.grouped(unique)}, tuple(evals), credits,
     {world: joined([train, extra], field=unique, unique=False)} if extra else {},
   )  # fmt: skip
+
+
+def _world_title(world: str) -> str:
+  """A world's name with the modalities it lists: "synthetic-audio-text" is called "synthetic (audio, text)"."""
+  name, *modalities = world.split("-")
+  return f"{name} ({', '.join(modalities)})" if modalities else name
 
 
 def _file_task(data: Data, name: str, names: Sequence[str], default_split: str) -> Task:
@@ -197,7 +206,8 @@ def _file_task(data: Data, name: str, names: Sequence[str], default_split: str) 
     whole = LabelCaptions(whole)
   split = np.where(whole.index.split < 0, SPLITS.index(default_split), whole.index.split)
   parts = {s: whole.select(np.flatnonzero(split == n)) for n, s in enumerate(SPLITS) if (split == n).any()}
-  if data.holdout and list(parts) == ["train"]:
+  held = bool(data.holdout) and list(parts) == ["train"]
+  if held:
     out = held_out(parts["train"], data.holdout)
     logging.info("%s: no record is of split val or test, so %d of %d are held out as val, by hash of the id "
                  "(config.data.holdout=%g; 0 for none)", name, out.sum(), len(out), data.holdout)  # fmt: skip
@@ -212,9 +222,10 @@ def _file_task(data: Data, name: str, names: Sequence[str], default_split: str) 
       found = _labels(data, parts[role], parts.get("train"))
       labels = list(dict.fromkeys(spellings.get(label, label) for label in found))
       fields = ("label",) if labels else ()
+      title = f"{name}, {ROLES[role]}" + (" held out" if role == "val" and held else "")
       texts = "main" if data.captions == "main" else "all"
       evals.append(EvalSet(f"{name}_{role}", name, role, parts[role], labels, fields, fields, _pairs(parts[role]),
-                           texts=texts, spellings=spellings))  # fmt: skip
+                           texts=texts, spellings=spellings, title=title))  # fmt: skip
   if not evals and default_split != "train":
     raise ValueError(f"{whole.name}: nothing to evaluate, every record is of split 'train'; allowed: val, test, or "
                      "no splits")  # fmt: skip

@@ -2,13 +2,12 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float, Int, Shaped, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
-from codebind_jax.evaluators import base
-from codebind_jax.evaluators.intervals import wilson_interval
+from codebind_jax.evaluators import base, contents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +28,8 @@ class Score:
   """One headline number beside its baseline.
 
   Attributes:
-    metric: rows of one metric form a group: "Zero-shot top-1".
-    on: the evaluation set: "unseen artists (550 ways)".
+    metric: rows of one metric form a group: "Zero-shot image, top-1".
+    on: the evaluation set: "icons, unseen artists".
     value: of the run reported, in `unit`.
     baseline: the baseline's number.
     chance: the number of a model that guesses.
@@ -38,7 +37,13 @@ class Score:
     spread: standard deviation over seeds, if `value` is their mean.
     unit: "%" or "".
     higher_is_better: which sign of the difference is good.
-    averaged: whether the row counts in the mean of its group.
+    averaged: whether the row counts in the mean of its group, with those of as many ways.
+    n: number of rows scored.
+    ways: number of candidates among which each row's answer was chosen.
+    baseline_interval: the baseline's 95 % interval.
+    difference: 95 % interval of `value` minus `baseline`, of both models on the same rows.
+    family: what a verdict joins, such as "Zero-shot"; "" for rows that no verdict counts.
+    subject: what of the family it is, such as "image".
   """
 
   metric: str
@@ -51,23 +56,31 @@ class Score:
   unit: str = "%"
   higher_is_better: bool = True
   averaged: bool = True
+  n: int | None = None
+  ways: int | None = None
+  baseline_interval: tuple[float, float] | None = None
+  difference: tuple[float, float] | None = None
+  family: str = ""
+  subject: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-  """A query or an answer of the gallery: a text, an image, or an image with a caption.
+  """A query or an answer of the gallery: a text, a picture, or a picture with a caption.
 
   Attributes:
-    text: what is written; the caption of an image.
-    image: [h, w, 3] uint8.
+    text: what is written; the caption of a picture.
+    image: [h, w, 3] uint8: an image, or the drawing of another modality (`report.pictures`).
     right: whether it answers the query; None for queries.
     score: cosine to the query.
+    kind: what the picture shows, such as "spectrogram of a sound": part of its text alternative.
   """
 
   text: str = ""
   image: UInt8[np.ndarray, "h w c"] | None = None
   right: bool | None = None
   score: float | None = None
+  kind: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +89,28 @@ class Query:
 
   asked: Item
   answers: Sequence[Item]
+
+
+@dataclasses.dataclass(frozen=True)
+class Gallery:
+  """Queries of one modality and what was found in another.
+
+  Attributes:
+    title: "Text to image".
+    on: the set they are of.
+    queries: those shown, with and without a right first answer.
+    asked, found: number of all queries, and of the candidates.
+    first: number of all queries whose first answer is right.
+    kind: what the answers are, "pictures" or "texts".
+  """
+
+  title: str
+  on: str
+  queries: Sequence[Query]
+  asked: int
+  found: int
+  first: int
+  kind: Literal["pictures", "texts"] = "pictures"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +145,12 @@ class ReportData:
 
   Attributes:
     title: heading of the page.
-    summary: a sentence or two on what was run and found.
+    verdict: sentences on what was found, the most important first (`report.verdict`).
+    trained: a sentence or two on what was trained on what.
     command: the line that repeats it.
     config: settings, nested or flat.
     environment: versions and machine, by name.
-    seconds: time taken by phase, in order.
+    seconds: time that the command took, by phase, in order.
     data_profile: name of the data profile and why it was chosen.
     data_counts: number of items by split, in order.
     run: the run reported.
@@ -123,8 +159,7 @@ class ReportData:
     codebook_sizes: number of codes by codebook.
     code_counts: how often each code was used on the training data, [K] by codebook.
     shared_counts: how often each modality used each shared code, [K] by modality.
-    text_queries: texts and the images found.
-    image_queries: images and the texts found.
+    galleries: queries and what was found; the first of them are shown near the top.
     maps: embedding maps, first before and then after training.
     attributions: of the data and of pretrained weights.
     notes: further paragraphs (what is rendered, what to be careful about).
@@ -132,7 +167,8 @@ class ReportData:
 
   title: str
   run: Run
-  summary: str = ""
+  verdict: Sequence[str] = ()
+  trained: str = ""
   command: str = ""
   config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -144,8 +180,7 @@ class ReportData:
   codebook_sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
   code_counts: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
   shared_counts: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-  text_queries: Sequence[Query] = ()
-  image_queries: Sequence[Query] = ()
+  galleries: Sequence[Gallery] = ()
   maps: Sequence[EmbeddingMap] = ()
   attributions: Sequence[Attribution] = ()
   notes: Sequence[str] = ()
@@ -157,34 +192,77 @@ def scores_from_metrics(
   *,
   metrics: Mapping[str, str],
   sets: Mapping[str, str],
-  counts: Mapping[str, int] | None = None,
-  chance: Mapping[str, float] | None = None,
+  differences: Mapping[str, tuple[float, float]] | None = None,
 ) -> list[Score]:
   """Headline rows out of metrics named `eval/<set>/<metric>`; pairs that were not measured are left out.
+
+  Rows, candidates and interval of a metric NAME are the metrics `NAME/n`, `NAME/ways`, `NAME/low` and `NAME/high`,
+  where they are there. Chance is that of a guess among the candidates, see `chance_of`.
 
   Args:
     measured: metrics of the run.
     baseline: metrics of the baseline under the same names.
     metrics: title by metric, such as `{"zeroshot/image/top1": "Zero-shot top-1"}`; percentages.
     sets: title by set, such as `{"test_artist": "unseen artists"}`.
-    counts: test items by `<set>/<metric>`, for the Wilson intervals of metrics that come without `<name>/low` and
-      `<name>/high` of their own.
-    chance: percentage of a guess, by `<set>/<metric>`.
+    differences: 95 % interval of run minus baseline on the same rows, by `eval/<set>/<metric>`.
   """
-  rows = []
+  rows, base = [], baseline or {}
   for metric, title in metrics.items():
     for name, on in sets.items():
       key = f"eval/{name}/{metric}"
       if key not in measured:
         continue
-      interval, count = None, (counts or {}).get(f"{name}/{metric}")
-      if f"{key}/low" in measured:
-        interval = float(measured[f"{key}/low"]), float(measured[f"{key}/high"])
-      elif count:
-        interval = wilson_interval(float(measured[key]), count)
-      other = None if baseline is None or key not in baseline else float(baseline[key])
-      rows.append(Score(title, on, float(measured[key]), other, (chance or {}).get(f"{name}/{metric}"), interval))
+      count = lambda end, key=key: int(measured[f"{key}/{end}"]) if f"{key}/{end}" in measured else None
+      other = float(base[key]) if key in base else None
+      rows.append(Score(
+        title, on, float(measured[key]), other, chance_of(key, measured), _interval(key, measured), n=count("n"),
+        ways=count("ways"), baseline_interval=_interval(key, base), difference=(differences or {}).get(key),
+        family=FAMILIES.get(_kind(metric), ""), subject=_subject(metric),
+      ))  # fmt: skip
   return rows
+
+
+# Metric's kind -> family of the verdict. Of an item's several numbers one counts.
+FAMILIES = {"zeroshot/top1": "Zero-shot", "retrieval/r5": "Retrieval", "probe/full": "Linear probes"}
+
+
+def _kind(metric: str) -> str:
+  """Beginning and end of a metric's name."""
+  return f"{metric.partition('/')[0]}/{metric.rpartition('/')[2]}"
+
+
+def _subject(metric: str) -> str:
+  """What a metric is of: "image" of `zeroshot/image/top1`, "text to image", "family of image"."""
+  first, *rest = metric.split("/")
+  if first == "probe":
+    return f"{rest[0]} of {rest[1]}"
+  return rest[0].replace("_to_", " to ") + (f" by {rest[1]}" if first == "retrieval" and len(rest) > 2 else "")
+
+
+def _interval(key: str, metrics: Mapping[str, float]) -> tuple[float, float] | None:
+  """The ends `key/low` and `key/high`; None unless both are there and finite."""
+  ends = float(metrics.get(f"{key}/low", np.nan)), float(metrics.get(f"{key}/high", np.nan))
+  return ends if np.isfinite(ends).all() else None
+
+
+def chance_of(key: str, measured: Mapping[str, float]) -> float | None:
+  """What a guess would score, percent: 100 k of the `ways` candidates; None where it is not known.
+
+  k is that of `top5` and `r5`, and 1 of an accuracy. With fewer queries than candidates, several candidates answer a
+  query of retrieval, and how many is not measured; emergent retrieval measures its chance itself.
+  """
+  end = key.rpartition("/")[2]
+  k = int(end.lstrip("topr")) if end.lstrip("topr").isdigit() else 1
+  if f"{key.rpartition('/')[0]}/chance{k}" in measured:
+    return float(measured[f"{key.rpartition('/')[0]}/chance{k}"])
+  ways = measured.get(f"{key}/ways")
+  if not ways or "/retrieval/" in key and measured.get(f"{key}/n", 0) < ways:
+    return None
+  return 100.0 * min(k, ways) / ways
+
+
+COUNTED = 2000  # queries of a gallery that are counted, fewer where there are very many answers
+_CELLS = 1 << 26  # similarities held at once
 
 
 def nearest(
@@ -198,43 +276,67 @@ def nearest(
   return order, np.take_along_axis(scores, order, axis=1)
 
 
-def build_queries(
+def build_gallery(
+  title: str,
+  on: str,
   asked: Sequence[Item],
-  asked_labels: Sequence | Shaped[np.ndarray, "..."],
   asked_embeddings: Float[np.ndarray, "..."],
   found: Sequence[Item],
-  found_labels: Sequence | Shaped[np.ndarray, "..."],
   found_embeddings: Float[np.ndarray, "..."],
   *,
+  relevant: tuple[contents.Side, contents.Side],
+  shown: int = 4,
   k: int = 5,
-) -> list[Query]:
-  """Each query with its k nearest answers, which are right where labels are equal.
+  kind: Literal["pictures", "texts"] = "pictures",
+) -> Gallery:
+  """Queries with their k nearest answers, which are right where the two share a value.
+
+  Half of the queries shown have a right first answer and half a wrong one, as far as there are; they are spread evenly
+  over the set. Of a set with more than `COUNTED` queries as many are counted, spread evenly too.
 
   Args:
-    asked: N queries.
-    asked_labels: [N].
+    title, on: of the gallery.
+    asked: N queries; a sequence may make item i when it is read.
     asked_embeddings: [N, D].
-    found: M candidate answers; a sequence may make item i when it is read.
-    found_labels: [M].
+    found: M candidate answers, likewise.
     found_embeddings: [M, D].
-    k: answers shown.
+    relevant: the values of the queries and of the answers.
+    shown: number of queries shown.
+    k: answers shown of each.
+    kind: what the answers are.
 
   Raises:
     ValueError: if lengths or widths differ, or embeddings are empty or not finite.
   """
-  base.check_lengths(asked=asked, asked_labels=asked_labels, asked_embeddings=asked_embeddings)
-  base.check_lengths(found=found, found_labels=found_labels, found_embeddings=found_embeddings)
-  order, scores = nearest(asked_embeddings, found_embeddings, k)
-  return [
-    Query(
-      item,
-      [
-        dataclasses.replace(found[int(j)], right=bool(found_labels[j] == label), score=float(score))
-        for j, score in zip(rows, row_scores)
-      ],
-    )
-    for item, label, rows, row_scores in zip(asked, asked_labels, order, scores)
-  ]
+  base.check_lengths(asked=asked, values=relevant[0].rows, asked_embeddings=asked_embeddings)
+  base.check_lengths(found=found, values=relevant[1].rows, found_embeddings=found_embeddings)
+  counted = evenly(np.arange(len(asked)), min(COUNTED, max(shown, _CELLS // len(found))))
+  order, scores = nearest(np.asarray(asked_embeddings)[counted], found_embeddings, k)
+  answers_of = contents.shared_values(*relevant)[counted]
+  right = np.take_along_axis(answers_of.toarray() > 0, order, axis=1)
+  queries = []
+  for row in balanced(right[:, 0], shown):
+    answers = [
+      dataclasses.replace(found[int(j)], right=bool(hit), score=float(score))
+      for j, hit, score in zip(order[row], right[row], scores[row])
+    ]
+    queries.append(Query(asked[int(counted[row])], answers))
+  return Gallery(title, on, queries, len(counted), len(found), int(right[:, 0].sum()), kind)
+
+
+def evenly(rows: Int[np.ndarray, "n"], count: int) -> Int[np.ndarray, "m"]:
+  """Up to `count` of the rows, spread evenly, the first and the last among them."""
+  if len(rows) <= count:
+    return rows
+  return rows[np.linspace(0, len(rows) - 1, count).round().astype(int)]
+
+
+def balanced(right: Bool[np.ndarray, "n"], count: int) -> list[int]:
+  """Rows to show: half of those that are right and half of those that are wrong, in order; more of one for lack of the
+  other."""
+  hits, misses = np.flatnonzero(right), np.flatnonzero(~right)
+  some = min(len(hits), max(count - count // 2, count - len(misses)))
+  return sorted([*evenly(hits, some).tolist(), *evenly(misses, min(len(misses), count - some)).tolist()])
 
 
 def embedding_map(

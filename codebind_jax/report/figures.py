@@ -10,9 +10,8 @@ import numpy as np
 from PIL import Image
 
 from codebind_jax.report import charts
-from codebind_jax.report.data import EmbeddingMap, Item, Query, ReportData, Run
+from codebind_jax.report.data import EmbeddingMap, Gallery, Item, ReportData, Run
 
-MAX_QUERIES = 12
 _THUMBNAIL = 96
 _CODEBOOK = {"perplexity": "Perplexity", "active_share": "Active codes, %", "dead": "Dead codes"}
 _SHAPES = {
@@ -172,8 +171,12 @@ def codes(data: ReportData) -> str:
 # Gallery.
 
 
-def _image(image: np.ndarray, text: str) -> str:
-  """A thumbnail of an image as a data URI, PNG or JPEG, whichever is smaller."""
+def thumbnail(image: np.ndarray, text: str) -> tuple[str, tuple[int, int]]:
+  """A picture [h, w, 3], made small, as a data URI, PNG or JPEG, whichever is smaller; and its width and height.
+
+  Raises:
+    ValueError: naming the picture by its text, if it is not uint8 RGB.
+  """
   image = np.asarray(image)
   if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
     raise ValueError(f"gallery image {text!r}: expected uint8 [h, w, 3], got {image.dtype} {list(image.shape)}")
@@ -185,12 +188,19 @@ def _image(image: np.ndarray, text: str) -> str:
     picture.save(buffer, kind, **options)
     files.append((buffer.getvalue(), kind))
   data, kind = min(files, key=lambda pair: len(pair[0]))
-  source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-  return f'<img src="{source}" alt="{escape(text)}" width="{picture.width}" height="{picture.height}">'
+  return f"data:image/{kind};base64,{base64.b64encode(data).decode()}", picture.size
+
+
+def alternative(item: Item) -> str:
+  """Text alternative of an item's picture: "spectrogram of a sound: dog barking"."""
+  return ": ".join(filter(None, (item.kind, item.text))) or "picture without a caption"
 
 
 def _item(item: Item) -> str:
-  picture = _image(item.image, item.text or "picture without a caption") if item.image is not None else ""
+  picture = ""
+  if item.image is not None:
+    source, (width, height) = thumbnail(item.image, item.text)
+    picture = f'<img src="{source}" alt="{escape(alternative(item))}" width="{width}" height="{height}">'
   return picture + (f"<span>{escape(item.text)}</span>" if item.text else "")
 
 
@@ -200,30 +210,25 @@ def _answer(answer: Item) -> str:
   return f'<li class="{kind}"><div class="verdict"><b>{verdict}</b>{score}</div>{_item(answer)}</li>'
 
 
-def gallery(queries: Sequence[Query], kind: str) -> str:
-  """Queries with their nearest answers.
+def galleries(shown: Sequence[Gallery], explained: bool = True) -> str:
+  """Queries with their nearest answers, by gallery; `explained` puts before them how to read one."""
+  text = look(
+    "A query, then what the model found nearest to it, from best to worst, with the cosines. ✓ in a full frame is "
+    "right, ✗ in a dashed frame is wrong. Queries with a right and with a wrong first answer are shown alike, "
+    "whatever their shares, which stand above them. Look at the wrong ones: near in meaning, or only in looks?"
+  )
+  return (text if explained and shown else "") + "".join(map(_gallery, shown))
 
-  Args:
-    queries: what to show; the first `MAX_QUERIES` are drawn, all are counted.
-    kind: what the answers are, "images" or "texts".
-  """
-  if not queries:
-    return ""
+
+def _gallery(gallery: Gallery) -> str:
   rows = [
     f'<div class="query"><div class="asked">{_item(query.asked)}</div>'
     f'<ol class="answers">{"".join(map(_answer, query.answers))}</ol></div>'
-    for query in queries[:MAX_QUERIES]
+    for query in gallery.queries
   ]
-  first = sum(bool(query.answers and query.answers[0].right) for query in queries)
-  among = sum(any(answer.right for answer in query.answers) for query in queries)
-  depth = max(len(query.answers) for query in queries)
-  shown = f" The first {MAX_QUERIES} are shown." if len(queries) > MAX_QUERIES else ""
-  text = look(
-    f"The query, then the {depth} nearest {kind} from best to worst with their cosines. ✓ in a full frame is right, "
-    f"✗ in a dashed frame is wrong. Of these {len(queries)} queries {first} have a right first answer and {among} "
-    f"one among the {depth}.{shown} Look at the wrong ones: near in meaning, or only in looks?"
-  )
-  return f'{text}<div class="{kind}">{"".join(rows)}</div>'
+  share = f"{gallery.first:,} of {gallery.asked:,} queries ({100 * gallery.first / max(gallery.asked, 1):.0f} %)"
+  of = f"{escape(gallery.on)}. {share} have a right first answer among {gallery.found:,} {gallery.kind}."
+  return f'<h3>{escape(gallery.title)}</h3><p class="small">{of}</p><div class="{gallery.kind}">{"".join(rows)}</div>'
 
 
 # Maps.

@@ -1,5 +1,6 @@
 """The report of a run: one self-contained HTML page to read, send and print."""
 
+import dataclasses
 import importlib.resources
 import os
 import string
@@ -14,8 +15,12 @@ from codebind_jax import files
 from codebind_jax.evaluators import codes
 from codebind_jax.report import figures as report_figures
 from codebind_jax.report.data import ReportData, Score
+from codebind_jax.report.verdict import ABOVE, BELOW, gap, judged
 
 _LARGE = 3_000_000
+STRIPS = 2  # galleries near the top
+CARDS = 6
+KINDS = {ABOVE: "up", BELOW: "down"}
 
 
 def write_report(path: str | os.PathLike, data: ReportData) -> files.Path:
@@ -33,20 +38,21 @@ def write_report(path: str | os.PathLike, data: ReportData) -> files.Path:
   Raises:
     ValueError: if a part is malformed (an image that is not uint8 RGB, say), naming it.
   """
+  first, more = data.galleries[:STRIPS], data.galleries[STRIPS:]
   sections = {
+    "found": ("Queries and what was found", report_figures.galleries(first)),
     "results": ("Results", _results(data)),
     "curves": ("Training curves", report_figures.curves(data)),
     "validation": ("Validation during training", report_figures.validation(data)),
     "codebooks": ("Codebook usage over time", report_figures.codebooks(data)),
     "codes": ("Use of single codes", report_figures.codes(data) + _shared_codes(data)),
-    "text-queries": ("Text to image", report_figures.gallery(data.text_queries, "images")),
-    "image-queries": ("Image to text", report_figures.gallery(data.image_queries, "texts")),
     "maps": ("Map of the embeddings", report_figures.maps(data.maps)),
+    "more-found": ("More queries", report_figures.galleries(more, explained=not first)),
     "setup": ("What was run", _setup(data)),
     "credits": ("Whose work the data is", _credits(data)),
   }
   shown = {key: part for key, part in sections.items() if part[1]}
-  left_out = [title for key, (title, body) in sections.items() if not body]
+  left_out = [title for key, (title, body) in sections.items() if not body and key != "more-found"]
   body = [_head(data, shown, left_out)]
   body += [
     f'<section id="{key}" aria-labelledby="{key}-h"><h2 id="{key}-h">{title}</h2>\n{text}</section>'
@@ -78,17 +84,44 @@ def _table(head, rows, caption, kind=""):
 
 def _head(data, shown, left_out):
   parts = [f"<header><h1>{escape(data.title)}</h1>"]
-  if data.summary:
-    parts.append(f'<p class="lead">{escape(data.summary)}</p>')
+  if data.verdict:
+    parts.append(f'<ul class="found">{"".join(f"<li>{_words(line)}</li>" for line in data.verdict)}</ul>')
+  if data.trained:
+    parts.append(f"<p>{_words(data.trained)}</p>")
+  if data.scores:
+    parts.append(f'<p class="small">{_words(_reading(data.scores))}</p>')
   parts += [f"<p>{escape(note)}</p>" for note in data.notes]
-  cards = [_card(name, rows) for name, rows in _groups(data.scores).items() if _mean(rows) or len(rows) == 1]
-  if cards:
+  if cards := _cards(data.scores):
     parts.append(f'<ul class="cards">{"".join(cards)}</ul>')
   links = "".join(f'<li><a href="#{key}">{title}</a></li>' for key, (title, _) in shown.items())
   parts.append(f'<nav aria-label="Contents"><ol>{links}</ol></nav>')
   if left_out:
     parts.append(f'<p class="small left-out">Left out for lack of data: {", ".join(left_out)}.</p>')
   return "".join(parts) + "</header>"
+
+
+def _words(text: str) -> str:
+  """A sentence as HTML, in which no line ends before a percent sign."""
+  return escape(text).replace(" %", "\u00a0%")
+
+
+def _cards(scores: Sequence[Score]) -> list[str]:
+  """Of the rows that a verdict counts, the mean of each group, or its rows where they have none; at most `CARDS`."""
+  counted = [score for score in scores if score.family] or scores
+  means = [(mean_of(group), group) for group in _groups(counted).values()]
+  return [_card(row) for mean, group in means for row in ([mean] if mean else group)][:CARDS]
+
+
+def _reading(scores: Sequence[Score]) -> str:
+  """How to read the numbers, in plain words."""
+  text = ("How to read it: a percentage is the share of rows whose right answer was ranked first among the candidates "
+          "(ways), or among the first five at top-5 and recall@5.")  # fmt: skip
+  if any(score.interval is not None for score in scores):
+    text += " With other rows of the same kind the number would mostly lie within its 95 % interval."
+  if any(score.baseline is not None for score in scores):
+    text += (" Level means that the 95 % interval of the difference holds zero, so that no difference was shown; above "
+             "and below, that it does not.")  # fmt: skip
+  return text
 
 
 def _groups(scores: Sequence[Score]) -> dict[str, list[Score]]:
@@ -98,13 +131,15 @@ def _groups(scores: Sequence[Score]) -> dict[str, list[Score]]:
   return groups
 
 
-def _mean(rows: Sequence[Score]) -> Score | None:
-  """The mean row of a group, None if fewer than two rows take part.
+def mean_of(rows: Sequence[Score]) -> Score | None:
+  """The mean row of a group; None where fewer than two rows can be averaged.
 
-  It has a baseline, chance and interval only where every row has one; the interval assumes independent sets.
+  Rows are averaged where they are of one metric and unit and have as many ways: a percentage of 550 ways and one of 120
+  have no common mean. It has a baseline, chance and interval only where every row has one; the interval assumes that
+  no row is in two sets.
   """
-  rows = [row for row in rows if row.averaged]
-  if len(rows) < 2:
+  rows = [row for row in rows if row.averaged and np.isfinite(row.value)]
+  if len(rows) < 2 or len({(row.metric, row.unit, row.ways) for row in rows}) > 1:
     return None
 
   def mean(name):
@@ -116,24 +151,27 @@ def _mean(rows: Sequence[Score]) -> Score | None:
     below, above = (np.array([abs(row.value - row.interval[end]) for row in rows]) for end in (0, 1))
     half = lambda sides: float(np.sqrt(np.sum(sides**2)) / len(rows))
     interval = (value - half(below), value + half(above))
-  return Score(
-    rows[0].metric,
-    f"mean of {len(rows)} sets",
-    value,
-    mean("baseline"),
-    mean("chance"),
-    interval,
-    unit=rows[0].unit,
-    higher_is_better=rows[0].higher_is_better,
-  )
+  return dataclasses.replace(
+    rows[0], on=f"mean of {len(rows)} sets", value=value, baseline=mean("baseline"), chance=mean("chance"),
+    interval=interval, spread=None, n=None, baseline_interval=None, difference=_joined_difference(rows),
+  )  # fmt: skip
 
 
-def _card(name, rows):
-  row = _mean(rows) or rows[0]
+def _joined_difference(rows: Sequence[Score]) -> tuple[float, float] | None:
+  """95 % interval of the mean difference, of rows that are independent; None where a row has none."""
+  ends = [gap(row) for row in rows]
+  if None in ends:
+    return None
+  changes = np.array([row.value - row.baseline for row in rows])
+  below, above = (float(np.sqrt(np.sum((changes - np.array(ends)[:, end]) ** 2)) / len(rows)) for end in (0, 1))
+  return float(changes.mean()) - below, float(changes.mean()) + above
+
+
+def _card(row):
   unit = f'<span class="unit"> {escape(row.unit)}</span>' if row.unit else ""
   against = f"{_difference(row)} against the baseline" if row.baseline is not None else ""
   return (
-    f'<li>{escape(name)}<b>{_number(row.value)}{unit}</b><span class="small">{escape(row.on)}</span>'
+    f'<li>{escape(row.metric)}<b>{_number(row.value)}{unit}</b><span class="small">{escape(row.on)}</span>'
     f'<span class="under">{against}</span></li>'
   )
 
@@ -145,18 +183,15 @@ def _number(value):
 
 
 def _difference(row):
-  """Signed and with an arrow, so that nothing rests on colour alone; ≈ where the baseline lies in the interval."""
+  """Signed and with an arrow, so that nothing rests on colour alone; ≈ where the interval of the difference holds 0."""
   if row.baseline is None or not np.isfinite(row.value - row.baseline):
     return "–"
-  change = row.value - row.baseline
-  unclear = row.interval is not None and row.interval[0] <= row.baseline <= row.interval[1]
-  if abs(change) < 0.05 or unclear:
-    kind, arrow = "even", "≈"
-  else:
-    kind = "up" if (change > 0) == row.higher_is_better else "down"
-    arrow = "▲" if change > 0 else "▼"
+  change, side = row.value - row.baseline, judged(row)
+  if side is None and abs(change) >= 0.05:  # without an interval the number alone decides
+    side = ABOVE if (change > 0) == row.higher_is_better else BELOW
+  arrow = ("▲" if change > 0 else "▼") if side in (ABOVE, BELOW) else "≈"
   sign = "−" if change < 0 else "+"
-  return f'<span class="{kind}">{sign}{_number(abs(change))} {arrow}</span>'
+  return f'<span class="{KINDS.get(side, "even")}">{sign}{_number(abs(change))} {arrow}</span>'
 
 
 def _results(data):
@@ -166,12 +201,12 @@ def _results(data):
   optional = ("baseline", "chance", "interval", "spread")
   given = {name for name in optional if any(getattr(score, name) is not None for score in data.scores)}
   text = {
-    "baseline": f"{run} beside {baseline}: green ▲ is better and red ▼ worse (for ranks the other way round), ≈ means "
-    "that the baseline lies inside the 95 % interval or that the two are equal. Look for gains well above the width of "
-    "the interval on every set.",
+    "baseline": f"{run} beside {baseline}: ▲ higher and ▼ lower by more than the 95 % interval of the difference, "
+    "green where that is better and red where it is worse; ≈ means that this interval holds zero.",
     "interval": "The 95 % interval is written small.",
     "spread": "± is the standard deviation over seeds.",
-    "chance": "Chance is what a guess would score.",
+    "chance": "Chance is what a guess would score: k of the ways. Retrieval with several right answers to a query has "
+    "none here.",
   }
   parts = [report_figures.look(" ".join(sentence for name, sentence in text.items() if name in given))]
   for name, rows in _groups(data.scores).items():
@@ -185,7 +220,7 @@ def _results(data):
       head += [("Chance", ' class="n chance"')]
     head += [(f"0 to {_number(top).removesuffix('.0')} {unit}", ' class="bar"')]
     lines = [_score_row(row, top, given) for row in rows]
-    mean = _mean(rows)
+    mean = mean_of(rows)
     if mean:
       lines.append(_score_row(mean, top, given, "mean"))
     parts.append(f"<h3>{escape(name)}{f' ({unit})' if unit else ''}</h3>")
@@ -210,7 +245,9 @@ def _score_row(row, top, given, kind=""):
     cells += [_number(row.chance)]
   numbers = "".join(f'<td class="n">{cell}</td>' for cell in cells)
   bar = f'<td class="bar"><div class="scale" aria-hidden="true">{_marks(row, top)}</div></td>'
-  return f'<tr class="{kind}"><th scope="row">{escape(row.on)}</th>{numbers}{bar}</tr>'
+  facts = [f"{row.n:,} rows" if row.n else "", f"{row.ways:,} ways" if row.ways else ""]
+  under = f'<span class="under">{", ".join(filter(None, facts))}</span>' if any(facts) else ""
+  return f'<tr class="{kind}"><th scope="row">{escape(row.on)}{under}</th>{numbers}{bar}</tr>'
 
 
 def _marks(row, top):
@@ -284,7 +321,8 @@ def _setup(data):
   times = [(name, _time(seconds)) for name, seconds in data.seconds.items()]
   if len(times) > 1:
     times.append(("in all", _time(sum(data.seconds.values()))))
-  lists = [_list("Data", profile + counts), _list("Time", times), _list("Environment", data.environment.items())]
+  time = _list("Time of this command", times)
+  lists = [_list("Data", profile + counts), time, _list("Environment", data.environment.items())]
   if any(lists):
     parts.append(f'<div class="facts">{"".join(lists)}</div>')
   if data.config:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
-from typing import Any
 
 import numpy as np
 
@@ -14,104 +15,128 @@ from codebind_jax import files, schema
 from codebind_jax.api import Model
 from codebind_jax.config import Config
 from codebind_jax.data.task import EvalSet, Task
-from codebind_jax.data.transforms import image
+from codebind_jax.evaluators import base, contents
 from codebind_jax.evaluators.decomposition import PRIVATE
 from codebind_jax.evaluators.pairs import Evaluation, named_pairs
 from codebind_jax.report.data import (
   Attribution,
   EmbeddingMap,
-  Item,
-  Query,
   ReportData,
   Run,
   Score,
-  build_queries,
   embedding_map,
+  evenly,
   scores_from_metrics,
 )
+from codebind_jax.report.galleries import galleries, pairs_of, shown_sets, sides_of
+from codebind_jax.report.paired import differences
+from codebind_jax.report.verdict import verdict
 from codebind_jax.runtime.metrics import read_metrics
 
 PACKAGES = ("codebind_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-GALLERY = 8
 MAP_POINTS = 150
+WIDTH = 110  # of the sentences above the printed table
 
 
-def headline(config: Config, task: Task, final: Mapping[str, float]) -> list[Score]:
-  """The headline rows, each beside the baseline: zero-shot, retrieval, linear probes and decomposition of every set."""
+def reported_sets(config: Config, task: Task) -> list[EvalSet]:
+  """The test sets if they were read, else all sets."""
+  return [s for s in task.evals if s.role == "test" and config.test] or list(task.evals)
+
+
+def headline(
+  config: Config, task: Task, final: Mapping[str, float],
+  compared: Mapping[str, tuple[float, float]] | None = None,
+) -> list[Score]:  # fmt: skip
+  """The headline rows, each beside the baseline: zero-shot, retrieval, linear probes and decomposition of every set.
+
+  Args:
+    config, task: of the run.
+    final: its final metrics, the baseline's under `baseline/...`.
+    compared: intervals of run minus baseline on the same rows, by metric.
+  """
   own = {name: value for name, value in final.items() if not name.startswith("baseline/")}
-  base = {name.removeprefix("baseline/"): value for name, value in final.items() if name.startswith("baseline/")}
-  sets = [s for s in task.evals if s.role == "test" and config.test] or list(task.evals)
-  titles = {s.name: f"{s.name} ({len(s.source)} of {len(s.candidates)} ways)" for s in sets}
-  metrics, chance = {}, {}
-  test_rows = {s.name: _test_rows(s, config.model.towers) for s in sets}
+  plain = {name.removeprefix("baseline/"): value for name, value in final.items() if name.startswith("baseline/")}
+  sets = reported_sets(config, task)
+  titles = {s.name: s.title or s.name for s in sets} | {s.role: f"all {s.role} sets" for s in sets}
+  return scores_from_metrics(own, plain, metrics=_titles(config, sets), sets=titles, differences=compared)
+
+
+def _titles(config: Config, sets: Sequence[EvalSet]) -> dict[str, str]:
+  """Metric -> title of the headline rows, in their order."""
+  titles = {}
   for modality in config.model.towers:
     if modality != "text":
-      for metric, title, k in (("top1", "top-1", 1), ("top5", "top-5", 5), ("balanced", "balanced over classes", 1)):
-        metrics[f"zeroshot/{modality}/{metric}"] = f"Zero-shot {modality}, {title}"
-        chance |= {f"{s.name}/zeroshot/{modality}/{metric}": 100.0 * k / max(len(s.candidates), k) for s in sets}
-      metrics[f"retrieval/text_to_{modality}/r5"] = f"Text to {modality}, recall@5"
-      metrics[f"retrieval/{modality}_to_text/r5"] = f"{modality.capitalize()} to text, recall@5"
-      named = {(a, b, by) for s in sets for a, b, _, by in named_pairs(s, ()) if a == modality}
-      for a, b, by in sorted(named):
-        title = f"{a.capitalize()} to {b}{f' of the same {by}' if by else ''}, recall@10"
-        metrics[f"retrieval/{a}_to_{b}/{f'{by}/' if by else ''}r10"] = title
-      for field in sorted({field for s in sets for field in s.probes}):
-        for part in ("shared", "specific", "full"):
-          metrics[f"probe/{field}/{modality}/{part}"] = f"Linear probe of {field}, {part}"
+      for metric, title in (("top1", "top-1"), ("top5", "top-5"), ("balanced", "balanced over classes")):
+        titles[f"zeroshot/{modality}/{metric}"] = f"Zero-shot {modality}, {title}"
+      titles[f"retrieval/text_to_{modality}/r5"] = f"Text to {modality}, recall@5"
+      titles[f"retrieval/{modality}_to_text/r5"] = f"{modality.capitalize()} to text, recall@5"
+  named = {(a, b, by) for s in sets for a, b, _, by in named_pairs(s, ()) if {a, b} <= set(config.model.towers)}
+  for a, b, by in sorted(named):
+    for first, second in ((a, b), (b, a)):
+      metric = f"retrieval/{first}_to_{second}/{f'{by}/' if by else ''}r5"
+      titles[metric] = f"{first.capitalize()} to {second}{f' of the same {by}' if by else ''}, recall@5"
+  for a, b in config.emergent:
+    for first, second in ((a, b), (b, a)):
+      titles[f"emergent/{first}_to_{second}/r5"] = f"{first.capitalize()} to {second}, bound by no stage, recall@5"
+  for modality in config.model.towers:
+    for field in sorted({field.format(modality=modality) for s in sets for field in s.probes}):
+      for part in ("shared", "specific", "full"):
+        titles[f"probe/{field}/{modality}/{part}"] = f"Linear probe of {field}, {modality}, {part}"
   for field in dict.fromkeys(field for s in sets if any("{modality}" in f for f in s.probes) for field in s.probes):
     factor, right, wrong = (
       (PRIVATE, "specific", "shared") if "{modality}" in field else (field, "shared", "specific")
     )
-    metrics[f"decomposition/{factor}/kept"] = f"Decomposition: {factor} in {right}, % of what full has"
-    metrics[f"decomposition/{factor}/leaked"] = f"Decomposition: {factor} in {wrong}, points above chance"
-  counts = {f"{name}/{metric}": rows[_modality_of(metric)] for name, rows in test_rows.items() for metric in metrics
-            if not metric.startswith("decomposition/")}
-  return scores_from_metrics(own, base or None, metrics=metrics, sets=titles, counts=counts, chance=chance)
-
-
-def _modality_of(metric: str) -> str:
-  """The modality whose rows a metric counts: depth for `zeroshot/depth/top1`, `retrieval/depth_to_text/r5`, ..."""
-  kind, first, second, *_ = metric.split("/")
-  return {"zeroshot": first, "retrieval": first.split("_to_")[0], "probe": second}[kind]
-
-
-def _test_rows(test: EvalSet, modalities: Iterable[str]) -> dict[str, int]:
-  """Number of test rows of each modality; of text, the number of distinct main texts."""
-  counts = {m: len(test.source.rows_with(m)) for m in modalities}
-  return counts | {"text": len({test.source.fields(int(i))["text"][0] for i in test.source.rows_with("text")})}
+    titles[f"decomposition/{factor}/kept"] = f"Decomposition: {factor} in {right}, % of what full has"
+    titles[f"decomposition/{factor}/leaked"] = f"Decomposition: {factor} in {wrong}, points above chance"
+  return titles
 
 
 def report_data(
   config: Config, folder: files.Path, task: Task, evaluation: Evaluation, final: Mapping[str, float],
-  models: Mapping[str, Model], seconds: Mapping[str, float],
+  models: Mapping[str, Model], seconds: Mapping[str, float] = schema.Frozen(),
 ) -> ReportData:
-  """The records of a finished run's report."""
-  plain = folder / "baseline"
-  shown = next((s for s in sorted(task.evals, key=lambda s: s.role != "val") if s.candidates), None)
-  gallery = _gallery(evaluation, models["after"], shown) if shown else ((), ())
+  """The records of the report of a finished run, or of an evaluation of one (mode `eval`).
+
+  Args:
+    config, folder, task, evaluation: of the run.
+    final: its final metrics, the baseline's under `baseline/...`.
+    models: "before" and "after" training, and "baseline" where there is one; "after" alone in mode `eval`.
+    seconds: time by phase.
+  """
+  plain, training = folder / "baseline", "before" in models
+  table = functools.cache(lambda when, place: evaluation.table(models[when], sets[place]))
+  sets = shown_sets(task)
   sizes = dict(models["after"].method.codebook_sizes)
-  trained = "before" in models  # else the task is one of mode eval
-  code_counts, shared_counts = evaluation.code_counts(models["after"]) if sizes and task.train and trained else ({}, {})
+  counted = sizes and task.train and training
+  code_counts, shared_counts = evaluation.code_counts(models["after"]) if counted else ({}, {})
+  compared = {}
+  if "baseline" in models:
+    numbers = {"run": final, "baseline": {name.removeprefix("baseline/"): value for name, value in final.items()
+                                          if name.startswith("baseline/")}}  # fmt: skip
+    both = {"run": models["after"], "baseline": models["baseline"]}
+    compared = differences(evaluation, both, reported_sets(config, task), numbers)
+  scores = headline(config, task, final, compared)
   return ReportData(
-    title=f"{' + '.join(sorted(config.model.towers))}: {', '.join(config.stage_order) if trained else task.name}",
+    title=f"{' + '.join(sorted(config.model.towers))}: {', '.join(config.stage_order) if training else task.name}",
     run=Run(title_of(config), read_metrics(folder)),
-    summary=task.summary,
+    verdict=verdict(scores, code_counts, alarm_share=config.codebook.alarm_share),
+    trained=trained(config, task, "baseline" in models) if training else evaluated(config, task),
     command=f"python -m codebind_jax.main {' '.join(sys.argv[1:])}" if len(sys.argv) > 1 else "train_and_evaluate(...)",
     config=schema.to_plain(config),
     environment=_environment(),
     seconds=dict(seconds),
     data_profile=task.name,
-    data_counts={f"{name} train": len(rows) for name, rows in task.train.items()}
-    | {f"{name} extra": len(rows) - len(task.train[name]) for name, rows in task.extra.items()}
-    | {s.name: len(s.source) for s in task.evals},
-    baseline=Run("InfoNCE without codebooks", read_metrics(plain)) if files.is_file(plain / "metrics.jsonl") else None,
-    scores=headline(config, task, final),
+    data_counts={f"{name}, training rows": len(rows) for name, rows in task.train.items()}
+    | {f"{name}, further training rows": len(rows) - len(task.train[name]) for name, rows in task.extra.items()}
+    | {s.title or s.name: len(s.source) for s in task.evals},
+    baseline=Run("InfoNCE without codebooks", read_metrics(plain))
+    if training and files.is_file(plain / "metrics.jsonl") else None,
+    scores=scores,
     codebook_sizes=sizes,
-    code_counts=code_counts,
-    shared_counts=shared_counts,
-    text_queries=gallery[0],
-    image_queries=gallery[1],
-    maps=_maps(evaluation, models, shown) if shown and trained else (),
+    code_counts={name: counts for name, counts in code_counts.items() if np.sum(counts) > 0},
+    shared_counts={name: counts for name, counts in shared_counts.items() if np.sum(counts) > 0},
+    galleries=list(galleries(config, sets, functools.partial(table, "after"))),
+    maps=_maps(config, sets, table) if training else (),
     attributions=[Attribution(*credit) for credit in task.attributions],
   )
 
@@ -123,15 +148,52 @@ def title_of(config: Config) -> str:
   return "CodeBind" if config.model.quantize else "InfoNCE"
 
 
+def trained(config: Config, task: Task, baseline: bool) -> str:
+  """Plain sentences: what was trained on what, and what the baseline is."""
+  stages = [f"{' with '.join((_joined(stage.modalities[:-1]), stage.modalities[-1]))} in {stage.steps:,} steps"
+            if len(stage.modalities) > 1 else f"{stage.modalities[0]} in {stage.steps:,} steps"
+            for stage in config.ordered]  # fmt: skip
+  rows = {name: f"{len(source):,} rows of {name}" for name, source in task.train.items()}
+  text = f"{title_of(config)} learned to bind {_joined(stages)}, from {_joined(list(rows.values())) or 'no rows'}."
+  learning = sorted(m for m, spec in config.model.towers.items() if not spec.cache)
+  still = sorted(m for m in config.model.towers if m not in learning)
+  if still:
+    text += f" The pretrained encoders of {_joined(still)} stayed as they were; the heads after them were trained."
+  if config.init_from:
+    text += f" Training began from {config.init_from}."
+  if baseline:
+    text += " The baseline is the same heads, data and steps by plain InfoNCE, without codebooks."
+  return text
+
+
+def evaluated(config: Config, task: Task) -> str:
+  """A plain sentence: what model was evaluated on what, in mode `eval`."""
+  sets = _joined([f"{len(s.source):,} rows of {s.title or s.name}" for s in task.evals])
+  return f"{title_of(config)} of {_joined(sorted(config.model.towers))}, trained before, was evaluated on {sets}."
+
+
+def _joined(words: Sequence[str]) -> str:
+  return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
 def text_table(data: ReportData) -> str:
-  """The headline rows as plain text, one a line."""
-  lines = [f"{'':44} {'set':38} {data.run.name:>10} {'95 %':>11} {'baseline':>10} {'chance':>8}"]
-  number = lambda value: "" if value is None else f"{value:.1f}"
-  for s in data.scores:
-    interval = "" if s.interval is None else f"{s.interval[0]:.1f}-{s.interval[1]:.1f}"
-    numbers = f"{number(s.value):>10} {interval:>11} {number(s.baseline):>10} {number(s.chance):>8}"
-    lines.append(f"{s.metric:44} {s.on:38} {numbers}")
-  return "\n".join(lines)
+  """The verdict, and the headline rows as plain text, one a line."""
+  lines = [line for text in (*data.verdict, data.trained) if text for line in textwrap.wrap(text, WIDTH)]
+  if not data.scores:
+    return "\n".join(lines)
+  number = lambda value: "" if value is None else f"{value:.1f}" if np.isfinite(value) else "not finite"
+  count = lambda value: "" if value is None else f"{value:,}"
+  interval = lambda ends: "" if ends is None else f"{ends[0]:.1f}-{ends[1]:.1f}"
+  head = ("", "set", "rows", "ways", data.run.name, "95 %", "baseline", "chance")
+  rows = [
+    (s.metric, s.on, count(s.n), count(s.ways), number(s.value), interval(s.interval), number(s.baseline),
+     number(s.chance))
+    for s in data.scores
+  ]  # fmt: skip
+  used = [i for i, name in enumerate(head) if i in (0, 1, 4) or any(row[i] for row in rows)]
+  widths = {i: max(len(row[i]) for row in (head, *rows)) for i in used}
+  line = lambda row: "  ".join(f"{row[i]:{'<' if i < 2 else '>'}{widths[i]}}" for i in used).rstrip()
+  return "\n".join([*lines, "", *map(line, (head, *rows))])
 
 
 def _environment() -> dict[str, str]:
@@ -143,61 +205,25 @@ def _environment() -> dict[str, str]:
   return {"Python": platform.python_version(), "machine": machine} | versions
 
 
-def _gallery(evaluation: Evaluation, model: Model, shown: EvalSet) -> tuple[list[Query], list[Query]]:
-  """Queries spread evenly over a validation set, both directions."""
-  table = evaluation.table(model, shown)
-  modality = next((m for m in table if m == "image"), None)
-  if modality is None or "text" not in table:
-    return [], []
-  images, texts = table[modality], table["text"]
-  number = {name: row for row, name in enumerate(shown.source.column("id"))}
-  rows = [number[name] for name in images["id"]]
-  first = shown.source.read(rows[0], modality)
-  if isinstance(first, np.ndarray) and first.ndim != 3:  # vectors of the synthetic world
-    return [], []
-  pictures = _Pictures(shown.source, rows, images["caption"])
-  captions = [Item(text=str(caption)) for caption in texts["caption"]]
-  pick = lambda n: np.unique(np.linspace(0, n - 1, min(GALLERY, n)).round().astype(int))
-  t, i = pick(len(captions)), pick(len(rows))
-  by_text = build_queries(
-    [captions[int(k)] for k in t], texts["caption"][t], texts["shared"][t],
-    pictures, images["caption"], images["shared"],
-  )
-  by_image = build_queries(
-    [pictures[int(k)] for k in i], images["caption"][i], images["shared"][i],
-    captions, texts["caption"], texts["shared"],
-  )
-  return by_text, by_image
-
-
-class _Pictures(Sequence):
-  """Gallery items of an image source, decoded when asked for."""
-
-  def __init__(self, source: Any, rows: list[int], captions: np.ndarray):
-    self._source, self._rows, self._captions = source, rows, captions
-
-  def __len__(self) -> int:
-    return len(self._rows)
-
-  def __getitem__(self, index: int) -> Item:
-    return Item(text=str(self._captions[index]), image=image.read(self._source.read(self._rows[index], "image")))
-
-
-def _maps(evaluation: Evaluation, models: Mapping[str, Model], shown: EvalSet) -> list[EmbeddingMap]:
-  maps = []
-  for when in ("before", "after"):
-    table = evaluation.table(models[when], shown)
-    if "text" not in table or len(table) < 2:
-      return []
-    modality = next(m for m in table if m != "text")
-    items, texts = table[modality], table["text"]
-    some = np.unique(np.linspace(0, len(items["caption"]) - 1, min(MAP_POINTS, len(items["caption"]))).astype(int))
-    where = {caption: row for row, caption in enumerate(texts["caption"])}
-    used = sorted({where[items["caption"][row]] for row in some if items["caption"][row] in where})
-    number = {row: n for n, row in enumerate(used)}
-    pairs = [(n, number[where[items["caption"][row]]]) for n, row in enumerate(some) if items["caption"][row] in where]
-    if len(used) < 2:
-      return []
-    points = {modality: items["shared"][some], "text": texts["shared"][used]}
-    maps.append(embedding_map(f"{when.capitalize()} training", points, pairs))
-  return maps
+def _maps(config: Config, sets: Sequence[EvalSet], table: Callable[[str, int], base.Captioned]) -> list[EmbeddingMap]:
+  """The first pair of modalities of the first set that has one, before and after training."""
+  for place, test in enumerate(sets):
+    for a, b, field in pairs_of(config, test, table("after", place)):
+      maps = []
+      for when in ("before", "after"):
+        rows, sides = table(when, place), sides_of(table(when, place), a, b, field)
+        if not sides:
+          break
+        some = evenly(np.arange(len(sides[b].rows)), MAP_POINTS)
+        answers = contents.shared_values(sides[b], sides[a])[some]
+        partner = [int(right.min()) for right in np.split(answers.indices, answers.indptr[1:-1])]  # each has one
+        used = sorted(set(partner))
+        number = {row: n for n, row in enumerate(used)}
+        if len(used) < 2:
+          break
+        points = {b: rows[b]["shared"][sides[b].rows[some]], a: rows[a]["shared"][sides[a].rows[used]]}
+        joined = [(n, number[row]) for n, row in enumerate(partner)]
+        maps.append(embedding_map(f"{when.capitalize()} training: {test.title or test.name}", points, joined))
+      if len(maps) == 2:
+        return maps
+  return []

@@ -249,6 +249,7 @@ class Throughput:
       clock: gives seconds, monotonically.
     """
     self._clock = clock
+    self.waited = 0.0  # seconds in all, over restarts
     self.restart()
 
   @contextlib.contextmanager
@@ -263,7 +264,9 @@ class Throughput:
       yield
     finally:
       if last is None or last.is_ready():
-        self._waited += self._clock() - start
+        waited = self._clock() - start
+        self._waited += waited
+        self.waited += waited
 
   def add(self, examples: int) -> None:
     """Counts trained examples."""
@@ -301,6 +304,47 @@ class Throughput:
     rates |= {f"data/{name}/read_share": value / elapsed for name, value in self._seconds.items()}
     self.restart()
     return rates
+
+
+class Phases:
+  """Where the time of a command goes, by phase.
+
+  A phase inside another stops the outer one's count, so that the phases add up; one that is entered again goes on.
+
+  Example:
+    >>> ticks = iter([0.0, 5.0, 8.0, 9.0])
+    >>> phases = Phases(clock=lambda: next(ticks))
+    >>> with phases("training"):     # 0 to 5, 8 to 9
+    ...   with phases("evaluation"): # 5 to 8
+    ...     pass
+    >>> phases.seconds
+    {'training': 6.0, 'evaluation': 3.0}
+
+  Attributes:
+    seconds: phase -> time, in the order in which they began.
+  """
+
+  def __init__(self, clock: Callable[[], float] = time.perf_counter):
+    self.seconds: dict[str, float] = {}
+    self._clock, self._open, self._last = clock, [], 0.0
+
+  @contextlib.contextmanager
+  def __call__(self, name: str) -> Iterator[None]:
+    """Counts the body's time under a name."""
+    self._count()
+    self._open.append(name)
+    self.seconds.setdefault(name, 0.0)
+    try:
+      yield
+    finally:
+      self._count()
+      self._open.pop()
+
+  def _count(self) -> None:
+    now = self._clock()
+    if self._open:
+      self.seconds[self._open[-1]] += now - self._last
+    self._last = now
 
 
 def input_bound(rates: Mapping[str, float], workers: int, threads: int, share: float = 0.1) -> str:

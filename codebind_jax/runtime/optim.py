@@ -157,8 +157,23 @@ def stop_frozen(params: Any, paths: frozenset[str]) -> Any:
 
 
 def log_table(params: Any, table: Mapping[str, str]) -> None:
-  """Logs path, shape and entry of every parameter in `make_optimizer`'s table."""
+  """Logs path, shape and entry of the parameters that train by `make_optimizer`'s table, and how many others there are.
+
+  Layers of a stack, whose paths differ in numbers alone, share a line, in which `*` stands for the numbers.
+  """
   shapes = {path: tuple(leaf.shape) for path, leaf in param_paths(params).items()}
-  width = max(len(path) for path in table)
+  lines: dict[tuple[str, tuple[int, ...], str], int] = {}
+  still: dict[str, int] = {}
   for path, kind in table.items():
-    logging.info("  %-*s %-16s %s", width, path, shapes[path], kind)
+    if kind == FROZEN:
+      tower = path.partition("/")[0]
+      still[tower] = still.get(tower, 0) + 1
+    else:
+      line = re.sub(r"(?<=[_/])\d+(?=/|$)", "*", path), shapes[path], kind
+      lines[line] = lines.get(line, 0) + 1
+  width = max(len(path) for path, _, _ in lines)
+  for (path, shape, kind), count in lines.items():
+    logging.info("  %-*s %-16s %s%s", width, path, shape, kind, f" ({count} of them)" if count > 1 else "")
+  if still:
+    named = ", ".join(f"{tower} ({count})" if count > 1 else tower for tower, count in still.items())
+    logging.info("  frozen: %s", named)

@@ -21,6 +21,7 @@ class EvalSet:
     slices: fields whose values get an accuracy of their own.
     probe_group: field whose values the training and the test rows of a probe must not share; None where any may.
     split: split of the world.
+    title: how reports name the set, "icons, unseen artists"; a world leaves out its own name, `open_task` adds it.
     labelled: whether rows without a label are left out.
     where: (field, values): only rows are kept whose field has one of the values.
     texts: which of a row's texts are its captions: all, or the main one alone (others are tags).
@@ -38,6 +39,7 @@ class EvalSet:
   slices: tuple[str, ...] = ()
   probe_group: str | None = None
   split: str = ""
+  title: str = ""
   labelled: bool = False
   where: tuple[tuple[str, tuple[Any, ...]], ...] = ()
   texts: Literal["all", "main"] = "main"

@@ -45,9 +45,10 @@ def eval_sets(profile: str) -> dict[str, EvalSet]:
   for role in ("val", "test"):
     pairs = (("eeg", "image", "label"),)
     sets[f"{role}_condition"] = EvalSet(
-      split=role, role=role, candidates=conditions, probes=("condition", "sense"), pairs=pairs
+      split=role, role=role, candidates=conditions, probes=("condition", "sense"), pairs=pairs,
+        title="stimuli",
     )  # fmt: skip
-    sets[f"{role}_sense"] = EvalSet(split=f"{role}_sense", role=role, candidates=tuple(SENSES.values()))
+    sets[f"{role}_sense"] = EvalSet(split=f"{role}_sense", role=role, candidates=tuple(SENSES.values()), title="senses")
   return sets
 
 

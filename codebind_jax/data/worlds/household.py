@@ -76,8 +76,8 @@ def eval_sets(profile: str) -> dict[str, EvalSet]:
   sets = {}
   for split in ("val", "test"):
     asked = {"labelled": True, "candidates": ways, "probes": PROBES, "means": ("label",)}
-    sets[split] = EvalSet(split=split, role=split, **asked)
-    sets[f"{split}_objects"] = EvalSet(split=split, role=split, pairs=pairs)
+    sets[split] = EvalSet(split=split, role=split, title="objects of named classes", **asked)
+    sets[f"{split}_objects"] = EvalSet(split=split, role=split, pairs=pairs, title="all objects")
   return sets
 
 

@@ -63,15 +63,17 @@ def eval_sets(profile: str) -> dict[str, EvalSet]:
                    probe_group="label", **fields)
 
   sets = {
-      "val_artist": asked("val_artist", "val", ("train",), means=("label",)),
-      "val_concept": asked("val_concept", "val", ("val",), probes=("family",)),
-      "gcompris": asked("gcompris", "val", where=(seen,)),
-      "test_artist": asked("test_artist", "test", ("train",), means=("label",)),
-      "test_concept": asked("test_concept", "test", ("test",), probes=("family",)),
-      "qabcs": asked("qabcs", "test", where=(seen,)),
-      "scratch": asked("scratch", "test", where=(seen,)),
-      "tuxpaint_photo": asked("tuxpaint", "test", where=(seen, ("kind", ("photo",)))),
-      "tuxpaint_drawing": asked("tuxpaint", "test", where=(seen, ("kind", ("drawing",)))),
+      "val_artist": asked("val_artist", "val", ("train",), means=("label",), title="unseen artists"),
+      "val_concept": asked("val_concept", "val", ("val",), probes=("family",), title="unseen concepts"),
+      "gcompris": asked("gcompris", "val", where=(seen,), title="pictures of GCompris"),
+      "test_artist": asked("test_artist", "test", ("train",), means=("label",), title="unseen artists"),
+      "test_concept": asked("test_concept", "test", ("test",), probes=("family",), title="unseen concepts"),
+      "qabcs": asked("qabcs", "test", where=(seen,), title="pictures of QABCs"),
+      "scratch": asked("scratch", "test", where=(seen,), title="pictures of Scratch"),
+      "tuxpaint_photo": asked("tuxpaint", "test", where=(seen, ("kind", ("photo",))), title="photos of Tux Paint"),
+      "tuxpaint_drawing": asked(
+        "tuxpaint", "test", where=(seen, ("kind", ("drawing",))), title="drawings of Tux Paint"
+      ),
   }
   splits = split_names(profile)
   return {name: test for name, test in sets.items() if test.split in splits}

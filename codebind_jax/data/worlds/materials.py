@@ -73,7 +73,7 @@ def eval_sets(profile: str) -> dict[str, EvalSet]:
   ways = tuple(sorted({entry["cls"] for entry in plan(profile)}))
   pairs = (("tactile", "image", "id"), ("tactile", "image", "texture"))
   asked = {"candidates": ways, "probes": ("label", "roughness"), "means": ("label",), "pairs": pairs}
-  return {split: EvalSet(split=split, role=split, **asked) for split in ("val", "test")}
+  return {split: EvalSet(split=split, role=split, title="unseen textures", **asked) for split in ("val", "test")}
 
 
 def build(profile: str, root: Path) -> Path:

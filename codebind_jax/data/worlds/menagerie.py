@@ -157,17 +157,23 @@ def eval_sets(profile: str) -> dict[str, EvalSet]:
     of_role = functools.partial(EvalSet, split=role, role=role)
     if profile != "tiny":
       sounds = (recording, heard)
-      sets[f"{role}_sounds"] = of_role(candidates=labels("recording", role), where=sounds)
-      sets[f"{role}_sounds_all"] = of_role(candidates=labels("recording", "train"), where=sounds)
-      sets[f"{role}_recordings"] = of_role(where=(recording,), probes=("category",))
-      sets[f"{role}_instruments"] = of_role(candidates=instruments, where=(recording, ("label", instruments)))
+      sets[f"{role}_sounds"] = of_role(candidates=labels("recording", role), where=sounds, title="sounds")
+      sets[f"{role}_sounds_all"] = of_role(
+        candidates=labels("recording", "train"), where=sounds, title="sounds among all"
+      )
+      sets[f"{role}_recordings"] = of_role(where=(recording,), probes=("category",), title="all recordings")
+      sets[f"{role}_instruments"] = of_role(
+        candidates=instruments, where=(recording, ("label", instruments)), title="instruments"
+      )
     if any((i.form, i.split) == ("note", role) for i in items):
-      sets[f"{role}_notes"] = of_role(candidates=instruments, where=(note,))
+      sets[f"{role}_notes"] = of_role(candidates=instruments, where=(note,), title="notes of instruments")
     if profile == "full":
       table = names.concepts()
       unseen = tuple(table[c]["label"] for c in sorted(table) if table[c]["split"] == role)
-      sets[f"{role}_video"] = of_role(candidates=unseen, where=(clip,))
-      sets[f"{role}_audio_video"] = of_role(split=f"{role}_emergent", pairs=(("audio", "video", "concept"),))
+      sets[f"{role}_video"] = of_role(candidates=unseen, where=(clip,), title="clips of unseen concepts")
+      sets[f"{role}_audio_video"] = of_role(
+        split=f"{role}_emergent", pairs=(("audio", "video", "concept"),), title="sounds and clips"
+      )
   return sets
 
 
