@@ -23,7 +23,7 @@ _STOPPED = flags.DEFINE_integer("stopped_exit_code", 0, "Exit code of a run that
 def main(_: Sequence[str]) -> None:
   """Checks the config and runs its mode."""
   from codebind_jax import config as config_lib
-  from codebind_jax.command_line.bind import MODE
+  from codebind_jax.command_line import bind
   from codebind_jax.runtime import distributed
   from codebind_jax.runtime.guard import Preempted
 
@@ -31,11 +31,11 @@ def main(_: Sequence[str]) -> None:
   if config is None or not (_WORKDIR.value or config.mode == "compile"):
     sys.exit("error: --config=FILE.py and --workdir=DIR are both needed")
   try:
-    if config.mode != MODE:
+    if not bind.is_open(config):
       config = config_lib.validate(config)
     if config.mode != "compile":
       distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-    if config.mode in ("train", MODE):
+    if config.mode in ("train", bind.MODE):
       from codebind_jax.train import train_and_evaluate
 
       train_and_evaluate(config, _WORKDIR.value)

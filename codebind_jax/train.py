@@ -141,17 +141,19 @@ def train_and_evaluate(config: Any, workdir: str | files.Path) -> dict[str, floa
     ValueError: for a bad config or a workdir of another run, before any work.
   """
   phases = Phases()
-  open_bind = getattr(config, "mode", "") == bind.MODE
-  config = config if open_bind else config_lib.validate(config)
-  folder = None if open_bind else open_run(config, workdir)
+  chosen_by_data = bind.is_open(config)
+  if not chosen_by_data:
+    config = config_lib.validate(config)
+    folder = open_run(config, workdir)
 
   banner("data")
   # Worlds are fetched and built, and published trunks fetched, where they are not there yet.
   with phases("data"), distributed.process_0_first():
-    task = open_task(bind.data_of(config) if open_bind else config.data)
-    if open_bind:
-      config = bind.resolved(config, task)
+    if chosen_by_data:
+      config, task = bind.opened(config)
       folder = open_run(config, workdir)
+    else:
+      task = open_task(config.data)
     check_data(config, task)
     if config.init_from:
       check_start(config)

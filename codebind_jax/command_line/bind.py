@@ -23,7 +23,7 @@ from codebind_jax.api import config_of
 from codebind_jax.config import Config
 from codebind_jax.data import transforms
 from codebind_jax.data.records import Source
-from codebind_jax.data.task import Data, Task
+from codebind_jax.data.task import Data, Task, open_task
 from codebind_jax.data.worlds import fetch
 from codebind_jax.models.towers import TowerSpec
 from codebind_jax.runtime import checkpoint
@@ -67,6 +67,17 @@ class Counts:
   def with_a_pair(self, pairs: Sequence[tuple[str, str]]) -> int:
     """Number of records that have both modalities of at least one pair."""
     return sum(count for there, count in self._sets.items() if any({a, b} <= set(there) for a, b in pairs))
+
+
+def is_open(config: Any) -> bool:
+  """Whether a config leaves choices to the data."""
+  return isinstance(config, ConfigDict) and config.get("mode") == MODE
+
+
+def opened(config: ConfigDict) -> tuple[Config, Task]:
+  """`resolved`, with the data that it was made by."""
+  task = open_task(data_of(config))
+  return resolved(config, task), task
 
 
 def data_of(config: ConfigDict) -> Data:

@@ -18,6 +18,7 @@ from absl import flags, logging
 
 from codebind_jax import config as config_lib
 from codebind_jax import files
+from codebind_jax.command_line import bind
 from codebind_jax.config import Config
 from codebind_jax.evaluate import FINAL
 from codebind_jax.runtime.guard import Preempted
@@ -47,7 +48,8 @@ def checked(configs: Mapping[str, Any], folder: files.Path) -> dict[str, Config]
   """
   from codebind_jax.train import open_run
 
-  valid = {name: config_lib.validate(config) for name, config in configs.items()}
+  valid = {name: bind.opened(config)[0] if bind.is_open(config) else config_lib.validate(config)
+           for name, config in configs.items()}  # fmt: skip
   for name, config in valid.items():
     if config.mode != "train":
       raise ValueError(f"config.mode: got {config.mode!r}; allowed: 'train'")
