@@ -6,12 +6,13 @@ of steps and the codebooks follow from the counts. The choice is printed as the 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from absl import logging
@@ -33,7 +34,6 @@ from codebind_jax.trunks.base import fingerprint
 from codebind_jax.trunks.families import family_of
 
 MODE, STAGE = "bind", "bind"
-SECTIONS = ("bind", "trunks", "weights", "tune")
 BRIDGES = ("text", "image")  # modalities that others are bound to, where the data has them
 ALL_PAIRS = 4  # modalities up to which all are bound to one another, where there is no bridge
 FEWEST = 8  # training records that a pair needs: each is told from the others of its batch
@@ -41,6 +41,45 @@ BATCH = 256
 EPOCHS = {True: 20, False: 10}  # by whether all trunks are frozen and their tokens cached
 STEPS = {True: (60, 3000), False: (100, 10000)}  # fewest and most
 EEG_SAMPLE = 256  # recordings that are read for the shape and the statistics of EEG
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """What to bind.
+
+  Attributes:
+    modalities: those to bind; empty for all that the training records have.
+    bridges: those that all others are bound to; empty for text and image, or those of the model of `init_from`.
+  """
+
+  modalities: tuple[str, ...] = ()
+  bridges: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+  """Keys that `configs/bind.py` has beside those of a run; what they leave open is chosen by the data.
+
+  Attributes:
+    bind: what to bind.
+    trunks: modality -> its trunk; "" for the packaged one, or the family of its weights.
+    weights: modality -> a published checkpoint, as `codebind_jax.load` takes it, or "random".
+    tune: modality -> how its trunk trains, `frozen`, `lora` or `full`; "" for frozen, or full without a checkpoint.
+  """
+
+  bind: Choice = Choice()
+  trunks: Mapping[str, str] = schema.Frozen()
+  weights: Mapping[str, str] = schema.Frozen()
+  tune: Mapping[str, Literal["", "frozen", "lora", "full"]] = schema.Frozen()
+
+  def check(self, path: str) -> None:
+    """Refuses unknown trunks."""
+    for modality, name in self.trunks.items():
+      schema.check_keys([name] if name else [], trunk_names(), f"trunks.{modality}")
+
+  def of(self, section: str) -> dict[str, str]:
+    """Modality -> what is set for it in `trunks`, `weights` or `tune`."""
+    return {modality: value for modality, value in getattr(self, section).items() if value}
 
 
 class Counts:
@@ -103,12 +142,13 @@ def resolved(config: ConfigDict, task: Task) -> Config:
     ValueError: naming the key to set, or what the data lacks.
   """
   config = ConfigDict(config.to_dict())  # unlocked, and without references: what is chosen here changes nothing else
-  asked = {name: _by_modality(config, name) for name in SECTIONS[1:]}
+  keys = schema.read(Keys, {field.name: config[field.name] for field in dataclasses.fields(Keys)})
+  asked = {name: keys.of(name) for name in ("trunks", "weights", "tune")}
   counts = Counts(list(task.train.values()))
   start = _start(config.init_from)
-  modalities = _modalities(config, counts, asked, start)
+  modalities = _modalities(config, keys.bind.modalities, counts, asked, start)
   known = [m for m in modalities if start and m in start.model.towers]
-  pairs = _pairs(config, counts, modalities, known)
+  pairs = _pairs(config, keys.bind.bridges, counts, modalities, known)
   used = tuple(dict.fromkeys(m for pair in pairs for m in pair))
   for modality in [m for m in modalities if m not in used]:
     logging.warning("%s: left out, fewer than %d training records have it and another modality", modality, FEWEST)
@@ -136,8 +176,8 @@ def resolved(config: ConfigDict, task: Task) -> Config:
             if (a, b) not in pairs and (b, a) not in pairs]  # fmt: skip
     config.emergent = tuple(free)
   config.stage_order, config.mode = (STAGE,), "train"
-  for section in SECTIONS:
-    del config[section]
+  for field in dataclasses.fields(Keys):
+    del config[field.name]
   chosen = config_lib.validate(config)
   for line in describe(chosen, counts, task, asked, known):
     logging.info("%s", line)
@@ -176,16 +216,6 @@ def _flag(value: Any) -> str:
   return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _by_modality(config: ConfigDict, section: str) -> dict[str, str]:
-  """Modality -> what the command set for it, in one of the sections `trunks`, `weights`, `tune`."""
-  values = schema.read(Mapping[str, str], config[section], section)
-  allowed = trunk_names() if section == "trunks" else ("frozen", "lora", "full")
-  for modality, value in values.items():
-    if value and section != "weights":
-      schema.check_keys([value], allowed, f"{section}.{modality}")
-  return {modality: value for modality, value in values.items() if value}
-
-
 def _start(source: str) -> Config | None:
   """The config of the model that the run starts from, with the modalities it has; None for a run from scratch."""
   try:
@@ -199,10 +229,10 @@ def _has_baseline(source: str) -> bool:
 
 
 def _modalities(
-  config: ConfigDict, counts: Counts, asked: Mapping[str, Mapping[str, str]], start: Config | None
-) -> list[str]:
+  config: ConfigDict, wanted: Sequence[str], counts: Counts, asked: Mapping[str, Mapping[str, str]],
+  start: Config | None,
+) -> list[str]:  # fmt: skip
   """Modalities to bind: those asked for, or all that the data and a tower know."""
-  wanted = tuple(config.bind.modalities)
   lacking = [m for m in wanted if m not in counts.modalities]
   there = ", ".join(f"{m} {counts.with_all(m)}" for m in counts.modalities) or "none"
   if lacking:
@@ -225,7 +255,7 @@ def _modalities(
 
 
 def _pairs(
-  config: ConfigDict, counts: Counts, modalities: Sequence[str], known: Sequence[str]
+  config: ConfigDict, asked: Sequence[str], counts: Counts, modalities: Sequence[str], known: Sequence[str]
 ) -> tuple[tuple[str, str], ...]:
   """Pairs of a modality and a bridge that enough records have.
 
@@ -236,7 +266,6 @@ def _pairs(
     return tuple(map(tuple, config.stages[STAGE].pairs))
   enough = lambda a, b: counts.with_all(a, b) >= FEWEST
   shared = lambda m: sum(counts.with_all(m, other) for other in modalities if other != m)
-  asked = tuple(config.bind.bridges)
   if unknown := [m for m in asked if m not in modalities]:
     raise ValueError(f"config.bind.bridges: {unknown[0]!r} is not allowed; allowed: some of {list(modalities)}")
   bridges = list(asked or known) or [m for m in BRIDGES if m in modalities]

@@ -19,6 +19,7 @@ from absl import app, flags
 
 import codebind_jax
 from codebind_jax import schema
+from codebind_jax.command_line.bind import Choice, Keys
 from codebind_jax.config import Config
 from codebind_jax.data import augment, formats
 from codebind_jax.methods.base import method_class, method_names
@@ -65,6 +66,11 @@ expression must match the whole path, such as `image/shared/proj/kernel`; the lo
 SHIPPED = """## Shipped configs
 
 The first lines of each file say more: arguments after a colon, time, what comes out.
+"""
+BIND = """## Keys of configs/bind.py
+
+Beside those of a run, of which steps, batch and others are chosen by the data unless they are set:
+[docs/data.md](data.md).
 """
 METHODS = """## Options of the methods
 
@@ -169,6 +175,8 @@ def page() -> str:
       rows = [(f"`{name}`", _first(term.__doc__).rstrip(".")) for name, term in TERMS.items()]
       parts += ["### Losses\n", "Of the method `codebind`; other methods have weights among their options.\n",
                 reference.rows_table(("loss", "meaning"), rows)]  # fmt: skip
+  parts += [BIND, reference.table(Keys, kinds={"bind": "[section](#configbind)"})]
+  parts += ["### config.bind\n", _first(Choice.__doc__) + "\n", reference.table(Choice)]
   module = lambda package, name: importlib.import_module(f"{package.__name__}.{name}")
   of_format = {m.name: module(formats, m.name) for m in pkgutil.iter_modules(formats.__path__)}
   parts += [METHODS, *_tables({name: method_class(name) for name in method_names()})]
