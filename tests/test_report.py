@@ -12,7 +12,7 @@ from PIL import Image
 
 from codebind_jax.evaluators import contents
 from codebind_jax.evaluators.intervals import wilson_interval
-from codebind_jax.report import charts
+from codebind_jax.report import charts, summary
 from codebind_jax.report import data as report_data
 from codebind_jax.report import page as report
 from codebind_jax.report.data import Attribution, EmbeddingMap, Gallery, Item, Query, ReportData, Run, Score
@@ -316,6 +316,16 @@ def test_chance_is_that_of_a_guess_among_the_candidates(name, about, chance):
 def test_emergent_retrieval_has_the_chance_that_was_measured():
   measured = {"eval/test/emergent/a_to_b/r5": 9.0, "eval/test/emergent/a_to_b/chance5": 7.0}
   assert report_data.chance_of("eval/test/emergent/a_to_b/r5", measured) == 7.0
+
+
+def test_recall_at_five_of_few_contents_is_left_out_for_recall_at_one():
+  """Of nine contents a guess finds the right one among five more often than not."""
+  of = lambda name, ways: {f"eval/{name}/retrieval/text_to_image/r{k}{end}": float(value) for k in (1, 5)
+                           for end, value in (("", 10 * k), ("/n", 30), ("/ways", ways))}  # fmt: skip
+  found = summary._telling(of("few", 9) | of("many", 25) | {"eval/few/zeroshot/image/top5": 3.0})
+  assert {name for name in found if name.endswith(("r1", "r5", "top5"))} == {
+    "eval/few/retrieval/text_to_image/r1", "eval/many/retrieval/text_to_image/r5", "eval/few/zeroshot/image/top5"
+  }  # fmt: skip
 
 
 def test_only_rows_of_as_many_ways_have_a_mean():

@@ -246,6 +246,52 @@ def test_batch_larger_than_the_data(data, tmp_path):
     train_and_evaluate(tiny_config(*data, batch_size=9), tmp_path)
 
 
+def never(*_, **__):
+  raise AssertionError("work was begun")
+
+
+@pytest.mark.parametrize("overrides, message", [
+  ({"stages.bridges.pairs": (("image", "text"), ("image", "depth"))},
+   "config.stages.bridges.pairs: no training record has 'depth'; the data has squares: image, text"),
+  ({"batch_size": 9}, "config.batch_size: 9 rows of a batch are of 'squares', which has 8 distinct labels"),
+  ({"init_from": "/nowhere"}, "config.init_from: '/nowhere': no such file or folder"),
+])  # fmt: skip
+def test_what_can_be_known_early_fails_before_encoders_are_made(data, tmp_path, monkeypatch, overrides, message):
+  monkeypatch.setattr("codebind_jax.train.Feeder", never)
+  config = tiny_config(*data, **{key: value for key, value in overrides.items() if "pairs" not in key}).unlock()
+  if "stages.bridges.pairs" in overrides:
+    config.model.towers.depth = config.model.towers.image.copy_and_resolve_references()
+    config.codebook.codes.depth = 8
+    config.stages.bridges.pairs = overrides["stages.bridges.pairs"]
+  with pytest.raises(ValueError, match=message):
+    train_and_evaluate(config, tmp_path / "run")
+
+
+def test_a_model_of_other_towers_is_refused_before_encoders_are_made(data, whole_run, tmp_path, monkeypatch):
+  monkeypatch.setattr("codebind_jax.train.Feeder", never)
+  config = tiny_config(*data, **{"init_from": str(whole_run[0]), "model.towers.image.specific_dim": 8})
+  with pytest.raises(ValueError, match="config.model.towers.image.specific_dim: got 8, but config.init_from .* has 16"):
+    train_and_evaluate(config, tmp_path / "run")
+  empty = tmp_path / "empty"
+  (empty / "checkpoints").mkdir(parents=True)
+  config = tiny_config(*data, init_from=str(empty))
+  with pytest.raises(ValueError, match="config.init_from: .*empty: a run without a checkpoint"):
+    train_and_evaluate(config, tmp_path / "run")
+
+
+def test_a_disk_without_room_is_named_before_the_first_step(data, tmp_path, monkeypatch):
+  """First the tokens' disk, then the run's; both in bytes that are needed."""
+  full = shutil.disk_usage(tmp_path)._replace(free=100)
+  monkeypatch.setattr("shutil.disk_usage", lambda path: full)
+  with pytest.raises(OSError, match="no space: the image tokens of 24 items .config.data.root or CODEBIND_DATA"):
+    train_and_evaluate(tiny_config(data[0], tmp_path / "root"), tmp_path / "run")
+  monkeypatch.setattr("shutil.disk_usage", lambda path: full if str(path).startswith(str(tmp_path / "run")) else real)
+  real = full._replace(free=1 << 40)
+  with pytest.raises(OSError, match="no space: 2 checkpoints .config.keep_checkpoints. need 0.00 GB"):
+    train_and_evaluate(tiny_config(*data), tmp_path / "run")
+  assert not (tmp_path / "run" / "checkpoints").exists() or not any((tmp_path / "run" / "checkpoints").iterdir())
+
+
 @pytest.mark.parametrize(
   ("key", "value", "message"),
   [

@@ -171,10 +171,6 @@ def resolved(config: ConfigDict, task: Task) -> Config:
   _sizes(config, counts, pairs, cached, task)
   if config.baseline is None:
     config.baseline = cached and (not start or _has_baseline(config.init_from))
-  if not config.emergent and counts.labels:
-    free = [(a, b) for a, b in itertools.combinations([m for m in used if m != "text"], 2)
-            if (a, b) not in pairs and (b, a) not in pairs]  # fmt: skip
-    config.emergent = tuple(free)
   config.stage_order, config.mode = (STAGE,), "train"
   for field in dataclasses.fields(Keys):
     del config[field.name]
@@ -204,7 +200,7 @@ def describe(
     "batch_size": config.batch_size, "steps": config.steps,
     "eval_steps": config.eval_steps, "log_steps": config.log_steps, "checkpoint_steps": config.checkpoint_steps,
     "optim.learning_rate": config.optim.learning_rate, "optim.warmup": config.optim.warmup,
-    "model.shared_dim": config.model.shared_dim, "emergent": config.emergent, "baseline": config.baseline,
+    "model.shared_dim": config.model.shared_dim, "baseline": config.baseline,
   }  # fmt: skip
   for key, value in values.items():
     yield f"  --config.{key}={_flag(value)}"

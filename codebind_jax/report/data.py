@@ -223,7 +223,9 @@ def scores_from_metrics(
 
 
 # Metric's kind -> family of the verdict. Of an item's several numbers one counts.
-FAMILIES = {"zeroshot/top1": "Zero-shot", "retrieval/r5": "Retrieval", "probe/full": "Linear probes"}
+FAMILIES = {
+  "zeroshot/top1": "Zero-shot", "retrieval/r1": "Retrieval", "retrieval/r5": "Retrieval", "probe/full": "Linear probes"
+}  # fmt: skip
 
 
 def _kind(metric: str) -> str:

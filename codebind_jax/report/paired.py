@@ -17,7 +17,7 @@ from codebind_jax.evaluators.zeroshot import class_embeddings, class_ranks, labe
 from codebind_jax.report.galleries import sides_of
 
 ROWS = 5000  # rows of a set up to which both models embed it once more
-K = 5  # of the recall that is compared
+KS = (1, 5)  # of the recalls that are compared
 
 
 def difference_interval(
@@ -52,7 +52,7 @@ def differences(
   sets: Sequence[EvalSet],
   measured: Mapping[str, Mapping[str, float]],
 ) -> dict[str, tuple[float, float]]:
-  """Intervals of run minus baseline, by metric `eval/<set>/zeroshot/<modality>/top1` and `.../retrieval/.../r5`.
+  """Intervals of run minus baseline, by metric `eval/<set>/zeroshot/<modality>/top1` and `.../retrieval/.../r1`, `r5`.
 
   A set with more than `ROWS` rows is left out, as is a metric that the rows found here do not reproduce.
 
@@ -106,4 +106,5 @@ def _right(
     for a, b in (("text", modality), (modality, "text")) if sides else ():
       query, gallery = sides[a], sides[b]
       ranks = first_ranks(table[a]["shared"][query.rows], table[b]["shared"][gallery.rows], (query, gallery))
-      yield f"retrieval/{a}_to_{b}/r{K}", (ranks <= K, contents.groups_of(query, gallery))
+      for k in KS:
+        yield f"retrieval/{a}_to_{b}/r{k}", (ranks <= k, contents.groups_of(query, gallery))

@@ -35,6 +35,7 @@ from codebind_jax.runtime.metrics import read_metrics
 
 PACKAGES = ("codebind_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 MAP_POINTS = 150
+FEW = 25  # contents searched, below which recall@5 is left out for recall@1
 WIDTH = 110  # of the sentences above the printed table
 
 
@@ -54,11 +55,19 @@ def headline(
     final: its final metrics, the baseline's under `baseline/...`.
     compared: intervals of run minus baseline on the same rows, by metric.
   """
-  own = {name: value for name, value in final.items() if not name.startswith("baseline/")}
+  own = _telling({name: value for name, value in final.items() if not name.startswith("baseline/")})
   plain = {name.removeprefix("baseline/"): value for name, value in final.items() if name.startswith("baseline/")}
   sets = reported_sets(config, task)
   titles = {s.name: s.title or s.name for s in sets} | {s.role: f"all {s.role} sets" for s in sets}
   return scores_from_metrics(own, plain, metrics=_titles(config, sets), sets=titles, differences=compared)
+
+
+def _telling(metrics: Mapping[str, float]) -> dict[str, float]:
+  """The metrics without recall@5 where few contents are searched, of which a guess finds many, or else recall@1."""
+  ways = {name.removesuffix("/r5/ways"): value for name, value in metrics.items()
+          if "/retrieval/" in name and name.endswith("/r5/ways")}
+  left = {f"{name}/r{5 if count < FEW else 1}" for name, count in ways.items()}
+  return {name: value for name, value in metrics.items() if name not in left}
 
 
 def _titles(config: Config, sets: Sequence[EvalSet]) -> dict[str, str]:
@@ -68,13 +77,15 @@ def _titles(config: Config, sets: Sequence[EvalSet]) -> dict[str, str]:
     if modality != "text":
       for metric, title in (("top1", "top-1"), ("top5", "top-5"), ("balanced", "balanced over classes")):
         titles[f"zeroshot/{modality}/{metric}"] = f"Zero-shot {modality}, {title}"
-      titles[f"retrieval/text_to_{modality}/r5"] = f"Text to {modality}, recall@5"
-      titles[f"retrieval/{modality}_to_text/r5"] = f"{modality.capitalize()} to text, recall@5"
+      for k in (1, 5):  # of which `_telling` leaves one
+        titles[f"retrieval/text_to_{modality}/r{k}"] = f"Text to {modality}, recall@{k}"
+        titles[f"retrieval/{modality}_to_text/r{k}"] = f"{modality.capitalize()} to text, recall@{k}"
   named = {(a, b, by) for s in sets for a, b, _, by in named_pairs(s, ()) if {a, b} <= set(config.model.towers)}
   for a, b, by in sorted(named):
     for first, second in ((a, b), (b, a)):
-      metric = f"retrieval/{first}_to_{second}/{f'{by}/' if by else ''}r5"
-      titles[metric] = f"{first.capitalize()} to {second}{f' of the same {by}' if by else ''}, recall@5"
+      for k in (1, 5):
+        metric = f"retrieval/{first}_to_{second}/{f'{by}/' if by else ''}r{k}"
+        titles[metric] = f"{first.capitalize()} to {second}{f' of the same {by}' if by else ''}, recall@{k}"
   for a, b in config.emergent:
     for first, second in ((a, b), (b, a)):
       titles[f"emergent/{first}_to_{second}/r5"] = f"{first.capitalize()} to {second}, bound by no stage, recall@5"
