@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import numbers
+import os
 import pathlib
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -37,6 +39,7 @@ _AXES = {"image": 3, "tactile": 3, "video": 4, "depth": 2, "thermal": 2, "points
 _EQUAL = 1e-5  # embeddings that differ by less in every value are one
 _MANY = 16  # batches for each worker process, from which on they are started
 _TRUNK_ROWS = 32  # items of a batch that a trunk encodes, a device
+_LARGEST_WEIGHT = 1e30  # of `combine`, whose sums are float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,10 +256,13 @@ class Model:
     if not isinstance(inputs, Mapping) or not inputs:
       raise ValueError(f"combine: got {inputs!r:.60}; needed: modality -> a list of items, for one modality or more")
     self._check(inputs)
+    if weights is not None and not isinstance(weights, Mapping):
+      raise ValueError(f"weights: got {weights!r:.60}; needed: modality -> a number")
     weights = dict(weights or {})
     for name, weight in weights.items():
-      if name not in inputs or isinstance(weight, bool) or not np.isscalar(weight) or not np.isfinite(weight):
-        raise ValueError(f"weights: got {weight!r} for {name!r}; allowed: a number for {', '.join(inputs)}")
+      number = isinstance(weight, numbers.Real) and not isinstance(weight, bool)
+      if name not in inputs or not number or not abs(weight) < _LARGEST_WEIGHT:
+        raise ValueError(f"weights: got {weight!r:.60} for {name!r}; allowed: a number for {', '.join(inputs)}")
     raw = {m: items for m, items in inputs.items() if not isinstance(items, Embeddings)}
     for modality, items in raw.items():
       self._check_list(modality, items)
@@ -324,10 +330,12 @@ class Model:
       ValueError: as `embed`; for one text where a list of labels or templates is needed, or two labels that have one
         embedding, such as "cow" and "Cow ".
     """
+    if not isinstance(modality, str):
+      raise ValueError(f"modality: got {modality!r:.60}; allowed: one of {list(self.modalities)}")
     self._check({modality: items, "text": labels})
     self._check_list(modality, items)
     self._check_list("text", labels, "labels")
-    if isinstance(templates, str):
+    if isinstance(templates, str) or not isinstance(templates, Sequence):
       raise ValueError(f"templates: got {templates!r:.60}; a list of templates is needed, [template] for one")
     templates = tuple(templates) or self.config.data.eval_templates
     classes = class_embeddings(lambda texts: self.embed({"text": list(texts)})["text"].shared, list(labels), templates)
@@ -395,6 +403,8 @@ def load(source: str | files.Path, *, modalities: Sequence[str] | None = None, *
     ValueError: if there is no such path, it is no supported checkpoint, is damaged, or lacks a modality; if the hub
       lacks the model, or the hub or a far disk cannot be reached.
   """
+  if not isinstance(source, str | os.PathLike) or not str(source):
+    raise ValueError(f"source: got {source!r:.60}; needed: a path, or hf:org/name")
   if isinstance(modalities, str):
     raise ValueError(f"modalities: got {modalities!r}; a list of names is needed, [{modalities!r}] for one")
   if str(source).startswith(hub.PREFIX):

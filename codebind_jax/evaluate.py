@@ -250,7 +250,9 @@ class Evaluation:
     """(evaluator, its rows) of zero-shot classification of every modality, and of retrieval between modalities."""
     if "zeroshot" in tasks:
       embed = lambda texts: np.stack([prompts[text] for text in texts])
-      if not test.candidates or not prompts:
+      if not test.candidates:
+        self._leave_out(f"{test.name}/zeroshot", "no record of it has a label")
+      elif not prompts:
         self._leave_out(f"{test.name}/zeroshot", NEEDS["zeroshot"])
       elif len(test.candidates) < 2:
         self._leave_out(f"{test.name}/zeroshot", f"{test.candidates[0]!r} is the only class, nothing to choose among")

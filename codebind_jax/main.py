@@ -64,7 +64,8 @@ def main(_: Sequence[str]) -> None:
     sys.exit(_STOPPED.value)
   except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
     logging.debug("traceback", exc_info=True)
-    sys.exit(f"error: {error}")
+    plain = isinstance(error, OSError) and error.strerror and error.filename
+    sys.exit(f"error: {error.strerror}: {error.filename}" if plain else f"error: {error}")
 
 
 def _own_or_serious(record: Any) -> bool:

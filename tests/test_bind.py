@@ -15,8 +15,11 @@ from PIL import Image
 
 import codebind_jax
 from codebind_jax import command_line, schema
+from codebind_jax.codebook.spec import Codebook
 from codebind_jax.command_line import bind
+from codebind_jax.config import Config
 from codebind_jax.data.task import open_task
+from codebind_jax.models.towers import ModelSpec
 from codebind_jax.train import train_and_evaluate
 from configs import bind as config_file
 from tests.family_fixtures import unpack
@@ -182,6 +185,7 @@ def test_too_little_is_said(write, records, message):
   ("", {"trunks.image": "minilm"}, "config.trunks.image: 'minilm' is a trunk of text"),
   ("", {"weights.image": "/nowhere"}, "config.weights.image: '/nowhere': no such file or folder"),
   ("", {"init_from": "/nowhere"}, "config.init_from: '/nowhere': no such file or folder"),
+  ("", {"batch_size": 0}, "config.batch_size: got 0; allowed: any number above 0"),
   ("", {"bind.bridges": ("audio",)}, "config.bind.bridges: 'audio' is not allowed; allowed: some of"),
   ("", {"batch_size": 64}, ""),
 ])  # fmt: skip
@@ -229,6 +233,50 @@ def test_a_run_is_made_and_evaluated_and_another_starts_from_it(write, tmp_path)
   for name in ("image", "text"):  # what the first run has stays as it is
     x = [tmp_path / "touch" / "3_image.png"] if name == "image" else ["a cow"]
     np.testing.assert_array_equal(before.embed({name: x})[name].shared, after.embed({name: x})[name].shared)
+
+
+def test_what_has_nothing_in_common_with_the_model_it_starts_from_is_refused(write, tmp_path):
+  small = {"steps": 2, "model.shared_dim": 16, "codebook.shared_codes": 16, "baseline": False,
+           "model.towers.image.specific_dim": 8, "model.towers.thermal.specific_dim": 8,
+           "tasks": ("retrieval",)}  # fmt: skip
+  words = [{"image": i % 10, "text": f"a {WORDS[i % 10]}"} for i in range(30)]
+  first = tmp_path / "first"
+  train_and_evaluate(config_of(write(words), **small), first)
+  with pytest.raises(ValueError, match=r"config.init_from: .* has image, text, and .* have depth, eeg: nothing ties"):
+    chosen(write(sensors(30, "depth", "eeg"), "far"), init_from=str(first))
+  near = chosen(write(sensors(30, "thermal", "image"), "near"), **small, init_from=str(first))
+  assert near.ordered[0].pairs == (("thermal", "image"),) and near.ordered[0].train == (
+    r"thermal(/.*|_log_logit_scale)",)  # fmt: skip
+
+
+def test_a_tower_that_leans_on_another_brings_it(write, monkeypatch):
+  """An image tower that hands its class names to the text head needs the text tower, though the data has no text."""
+  start = config_of(write(pictures(20))).copy_and_resolve_references().unlock()
+  start.model.towers.image.meaning, start.model.towers.image.meaning_dim = "text", 8
+  for name in [name for name in start.model.towers if name not in ("image", "text")]:
+    del start.model.towers[name]
+  for field in ("bind", "trunks", "weights", "tune"):
+    del start[field]
+  model = schema.read(ModelSpec, start.model, "model")
+  monkeypatch.setattr(bind, "config_of", lambda source: Config(model=model, codebook=schema.read(
+    Codebook, {"dim": 2, "codes": {"image": 8}}, "codebook")))  # fmt: skip
+  monkeypatch.setattr(bind, "_has_baseline", lambda source: False)
+  found = chosen(write(sensors(30, "thermal", "image"), "near"), init_from="somewhere")
+  assert set(found.model.towers) == {"image", "text", "thermal"}
+  assert found.model.towers["image"].meaning == "text" and found.ordered[0].pairs == (("thermal", "image"),)
+
+
+def test_two_sources_share_a_batch(write, tmp_path):
+  files = {"named_files": {"a": (write(pictures(40), "a"),), "b": (write(pictures(20, classes=3), "b"),)}}
+  given = lambda **more: config_of("", **more).unlock()
+  config = given()
+  config.data.files, config.data.named_files = (), ConfigDict(files["named_files"])
+  found = bind.resolved(config.lock(), open_task(bind.data_of(config)))
+  assert found.ordered[0].sources == {"a": 16, "b": 16} and found.batch_size == 32
+  config = given(batch_size=4096)
+  config.data.files, config.data.named_files = (), ConfigDict(files["named_files"])
+  with pytest.raises(ValueError, match="config.batch_size: 2048 rows of a batch are of 'a', which has"):
+    train_and_evaluate(config.lock(), tmp_path / "run")
 
 
 def test_published_encoders_by_key(write, tmp_path):

@@ -144,3 +144,12 @@ def test_the_index_is_kept(write, root, monkeypatch):
     "id": "1099", "label": None, "text": ["x" * 1000 + "1099"]}  # fmt: skip
   with pytest.raises(TypeError):
     open_source(path, encoding="latin-1")
+
+
+def test_what_pandas_writes_for_absent_and_whole_numbers(write):
+  """A column of integers of which some are absent is written as floats."""
+  text = "id,text,label,image\n1.0,a cow,7.0,\n2.0,nan,7,x.png\nthird,NaN cows,<NA>,None\n4,2.0,None,NaN\n"
+  source = open_source(write(text), check="none")
+  assert source.column("id") == ["1", "2", "third", "4"] and source.column("label") == ["7", "7", None, None]
+  assert source.column("text") == [["a cow"], None, ["NaN cows"], ["2.0"]]
+  assert source.rows_with("image").tolist() == [1]

@@ -58,6 +58,8 @@ def _said(error: Exception, argv: Sequence[str]) -> str:
   if isinstance(error, flags.IllegalFlagValueError):
     if lacking := re.match(r"flag --([\w.]+)=--", str(error)):
       return f"{lacking[1]}: needs a value, --{lacking[1]}=VALUE"
+    if several := re.match(r"flag --([\w.]+)=(.*?): .* as tuple", str(error), re.DOTALL):
+      return f"{several[1]}: got {several[2]}; several values are given as --{several[1]}=\"('a', 'b')\""
     return str(error)
   if not isinstance(error, flags.Error):
     try:

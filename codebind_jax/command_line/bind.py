@@ -148,13 +148,16 @@ def resolved(config: ConfigDict, task: Task) -> Config:
   start = _start(config.init_from)
   modalities = _modalities(config, keys.bind.modalities, counts, asked, start)
   known = [m for m in modalities if start and m in start.model.towers]
-  pairs = _pairs(config, keys.bind.bridges, counts, modalities, known)
+  pairs = _pairs(config, keys.bind.bridges, counts, modalities, known, start)
   used = tuple(dict.fromkeys(m for pair in pairs for m in pair))
   for modality in [m for m in modalities if m not in used]:
     logging.warning("%s: left out, fewer than %d training records have it and another modality", modality, FEWEST)
 
   towers = {m: start.model.towers[m] if m in known else _tower(config, m, asked, task, used) for m in used}
   new = [m for m in used if m not in known]
+  if start:  # what the towers of the model lean on comes with them
+    towers |= {t.meaning: start.model.towers[t.meaning] for t in towers.values() if not isinstance(t, Mapping)
+               and t.meaning in start.model.towers}  # fmt: skip
   stage = config.stages[STAGE]
   stage.pairs = pairs
   if start:
@@ -162,8 +165,8 @@ def resolved(config: ConfigDict, task: Task) -> Config:
   else:
     _publish(config, towers, asked, used)
   config.model.towers = ConfigDict({m: schema.to_plain(tower) for m, tower in towers.items()})
-  specific = [m for m in used if towers[m]["specific_dim"]] if not start else [
-    m for m in used if (towers[m].specific_dim if m in known else towers[m]["specific_dim"])]
+  dim = lambda tower: tower["specific_dim"] if isinstance(tower, Mapping) else tower.specific_dim
+  specific = [m for m, tower in towers.items() if dim(tower)]
   codes = config.codebook.codes.to_dict()
   config.codebook.codes = ConfigDict({m: codes.get(m, 256) for m in specific})
   stage.tune = ConfigDict({m: asked["tune"].get(m) or ("frozen" if towers[m]["cache"] else "full") for m in new})
@@ -175,7 +178,7 @@ def resolved(config: ConfigDict, task: Task) -> Config:
   for field in dataclasses.fields(Keys):
     del config[field.name]
   chosen = config_lib.validate(config)
-  for line in describe(chosen, counts, task, asked, known):
+  for line in describe(chosen, counts, task, asked, [m for m in towers if m not in new]):
     logging.info("%s", line)
   return chosen
 
@@ -251,7 +254,8 @@ def _modalities(
 
 
 def _pairs(
-  config: ConfigDict, asked: Sequence[str], counts: Counts, modalities: Sequence[str], known: Sequence[str]
+  config: ConfigDict, asked: Sequence[str], counts: Counts, modalities: Sequence[str], known: Sequence[str],
+  start: Config | None,
 ) -> tuple[tuple[str, str], ...]:
   """Pairs of a modality and a bridge that enough records have.
 
@@ -267,6 +271,10 @@ def _pairs(
   bridges = list(asked or known) or [m for m in BRIDGES if m in modalities]
   if not bridges:
     bridges = list(modalities) if len(modalities) <= ALL_PAIRS else [max(modalities, key=shared)]
+  if start and not known:
+    raise ValueError(f"config.init_from: {config.init_from!r} has {', '.join(start.model.towers)}, and the training "
+                     f"records have {', '.join(modalities)}: nothing ties them together; allowed: records with one of "
+                     "its modalities and a new one")  # fmt: skip
   pairs = [(a, b) for b, a in itertools.combinations(bridges, 2) if enough(a, b)]
   if known and set(known) != set(modalities):
     pairs = []  # the model that the run starts from has them bound already
@@ -421,8 +429,11 @@ def _sizes(
 ) -> None:
   """Batch, steps and what follows from them, where the command set none."""
   stage, rows = config.stages[STAGE], counts.with_a_pair(pairs)
+  for key, value in (("batch_size", config.batch_size), ("steps", config.steps)):
+    if value is not None and value < 1:
+      raise ValueError(f"config.{key}: got {value!r}; allowed: any number above 0")
   power = lambda n: 1 << (max(n, 1).bit_length() - 1)
-  whole = min(BATCH, power(rows))
+  whole, given = min(BATCH, power(rows)), config.batch_size is not None
   if stage.unique_labels is None:
     labelled = counts.labels and not counts.unlabelled  # contents that records share are known later
     stage.unique_labels = bool(labelled) and counts.labels >= (stage.batch_size or config.batch_size or whole)
@@ -452,4 +463,6 @@ def _sizes(
     each, names = config.batch_size // len(task.train), list(task.train)
     if not each:
       raise ValueError(f"config.batch_size: got {config.batch_size} for {len(names)} sources; allowed: one row of each")
-    stage.sources = ConfigDict({name: min(each, power(len(task.train[name]))) for name in names})
+    of = {name: each if given else min(each, power(len(task.train[name]))) for name in names}
+    stage.sources = ConfigDict(of)
+    config.batch_size = stage.batch_size = sum(of.values())

@@ -197,6 +197,8 @@ def format_of(path: PurePath) -> ModuleType:
     if hasattr(module, "takes") and module.takes(path):
       return module
   others = "a folder of class folders, a Hugging Face dataset folder, tfds:NAME, world:NAME"
+  if path.name.lower().endswith(".json"):
+    others += "; a .json file is converted to one object a line (.jsonl) first"
   raise ValueError(f"{path}: unknown ending; allowed: {', '.join(known)}; or {others}")
 
 
@@ -334,7 +336,10 @@ def class_lines(path: Path) -> tuple[str, ...]:
   Raises:
     ValueError: if there are none, or a class is there twice, also where case or blanks differ.
   """
-  lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+  try:
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+  except (OSError, UnicodeError) as error:
+    raise ValueError(f"config.data.classes: {path}: cannot be read as a text ({error})") from error
   classes = [line for line in lines if line]
   if not classes:
     raise ValueError(f"{path}: empty class list; one class a line is needed")

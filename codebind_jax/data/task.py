@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -194,7 +195,7 @@ def _file_task(data: Data, name: str, names: Sequence[str], default_split: str) 
   try:
     whole = opened(names)
   except FileNotFoundError as error:
-    key = f"named_files.{name}" if name else "files"
+    key = f"named_files.{name}" if name else "manifest" if error.filename == data.manifest else "files"
     raise FileNotFoundError(2, f"config.data.{key}: {error.strerror}", error.filename) from error
   spellings = _spellings(data, whole)
   if spellings:
@@ -204,6 +205,9 @@ def _file_task(data: Data, name: str, names: Sequence[str], default_split: str) 
   if data.label_captions and (lacking := _labels_alone(whole)):
     logging.info("%s: %d records without text have their label as caption", name, lacking)
     whole = LabelCaptions(whole)
+    if all(re.fullmatch(r"[-+.\d]+", label) for label in whole.index.labels):
+      logging.warning("%s: the labels are numbers, such as %r, which say nothing as captions; give names, or "
+                      "--config.data.label_captions=False", name, whole.index.labels[0])  # fmt: skip
   split = np.where(whole.index.split < 0, SPLITS.index(default_split), whole.index.split)
   parts = {s: whole.select(np.flatnonzero(split == n)) for n, s in enumerate(SPLITS) if (split == n).any()}
   held = bool(data.holdout) and list(parts) == ["train"]
@@ -211,6 +215,10 @@ def _file_task(data: Data, name: str, names: Sequence[str], default_split: str) 
     out = held_out(parts["train"], data.holdout)
     logging.info("%s: no record is of split val or test, so %d of %d are held out as val, by hash of the id "
                  "(config.data.holdout=%g; 0 for none)", name, out.sum(), len(out), data.holdout)  # fmt: skip
+    classes = np.unique(parts["train"].index.label[out])
+    if len(classes) == 1 and classes[0] >= 0 and (parts["train"].index.label != classes[0]).any():
+      logging.warning("%s: all rows held out have the label %r; mark others by split val, or raise "
+                      "config.data.holdout", name, whole.index.labels[classes[0]])  # fmt: skip
     kept = {"train": np.flatnonzero(~out), "val": np.flatnonzero(out)}
     parts = {split: parts["train"].select(rows) for split, rows in kept.items() if len(rows)}
   for part in parts.values():

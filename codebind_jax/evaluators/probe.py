@@ -304,7 +304,7 @@ def _choose_c(x, y, grid, groups, content, val, fraction, max_iter):
     if worse == 2:
       break
   if best_c in (grid[0], grid[-1]):
-    logging.info("linear probe: C=%g, at the end of the grid, was best on validation; the best may lie beyond", best_c)
+    logging.debug("linear probe: C=%g, at the end of the grid, was best on validation; the best may lie beyond", best_c)
   return best_c, best
 
 
@@ -321,6 +321,7 @@ def _fitted(x, y, grid, max_iter):
       # The products are small: BLAS threads cost more by waiting than they save (12 times, on a busy machine).
       with threadpool_limits(1, user_api="blas"), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", "The number of unique classes is greater than 50%")
         model.fit(standard, y)
       if model.n_iter_.max() >= max_iter:
         logging.info("linear probe: C=%g stopped after %d iterations, before it converged", c, max_iter)

@@ -41,6 +41,10 @@ def class_embeddings(
     raise ValueError("labels: the class list is empty")
   if not len(templates):
     raise ValueError('templates: the list is empty; use ("{}",) for the bare label')
+  for what, texts in (("labels", labels), ("templates", templates)):
+    for text in texts:
+      if not isinstance(text, str):
+        raise ValueError(f"{what}: got {text!r:.60}; allowed: texts")
   for label in labels:
     if not label.strip():
       raise ValueError(f"labels: a class name is empty, got {list(labels)!r}")

@@ -40,8 +40,9 @@ WIDTH = 110  # of the sentences above the printed table
 
 
 def reported_sets(config: Config, task: Task) -> list[EvalSet]:
-  """The test sets if they were read, else all sets."""
-  return [s for s in task.evals if s.role == "test" and config.test] or list(task.evals)
+  """Of every source its test sets, if they were read and it has some, else all of its sets."""
+  tested = {s.world for s in task.evals if s.role == "test" and config.test}
+  return [s for s in task.evals if s.role == "test" and config.test or s.world not in tested]
 
 
 def headline(
@@ -63,10 +64,13 @@ def headline(
 
 
 def _telling(metrics: Mapping[str, float]) -> dict[str, float]:
-  """The metrics without recall@5 where few contents are searched, of which a guess finds many, or else recall@1."""
+  """The metrics without recall@5 where few contents are searched, of which a guess finds many, or else recall@1.
+
+  Where one content alone is searched there is neither.
+  """
   ways = {name.removesuffix("/r5/ways"): value for name, value in metrics.items()
           if "/retrieval/" in name and name.endswith("/r5/ways")}
-  left = {f"{name}/r{5 if count < FEW else 1}" for name, count in ways.items()}
+  left = {f"{name}/r{k}" for name, count in ways.items() for k in (1, 5) if count < 2 or (k == 5) == (count < FEW)}
   return {name: value for name, value in metrics.items() if name not in left}
 
 
@@ -161,9 +165,7 @@ def title_of(config: Config) -> str:
 
 def trained(config: Config, task: Task, baseline: bool) -> str:
   """Plain sentences: what was trained on what, and what the baseline is."""
-  stages = [f"{' with '.join((_joined(stage.modalities[:-1]), stage.modalities[-1]))} in {stage.steps:,} steps"
-            if len(stage.modalities) > 1 else f"{stage.modalities[0]} in {stage.steps:,} steps"
-            for stage in config.ordered]  # fmt: skip
+  stages = [f"{_joined(stage.modalities)} in {stage.steps:,} steps" for stage in config.ordered]
   rows = {name: f"{len(source):,} rows of {name}" for name, source in task.train.items()}
   text = f"{title_of(config)} learned to bind {_joined(stages)}, from {_joined(list(rows.values())) or 'no rows'}."
   learning = sorted(m for m, spec in config.model.towers.items() if not spec.cache)

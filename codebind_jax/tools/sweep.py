@@ -208,10 +208,11 @@ def summary(grid: Grid, done: Mapping[str, Mapping[str, float]], patterns: Seque
     })  # fmt: skip
   whole = [row for row in rows if row["score"] is not None]
   best = max(whole, key=lambda row: row["score"], default=None)
-  chosen = best["values"] if best else {}
+  level = [row["run"] for row in whole if best and row["score"] == best["score"]]
+  chosen = best["values"] if len(level) == 1 else {}
   edges = {key: value for key, value in chosen.items() if key != "seed" and _at_edge(value, grid.swept[key])}
   return {"config": grid.file, "fixed": dict(grid.fixed), "swept": {key: list(of) for key, of in grid.swept.items()},
-          "best": best and best["run"], "edges": edges, "runs": rows}  # fmt: skip
+          "best": best and best["run"], "level": level, "edges": edges, "runs": rows}  # fmt: skip
 
 
 def _at_edge(value: str, values: Sequence[str]) -> bool:
@@ -239,6 +240,8 @@ def text_of(found: Mapping[str, Any]) -> str:
   said = [f"Mean of {', '.join(f'`{part}`' for part in parts)} on the validation sets; test sets were not read.\n"]
   if found["best"]:
     said.append(f"Best: `{found['best']}`.\n")
+  if len(found["level"]) > 1:
+    said.append(f"{len(found['level'])} runs are level at the best score; the first of them is marked.\n")
   for key, value in found["edges"].items():
     said.append(f"The best `{key}`, {value}, is at the edge of the values tried: try values beyond it.\n")
   left = [row["run"] for row in rows if row["state"] == "left"]

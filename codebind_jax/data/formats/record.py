@@ -68,13 +68,12 @@ def parse(record: Mapping[str, Any], default_id: str) -> Record:
   further: tuple[str, ...] = ()
   known = modality_keys()
   for key, value in record.items():
-    if value is None:
+    if value is None or type(value) is float and value != value:  # pandas' word for absent
       continue
     if key in known:
       items[key] = value if type(value) is str and value.strip() else _item(key, value)
     elif key in _NAMES:
-      number = isinstance(value, int) and not isinstance(value, bool)
-      fields[key] = value if type(value) is str and value.strip() else str(value) if number else _text(key, value)
+      fields[key] = value if type(value) is str and value.strip() else _name(key, value)
     elif key in TEXT:
       if "text" in fields:
         raise ValueError("text and caption are both there; one of them is needed")
@@ -83,13 +82,15 @@ def parse(record: Mapping[str, Any], default_id: str) -> Record:
         raise ValueError(f"{key}: an empty list")
     elif key == "split":
       if _text(key, value) not in SPLIT_NAMES:
-        raise ValueError(f"unknown split {value!r}; allowed: {list(SPLITS)}")
+        raise ValueError(f"unknown split {value!r}; allowed: {list(SPLIT_NAMES)}")
       fields[key] = SPLIT_NAMES[value]
     else:
       further += (key,)
       fields.setdefault(key, value)
   if not items and "text" not in fields:
-    raise ValueError(f"no modality; at least one of {list(known_modalities())} is needed")
+    there = ", ".join(map(repr, list(record)[:8])) or "nothing"
+    raise ValueError(f"no modality; at least one of {list(known_modalities())} is needed, there is {there} (other "
+                     "names: --config.data.options=\"{'columns': {'image': 'img_path'}}\")")  # fmt: skip
   return Record(fields, items, further)
 
 
@@ -261,6 +262,17 @@ def _item(key: str, value: Any) -> str | bytes:
     value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
   if isinstance(value, bytes) and value:
     return value
+  return _text(key, value)
+
+
+def _name(key: str, value: Any) -> str:
+  """An id or a label: a text, or a whole number, which pandas makes a float where others of its column are absent."""
+  if isinstance(value, int) and not isinstance(value, bool):
+    return str(value)
+  if isinstance(value, float) and value.is_integer():
+    return str(int(value))
+  if not isinstance(value, str):
+    raise ValueError(f"{key}: a text or a whole number is needed, got {value!r:.80}")
   return _text(key, value)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
@@ -20,6 +21,9 @@ from codebind_jax.data.records import Source
 ENDINGS = (".csv", ".tsv")
 _SEPARATORS = (",", "\t", ";", "|")
 _CHUNK = 1024  # records added together
+_ABSENT = frozenset(("", "nan", "NaN", "<NA>", "null", "NULL", "None", "#N/A", "N/A"))
+_NAMES = {"id", "label"}
+_FLOAT = re.compile(r"-?\d+\.0")
 
 
 class _Lines:
@@ -66,10 +70,17 @@ def _reader(lines: Iterable[str], separator: str, quote: str) -> Any:
 
 
 def _row(keys: Sequence[str], cells: Sequence[str]) -> dict[str, Any]:
-  """Keys and values of a record; an empty cell is an absent key."""
+  """Keys and values of a record; an empty cell is an absent key, and so is what pandas writes for one.
+
+  Whole numbers that pandas made floats, because others of the column are absent (7.0), are whole numbers again.
+  """
   if len(cells) != len(keys):
     raise ValueError(f"{len(cells)} cells, where the first line names {len(keys)} columns")
-  return {key: cell for key, cell in zip(keys, cells) if cell and key}
+  values = {key: cell for key, cell in zip(keys, cells) if cell not in _ABSENT and key}
+  for key in _NAMES & values.keys():
+    if _FLOAT.fullmatch(values[key]):
+      values[key] = values[key].removesuffix(".0")
+  return values
 
 
 def open_files(
@@ -105,7 +116,7 @@ def open_files(
                      "whose lines cannot be told apart: convert the file") from error  # fmt: skip
   bad, options = Bad(max_bad_records), {"columns": dict(columns or {}), "separator": separator, "encoding": encoding,
                                         "quote": quote}  # fmt: skip
-  scan = lambda path, name: scanned([path], lambda bad: _scan(path, name, bad, **options), bad, revision="table-1",
+  scan = lambda path, name: scanned([path], lambda bad: _scan(path, name, bad, **options), bad, revision="table-2",
                                     options=options | {"name": name}, cache=cache)  # fmt: skip
   return [TableSource(path, scan(path, name), encoding, quote) for path, name in zip(paths, short_names(paths))]
 
