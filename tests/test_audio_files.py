@@ -125,9 +125,44 @@ def test_channels_that_cancel_are_not_silence(read, tmp_path, caplog):
     assert sum(f"{name}.wav: its channels cancel each other" in message for message in caplog.messages) == 1
     caplog.clear()
   # Unrelated, equal and empty channels are averaged as ever.
-  for channels in ((TONE, 0.1 * other), (TONE, TONE), (TONE, 0 * TONE), (0 * TONE, 0 * TONE)):
+  for channels in ((TONE, 0.1 * other), (TONE, TONE), (TONE, 0 * TONE), (TONE, -0.3 * TONE)):
     np.testing.assert_array_equal(read(np.stack(channels, axis=1)), np.stack(channels, axis=1).mean(axis=1))
   assert not caplog.messages
+
+
+def test_channels_that_cancel_under_noise_offsets_and_for_a_while(caplog):
+  rng = np.random.default_rng(0)
+  sound_, one, two = rng.normal(0, 0.1, (3, 3 * 44100)).astype(np.float32)
+  quiet = np.float32(10 ** (-15 / 20))
+  half = np.where(np.arange(len(one)) < len(one) // 2, 1, -1)
+  cases = {
+    "noise": (sound_ + quiet * one, -sound_ + quiet * two), "weaker": (sound_, -0.8 * sound_),
+    "half": (sound_, half * sound_), "offsets": (sound_ + 0.2, -sound_ + 0.2),
+    "unlike offsets": (sound_ + 0.2, -sound_), "pauses": (half * sound_ + quiet * one, -half * sound_ + quiet * two),
+  }  # fmt: skip
+  for name, channels in cases.items():
+    stereo = np.stack(channels, axis=1).astype(np.float32)
+    got = audio.mono(stereo, name)
+    assert np.corrcoef(got, channels[0])[0, 1] > 0.99 and got.std() == pytest.approx(channels[0].std(), rel=0.01), name
+    assert f"{name}: its channels cancel each other; channel 0 is taken alone" in caplog.messages
+  long = rng.normal(0, 0.1, (30 * 8000, 1)).astype(np.float32) * np.ones(2, np.float32)
+  long[8000 : 3 * 8000 + 2 * 4000, 1] *= -1  # three seconds of thirty
+  np.testing.assert_array_equal(audio.mono(long, "long", 8000), long[:, 0])
+  caplog.clear()
+  # A second of thirty that cancels is ordinary stereo, as is a correlation of -0.5, and what is not heard.
+  brief = long.copy()
+  brief[:, 1] = np.where(np.arange(len(brief)) // 8000 == 4, -1, 1) * brief[:, 0]
+  for stereo, rate in (
+    (np.stack([sound_, -0.5 * sound_ + 0.87 * one], axis=1), 44100), (brief, 8000),
+    (np.concatenate([np.stack([sound_, one], axis=1), 1e-3 * np.stack([sound_, -sound_], axis=1)]), 44100),
+  ):  # fmt: skip
+    np.testing.assert_array_equal(audio.mono(stereo, "ordinary", rate), stereo.mean(axis=1))
+  assert not caplog.messages
+
+
+def test_an_offset_is_no_sound_in_a_first_channel(caplog):
+  got = sound(np.stack([0 * TONE + np.float32(0.1), TONE], axis=1)).samples
+  np.testing.assert_array_equal(got[:, 0], TONE)
 
 
 def test_where_the_first_channel_alone_is_taken_it_is_not_a_silent_one(tmp_path, caplog):

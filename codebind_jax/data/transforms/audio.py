@@ -17,11 +17,15 @@ from codebind_jax.data import mp3
 from codebind_jax.data.reading import file_errors, name_of, remark
 
 # Changes whenever the same input would give other samples: it is part of the key of cached features.
-REVISION = "audio-2"
+REVISION = "audio-3"
 RATE = 44_100
 RATES = (1_000, 768_000)
 LARGEST = 1 << 29  # samples of all channels: 2 GiB, 100 minutes of stereo
-CANCELLED, SILENT = 0.01, 1e-6  # shares of energy
+CANCELLED, SILENT = 0.2, 1e-6  # shares of energy
+WINDOW = 0.5  # seconds in which channels cancel or do not
+LONG, SHARE = 4, 0.25  # windows after one another, or share of all that are heard, in which channels cancel
+EQUAL = 0.999  # energies that differ by rounding and offsets alone
+HEARD = 1e-4  # of the loudest window's energy
 LOUDEST = 8.0  # full scale is 1; lossy decoders overshoot a little, integer samples that were not scaled do a lot
 
 IMAGEBIND_RATE = 16_000
@@ -51,7 +55,7 @@ def read(value: Any) -> Float32[np.ndarray, " n"]:
       are not finite or far beyond 1.
   """
   samples, rate = read_channels(value)
-  return resample(mono(samples, _name(value)), rate, RATE, _name(value))
+  return resample(mono(samples, _name(value), rate), rate, RATE, _name(value))
 
 
 def read_channels(value: Any) -> tuple[Float32[np.ndarray, "n channels"], int]:
@@ -67,24 +71,29 @@ def read_channels(value: Any) -> tuple[Float32[np.ndarray, "n channels"], int]:
   return _checked(np.asarray(value), name), RATE
 
 
-def mono(samples: Float32[np.ndarray, "n channels"], name: str = "audio") -> Float32[np.ndarray, " n"]:
+def mono(
+  samples: Float32[np.ndarray, "n channels"], name: str = "audio", rate: int = RATE
+) -> Float32[np.ndarray, " n"]:
   """The mean of a sound's channels; of channels that cancel each other the loudest one, the first of equal ones.
 
-  Channels cancel where their sum has less than a hundredth of the energy that unrelated ones' would have, as with a
-  microphone that is wired the wrong way round. An offset that is larger than the sound itself is taken off. Both are
-  said in the log.
+  Channels cancel where their sum, without their offsets, has less than a fifth of the energy that unrelated ones'
+  would have (of two equally loud ones: a correlation below -0.8), as with a microphone that is wired the wrong way
+  round: in the whole sound, in a quarter of its half seconds, or in two seconds on end. An offset that is larger than
+  the sound itself is taken off. Both are said in the log.
 
   Args:
     samples: of each channel.
     name: of the sound, for the log.
+    rate: Hz.
   """
   if samples.shape[1] == 1:
     mixed = samples[:, 0]
   else:
     mixed = samples.mean(axis=1)
-    energy = _energy(samples)
-    if samples.shape[1] ** 2 * _energy(mixed[:, None])[0] < CANCELLED * energy.sum():
-      loudest = int(np.argmax(energy))
+    energy = _energy(samples, rate)
+    if _cancel(samples.shape[1] ** 2 * _energy(mixed[:, None], rate)[:, 0], energy.sum(axis=1)):
+      loudness = energy.sum(axis=0)
+      loudest = int(np.argmax(loudness >= EQUAL * loudness.max()))
       remark("cancelling channels", f"{name}: its channels cancel each other; channel {loudest} is taken alone")
       mixed = samples[:, loudest]
   offset, deviation = float(mixed.mean(dtype=np.float64)), float(mixed.std(dtype=np.float64))
@@ -98,7 +107,7 @@ def first_channel(samples: Float32[np.ndarray, "n channels"], name: str = "audio
   """The channels with the loudest one moved to the front where the first one is silent (60 dB below it); it is said."""
   if samples.shape[1] == 1:
     return samples
-  energy = _energy(samples)
+  energy = _energy(samples, RATE).sum(axis=0)
   loudest = int(np.argmax(energy))
   if energy[0] >= SILENT * energy[loudest]:
     return samples
@@ -106,9 +115,22 @@ def first_channel(samples: Float32[np.ndarray, "n channels"], name: str = "audio
   return np.roll(samples, -loudest, axis=1)
 
 
-def _energy(samples: np.ndarray) -> np.ndarray:
-  """Sum of squares of each channel."""
-  return np.array([np.square(channel, dtype=np.float64).sum() for channel in samples.T])
+def _energy(samples: np.ndarray, rate: int) -> np.ndarray:
+  """Sums of squares [windows, channels] without each channel's offset; the last window has what is over as well."""
+  step = max(1, int(WINDOW * rate))
+  starts = np.arange(max(1, len(samples) // step)) * step
+  centred = (channel - channel.mean(dtype=np.float64) for channel in samples.T)
+  return np.stack([np.add.reduceat(np.square(channel), starts) for channel in centred], axis=1)
+
+
+def _cancel(of_sum: np.ndarray, of_all: np.ndarray) -> bool:
+  """Whether channels cancel, by the energy in each window of their sum and of all of them."""
+  if of_sum.sum() < CANCELLED * of_all.sum():
+    return True
+  heard = of_all > HEARD * of_all.max()
+  found = heard & (of_sum < CANCELLED * of_all)
+  runs = np.convolve(found, np.ones(LONG), "valid") if len(found) >= LONG else np.zeros(1)
+  return bool(found.sum() >= max(1.0, SHARE * heard.sum()) or runs.max() >= LONG)
 
 
 def _name(value: Any) -> str:
