@@ -74,7 +74,7 @@ def test_an_mp3_file_of_changing_bit_rate_is_read_to_its_end(channels, rate, tmp
   whole = encoded(np.concatenate([loud, quiet]), "MP3", rate)
   found = mp3.frames(whole)
   assert found.tells
-  bare = whole[found.stop :]  # without the frame that tells the length
+  bare = whole[found.parts[0][0] :]  # without the frame that tells the length
   assert not mp3.frames(bare).tells
   with soundfile.SoundFile(io.BytesIO(bare)) as guessed:
     assert guessed.frames < 6 * rate
@@ -165,6 +165,64 @@ def test_an_offset_is_no_sound_in_a_first_channel(caplog):
   np.testing.assert_array_equal(got[:, 0], TONE)
 
 
+@pytest.mark.parametrize("kind", ["MP3", "OGG", "FLAC"])
+@pytest.mark.parametrize("between", [b"", b"ID3\x03\0\0\0\0\0\x05hello", b"TAG" + bytes(125)])
+def test_sounds_one_behind_another_are_all_read(kind, between, tmp_path, caplog):
+  if between and kind == "OGG":
+    return
+  first, second = (np.random.default_rng(seed).normal(0, 0.1, (44100, 2)) for seed in (0, 1))
+  one, two = encoded(first, kind), encoded(second, kind)
+  (tmp_path / "both").write_bytes(one + between + two)
+  want = np.concatenate([audio.read_channels(part)[0] for part in (one, two)])
+  for value in (tmp_path / "both", (tmp_path / "both").read_bytes()):
+    got, rate = audio.read_channels(value)
+    assert rate == 44100 and abs(len(got) - 2 * 44100) <= 3 * 1152
+    if kind != "MP3":
+      np.testing.assert_array_equal(got, want)
+    for part in (slice(4000, 40000), slice(50000, 80000)):
+      lags = np.fft.irfft(np.fft.rfft(got[:, 0], 1 << 18) * np.conj(np.fft.rfft(want[part, 0], 1 << 18)))
+      assert lags.max() / np.square(want[part, 0]).sum() > 0.95
+  audio.check(tmp_path / "both")
+  assert "both: " in caplog.text and "one behind another" in caplog.text
+  with pytest.raises(ValueError, match="audio bytes: .*several"):
+    audio.read(one + encoded(second[:, 0], kind))
+  with pytest.raises(ValueError, match="audio bytes: .*several"):
+    audio.read(one + encoded(second, kind, 22050))
+
+
+def test_an_mp3_file_that_is_cut_is_refused_at_a_look(tmp_path):
+  whole = encoded(np.random.default_rng(0).normal(0, 0.1, 10 * 44100), "MP3")
+  (tmp_path / "whole.mp3").write_bytes(whole + b"TAG" + bytes(125))
+  audio.check(tmp_path / "whole.mp3")
+  (tmp_path / "cut.mp3").write_bytes(whole[: len(whole) // 2])
+  for look in (audio.read, audio.check):
+    with pytest.raises(ValueError, match=r"cut\.mp3: cut off, its header says 441000 samples"):
+      look(tmp_path / "cut.mp3")
+
+
+def test_what_is_no_sound_that_is_read_says_what_it_is_and_what_is(tmp_path):
+  nothing = bytearray(encoded(TONE, "WAV"))
+  nothing[40:44] = bytes(4)
+  files = {
+    "a.m4a": (b"\0\0\0\x20ftypM4A " + bytes(200), r"MPEG-4 .*not supported; allowed: wav"),
+    "a.webm": (b"\x1aE\xdf\xa3" + bytes(200), r"webm.* not supported; allowed: wav"),
+    "a.raw": (b"\xd2" * 330, "not supported; allowed: wav"), "empty.mp3": (b"", "the file is empty"),
+    "zero.wav": (bytes(nothing), "has no samples"), "head.wav": (bytes(nothing[:44]), "has no samples"),
+  }  # fmt: skip
+  for name, (content, message) in files.items():
+    (tmp_path / name).write_bytes(content)
+    for look in (audio.read, audio.check):
+      with pytest.raises(ValueError, match=f"{name}: .*{message}"):
+        look(tmp_path / name)
+
+
+def test_silence_is_said(tmp_path, caplog):
+  soundfile.write(tmp_path / "zero.wav", 0 * TONE, 44100)
+  assert not audio.read(tmp_path / "zero.wav").any()
+  audio.read_channels(np.full((9, 2), 0.25))
+  assert "zero.wav: is silent, all its samples are 0" in caplog.text and "all its samples are 0.25" in caplog.text
+
+
 def test_where_the_first_channel_alone_is_taken_it_is_not_a_silent_one(tmp_path, caplog):
   soundfile.write(tmp_path / "right.wav", np.stack([0 * TONE, TONE], axis=1), 44100, subtype="FLOAT")
   np.testing.assert_array_equal(sound(tmp_path / "right.wav").samples[:, 0], TONE)
@@ -188,6 +246,13 @@ def test_integer_arrays_have_the_full_scale_of_wav_files():
   assert audio.read(np.array([0, 128, 255], np.uint8)).tolist() == [-1.0, 0.0, 127 / 128]
   with pytest.raises(ValueError, match="int32 samples of -9830 to 9830 look like 16-bit ones"):
     audio.read(np.round(TONE * 32767).astype(np.int32))
+  with pytest.raises(ValueError, match="int32 samples of -2516582 to 2516582 look like 24-bit ones"):
+    audio.read(np.round(TONE * 8388607).astype(np.int32))
+  quiet = np.round(0.01 * TONE * 8388607).astype(np.int32) * 256  # below 2**23, and rightly so
+  np.testing.assert_allclose(audio.read(quiet), 0.01 * TONE, atol=1e-6)
+  for kind in (">i2", ">f4", ">i4"):
+    samples = TONE if kind == ">f4" else np.round(TONE.astype(np.float64) * (2 ** (8 * int(kind[2]) - 1) - 1))
+    np.testing.assert_allclose(audio.read(samples.astype(kind)), TONE, atol=1e-4)
   for kind in (np.int8, np.int64, np.uint16, bool, complex):
     with pytest.raises(ValueError, match="allowed are float, int16, int32 or uint8"):
       audio.read(np.zeros(9, kind))

@@ -36,7 +36,17 @@ _FULL_SCALE = {  # as wav files have them: type -> (middle, full scale)
 _UNKNOWN = 1 << 62  # libsndfile's count where a stream does not say it
 _UNKNOWN_SIZE = 0x7FFF0000  # programs that write into pipes give sizes from here on
 _MP3_DELAY = 2 * 1152  # samples of an encoder's delay and padding, which some count
-_OGG_PAGES = 1 << 17  # two pages
+_CHAINED = (b"OggS", b"fLaC")
+_FLAC = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")  # with the first block's head, which is never another
+ALLOWED = "wav, aiff, flac, ogg, opus, mp3, au, caf, w64 and whatever else libsndfile reads"
+_WHAT = f"a readable sound, or of a format that is not supported; allowed: {ALLOWED}"
+# Formats that are not read: where their mark is, the mark, what they are.
+_OTHER = (
+  (4, b"ftyp", "MPEG-4 (.m4a, .mp4 or .3gp)"), (0, b"\x1aE\xdf\xa3", "Matroska (.webm or .mkv)"),
+  (0, b"0&\xb2u\x8ef\xcf\x11", "Windows Media (.wma or .asf)"), (0, b"#!AMR", "AMR"), (0, b"MAC ", "Monkey's Audio"),
+  (0, b"wvpk", "WavPack"), (0, b"ADIF", "AAC"), (0, b"\xff\xf1", "AAC"), (0, b"\xff\xf9", "AAC"), (0, b"MThd", "MIDI"),
+  (0, b"FLV\x01", "Flash video"),
+)  # fmt: skip
 # libsndfile's log of a header, in the formats whose samples are one chunk.
 _SIZES = re.compile(r"^ *(?:data|SSND|riff|Data Size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
 _COUNTS = re.compile(r"Calculated frame count (\d+) does not match value from 'ds64' chunk of (\d+)")
@@ -62,7 +72,7 @@ def read_channels(value: Any) -> tuple[Float32[np.ndarray, "n channels"], int]:
   """Samples of each channel at the sound's own rate, and that rate in Hz; arguments and errors as of `read`."""
   name = _name(value)
   if isinstance(value, (str, Path, bytes)):
-    with file_errors(name, "a readable sound"):
+    with file_errors(name, _WHAT):
       samples, rate = _decoded(value, name)
     _check_rate(rate, name)
     return _checked(samples, name), rate
@@ -140,9 +150,25 @@ def _name(value: Any) -> str:
 def _decoded(value: str | Path | bytes, name: str) -> tuple[np.ndarray, int]:
   if not isinstance(value, bytes):
     with open(value, "rb") as file:  # libsndfile takes the beginning of a name that has a null in it
-      _check_end(file, name)
-    return _samples(value, name)
-  _check_end(io.BytesIO(value), name)
+      _check_beginning(file, name)
+      if file.read(4) not in _CHAINED:
+        return _samples(value, name)
+      file.seek(0)
+      value = file.read()
+  else:
+    _check_beginning(io.BytesIO(value), name)
+  if len(parts := _parts(value)) > 1:
+    read = [_one_part(part, name) for part in parts]
+    if len(kinds := sorted({(rate, samples.shape[1]) for samples, rate in read})) > 1:
+      raise ValueError(f"{name}: is several sounds one behind another, of {kinds} Hz and channels; allowed are parts "
+                       "of one rate and number of channels; cut it")  # fmt: skip
+    remark("sounds of several parts", f"{name}: is {len(parts)} sounds one behind another, which are joined")
+    return np.concatenate([samples for samples, _ in read]), read[0][1]
+  return _one_part(value, name)
+
+
+def _one_part(value: bytes, name: str) -> tuple[np.ndarray, int]:
+  _check_end(value, name)
   try:
     return _samples(io.BytesIO(value), name)
   except soundfile.LibsndfileError:
@@ -155,14 +181,38 @@ def _decoded(value: str | Path | bytes, name: str) -> tuple[np.ndarray, int]:
       return _samples(file.name, name)
 
 
+def _parts(content: bytes) -> list[bytes]:
+  """The sounds of a chained Ogg file, or of FLAC files put one behind another; libsndfile reads the first alone."""
+  if content[:4] == b"fLaC":
+    starts = [found.start() for found in _FLAC.finditer(content)]
+  elif content[:4] == b"OggS":
+    starts, at, opened = [], 0, False
+    while content[at : at + 4] == b"OggS" and at + 27 <= len(content):
+      begins = bool(content[at + 5] & 2)
+      if begins and not opened:  # several streams may begin together
+        starts.append(at)
+      opened = begins
+      segments = content[at + 26]
+      at += 27 + segments + sum(content[at + 27 : at + 27 + segments])
+  else:
+    return [content]
+  return [content[start:stop] for start, stop in zip([0, *starts[1:]], [*starts[1:], len(content)])]
+
+
 def _samples(file: Any, name: str) -> tuple[np.ndarray, int]:
-  found = None
+  found, whole = None, True
   with soundfile.SoundFile(file) as sound:
     _check_head(sound, name)
     if sound.format == "MP3":
       content = file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
       found = mp3.frames(content)
-    if found is None or found.tells or found.count * found.samples <= sound.frames + _MP3_DELAY:
+    if found:
+      if found.kinds > 1:
+        raise ValueError(f"{name}: its frames have several rates or numbers of channels; cut it into parts of one")
+      # A header that tells the length may take off a longer padding than is usual.
+      slack = _MP3_DELAY * (2 if found.tells else 1)
+      whole = len(found.parts) < 2 and found.count * found.samples <= sound.frames + slack
+    if whole:
       samples = sound.read(dtype="float32", always_2d=True)
       told = sound.format != "MP3" or (found is not None and found.tells)
       if told and len(samples) < sound.frames:
@@ -170,15 +220,27 @@ def _samples(file: Any, name: str) -> tuple[np.ndarray, int]:
         if not found or len(samples) < sound.frames - _MP3_DELAY:
           raise ValueError(f"{name}: {message}")
         remark("cut sounds", f"{name}: {message}; what is there is taken")
-    else:
-      samples = None
-  if found and found.cut:
+  if found and found.cut and not (found.tells and whole):
     remark("cut sounds", f"{name}: its last frame is not whole, so it may be cut off; what is there is taken")
-  if samples is not None:
+  if whole:
     return samples, sound.samplerate
+  if found.tells:
+    remark("sounds of several parts", f"{name}: has more frames than its header says, as sounds one behind another "
+           "have; all are taken")  # fmt: skip
   with soundfile.SoundFile(io.BytesIO(mp3.with_length(content, found))) as sound:
     _check_head(sound, name)
     return sound.read(dtype="float32", always_2d=True), sound.samplerate
+
+
+def _check_beginning(file: Any, name: str) -> None:
+  """Refuses an empty file, and one of a format that libsndfile does not read; the file is at its beginning then."""
+  head = file.read(64)
+  file.seek(0)
+  if not head:
+    raise ValueError(f"{name}: the file is empty")
+  for place, mark, what in _OTHER:
+    if head[place : place + len(mark)] == mark:
+      raise ValueError(f"{name}: {what}, a format that is not supported; allowed: {ALLOWED}")
 
 
 def _check_head(sound: soundfile.SoundFile, name: str) -> None:
@@ -191,30 +253,35 @@ def _check_head(sound: soundfile.SoundFile, name: str) -> None:
   for said, there in _SIZES.findall(sound.extra_info):
     if int(there) < int(said) < _UNKNOWN_SIZE:
       raise ValueError(f"{name}: cut off, its header says {said} bytes of samples and there are {there}")
+  if not sound.frames:
+    raise ValueError(f"{name}: has no samples")
   for there, said in _COUNTS.findall(sound.extra_info):
     if int(there) < int(said):
       raise ValueError(f"{name}: cut off, its header says {said} samples and there are {there}")
 
 
-def _check_end(file: Any, name: str) -> None:
+def _check_end(content: bytes, name: str) -> None:
   """Says it of an Ogg file whose last page is not marked as the last one: its length is written nowhere else."""
-  if file.read(4) != b"OggS":
+  if content[:4] != b"OggS":
     return
-  file.seek(max(0, file.seek(0, io.SEEK_END) - _OGG_PAGES))
-  tail = file.read()
-  last = tail.rfind(b"OggS\0")
-  if last < 0 or not tail[last + 5] & 4:
+  last = content.rfind(b"OggS\0")
+  if last < 0 or not content[last + 5] & 4:
     remark("cut sounds", f"{name}: has no end mark, so it may be cut off; what is there is taken")
 
 
 def check(path: Path) -> None:
   """Raises a ValueError naming the file if it is not a sound, or cut off by its header; samples are not decoded."""
-  with file_errors(str(path), "a readable sound"):
-    with open(path, "rb"):
-      pass
+  name = str(path)
+  with file_errors(name, _WHAT):
+    with open(path, "rb") as file:
+      _check_beginning(file, name)
     with soundfile.SoundFile(path) as sound:
-      _check_head(sound, str(path))
-      _check_rate(sound.samplerate, str(path))
+      _check_head(sound, name)
+      _check_rate(sound.samplerate, name)
+      found = mp3.frames(Path(path).read_bytes()) if sound.format == "MP3" else None
+      there = found.count * found.samples if found else 0
+      if found and found.tells and found.ends and there < sound.frames - _MP3_DELAY:
+        raise ValueError(f"{name}: cut off, its header says {sound.frames} samples and there are about {there}")
 
 
 def _check_rate(rate: int | float, name: str) -> None:
@@ -223,10 +290,15 @@ def _check_rate(rate: int | float, name: str) -> None:
 
 
 def _checked(samples: np.ndarray, name: str) -> np.ndarray:
+  samples = samples.astype(samples.dtype.newbyteorder("="), copy=False)
   if samples.dtype in _FULL_SCALE:
-    if samples.dtype == np.int32 and samples.size and 0 < np.abs(samples, dtype=np.float64).max() < 2**15:
+    largest = float(np.abs(samples, dtype=np.float64).max(initial=0)) if samples.dtype == np.int32 else 0.0
+    if 0 < largest < 2**15:
       raise ValueError(f"{name}: int32 samples of {samples.min()} to {samples.max()} look like 16-bit ones, whose full "
                        "scale is 32768; allowed are int32 with full scale 2147483648, int16, or float")  # fmt: skip
+    if 0 < largest < 2**23 and (samples & 255).any():  # 24-bit samples that were shifted up have no last 8 bits
+      raise ValueError(f"{name}: int32 samples of {samples.min()} to {samples.max()} look like 24-bit ones, whose full "
+                       "scale is 8388608; allowed are int32 with full scale 2147483648, int16, or float")  # fmt: skip
     middle, scale = _FULL_SCALE[samples.dtype]
     samples = ((samples - np.float64(middle)) / scale).astype(np.float32)
   if not np.issubdtype(samples.dtype, np.floating) or samples.ndim not in (1, 2) or 0 in samples.shape:
@@ -242,6 +314,8 @@ def _checked(samples: np.ndarray, name: str) -> np.ndarray:
       f"{name}: samples must be finite with full scale 1 (up to {LOUDEST:g} is let pass), got "
       f"{samples.min():g} to {samples.max():g}"
     )
+  if samples.min() == samples.max():
+    remark("sounds of silence", f"{name}: is silent, all its samples are {samples.flat[0]:g}")
   return np.ascontiguousarray(samples, np.float32)
 
 
