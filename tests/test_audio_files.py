@@ -190,6 +190,14 @@ def test_sounds_one_behind_another_are_all_read(kind, between, tmp_path, caplog)
     audio.read(one + encoded(second, kind, 22050))
 
 
+@pytest.mark.parametrize("kind", ["WAV", "AIFF"])
+def test_files_of_one_chunk_one_behind_another_are_refused(kind, tmp_path):
+  (tmp_path / "both").write_bytes(2 * encoded(TONE[:999], kind))
+  for look in (audio.read, audio.check, lambda path: audio.read(path.read_bytes())):
+    with pytest.raises(ValueError, match="(both|bytes): is several (wav|aiff) files one behind another"):
+      look(tmp_path / "both")
+
+
 def test_an_mp3_file_that_is_cut_is_refused_at_a_look(tmp_path):
   whole = encoded(np.random.default_rng(0).normal(0, 0.1, 10 * 44100), "MP3")
   (tmp_path / "whole.mp3").write_bytes(whole + b"TAG" + bytes(125))

@@ -96,6 +96,8 @@ def test_flat_channels_are_said_and_are_no_volts(caplog):
   # What mid-scale is: a two-hundredth of a microvolt.
   assert np.abs(eeg.read(recording([channel("EEG C3", np.zeros(400), reach=300)]))).max() < 0.01
   assert "eeg bytes: channels EEG C3 are flat" in caplog.text
+  with pytest.raises(ValueError, match="eeg bytes: largest value 4.7.*e-05 looks like volts: is the unit"):
+    eeg.read(recording([channel("EEG C3", 1e-6 * ALPHA, reach=5e-4)]))
 
 
 @pytest.mark.parametrize(("unit", "factor"), [("uV", 1), ("µV", 1), ("mV", 1e-3), ("nV", 1e3), ("V", 1e-6), ("UV", 1)])

@@ -250,6 +250,15 @@ def test_off_files_of_several_vertices_on_a_line_are_read():
       points.read(text.rstrip()[:-2].encode())
 
 
+def test_vertices_of_no_face_are_said_to_be_left_out(caplog):
+  text = "OFF\n8 6 12\n" + CUBE + FACES
+  want = points.read(text.encode())
+  assert not caplog.messages
+  loose = "OFF\n9 6 12\n" + CUBE + "7 7 7\n" + FACES
+  np.testing.assert_array_equal(points.read(loose.encode()), want)
+  assert "points bytes: 1 of its 9 vertices belong to no face, left out" in caplog.text
+
+
 def test_stl_in_capitals_is_read(tmp_path):
   text = trimesh.creation.box((1, 2, 3)).export(file_type="stl_ascii")
   np.testing.assert_array_equal(points.read(text.upper().encode()), points.read(text.encode()))

@@ -38,6 +38,7 @@ _UNKNOWN_SIZE = 0x7FFF0000  # programs that write into pipes give sizes from her
 _MP3_DELAY = 2 * 1152  # samples of an encoder's delay and padding, which some count
 _CHAINED = (b"OggS", b"fLaC")
 _FLAC = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")  # with the first block's head, which is never another
+_CHUNKED = ((b"RIFF", "little", "wav"), (b"FORM", "big", "aiff"))
 ALLOWED = "wav, aiff, flac, ogg, opus, mp3, au, caf, w64 and whatever else libsndfile reads"
 _WHAT = f"a readable sound, or of a format that is not supported; allowed: {ALLOWED}"
 # Formats that are not read: where their mark is, the mark, what they are.
@@ -233,8 +234,15 @@ def _samples(file: Any, name: str) -> tuple[np.ndarray, int]:
 
 
 def _check_beginning(file: Any, name: str) -> None:
-  """Refuses an empty file, and one of a format that libsndfile does not read; the file is at its beginning then."""
+  """Refuses an empty file, several in one, and formats that libsndfile does not read; leaves it at its beginning."""
   head = file.read(64)
+  for form, order, what in _CHUNKED:
+    if head[:4] == form and len(head) == 64:
+      size = int.from_bytes(head[4:8], order)
+      file.seek(8 + size + size % 2)
+      if (next_ := file.read(12))[:4] == form and next_[8:] == head[8:12]:
+        raise ValueError(f"{name}: is several {what} files one behind another, the second from byte {8 + size}; "
+                         "allowed is one; cut it")  # fmt: skip
   file.seek(0)
   if not head:
     raise ValueError(f"{name}: the file is empty")

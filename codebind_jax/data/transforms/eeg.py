@@ -51,8 +51,10 @@ def _checked(array: np.ndarray, name: str, has_unit: bool = False) -> np.ndarray
   if not np.isfinite(array).all():
     raise ValueError(f"{name}: has values that are not finite")
   largest = float(np.abs(array).max())
-  if 0.0 < largest < SMALLEST and not has_unit:
-    raise ValueError(f"{name}: largest value {largest:g} looks like volts: multiply by 1e6, allowed are microvolts")
+  flat = has_unit and (array.max(axis=1) == array.min(axis=1)).all()  # its offset may be any
+  if 0.0 < largest < SMALLEST and not flat:
+    advice = "is the unit that it names wrong?" if has_unit else "multiply by 1e6, allowed are microvolts"
+    raise ValueError(f"{name}: largest value {largest:g} looks like volts: {advice}")
   if largest > LARGEST:
     raise ValueError(f"{name}: largest value {largest:g}, allowed are microvolts up to {LARGEST:g}")
   return np.ascontiguousarray(array, np.float32)

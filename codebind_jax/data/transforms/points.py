@@ -64,14 +64,14 @@ def _from_file(content: bytes, name: str, ending: str) -> np.ndarray:
   if pcd.is_pcd(content):
     return pcd.read(content, name)
   if content[:4].lower() in (b"ply\n", b"ply\r"):
-    return _from_mesh(_plain_ply(content), "ply")
+    return _from_mesh(_plain_ply(content), "ply", name)
   if found := _OFF.match(content):
     variant, content = found[1].upper(), content[found.end() :]
     if variant not in (b"", b"C", b"N", b"CN") or content.lstrip(b" \t")[:6].upper() == b"BINARY":
       raise ValueError(f"an OFF file of the kind {found[0].split()[-1].decode('latin-1')}, or binary; allowed: OFF, "
                        "COFF and NOFF as text")  # fmt: skip
     content = re.sub(rb"#[^\n]*", b"", content)
-    return _from_mesh(b"OFF" + _in_lines(content, {b"": 3, b"N": 6}.get(variant)), "off")
+    return _from_mesh(b"OFF" + _in_lines(content, {b"": 3, b"N": 6}.get(variant)), "off", name)
   if content[:4] == b"glTF":
     size = int.from_bytes(content[8:12], "little")
     if size > len(content):
@@ -84,14 +84,14 @@ def _from_file(content: bytes, name: str, ending: str) -> np.ndarray:
   text = not whole and bool(re.match(rb"\s*solid\b[^\n]*\n" + lines + rb"\bfacet\b", content[:4096], re.IGNORECASE))
   if ending == ".stl" or whole or text:
     _check_stl(content, triangles, text)
-    return _from_mesh(content, "stl")
+    return _from_mesh(content, "stl", name)
   if pcd.is_table(content) or ending in _TABLES:
     return pcd.read_table(content, name)
   if not re.search(rb"^\s*v\s", content, re.MULTILINE):
     raise ValueError("a kind of file that is not known")
   if not re.search(rb"^\s*f\s", content, re.MULTILINE):
     return _from_vertices(content, name)
-  return _from_mesh(content, "obj")
+  return _from_mesh(content, "obj", name)
 
 
 def _from_vertices(content: bytes, name: str) -> np.ndarray:
@@ -111,7 +111,7 @@ def _from_vertices(content: bytes, name: str) -> np.ndarray:
   return out
 
 
-def _from_mesh(content: bytes, kind: str, name: str = "points") -> np.ndarray:
+def _from_mesh(content: bytes, kind: str, name: str) -> np.ndarray:
   import trimesh
 
   shape = trimesh.load(io.BytesIO(content), file_type=kind, process=False)
@@ -127,6 +127,8 @@ def _from_mesh(content: bytes, kind: str, name: str = "points") -> np.ndarray:
   if not len(vertices):
     raise ValueError("no points in it")
   if len(faces):
+    if loose := len(vertices) - len(np.unique(faces)):
+      remark("points beside meshes", f"{name}: {loose} of its {len(vertices)} vertices belong to no face, left out")
     return np.asarray(trimesh.sample.sample_surface(shape, SAMPLES, seed=0)[0])
   colours = _ply_colours(raw) if raw else getattr(shape, "colors", None)
   if colours is not None and len(colours) == len(vertices):
