@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 _RATES = (44_100, 48_000, 32_000)
 _KILOBITS = {  # MPEG version 1, and 2 and 2.5
@@ -58,8 +59,8 @@ def frames(content: bytes) -> Frames | None:
     cut = bool(size)
     if at > start:
       parts.append((start, at))
-    after = _behind_tag(content, at)  # the tags between two files
-    start = _first(content, after, 2) if after > at or content[at : at + 2] == bytes(2) else None
+    after = _behind_tag(content, at)  # the tags between two files, and zeros
+    start = _first(content, after, 1) if after > at else None
   per_frame = 1152 if content[first + 1] & 8 else 576
   ends = cut or after >= len(content)
   return Frames(first, tuple(parts), count, per_frame, _is_head(content, first), cut, len(kinds), ends)
@@ -103,6 +104,8 @@ def _behind_tag(content: bytes, at: int) -> int:
       at += 128
     elif content[at : at + 8] == b"APETAGEX" and content[at + 23 : at + 24] and content[at + 23] & 0x20:
       at += 32 + int.from_bytes(content[at + 12 : at + 16], "little")
+    elif zeros := re.match(rb"\0+", content[at : at + _SEARCHED]):
+      at += zeros.end()
     else:
       return at
 

@@ -22,7 +22,7 @@ RATE = 44_100
 RATES = (1_000, 768_000)
 LARGEST = 1 << 29  # samples of all channels: 2 GiB, 100 minutes of stereo
 CANCELLED, SILENT = 0.2, 1e-6  # shares of energy
-WINDOW = 0.5  # seconds in which channels cancel or do not
+WINDOWS, WINDOW = 8, (0.05, 0.5)  # parts in which channels cancel or do not: at least so many, of so many seconds
 LONG, SHARE = 4, 0.25  # windows after one another, or share of all that are heard, in which channels cancel
 EQUAL = 0.999  # energies that differ by rounding and offsets alone
 HEARD = 1e-4  # of the loudest window's energy
@@ -89,7 +89,8 @@ def mono(
 
   Channels cancel where their sum, without their offsets, has less than a fifth of the energy that unrelated ones'
   would have (of two equally loud ones: a correlation below -0.8), as with a microphone that is wired the wrong way
-  round: in the whole sound, in a quarter of its half seconds, or in two seconds on end. An offset that is larger than
+  round: in the whole sound, in a quarter of its half seconds (of a shorter sound, of its eighths), or in two seconds on
+  end. An offset that is larger than
   the sound itself is taken off. Both are said in the log.
 
   Args:
@@ -128,7 +129,7 @@ def first_channel(samples: Float32[np.ndarray, "n channels"], name: str = "audio
 
 def _energy(samples: np.ndarray, rate: int) -> np.ndarray:
   """Sums of squares [windows, channels] without each channel's offset; the last window has what is over as well."""
-  step = max(1, int(WINDOW * rate))
+  step = max(1, int(min(max(len(samples) / WINDOWS, WINDOW[0] * rate), WINDOW[1] * rate)))
   starts = np.arange(max(1, len(samples) // step)) * step
   centred = (channel - channel.mean(dtype=np.float64) for channel in samples.T)
   return np.stack([np.add.reduceat(np.square(channel), starts) for channel in centred], axis=1)
