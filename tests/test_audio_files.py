@@ -74,7 +74,7 @@ def test_an_mp3_file_of_changing_bit_rate_is_read_to_its_end(channels, rate, tmp
   whole = encoded(np.concatenate([loud, quiet]), "MP3", rate)
   found = mp3.frames(whole)
   assert found.tells
-  bare = whole[found.stop :]  # without the frame that tells the length
+  bare = whole[found.parts[0][0] :]  # without the frame that tells the length
   assert not mp3.frames(bare).tells
   with soundfile.SoundFile(io.BytesIO(bare)) as guessed:
     assert guessed.frames < 6 * rate
@@ -125,9 +125,117 @@ def test_channels_that_cancel_are_not_silence(read, tmp_path, caplog):
     assert sum(f"{name}.wav: its channels cancel each other" in message for message in caplog.messages) == 1
     caplog.clear()
   # Unrelated, equal and empty channels are averaged as ever.
-  for channels in ((TONE, 0.1 * other), (TONE, TONE), (TONE, 0 * TONE), (0 * TONE, 0 * TONE)):
+  for channels in ((TONE, 0.1 * other), (TONE, TONE), (TONE, 0 * TONE), (TONE, -0.3 * TONE)):
     np.testing.assert_array_equal(read(np.stack(channels, axis=1)), np.stack(channels, axis=1).mean(axis=1))
   assert not caplog.messages
+
+
+def test_channels_that_cancel_under_noise_offsets_and_for_a_while(caplog):
+  rng = np.random.default_rng(0)
+  sound_, one, two = rng.normal(0, 0.1, (3, 3 * 44100)).astype(np.float32)
+  quiet = np.float32(10 ** (-15 / 20))
+  half = np.where(np.arange(len(one)) < len(one) // 2, 1, -1)
+  cases = {
+    "noise": (sound_ + quiet * one, -sound_ + quiet * two), "weaker": (sound_, -0.8 * sound_),
+    "half": (sound_, half * sound_), "offsets": (sound_ + 0.2, -sound_ + 0.2),
+    "unlike offsets": (sound_ + 0.2, -sound_), "pauses": (half * sound_ + quiet * one, -half * sound_ + quiet * two),
+  }  # fmt: skip
+  for name, channels in cases.items():
+    stereo = np.stack(channels, axis=1).astype(np.float32)
+    got = audio.mono(stereo, name)
+    assert np.corrcoef(got, channels[0])[0, 1] > 0.99 and got.std() == pytest.approx(channels[0].std(), rel=0.01), name
+    assert f"{name}: its channels cancel each other; channel 0 is taken alone" in caplog.messages
+  brief = sound_[:30000]
+  turned = np.concatenate([brief[:15000], -brief[15000:]])
+  np.testing.assert_array_equal(audio.mono(np.stack([brief, turned], axis=1)), brief)
+  long = rng.normal(0, 0.1, (30 * 8000, 1)).astype(np.float32) * np.ones(2, np.float32)
+  long[8000 : 3 * 8000 + 2 * 4000, 1] *= -1  # three seconds of thirty
+  np.testing.assert_array_equal(audio.mono(long, "long", 8000), long[:, 0])
+  caplog.clear()
+  # A second of thirty that cancels is ordinary stereo, as is a correlation of -0.5, and what is not heard.
+  brief = long.copy()
+  brief[:, 1] = np.where(np.arange(len(brief)) // 8000 == 4, -1, 1) * brief[:, 0]
+  for stereo, rate in (
+    (np.stack([sound_, -0.5 * sound_ + 0.87 * one], axis=1), 44100), (brief, 8000),
+    (np.concatenate([np.stack([sound_, one], axis=1), 1e-3 * np.stack([sound_, -sound_], axis=1)]), 44100),
+  ):  # fmt: skip
+    np.testing.assert_array_equal(audio.mono(stereo, "ordinary", rate), stereo.mean(axis=1))
+  assert not caplog.messages
+
+
+def test_an_offset_is_no_sound_in_a_first_channel(caplog):
+  got = sound(np.stack([0 * TONE + np.float32(0.1), TONE], axis=1)).samples
+  np.testing.assert_array_equal(got[:, 0], TONE)
+
+
+@pytest.mark.parametrize("kind", ["MP3", "OGG", "FLAC"])
+@pytest.mark.parametrize("between", [b"", b"ID3\x03\0\0\0\0\0\x05hello", b"TAG" + bytes(125)])
+def test_sounds_one_behind_another_are_all_read(kind, between, tmp_path, caplog):
+  if between and kind == "OGG":
+    return
+  first, second = (np.random.default_rng(seed).normal(0, 0.1, (44100, 2)) for seed in (0, 1))
+  one, two = encoded(first, kind), encoded(second, kind)
+  (tmp_path / "both").write_bytes(one + between + two)
+  want = np.concatenate([audio.read_channels(part)[0] for part in (one, two)])
+  for value in (tmp_path / "both", (tmp_path / "both").read_bytes()):
+    got, rate = audio.read_channels(value)
+    assert rate == 44100 and abs(len(got) - 2 * 44100) <= 3 * 1152
+    if kind != "MP3":
+      np.testing.assert_array_equal(got, want)
+    for part in (slice(4000, 40000), slice(50000, 80000)):
+      lags = np.fft.irfft(np.fft.rfft(got[:, 0], 1 << 18) * np.conj(np.fft.rfft(want[part, 0], 1 << 18)))
+      assert lags.max() / np.square(want[part, 0]).sum() > 0.95
+  if kind == "MP3":  # of files that do not tell their length, and with zeros between them
+    bare = [content[mp3.frames(content).parts[0][0] :] for content in (one, two)]
+    for middle in (between, between + bytes(999)):
+      assert abs(len(audio.read(bare[0] + middle + bare[1])) - 2 * 44100) <= 4 * 1152
+  audio.check(tmp_path / "both")
+  assert "both: " in caplog.text and "one behind another" in caplog.text
+  with pytest.raises(ValueError, match="audio bytes: .*several"):
+    audio.read(one + encoded(second[:, 0], kind))
+  with pytest.raises(ValueError, match="audio bytes: .*several"):
+    audio.read(one + encoded(second, kind, 22050))
+
+
+@pytest.mark.parametrize("kind", ["WAV", "AIFF"])
+def test_files_of_one_chunk_one_behind_another_are_refused(kind, tmp_path):
+  (tmp_path / "both").write_bytes(2 * encoded(TONE[:999], kind))
+  for look in (audio.read, audio.check, lambda path: audio.read(path.read_bytes())):
+    with pytest.raises(ValueError, match="(both|bytes): is several (wav|aiff) files one behind another"):
+      look(tmp_path / "both")
+
+
+def test_an_mp3_file_that_is_cut_is_refused_at_a_look(tmp_path):
+  whole = encoded(np.random.default_rng(0).normal(0, 0.1, 10 * 44100), "MP3")
+  (tmp_path / "whole.mp3").write_bytes(whole + b"TAG" + bytes(125))
+  audio.check(tmp_path / "whole.mp3")
+  (tmp_path / "cut.mp3").write_bytes(whole[: len(whole) // 2])
+  for look in (audio.read, audio.check):
+    with pytest.raises(ValueError, match=r"cut\.mp3: cut off, its header says 441000 samples"):
+      look(tmp_path / "cut.mp3")
+
+
+def test_what_is_no_sound_that_is_read_says_what_it_is_and_what_is(tmp_path):
+  nothing = bytearray(encoded(TONE, "WAV"))
+  nothing[40:44] = bytes(4)
+  files = {
+    "a.m4a": (b"\0\0\0\x20ftypM4A " + bytes(200), r"MPEG-4 .*not supported; allowed: wav"),
+    "a.webm": (b"\x1aE\xdf\xa3" + bytes(200), r"webm.* not supported; allowed: wav"),
+    "a.raw": (b"\xd2" * 330, "not supported; allowed: wav"), "empty.mp3": (b"", "the file is empty"),
+    "zero.wav": (bytes(nothing), "has no samples"), "head.wav": (bytes(nothing[:44]), "has no samples"),
+  }  # fmt: skip
+  for name, (content, message) in files.items():
+    (tmp_path / name).write_bytes(content)
+    for look in (audio.read, audio.check):
+      with pytest.raises(ValueError, match=f"{name}: .*{message}"):
+        look(tmp_path / name)
+
+
+def test_silence_is_said(tmp_path, caplog):
+  soundfile.write(tmp_path / "zero.wav", 0 * TONE, 44100)
+  assert not audio.read(tmp_path / "zero.wav").any()
+  audio.read_channels(np.full((9, 2), 0.25))
+  assert "zero.wav: is silent, all its samples are 0" in caplog.text and "all its samples are 0.25" in caplog.text
 
 
 def test_where_the_first_channel_alone_is_taken_it_is_not_a_silent_one(tmp_path, caplog):
@@ -153,6 +261,13 @@ def test_integer_arrays_have_the_full_scale_of_wav_files():
   assert audio.read(np.array([0, 128, 255], np.uint8)).tolist() == [-1.0, 0.0, 127 / 128]
   with pytest.raises(ValueError, match="int32 samples of -9830 to 9830 look like 16-bit ones"):
     audio.read(np.round(TONE * 32767).astype(np.int32))
+  with pytest.raises(ValueError, match="int32 samples of -2516582 to 2516582 look like 24-bit ones"):
+    audio.read(np.round(TONE * 8388607).astype(np.int32))
+  quiet = np.round(0.01 * TONE * 8388607).astype(np.int32) * 256  # below 2**23, and rightly so
+  np.testing.assert_allclose(audio.read(quiet), 0.01 * TONE, atol=1e-6)
+  for kind in (">i2", ">f4", ">i4"):
+    samples = TONE if kind == ">f4" else np.round(TONE.astype(np.float64) * (2 ** (8 * int(kind[2]) - 1) - 1))
+    np.testing.assert_allclose(audio.read(samples.astype(kind)), TONE, atol=1e-4)
   for kind in (np.int8, np.int64, np.uint16, bool, complex):
     with pytest.raises(ValueError, match="allowed are float, int16, int32 or uint8"):
       audio.read(np.zeros(9, kind))

@@ -164,6 +164,114 @@ def test_tables(text, want):
   np.testing.assert_allclose(points.read(text.encode()), cloud if want is None else np.c_[cloud, want], atol=1e-6)
 
 
+def test_obj_colours_of_either_scale_and_those_of_some_alone(caplog):
+  line = lambda row: "v " + " ".join(f"{x:.9g}" for x in row) + "\n"
+  for scale in (1, 1 / 255):
+    got = points.read("".join(map(line, np.c_[P, C * scale])).encode())
+    np.testing.assert_allclose(got, np.c_[P, C / 255], atol=1e-6)
+  assert not caplog.messages
+  some = "".join(line(row if i % 2 else row[:3]) for i, row in enumerate(np.c_[P, C])).encode()
+  np.testing.assert_allclose(points.read(some), P, atol=1e-6)
+  assert "the colours of its vertices, which have 3 or 6 numbers, are left out" in caplog.text
+  with pytest.raises(ValueError, match="vertices of 2 numbers; allowed: 3"):
+    points.read(b"v 1 2\nv 3 4\n")
+
+
+def test_scenes_of_clouds_are_read_and_mixed_ones_say_what_is_left_out(caplog):
+  shift = trimesh.transformations.translation_matrix([5, 0, 0])
+  for colours in (None, np.c_[C, np.full(40, 255)].astype(np.uint8)):
+    scene = trimesh.Scene()
+    scene.add_geometry(trimesh.PointCloud(P, colours))
+    scene.add_geometry(trimesh.PointCloud(2 * P, colours), transform=shift)
+    got = points.read(scene.export(file_type="glb"))
+    want = np.r_[P, 2 * P + [5, 0, 0]]
+    want = want if colours is None else np.c_[want, np.r_[C, C] / 255]
+    np.testing.assert_allclose(np.sort(got, axis=0), np.sort(want, axis=0), atol=1e-5)
+  assert not caplog.messages
+  scene.add_geometry(trimesh.creation.box((1, 2, 3)))
+  np.testing.assert_allclose(np.ptp(points.read(scene.export(file_type="glb")), axis=0), [1, 2, 3], atol=0.05)
+  assert "2 of its 3 parts are no mesh" in caplog.text
+
+
+@pytest.mark.parametrize(("names", "kind", "scale"), [
+  ("r g b", "U 1", 1), ("red green blue", "F 4", 1), ("r g b", "F 4", 1 / 255), ("r g b", "U 2", 257),
+  ("red green blue", "I 4", 1)])  # fmt: skip
+def test_pcd_colours_in_fields_of_their_own(names, kind, scale, caplog):
+  code, size = kind.split()
+  size, code = (f"{value} {value} {value}" for value in (size, code))
+  head = f"VERSION .7\nFIELDS x y z {names} intensity\nSIZE 4 4 4 {size} 4\nTYPE F F F {code} F"
+  rows = "".join(" ".join(f"{x:.9g}" for x in row) + " 7\n" for row in np.c_[P, C * scale])
+  got = points.read(f"{head}\nWIDTH 40\nHEIGHT 1\nDATA ascii\n{rows}".encode())
+  np.testing.assert_allclose(got, np.c_[P, C / 255], atol=1e-6)
+  assert "fields intensity are left out" in caplog.text
+
+
+def test_unit_lengths_are_normals_and_no_colours(caplog):
+  normals = np.abs(P) / np.linalg.norm(P, axis=1, keepdims=True)
+  line = lambda row: " ".join(f"{x:.3f}" for x in row) + "\n"
+  np.testing.assert_allclose(points.read("".join(map(line, np.c_[P, normals])).encode()), P, atol=1e-3)
+  assert "columns 4, 5, 6 (intensities or normals) are left out" in caplog.text
+  assert points.read("".join(map(line, np.c_[P, 0.9 * normals])).encode()).shape == (40, 6)
+
+
+PLY = ("ply\n{0}format ascii 1.0\n{1}element vertex 3\nproperty float {2}\nproperty float {3}\nproperty float {4}\n"
+       "end_header\n0 0 0\n1 0 0\n1 1 0.5\n")  # fmt: skip
+
+
+@pytest.mark.parametrize("words", [
+  ("comment by hand: binary\n", "", *"xyz"), ("", "comment a\n\nobj_info b\n", *"xyz"), ("", "", *"XYZ")])  # fmt: skip
+def test_ply_headers(words):
+  for end in ("\n", "\r\n", "\r"):
+    got = points.read(PLY.format(*words).replace("\n", end).encode())
+    np.testing.assert_array_equal(got, [[0, 0, 0], [1, 0, 0], [1, 1, 0.5]])
+
+
+def test_ply_files_say_what_is_wrong():
+  plain = PLY.format("", "", *"xyz")
+  strips = "element tristrips 1\nproperty list int int vertex_indices\nend_header"
+  for content, message in {
+    plain[:70]: "cut off or damaged in its header", plain[:-5]: "cut off, its last line has 2 numbers and 3 are needed",
+    plain[:-8]: "cut off, its header says 3 of element vertex and there are 2",
+    plain.replace("end_header", strips) + "3 0 1 2\n": r"triangle strips \(tristrips\)",
+    plain.replace("float z", "float w"): "its vertices have no z; they have x, y, w",
+    plain.replace("ascii", "text"): "format 'text' in its header; allowed: ascii",
+    plain.replace("element vertex 3", "element vertex many"): "'element vertex many' in its header",
+  }.items():  # fmt: skip
+    with pytest.raises(ValueError, match=f"points bytes: .*{message}"):
+      points.read(content.encode())
+
+
+def test_off_files_of_several_vertices_on_a_line_are_read():
+  want = points.read(("OFF\n8 6 12\n" + CUBE + FACES).encode())
+  one, two = "OFF 8 6 12 " + (CUBE + FACES).replace("\n", " "), "OFF\n8 6 12\n" + CUBE.replace("\n", " ") + "\n" + FACES
+  for text in (one, two):
+    np.testing.assert_array_equal(points.read(text.encode()), want)
+    with pytest.raises(ValueError, match="cut off, it says 8 vertices and 6 faces"):
+      points.read(text.rstrip()[:-2].encode())
+
+
+def test_vertices_of_no_face_are_said_to_be_left_out(caplog):
+  text = "OFF\n8 6 12\n" + CUBE + FACES
+  want = points.read(text.encode())
+  assert not caplog.messages
+  loose = "OFF\n9 6 12\n" + CUBE + "7 7 7\n" + FACES
+  np.testing.assert_array_equal(points.read(loose.encode()), want)
+  assert "points bytes: 1 of its 9 vertices belong to no face, left out" in caplog.text
+
+
+def test_stl_in_capitals_is_read(tmp_path):
+  text = trimesh.creation.box((1, 2, 3)).export(file_type="stl_ascii")
+  np.testing.assert_array_equal(points.read(text.upper().encode()), points.read(text.encode()))
+  (tmp_path / "a.stl").write_text("solid facet of a\ncolour 1 0 0\n" + text.partition("\n")[2])
+  np.testing.assert_array_equal(points.read(tmp_path / "a.stl"), points.read(text.encode()))
+
+
+def test_a_pcd_file_without_a_return_says_so():
+  head = "VERSION .7\nFIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nWIDTH 2\nHEIGHT 1\nDATA ascii\n"
+  with pytest.raises(ValueError, match="points bytes: all 2 points are NaN"):
+    points.read(f"{head}nan nan nan\nnan nan nan\n".encode())
+
+
 def test_what_cannot_be_read_says_so_by_name(tmp_path):
   box = trimesh.creation.icosphere()
   cube = ("OFF\n8 6 12\n" + CUBE + FACES).encode()
@@ -182,7 +290,10 @@ def test_what_cannot_be_read_says_so_by_name(tmp_path):
     "text.ply": (ply([*XYZ], ["float"] * 3, ("x", "y", "z"), "ascii", count=60), "cut off, its header says 60"),
     "cut.off": (cube[:-12], "cut off, it says 8 vertices and 6 faces"), "none.off": (b"OFF\n0 0 0\n", "not a readable"),
     "4d.off": (b"4OFF\n" + cube[4:], "of the kind 4OFF"), "bin.off": (b"OFF BINARY\n" + bytes(99), "or binary"),
-    "cut.stl": (box.export(file_type="stl")[:-700], "not a readable"),
+    "cut.stl": (box.export(file_type="stl")[:-700], "says 1280 triangles, which are 64084 bytes, and .* 63384"),
+    "text.stl": (box.export(file_type="stl_ascii").encode()[:9000], "31 facets begin and 30 end"),
+    "end.stl": (box.export(file_type="stl_ascii").encode()[:-10], "1 solids begin and 0 end"),
+    "solid.stl": (b"SOLID a\n", "has no facet"), "head.stl": (bytes(40), "there are 40"),
     "cut.glb": (box.export(file_type="glb")[:-90], "cut off"),
     "face.off": (cube.replace(b"4 1 3 7 5", b"4 1 3 7 9"), "not a readable"),
     "face.obj": (b"v 0 0 0\nv 1 0 0\nv 1 1 0\nf 1 2 9\n", "not a readable"),
@@ -193,7 +304,7 @@ def test_what_cannot_be_read_says_so_by_name(tmp_path):
   np.save(tmp_path / "complex.npy", P + 1j)
   header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (91625968981, 3), }".ljust(117) + b"\n"
   (tmp_path / "huge.npy").write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(240))
-  says = {"a.npz": "zip archive", "object.npy": "Python objects", "complex.npy": "complex128", "huge.npy": "cut off",
+  says = {"a.npz": "zip archive", "object.npy": "Python objects", "complex.npy": "complex128", "huge.npy": "916259",
           "no.ply": "no such file", "x" * 300: "not a readable", "nul\0.ply": "not a readable"}  # fmt: skip
   for name, (content, message) in files.items():
     (tmp_path / name).write_bytes(content)
@@ -204,5 +315,5 @@ def test_what_cannot_be_read_says_so_by_name(tmp_path):
     assert str(tmp_path / name) in str(error.value), name
   out = io.BytesIO()
   np.save(out, P)
-  with pytest.raises(ValueError, match="points bytes: .*cut off"):
+  with pytest.raises(ValueError, match="points bytes: .*cut"):
     points.read(out.getvalue()[:-8])

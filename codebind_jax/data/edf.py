@@ -67,10 +67,14 @@ class Channel:
       return "other"
     return "eeg" if said else "unknown" if self.unit.strip().lower() in _UNITS else "other"
 
+  def name(self) -> str:
+    """The label without regard to case, to "EEG" in front, to blanks and to dots at its ends."""
+    return " ".join(re.sub(r"^eeg(?![^\W_])[\s:_-]*", "", self.label.strip().lower()).strip(". ").split())
+
   def order(self) -> tuple[tuple[str, int], ...]:
-    """Sorts channels by name, numbers by value: without regard to case, to "EEG" in front and to dots."""
-    name = re.sub(r"^eeg\b", "", self.label.strip().lower())
-    return tuple((word, int(number or 0)) for word, number in re.findall(r"([^\W\d_]+|(?<![^\W\d_])(?=\d))(\d*)", name))
+    """Sorts channels by name, numbers by value."""
+    words = re.findall(r"([^\W\d_]+|(?<![^\W\d_])(?=\d))(\d*)", self.name())
+    return tuple((word, int(number or 0)) for word, number in words)
 
 
 def read(content: bytes, name: str) -> Float[np.ndarray, "channels samples"]:
@@ -102,9 +106,12 @@ def read(content: bytes, name: str) -> Float[np.ndarray, "channels samples"]:
   if not chosen:
     raise ValueError(f"{name}: has no EEG channel; its channels are {', '.join(c.label for c in channels)}")
   labels = [channels[i].label.strip().lower() for i in chosen]
-  if double := {label for label in labels if labels.count(label) > 1}:
-    raise ValueError(f"{name}: two channels have the name {sorted(double)[0]!r}; each must have its own")
+  names = [channels[i].name() for i in chosen]
+  if double := [channels[i].label for i, own in zip(chosen, names) if names.count(own) > 1]:
+    raise ValueError(f"{name}: channels {double[0]!r} and {double[1]!r} have one name; each must have its own")
   signals = [_physical(data, channels[i], int(offsets[i]), width, name) for i in chosen]
+  if flat := [channels[i].label for i, signal in zip(chosen, signals) if signal.min() == signal.max()]:
+    remark("flat channels", f"{name}: channels {', '.join(flat)} are flat, each of them has one value throughout")
   return _one_rate(signals, [Fraction(channels[i].samples) / seconds for i in chosen], labels, name)
 
 

@@ -12,6 +12,8 @@ from codebind_jax.data.reading import remark
 
 _FIELDS = ("fields", "size", "type", "width", "height", "points", "data")
 _NAMES = {"x", "y", "z", "r", "g", "b", "red", "green", "blue", "i", "intensity", "nx", "ny", "nz"}
+_COLOURS = (("r", "g", "b"), ("red", "green", "blue"))
+_UNIT = 0.01  # normals are as long as 1, but for their rounding
 _COMMENT = re.compile(r"^\s*(?:#|//).*$", re.MULTILINE)
 
 
@@ -57,10 +59,25 @@ def read(content: bytes, name: str) -> Float[np.ndarray, "n c"]:
   if packed is not None and packed.dtype.itemsize == 4:
     numbers = packed.view("<u4")
     out = np.concatenate([out, np.stack([numbers >> shift & 255 for shift in (16, 8, 0)], axis=1) / 255.0], axis=1)
+  elif packed is None and (names := next((names for names in _COLOURS if set(names) <= data.keys()), None)):
+    out = np.concatenate([out, _colours([data[colour] for colour in names])], axis=1)
+  taken = {"x", "y", "z", "_", *(("rgb", "rgba", *sum(_COLOURS, ())) if out.shape[1] == 6 else ())}
+  if left := [field for field in dict.fromkeys(head["fields"]) if field not in taken]:
+    remark("columns of clouds", f"{name}: fields {', '.join(left)} are left out")
   there = np.isfinite(out).all(axis=1)
+  if len(out) and not there.any():
+    raise ValueError(f"{name}: all {len(out)} points are NaN, without a return")
   if not there.all():
     remark("points without a return", f"{name}: {int((~there).sum())} of {len(out)} points are NaN and left out")
   return out[there]
+
+
+def _colours(columns: list[np.ndarray]) -> np.ndarray:
+  """RGB from 0 to 1: 1 is the largest value of integers of 8 and 16 bits, and of others 1 or 255."""
+  values = np.stack(columns, axis=1)
+  if values.dtype.kind == "u" and values.dtype.itemsize <= 2:
+    return values / float(np.iinfo(values.dtype).max)
+  return values / (1.0 if values.dtype.kind == "f" and not np.nanmax(values) > 1 else 255.0)
 
 
 def _header(content: bytes, name: str) -> tuple[dict[str, list[str]], int]:
@@ -139,8 +156,8 @@ def read_table(content: bytes, name: str) -> Float[np.ndarray, "n c"]:
   """Coordinates, or coordinates and RGB from 0 to 1, of lines of numbers.
 
   Lines of 3 numbers are coordinates, of 4 with an intensity, of 6 with colours (from 0 to 255 or from 0 to 1) or, where
-  some are negative, normals, and of 7 with an intensity and colours. Intensities and normals are left out, and said. A
-  first line that names the columns, or counts the points (.pts), is understood.
+  some are negative or all have length 1, normals, and of 7 with an intensity and colours. Intensities and normals are
+  left out, and said. A first line that names the columns, or counts the points (.pts), is understood.
 
   Args:
     content: of the file, separated by blanks, commas or semicolons; # and // begin comments.
@@ -173,8 +190,10 @@ def read_table(content: bytes, name: str) -> Float[np.ndarray, "n c"]:
       raise ValueError(f"{name}: lines of {table.shape[1]} numbers; allowed: 3 (x y z), 4, 6 or 7, or a first line "
                        "that names the columns")  # fmt: skip
     chosen = known[table.shape[1]]
-    if len(chosen) == 6 and (table[:, chosen[3:]] < 0).any():
-      chosen = chosen[:3]
+    if len(chosen) == 6:
+      last = table[:, chosen[3:]]
+      if (last < 0).any() or (np.abs(np.linalg.norm(last, axis=1) - 1) < _UNIT).all():
+        chosen = chosen[:3]
   if len(chosen) < table.shape[1]:
     left = [names[i] if names else f"{i + 1}" for i in range(table.shape[1]) if i not in chosen]
     remark("columns of clouds", f"{name}: columns {', '.join(left)} (intensities or normals) are left out")

@@ -74,7 +74,7 @@ class Mel:
     """
     samples, rate = audio_transforms.read_channels(value)
     name = name_of(value, "audio")
-    return audio_transforms.resample(audio_transforms.mono(samples, name), rate, self.rate, name)
+    return audio_transforms.resample(audio_transforms.mono(samples, name, rate), rate, self.rate, name)
 
   def __call__(self, samples: Float[np.ndarray, " n"]) -> Float32[np.ndarray, "frames bands"]:
     """The spectrogram of samples at `rate`."""

@@ -36,14 +36,14 @@ def read(value: Any) -> Float32[np.ndarray, "channels samples"]:
       content = value if isinstance(value, bytes) else Path(value).read_bytes()
       recording = isinstance(value, (str, Path)) and Path(value).suffix.lower() in _RECORDINGS
       if recording or content[:8] in _BEGINNINGS:
-        return _checked(edf.read(content, name), name)
+        return _checked(edf.read(content, name), name, has_unit=True)
     return _checked(load_npy(content, name, ".npy, .edf and .bdf"), name)
   if not hasattr(value, "__array__"):
     raise ValueError(f"eeg: got {type(value).__name__}, allowed are a path, bytes or an array")
   return _checked(np.asarray(value), name)
 
 
-def _checked(array: np.ndarray, name: str) -> np.ndarray:
+def _checked(array: np.ndarray, name: str, has_unit: bool = False) -> np.ndarray:
   numbers = isinstance(array, np.ndarray) and np.issubdtype(array.dtype, np.number) and not np.iscomplexobj(array)
   if not numbers or array.ndim != 2 or 0 in array.shape or array.shape[0] > CHANNELS:
     got = f"type {array.dtype} and shape {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
@@ -51,8 +51,10 @@ def _checked(array: np.ndarray, name: str) -> np.ndarray:
   if not np.isfinite(array).all():
     raise ValueError(f"{name}: has values that are not finite")
   largest = float(np.abs(array).max())
-  if 0.0 < largest < SMALLEST:
-    raise ValueError(f"{name}: largest value {largest:g} looks like volts: multiply by 1e6, allowed are microvolts")
+  flat = has_unit and (array.max(axis=1) == array.min(axis=1)).all()  # its offset may be any
+  if 0.0 < largest < SMALLEST and not flat:
+    advice = "is the unit that it names wrong?" if has_unit else "multiply by 1e6, allowed are microvolts"
+    raise ValueError(f"{name}: largest value {largest:g} looks like volts: {advice}")
   if largest > LARGEST:
     raise ValueError(f"{name}: largest value {largest:g}, allowed are microvolts up to {LARGEST:g}")
   return np.ascontiguousarray(array, np.float32)
