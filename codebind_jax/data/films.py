@@ -29,7 +29,7 @@ _FORMATS = (
   "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,live_flv,mpegts,mpeg,mpegvideo,m4v,ogg,asf,asf_o,mxf,nut,rm,wtv,dv,"
   "ivf,h264,hevc,obu,av1,vc1,yuv4mpegpipe,mp3,wav,flac,aac"
 )
-_FROM_ZERO = ("matroska,webm", "asf", "asf_o", "nut")  # FFmpeg's formats whose duration counts from 0, not the first frame
+_FROM_ZERO = ("matroska,webm", "asf", "asf_o", "nut")  # FFmpeg's formats whose duration is not from the first frame
 _STILL = ("mjpeg", "png", "bmp", "webp", "tiff")  # codecs of covers that are stored as if they were films
 _LEAST_MISSING, _SHARE_MISSING = 1.5, 0.05  # frames, and share of the time, from which a film is said to be cut
 _UNEVEN = 32  # a frame may be off its even place by this part of the whole time
