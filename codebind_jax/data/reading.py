@@ -49,6 +49,27 @@ def file_errors(name: str, what: str) -> Iterator[None]:
     raise ValueError(f"{name}: not {what} ({error if usual else f'{type(error).__name__}: {error}'})") from error
 
 
+@contextlib.contextmanager
+def arrow_errors(message: str) -> Iterator[None]:
+  """Makes what pyarrow raises for a damaged file a ValueError with its name: errors of its own, and an OSError that has
+  no number; those of the machine have one.
+
+  Args:
+    message: naming the file, such as "a.parquet: not a readable Parquet file"; what pyarrow says follows it.
+
+  Raises:
+    ValueError: for these errors.
+  """
+  import pyarrow as pa
+
+  try:
+    yield
+  except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+    if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+      raise
+    raise ValueError(f"{message} ({error})") from error
+
+
 def remark(kind: str, message: str) -> None:
   """Warns of what was judged of an item or done to it, once in a process; of one kind no more than a hundred.
 
