@@ -83,7 +83,7 @@ def _open(folder: PurePath, options: Mapping[str, Any]) -> list[Source]:
 def _json(path: PurePath) -> dict[str, Any]:
   try:
     return json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(f"{path}: not JSON ({error})") from error
 
 
@@ -148,7 +148,7 @@ def _first(path: PurePath) -> dict[str, str]:
     if path.suffix == ".jsonl":
       try:
         row = json.loads(next(lines, "{}"))
-      except ValueError as error:
+      except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}:1: not JSON ({error})") from error
     else:
       import csv
