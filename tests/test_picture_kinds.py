@@ -316,7 +316,7 @@ def test_masks_of_0_and_1_are_said(tmp_path, caplog):
   mask = (GREY > 127).astype(np.uint8)
   Image.fromarray(mask).save(tmp_path / "mask.png")
   with caplog.at_level("WARNING"):
-    for value in (tmp_path / "mask.png", mask, np.dstack([mask] * 3)):
+    for value in (tmp_path / "mask.png", mask, mask[..., None]):
       assert image.read(value).max() == 1
     image.read(GREY > 127)
     image.read(np.zeros((3, 4), np.uint8))

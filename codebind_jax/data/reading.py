@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import errno
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from absl import logging
 MACHINE = frozenset((errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT))
 _REMARKS = 100  # of one kind
 _made: dict[str, set[str]] = {}
+_NAMELESS = re.compile(r"\w+( bytes)?: ")  # how remarks on bytes and arrays begin, see `name_of`
+_record: contextvars.ContextVar[Callable[[], str] | None] = contextvars.ContextVar("record", default=None)
 
 
 def name_of(value: Any, kind: str) -> str:
@@ -70,13 +74,29 @@ def arrow_errors(message: str) -> Iterator[None]:
     raise ValueError(f"{message} ({error})") from error
 
 
+@contextlib.contextmanager
+def in_record(where: Callable[[], str]) -> Iterator[None]:
+  """Remarks on bytes and arrays that are read meanwhile begin with where they are.
+
+  Args:
+    where: gives the record's place, such as "a.parquet: row 3"; called where there is a remark.
+  """
+  token = _record.set(where)
+  try:
+    yield
+  finally:
+    _record.reset(token)
+
+
 def remark(kind: str, message: str) -> None:
   """Warns of what was judged of an item or done to it, once in a process; of one kind no more than a hundred.
 
   Args:
     kind: of what was done, in the plural.
-    message: naming the item.
+    message: naming the item; one without a name of its own gets its record's, see `in_record`.
   """
+  if (where := _record.get()) and _NAMELESS.match(message):
+    message = f"{where()}: {message}"
   made = _made.setdefault(kind, set())
   if message in made or len(made) >= _REMARKS:
     return

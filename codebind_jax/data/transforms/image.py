@@ -45,7 +45,8 @@ def _from_array(array: np.ndarray) -> Image.Image:
   elif array.dtype == bool:
     array = array.astype(np.uint8) * 255
   elif array.dtype == np.uint8:
-    _say_zeros_and_ones(int(array.max()), "image")
+    if array.shape[-1] == 1:
+      _say_zeros_and_ones(int(array.max()), "image")
   else:
     raise ValueError(f"image: got an array of type {array.dtype}, allowed are uint8, bool and float in 0 to 1")
   return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else np.ascontiguousarray(array))
@@ -192,10 +193,7 @@ def read(value: Any) -> UInt8[np.ndarray, "h w 3"]:
     array = np.asanyarray(value)
     plain = not np.ma.is_masked(array) and array.dtype == np.uint8
     if plain and array.ndim == 3 and array.shape[-1] == 3 and 0 not in array.shape:
-      array = np.asarray(array)
-      if array.flat[0] <= 1 and array.max() == 1:
-        _say_zeros_and_ones(1, "image")
-      return array
+      return np.asarray(array)  # also what was read from a file, of which all is said
     return np.asarray(_on_white(_from_array(array)))
   if isinstance(value, Image.Image):
     with file_errors("image", "a readable image"):
