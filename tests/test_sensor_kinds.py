@@ -10,7 +10,7 @@ from PIL import Image
 
 from codebind_jax.data.opening import check_item
 from codebind_jax.data.preparation import imagebind, languagebind
-from codebind_jax.data.transforms import depth, tactile, thermal
+from codebind_jax.data.transforms import audio, depth, eeg, points, tactile, thermal, video
 from tests.picture_fixtures import encoded, grey16, png, tiff, turned
 
 METRES = np.array([[0.0, 0.5, 1.25], [2.0, 3.75, 0.0]])
@@ -208,6 +208,20 @@ def test_masked_pixels_are_no_return_and_no_temperature():
   with pytest.raises(ValueError, match="^thermal: 1 of 6 values are masked"):
     thermal.read(np.ma.masked_array(CELSIUS, hidden))
   np.testing.assert_allclose(thermal.read(np.ma.masked_array(CELSIUS)), CELSIUS)
+
+
+@pytest.mark.parametrize(("module", "values"), [
+  (audio, np.linspace(-0.5, 0.5, 4000)), (eeg, np.random.default_rng(0).standard_normal((4, 600)) * 20),
+  (points, np.random.default_rng(0).standard_normal((50, 3))),
+  (tactile, np.arange(48, dtype=np.uint8).reshape(4, 4, 3)),
+  (video, np.zeros((3, 8, 8, 3), np.uint8))], ids=lambda x: getattr(x, "__name__", "").rpartition(".")[2])  # fmt: skip
+def test_masked_values_are_refused_and_an_empty_mask_is_none(module, values):
+  kind = module.__name__.rpartition(".")[2]
+  mask = np.arange(values.size).reshape(values.shape) == 5
+  with pytest.raises(ValueError, match=f"^{kind}: 1 of {values.size} values are masked"):
+    module.read(np.ma.masked_array(values, mask))
+  if module is not tactile:
+    np.testing.assert_array_equal(module.read(np.ma.masked_array(values)), module.read(values))
 
 
 def test_hot_spots_and_ice_are_degrees():

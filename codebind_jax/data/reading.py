@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import logging
 
 # Errors of the machine, which no other file would escape.
@@ -25,6 +26,23 @@ def name_of(value: Any, kind: str) -> str:
   if isinstance(value, str | Path):
     return str(value).encode("utf-8", "backslashreplace").decode()
   return f"{kind} bytes" if isinstance(value, bytes) else kind
+
+
+def unmasked(value: Any, kind: str) -> np.ndarray:
+  """The array of a value.
+
+  Args:
+    value: an array of any library.
+    kind: for errors.
+
+  Raises:
+    ValueError: if values are masked: what lies below a NumPy mask is no content.
+  """
+  array = np.asanyarray(value)
+  if np.ma.is_masked(array):
+    raise ValueError(f"{kind}: {np.ma.count_masked(array)} of {array.size} values are masked; allowed are arrays of "
+                     "which nothing is masked: fill them, or leave the item out")  # fmt: skip
+  return np.asarray(array)
 
 
 @contextlib.contextmanager

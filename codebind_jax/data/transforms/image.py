@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageCms, ImageOps
 
 from codebind_jax.data import picture_files, tiff_files
-from codebind_jax.data.reading import file_errors, name_of, remark
+from codebind_jax.data.reading import file_errors, name_of, remark, unmasked
 
 # Changes whenever the same input would give other pixels: it is part of the key of cached features.
 REVISION = "image-3"
@@ -32,10 +32,6 @@ _PHOTOMETRIC_TAG, _BITS_TAG = 262, 258  # of TIFF
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
-  if np.ma.is_masked(array):
-    raise ValueError(f"image: {np.ma.count_masked(array)} of its values are masked, which are no colour; allowed are "
-                     "arrays without a mask: fill them")  # fmt: skip
-  array = np.asarray(array)
   if array.ndim == 2:
     array = array[..., None]
   if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or 0 in array.shape:
@@ -190,10 +186,9 @@ def read(value: Any) -> UInt8[np.ndarray, "h w 3"]:
   """
   # NumPy's strings and bytes are arrays as well.
   if hasattr(value, "__array__") and not isinstance(value, Image.Image | str | bytes):
-    array = np.asanyarray(value)
-    plain = not np.ma.is_masked(array) and array.dtype == np.uint8
-    if plain and array.ndim == 3 and array.shape[-1] == 3 and 0 not in array.shape:
-      return np.asarray(array)  # also what was read from a file, of which all is said
+    array = unmasked(value, "image")
+    if array.dtype == np.uint8 and array.ndim == 3 and array.shape[-1] == 3 and 0 not in array.shape:
+      return array  # also what was read from a file, of which all is said
     return np.asarray(_on_white(_from_array(array)))
   if isinstance(value, Image.Image):
     with file_errors("image", "a readable image"):

@@ -10,7 +10,7 @@ from jaxtyping import Float, Float32, UInt8
 from PIL import Image
 
 from codebind_jax.data import numpy_files, picture_files, tiff_files
-from codebind_jax.data.reading import file_errors, name_of, remark
+from codebind_jax.data.reading import file_errors, name_of, remark, unmasked
 from codebind_jax.data.transforms import image
 
 # Changes whenever the same input would give other values: it is part of the key of cached features.
@@ -50,7 +50,7 @@ def read(
       return _celsius(_pixels(value, "thermal"), "thermal", scale, offset, span)
   if not hasattr(value, "__array__"):
     raise ValueError(f"thermal: got {type(value).__name__}, allowed are a path, bytes, a PIL image or an array")
-  return _celsius(np.asanyarray(value), "thermal", scale, offset, span)
+  return _celsius(unmasked(value, "thermal"), "thermal", scale, offset, span)
 
 
 def stored(value: str | Path | bytes) -> UInt8[np.ndarray, "h w 3"] | None:
@@ -113,9 +113,6 @@ def grey(pixels: UInt8[np.ndarray, "h w 3"], name: str) -> UInt8[np.ndarray, "h 
 
 
 def _celsius(array: np.ndarray, name: str, scale: float, offset: float, span: tuple[float, float]) -> np.ndarray:
-  if count := int(np.ma.count_masked(array)):
-    raise ValueError(f"{name}: {count} of {array.size} values are masked; every pixel needs a temperature")
-  array = np.asarray(array)
   if array.ndim == 3 and array.shape[-1] == 3 and array.dtype == np.uint8 and array.size:
     array = grey(array, name)
   elif array.ndim == 3 and array.shape[-1] in (1, 3):
