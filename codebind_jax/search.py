@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from codebind_jax import files
+from codebind_jax.data.reading import arrow_errors
 from codebind_jax.embedding import shards
 
 BACKENDS = ("auto", "faiss", "numpy")
@@ -72,7 +73,7 @@ class Index:
 
     Raises:
       ValueError: for one id or vector where a list is needed; if counts or widths differ, an id is there already or of
-        another kind, or a vector is zero or not finite.
+        another kind, a string of half a surrogate pair or an integer beyond 64 bits, or a vector is zero or not finite.
     """
     if not isinstance(ids, Sequence | np.ndarray) or isinstance(ids, str | bytes) or np.ndim(ids) != 1:
       raise ValueError(f"ids: got {ids!r:.60}; a list of ids is needed, [id] for one")
@@ -183,24 +184,28 @@ class Index:
     if not files.is_file(file):
       raise ValueError(f"{str(path)!r}: there is no such file")
     file = files.fetched(file)
-    try:
-      table = pq.ParquetFile(file)
+    with arrow_errors(f"{str(path)!r} is not an index that was saved"), pq.ParquetFile(file) as table:
       if table.schema_arrow.names != _COLUMNS:
-        raise ValueError(f"columns {table.schema_arrow.names}, not {_COLUMNS}")
-    except (pa.ArrowException, ValueError) as error:
-      raise ValueError(f"{str(path)!r} is not an index that was saved ({error})") from error
-    for batch in table.iter_batches(_ROW_GROUP):
-      try:
-        names, vectors = _rows(batch.column("id"), batch.column("vector"))
-        names, unit = [_plain(name) for name in names], _unit(vectors, index.width, names)
-        index._check_ids(names)
-        if np.abs(unit - vectors).max(initial=0.0) > _ROUNDING:
-          raise ValueError("vectors that are not of unit length; add them to an index to have them normalised")
-        if names:
-          index._append(names, vectors)
-      except ValueError as error:
-        raise ValueError(f"{str(path)!r}: {error}") from error
+        raise ValueError(f"{str(path)!r} is not an index that was saved (columns "
+                         f"{table.schema_arrow.names}, not {_COLUMNS})")  # fmt: skip
+      for batch in table.iter_batches(_ROW_GROUP):
+        index._add_saved(batch, str(path))
     return index
+
+  def _add_saved(self, batch: pa.RecordBatch, path: str) -> None:
+    """Adds rows of a file that was saved, whose vectors are of unit length."""
+    try:
+      names, vectors = _rows(batch.column("id"), batch.column("vector"))
+      names, unit = [_plain(name) for name in names], _unit(vectors, self.width, names)
+      self._check_ids(names)
+      if np.abs(unit - vectors).max(initial=0.0) > _ROUNDING:
+        raise ValueError("vectors that are not of unit length; add them to an index to have them normalised")
+      if names:
+        self._append(names, vectors)
+    except pa.ArrowException:
+      raise
+    except ValueError as error:
+      raise ValueError(f"{path!r}: {error}") from error
 
   @classmethod
   def from_parquet(
@@ -294,8 +299,13 @@ class _Faiss:
 
 def _plain(value: Any) -> str | int:
   if isinstance(value, str):
-    return str(value)
+    name = str(value)
+    if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
+      raise ValueError(f"ids: got {name!r}, which has half a surrogate pair; allowed: strings of whole characters")
+    return name
   if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+    if not -(2**63) <= value < 2**63:
+      raise ValueError(f"ids: got {value!r}; allowed: integers of 64 bits, or strings")
     return int(value)
   raise ValueError(f"ids: got {value!r}; allowed: strings or integers")
 

@@ -131,6 +131,26 @@ def test_no_parquet(tmp_path, write):
     open_source(write({"text": pa.array([], pa.string())}, "e.parquet"))
 
 
+def test_every_error_of_a_damaged_file_names_it(write, tmp_path):
+  path = write({"text": [f"hello {number}" for number in range(20)], "label": ["a"] * 20})
+  content, rng, refused = path.read_bytes(), np.random.default_rng(0), 0
+  footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+  for number in range(60):
+    changed = bytearray(content)
+    for at in rng.integers(footer if number % 2 else 4, len(content) - 8, 2):
+      changed[at] = rng.integers(256)
+    path.write_bytes(changed)
+    try:
+      open_source(path, data_dir=tmp_path / "data")
+    except ValueError as error:
+      refused += 1
+      assert str(path) in str(error)
+  assert refused > 20
+  path.write_bytes(content[:footer] + bytes(20) + content[footer + 20 :])
+  with pytest.raises(ValueError, match=f"^{path}: not a readable Parquet file"):
+    open_source(path)
+
+
 def test_files_rows_in_random_order_pickle_and_threads(write, tmp_path, monkeypatch):
   rng = np.random.default_rng(0)
   contents = [rng.bytes(1000) for _ in range(60)]

@@ -6,12 +6,14 @@ import pickle
 import zipfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
 import safetensors.numpy
 
 import codebind_jax
+from codebind_jax.runtime.checkpoint import Checkpoints, Position
 from codebind_jax.trunks.families import families
 from tests import family_fixtures
 
@@ -107,6 +109,24 @@ def test_other_files_that_are_cut_short(tmp_path):
     archive.writestr("x/data.pkl", pickle.dumps({"a": 1}))
   (tmp_path / "x.pth").write_bytes((tmp_path / "x.pth").read_bytes()[:-30])
   assert "x.pth: not a readable torch checkpoint" in refusal(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("file", ["meta/metadata", "state/_METADATA"])
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"[1]", b"[" * 100_000])
+def test_a_run_whose_checkpoint_is_damaged(tmp_path, file, content):
+  store = Checkpoints(tmp_path)
+  store.save(Position(3, "s", True, ("image",)), {"params": {"a": jnp.ones(3)}, "codebooks": {}}, {}, {})
+  store.close()
+  path = tmp_path / "checkpoints" / "3" / file
+  path.write_bytes(path.read_bytes()[:-9] if content is None else content)
+  assert f"checkpoint {tmp_path / 'checkpoints' / '3'} cannot be read, it is damaged: " in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "config.json"])
+def test_json_beside_the_weights_that_is_nested_deeply(clip, name):
+  (clip / "model.safetensors").unlink()
+  (clip / name).write_text("[" * 100_000 + "]" * 100_000)
+  assert str(clip) in refusal(clip)
 
 
 def test_a_shard_that_is_missing(clip):

@@ -279,3 +279,67 @@ def test_grey_may_have_the_noise_of_a_jpeg():
   marked = THRICE.copy()
   marked[3, 3] = (255, 0, 0)
   assert not image.is_grey(marked)
+
+
+DEEP_GREY = lambda high: np.linspace(0, high, 12).astype(np.uint16).reshape(3, 4)
+DEEP_COLOURS = lambda high: png(
+  4, 3, 16, 2, [np.repeat(row, 3).astype(">u2").tobytes() for row in DEEP_GREY(high)])  # fmt: skip
+DEEP_ALPHA = lambda high: png(
+  4, 3, 16, 4, [np.stack([row, np.full_like(row, 65535)], 1).astype(">u2").tobytes() for row in DEEP_GREY(high)]
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("high", "bits"), [(1023, 10), (4095, 12), (16383, 14), (16640, None), (65535, None)])
+@pytest.mark.parametrize("make", [lambda high: grey16(DEEP_GREY(high)), lambda high: tiff(DEEP_GREY(high), 16, 1),
+                                  DEEP_COLOURS, DEEP_ALPHA], ids=["PNG", "TIFF", "RGB", "alpha"])  # fmt: skip
+def test_sixteen_bits_that_a_camera_of_fewer_bits_would_give_are_said(make, high, bits, tmp_path, caplog):
+  path = tmp_path / "deep.png"
+  path.write_bytes(make(high))
+  with caplog.at_level("WARNING"):
+    got = image.read(path)
+  np.testing.assert_array_equal(got[..., 0], DEEP_GREY(high) >> 8)  # values stay
+  said = [record.getMessage() for record in caplog.records]
+  assert len(said) == (bits is not None)
+  want = f"{path}: its values of 16 bits reach {high} of 65535, and would fit {bits} bits"
+  assert not bits or said[0].startswith(want)
+
+
+def test_pictures_that_say_their_bits_or_are_black_are_not_said_to_be_dark(caplog):
+  with caplog.at_level("WARNING"):
+    image.read(twelve_bits(GREY.astype(int)))
+    image.read(grey16(np.zeros((3, 4))))
+    image.read(b"P5 32 24 4095\n" + (GREY.astype(np.uint16) * 16).astype(">u2").tobytes())
+  assert not caplog.records
+
+
+def test_masks_of_0_and_1_are_said(tmp_path, caplog):
+  mask = (GREY > 127).astype(np.uint8)
+  Image.fromarray(mask).save(tmp_path / "mask.png")
+  with caplog.at_level("WARNING"):
+    for value in (tmp_path / "mask.png", mask, mask[..., None]):
+      assert image.read(value).max() == 1
+    image.read(GREY > 127)
+    image.read(np.zeros((3, 4), np.uint8))
+  assert [record.getMessage().partition(":")[0] for record in caplog.records] == [str(tmp_path / "mask.png"), "image"]
+  assert "its values are 0 and 1 of 255" in caplog.text
+
+
+def test_masked_arrays_are_no_pictures():
+  for kind in (RGB, GREY, GREY / 255):
+    with pytest.raises(ValueError, match=f"^image: 1 of {kind.size} values are masked"):
+      image.read(np.ma.masked_array(kind, np.arange(kind.size).reshape(kind.shape) == 3))
+    np.testing.assert_array_equal(image.read(np.ma.masked_array(kind)), image.read(kind))
+
+
+@pytest.mark.parametrize("bits", [16, 32, 64])
+def test_floats_of_which_0_is_white_are_turned_as_integers_are(bits):
+  want = image.read(tiff(65535 - WIDE(GREY), 16, 1, photometric=0))
+  got = image.read(tiff(1 - GREY / 255, bits, 3, photometric=0))
+  assert np.abs(got.astype(int) - want).max() <= 1
+
+
+def test_numpy_strings_are_paths_and_numpy_bytes_are_files(tmp_path):
+  Image.fromarray(RGB).save(tmp_path / "a.png")
+  for value in (np.str_(tmp_path / "a.png"), np.array([str(tmp_path / "a.png")])[0],
+                np.bytes_((tmp_path / "a.png").read_bytes())):  # fmt: skip
+    np.testing.assert_array_equal(image.read(value), RGB)

@@ -300,6 +300,43 @@ def test_a_damaged_saved_model_is_named_with_what_is_wrong(model, tmp_path):
     api.load(folder)
 
 
+def nested(depth=100_000):
+  return "[" * depth + "]" * depth
+
+
+DAMAGES = {
+  "modalities as a text": lambda x: x | {"modalities": "image"},
+  "modalities as a number": lambda x: x | {"modalities": 5},
+  "modalities of lists": lambda x: x | {"modalities": [["image"], "text"]},
+  "modalities without a trunk": lambda x: x | {"modalities": ["image", "audio"]},
+  "config as a list": lambda x: x | {"config": [1]},
+  "config without towers": lambda x: x | {"config": {"model": {}}},
+  "towers as a list": lambda x: x | {"config": x["config"] | {"model": {"towers": [1]}}},
+  "a tower as a number": lambda x: x | {"config": x["config"] | {"model": {"towers": {"image": 1, "text": 2}}}},
+  "an unknown key": lambda x: x | {"config": x["config"] | {"model": x["config"]["model"] | {"more": 1}}},
+  "trunks as null": lambda x: x | {"trunks": None},
+  "a trunk as a list": lambda x: x | {"trunks": x["trunks"] | {"image": []}},
+  "paths as numbers": lambda x: x | {"trunks": x["trunks"] | {"image": x["trunks"]["image"] | {"paths": {"a": 1}}}},
+  "format as a text": lambda x: x | {"format": "one"},
+}
+
+
+@pytest.mark.parametrize("load", [api.load, api.config_of])
+def test_a_config_of_other_types_is_named(model, tmp_path, load):
+  path = model.save(tmp_path / "saved") / "config.json"
+  content = json.loads(path.read_text())
+  texts = {name: json.dumps(change(content)) for name, change in DAMAGES.items()}
+  head = json.dumps({"model_type": "codebind_jax", "format": 1})[:-1]
+  texts |= {"nested": f'{head}, "config": {nested()}}}', "cut": path.read_text()[:500]}
+  texts["nested modalities"] = json.dumps(content | {"modalities": 0}).replace('"modalities": 0',
+                                                                               f'"modalities": {nested()}')  # fmt: skip
+  for name, text in texts.items():
+    path.write_text(text)
+    with pytest.raises(ValueError) as caught:
+      load(path.parent)
+    assert str(caught.value).startswith(str(path)), name
+
+
 def test_the_licence_of_a_card_is_that_of_all_trunks():
   assert licence_id(["MIT (OpenAI's weights)", "MIT"]) == "mit"
   assert licence_id(["CC-BY-NC 4.0"]) == licence_id(["CC BY-NC 4.0 (Meta)"]) == "cc-by-nc-4.0"

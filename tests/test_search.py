@@ -10,6 +10,7 @@ import pytest
 
 import codebind_jax
 from codebind_jax import search
+from codebind_jax.embedding import shards
 from codebind_jax.search import Index
 
 BACKENDS = ("numpy", "faiss")
@@ -168,6 +169,9 @@ def test_what_is_refused_adds_nothing(backend):
     (["b"], np.eye(2), "got 1 for 2 vectors"),
     (["b", 3], np.eye(2), "got 3 in an index of str"),
     ([2.5], np.eye(2)[:1], "got 2.5; allowed: strings or integers"),
+    (["\ud800"], np.eye(2)[:1], r"got '\\ud800', which has half a surrogate pair"),
+    ([2**70], np.eye(2)[:1], "got 1180591620717411303424; allowed: integers of 64 bits"),
+    ([-(2**63) - 1], np.eye(2)[:1], "allowed: integers of 64 bits"),
     (["b", "c"], np.array([[1.0, 0.0], [0.0, 0.0]]), "that of 'c' is zero or not finite"),
     (["b", "c"], np.array([[np.nan, 0.0], [0.0, 1.0]]), "that of 'b' is zero or not finite"),
   ]:
@@ -192,6 +196,48 @@ def test_files_and_backends_that_are_not_there(tmp_path):
     Index().save(tmp_path / "empty.parquet")
   with pytest.raises(ValueError, match="backend: got 'annoy'; allowed"):
     Index(backend="annoy")
+
+
+def test_integers_of_64_bits_and_letters_beyond_16_bits_are_saved(tmp_path):
+  for ids in ([-(2**63), 2**63 - 1], ["\U0001f404", "\u00e9"]):
+    index = Index("numpy")
+    index.add(ids, np.eye(2))
+    index.save(tmp_path / "index.parquet")
+    assert Index.load(tmp_path / "index.parquet").search(np.eye(2), 1)[0][:, 0].tolist() == ids
+
+
+def test_every_error_of_a_damaged_file_names_it(tmp_path):
+  path, rng, index, refused = tmp_path / "index.parquet", np.random.default_rng(0), Index("numpy"), 0
+  index.add([f"{number}" for number in range(50)], rng.standard_normal((50, 4)))
+  index.save(path)
+  content = path.read_bytes()
+  footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+  for number in range(60):
+    changed = bytearray(content)
+    for at in rng.integers(footer if number % 2 else 4, len(content) - 8, 2):
+      changed[at] = rng.integers(256)
+    path.write_bytes(changed)
+    try:
+      Index.load(path, "numpy")
+    except ValueError as error:
+      refused += 1
+      assert str(error).startswith(repr(str(path)))
+  assert refused > 20
+
+
+def test_a_damaged_shard_is_named(tmp_path):
+  schema = shards.make_schema(["image_shared"], "float32")
+  vectors = np.random.default_rng(0).standard_normal((40, 8))
+  columns = [[f"{number}" for number in range(40)], [None] * 40, [None] * 40]
+  columns = [*map(pa.array, columns), shards.with_nulls(vectors, range(40), 40, np.float32)]
+  batch = pa.record_batch(columns, schema=schema)
+  path = shards.shard_path(tmp_path, 0, 1)
+  shards.write_shard(path, schema, [batch], shards.ShardReport("x", 1, 40))
+  assert len(Index.from_parquet(tmp_path, "image", backend="numpy")) == 40
+  content = path.read_bytes()
+  path.write_bytes(content[:4] + bytes(100) + content[104:])  # its first pages, not its footer
+  with pytest.raises(ValueError, match=f"^{path}: not a readable shard"):
+    Index.from_parquet(tmp_path, "image")
 
 
 def test_without_faiss_numpy_searches(monkeypatch):

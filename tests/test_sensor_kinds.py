@@ -10,7 +10,7 @@ from PIL import Image
 
 from codebind_jax.data.opening import check_item
 from codebind_jax.data.preparation import imagebind, languagebind
-from codebind_jax.data.transforms import depth, tactile, thermal
+from codebind_jax.data.transforms import audio, depth, eeg, points, tactile, thermal, video
 from tests.picture_fixtures import encoded, grey16, png, tiff, turned
 
 METRES = np.array([[0.0, 0.5, 1.25], [2.0, 3.75, 0.0]])
@@ -87,8 +87,11 @@ REFUSED = {
   "a hole": (depth, grey16(MILLIMETRES, (b"tRNS", struct.pack(">H", 0))), "transparent pixels"),
   "scale of two": (depth, saved({"disparity": METRES, "scale": np.ones(2)}), "scale has shape .2,."),
   "scale of zero": (depth, saved({"disparity": METRES, "scale": 0.0}), "one number above 0"),
+  "depth and scale": (depth, saved({"depth": MILLIMETRES, "scale": 0.001}), "holds depth and scale"),
+  "depth and disparity": (depth, saved({"depth": METRES, "disparity": METRES, "scale": 1.0}),
+                          "holds depth and disparity and scale"),
   "no scale": (depth, saved({"disparity": METRES}), "has no scale"),
-  "objects": (depth, saved(np.array([{}], object)), "plain numbers"),
+  "objects": (depth, saved(np.array([{}], object)), "an array of Python objects"),
   "OpenEXR": (depth, b"v/1\x01" + bytes(60), "it is OpenEXR"),
   "false colours": (thermal, encoded(np.dstack([GREY, GREY[:, ::-1], GREY]), "PNG"), "false colours"),
   "16 bits and alpha": (thermal, png(2, 1, 16, 4, [bytes([110, 0, 255, 255] * 2)]), "of which 8 bits would be left"),
@@ -97,6 +100,9 @@ REFUSED = {
   "a hole in 16 bits": (thermal, grey16(HUNDREDTHS, (b"tRNS", struct.pack(">H", 1))), "transparent pixels"),
   "NaN": (thermal, saved(np.where(CELSIUS == 90, np.nan, CELSIUS)), "1 of 6 values are not finite"),
   "kelvin": (thermal, tiff(CELSIUS + 273.15, 32, 3), "look like kelvin"),
+  "kelvin with a hot spot": (thermal, saved(np.append(CELSIUS + 273.15, [[900.0] * 3], 0)), "look like kelvin"),
+  "kelvin with a dead spot": (thermal, saved(np.append(CELSIUS + 273.15, [[0.0, 290, 290]], 0)), "look like kelvin"),
+  "scaled to 0 to 1": (thermal, tiff(GREY / 240, 32, 3), "look scaled to 0 to 1"),
   "thermal pages": (thermal, tiff(HUNDREDTHS, 16, 1, pages=2), "it holds 2 pictures"),
 }
 
@@ -192,3 +198,42 @@ def test_pil_images_are_read_as_their_files():
   np.testing.assert_allclose(thermal.read(Image.fromarray(CELSIUS.astype(np.float32))), CELSIUS, rtol=1e-6)
   with pytest.raises(ValueError, match="depth: not a readable depth map.*its pixels are RGB"):
     depth.read(Image.new("RGB", (4, 4)))
+
+
+def test_masked_pixels_are_no_return_and_no_temperature():
+  hidden = METRES == 3.75
+  for values in (METRES, MILLIMETRES):
+    np.testing.assert_allclose(depth.read(np.ma.masked_array(values, hidden)), np.where(hidden, 0, METRES))
+    np.testing.assert_allclose(depth.read(np.ma.masked_array(values)), METRES)
+  with pytest.raises(ValueError, match="^thermal: 1 of 6 values are masked"):
+    thermal.read(np.ma.masked_array(CELSIUS, hidden))
+  np.testing.assert_allclose(thermal.read(np.ma.masked_array(CELSIUS)), CELSIUS)
+
+
+@pytest.mark.parametrize(("module", "values"), [
+  (audio, np.linspace(-0.5, 0.5, 4000)), (eeg, np.random.default_rng(0).standard_normal((4, 600)) * 20),
+  (points, np.random.default_rng(0).standard_normal((50, 3))),
+  (tactile, np.arange(48, dtype=np.uint8).reshape(4, 4, 3)),
+  (video, np.zeros((3, 8, 8, 3), np.uint8))], ids=lambda x: getattr(x, "__name__", "").rpartition(".")[2])  # fmt: skip
+def test_masked_values_are_refused_and_an_empty_mask_is_none(module, values):
+  kind = module.__name__.rpartition(".")[2]
+  mask = np.arange(values.size).reshape(values.shape) == 5
+  with pytest.raises(ValueError, match=f"^{kind}: 1 of {values.size} values are masked"):
+    module.read(np.ma.masked_array(values, mask))
+  if module is not tactile:
+    np.testing.assert_array_equal(module.read(np.ma.masked_array(values)), module.read(values))
+
+
+def test_hot_spots_and_ice_are_degrees():
+  for values in (np.append(CELSIUS, [[300.0, 350, 390]], 0), np.array([[-0.5, 0.5], [0.25, 1.5]])):
+    np.testing.assert_allclose(thermal.read(values), values, rtol=1e-6)
+
+
+def test_saturated_thermal_pixels_are_said(tmp_path, caplog):
+  for content in (HUNDREDTHS, np.where(HUNDREDTHS == HUNDREDTHS.max(), 65535, HUNDREDTHS)):
+    (tmp_path / "a.png").write_bytes(grey16(content))
+    with caplog.at_level("WARNING"):
+      got = thermal.read(tmp_path / "a.png")
+  assert got.max() == pytest.approx(65535 / 100 - 273.15)
+  assert [record.getMessage().partition(",")[0] for record in caplog.records] == [
+    f"{tmp_path / 'a.png'}: 1 of 6 values are 65535"]  # fmt: skip

@@ -1,19 +1,22 @@
 """Manifests: every kind of bad input names file and line; good input reads back as written."""
 
+import io
 import json
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import grain
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from codebind_jax.data.batches import SourceBatches
-from codebind_jax.data.examples import Texts
+from codebind_jax.data.examples import Items, Texts, Values
 from codebind_jax.data.formats.record import add_rows, parse
 from codebind_jax.data.index import IndexBuilder, groups_of, id_hash
-from codebind_jax.data.inputs import Input
+from codebind_jax.data.inputs import Input, Reading
 from codebind_jax.data.opening import class_names, open_source
 from codebind_jax.data.transforms import image as image_transform
 from tests.world_fixtures import png
@@ -144,6 +147,10 @@ BAD = {
     "text of another type": ({"text": 3}, "text: a string that is not empty is needed, got 3"),
     "empty label": ({"text": "x", "label": ""}, "label: a string that is not empty is needed"),
     "no modality": ({"id": "z", "label": "x"}, "no modality; at least one of"),
+    "a key twice": ('{"text": "x", "image": "red.png", "image": "blue.png"}', "key 'image' is there twice"),
+    "a key twice inside": ('{"text": "x", "more": {"a": 1, "a": 2}}', "key 'a' is there twice"),
+    "a key twice, blanks": ('{"text" : "x", "id" : "1", "text" : "y"}', "key 'text' is there twice"),
+    "half a surrogate pair": ('{"image": "\\ud800.png"}', r"image: no such file: .*\\ud800.png"),
     "id twice": ({"id": "a", "text": "x"}, "id 'a' is there twice, first in line 1"),
 }
 
@@ -154,6 +161,47 @@ def test_bad_record_names_file_and_line(write, kind):
   path = write({"id": "a", "image": "red.png"}, {"id": "c", "image": "blue.png"}, line)
   with pytest.raises(ValueError, match=f"data.jsonl:3: .*{message}"):
     open_source(path)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("wrap", [lambda x: [x, x], lambda x: x])
+def test_json_that_is_not_one_object_a_line_says_so(tmp_path, indent, wrap):
+  text = json.dumps(wrap({"text": "x", "id": "1"}), indent=indent)
+  (tmp_path / "a.jsonl").write_text(text + "\n")
+  if text.startswith("{") and indent is None:
+    assert len(open_source(tmp_path / "a.jsonl")) == 1
+    return
+  with pytest.raises(ValueError, match="a.jsonl:1: .*; one object a line is needed, not one array") as caught:
+    open_source(tmp_path / "a.jsonl")
+  str(caught.value).encode()
+
+
+def test_a_path_of_half_a_surrogate_pair_can_be_printed(write):
+  with pytest.raises(ValueError, match="no such file") as caught:
+    open_source(write('{"image": "\\ud800.png"}'))
+  str(caught.value).encode()
+
+
+def test_keys_in_texts_are_no_repetition(write):
+  lines = ['{"text": "a \\"text\\": b", "more": {"text": 1, "x": {"text": 2}}, "id": "1"}', '{"text" : "x"}']
+  assert open_source(write(*lines)).column("text") == [['a "text": b'], ["x"]]
+
+
+def test_remarks_on_bytes_name_their_records(tmp_path, caplog):
+  mask = io.BytesIO()
+  Image.fromarray(np.eye(8, dtype=np.uint8)).save(mask, "PNG")
+  path = tmp_path / "a.parquet"
+  pq.write_table(pa.table({"image": [mask.getvalue()] * 2}), path)
+  prepared = Input((8, 8, 3), "uint8", Reading(image_transform.read, lambda x: x))
+  with caplog.at_level("WARNING"):
+    source = open_source(path, check="none")
+    for _ in range(2):
+      for row in range(2):
+        Items(source, "image", prepared).clean(row)
+    Values([mask.getvalue()], "image", prepared).clean(0)
+  said = [message for record in caplog.records if "values are 0 and 1" in (message := record.getMessage())]
+  names = [message.partition(": image bytes: ")[0] for message in said]
+  assert names == [f"{path}: row 0", f"{path}: row 1", "image[0]"]
 
 
 def test_text_that_is_not_utf_8(write):

@@ -6,6 +6,7 @@ cannot be read is a ValueError, which `batches` turns into a masked row.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -18,6 +19,7 @@ from jaxtyping import Int, Int32, Int64, Shaped
 
 from codebind_jax.data.ahead import empty
 from codebind_jax.data.inputs import Input, item_errors
+from codebind_jax.data.reading import in_record
 from codebind_jax.data.records import Source
 from codebind_jax.data.token_reader import TokenReader
 
@@ -114,6 +116,10 @@ class Items(Prepared):
     """Whether the record has the modality."""
     return self.source.has(row, self.modality)
 
+  def _named(self, row: int) -> contextlib.AbstractContextManager[None]:
+    """Remarks on the row's item name its record."""
+    return in_record(lambda: self.source.where(row))
+
   def raw(self, row: int) -> tuple[str | bytes | Path | np.ndarray, int]:
     """The item as the source has it, and the bytes that are read of it."""
     with item_errors():
@@ -124,25 +130,30 @@ class Items(Prepared):
   def decoded(self, row: int) -> tuple[Any, int]:
     """The decoded value, and the bytes that were read."""
     raw, size = self.raw(row)
-    return self.input.opened(self.modality, raw), size
+    with self._named(row):
+      return self.input.opened(self.modality, raw), size
 
   def draw(self, row: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
     """Augmented and prepared."""
     if self.augment is None:
       raw, size = self.raw(row)
-      return self.input.prepared(self.modality, raw), size
+      with self._named(row):
+        return self.input.prepared(self.modality, raw), size
     value, size = self.decoded(row)
     with item_errors():
       return self.input.prepare(self.augment(value, rng)), size
 
   def clean(self, row: int) -> np.ndarray:
     """Prepared as it is."""
-    return self.input.prepared(self.modality, self.raw(row)[0])
+    raw = self.raw(row)[0]
+    with self._named(row):
+      return self.input.prepared(self.modality, raw)
 
   def clean_and_content(self, row: int) -> tuple[np.ndarray, int]:
     """The item prepared as it is, and a hash of its content, of what was read anyway: equal for equal bytes."""
     raw = self.raw(row)[0]
-    prepared = self.input.prepared(self.modality, raw)
+    with self._named(row):
+      prepared = self.input.prepared(self.modality, raw)
     with item_errors():
       return prepared, number_of(self.source.content_of_item(row, self.modality, raw))
 
@@ -213,7 +224,8 @@ class Values(Prepared):
   def clean(self, row: int) -> np.ndarray:
     """The value, opened and prepared; an error names its number."""
     try:
-      return self.input.prepared(self.modality, self.values[row])
+      with in_record(lambda: f"{self.modality}[{row}]"):
+        return self.input.prepared(self.modality, self.values[row])
     except ValueError as error:
       raise ValueError(f"{self.modality}[{row}]: {error}") from error
 

@@ -29,6 +29,7 @@ _FORMATS = (
   "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,live_flv,mpegts,mpeg,mpegvideo,m4v,ogg,asf,asf_o,mxf,nut,rm,wtv,dv,"
   "ivf,h264,hevc,obu,av1,vc1,yuv4mpegpipe,mp3,wav,flac,aac"
 )
+_FROM_ZERO = ("matroska,webm", "asf", "asf_o", "nut")  # FFmpeg's formats whose duration is not from the first frame
 _STILL = ("mjpeg", "png", "bmp", "webp", "tiff")  # codecs of covers that are stored as if they were films
 _LEAST_MISSING, _SHARE_MISSING = 1.5, 0.05  # frames, and share of the time, from which a film is said to be cut
 _UNEVEN = 32  # a frame may be off its even place by this part of the whole time
@@ -165,6 +166,7 @@ def _times(value: str | Path | bytes, name: str) -> _Times:
     aspect = float(stream.sample_aspect_ratio or 1)
     begin = (film.start_time or 0) / 1e6
     said = film.duration / 1e6 if film.duration else 0.0
+    said -= begin if film.format.name in _FROM_ZERO else 0.0
   timed = None not in shown
   if not timed:
     shown = [frame.pts for frame in _decoded(value, name)]

@@ -22,6 +22,7 @@ from codebind_jax import files
 from codebind_jax.data import formats, ranges, transforms
 from codebind_jax.data.index import SPLITS, id_hash
 from codebind_jax.data.joined import joined
+from codebind_jax.data.reading import in_record, name_of
 from codebind_jax.data.records import Source
 from codebind_jax.data.worlds import fetch, registry
 from codebind_jax.data.worlds.source import WorldSource
@@ -284,7 +285,8 @@ def check_items(source: Source, check: str, max_bad_records: int) -> None:
     for modality in source.modalities:
       if modality != "text" and source.has(int(row), modality):
         try:
-          check_item(modality, source.read(int(row), modality))
+          with in_record(lambda row=int(row): source.where(row)):
+            check_item(modality, source.read(int(row), modality))
         except ValueError as error:
           bad.append(f"{source.where(int(row))}: {error}")
           break
@@ -303,7 +305,7 @@ def check_item(modality: str, item: str | bytes | Path | np.ndarray) -> None:
   """
   module = transforms.of(modality)
   if isinstance(item, str | Path) and not os.path.exists(item):  # a name that is too long is no file either
-    raise ValueError(f"{modality}: no such file: {item}")
+    raise ValueError(f"{modality}: no such file: {name_of(item, modality)}")
   try:
     (module.check if isinstance(item, str | Path) and hasattr(module, "check") else module.read)(item)
   except ValueError as error:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import errno
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import logging
 
 # Errors of the machine, which no other file would escape.
 MACHINE = frozenset((errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT))
 _REMARKS = 100  # of one kind
 _made: dict[str, set[str]] = {}
+_NAMELESS = re.compile(r"\w+( bytes)?: ")  # how remarks on bytes and arrays begin, see `name_of`
+_record: contextvars.ContextVar[Callable[[], str] | None] = contextvars.ContextVar("record", default=None)
 
 
 def name_of(value: Any, kind: str) -> str:
@@ -21,6 +26,23 @@ def name_of(value: Any, kind: str) -> str:
   if isinstance(value, str | Path):
     return str(value).encode("utf-8", "backslashreplace").decode()
   return f"{kind} bytes" if isinstance(value, bytes) else kind
+
+
+def unmasked(value: Any, kind: str) -> np.ndarray:
+  """The array of a value.
+
+  Args:
+    value: an array of any library.
+    kind: for errors.
+
+  Raises:
+    ValueError: if values are masked: what lies below a NumPy mask is no content.
+  """
+  array = np.asanyarray(value)
+  if np.ma.is_masked(array):
+    raise ValueError(f"{kind}: {np.ma.count_masked(array)} of {array.size} values are masked; allowed are arrays of "
+                     "which nothing is masked: fill them, or leave the item out")  # fmt: skip
+  return np.asarray(array)
 
 
 @contextlib.contextmanager
@@ -49,13 +71,50 @@ def file_errors(name: str, what: str) -> Iterator[None]:
     raise ValueError(f"{name}: not {what} ({error if usual else f'{type(error).__name__}: {error}'})") from error
 
 
+@contextlib.contextmanager
+def arrow_errors(message: str) -> Iterator[None]:
+  """Makes what pyarrow raises for a damaged file a ValueError with its name: errors of its own, and an OSError that has
+  no number; those of the machine have one.
+
+  Args:
+    message: naming the file, such as "a.parquet: not a readable Parquet file"; what pyarrow says follows it.
+
+  Raises:
+    ValueError: for these errors.
+  """
+  import pyarrow as pa
+
+  try:
+    yield
+  except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+    if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+      raise
+    raise ValueError(f"{message} ({error})") from error
+
+
+@contextlib.contextmanager
+def in_record(where: Callable[[], str]) -> Iterator[None]:
+  """Remarks on bytes and arrays that are read meanwhile begin with where they are.
+
+  Args:
+    where: gives the record's place, such as "a.parquet: row 3"; called where there is a remark.
+  """
+  token = _record.set(where)
+  try:
+    yield
+  finally:
+    _record.reset(token)
+
+
 def remark(kind: str, message: str) -> None:
   """Warns of what was judged of an item or done to it, once in a process; of one kind no more than a hundred.
 
   Args:
     kind: of what was done, in the plural.
-    message: naming the item.
+    message: naming the item; one without a name of its own gets its record's, see `in_record`.
   """
+  if (where := _record.get()) and _NAMELESS.match(message):
+    message = f"{where()}: {message}"
   made = _made.setdefault(kind, set())
   if message in made or len(made) >= _REMARKS:
     return

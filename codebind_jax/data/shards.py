@@ -116,7 +116,7 @@ def read_plan(folder: Path) -> Plan:
     content = json.loads(path.read_text(encoding="utf-8"))
     parts = tuple(Part(**part) for part in content.pop("parts"))
     return Plan(**content | {"left_out": tuple(content["left_out"]), "parts": parts})
-  except (KeyError, TypeError, ValueError) as error:
+  except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
     raise ValueError(f"{path}: not a readable plan of shards ({error})") from error
 
 

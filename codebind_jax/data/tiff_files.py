@@ -17,7 +17,7 @@ from codebind_jax.data import picture_files
 _MAGIC = (b"II*\0", b"MM\0*")
 _KINDS = {1: "u", 2: "i", 3: "f"}  # SampleFormat -> NumPy's kind
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _STARTS, _CHANNELS, _COUNTS, _PLANAR = 256, 257, 258, 259, 273, 277, 279, 284
-_TURN, _FORMAT = 274, 339
+_TURN, _FORMAT, _PHOTOMETRIC = 274, 339, 262
 # Orientation -> (rows and columns change places, rows are mirrored, columns are mirrored), in this order.
 _TURNS = {
   1: (0, 0, 0), 2: (0, 0, 1), 3: (0, 1, 1), 4: (0, 1, 0), 5: (1, 0, 0), 6: (1, 0, 1), 7: (1, 1, 1), 8: (1, 1, 0)
@@ -30,6 +30,15 @@ def takes(value: str | Path | bytes) -> bool:
     return picture_files.head_of(value)[:4] in _MAGIC and not picture_files.is_picture(value)
   except (OSError, ValueError):
     return False
+
+
+def white_is_zero(value: str | Path | bytes) -> bool:
+  """Whether a TIFF file says that its grey is white at 0."""
+  with io.BytesIO(value) if isinstance(value, bytes) else open(value, "rb") as file:
+    tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(8))
+    file.seek(tags.next)
+    tags.load(file)
+  return tags.get(_PHOTOMETRIC) == 0
 
 
 def read(value: str | Path | bytes, largest: int) -> np.ndarray:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Num
 
 from codebind_jax import files
+from codebind_jax.data.reading import arrow_errors
 
 FIELDS = ("id", "label", "split")
 PARTS = ("shared", "specific", "full")
@@ -145,7 +146,7 @@ def read_column(folder: files.Path, column: str) -> Iterator[tuple[list[str], Nu
   """Ids and vectors of a column of a finished job, batch by batch; rows without the modality are left out.
 
   Raises:
-    ValueError: if shards are missing or belong to several jobs, or none has the column.
+    ValueError: if shards are missing or belong to several jobs, one lacks the column, or is damaged.
   """
   paths = shard_files(folder)
   if not paths:
@@ -159,7 +160,7 @@ def read_column(folder: files.Path, column: str) -> Iterator[tuple[list[str], Nu
   if column not in names:
     raise ValueError(f"{folder}: no column {column!r}; allowed: {[n for n in names if n.endswith(PARTS)]}")
   for path in paths:
-    with _opened(path) as file:
+    with arrow_errors(f"{path}: not a readable shard"), _opened(path) as file:
       for batch in pq.ParquetFile(file).iter_batches(columns=["id", column]):
         valid = batch.filter(batch.column(column).is_valid())
         if valid.num_rows:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -69,7 +69,7 @@ class Checkpoints:
     """
     steps = self._store.steps()
     for step in steps:
-      found = self._readable(step, lambda step=step: (self._store.meta(step), self._store.kinds(step)))
+      found = self._readable(step, lambda step=step: (self._meta(step), self._store.kinds(step)))
       if found is None:
         continue
       meta, saved = found
@@ -95,7 +95,7 @@ class Checkpoints:
     except Exception as error:  # orbax reports a truncated array as a bare Exception
       if files.is_far(self.path) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
         raise  # the far disk's
-      reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+      reason = _first_line(error)
     if not self._store.agreed(bool(reason)):
       return result
     logging.error("checkpoint %s cannot be read, trying the one before it: %s", self.path / str(step),
@@ -117,12 +117,49 @@ class Checkpoints:
 
     Raises:
       FileNotFoundError: if there is no checkpoint.
+      ValueError: naming the checkpoint, if it is damaged.
     """
-    return self._store.meta(self._newest() if step is None else step)
+    step = self._newest() if step is None else step
+    with self._damage_named(step):
+      return self._meta(step)
+
+  def _meta(self, step: int) -> dict[str, Any]:
+    """What was saved with a checkpoint's arrays.
+
+    Raises:
+      ValueError, TypeError: if it is not what `save` wrote.
+    """
+    meta = self._store.meta(step)
+    wrong = [key for key in ("position", "config", "fingerprint")
+             if not isinstance(meta, dict) or not isinstance(meta.get(key), dict)]  # fmt: skip
+    if wrong:
+      raise ValueError(f"what is saved with its arrays has no section {wrong[0]!r}")
+    Position(**meta["position"])
+    return meta
+
+  @contextlib.contextmanager
+  def _damage_named(self, step: int) -> Iterator[None]:
+    """Makes what reading a damaged checkpoint raises a ValueError with its name."""
+    try:
+      yield
+    except (MemoryError, ImportError, PermissionError, TimeoutError, ConnectionError, jax.errors.JaxRuntimeError):
+      raise
+    except Exception as error:
+      if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and files.is_far(self.path):
+        raise
+      raise ValueError(f"checkpoint {self.path / str(step)} cannot be read, it is damaged: {_first_line(error)}"
+                       ) from error  # fmt: skip
 
   def read_arrays(self, keys: tuple[str, ...] = ("params", "codebooks")) -> dict[str, Any]:
-    """Parts of the newest state as nested dicts of numpy arrays, for evaluation and embedding."""
-    return self._store.arrays(self._newest(), keys)
+    """Parts of the newest state as nested dicts of numpy arrays, for evaluation and embedding.
+
+    Raises:
+      FileNotFoundError: if there is no checkpoint.
+      ValueError: naming the checkpoint, if it is damaged.
+    """
+    step = self._newest()
+    with self._damage_named(step):
+      return self._store.arrays(step, keys)
 
   def _newest(self) -> int:
     steps = self._store.steps()
@@ -201,6 +238,10 @@ class _Near:
   def close(self) -> None:
     self._manager.wait_until_finished()
     self._manager.close()
+
+
+def _first_line(error: Exception) -> str:
+  return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 
 def _arrays(tree: Any) -> dict[str, str]:

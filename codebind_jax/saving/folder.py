@@ -8,6 +8,7 @@ checkpoint (`checkpoint_files.write_shapes`). `README.md` is a model card.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -16,7 +17,7 @@ import shutil
 import tempfile
 import typing
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +62,17 @@ class Saved:
 
 
 def is_saved(path: files.Path) -> bool:
-  """Whether a folder is one that `write` made."""
+  """Whether a folder is one that `write` made; also one whose config is damaged, which `read` says."""
+  text = ""
   try:
-    return json.loads(files.read_text(path / CONFIG)).get("model_type") == MODEL_TYPE
+    text = files.read_text(path / CONFIG)
+    return json.loads(text).get("model_type") == MODEL_TYPE
   except OSError as error:
     if files.is_far(path) and not isinstance(error, FileNotFoundError):
       raise  # of the far disk; what is there is not known
     return False
-  except (ValueError, AttributeError):
-    return False
+  except (ValueError, AttributeError, RecursionError):
+    return f'"model_type": "{MODEL_TYPE}"' in text
 
 
 def write(model: Any, folder: str | files.Path, trunks: str = "include", card_name: str = "") -> files.Path:
@@ -288,8 +291,9 @@ def read(folder: Path, modalities: Sequence[str] | None = None) -> Saved:
     if m not in there:
       raise ValueError(f"{folder}: has no modality {m!r}; it has {', '.join(there)}")
   chosen = there if modalities is None else tuple(modalities)
-  content = content | {"config": _reduced(content["config"], chosen)}
-  config = _opened_config(content, folder)
+  with _config_errors(folder):
+    content = content | {"config": _reduced(content["config"], chosen)}
+    config = _opened_config(content, folder)
   if not (folder / ARRAYS).is_file():
     raise ValueError(f"{folder}: no weights; looked for {ARRAYS}, found {', '.join(sorted(os.listdir(folder)))}")
   weights = open_weights(folder / ARRAYS)
@@ -329,17 +333,44 @@ def _version() -> str:
 
 
 def _content(folder: Path) -> dict[str, Any]:
-  try:
+  with _config_errors(folder):
     content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     newer = content["format"] > FORMAT
-    for key in ("modalities", "config", "trunks"):
-      content[key]
-  except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(f"{folder / CONFIG}: not the config of a saved model ({error!r})") from error
+    for key, kind in {"modalities": list, "config": dict, "trunks": dict}.items():
+      _of_kind(content, key, kind)
+    if not newer and not all(isinstance(name, str) for name in content["modalities"]):
+      raise TypeError(f"'modalities' is {content['modalities']!r:.80}; allowed: names")
+    for name in () if newer else content["trunks"]:
+      record = _of_kind(content["trunks"], name, dict)
+      for key, kind in {"family": str, "values": str, "paths": dict, "checkpoints": dict}.items():
+        _of_kind(record, key, kind)
   if newer:
     raise ValueError(f"{folder / CONFIG}: has format {content['format']} (codebind_jax {content.get('version')}); "
                      f"codebind_jax {_version()} reads up to {FORMAT}")  # fmt: skip
   return content
+
+
+def _of_kind(section: Mapping[str, Any], key: str, kind: type) -> Any:
+  """The value of a key, of a JSON type.
+
+  Raises:
+    KeyError: if there is none.
+    TypeError: if it is of another type.
+  """
+  if not isinstance(section[key], kind):
+    raise TypeError(f"{key!r} is a {type(section[key]).__name__}; allowed: {kind.__name__}")
+  return section[key]
+
+
+@contextlib.contextmanager
+def _config_errors(folder: Path) -> Iterator[None]:
+  """Makes what a damaged config raises a ValueError with the file's name."""
+  try:
+    yield
+  except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise ValueError(f"{folder / CONFIG}: not the config of a saved model ({error!r})") from error
+  except ValueError as error:
+    raise error if str(folder) in str(error) else ValueError(f"{folder / CONFIG}: {error}") from error
 
 
 def _opened_config(content: Mapping[str, Any], folder: Path) -> config_lib.Config:

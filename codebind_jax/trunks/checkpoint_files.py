@@ -185,7 +185,9 @@ def mentions(path: str | Path, *marks: str) -> bool:
 def _sharded(index: Path) -> Weights:
   try:
     shard_of = json.loads(index.read_text())["weight_map"]
-  except (ValueError, KeyError) as error:
+    if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
+      raise TypeError("weight_map is no object of file names")
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
     raise ValueError(f"{index}: not an index of shards ({error!r})") from error
   shards = sorted(set(shard_of.values()))
   missing = [shard for shard in shards if not (index.parent / shard).is_file()]
@@ -210,7 +212,7 @@ def _safetensors(path: Path) -> Weights:
       header = json.loads(file.read(length))
       header.pop("__metadata__", None)
       table = {name: (_TYPES[e["dtype"]], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
       raise ValueError(f"{path}: not a readable safetensors header ({error!r})") from error
   entries = {}
   for name, (kind, shape, start, stop) in table.items():
@@ -426,7 +428,7 @@ def _shapes_file(path: Path) -> dict[str, Any]:
     content = json.loads(file.read_text(encoding="utf-8"))
     if not {"file", "hash", "tensors"} <= set(content):
       raise ValueError(f"has the keys {sorted(content)}")
-  except (ValueError, TypeError) as error:
+  except (ValueError, TypeError, RecursionError) as error:
     raise ValueError(f"{file}: not a checkpoint's shapes ({error})") from error
   return content
 

@@ -111,7 +111,7 @@ def folder_json(folder: Path, name: str) -> dict[str, Any]:
     return {}
   try:
     content = json.loads(path.read_text())
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(f"{path}: not JSON ({error})") from error
   if not isinstance(content, dict):
     raise ValueError(f"{path}: an object is needed, got {type(content).__name__}")

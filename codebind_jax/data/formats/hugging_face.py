@@ -23,6 +23,7 @@ from codebind_jax.data.formats.columns import Columns
 from codebind_jax.data.formats.record import BY_ENDING, FILE_SPLITS, known_splits
 from codebind_jax.data.index import SPLITS, IndexBuilder, twice
 from codebind_jax.data.index_cache import Bad, Scan, scanned
+from codebind_jax.data.reading import arrow_errors
 from codebind_jax.data.records import Source
 
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -82,7 +83,7 @@ def _open(folder: PurePath, options: Mapping[str, Any]) -> list[Source]:
 def _json(path: PurePath) -> dict[str, Any]:
   try:
     return json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(f"{path}: not JSON ({error})") from error
 
 
@@ -138,7 +139,7 @@ def _described(paths: Sequence[PurePath], folder: PurePath, options: Mapping[str
 def _first(path: PurePath) -> dict[str, str]:
   """Columns of a metadata file -> their values in the first record, as strings."""
   if path.suffix == ".parquet":
-    with parquet.opened(path) as file:
+    with parquet.opened(path) as file, arrow_errors(f"{path}: not a readable Parquet file"):
       names = file.schema_arrow.names
       rows = next(file.iter_batches(1, columns=["file_name"]), None) if "file_name" in names else None
       return dict.fromkeys(names, "") | ({"file_name": str(rows[0][0])} if rows else {})
@@ -147,7 +148,7 @@ def _first(path: PurePath) -> dict[str, str]:
     if path.suffix == ".jsonl":
       try:
         row = json.loads(next(lines, "{}"))
-      except ValueError as error:
+      except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}:1: not JSON ({error})") from error
     else:
       import csv

@@ -13,13 +13,14 @@ import numpy as np
 
 from codebind_jax import files
 from codebind_jax.data import ranges
-from codebind_jax.data.formats.record import Record, add_rows, parse, renamed, short_names
+from codebind_jax.data.formats.record import Record, add_rows, parse, refuse_repeated, renamed, short_names
 from codebind_jax.data.index import IndexBuilder, twice
 from codebind_jax.data.index_cache import Bad, Scan, scanned
 from codebind_jax.data.ranges import File
 from codebind_jax.data.records import Source
 
 ENDINGS = (".jsonl",)
+_ONE_A_LINE = "; one object a line is needed, not one array and no object over several lines"
 _CHUNK = 1024  # lines parsed together
 _scan_once = json.JSONDecoder().scan_once
 
@@ -94,11 +95,15 @@ def _object(line: bytes) -> dict[str, Any]:
     ValueError: if it is none.
   """
   try:
-    record = json.loads(line.decode("utf-8-sig"))
+    text = line.decode("utf-8-sig")
+    record = json.loads(text)
   except (ValueError, RecursionError) as error:
-    raise ValueError(f"not JSON ({error})") from error
+    parts = line.strip().startswith((b"[", b"]")) or line.strip() in (b"{", b"}", b"},")
+    raise ValueError(f"not JSON ({error}){_ONE_A_LINE if parts else ''}") from error
   if not isinstance(record, dict):
-    raise ValueError(f"an object is needed, got {type(record).__name__}")
+    also = _ONE_A_LINE if isinstance(record, list) else ""
+    raise ValueError(f"an object is needed, got {type(record).__name__}{also}")
+  refuse_repeated(text, record)
   return record
 
 
@@ -109,7 +114,10 @@ def _fast(line: bytes) -> dict[str, Any]:
     record, end = _scan_once(text, 0)
   except (ValueError, StopIteration, RecursionError):
     return _object(line)
-  return record if type(record) is dict and text[end:] in ("\n", "", "\r\n") else _object(line)
+  if type(record) is not dict or text[end:] not in ("\n", "", "\r\n"):
+    return _object(line)
+  refuse_repeated(text, record)
+  return record
 
 
 def _renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -138,7 +146,7 @@ def open_files(
   """
   bad, columns = Bad(max_bad_records), columns or {}
   renamed(columns, columns.values(), "")
-  scan = lambda path, name: scanned([path], lambda bad: _scan(path, name, bad, columns), bad, revision="jsonl-1",
+  scan = lambda path, name: scanned([path], lambda bad: _scan(path, name, bad, columns), bad, revision="jsonl-2",
                                     options={"columns": dict(columns), "name": name}, cache=cache)  # fmt: skip
   return [JsonlSource(path, scan(path, name), columns) for path, name in zip(paths, short_names(paths))]
 

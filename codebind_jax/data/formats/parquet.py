@@ -25,6 +25,7 @@ from codebind_jax.data.formats.jsonl import item
 from codebind_jax.data.formats.record import parse, short_names
 from codebind_jax.data.index import IndexBuilder, twice
 from codebind_jax.data.index_cache import Bad, Scan, scanned
+from codebind_jax.data.reading import arrow_errors
 from codebind_jax.data.records import Source
 
 ENDINGS = (".parquet",)
@@ -130,10 +131,8 @@ class ParquetSource(ColumnsSource):
     pa.default_memory_pool().release_unused()  # of groups that were forgotten
     with opened(self._path, self._metadata) as file:
       self._metadata = file.metadata
-      try:
+      with arrow_errors(f"{self._path}: row group {group} cannot be read"):
         return file.read_row_group(group, columns=list(names), use_threads=False)
-      except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{self._path}: row group {group} cannot be read ({error})") from error
 
 
 def opened(path: PurePath, metadata: Any = None) -> Any:
@@ -143,14 +142,17 @@ def opened(path: PurePath, metadata: Any = None) -> Any:
     ValueError: if it is none.
     OSError: if it cannot be read.
   """
-  import pyarrow as pa
   from pyarrow import parquet
 
-  try:
-    source = ranges.open_binary(path) if files.is_far(path) else str(path)
-    return parquet.ParquetFile(source, metadata=metadata, pre_buffer=False)
-  except pa.ArrowException as error:
-    raise ValueError(f"{path}: not a readable Parquet file ({error})") from error
+  source = ranges.open_binary(path) if files.is_far(path) else str(path)
+  with arrow_errors(f"{path}: not a readable Parquet file"):
+    file = parquet.ParquetFile(source, metadata=metadata, pre_buffer=False)
+    try:
+      _ = file.schema_arrow  # which is read when asked for
+    except Exception:
+      file.close()
+      raise
+    return file
 
 
 def open_files(
@@ -194,20 +196,16 @@ def alike(sources: Sequence[ColumnsSource]) -> None:
 
 
 def _scan(path: PurePath, name: str, bad: Bad, columns: Mapping[str, str]) -> Scan:
-  import pyarrow as pa
-
   builder, further, start = IndexBuilder(), {}, 0
   with opened(path) as file:
     found = arrow.columns_of(file.schema_arrow, columns, str(path))
     sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     for group, rows in enumerate(sizes):
-      try:
+      with arrow_errors(f"{path}: row group {group} cannot be read"):
         fields = file.read_row_group(group, columns=list(found.fields), use_threads=False)
         there = {modality: _there(file, group, column) for modality, column in found.items.items()}
-      except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: row group {group} cannot be read ({error})") from error
-      where = np.stack([np.full(rows, group), np.arange(rows)], 1).astype(np.int64)
-      further |= arrow.add_table(builder, bad, fields, there, found, path, name, start, where)
+        where = np.stack([np.full(rows, group), np.arange(rows)], 1).astype(np.int64)
+        further |= arrow.add_table(builder, bad, fields, there, found, path, name, start, where)
       start += rows
   notes = {"name": name, "columns": dataclasses.asdict(found), "groups": sizes}
   scan = Scan(builder.build(), further=(*further, *found.aside), notes=notes)

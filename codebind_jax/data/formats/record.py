@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -92,6 +93,25 @@ def parse(record: Mapping[str, Any], default_id: str) -> Record:
     raise ValueError(f"no modality; at least one of {list(known_modalities())} is needed, there is {there} (other "
                      "names: --config.data.options=\"{'columns': {'image': 'img_path'}}\")")  # fmt: skip
   return Record(fields, items, further)
+
+
+def refuse_repeated(text: str, record: Mapping[str, Any]) -> None:
+  """Raises a ValueError that names a key that is there twice in one object of a JSON text.
+
+  Args:
+    text: of the whole record.
+    record: what was parsed, which has the last of equal keys; as many keys as the text has colons have no repetition.
+  """
+  if text.count('":') != len(record):
+    json.loads(text, object_pairs_hook=_pairs)
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    keys = [key for key, _ in pairs]
+    raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is there twice; allowed: each key once")
+  return found
 
 
 _NAMES = frozenset(("id", "label"))

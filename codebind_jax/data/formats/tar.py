@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from codebind_jax.data import ranges
+from codebind_jax.data.formats import record
 from codebind_jax.data.formats.record import BY_ENDING, TEXT, add_rows, modality_keys, parse, short_names
 from codebind_jax.data.index import IndexBuilder, known_modalities, twice
 from codebind_jax.data.index_cache import Bad, Scan, scanned
@@ -279,11 +280,16 @@ def _row(parts: dict[str, bytes], modalities: Any) -> dict[str, Any]:
   row: dict[str, Any] = dict.fromkeys(modalities, "there")
   if "fields" in parts:
     try:
-      fields = json.loads(parts["fields"].decode("utf-8-sig"))
+      text = parts["fields"].decode("utf-8-sig")
+      fields = json.loads(text)
     except (ValueError, RecursionError) as error:
       raise ValueError(f"json: not JSON ({error})") from error
     if not isinstance(fields, dict):
       raise ValueError(f"json: an object is needed, got {type(fields).__name__}")
+    try:
+      record.refuse_repeated(text, fields)
+    except ValueError as error:
+      raise ValueError(f"json: {error}") from error
     for key, value in fields.items():
       # A modality's key is a path or an address here: the member is what counts, as it is for text and label.
       aside = key in parts if key == "label" else "text" in parts if key in TEXT else key in modality_keys()
@@ -321,7 +327,7 @@ def open_files(
   sources: list[Source] = []
   for path, name in zip(paths, short_names(paths)):
     prefix = f"{name.removesuffix('.tar')}/" if shard_ids else ""
-    scan = scanned([path], lambda bad, path=path, prefix=prefix: _scan(path, prefix, bad), bad, revision="tar-1",
+    scan = scanned([path], lambda bad, path=path, prefix=prefix: _scan(path, prefix, bad), bad, revision="tar-2",
                    options={"prefix": prefix}, cache=cache)  # fmt: skip
     sources.append(TarSource(path, scan, prefix))
   if len(sources) > 1 and (pair := twice((whole := joined(sources, unique=False)).index)):

@@ -16,7 +16,7 @@ from codebind_jax.data.inputs import Input
 from codebind_jax.data.preparation.audio import sound
 from codebind_jax.data.preparation.pictures import CLIP_MEAN, CLIP_STD, Picture, middle, picture_input
 from codebind_jax.data.preparation.texts import clip_ids, text_input
-from codebind_jax.data.reading import name_of
+from codebind_jax.data.reading import name_of, unmasked
 from codebind_jax.data.transforms import audio as audio_transforms
 from codebind_jax.data.transforms import depth as depth_transforms
 from codebind_jax.data.transforms import thermal as thermal_transforms
@@ -139,7 +139,7 @@ def _fitted(plane: Shaped[np.ndarray, "h w"], side: int, resample: Image.Resampl
 def _stored(value: Any) -> np.ndarray:
   """The array of an .npy file, its bytes, or an array."""
   if not isinstance(value, (str, Path, bytes)):
-    return np.asarray(value)
+    return unmasked(value, "series")
   return numpy_files.load_npy(value, name_of(value, "series"))
 
 

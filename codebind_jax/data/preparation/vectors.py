@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
+from codebind_jax.data.reading import unmasked
+
 
 @dataclasses.dataclass(frozen=True)
 class Vectors:
@@ -28,7 +30,7 @@ class Vectors:
     Raises:
       ValueError: if it has another shape.
     """
-    array, shape = np.asarray(value, np.float32), (self.tokens, self.width)
+    array, shape = unmasked(value, self.modality).astype(np.float32, copy=False), (self.tokens, self.width)
     if array.shape != shape and not (self.tokens == 1 and array.shape == (self.width,)):
       raise ValueError(f"{self.modality}: got an array of shape {array.shape}, allowed is {shape}")
     return array.reshape(shape)

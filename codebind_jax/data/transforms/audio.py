@@ -14,7 +14,7 @@ import soxr
 from jaxtyping import Float, Float32
 
 from codebind_jax.data import mp3
-from codebind_jax.data.reading import file_errors, name_of, remark
+from codebind_jax.data.reading import file_errors, name_of, remark, unmasked
 
 # Changes whenever the same input would give other samples: it is part of the key of cached features.
 REVISION = "audio-3"
@@ -79,7 +79,7 @@ def read_channels(value: Any) -> tuple[Float32[np.ndarray, "n channels"], int]:
     return _checked(samples, name), rate
   if not hasattr(value, "__array__"):
     raise ValueError(f"audio: got {type(value).__name__}, allowed are a path, bytes or an array")
-  return _checked(np.asarray(value), name), RATE
+  return _checked(unmasked(value, name), name), RATE
 
 
 def mono(

@@ -15,7 +15,7 @@ from codebind_jax.data import numpy_files, picture_files, tiff_files
 from codebind_jax.data.reading import file_errors, name_of
 
 # Changes whenever the same input would give other values: it is part of the key of cached features.
-REVISION = "depth-2"
+REVISION = "depth-3"
 FARTHEST = 1000.0
 PIXELS = 2**26  # largest map that is read
 _KINDS = ("PNG", "TIFF", "PPM", "JPEG", "GIF", "BMP", "WEBP")  # the last four for the message, they hold pictures only
@@ -32,7 +32,7 @@ def read(value: Any) -> Float32[np.ndarray, "h w"]:
 
   Integers are millimetres and floats metres, in files as in arrays. An .npz file holds either `depth` in these units,
   or `disparity` with `scale` (focal length in pixels times baseline in metres), from which depth is scale / disparity.
-  A picture that says how the camera was turned (EXIF) is turned.
+  Masked values of an array are no return. A picture that says how the camera was turned (EXIF) is turned.
 
   Raises:
     ValueError: naming the file, if it cannot be read, has another shape or depth of colour, negative values or values
@@ -47,7 +47,8 @@ def read(value: Any) -> Float32[np.ndarray, "h w"]:
       return _checked(_pixels(value, "depth"), "depth")
   if not hasattr(value, "__array__"):
     raise ValueError(f"depth: got {type(value).__name__}, allowed are a path, bytes, a PIL image or an array")
-  return _checked(np.asarray(value), "depth")
+  array = np.asanyarray(value)
+  return _checked(array.filled(0) if isinstance(array, np.ma.MaskedArray) else np.asarray(array), "depth")
 
 
 def _decoded(value: str | Path | bytes, name: str) -> np.ndarray:
@@ -56,7 +57,10 @@ def _decoded(value: str | Path | bytes, name: str) -> np.ndarray:
     return numpy_files.read_npy(value, PIXELS)
   if head.startswith(numpy_files.ZIP):
     arrays = numpy_files.read_npz(value, ("depth", "disparity", "scale"), PIXELS)
-    if "disparity" not in arrays and "depth" in arrays:
+    if "depth" in arrays and (others := arrays.keys() - {"depth"}):
+      raise ValueError(f"holds depth and {' and '.join(sorted(others))}, and does not say how they go together; "
+                       "allowed are depth alone (integers are millimetres, floats metres), or disparity and scale")
+    if "depth" in arrays:
       return arrays["depth"]
     if missing := {"disparity", "scale"} - set(arrays):
       raise ValueError(f"has no {' and no '.join(sorted(missing))}")

@@ -8,7 +8,7 @@ from jaxtyping import Float32
 
 from codebind_jax.data import edf
 from codebind_jax.data.numpy_files import load_npy
-from codebind_jax.data.reading import file_errors, name_of
+from codebind_jax.data.reading import file_errors, name_of, unmasked
 
 # Changes whenever the same input would give other values: it is part of the key of cached features.
 REVISION = "eeg-2"
@@ -40,7 +40,7 @@ def read(value: Any) -> Float32[np.ndarray, "channels samples"]:
     return _checked(load_npy(content, name, ".npy, .edf and .bdf"), name)
   if not hasattr(value, "__array__"):
     raise ValueError(f"eeg: got {type(value).__name__}, allowed are a path, bytes or an array")
-  return _checked(np.asarray(value), name)
+  return _checked(unmasked(value, name), name)
 
 
 def _checked(array: np.ndarray, name: str, has_unit: bool = False) -> np.ndarray:

@@ -3,25 +3,31 @@
 Values of files and arrays: 8 bits as they are; 16 bits of grey by their upper 8 (0 to 65535 is black to white), 12-bit
 TIFF likewise; floats lie in 0 to 1, which is black to white. Integers of 32 bits, other floats, and 16 bits of which
 only the lowest 8 are used have no range that is known, and are refused. The first picture of several is read.
+
+16 bits of which 10, 12 or 14 are used may be a dark picture or a camera's numbers, and 8 bits of 0 and 1 a dark picture
+or a mask: they are read as they are, which is said in the log.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps
 
 from codebind_jax.data import picture_files, tiff_files
-from codebind_jax.data.reading import file_errors, name_of, remark
+from codebind_jax.data.reading import file_errors, name_of, remark, unmasked
 
 # Changes whenever the same input would give other pixels: it is part of the key of cached features.
-REVISION = "image-2"
+REVISION = "image-3"
 FITS = ("pad", "crop", "stretch")
 # Grey may have the noise of a JPEG's colour channels: a pixel's largest channel minus its smallest, and the mean of it.
 _NOISE, _MEAN_NOISE = 16, 6.0
 _BLOCK = 64  # pixels of a JPEG's block; in fewer there is no such noise
 _SIXTEEN = ("I;16", "I;16L", "I;16B", "I;16N")
+_DEEP_PACKING = re.compile(r"[A-Za-z]+;16[BLN]")  # Pillow's names of 16 bits a channel, of which it keeps the upper 8
+_BITS = (8, 10, 12, 14)  # that cameras put into 16
 _PHOTOMETRIC_TAG, _BITS_TAG = 262, 258  # of TIFF
 
 
@@ -34,7 +40,10 @@ def _from_array(array: np.ndarray) -> Image.Image:
     array = _scaled(array, "image: a float array")
   elif array.dtype == bool:
     array = array.astype(np.uint8) * 255
-  elif array.dtype != np.uint8:
+  elif array.dtype == np.uint8:
+    if array.shape[-1] == 1:
+      _say_zeros_and_ones(int(array.max()), "image")
+  else:
     raise ValueError(f"image: got an array of type {array.dtype}, allowed are uint8, bool and float in 0 to 1")
   return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else np.ascontiguousarray(array))
 
@@ -62,7 +71,9 @@ def _on_white(
   if picture.mode in _SIXTEEN or picture.mode == "I":
     return _deep(picture, name, file or picture)
   if picture.mode == "F":
-    return Image.fromarray(_scaled(np.asarray(picture), f"{name}: a picture of floats")).convert("RGB")
+    grey = _scaled(np.asarray(picture), f"{name}: a picture of floats")
+    inverted = getattr(file or picture, "tag_v2", {}).get(_PHOTOMETRIC_TAG) == 0
+    return Image.fromarray(np.uint8(255) - grey if inverted else grey).convert("RGB")
   if picture.mode == "LAB":
     convert = ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
     return ImageCms.applyTransform(picture, convert)
@@ -73,6 +84,37 @@ def _on_white(
   picture = picture.convert(premultiplied.get(picture.mode, "RGBA")).convert("RGBA")
   white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
   return Image.alpha_composite(white, picture).convert("RGB")
+
+
+def _say_zeros_and_ones(largest: int, name: str) -> None:
+  """Says of 8 bits whose largest is 1 that they are read as nearly black."""
+  if largest == 1:
+    remark("pictures of 0 and 1", f"{name}: its values are 0 and 1 of 255, which is nearly black, and read as such; a "
+           "mask is bool, or 0 and 255")  # fmt: skip
+
+
+def _say_dark(largest: int, name: str) -> None:
+  """Says of 16 bits that they are read as dark where all lie in the lower 14."""
+  bits = next((bits for bits in _BITS if largest < 2**bits), 16)
+  if largest and bits < 16:
+    remark("dark pictures of 16 bits", f"{name}: its values of 16 bits reach {largest} of 65535, and would fit {bits} "
+           f"bits; it is read as it is, which is dark: values of {bits} bits must be scaled to 16")  # fmt: skip
+
+
+def _say_of_eight(picture: Image.Image, raw: str, name: str) -> None:
+  """What is to be said of a loaded picture's range, where Pillow has made 8 bits of it.
+
+  Args:
+    picture: loaded.
+    raw: Pillow's name of how the file packs its values.
+    name: for the log.
+  """
+  if picture.mode == "L" and raw == "L":
+    _say_zeros_and_ones(int(picture.getextrema()[1]), name)
+  elif picture.mode in ("RGB", "RGBA", "LA", "L") and _DEEP_PACKING.fullmatch(raw):
+    extrema = picture.getextrema()
+    colours = [extrema] if picture.mode == "L" else extrema[: 1 if picture.mode == "LA" else 3]
+    _say_dark(256 * max(high for _, high in colours) + 255, name)
 
 
 def _transparency_of_eight_bits(picture: Image.Image, raw: str) -> None:
@@ -93,11 +135,13 @@ def _deep(picture: Image.Image, name: str, file: Image.Image) -> Image.Image:
   if picture.mode == "I" and file.format not in ("PNG", "PPM"):
     raise ValueError(f"{name}: its pixels are 32-bit or signed integers, of which the range is not known; got "
                      f"{values.min()} to {values.max()}, allowed are 8 and 16 bits, and floats in 0 to 1")  # fmt: skip
-  if tags.get(_BITS_TAG) == (12,):
+  if says_bits := tags.get(_BITS_TAG) == (12,):
     values = values << 4
   if 0 < values.max() < 256:
     raise ValueError(f"{name}: its pixels are of 16 bits, but lie in {values.min()} to {values.max()}, which would be "
                      "black; allowed are values up to 65535, or 8 bits")  # fmt: skip
+  if not says_bits:
+    _say_dark(int(values.max()), name)
   grey = np.clip(values >> 8, 0, 255).astype(np.uint8)
   if tags.get(_PHOTOMETRIC_TAG) == 0:  # Pillow turns only 8 bits and fewer, where 0 is white
     grey = np.uint8(255) - grey
@@ -118,7 +162,9 @@ def opened(value: str | Path | bytes) -> Image.Image:
     if not tiff_files.takes(value):
       raise
   with file_errors(name_of(value, "image"), "a readable image"):
-    return _on_white(_from_array(tiff_files.read(value, picture_files.PIXELS)))
+    array = tiff_files.read(value, picture_files.PIXELS)
+    picture = _on_white(_from_array(array))
+    return ImageOps.invert(picture) if tiff_files.white_is_zero(value) else picture
 
 
 def _opened(value: str | Path | bytes) -> Image.Image:
@@ -128,6 +174,7 @@ def _opened(value: str | Path | bytes) -> Image.Image:
       remark("files of several pictures", f"{name}: the first of its {count} pictures is read")
     raw = picture_files.packing(picture)
     picture.load()
+    _say_of_eight(picture, raw, name)
     return _on_white(picture_files.upright(picture, name), name, raw, picture)
 
 
@@ -137,10 +184,11 @@ def read(value: Any) -> UInt8[np.ndarray, "h w 3"]:
   Raises:
     ValueError: naming the file, if it cannot be read as an image, or the array's shape or type if that is not allowed.
   """
-  if isinstance(value, np.ndarray) or hasattr(value, "__array__") and not isinstance(value, Image.Image):
-    array = np.asarray(value)
+  # NumPy's strings and bytes are arrays as well.
+  if hasattr(value, "__array__") and not isinstance(value, Image.Image | str | bytes):
+    array = unmasked(value, "image")
     if array.dtype == np.uint8 and array.ndim == 3 and array.shape[-1] == 3 and 0 not in array.shape:
-      return array
+      return array  # also what was read from a file, of which all is said
     return np.asarray(_on_white(_from_array(array)))
   if isinstance(value, Image.Image):
     with file_errors("image", "a readable image"):

@@ -10,7 +10,7 @@ from jaxtyping import Float32
 
 from codebind_jax.data import pcd
 from codebind_jax.data.numpy_files import load_npy
-from codebind_jax.data.reading import file_errors, name_of, remark
+from codebind_jax.data.reading import file_errors, name_of, remark, unmasked
 
 # Changes whenever the same input would give other values: it is part of the key of cached features.
 REVISION = "points-3"
@@ -51,7 +51,7 @@ def read(value: Any) -> Float32[np.ndarray, "n c"]:
       return _checked(_from_file(content, name, "" if isinstance(value, bytes) else Path(value).suffix.lower()), name)
   if not hasattr(value, "__array__"):
     raise ValueError(f"points: got {type(value).__name__}, allowed are a path, bytes or an array")
-  return _checked(np.asarray(value), "points")
+  return _checked(unmasked(value, "points"), "points")
 
 
 def _from_file(content: bytes, name: str, ending: str) -> np.ndarray:

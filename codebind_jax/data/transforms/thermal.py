@@ -10,14 +10,15 @@ from jaxtyping import Float, Float32, UInt8
 from PIL import Image
 
 from codebind_jax.data import numpy_files, picture_files, tiff_files
-from codebind_jax.data.reading import file_errors, name_of
+from codebind_jax.data.reading import file_errors, name_of, remark, unmasked
 from codebind_jax.data.transforms import image
 
 # Changes whenever the same input would give other values: it is part of the key of cached features.
-REVISION = "thermal-2"
+REVISION = "thermal-3"
 COLDEST, HOTTEST = -90.0, 2000.0
 RANGE = (15.0, 45.0)
 PIXELS = 2**26  # largest picture that is read
+_FULL = 65535  # where 16 bits end
 _NUMBERS = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 _WHAT = (
   "a readable thermal image; allowed are 16-bit grey PNG or TIFF, 8-bit grey, and float TIFF and .npy in degrees C"
@@ -36,8 +37,9 @@ def read(
     span: degrees C at 0 and at 255 of 8-bit grey, which has no temperatures of its own.
 
   Raises:
-    ValueError: naming the file, if it cannot be read, has another shape or false colours, or if its values cannot be
-      degrees C, as with a wrong unit.
+    ValueError: naming the file, if it cannot be read, has another shape or false colours, a pixel is masked or not
+      finite, or its values cannot be degrees C: floats of which the median is that of a scene in kelvin, or that all
+      lie in 0 to 1, as if they had been scaled to it.
   """
   if isinstance(value, (str, Path, bytes)):
     name = name_of(value, "thermal")
@@ -48,7 +50,7 @@ def read(
       return _celsius(_pixels(value, "thermal"), "thermal", scale, offset, span)
   if not hasattr(value, "__array__"):
     raise ValueError(f"thermal: got {type(value).__name__}, allowed are a path, bytes, a PIL image or an array")
-  return _celsius(np.asarray(value), "thermal", scale, offset, span)
+  return _celsius(unmasked(value, "thermal"), "thermal", scale, offset, span)
 
 
 def stored(value: str | Path | bytes) -> UInt8[np.ndarray, "h w 3"] | None:
@@ -130,11 +132,18 @@ def _celsius(array: np.ndarray, name: str, scale: float, offset: float, span: tu
     count = np.count_nonzero(~np.isfinite(celsius))
     raise ValueError(f"{name}: {count} of {celsius.size} values are not finite; every pixel needs a temperature")
   low, high = float(celsius.min()), float(celsius.max())
-  kelvin = np.issubdtype(array.dtype, np.floating) and low > 200 and high < 400
+  floats = np.issubdtype(array.dtype, np.floating)
+  if floats and 0 <= low < high <= 1:
+    raise ValueError(f"{name}: floats of {low:g} to {high:g} look scaled to 0 to 1, which says no temperature; allowed "
+                     "are degrees C")  # fmt: skip
+  kelvin = floats and 200 < float(np.median(celsius)) < 400  # whatever one hot or dead spot says
   if kelvin or low < COLDEST or high > HOTTEST:
     hint = "these look like kelvin; subtract 273.15." if kelvin else "is the unit right?"
     raise ValueError(f"{name}: {low:g} to {high:g} degrees C: {hint} Allowed are {COLDEST:g} to {HOTTEST:g} degrees C; "
                      f"integers are taken as {scale:g} * value + {offset:g}")
+  if (array.dtype.kind, array.itemsize) == ("u", 2) and (full := np.count_nonzero(array == _FULL)):
+    remark("saturated thermal images", f"{name}: {full} of {array.size} values are {_FULL}, the largest of 16 bits; "
+           f"they are taken as {high:g} degrees C, and may be hotter or no temperature")  # fmt: skip
   return celsius.astype(np.float32)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from codebind_jax.data import films, picture_files
-from codebind_jax.data.reading import file_errors, name_of, remark
+from codebind_jax.data.reading import file_errors, name_of, remark, unmasked
 from codebind_jax.data.transforms import image
 
 # Changes whenever the same input would give other pixels: it is part of the key of cached features.
@@ -90,7 +90,7 @@ def read_clips(value: Any, clips: int = 5, seconds: float = 2.0, frames: int = 2
     ValueError, ImportError: as `read` does.
   """
   if hasattr(value, "__array__"):
-    array = np.asarray(value)
+    array = unmasked(value, "video")
     if array.ndim == 5 and array.dtype == np.uint8 and array.shape[-1] == 3 and 0 not in array.shape:
       return array
   choose = lambda count, rate: clip_frames(count, rate, clips, seconds, frames)
@@ -132,7 +132,7 @@ def _frames(value: Any, choose: _Choose, shapes: str) -> tuple[str, list[list[in
       return name, *films.frames(value, choose)
   if not hasattr(value, "__array__"):
     raise ValueError(f"video: got {type(value).__name__}, allowed are a path, bytes or an array")
-  array = np.asarray(value)
+  array = unmasked(value, "video")
   if array.ndim != 4 or array.shape[-1] != 3 or 0 in array.shape:
     raise ValueError(f"video: got an array of shape {array.shape}, allowed is {shapes} that is not empty")
   wanted = choose(len(array), None)
