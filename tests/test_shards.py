@@ -352,13 +352,20 @@ def test_arrays_become_npy_files_and_bytes_stay(tmp_path):
 
 
 def test_a_kind_of_file_that_is_read_by_its_path_alone_is_refused(tmp_path, monkeypatch):
-  path = tmp_path / "a.edf"
-  path.write_bytes(b"recording")
-  from codebind_jax.data.transforms import eeg
+  from codebind_jax.data.transforms import points
 
-  monkeypatch.setattr(eeg, "_from_recording", lambda path: np.full((2, 8), 30.0, np.float32))
-  source = Made([{"id": "a"}], [("eeg",)], [{"eeg": path}])
-  with pytest.raises(ValueError, match="record 0: eeg: .*a.edf: .edf files are read from their path, not from bytes"):
+  path = tmp_path / "a.xyz"
+  path.write_text("".join(f"{n} {n * n % 7} {n % 3}\n" for n in range(9)))
+  read = points.read
+
+  def by_path(value):
+    if isinstance(value, bytes):
+      raise ValueError("points bytes: a kind of file that is not known")
+    return read(value)
+
+  monkeypatch.setattr(points, "read", by_path)
+  source = Made([{"id": "a"}], [("points",)], [{"points": path}])
+  with pytest.raises(ValueError, match="record 0: points: .*a.xyz: .xyz files are read from their path, not from bytes"):
     shards.make_plan(source, SIZE)
 
 

@@ -112,7 +112,7 @@ def _named(number: int | None, names: Sequence[str]) -> Any:
   """A class's name; -1 is no class, as in test sets without labels."""
   if number is None or number == -1:
     return None
-  return names[number] if 0 <= number < len(names) else float(number)  # parse says what is wrong
+  return names[number] if 0 <= number < len(names) else (number,)  # parse says what is wrong
 
 
 def filled(column: Any) -> tuple[np.ndarray, np.ndarray]:
