@@ -175,7 +175,7 @@ def test_rows_of_one_content_are_seen_once(tmp_path):
   (manifest.parent / "copy.png").write_bytes((manifest.parent / "red0.png").read_bytes())
   lines = [{"id": str(number), "image": name, "text": "red"} for number, name in enumerate(names)]
   manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
-  config = config_lib.read(tiny_config(manifest, tmp_path / "cache"))
+  config = config_lib.read(tiny_config(manifest, tmp_path / "cache", **{"data.holdout": 0.0}))
   source = open_task(config.data).train["squares"]
   feeder = Feeder(config.data, config.model.towers)
   feed = feeder.clean(source, "image")
