@@ -431,7 +431,7 @@ def load(source: str | files.Path, *, modalities: Sequence[str] | None = None, *
 
 
 def config_of(source: str | files.Path) -> Config:
-  """The config of a model that `load` takes, with the towers that it has; of a run and of a saved model without arrays.
+  """The config of a model that `load` takes, with the towers that it has; of a run its arrays are not read.
 
   Raises:
     ValueError: as `load`.

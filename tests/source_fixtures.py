@@ -68,3 +68,17 @@ class Letters:
 
   def __call__(self, text):
     return np.array([ord(letter) for letter in text[:8].ljust(8)], np.int32)
+
+
+def footer_of(content):
+  """Where the footer of a Parquet file's bytes begins."""
+  return len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+
+
+def damaged_parquet(content, rng, count=60):
+  """The bytes of a Parquet file with two of them changed, anywhere and in its footer by turns."""
+  for number in range(count):
+    changed = bytearray(content)
+    for at in rng.integers(footer_of(content) if number % 2 else 4, len(content) - 8, 2):
+      changed[at] = rng.integers(256)
+    yield bytes(changed)

@@ -11,6 +11,7 @@ from pyarrow import parquet as pq
 
 from codebind_jax.data import opening, ranges
 from codebind_jax.data.formats import parquet
+from tests.source_fixtures import damaged_parquet, footer_of
 from tests.world_fixtures import png
 
 RED, BLUE = png((255, 0, 0)), png((0, 0, 255))
@@ -134,11 +135,8 @@ def test_no_parquet(tmp_path, write):
 def test_every_error_of_a_damaged_file_names_it(write, tmp_path):
   path = write({"text": [f"hello {number}" for number in range(20)], "label": ["a"] * 20})
   content, rng, refused = path.read_bytes(), np.random.default_rng(0), 0
-  footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
-  for number in range(60):
-    changed = bytearray(content)
-    for at in rng.integers(footer if number % 2 else 4, len(content) - 8, 2):
-      changed[at] = rng.integers(256)
+  footer = footer_of(content)
+  for changed in damaged_parquet(content, rng):
     path.write_bytes(changed)
     try:
       open_source(path, data_dir=tmp_path / "data")

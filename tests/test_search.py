@@ -12,6 +12,7 @@ import codebind_jax
 from codebind_jax import search
 from codebind_jax.embedding import shards
 from codebind_jax.search import Index
+from tests.source_fixtures import damaged_parquet
 
 BACKENDS = ("numpy", "faiss")
 
@@ -211,11 +212,7 @@ def test_every_error_of_a_damaged_file_names_it(tmp_path):
   index.add([f"{number}" for number in range(50)], rng.standard_normal((50, 4)))
   index.save(path)
   content = path.read_bytes()
-  footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
-  for number in range(60):
-    changed = bytearray(content)
-    for at in rng.integers(footer if number % 2 else 4, len(content) - 8, 2):
-      changed[at] = rng.integers(256)
+  for changed in damaged_parquet(content, rng):
     path.write_bytes(changed)
     try:
       Index.load(path, "numpy")

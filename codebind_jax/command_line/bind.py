@@ -11,7 +11,6 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,26 +20,19 @@ from ml_collections import ConfigDict
 from codebind_jax import config as config_lib
 from codebind_jax import files, schema
 from codebind_jax.api import config_of
+from codebind_jax.command_line.towers import BRIDGES, publish, tower_of
 from codebind_jax.config import Config
-from codebind_jax.data import transforms
 from codebind_jax.data.records import Source
 from codebind_jax.data.task import Data, Task, open_task
-from codebind_jax.data.worlds import fetch
-from codebind_jax.models.towers import TowerSpec
 from codebind_jax.runtime import checkpoint
-from codebind_jax.saving import hub
-from codebind_jax.trunks import eeg_patches, load_trunk, trunk_maker, trunk_names
-from codebind_jax.trunks.base import fingerprint
-from codebind_jax.trunks.families import family_of
+from codebind_jax.trunks import trunk_names
 
 MODE, STAGE = "bind", "bind"
-BRIDGES = ("text", "image")  # modalities that others are bound to, where the data has them
 ALL_PAIRS = 4  # modalities up to which all are bound to one another, where there is no bridge
 FEWEST = 8  # training records that a pair needs: each is told from the others of its batch
 BATCH = 256
 EPOCHS = {True: 20, False: 10}  # by whether all trunks are frozen and their tokens cached
 STEPS = {True: (60, 3000), False: (100, 10000)}  # fewest and most
-EEG_SAMPLE = 256  # recordings that are read for the shape and the statistics of EEG
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,24 +145,21 @@ def resolved(config: ConfigDict, task: Task) -> Config:
   for modality in [m for m in modalities if m not in used]:
     logging.warning("%s: left out, fewer than %d training records have it and another modality", modality, FEWEST)
 
-  towers = {m: start.model.towers[m] if m in known else _tower(config, m, asked, task, used) for m in used}
+  there = schema.to_plain(start.model.towers) if start else {}
+  towers = {m: there[m] if m in known else tower_of(config, m, asked, task, used) for m in used}
   new = [m for m in used if m not in known]
-  if start:  # what the towers of the model lean on comes with them
-    towers |= {t.meaning: start.model.towers[t.meaning] for t in towers.values() if not isinstance(t, Mapping)
-               and t.meaning in start.model.towers}  # fmt: skip
+  for tower in [towers[m] for m in used if m in known]:  # what the towers of the model lean on comes with them
+    towers |= {m: there[m] for m in [tower["meaning"]] if m in there}
   stage = config.stages[STAGE]
   stage.pairs = pairs
   if start:
     _continue(config, start, new)
   else:
-    _publish(config, towers, asked, used)
-  config.model.towers = ConfigDict({m: schema.to_plain(tower) for m, tower in towers.items()})
-  dim = lambda tower: tower["specific_dim"] if isinstance(tower, Mapping) else tower.specific_dim
-  specific = [m for m, tower in towers.items() if dim(tower)]
-  codes = config.codebook.codes.to_dict()
-  config.codebook.codes = ConfigDict({m: codes.get(m, 256) for m in specific})
+    publish(config, towers, asked, used)
+  config.model.towers, codes = ConfigDict(towers), config.codebook.codes.to_dict()
+  config.codebook.codes = ConfigDict({m: codes.get(m, 256) for m, tower in towers.items() if tower["specific_dim"]})
   stage.tune = ConfigDict({m: asked["tune"].get(m) or ("frozen" if towers[m]["cache"] else "full") for m in new})
-  cached = all(_cached(tower) for tower in towers.values())
+  cached = all(tower["cache"] for tower in towers.values())
   _sizes(config, counts, pairs, cached, task)
   if config.baseline is None:
     config.baseline = cached and (not start or _has_baseline(config.init_from))
@@ -294,119 +283,6 @@ def _pairs(
   return tuple(pairs)
 
 
-def _tower(
-  config: ConfigDict, modality: str, asked: Mapping[str, Mapping[str, str]], task: Task, used: Sequence[str]
-) -> dict[str, Any]:
-  """The tower of a modality that the model does not have yet, as a plain section."""
-  packaged = config.model.towers[modality].to_dict() if modality in config.model.towers else {}
-  weights, name = asked["weights"].get(modality, ""), asked["trunks"].get(modality, "")
-  local = weights
-  if weights and weights != "random":
-    try:
-      local = hub.fetch(weights) if weights.startswith(hub.PREFIX) else files.fetched(files.path(weights))
-      if not Path(local).expanduser().exists():
-        raise ValueError(f"{weights!r}: no such file or folder")
-      name = name or family_of(Path(local).expanduser())
-    except ValueError as error:
-      raise ValueError(f"config.weights.{modality}: {error}") from error
-  if not name and not packaged:
-    raise ValueError(f"config.trunks.{modality}: must be set, no trunk is packaged for {modality!r}; allowed: one of "
-                     f"{trunk_names()}")  # fmt: skip
-  if name and name != packaged.get("trunk"):
-    keep = {key: packaged[key] for key in ("specific_dim", "augment", "lora_rank", "lora_layers") if key in packaged}
-    options = schema.defaults(trunk_maker(name))
-    tower = schema.defaults(TowerSpec) | keep | {"trunk": name, "options": options}
-  else:
-    tower = packaged
-  if weights:
-    tower["options"]["weights"] = str(local)
-  if "modality" in tower["options"]:
-    tower["options"]["modality"] = modality
-  if tower["meaning"] and tower["meaning"] not in used:
-    tower |= {"meaning": "", "meaning_dim": 0}
-    tower["options"] |= {"class_names": ""}
-  if tower["trunk"] in ("eeg", "eeg_patches"):
-    _fit_eeg(config, tower, task)
-  tune = asked["tune"].get(modality, "")
-  try:
-    trunk = load_trunk(tower["trunk"], **tower["options"])
-  except ValueError as error:
-    raise ValueError(f"config.model.towers.{modality}: {error}") from error
-  if trunk.modality != modality:
-    raise ValueError(f"config.trunks.{modality}: {tower['trunk']!r} is a trunk of {trunk.modality}")
-  drawn = tower["options"].get("weights") == "random"  # asked for
-  learns = trunk.load is None and bool(trunk.shapes) and not drawn  # there is nothing to read it from
-  if tune == "frozen" and learns and tower["trunk"] not in ("eeg", "eeg_patches"):
-    raise ValueError(f"config.tune.{modality}: got 'frozen', but the trunk {tower['trunk']!r} has no checkpoint and "
-                     "would stay as drawn; allowed: full")  # fmt: skip
-  tower["cache"] = tune in ("", "frozen") and not (learns and tower["trunk"] != "eeg_patches")
-  if not tower["cache"]:
-    tower |= {"whiten": 0.0, "views": 1}
-  elif tower["whiten"] and not _many_texts(task):
-    tower["whiten"] = 0.0
-  return tower
-
-
-def _many_texts(task: Task) -> bool:
-  """Whether the texts suffice for the covariance of the text trunk's tokens."""
-  return sum(len(source.rows_with("text")) for source in task.train.values()) >= 500
-
-
-def _fit_eeg(config: ConfigDict, tower: dict[str, Any], task: Task) -> None:
-  """Sets channels, samples and statistics of an EEG trunk to those of the training recordings, most of which agree."""
-  if tower["options"]["statistics"] != "evoked" or config.data.to_dict().get("worlds"):
-    return
-  recordings = []
-  for source in task.train.values():
-    rows = source.rows_with("eeg")
-    for row in rows[np.unique(np.linspace(0, len(rows) - 1, min(EEG_SAMPLE, len(rows))).astype(int))]:
-      try:
-        recordings.append(transforms.of("eeg").read(source.read(int(row), "eeg")))
-      except ValueError:
-        continue  # a bad record, which the run itself counts
-  if not recordings:
-    raise ValueError("config.data.files: none of the EEG recordings tried could be read")
-  (channels, samples), count = Counter(x.shape for x in recordings).most_common(1)[0]
-  alike = [x for x in recordings if x.shape == (channels, samples)]
-  if count < len(recordings):
-    logging.warning("eeg: %d of %d recordings tried have %d channels and %d samples; others count as bad records",
-                    count, len(recordings), channels, samples)  # fmt: skip
-  width = tower["options"].get("width" if tower["trunk"] == "eeg_patches" else "patch")
-  found = eeg_patches.statistics(np.stack(alike), width)
-  found["deviation"] = np.maximum(found["deviation"], 1e-6 * max(float(found["deviation"].max()), 1e-6))
-  digest = fingerprint(found, {}, "eeg")[:16]
-  path = fetch.data_dir(config.data.root or None) / "statistics" / f"eeg-{digest}.npz"
-  if not path.exists():
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{np.random.default_rng().integers(1 << 62):x}.npz")
-    np.savez(temporary, **found)
-    temporary.replace(path)
-  tower["options"] |= {"channels": int(channels), "samples": int(samples), "statistics": str(path)}
-
-
-def _publish(
-  config: ConfigDict, towers: Mapping[str, dict[str, Any]], asked: Mapping[str, Mapping[str, str]], used: Sequence[str]
-) -> None:
-  """Starts the shared heads of published encoders that have one embedding from the checkpoints' own heads."""
-  heads = {}
-  for modality in used:
-    if modality in asked["weights"]:
-      head = load_trunk(towers[modality]["trunk"], **towers[modality]["options"]).head
-      if head is not None:
-        heads[modality] = head.module.width
-  anchors = [m for m in BRIDGES if m in used]
-  widths = {heads.get(m) for m in anchors}
-  if not anchors or None in widths or len(widths) > 1:
-    return
-  (width,) = widths
-  config.model.shared_dim = width
-  for modality in [m for m in used if heads.get(m) == width]:
-    towers[modality] |= {"head": "published", "whiten": 0.0, "hidden": 0, "meaning": "", "meaning_dim": 0}
-    # Published heads keep their place at first.
-    own = ((rf"{modality}/shared/.*(bias|scale)", 0.02, 0.0), (rf"{modality}/shared/.*", 0.02, 1.0))
-    config.optim.rules = (*own, *map(tuple, config.optim.rules))
-
-
 def _continue(config: ConfigDict, start: Config, new: Sequence[str]) -> None:
   """Takes widths and codebooks of the model that the run starts from; what it has stays as it is."""
   stage = config.stages[STAGE]
@@ -418,10 +294,6 @@ def _continue(config: ConfigDict, start: Config, new: Sequence[str]) -> None:
   if new:
     stage.train = tuple(rf"{name}(/.*|_log_logit_scale)" for name in new)
     stage.codes = tuple(new) if start.model.quantize else (".*",)
-
-
-def _cached(tower: Any) -> bool:
-  return tower["cache"] if isinstance(tower, Mapping) else tower.cache
 
 
 def _sizes(
@@ -448,7 +320,7 @@ def _sizes(
   if stage.steps is None:
     stage.steps = config.steps
   if stage.mixup is None:
-    images = any(m != "text" and not _cached(tower) for m, tower in config.model.towers.items())
+    images = any(m != "text" and not tower["cache"] for m, tower in config.model.towers.items())
     stage.mixup = 1.0 if rows < 5000 and not images else 0.0
   if config.optim.learning_rate is None:
     config.optim.learning_rate = 1e-3 if cached else 5e-4
