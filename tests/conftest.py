@@ -4,6 +4,7 @@ import ctypes
 import fcntl
 import gc
 import json
+import logging
 import os
 import pathlib
 
@@ -41,6 +42,12 @@ def remarks_are_made_anew():
   from codebind_jax.data import reading
 
   reading._made.clear()
+
+
+@pytest.fixture(autouse=True)
+def absl_logs_at_the_level_of_the_root():
+  """A command that a test calls sets the verbosity of its process, which other tests share."""
+  logging.getLogger("absl").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(autouse=True, scope="module")
