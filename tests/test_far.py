@@ -85,7 +85,7 @@ def way(request, servers, environment):
 def waits(monkeypatch):
   """Seconds that were to be waited; nothing waits."""
   waited = []
-  monkeypatch.setattr(files, "patience", files.Patience(attempts=3, quiet=5.0, sleep=waited.append))
+  monkeypatch.setattr(files.far, "patience", files.Patience(attempts=3, quiet=5.0, sleep=waited.append))
   return waited
 
 
@@ -234,7 +234,8 @@ def test_what_may_pass_is_tried_again_and_what_may_not_is_not(way, waits):
 
 def test_a_server_that_never_answers_is_named_and_nothing_hangs(way, monkeypatch):
   way, root = way
-  monkeypatch.setattr(files, "patience", files.Patience(attempts=2, quiet=0.3, limit=0.6, sleep=lambda seconds: None))
+  patience = files.Patience(attempts=2, quiet=0.3, limit=0.6, sleep=lambda seconds: None)
+  monkeypatch.setattr(files.far, "patience", patience)
   way.faults += ["silent"] * 50
   with pytest.raises(ValueError, match=rf"^{root}: no answer in 0.2 s; set .*(AWS_ENDPOINT_URL|STORAGE_EMULATOR_HOST)"):
     files.probe(root, seconds=0.2)

@@ -72,7 +72,7 @@ class FarCheckpoints:
       lacking = [name for name in names if f"{name}.json" not in there]
       if not lacking:
         break
-      files.patience.sleep(1)
+      files.far.patience.sleep(1)
     else:
       raise TimeoutError(f"{folder}: {', '.join(lacking[:4])} of other processes did not come in {_PATIENCE} s")
     commit |= {"parts": {name: there[f"{name}.bin"].size for name in names}}

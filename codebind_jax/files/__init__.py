@@ -1,0 +1,34 @@
+"""Files near and far: paths, files and folders that are replaced whole, copies, locks between processes.
+
+Far are objects at `gs://` and `s3://`, see `files.far`; near, paths are `pathlib.Path`. On the lowest floor, since all
+rooms have files.
+"""
+
+from codebind_jax.files.checks import check_space, probe
+from codebind_jax.files.copies import cache_folder, fetched
+from codebind_jax.files.far import Found, Path, Patience, close, found, is_far, open_far
+from codebind_jax.files.locks import lock
+from codebind_jax.files.places import (
+  children,
+  contents,
+  download,
+  exists,
+  is_file,
+  is_folder,
+  make_folder,
+  path,
+  read_bytes,
+  read_text,
+  remove,
+  remove_folder,
+  replace_folder,
+  replacing,
+  upload,
+  write_whole,
+)
+
+__all__ = [
+  "Found", "Patience", "Path", "cache_folder", "check_space", "children", "close", "contents", "download", "exists",
+  "fetched", "found", "is_far", "is_file", "is_folder", "lock", "make_folder", "open_far", "path", "probe",
+  "read_bytes", "read_text", "remove", "remove_folder", "replace_folder", "replacing", "upload", "write_whole",
+]  # fmt: skip
