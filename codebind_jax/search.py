@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+from absl import logging
 from jaxtyping import Float
 
 from codebind_jax import files
-from codebind_jax.data.reading import arrow_errors
-from codebind_jax.embedding import shards
+from codebind_jax.embedding import shards, tables
 
 BACKENDS = ("auto", "faiss", "numpy")
 _COLUMNS = ["id", "vector"]
+_KIND = "index"
 _BLOCK = 1 << 24  # scores held at once
 _ROW_GROUP = 1 << 16
 _MORE = 16  # candidates beyond k, among which ties are settled
@@ -77,23 +77,29 @@ class Index:
     """
     if not isinstance(ids, Sequence | np.ndarray) or isinstance(ids, str | bytes) or np.ndim(ids) != 1:
       raise ValueError(f"ids: got {ids!r:.60}; a list of ids is needed, [id] for one")
-    names = [_plain(value) for value in ids]
     vectors = _matrix(vectors, "vectors")
-    if len(names) != len(vectors):
-      raise ValueError(f"ids: got {len(names)} for {len(vectors)} vectors")
-    self._check_ids(names)
+    if len(ids) != len(vectors):
+      raise ValueError(f"ids: got {len(ids)} for {len(vectors)} vectors")
+    names = self._checked(ids)
     if names:
       self._append(names, _unit(vectors, self.width, names))
 
-  def _check_ids(self, names: Sequence[Any]) -> None:
-    kind = type((self._ids or names or [""])[0])
-    fresh: set[Any] = set()
-    for name in names:
-      if type(name) is not kind:
-        raise ValueError(f"ids: got {name!r} in an index of {kind.__name__}; allowed: one kind alone")
-      if name in self._known or name in fresh:
-        raise ValueError(f"ids: {name!r} is there twice; allowed: each id once")
+  def _checked(self, ids: Sequence[Any] | np.ndarray, first: int | None = None) -> list[Any]:
+    """Ids that may be added, plain; `first` is the row of a file that the first one is in, for errors."""
+    kind, fresh, names = type(self._ids[0]) if self._ids else None, set(), []
+    for number, value in enumerate(ids):
+      try:
+        name = _plain(value)
+        kind = kind or type(name)
+        if type(name) is not kind:
+          raise ValueError(f"ids: got {name!r} in an index of {kind.__name__}; allowed: one kind alone")
+        if name in self._known or name in fresh:
+          raise ValueError(f"ids: {name!r} is there twice; allowed: each id once")
+      except ValueError as error:
+        raise error if first is None else ValueError(f"row {first + number}: {error}") from error
       fresh.add(name)
+      names.append(name)
+    return names
 
   def _append(self, names: list[Any], unit: np.ndarray) -> None:
     if self._store is None:
@@ -170,42 +176,53 @@ class Index:
       vectors = pa.FixedSizeListArray.from_arrays(pa.array(block.reshape(-1)), type=kind)
       parts.append(pa.table([ids, vectors], _COLUMNS))
       start += len(block)
-    shards.write_table(pa.concat_tables(parts), files.path(path), _ROW_GROUP)
+    tables.write_table(pa.concat_tables(parts), files.path(path), {"kind": _KIND, "width": self.width})
 
   @classmethod
   def load(cls, path: str | files.Path, backend: str = "auto") -> Index:
-    """Reads what `save` wrote.
+    """Reads what `save` wrote, and verifies all of it: its metadata, and each group of rows.
+
+    A file of the same columns that another program wrote is read as well; it has no checksums, which the log says.
 
     Raises:
-      ValueError: if there is no such file, or it is not an index; if an id or a vector is null, an id is there twice,
-        or a vector is not finite, not of unit length or of another width.
+      ValueError: if there is no such file, or it is not an index, or damaged; naming the first bad row, if an id or a
+        vector is null, an id is there twice, or a vector is not finite, not of unit length or of another width.
     """
     file, index = files.path(path), cls(backend)
     if not files.is_file(file):
       raise ValueError(f"{str(path)!r}: there is no such file")
-    file = files.fetched(file)
-    with arrow_errors(f"{str(path)!r} is not an index that was saved"), pq.ParquetFile(file) as table:
-      if table.schema_arrow.names != _COLUMNS:
-        raise ValueError(f"{str(path)!r} is not an index that was saved (columns "
-                         f"{table.schema_arrow.names}, not {_COLUMNS})")  # fmt: skip
-      for batch in table.iter_batches(_ROW_GROUP):
-        index._add_saved(batch, str(path))
+    try:
+      local = files.fetched(file)
+      with tables.open_table(local, "a readable index") as table:
+        if table.names != _COLUMNS or table.about and table.about.get("kind") != _KIND:
+          raise ValueError(f"columns {table.names}, not {_COLUMNS}")
+        if not table.about:
+          logging.warning("%s: another program wrote it, without checksums: its values are not verified", file)
+        for group in table.groups(_COLUMNS):
+          index._add_saved(group)
+        if table.about and index.width != table.about.get("width"):
+          raise ValueError(f"damaged: vectors of width {index.width}; its metadata say {table.about.get('width')}")
+    except ValueError as error:
+      why = str(error).removeprefix(f"{local}: ")
+      raise ValueError(f"{str(path)!r} is not an index that was saved, or it is damaged ({why})") from error
     return index
 
-  def _add_saved(self, batch: pa.RecordBatch, path: str) -> None:
+  def _add_saved(self, group: tables.Group) -> None:
     """Adds rows of a file that was saved, whose vectors are of unit length."""
-    try:
-      names, vectors = _rows(batch.column("id"), batch.column("vector"))
-      names, unit = [_plain(name) for name in names], _unit(vectors, self.width, names)
-      self._check_ids(names)
-      if np.abs(unit - vectors).max(initial=0.0) > _ROUNDING:
-        raise ValueError("vectors that are not of unit length; add them to an index to have them normalised")
-      if names:
-        self._append(names, vectors)
-    except pa.ArrowException:
-      raise
-    except ValueError as error:
-      raise ValueError(f"{path!r}: {error}") from error
+    names = shards.checked_ids(group.columns["id"], group)
+    vectors = shards.checked_rows(group.columns["vector"], group, "vector", self.width)
+    if group.columns["vector"].null_count:
+      row = int(np.flatnonzero(group.columns["vector"].is_null().to_numpy(zero_copy_only=False))[0])
+      raise ValueError(f"row {group.first + row}: column 'vector' has {group.columns['vector'].null_count} nulls; "
+                       "allowed: none")  # fmt: skip
+    names = self._checked(names, group.first)
+    unit = _unit(vectors, self.width, names, group.first)
+    if len(other := np.flatnonzero(np.abs(unit - vectors).max(axis=1, initial=0.0) > _ROUNDING)):
+      raise ValueError(f"row {group.first + other[0]}: that of {names[other[0]]!r} is not of unit length; add vectors "
+                       "to an index to have them normalised")  # fmt: skip
+    group.verify()
+    if names:
+      self._append(names, np.ascontiguousarray(vectors, np.float32))
 
   @classmethod
   def from_parquet(
@@ -225,8 +242,8 @@ class Index:
     """
     if part not in shards.PARTS:
       raise ValueError(f"part: got {part!r}; allowed: {list(shards.PARTS)}")
-    index, path = cls(backend), files.path(folder)
-    for ids, vectors in shards.read_column(path, shards.column_name(modality, part)):
+    index = cls(backend)
+    for path, ids, vectors in shards.read_parts(files.path(folder), shards.column_name(modality, part)):
       try:
         index.add(ids, vectors)
       except ValueError as error:
@@ -332,32 +349,14 @@ def _matrix(vectors: Any, name: str) -> np.ndarray:
   return array.astype(np.float32, copy=False) if array.dtype != np.float64 else array
 
 
-def _rows(ids: pa.Array, vectors: pa.Array) -> tuple[list[Any], np.ndarray]:
-  """Ids and vectors of two columns.
-
-  Raises:
-    ValueError: if one is null, or vectors are of different widths.
-  """
-  for name, column in (("id", ids), ("vector", vectors)):
-    if column.null_count:
-      raise ValueError(f"column {name!r} has {column.null_count} nulls; allowed: none")
-  names = ids.to_pylist()
-  if not pa.types.is_list(vectors.type) and not pa.types.is_fixed_size_list(vectors.type):
-    raise ValueError(f"column 'vector' is of type {vectors.type}; allowed: lists of numbers")
-  if pa.types.is_list(vectors.type) and len(widths := set(np.diff(vectors.offsets.to_numpy()).tolist())) > 1:
-    raise ValueError(f"column 'vector' has vectors of widths {sorted(widths)[:4]}; allowed: one width")
-  if vectors.flatten().null_count:
-    raise ValueError("column 'vector' has vectors with nulls; allowed: numbers")
-  return names, shards.vectors_of(vectors)
-
-
-def _unit(vectors: Any, width: int | None, names: Sequence[Any]) -> np.ndarray:
-  """Rows of norm 1, float32."""
+def _unit(vectors: Any, width: int | None, names: Sequence[Any], first: int | None = None) -> np.ndarray:
+  """Rows of norm 1, float32; `first` is the row of a file that the first one is in, for errors."""
   array = np.asarray(vectors)
   if width is not None and array.shape[1] != width:
     raise ValueError(f"vectors: got width {array.shape[1]}; this index has width {width}")
   length = np.linalg.norm(array.astype(np.float64), axis=1, keepdims=True)
   wrong = np.flatnonzero(~np.isfinite(length[:, 0]) | (length[:, 0] == 0))
   if len(wrong):
-    raise ValueError(f"vectors: that of {names[wrong[0]]!r} is zero or not finite; a cosine needs a direction")
+    row = "" if first is None else f"row {first + wrong[0]}: "
+    raise ValueError(f"{row}vectors: that of {names[wrong[0]]!r} is zero or not finite; a cosine needs a direction")
   return np.ascontiguousarray(array / length, np.float32)

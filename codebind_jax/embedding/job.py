@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -54,6 +54,7 @@ class Plan:
     max_bad_records: bad records that the whole job may leave out.
     files: names of the source's files, for the summary.
     captions: also writes all texts of a record, and the vector of each (`shards.CAPTIONS`).
+    codes: column of codes -> how many there are to choose from, where that is known.
   """
 
   source: Source
@@ -68,6 +69,7 @@ class Plan:
   max_bad_records: int
   files: str
   captions: bool = False
+  codes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
   @property
   def shards(self) -> int:
@@ -118,8 +120,15 @@ def make_plan(settings: Embed, data: Data, workdir: str | files.Path, model: Mod
   return Plan(
     source, files.path(workdir), hashlib.sha256(json.dumps(recipe).encode()).hexdigest(),
     settings.shard_rows, widths, settings.dtype, settings.batch_size, data.workers, settings.threads,
-    data.max_bad_records, ", ".join(names), captions,
+    data.max_bad_records, ", ".join(names), captions, _codes(model, widths),
   )  # fmt: skip
+
+
+def _codes(model: Model, widths: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+  """Column of codes -> number of codes of its codebook."""
+  books = {(m, part): model.codebooks.get("shared" if part == shards.CODES[0] else m)
+           for m, parts in widths.items() for part in parts if part in shards.CODES}  # fmt: skip
+  return {shards.column_name(m, part): len(book.codes) for (m, part), book in books.items() if hasattr(book, "codes")}
 
 
 def embed_shard(
@@ -148,7 +157,7 @@ def embed_shard(
   for row in sorted(bad):
     logging.warning("left out %s", bad[row])
   messages = tuple(bad[row] for row in sorted(bad))
-  report = ShardReport(plan.digest, plan.shards, sum(b.num_rows for b in batches), messages, dict(ignored))
+  report = ShardReport(plan.digest, plan.shards, sum(b.num_rows for b in batches), messages, dict(ignored), plan.codes)
   shards.write_shard(plan.path(number), plan.schema, batches, report)
   return report
 
@@ -229,13 +238,18 @@ def _caption_vectors(
 def embed_shards(plan: Plan, model: Model, *, process: int = 0, processes: int = 1) -> None:
   """Computes the unfinished shards of one process, whose shards are every `processes`-th.
 
+  Its finished shards are read and verified; of far ones the metadata alone, since all would be fetched anew at every
+  start: their columns are verified when they are used.
+
   Raises:
-    ValueError: for a shard of another job in the folder, or more bad records than allowed.
+    ValueError: for a shard of another job or a damaged one in the folder, or more bad records than allowed.
   """
   files.make_folder(plan.folder)
   done = plan.finished()
   own = range(process, plan.shards, processes)
   missing = [number for number in own if number not in done]
+  for number in sorted(set(own) & set(done)) if not files.is_far(plan.folder) else ():
+    shards.verify_shard(plan.path(number))
   bad = len(plan.source.left_out) + sum(len(done[number].bad) for number in own if number in done)
   logging.info("%d of %d shards of %d records are this process's, %d of them finished", len(own), plan.shards,
                len(plan.source), len(own) - len(missing))  # fmt: skip
@@ -269,9 +283,11 @@ def summarise(plan: Plan, run: str) -> dict[str, Any]:
   summary = {
     "run": run, "files": plan.files, "digest": plan.digest, "rows": sum(report.rows for report in reports),
     "bad_records": bad, "ignored_modalities": dict(ignored), "dtype": plan.dtype, "columns": plan.widths,
-    "shards": [{"file": plan.path(number).name, "rows": report.rows} for number, report in enumerate(reports)],
+    "shards": [{"file": plan.path(number).name, "rows": report.rows, "checksum": report.checksum}
+               for number, report in enumerate(reports)],
   }  # fmt: skip
-  files.write_whole(plan.folder / shards.SUMMARY, json.dumps(summary, indent=1) + "\n")
+  summary = files.sealed(summary)
+  files.write_sealed(plan.folder / shards.SUMMARY, summary)
   for left in files.children(plan.folder, "*.part"):  # of processes that were killed
     files.remove(left)
   if ignored:

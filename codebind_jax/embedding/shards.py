@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Num
 
 from codebind_jax import files
-from codebind_jax.data.reading import arrow_errors
+from codebind_jax.embedding import tables
 
 FIELDS = ("id", "label", "split")
 PARTS = ("shared", "specific", "full")
@@ -22,7 +20,6 @@ CODES = ("codes_shared", "codes_specific")
 CAPTIONS = ("text_captions", "text_captions_shared")  # all texts of a record, and the vector of each
 SUMMARY = "summary.json"
 _PATTERN = "shard-*.parquet"
-_KEY = b"codebind_jax"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +32,8 @@ class ShardReport:
     rows: records in it.
     bad: a message for each record that was left out.
     ignored: modality that was not asked for -> how many records had it.
+    codes: column of codes -> how many there are to choose from.
+    checksum: of all that was written, as it is read back; "" before.
   """
 
   digest: str
@@ -42,6 +41,8 @@ class ShardReport:
   rows: int
   bad: Sequence[str] = ()
   ignored: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  codes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  checksum: str = ""
 
 
 def shard_path(folder: files.Path, number: int, count: int) -> files.Path:
@@ -100,28 +101,47 @@ def nested(
 
 
 def write_shard(path: files.Path, schema: pa.Schema, batches: Sequence[pa.RecordBatch], report: ShardReport) -> None:
-  """Writes a shard whole, with its report in the metadata."""
-  metadata = {_KEY: json.dumps(dataclasses.asdict(report)).encode()}
-  table = pa.Table.from_batches(batches, schema).replace_schema_metadata(metadata)
-  write_table(table, path)
-
-
-def write_table(table: pa.Table, path: files.Path, row_group: int | None = None) -> None:
-  """Writes a Parquet file whole, see `files.replacing`."""
-  with files.replacing(path) as temporary:
-    pq.write_table(table, temporary, compression="zstd", row_group_size=row_group)
+  """Writes a shard whole, with its report, name and checksums in the metadata, see `tables`."""
+  about = dataclasses.asdict(report) | {"file": path.name}
+  del about["checksum"]
+  tables.write_table(pa.Table.from_batches(batches, schema), path, about)
 
 
 def read_report(path: files.Path) -> ShardReport:
-  """The report in a shard's metadata.
+  """The report in a shard's metadata, which are verified; its columns are verified when they are read.
 
   Raises:
-    ValueError: if the file is not a shard of mode `embed`, or damaged.
+    ValueError: if the file is not a shard of mode `embed`, damaged, or that of another name.
   """
   try:
-    return ShardReport(**json.loads(_read_schema(path).metadata[_KEY]))
-  except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+    with _opened(path) as table:
+      return _report_of(table)
+  except ValueError as error:
     raise ValueError(f"{path} is not a shard written by mode 'embed', or it is damaged ({error}); remove it") from error
+
+
+def _report_of(table: tables.Table) -> ShardReport:
+  about, path = table.about, table.path
+  fields = {field.name for field in dataclasses.fields(ShardReport)} - {"checksum"}
+  if not fields <= set(about):
+    raise ValueError(f"{path}: it has no report")
+  report = ShardReport(**{name: about[name] for name in fields}, checksum=table.checksum)
+  if report.rows != table.rows:
+    raise ValueError(f"{path}: its report says {report.rows} rows, it has {table.rows}")
+  if about.get("file") != path.name:
+    raise ValueError(f"{path}: was written as {about.get('file')!r}, and is another shard than its name says")
+  return report
+
+
+def verify_shard(path: files.Path) -> None:
+  """Reads a whole shard and verifies all columns.
+
+  Raises:
+    ValueError: naming the file, and what is damaged.
+  """
+  with _opened(path) as table:
+    _report_of(table)
+    table.verify()
 
 
 def finished_shards(folder: files.Path, digest: str, count: int) -> dict[int, ShardReport]:
@@ -143,46 +163,129 @@ def finished_shards(folder: files.Path, digest: str, count: int) -> dict[int, Sh
 
 
 def read_column(folder: files.Path, column: str) -> Iterator[tuple[list[str], Num[np.ndarray, "n w"]]]:
-  """Ids and vectors of a column of a finished job, batch by batch; rows without the modality are left out.
+  """Ids and vectors, or codes, of a column of a finished job, group by group; rows without the modality are left out.
+
+  What is read is verified: the metadata of all shards, then the ids and this column; of other columns nothing is read.
 
   Raises:
-    ValueError: if shards are missing or belong to several jobs, one lacks the column, or is damaged.
+    ValueError: if shards are missing or belong to several jobs, or `summary.json` speaks of others; if one lacks the
+      column or is damaged; for a null, a width or a value that cannot be, naming the file and the first bad row.
   """
-  paths = shard_files(folder)
+  for _, ids, values in read_parts(folder, column):
+    yield ids, values
+
+
+def read_parts(folder: files.Path, column: str) -> Iterator[tuple[files.Path, list[str], Num[np.ndarray, "n w"]]]:
+  """As `read_column`, each with the file that it is of."""
+  reports = _finished_job(folder)
+  width: int | None = None
+  for path, report in reports.items():
+    with _opened(path) as table:
+      if column not in table.names:
+        allowed = [name for name in table.names if name.endswith((*PARTS, *CODES))]
+        raise ValueError(f"{path}: no column {column!r}; allowed: {allowed}")
+      limit = report.codes.get(column)
+      for group in table.groups(["id", column]):
+        ids, values = group.columns["id"], group.columns[column]
+        if not pa.types.is_string(ids.type):
+          raise ValueError(f"{path}: column 'id' is of type {ids.type}; allowed: string")
+        names = checked_ids(ids, group)
+        there = np.flatnonzero(values.is_valid().to_numpy(zero_copy_only=False))
+        if len(there):
+          rows = checked_rows(values, group, column, width)
+          if rows.dtype.kind == "f" and not _finite(rows):
+            row = there[np.flatnonzero(~np.isfinite(rows).all(axis=1))[0]]
+            raise ValueError(f"{path}: row {group.first + row}: column {column!r}: that of {names[row]!r} is not "
+                             "finite")  # fmt: skip
+          if limit is not None and len(bad := np.flatnonzero(((rows < 0) | (rows >= limit)).any(axis=1))):
+            raise ValueError(f"{path}: row {group.first + there[bad[0]]}: column {column!r} has the codes "
+                             f"{rows[bad[0]].tolist()}; allowed: 0 to {limit - 1}")  # fmt: skip
+        group.verify()
+        if len(there):
+          width = rows.shape[1]
+          yield path, [names[n] for n in there], rows
+
+
+def checked_ids(ids: pa.Array, group: tables.Group) -> list[Any]:
+  """The ids of a group: strings, in shards; also integers, in an index.
+
+  Raises:
+    ValueError: naming the file and the first row whose id is null, or the column's type.
+  """
+  if ids.null_count:
+    row = int(np.flatnonzero(ids.is_null().to_numpy(zero_copy_only=False))[0])
+    raise ValueError(f"{group.path}: row {group.first + row}: column 'id' has {ids.null_count} nulls; allowed: none")
+  return ids.to_pylist()
+
+
+def checked_rows(
+  values: pa.Array, group: tables.Group, column: str, width: int | None = None
+) -> Num[np.ndarray, "n w"]:
+  """The lists of a column that are not null as rows.
+
+  Args:
+    values: of a group.
+    group: for errors.
+    column: its name, for errors.
+    width: that of the groups before; None if this is the first.
+
+  Raises:
+    ValueError: naming the file and the first row of another width or with a null, or the column's type.
+  """
+  kind, name = values.type, f"column {column!r}"
+  if not (pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind)) or not (
+    pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)
+  ):
+    raise ValueError(f"{group.path}: {name} is of type {kind}; allowed: lists of numbers")
+  at = group.first + np.flatnonzero(values.is_valid().to_numpy(zero_copy_only=False))
+  values = values.drop_null()
+  lengths = np.diff(values.offsets.to_numpy()) if pa.types.is_list(kind) else np.full(len(values), kind.list_size)
+  wanted = int(lengths[0]) if width is None else width
+  if len(other := np.flatnonzero(lengths != wanted)):
+    widths = sorted({wanted, *lengths.tolist()})[:4]
+    raise ValueError(f"{group.path}: row {at[other[0]]}: {name} has vectors of widths {widths}; allowed: one width")
+  flat = values.flatten()
+  if flat.null_count:
+    row = int(np.flatnonzero(flat.is_null().to_numpy(zero_copy_only=False))[0]) // wanted
+    raise ValueError(f"{group.path}: row {at[row]}: {name} has vectors with nulls; allowed: numbers")
+  return flat.to_numpy(zero_copy_only=False).reshape(len(values), wanted)
+
+
+def _finite(rows: np.ndarray) -> bool:
+  """Whether all values are finite: their sum is, but for sums beyond the type, of which each value is looked at."""
+  with np.errstate(over="ignore", invalid="ignore"):
+    return bool(np.isfinite(rows.sum(dtype=np.float64))) or bool(np.isfinite(rows).all())
+
+
+def _finished_job(folder: files.Path) -> dict[files.Path, ShardReport]:
+  """The shards of the one job in a folder, in order, with their reports.
+
+  Raises:
+    ValueError: if some are missing, or belong to another job or other files than `summary.json` says.
+  """
+  paths, about = shard_files(folder), folder / SUMMARY
+  summary = files.read_sealed(about) if files.is_file(about) else None
   if not paths:
-    raise ValueError(f"{folder}: no shards ({_PATTERN}) in it; write some with mode 'embed'")
-  reports = [read_report(path) for path in paths]
-  first = reports[0]
-  finished_shards(folder, first.digest, first.shards)
-  if len(paths) < first.shards:
-    raise ValueError(f"{folder}: {len(paths)} of {first.shards} shards are finished; run the same command again")
-  names = _read_schema(paths[0]).names
-  if column not in names:
-    raise ValueError(f"{folder}: no column {column!r}; allowed: {[n for n in names if n.endswith(PARTS)]}")
-  for path in paths:
-    with arrow_errors(f"{path}: not a readable shard"), _opened(path) as file:
-      for batch in pq.ParquetFile(file).iter_batches(columns=["id", column]):
-        valid = batch.filter(batch.column(column).is_valid())
-        if valid.num_rows:
-          yield valid.column("id").to_pylist(), vectors_of(valid.column(column))
+    lost = f"; {about} says that there were some" if summary else "; write some with mode 'embed'"
+    raise ValueError(f"{folder}: no shards ({_PATTERN}) in it{lost}")
+  first = read_report(paths[0])
+  reports = finished_shards(folder, first.digest, first.shards)
+  if len(reports) < first.shards:
+    lost = [shard_path(folder, n, first.shards).name for n in range(first.shards) if n not in reports]
+    raise ValueError(f"{folder}: {len(reports)} of {first.shards} shards are finished, {', '.join(lost[:4])} "
+                     "and so on are missing; run the same command again")  # fmt: skip
+  if summary:
+    try:
+      expected = {row["file"]: (row["rows"], row["checksum"]) for row in summary["shards"]}
+    except (KeyError, TypeError) as error:
+      raise ValueError(f"{about}: not the summary of a job of mode 'embed' ({error!r}); remove it") from error
+    for number, report in sorted(reports.items()):
+      path = shard_path(folder, number, first.shards)
+      if len(expected) != len(reports) or expected.get(path.name) != (report.rows, report.checksum):
+        raise ValueError(f"{path}: is not the file of which {about} speaks, but of another job or written since; run "
+                         "the same command again")  # fmt: skip
+  return {shard_path(folder, number, first.shards): reports[number] for number in sorted(reports)}
 
 
-@contextlib.contextmanager
-def _opened(path: files.Path) -> Iterator[Any]:
-  """What pyarrow reads: a local path, or a far object by ranges."""
-  if not files.is_far(path):
-    yield path
-    return
-  with files.open_far(path) as file:
-    yield file
-
-
-def _read_schema(path: files.Path) -> pa.Schema:
-  with _opened(path) as file:
-    return pq.read_schema(file)
-
-
-def vectors_of(column: pa.ListArray | pa.FixedSizeListArray) -> Num[np.ndarray, "n w"]:
-  """The lists of a column as rows; there must be at least one, no null, and one length."""
-  return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
-
+def _opened(path: files.Path) -> contextlib.AbstractContextManager[tables.Table]:
+  return tables.open_table(path, "a readable shard")
