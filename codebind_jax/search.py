@@ -354,7 +354,8 @@ def _unit(vectors: Any, width: int | None, names: Sequence[Any], first: int | No
   array = np.asarray(vectors)
   if width is not None and array.shape[1] != width:
     raise ValueError(f"vectors: got width {array.shape[1]}; this index has width {width}")
-  length = np.linalg.norm(array.astype(np.float64), axis=1, keepdims=True)
+  with np.errstate(invalid="ignore"):  # a signalling NaN, which is refused here
+    length = np.linalg.norm(array.astype(np.float64), axis=1, keepdims=True)
   wrong = np.flatnonzero(~np.isfinite(length[:, 0]) | (length[:, 0] == 0))
   if len(wrong):
     row = "" if first is None else f"row {first + wrong[0]}: "

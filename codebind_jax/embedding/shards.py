@@ -101,10 +101,17 @@ def nested(
 
 
 def write_shard(path: files.Path, schema: pa.Schema, batches: Sequence[pa.RecordBatch], report: ShardReport) -> None:
-  """Writes a shard whole, with its report, name and checksums in the metadata, see `tables`."""
+  """Writes a shard whole, with its report, name and checksums in the metadata, see `tables`.
+
+  Raises:
+    ValueError: if the report is of another number of rows.
+  """
+  table = pa.Table.from_batches(batches, schema)
+  if table.num_rows != report.rows:
+    raise ValueError(f"{path}: the report says {report.rows} rows, there are {table.num_rows}")
   about = dataclasses.asdict(report) | {"file": path.name}
   del about["checksum"]
-  tables.write_table(pa.Table.from_batches(batches, schema), path, about)
+  tables.write_table(table, path, about)
 
 
 def read_report(path: files.Path) -> ShardReport:
@@ -126,8 +133,6 @@ def _report_of(table: tables.Table) -> ShardReport:
   if not fields <= set(about):
     raise ValueError(f"{path}: it has no report")
   report = ShardReport(**{name: about[name] for name in fields}, checksum=table.checksum)
-  if report.rows != table.rows:
-    raise ValueError(f"{path}: its report says {report.rows} rows, it has {table.rows}")
   if about.get("file") != path.name:
     raise ValueError(f"{path}: was written as {about.get('file')!r}, and is another shard than its name says")
   return report

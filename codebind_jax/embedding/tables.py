@@ -67,7 +67,11 @@ class Group:
     """
     for name, array in self.columns.items() if self.expected is not None else ():
       what = f"{self.path}: rows {self.first} to {self.first + len(array) - 1} of column {name!r}"
-      files.verify(column_checksum(array), self.expected[name], what)
+      try:
+        found = column_checksum(array)
+      except ValueError as error:
+        raise ValueError(f"{what}: damaged ({error})") from error
+      files.verify(found, self.expected[name], what)
 
 
 class Table:
