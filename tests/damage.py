@@ -41,7 +41,7 @@ def equal(a: Any, b: Any) -> bool:
   return bool(a == b)
 
 
-def share_noticed(path: pathlib.Path, read: Callable[[], Any], count: int | None, seed: int = 0) -> float:
+def share_noticed(path: pathlib.Path, read: Callable[[], Any], count: int | None, whole: Any = None) -> float:
   """Damages a file, reads it each time, and puts it back.
 
   What is read is what it was before, or refused by a ValueError that names the file.
@@ -50,14 +50,15 @@ def share_noticed(path: pathlib.Path, read: Callable[[], Any], count: int | None
     path: of the file.
     read: gives what it holds.
     count: flipped bits; None for one in every byte.
-    seed: of their places.
+    whole: what it gives of the whole file; read first unless given.
 
   Returns:
     Share of the flipped bits that were refused; the others changed nothing.
   """
-  whole, content, noticed, total = read(), path.read_bytes(), 0, 0
+  content, noticed, total = path.read_bytes(), 0, 0
+  whole = read() if whole is None else whole
   try:
-    for damaged in flipped(content, count, seed):
+    for damaged in flipped(content, count):
       path.write_bytes(damaged)
       total += 1
       try:
@@ -70,5 +71,4 @@ def share_noticed(path: pathlib.Path, read: Callable[[], Any], count: int | None
         assert equal(found, whole), f"a bit of byte {place} of {len(content)} of {path.name} changes what is read"
   finally:
     path.write_bytes(content)
-  assert equal(read(), whole)
   return noticed / total

@@ -1,5 +1,6 @@
 """Saved models: written whole, read elsewhere with equal bits, with trunks or references to them; the model card."""
 
+import contextlib
 import functools
 import json
 import shutil
@@ -20,6 +21,7 @@ from codebind_jax.saving.card import licence_id
 from codebind_jax.trunks import checkpoint_files, input_shapes, load_trunk, minilm
 from codebind_jax.trunks.class_names import names_trunk
 from tests import family_fixtures
+from tests.damage import equal, flipped, share_noticed
 from tests.test_pretrained import random_bert_state
 
 WANT = family_fixtures.arrays("clip_hf")
@@ -298,6 +300,60 @@ def test_a_damaged_saved_model_is_named_with_what_is_wrong(model, tmp_path):
   (folder / "config.json").write_text(json.dumps({"model_type": "codebind_jax"}))
   with pytest.raises(ValueError, match="not the config of a saved model"):
     api.load(folder)
+
+
+@pytest.mark.parametrize("count", [4, pytest.param(250, marks=pytest.mark.slow)])
+def test_flipped_bits_of_a_saved_model_are_noticed(model, tmp_path, count):
+  folder = model.save(tmp_path / "saved")
+  parts = ["text/tokenizer.json", "image/preprocessor_config.json", "image/model.safetensors.shapes.json"]
+
+  def read():
+    saved = saved_folder.read(folder)
+    trunks = {m: trunk.fingerprint for m, trunk in saved.trunks.items()}
+    return {"arrays": saved_folder.flat((saved.params, saved.codebooks)), "config": str(saved.config), "trunks": trunks}
+
+  whole = read()
+  assert share_noticed(folder / "model.safetensors", read, count, whole) > 0.7
+  for name in parts:
+    assert share_noticed(folder / "trunks" / name, read, count // 4, whole) == 1
+  assert share_noticed(folder / "config.json", read, count, whole) > 0.2  # white space of its text may become another
+  assert share_noticed(folder / "README.md", read, 1, whole) == 0
+  content = (folder / "model.safetensors").read_bytes()
+  length = int.from_bytes(content[:8], "little")
+  for damaged in flipped(content[: 8 + length], count, seed=1):  # the header: names, types, shapes, places
+    (folder / "model.safetensors").write_bytes(damaged + content[8 + length :])
+    with contextlib.suppress(ValueError):
+      assert equal(read(), whole)
+
+
+def test_of_a_saved_model_what_is_read_is_verified_and_no_more(model, tmp_path):
+  folder = model.save(tmp_path / "saved")
+  path, name = folder / "model.safetensors", "params/image/shared/proj/kernel"
+  arrays = safetensors.numpy.load_file(path)
+  changed = arrays | {name: np.nextafter(arrays[name], np.float32(9))}
+  safetensors.numpy.save_file(changed, path)
+  with pytest.raises(ValueError, match=f"{path}: array '{name}': damaged, or changed since it was written"):
+    api.load(folder)
+  same(api.load(folder, modalities=["text"]).embed({"text": RAW["text"]}), model.embed({"text": RAW["text"]}))
+  safetensors.numpy.save_file(arrays, path)  # laid out by another program
+  (folder / "README.md").write_text("mine")
+  same(api.load(folder).embed(RAW), model.embed(RAW))
+  tokenizer = folder / "trunks" / "text" / "tokenizer.json"
+  content = tokenizer.read_bytes()
+  tokenizer.write_bytes(content.replace(b"0", b"1", 1))
+  with pytest.raises(ValueError, match=f"^{tokenizer}: damaged"):
+    api.load(folder)
+  tokenizer.write_bytes(content)
+  (folder / "trunks" / "image" / "preprocessor_config.json").unlink()
+  with pytest.raises(ValueError, match=r"preprocessor_config\.json: is missing"):
+    api.load(folder)
+  assert api.load(folder, modalities=["text"]).modalities == ("text",)
+  config = json.loads((folder / "config.json").read_text())
+  config["config"]["model"]["shared_dim"] *= 2
+  (folder / "config.json").write_text(json.dumps(config))
+  for load in (api.load, api.config_of):
+    with pytest.raises(ValueError, match=r"config\.json: damaged, or changed"):
+      load(folder)
 
 
 def nested(depth=100_000):

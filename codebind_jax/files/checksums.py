@@ -7,9 +7,11 @@ who mean to deceive: they would write a checksum of their own.
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from codebind_jax.files.places import read_bytes, write_whole
 
 KEY = "checksum"  # of a sealed JSON object
 _BLOCK = 1 << 20
+_WAITING = 4  # arrays
 
 
 def checksum(*parts: Any) -> str:
@@ -50,6 +53,52 @@ def file_checksum(path: Path) -> str:
     while block := file.read(_BLOCK):
       value = zlib.crc32(block, value)
   return f"{value:08x}"
+
+
+class Checksums:
+  """Computes checksums of arrays in a thread of its own, beside what reads or writes the next ones.
+
+  At most a few arrays wait, so that memory holds no more of them.
+
+  Args:
+    done: called with the name and the checksum of each array, in order, by the thread that adds them.
+
+  Example:
+    >>> found = {}
+    >>> with Checksums(found.__setitem__) as checksums:
+    ...   checksums.add("a", np.zeros(3, np.float32))
+    >>> found == {"a": array_checksum(np.zeros(3, np.float32))}
+    True
+  """
+
+  def __init__(self, done: Callable[[str, str], Any]):
+    self._done, self._waiting = done, collections.deque()
+    self._thread: concurrent.futures.ThreadPoolExecutor | None = None
+
+  def add(self, name: str, array: np.ndarray) -> None:
+    """Takes an array, which must stay as it is until it is done."""
+    if array.nbytes < _BLOCK and not self._waiting:
+      self._done(name, array_checksum(array))
+      return
+    self._thread = self._thread or concurrent.futures.ThreadPoolExecutor(1, "checksums")
+    self._waiting.append((name, self._thread.submit(array_checksum, array)))
+    if len(self._waiting) > _WAITING:
+      self._next()
+
+  def _next(self) -> None:
+    name, found = self._waiting.popleft()
+    self._done(name, found.result())
+
+  def __enter__(self) -> Checksums:
+    return self
+
+  def __exit__(self, kind: Any, *_: Any) -> None:
+    try:
+      while self._waiting and kind is None:
+        self._next()
+    finally:
+      if self._thread:
+        self._thread.shutdown()
 
 
 def verify(found: str, expected: Any, what: Any) -> None:

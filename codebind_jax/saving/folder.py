@@ -4,6 +4,9 @@
 arrays: `params/...`, `codebooks/...`, and `trunks/MODALITY/...` of trunks outside the model, whose tokens are cached.
 `trunks/MODALITY/` has the small files that a trunk is made of (tokenizer, preparation, sizes), and the shapes of its
 checkpoint (`checkpoint_files.write_shapes`). `README.md` is a model card.
+
+`config.json` carries a checksum of itself, of each array and of each of the small files. What is read is verified: of
+some modalities their arrays and files alone. The card is read by no program, and may be edited.
 """
 
 from __future__ import annotations
@@ -179,7 +182,10 @@ def _write(model: Any, part: Path, name: str, mode: str) -> None:
       records[m] |= {"types": kinds} if kinds else {}
   if (part / TRUNKS).is_dir() and not any((part / TRUNKS).iterdir()):
     (part / TRUNKS).rmdir()
-  write_safetensors(part / ARRAYS, keep, {"format": "pt", "library": MODEL_TYPE})
+  arrays_of = write_safetensors(part / ARRAYS, keep, {"format": "pt", "library": MODEL_TYPE})
+  beside = sorted(path for path in (part / TRUNKS).rglob("*") if path.is_file())
+  files_of = {path.relative_to(part).as_posix(): files.file_checksum(path) for path in beside}
+  content = files.sealed(content | {"checksums": {"arrays": arrays_of, "files": files_of}})
   _write_text(part / CONFIG, json.dumps(content, indent=1) + "\n")
   _write_text(part / CARD, card(content, {path: tuple(x.shape) for path, x in keep.items()}, name))
 
@@ -297,6 +303,7 @@ def read(folder: Path, modalities: Sequence[str] | None = None) -> Saved:
   if not (folder / ARRAYS).is_file():
     raise ValueError(f"{folder}: no weights; looked for {ARRAYS}, found {', '.join(sorted(os.listdir(folder)))}")
   weights = open_weights(folder / ARRAYS)
+  _verify_files(folder, content, config.model.towers)
   trunks = {m: _made(folder, content, config, m) for m in config.model.towers}
   expected = _expected(config, trunks)
   outside = {}  # trunks whose tokens are cached
@@ -305,7 +312,8 @@ def read(folder: Path, modalities: Sequence[str] | None = None) -> Saved:
       expected = {p: x for p, x in expected.items() if not p.startswith(f"params/{m}/trunk/")}
     elif tower.cache:
       outside |= {f"trunks/{m}/{path}": x for path, x in flat(trunks[m].shapes).items()}
-  arrays = _arrays(weights, expected | outside, whole=set(chosen) == set(there))
+  sums = content["checksums"]["arrays"]
+  arrays = _arrays(weights, expected | outside, sums, whole=set(chosen) == set(there))
   tree = unflatten_dict(arrays, sep="/")
   params = tree.get("params", {})
   for m, tower in config.model.towers.items():
@@ -323,6 +331,21 @@ def read(folder: Path, modalities: Sequence[str] | None = None) -> Saved:
         params.setdefault(m, {}).setdefault(part, {})
   codebooks = config_lib.method_of(config).restore(tree.get("codebooks", {}))
   return Saved(config, params, codebooks, trunks, chosen)
+
+
+def _verify_files(folder: Path, content: Mapping[str, Any], modalities: Collection[str]) -> None:
+  """Verifies the small files of some trunks.
+
+  Raises:
+    ValueError: naming one that is missing or damaged.
+  """
+  for name, expected in content["checksums"]["files"].items():
+    if name.split("/")[1] in modalities:
+      try:
+        found = files.file_checksum(folder / name)
+      except FileNotFoundError as error:
+        raise ValueError(f"{folder / name}: is missing; it was saved with the model") from error
+      files.verify(found, expected, folder / name)
 
 
 def _version() -> str:
@@ -347,6 +370,10 @@ def _content(folder: Path) -> dict[str, Any]:
   if newer:
     raise ValueError(f"{folder / CONFIG}: has format {content['format']} (codebind_jax {content.get('version')}); "
                      f"codebind_jax {_version()} reads up to {FORMAT}")  # fmt: skip
+  content = files.unsealed(content, folder / CONFIG)
+  with _config_errors(folder):
+    for key in ("arrays", "files"):
+      _of_kind(_of_kind(content, "checksums", dict), key, dict)
   return content
 
 
@@ -419,12 +446,21 @@ def _expected(config: config_lib.Config, trunks: Mapping[str, Trunk]) -> dict[st
   return flat({"params": params, "codebooks": codebooks})
 
 
-def _arrays(weights: Weights, shapes: Mapping[str, Any], whole: bool) -> dict[str, jax.Array]:
-  """The arrays, each placed before the next one is read, in the types of the file."""
+def _arrays(
+  weights: Weights, shapes: Mapping[str, Any], expected: Mapping[str, str], whole: bool
+) -> dict[str, jax.Array]:
+  """The arrays, each placed before the next one is read, in the types of the file, and verified meanwhile."""
   missing = sorted(set(shapes) - set(weights))
   superfluous = sorted(set(weights) - set(shapes)) if whole else []
   wrong = [f"{path} {weights[path].shape} for {tuple(x.shape)}" for path, x in shapes.items()
            if path in weights and weights[path].shape != tuple(x.shape)]  # fmt: skip
   if missing or superfluous or wrong:
     raise ValueError(f"{weights.name}: missing {missing}; superfluous {superfluous}; wrong shape {wrong}")
-  return {path: jax.device_put(weights[path].read()) for path in shapes}
+  arrays = {}
+  check = lambda path, found: files.verify(found, expected.get(path), f"{weights.name}: array {path!r}")
+  with files.Checksums(check) as checksums:
+    for path in shapes:
+      array = weights[path].read()
+      checksums.add(path, array)
+      arrays[path] = jax.device_put(array)
+  return arrays

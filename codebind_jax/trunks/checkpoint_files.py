@@ -23,6 +23,7 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
+from codebind_jax import files
 from codebind_jax.trunks.torch_pickle import LazyTensor, open_torch_pickle
 
 ENDINGS = (".safetensors", ".npz", ".pth", ".pt", ".bin")
@@ -447,8 +448,11 @@ def _shapes(path: Path) -> Weights:
   return Weights(entries, (path,))
 
 
-def write_safetensors(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+def write_safetensors(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str, str]:
   """Writes arrays, one after the other in order of their names, so that one at a time is on the host.
+
+  Returns:
+    Name -> checksum of each array (`files.array_checksum`), made while it is written.
 
   Raises:
     ValueError: for an array of a type that the format lacks.
@@ -465,10 +469,13 @@ def write_safetensors(path: Path, arrays: Mapping[str, Any], metadata: Mapping[s
     start = stop
   text = json.dumps(header).encode()
   text += b" " * (-len(text) % 8)
-  with open(path, "wb") as file:
+  sums: dict[str, str] = {}
+  with open(path, "wb") as file, files.Checksums(sums.__setitem__) as checksums:
     file.write(len(text).to_bytes(8, "little") + text)
     for name in sorted(arrays):
-      array = np.ascontiguousarray(arrays[name])
-      file.write(array.reshape(-1).view(np.uint8))
+      array = np.asarray(arrays[name])
+      checksums.add(name, array)
+      file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
     file.flush()
     os.fsync(file.fileno())
+  return sums
