@@ -122,7 +122,7 @@ def compare(config: Any, workdir: str | files.Path) -> dict[str, Any]:
     inner = open_run(run, folder / name / (f"rate{rate:g}" if not test else f"seed{seed}"))
     if test and files.is_file(inner / RESULT):
       bar.update()
-      return json.loads(files.read_text(inner / RESULT))
+      return files.read_sealed(inner / RESULT)
     final, evaluation, model = finished(inner), evaluations[test], None
     if final is None and not files.is_file(inner / DIVERGED):
       level = standard_logging.getLogger("absl").level
@@ -143,7 +143,7 @@ def compare(config: Any, workdir: str | files.Path) -> dict[str, Any]:
       model = load(inner)
       model.trunks = feeder.trunks
     result = {"metrics": final, "cost": cost(inner, model), "probe": evaluation.probe(model, inner)}
-    files.write_whole(inner / RESULT, json.dumps(result) + "\n")
+    files.write_sealed(inner / RESULT, result)
     return result
 
   results: dict[str, Any] = {}

@@ -130,7 +130,12 @@ def on_disk(index: Index, folder: Path) -> Index:
   path = folder / f"{digest.hexdigest()}.columns"
   try:
     layout = _layout(arrays)
-    if not path.exists() or path.stat().st_size != _size(layout):
+    whole = path.exists() and path.stat().st_size == _size(layout)
+    if whole and not all(view.tobytes() == arrays[name].tobytes() for name, view in _views(path, layout).items()):
+      logging.warning("the index kept in %s is damaged and is written again", path)
+      whole = False
+      unmap(str(path))
+    if not whole:
       folder.mkdir(parents=True, exist_ok=True)
       with files.replacing(path) as temporary:
         _write(temporary, arrays, layout)
@@ -196,7 +201,7 @@ def _kept(folder: Path, scan: Scan) -> Scan:
       "further": scan.further, "notes": scan.notes, "mark": scan.mark, "layout": layout,
       "sum": zlib.crc32((new / _FILE).read_bytes()),
     }  # fmt: skip
-    (new / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    (new / "meta.json").write_text(json.dumps(files.sealed(meta)), encoding="utf-8")
     files.replace_folder(new, folder)
   except OSError as error:
     if folder.exists() and (theirs := _read(folder, scan.stamps)):  # another process was first
@@ -212,7 +217,7 @@ def _read(folder: Path, stamps: tuple[tuple[int, int], ...]) -> Scan | None:
   """A kept scan; None if there is none of these files as they are now, or it is damaged."""
   try:
     unmap(str(folder / _FILE))
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    meta = files.read_sealed(folder / "meta.json")
     if [tuple(one) for one in meta["stamps"]] != list(stamps):
       return None
     layout = {name: (offset, tuple(shape), kind) for name, (offset, shape, kind) in meta["layout"].items()}

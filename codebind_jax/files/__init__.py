@@ -6,6 +6,7 @@ rooms have files.
 
 from codebind_jax.files.checks import check_space, probe
 from codebind_jax.files.checksums import (
+  SEAL,
   Checksums,
   array_checksum,
   checksum,
@@ -39,9 +40,9 @@ from codebind_jax.files.places import (
 )
 
 __all__ = [
-  "Checksums", "Found", "Patience", "Path", "array_checksum", "cache_folder", "check_space", "checksum", "children",
-  "close", "contents", "download", "exists", "fetched", "file_checksum", "found", "is_far", "is_file", "is_folder",
-  "lock", "make_folder", "open_far", "path", "probe", "read_bytes", "read_sealed", "read_text", "remove",
+  "SEAL", "Checksums", "Found", "Patience", "Path", "array_checksum", "cache_folder", "check_space", "checksum",
+  "children", "close", "contents", "download", "exists", "fetched", "file_checksum", "found", "is_far", "is_file",
+  "is_folder", "lock", "make_folder", "open_far", "path", "probe", "read_bytes", "read_sealed", "read_text", "remove",
   "remove_folder", "replace_folder", "replacing", "sealed", "unsealed", "upload", "verify", "write_sealed",
   "write_whole",
 ]  # fmt: skip

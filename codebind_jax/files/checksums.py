@@ -19,7 +19,7 @@ import numpy as np
 from codebind_jax.files.far import Path, is_far, open_far
 from codebind_jax.files.places import read_bytes, write_whole
 
-KEY = "checksum"  # of a sealed JSON object
+SEAL = "checksum"  # of a sealed JSON object
 _BLOCK = 1 << 20
 _WAITING = 4  # arrays
 
@@ -113,8 +113,8 @@ def verify(found: str, expected: Any, what: Any) -> None:
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
   """What JSON gives back of an object, with a checksum of its values; another layout of the text does not change it."""
-  plain = json.loads(json.dumps({key: value for key, value in content.items() if key != KEY}))
-  return plain | {KEY: _of_json(plain)}
+  plain = json.loads(json.dumps({key: value for key, value in content.items() if key != SEAL}))
+  return plain | {SEAL: _of_json(plain)}
 
 
 def unsealed(content: Any, what: Any) -> dict[str, Any]:
@@ -127,10 +127,10 @@ def unsealed(content: Any, what: Any) -> dict[str, Any]:
   Raises:
     ValueError: if it is no object, has no checksum, or another one than its values.
   """
-  if not isinstance(content, dict) or not isinstance(content.get(KEY), str):
-    raise ValueError(f"{what}: damaged, or not written by this version: it has no {KEY!r}")
-  plain = {key: value for key, value in content.items() if key != KEY}
-  verify(_of_json(plain), content[KEY], what)
+  if not isinstance(content, dict) or not isinstance(content.get(SEAL), str):
+    raise ValueError(f"{what}: damaged, or not written by this version: it has no {SEAL!r}")
+  plain = {key: value for key, value in content.items() if key != SEAL}
+  verify(_of_json(plain), content[SEAL], what)
   return plain
 
 

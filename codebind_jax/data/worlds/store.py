@@ -2,6 +2,9 @@
 
 Beside the records lie `manifest.json` (hashes of packages and tables, counts), `index.json` (all fields but the arrays,
 in record order) and `ATTRIBUTION.md`. A world appears whole, by one rename, or not at all.
+
+The manifest carries a checksum of itself and of the index, which are verified whenever a world is opened. The records
+are not: their files are large and read in parts, and array_record verifies a hash of each record when that is read.
 """
 
 import contextlib
@@ -33,21 +36,48 @@ def check_profile(world: str, profile: str, profiles: Sequence[str]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-  """The manifest of a built world; None where nothing is built or the tables have changed since."""
+  """The manifest of a built world, verified; None where nothing is built or the tables have changed since.
+
+  Raises:
+    ValueError: naming it, if it is damaged.
+  """
   path = folder / "manifest.json"
   if not path.is_file():
     return None
   try:
-    manifest = json.loads(path.read_text())
+    manifest = _verified(json.loads(path.read_text(encoding="utf-8")), path)
     current = all(names.table_hash(name) == digest for name, digest in manifest["tables"].items())
-  except (ValueError, KeyError) as error:
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
     raise ValueError(f"{path}: damaged ({error}); remove {folder} and run prepare again") from error
   return manifest if current else None
 
 
+def _verified(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
+  """A manifest whose checksum is that of its values; one of a world that was built without is taken as it is."""
+  return files.unsealed(manifest, path) if files.SEAL in manifest else manifest
+
+
 def read_index(folder: Path) -> dict[str, list[dict[str, Any]]]:
-  """Split name -> rows without their arrays, in record order."""
-  return json.loads((folder / "index.json").read_text())
+  """Split name -> rows without their arrays, in record order; verified.
+
+  Raises:
+    ValueError: naming the file, if it is missing, damaged, or not the one that was built.
+  """
+  path, about = folder / "index.json", folder / "manifest.json"
+  try:
+    content = path.read_bytes()
+    expected = None
+    if about.is_file():
+      expected = _verified(json.loads(about.read_text(encoding="utf-8")), about).get("index")
+    found = files.checksum(content)
+    if expected not in (None, found):
+      raise ValueError(f"its index says checksum {found}, its manifest {expected}")
+    index = json.loads(content)
+    if not isinstance(index, dict) or not all(isinstance(rows, list) for rows in index.values()):
+      raise ValueError("no object of lists")
+  except (FileNotFoundError, ValueError, AttributeError, RecursionError) as error:
+    raise ValueError(f"{path}: damaged ({error}); remove {folder} and run prepare again") from error
+  return index
 
 
 def open_records(folder: Path, split: str, encoded: Iterable[str]) -> Sequence[dict[str, Any]]:
@@ -127,9 +157,9 @@ def build(
       built = _write_records(Path(scratch), world, profile, version, splits, features)
       _write_index(built, splits, arrays)
       manifest, attribution = finish()
-      manifest["modalities"] = list(arrays)
+      manifest |= {"modalities": list(arrays), "index": files.file_checksum(built / "index.json")}
       (built / "ATTRIBUTION.md").write_text(attribution)
-      (built / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+      (built / "manifest.json").write_text(json.dumps(files.sealed(manifest), indent=1, sort_keys=True) + "\n")
       if final.exists():
         shutil.rmtree(final)
       built.replace(final)
