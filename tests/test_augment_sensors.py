@@ -276,7 +276,7 @@ def test_a_kelvin_of_grey_is_what_the_transform_makes_of_it():
 
 
 def test_views_of_heat_stay_what_the_transform_reads():
-  for celsius in ([[190.0, 395.0]], [[-89.0, -80.0]], [[1000.0, 1999.5]]):
+  for celsius in ([[190.0, 190.0, 395.0]], [[0.2, 0.9, 1.5]], [[-89.0, -80.0]], [[1000.0, 1999.5]]):
     value = np.repeat(np.repeat(np.array(celsius, np.float32), 8, axis=0), 8, axis=1)
     for rng in [most(), *map(seeded, SEEDS)]:
       view = Thermal(gain=(0.5, 2.0), offset=50.0, area=(0.1, 0.9))(value, rng)
