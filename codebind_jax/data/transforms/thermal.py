@@ -147,12 +147,12 @@ def _celsius(array: np.ndarray, name: str, scale: float, offset: float, span: tu
   return celsius.astype(np.float32)
 
 
-def like_kelvin(celsius: np.ndarray) -> bool:
+def like_kelvin(celsius: Float[np.ndarray, "h w"]) -> bool:
   """Whether temperatures look like those of a scene in kelvin, whatever one hot or dead spot says."""
   return bool(200 < float(np.median(celsius)) < 400)
 
 
-def like_shares(celsius: np.ndarray) -> bool:
+def like_shares(celsius: Float[np.ndarray, "h w"]) -> bool:
   """Whether temperatures look as if they had been scaled to 0 to 1."""
   return bool(0 <= celsius.min() < celsius.max() <= 1)
 
