@@ -276,11 +276,21 @@ def test_a_kelvin_of_grey_is_what_the_transform_makes_of_it():
 
 
 def test_views_of_heat_stay_what_the_transform_reads():
-  for celsius in ([[190.0, 395.0]], [[-89.0, -80.0]], [[1000.0, 1999.5]]):
+  for celsius in ([[190.0, 190.0, 395.0]], [[-89.0, -80.0]], [[1000.0, 1999.5]]):
     value = np.repeat(np.repeat(np.array(celsius, np.float32), 8, axis=0), 8, axis=1)
     for rng in [most(), *map(seeded, SEEDS)]:
       view = Thermal(gain=(0.5, 2.0), offset=50.0, area=(0.1, 0.9))(value, rng)
       np.testing.assert_array_equal(transforms.of("thermal").read(view), view)
+
+
+def test_a_part_of_a_frosty_scene_that_looks_scaled_to_1_is_the_whole_scene():
+  value = np.repeat([[0.2, 0.9, 0.5, 9.0]], 8, axis=0).repeat(8, axis=1).astype(np.float32)
+  view = Thermal(area=(0.05, 0.1), gain=(1.0, 1.0), offset=0.0)
+  seen = [view(value, seeded(seed)) for seed in range(20)]
+  for one in seen:
+    np.testing.assert_array_equal(transforms.of("thermal").read(one), one)
+  whole = [one for one in seen if one.shape == value.shape]
+  assert 0 < len(whole) < 20 and all(set(np.unique(one)) == set(np.unique(value)) for one in whole)
 
 
 # --- brain waves

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from codebind_jax.data.augment import Checked, image, revision
-from codebind_jax.data.transforms.thermal import COLDEST, HOTTEST, RANGE
+from codebind_jax.data.transforms.thermal import COLDEST, HOTTEST, RANGE, like_kelvin, like_shares
 
 _GREY = 255.0 / (RANGE[1] - RANGE[0])  # steps of grey a kelvin, as the transform reads and writes grey
 
@@ -49,9 +49,6 @@ class Thermal(Checked):
       changed = (seen - mean) * gain + mean + offset * (_GREY if grey else 1.0)
       seen = np.round(np.clip(changed, 0, 255)) if grey else np.clip(changed, COLDEST, HOTTEST)
     seen = seen.astype(value.dtype, copy=False)
-    # What looks like kelvin is refused where it is read again, so no view may be the first to look so.
-    return seen if grey or not _like_kelvin(seen) else image.cut(value, (0, 0, *value.shape[:2]), flip)
-
-
-def _like_kelvin(celsius: np.ndarray) -> bool:
-  return bool(celsius.min() > 200 and celsius.max() < 400)
+    # What looks like another unit is refused where it is read again, so no view may be the first to look so.
+    odd = not grey and (like_kelvin(seen) or like_shares(seen))
+    return image.cut(value, (0, 0, *value.shape[:2]), flip) if odd else seen

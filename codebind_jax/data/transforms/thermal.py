@@ -133,10 +133,10 @@ def _celsius(array: np.ndarray, name: str, scale: float, offset: float, span: tu
     raise ValueError(f"{name}: {count} of {celsius.size} values are not finite; every pixel needs a temperature")
   low, high = float(celsius.min()), float(celsius.max())
   floats = np.issubdtype(array.dtype, np.floating)
-  if floats and 0 <= low < high <= 1:
+  if floats and like_shares(celsius):
     raise ValueError(f"{name}: floats of {low:g} to {high:g} look scaled to 0 to 1, which says no temperature; allowed "
                      "are degrees C")  # fmt: skip
-  kelvin = floats and 200 < float(np.median(celsius)) < 400  # whatever one hot or dead spot says
+  kelvin = floats and like_kelvin(celsius)
   if kelvin or low < COLDEST or high > HOTTEST:
     hint = "these look like kelvin; subtract 273.15." if kelvin else "is the unit right?"
     raise ValueError(f"{name}: {low:g} to {high:g} degrees C: {hint} Allowed are {COLDEST:g} to {HOTTEST:g} degrees C; "
@@ -145,6 +145,16 @@ def _celsius(array: np.ndarray, name: str, scale: float, offset: float, span: tu
     remark("saturated thermal images", f"{name}: {full} of {array.size} values are {_FULL}, the largest of 16 bits; "
            f"they are taken as {high:g} degrees C, and may be hotter or no temperature")  # fmt: skip
   return celsius.astype(np.float32)
+
+
+def like_kelvin(celsius: Float[np.ndarray, "h w"]) -> bool:
+  """Whether temperatures look like those of a scene in kelvin, whatever one hot or dead spot says."""
+  return bool(200 < float(np.median(celsius)) < 400)
+
+
+def like_shares(celsius: Float[np.ndarray, "h w"]) -> bool:
+  """Whether temperatures look as if they had been scaled to 0 to 1."""
+  return bool(0 <= celsius.min() < celsius.max() <= 1)
 
 
 def to_picture(
