@@ -1,10 +1,20 @@
-"""Files near and far: paths, files and folders that are replaced whole, copies, locks between processes.
+"""Files near and far: paths, files and folders that are replaced whole, copies, checksums, locks between processes.
 
 Far are objects at `gs://` and `s3://`, see `files.far`; near, paths are `pathlib.Path`. On the lowest floor, since all
 rooms have files.
 """
 
 from codebind_jax.files.checks import check_space, probe
+from codebind_jax.files.checksums import (
+  array_checksum,
+  checksum,
+  file_checksum,
+  read_sealed,
+  sealed,
+  unsealed,
+  verify,
+  write_sealed,
+)
 from codebind_jax.files.copies import cache_folder, fetched
 from codebind_jax.files.far import Found, Path, Patience, close, found, is_far, open_far
 from codebind_jax.files.locks import lock
@@ -28,7 +38,8 @@ from codebind_jax.files.places import (
 )
 
 __all__ = [
-  "Found", "Patience", "Path", "cache_folder", "check_space", "children", "close", "contents", "download", "exists",
-  "fetched", "found", "is_far", "is_file", "is_folder", "lock", "make_folder", "open_far", "path", "probe",
-  "read_bytes", "read_text", "remove", "remove_folder", "replace_folder", "replacing", "upload", "write_whole",
+  "Found", "Patience", "Path", "array_checksum", "cache_folder", "check_space", "checksum", "children", "close",
+  "contents", "download", "exists", "fetched", "file_checksum", "found", "is_far", "is_file", "is_folder", "lock",
+  "make_folder", "open_far", "path", "probe", "read_bytes", "read_sealed", "read_text", "remove", "remove_folder",
+  "replace_folder", "replacing", "sealed", "unsealed", "upload", "verify", "write_sealed", "write_whole",
 ]  # fmt: skip
