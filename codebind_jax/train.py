@@ -31,7 +31,7 @@ from codebind_jax.report import summary
 from codebind_jax.report.page import write_report
 from codebind_jax.runtime import checkpoint, distributed, optim
 from codebind_jax.runtime import train_state as state_lib
-from codebind_jax.runtime.checkpoint import Checkpoints, Position
+from codebind_jax.runtime.checkpoint import Checkpoints, Position, SavedRun
 from codebind_jax.runtime.compile import Programs, compile_step
 from codebind_jax.runtime.guard import BadRecords, Preempted, Preemption, Watch
 from codebind_jax.runtime.metrics import FILE, MetricsWriter, Phases, Throughput, input_bound, read_metrics
@@ -228,8 +228,8 @@ def run_stages(
   stages = [stage.on({name: set(modalities) for name, modalities in feeds.items()}) for stage in config.ordered]
   batches = {s.name: (make_batches or batches_of)(config, s, feeds, evaluation.task) for s in stages}
   fingerprint = {name: of_stage.fingerprint for name, of_stage in batches.items()}
-  with contextlib.closing(Checkpoints(folder, keep=config.keep_checkpoints)) as store:
-    changed = schema.difference(store.fingerprint() or fingerprint, fingerprint)
+  with contextlib.closing(SavedRun(folder)) as earlier_run:
+    changed = schema.difference(earlier_run.fingerprint() or fingerprint, fingerprint)
   if changed:
     raise ValueError(f"the run in {str(folder)!r} was trained on other data (stage.source.what: then -> now): "
                      f"{'; '.join(changed)}; go on with the data it began with, or use another workdir (with "
