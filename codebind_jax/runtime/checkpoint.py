@@ -153,7 +153,18 @@ class Checkpoints(SavedRun):
   """
 
   def save(self, position: Position, state: Any, fingerprint: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Starts to write a checkpoint; `fingerprint` is the data's, the position says which batch of it comes next."""
+    """Starts to write a checkpoint.
+
+    Args:
+      position: says which batch comes next.
+      state: after its step.
+      fingerprint: of the data.
+      config: of the run.
+
+    Raises:
+      RuntimeError: if another process has taken over the run's folder; for what went wrong with the save before.
+    """
+    files.check_held(self.path)
     meta = {"position": dataclasses.asdict(position), "config": dict(config), "fingerprint": dict(fingerprint),
             "written_by": dict(this_version())}  # fmt: skip
     done = lambda: note_version(self.path.parent, position.step)
