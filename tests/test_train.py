@@ -87,7 +87,7 @@ def test_a_second_training_in_a_folder_is_refused_and_a_load_disturbs_nothing(da
   wait_for(process, lambda: (folder / "checkpoints" / "2").is_dir())
   codebind_jax.load(folder)
   process.send_signal(signal.SIGSTOP)  # so that it is there for sure
-  with pytest.raises(ValueError, match=f"{folder}: process {process.pid} on .* trains here since .*; allowed: one at a"):
+  with pytest.raises(ValueError, match=f"{folder}: process {process.pid} on .* trains here since .*; allowed: one"):
     train_and_evaluate(tiny_config(*data), folder)
   process.send_signal(signal.SIGCONT)
   codebind_jax.load(folder)

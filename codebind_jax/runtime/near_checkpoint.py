@@ -65,7 +65,11 @@ class NearCheckpoints:
     return same_on_all(self.steps())
 
   def clean(self) -> None:
-    """Removes what a killed run has left: half a checkpoint, or one that was being deleted. No save is on its way."""
+    """Makes the folder, and removes what a killed run has left: half a checkpoint, or one that was being deleted.
+
+    No save is on its way.
+    """
+    files.make_folder(self.path)
     if jax.process_index() == 0:
       for name in self._names():
         if _UNFINISHED in name or re.fullmatch(r"\.\d+\.[0-9a-f]{8}\.old", name):
@@ -76,7 +80,6 @@ class NearCheckpoints:
     self.wait()
     self.clean()
     if self._writer is None:
-      files.make_folder(self.path)
       self._plain = self._stack.enter_context(_plain(self.path))
       handlers = {_STATE: ocp.PyTreeCheckpointHandler(use_compression=False), _META: ocp.JsonCheckpointHandler()}
       options = ocp.options.AsyncOptions(post_finalization_callback=self._add_checksums)
