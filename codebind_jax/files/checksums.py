@@ -1,8 +1,8 @@
 """Checksums of what is kept, so that what is read is what was written.
 
-CRC-32, as PNG, zip and Parquet have it: zlib takes some GB a second. Any flipped bit and any damage within four bytes is
-noticed, of cuts and other damage all but one in 4e9. It is against accidents of disks and copies, not against people who
-mean to deceive: they would write a checksum of their own.
+CRC-32, as PNG, zip and Parquet have it: zlib takes some GB a second. Any flipped bit and any damage within four bytes
+is noticed, of cuts and other damage all but one in 4e9. It is against accidents of disks and copies, not against people
+who mean to deceive: they would write a checksum of their own.
 """
 
 from __future__ import annotations
