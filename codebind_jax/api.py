@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -9,7 +10,7 @@ import numbers
 import os
 import pathlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -447,14 +448,21 @@ def config_of(source: str | files.Path) -> Config:
 
 def _meta_of(folder: files.Path) -> tuple[Config, Mapping[str, Any]]:
   """(config, position) of a run's newest checkpoint."""
-  store = checkpoint.Checkpoints(folder)
-  try:
-    meta = store.read_meta()
-  except FileNotFoundError as error:
-    raise ValueError(f"{folder}: a run without a checkpoint, its training has made no step yet") from error
-  finally:
-    store.close()
+  meta = _read(folder, checkpoint.SavedRun.read_meta)
   return config_lib.read(meta["config"]), meta["position"]
+
+
+def _read(folder: files.Path, read: Callable[[checkpoint.SavedRun], Any]) -> Any:
+  """What `read` gives of a run's checkpoints.
+
+  Raises:
+    ValueError: if there is none.
+  """
+  try:
+    with contextlib.closing(checkpoint.SavedRun(folder)) as run:
+      return read(run)
+  except FileNotFoundError as error:
+    raise ValueError(f"{folder}: a run without a checkpoint, its training has saved no step ({error})") from error
 
 
 def _chosen(wanted: Sequence[str] | None, there: Sequence[str], where: files.Path) -> tuple[str, ...]:
@@ -466,13 +474,8 @@ def _chosen(wanted: Sequence[str] | None, there: Sequence[str], where: files.Pat
 
 
 def _of_run(folder: files.Path, modalities: Sequence[str] | None) -> Model:
-  store = checkpoint.Checkpoints(folder)
-  try:
-    meta, arrays = store.read_meta(), store.read_arrays()
-    config, position = meta["config"], meta["position"]
-  finally:
-    store.close()
-  config = config_lib.read(config)
+  meta, arrays = _read(folder, checkpoint.SavedRun.read)
+  config, position = config_lib.read(meta["config"]), meta["position"]
   codebooks = config_lib.method_of(config).restore(arrays["codebooks"])
   return Model(config, arrays["params"], codebooks, modalities=_chosen(modalities, position["trained"], folder))
 

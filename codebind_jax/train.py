@@ -31,7 +31,7 @@ from codebind_jax.report import summary
 from codebind_jax.report.page import write_report
 from codebind_jax.runtime import checkpoint, distributed, optim
 from codebind_jax.runtime import train_state as state_lib
-from codebind_jax.runtime.checkpoint import Checkpoints, Position
+from codebind_jax.runtime.checkpoint import Checkpoints, Position, SavedRun
 from codebind_jax.runtime.compile import Programs, compile_step
 from codebind_jax.runtime.guard import BadRecords, Preempted, Preemption, Watch
 from codebind_jax.runtime.metrics import FILE, MetricsWriter, Phases, Throughput, input_bound, read_metrics
@@ -69,13 +69,10 @@ def open_run(config: Config, workdir: str | files.Path, *, strict: bool = False)
     strict: refuses every difference, also before the first step.
 
   Raises:
-    ValueError: if the folder holds a run of another config, naming every key that differs; for an address that is
-      none, or a far disk that cannot be used.
+    ValueError: if the folder holds a run of another config, naming every key that differs; as `run_folder`.
     OSError: if it cannot be written.
   """
-  folder = files.path(workdir)
-  files.probe(folder, write=True)
-  files.make_folder(folder)
+  folder = run_folder(workdir)
   path, plain, earlier = folder / "config.json", schema.to_plain(config), None
   if files.is_file(path) and (strict or steps_made(folder)):
     try:
@@ -93,6 +90,27 @@ def open_run(config: Config, workdir: str | files.Path, *, strict: bool = False)
                    folder, _steps(plain), _steps(earlier))  # fmt: skip
   if jax.process_index() == 0 and plain != earlier:
     files.write_whole(path, json.dumps(plain, indent=1, sort_keys=True) + "\n")
+  return folder
+
+
+def run_folder(workdir: str | files.Path) -> files.Path:
+  """A run's folder, which is made where it is not there.
+
+  Raises:
+    ValueError: for a name that logs and reports cannot hold, an address that is none, or a far disk that cannot be
+      used.
+    OSError: if it cannot be made.
+  """
+  folder = files.path(workdir)
+  try:
+    wrong = [one for one in str(folder) if ord(one) < 32 or ord(one) == 127]
+    str(folder).encode()
+  except UnicodeEncodeError as error:
+    wrong = [str(folder)[error.start]]
+  if wrong:
+    raise ValueError(f"workdir {str(folder)!r} has {wrong[0]!r} in its name; allowed: UTF-8 without control characters")
+  files.probe(folder, write=True)
+  files.make_folder(folder)
   return folder
 
 
@@ -138,12 +156,20 @@ def train_and_evaluate(config: Any, workdir: str | files.Path) -> dict[str, floa
     The final metrics by name; the baseline's under `baseline/...`.
 
   Raises:
-    ValueError: for a bad config or a workdir of another run, before any work.
+    ValueError: for a bad config, a workdir of another run, or one that another process trains in, before any work.
   """
+  if not bind.is_open(config):
+    config = config_lib.validate(config)
+  first = jax.process_index() == 0  # the others wait for it before they write
+  with files.held(run_folder(workdir), "trains") if first else contextlib.nullcontext():
+    return _train_and_evaluate(config, workdir)
+
+
+def _train_and_evaluate(config: Any, workdir: str | files.Path) -> dict[str, float]:
+  """That of a valid or open config, in a folder that this process holds."""
   phases = Phases()
   chosen_by_data = bind.is_open(config)
   if not chosen_by_data:
-    config = config_lib.validate(config)
     folder = open_run(config, workdir)
 
   banner("data")
@@ -228,8 +254,8 @@ def run_stages(
   stages = [stage.on({name: set(modalities) for name, modalities in feeds.items()}) for stage in config.ordered]
   batches = {s.name: (make_batches or batches_of)(config, s, feeds, evaluation.task) for s in stages}
   fingerprint = {name: of_stage.fingerprint for name, of_stage in batches.items()}
-  with contextlib.closing(Checkpoints(folder, keep=config.keep_checkpoints)) as store:
-    changed = schema.difference(store.fingerprint() or fingerprint, fingerprint)
+  with contextlib.closing(SavedRun(folder)) as earlier_run:
+    changed = schema.difference(earlier_run.fingerprint() or fingerprint, fingerprint)
   if changed:
     raise ValueError(f"the run in {str(folder)!r} was trained on other data (stage.source.what: then -> now): "
                      f"{'; '.join(changed)}; go on with the data it began with, or use another workdir (with "

@@ -82,6 +82,29 @@ def test_killed_run_with_workers_resumes_bit_for_bit(data, whole_run, tmp_path):
   assert_same_run(whole_run[0], tmp_path / "killed")
 
 
+def test_a_second_training_in_a_folder_is_refused_and_a_load_disturbs_nothing(data, whole_run, tmp_path):
+  process, folder = start(data, tmp_path / "run"), tmp_path / "run"
+  wait_for(process, lambda: (folder / "checkpoints" / "2").is_dir())
+  codebind_jax.load(folder)
+  process.send_signal(signal.SIGSTOP)  # so that it is there for sure
+  with pytest.raises(ValueError, match=f"{folder}: process {process.pid} on .* trains here since .*; allowed: one"):
+    train_and_evaluate(tiny_config(*data), folder)
+  process.send_signal(signal.SIGCONT)
+  codebind_jax.load(folder)
+  finish(process)
+  assert_same_run(whole_run[0], folder)
+  assert not list(folder.glob(".writer*"))
+
+
+def test_a_finished_run_does_not_begin_again_without_its_checkpoints(data, whole_run, tmp_path):
+  folder = shutil.copytree(whole_run[0], tmp_path / "run")
+  shutil.rmtree(folder / "checkpoints")
+  lines = (folder / "metrics.jsonl").read_bytes()
+  with pytest.raises(RuntimeError, match="has no checkpoint, but .* is of a run that had one at step 2; put back"):
+    train_and_evaluate(tiny_config(*data), folder)
+  assert (folder / "metrics.jsonl").read_bytes() == lines
+
+
 def lines_of_partial(workdir):
   return (workdir / "metrics.jsonl").read_bytes().split(b"\n")[:-1]
 

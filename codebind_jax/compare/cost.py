@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from codebind_jax.data.task import Task
 from codebind_jax.methods.base import EXTRA, make_init
 from codebind_jax.runtime import optim
 from codebind_jax.runtime import train_state as state_lib
-from codebind_jax.runtime.checkpoint import Checkpoints
+from codebind_jax.runtime.checkpoint import SavedRun
 from codebind_jax.runtime.compile import compile_step
 from codebind_jax.runtime.metrics import read_metrics
 from codebind_jax.runtime.sharding import make_layout
@@ -43,11 +44,8 @@ def cost(workdir: files.Path, model: Model) -> dict[str, float]:
   speeds = [line["examples_per_second"] for line in lines if "examples_per_second" in line]
   memory = [line["compiled_megabytes"] for line in lines if "compiled_megabytes" in line]
   size = lambda tree: int(sum(np.size(x) for x in jax.tree.leaves(tree)))
-  store = Checkpoints(workdir)
-  try:
-    aux = store.read_arrays(("aux",))["aux"]
-  finally:
-    store.close()
+  with contextlib.closing(SavedRun(workdir)) as run:
+    aux = run.read_arrays(("aux",))["aux"]
   return {
     "examples_per_second": float(np.median(speeds)) if speeds else float("nan"),
     "compiled_megabytes": memory[-1] if memory else float("nan"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -19,7 +20,7 @@ from codebind_jax.evaluate import FINAL, Evaluation
 from codebind_jax.evaluators.crossmodal import code_sharing, fit_head, recall_at_one, sharing_sets, transfer
 from codebind_jax.methods import toc
 from codebind_jax.methods.base import EXTRA
-from codebind_jax.runtime.checkpoint import Checkpoints
+from codebind_jax.runtime.checkpoint import SavedRun
 from codebind_jax.runtime.metrics import FILE, read_metrics
 from codebind_jax.trunks.feeds import Feeder
 
@@ -233,11 +234,8 @@ class CrossModal:
 
     Rows are ordered by their first field's value and sum to 1.
     """
-    store = Checkpoints(folder)
-    try:
-      teacher = store.read_arrays(("aux",))["aux"]["teacher"]
-    finally:
-      store.close()
+    with contextlib.closing(SavedRun(folder)) as run:
+      teacher = run.read_arrays(("aux",))["aux"]["teacher"]
     guide = Model(model.config, teacher | {EXTRA: model.params[EXTRA]}, {}, self.trunks, modalities=model.modalities)
     pair = model.config.ordered[0].pairs[0]
     one = self.transfers[0]

@@ -3,8 +3,8 @@
 The rate of every method is chosen on the validation set with seed 0; runs with the other seeds are then trained with
 it, and read the test set once. Finished runs are not repeated, so that a stopped comparison can be continued. Several
 processes or machines can share one: each names its variants in `config.compare.only`, and a last call without it
-collects the runs' metrics.jsonl, and run.json of those that read the test set, without needing their checkpoints. Only
-one process at a time may run a variant.
+collects the runs' metrics.jsonl, and run.json of those that read the test set, without needing their checkpoints. A
+variant's run that another process is at is refused.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from codebind_jax.data.task import EvalSet, Task, open_task
 from codebind_jax.methods.base import unheeded
 from codebind_jax.runtime.compile import Programs
 from codebind_jax.stages import Stage
-from codebind_jax.train import batches_of, open_run, run_stages
+from codebind_jax.train import batches_of, open_run, run_folder, run_stages
 from codebind_jax.trunks.feeds import Feeder
 
 RESULT = "run.json"  # results of a run on the test set, in its folder
@@ -118,8 +118,15 @@ def compare(config: Any, workdir: str | files.Path) -> dict[str, Any]:
 
   def train(name: str, rate: float, seed: int, test: bool, programs: Programs) -> dict[str, Any]:
     bar.set_description(f"{name} {rate:g} seed {seed}")
+    inner = run_folder(folder / name / (f"rate{rate:g}" if not test else f"seed{seed}"))
+    with files.held(inner, "trains"):
+      return train_in(inner, name, rate, seed, test, programs)
+
+  def train_in(
+    inner: files.Path, name: str, rate: float, seed: int, test: bool, programs: Programs
+  ) -> dict[str, Any]:
     run = run_config(config, settings.variants[name], rate, seed, test)
-    inner = open_run(run, folder / name / (f"rate{rate:g}" if not test else f"seed{seed}"))
+    open_run(run, inner)
     if test and files.is_file(inner / RESULT):
       bar.update()
       return files.read_sealed(inner / RESULT)

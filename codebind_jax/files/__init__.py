@@ -19,7 +19,7 @@ from codebind_jax.files.checksums import (
 )
 from codebind_jax.files.copies import cache_folder, fetched
 from codebind_jax.files.far import Found, Path, Patience, close, found, is_far, open_far
-from codebind_jax.files.locks import lock
+from codebind_jax.files.locks import check_held, held, lock
 from codebind_jax.files.places import (
   children,
   contents,
@@ -40,9 +40,9 @@ from codebind_jax.files.places import (
 )
 
 __all__ = [
-  "SEAL", "Checksums", "Found", "Patience", "Path", "array_checksum", "cache_folder", "check_space", "checksum",
-  "children", "close", "contents", "download", "exists", "fetched", "file_checksum", "found", "is_far", "is_file",
-  "is_folder", "lock", "make_folder", "open_far", "path", "probe", "read_bytes", "read_sealed", "read_text", "remove",
-  "remove_folder", "replace_folder", "replacing", "sealed", "unsealed", "upload", "verify", "write_sealed",
-  "write_whole",
+  "Checksums", "Found", "Path", "Patience", "SEAL", "array_checksum", "cache_folder", "check_held", "check_space",
+  "checksum", "children", "close", "contents", "download", "exists", "fetched", "file_checksum", "found", "held",
+  "is_far", "is_file", "is_folder", "lock", "make_folder", "open_far", "path", "probe", "read_bytes", "read_sealed",
+  "read_text", "remove", "remove_folder", "replace_folder", "replacing", "sealed", "unsealed", "upload", "verify",
+  "write_sealed", "write_whole",
 ]  # fmt: skip

@@ -11,12 +11,14 @@ import contextlib
 import dataclasses
 import functools
 import io
+import json
 import os
 import pathlib
 import random
 import re
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -192,10 +194,7 @@ def judged(error: Exception) -> tuple[type[OSError], str, bool]:
   """The kind of an error, its reason in one line, and whether it may pass."""
   names = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
   reason = (str(error).strip().splitlines() or [""])[0][:300] or type(error).__name__
-  response = getattr(error.__cause__ or error, "response", None)
-  code = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, Mapping) else None
-  code = code or getattr(error, "code", None)
-  status = int(code) if str(code).isdigit() else 0
+  status = _status(error)
   if isinstance(error, FileNotFoundError) or status == 404:
     return FileNotFoundError, f"there is no such bucket or object ({reason})", False
   refused = names & {"botocore.NoCredentialsError", "botocore.PartialCredentialsError", "google.GoogleAuthError"}
@@ -207,6 +206,14 @@ def judged(error: Exception) -> tuple[type[OSError], str, bool]:
           "requests.Timeout", "botocore.ResponseStreamingError", "gcsfs.ChecksumError"}  # fmt: skip
   may_pass = isinstance(error, ConnectionError) or bool(names & lost) or status in (408, 429) or status >= 500
   return OSError, reason, may_pass
+
+
+def _status(error: BaseException) -> int:
+  """The HTTP status that an error of a client is about; 0 if of none."""
+  response = getattr(error.__cause__ or error, "response", None)
+  code = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, Mapping) else None
+  code = code or getattr(error, "code", None)
+  return int(code) if str(code).isdigit() else 0
 
 
 def pages(place: Path, whole: bool, limit: int = 1000) -> Iterator[tuple[dict[str, Found], list[str]]]:
@@ -293,3 +300,42 @@ class _Ranges(io.RawIOBase):
 def copy(source: Path, target: Path, size: int) -> None:
   """Copies an object within a far disk."""
   ask(target, "written", lambda system: system._cp_file(os.fspath(source), os.fspath(target)), size)
+
+
+def put_if(place: Path, data: bytes, tag: str | None) -> bool:
+  """Writes an object if the one that is there has that tag, or for None if there is none; whether it did.
+
+  Servers that know no conditions write it anyway.
+
+  Args:
+    place: of the object.
+    data: its bytes.
+    tag: as `found` gives it.
+  """
+  scheme, bucket, name = split(place)
+  if scheme == "gs":
+    condition = {"ifGenerationMatch": "0" if tag is None else tag}
+    head = "--==0==\nContent-Type: application/json; charset=UTF-8\n\n" + json.dumps({"name": name})
+    body = f"{head}\n--==0==\nContent-Type: application/octet-stream\n\n".encode() + data + b"\n--==0==--"
+    do = lambda system: system._call(
+      "POST", f"{system._location}/upload/storage/v1/b/{urllib.parse.quote(bucket)}/o", uploadType="multipart",
+      headers={"Content-Type": 'multipart/related; boundary="==0=="'}, data=body, json_out=True, **condition)
+  else:
+    condition = {"IfNoneMatch": "*"} if tag is None else {"IfMatch": tag}
+    do = lambda system: system._call_s3("put_object", Bucket=bucket, Key=name, Body=data, **condition)
+  try:
+    ask(place, "written", do, len(data))
+    return True
+  except FileNotFoundError:
+    if tag is None:  # no such bucket
+      raise
+    return False
+  except OSError as error:
+    code = _status(error.__cause__) if error.__cause__ else 0
+    if code in (409, 412):  # S3 answers two at once with the first
+      return False
+    if code != 501:
+      raise
+    do = lambda system: system._pipe_file(os.fspath(place), data)
+    ask(place, "written", do, len(data))
+    return True

@@ -1,10 +1,10 @@
 """Checkpoints at gs:// and s3://: parts that processes upload by themselves, whole once `commit.json` is there.
 
 `STEP/part-K-of-N-HEX.bin` has the bytes of the shards that process K holds (of each array's first replica), the
-`.json` beside it where each of them belongs in which array, and a CRC-32. Process 0 writes `commit.json` (position,
-config, fingerprint, names and sizes of the parts) after all parts are there: without it a checkpoint is not one. HEX is
-of one start of a run, so that parts of a killed one are not taken for these. Orbax writes to no s3://, and needs a disk
-that the processes share.
+`.json` beside it where each of them belongs in which array, a CRC-32 of each and one of itself. Process 0 writes
+`commit.json` (position, config, fingerprint, names and sizes of the parts, and a checksum) after all parts are there:
+without it a checkpoint is not one. HEX is of one start of a run, so that parts of a killed one are not taken for these.
+Orbax writes to no s3://, and needs a disk that the processes share.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from codebind_jax import files
+from codebind_jax.runtime.checkpoint_files import Damaged, same_on_all
 
 COMMIT, DAMAGED = "commit.json", "damaged.json"
 FORMAT = 1
@@ -37,25 +38,46 @@ class FarCheckpoints:
 
   def __init__(self, path: files.Path, *, keep: int):
     self.path, self._keep = path, keep
-    mark = np.frombuffer(uuid.uuid4().bytes[:4], np.uint8)
-    self._mark = bytes(multihost_utils.broadcast_one_to_all(mark) if jax.process_count() > 1 else mark).hex()
+    self._mark = ""
     self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
     self._running: concurrent.futures.Future | None = None
 
   def steps(self) -> list[int]:
     """Steps that have a checkpoint, newest first."""
-    self.wait()
-    return sorted((at for at in (_of_step(name, COMMIT) for name in files.contents(self.path)) if at is not None),
+    return self._with(COMMIT)
+
+  def _with(self, file: str) -> list[int]:
+    return sorted((at for at in (_of_step(name, file) for name in files.contents(self.path)) if at is not None),
                   reverse=True)  # fmt: skip
 
-  def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
-    """Copies this process's shards to the host's memory, and starts to write and to upload them."""
+  def damaged(self) -> list[str]:
+    """Names of what was set aside."""
+    return [f"{step}/{DAMAGED}" for step in self._with(DAMAGED) if step not in self._with(COMMIT)]
+
+  def agreed_steps(self) -> list[int]:
+    """Those that process 0 sees."""
     self.wait()
+    return same_on_all(self.steps())
+
+  def clean(self) -> None:
+    """Nothing: what a killed run has left of a checkpoint goes with the next one."""
+
+  def save(self, step: int, state: Any, meta: Mapping[str, Any], done: Any) -> None:
+    """Copies this process's shards to the host's memory, and starts to write and to upload them.
+
+    Once all is there, process 0 calls `done`.
+    """
+    self.wait()
+    if not self._mark:
+      mark = np.frombuffer(uuid.uuid4().bytes[:4], np.uint8)
+      self._mark = bytes(multihost_utils.broadcast_one_to_all(mark) if jax.process_count() > 1 else mark).hex()
     shards, empty = _copied(state)
     commit = {"format": FORMAT, "meta": dict(meta), "empty": empty}
-    self._running = self._pool.submit(self._upload, step, shards, commit)
+    self._running = self._pool.submit(self._upload, step, shards, commit, done)
 
-  def _upload(self, step: int, shards: list[tuple[dict[str, Any], np.ndarray]], commit: dict[str, Any]) -> None:
+  def _upload(
+    self, step: int, shards: list[tuple[dict[str, Any], np.ndarray]], commit: dict[str, Any], done: Any
+  ) -> None:
     folder, count = self.path / str(step), jax.process_count()
     names = [f"part-{k:05d}-of-{count:05d}-{self._mark}" for k in range(count)]
     own = names[jax.process_index()]
@@ -76,7 +98,8 @@ class FarCheckpoints:
     else:
       raise TimeoutError(f"{folder}: {', '.join(lacking[:4])} of other processes did not come in {_PATIENCE} s")
     commit |= {"parts": {name: there[f"{name}.bin"].size for name in names}}
-    files.write_whole(folder / COMMIT, json.dumps(commit) + "\n")
+    files.write_sealed(folder / COMMIT, commit)
+    done()
     self._clear(step, {f"{name}.{end}" for name in names for end in ("bin", "json")})
 
   def _clear(self, step: int, own: set[str]) -> None:
@@ -91,10 +114,31 @@ class FarCheckpoints:
       files.remove_folder(self.path / str(old), first=COMMIT)
 
   def _commit(self, step: int) -> dict[str, Any]:
-    commit = json.loads(files.read_text(self.path / str(step) / COMMIT))
+    commit = self._sealed(step, COMMIT)
     if commit["format"] != FORMAT:
-      raise ValueError(f"format {commit['format']}; allowed: {FORMAT}")
+      raise ValueError(f"{self.path / str(step)} has format {commit['format']}; allowed: {FORMAT}")
     return commit
+
+  def _sealed(self, step: int, name: str) -> dict[str, Any]:
+    """A JSON object whose checksum was verified."""
+    path = self.path / str(step) / name
+    try:
+      return files.read_sealed(path)
+    except FileNotFoundError as error:
+      raise Damaged(f"{name} is missing") from error
+    except ValueError as error:
+      raise Damaged(str(error).replace(f"{path.parent}/", "")) from error
+
+  def verify(self, step: int) -> None:
+    """Raises `Damaged` unless all objects are as they were written."""
+    entries = [shard for shards in self._entries(step).values() for shard in shards]
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+      for _ in pool.map(lambda shard: self._read(step, shard) is None, entries):
+        pass
+
+  def verify_part(self, step: int) -> None:
+    """What each process opens first is verified as it is read, and its shards as these are."""
+    self._commit(step)
 
   def meta(self, step: int) -> dict[str, Any]:
     """What was saved with the arrays."""
@@ -104,10 +148,10 @@ class FarCheckpoints:
     """Path of an array -> the saved shards of it."""
     commit, entries = self._commit(step), {}
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-      read = lambda name: json.loads(files.read_text(self.path / str(step) / f"{name}.json"))
+      read = lambda name: self._sealed(step, f"{name}.json")
       for name, part in zip(commit["parts"], pool.map(read, commit["parts"])):
         if part["bytes"] != commit["parts"][name]:
-          raise ValueError(f"{name}.bin has {commit['parts'][name]} bytes of {part['bytes']}")
+          raise Damaged(f"{name}.bin has {commit['parts'][name]} bytes of {part['bytes']}")
         for entry in part["shards"]:
           entries.setdefault(entry["path"], []).append(entry | {"part": name})
     return entries
@@ -153,16 +197,19 @@ class FarCheckpoints:
           out[here] = future.result()[there]
           filled += int(np.prod([high - low for low, high in both], dtype=np.int64))
       if filled != out.size:
-        raise ValueError(f"{shards[0]['path']}: {filled} of {out.size} values are in the parts")
+        raise Damaged(f"{shards[0]['path']}: {filled} of {out.size} values are in the parts")
       return out
 
     return values
 
   def _read(self, step: int, shard: Mapping[str, Any]) -> np.ndarray:
     start, size = shard["at"], shard["bytes"]
-    data = files.read_bytes(self.path / str(step) / f"{shard['part']}.bin", start, start + size)
+    try:
+      data = files.read_bytes(self.path / str(step) / f"{shard['part']}.bin", start, start + size)
+    except FileNotFoundError as error:
+      raise Damaged(f"{shard['part']}.bin is missing") from error
     if len(data) != size or zlib.crc32(data) != shard["crc32"]:
-      raise ValueError(f"{shard['path']}: damaged in {shard['part']}.bin")
+      raise Damaged(f"{shard['path']}: damaged in {shard['part']}.bin")
     shape = [stop - start for start, stop in zip(shard["start"], shard["stop"])]
     return np.frombuffer(data, np.dtype(shard["dtype"])).reshape(shape)
 
@@ -256,7 +303,7 @@ def _write_part(shards: Sequence[tuple[dict[str, Any], np.ndarray]], path: pathl
       file.write(data)
       index.append(entry | {"at": at, "bytes": len(data), "crc32": zlib.crc32(data)})
       at += len(data)
-  path.with_suffix(".json").write_text(json.dumps({"bytes": at, "shards": index}))
+  path.with_suffix(".json").write_text(json.dumps(files.sealed({"bytes": at, "shards": index})))
 
 
 def _whole(shape: Sequence[int]) -> list[tuple[int, int]]:
