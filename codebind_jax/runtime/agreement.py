@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import pathlib
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,6 @@ import jax
 import numpy as np
 from jaxtyping import UInt64
 
-import codebind_jax
 from codebind_jax import files, schema
 from codebind_jax.runtime import distributed
 
@@ -51,7 +51,7 @@ def check_command(config: Any, workdir: str | files.Path | None) -> None:
 def environment() -> dict[str, str]:
   """Versions, JAX's settings and this process's devices."""
   versions = {f"version of {name}": importlib.metadata.version(name) for name in LIBRARIES}
-  own = {"codebind_jax": codebind_jax.__version__, "Python": platform.python_version()}
+  own = {"codebind_jax": sys.modules["codebind_jax"].__version__, "Python": platform.python_version()}
   versions |= {f"version of {name}": version for name, version in own.items()}
   devices = jax.local_devices()
   return versions | {name: repr(getattr(jax.config, name, None)) for name in SETTINGS} | {
@@ -61,7 +61,7 @@ def environment() -> dict[str, str]:
 
 def package_files() -> dict[str, str]:
   """Path -> hash of every file of this package."""
-  root = pathlib.Path(codebind_jax.__file__).parent
+  root = pathlib.Path(__file__).parents[1]
   found = sorted(p for p in root.rglob("*") if p.is_file() and "__pycache__" not in p.parts and p.suffix != ".so")
   return {f"{p.relative_to(root.parent)}": hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in found}
 
