@@ -39,13 +39,14 @@ PHASES = {
 }  # fmt: skip
 RUN = """
 import runpy, sys
-sys.stderr.write("begun\\n")
+hook = lambda event, found: event == "import" and found[0] == "absl" and sys.stderr.write("begun\\n")
+sys.addaudithook(hook)
 runpy.run_module("codebind_jax.main", run_name="__main__", alter_sys=True)
 """
 
 
 def command(data, workdir):
-  """The tiny run as a command that says when Python has begun."""
+  """The tiny run as a command that says when its imports begin."""
   overrides = [f"--config.{key}={value}" for key, value in OVERRIDES.items()]
   return [sys.executable, "-c", RUN, f"--config=tests/tiny.py:{data[0]},{data[1]}", f"--workdir={workdir}",
           f"--stopped_exit_code={STOPPED}", *overrides]  # fmt: skip
@@ -83,3 +84,33 @@ def test_told_in_any_phase_a_run_ends_with_one_line_and_goes_on(data, never_stop
   train_and_evaluate(tiny_config(*data, **OVERRIDES), workdir)
   for part in (".", "baseline"):
     assert_same_run(workdir / part, never_stopped / part)
+
+
+ASLEEP = """
+import sys, threading, time
+from codebind_jax.runtime import signals
+signals.GRACE = 0.5
+def run():
+  sys.stderr.write("asleep\\n")
+  {}
+signals.command(run)
+"""
+
+
+@pytest.mark.parametrize(
+  ("numbers", "body", "code", "line"),
+  [
+    ((signal.SIGTERM,), "time.sleep(100)", 143, "stopped by SIGTERM; the same command goes on"),
+    ((signal.SIGINT,), "time.sleep(100)", 130, "stopped by Ctrl-C; the same command goes on"),
+    # As in a compiler: Python's handler has no turn in the main thread.
+    ((signal.SIGTERM,), "import ctypes; pause = ctypes.CDLL(None).sleep; [pause(100) for _ in iter(int, 1)]", 143,
+     "stopped by SIGTERM; the same command goes on"),
+    ((signal.SIGTERM,), "\\n  with signals.saving():\\n    while not signals.reached(): time.sleep(0.01)\\n"
+     "    time.sleep(1); sys.stderr.write('saved\\\\n')", 143, "saved\nstopped by SIGTERM; the same command goes on"),
+  ],
+  ids=["term", "interrupt", "compiled", "saving"],
+)
+def test_a_command_ends_at_once_where_nothing_is_to_be_saved(tmp_path, numbers, body, code, line):
+  log = tmp_path / "log"
+  arguments = [sys.executable, "-c", ASLEEP.format(body)]
+  assert told(arguments, log, lambda: said("asleep")(log, None), *numbers) == (code, f"asleep\n{line}\n")

@@ -61,12 +61,14 @@ def meet(coordinator: str, count: int, number: int, seconds: float) -> None:
 def _gather(host: str, port: int, count: int, deadline: float, seconds: float) -> None:
   """What process 0 does."""
   there: dict[int, tuple[socket.socket, dict[str, Any]]] = {}
+  peers: list[socket.socket] = []
   with contextlib.ExitStack() as opened, _listener(port) as listener:
     while len(there) < count - 1:
       listener.settimeout(min(max(deadline - time.monotonic(), 0.01), _TRY))
       fault = ""
       try:
         peer = opened.enter_context(listener.accept()[0])
+        peers.append(peer)
       except TimeoutError:
         peer = None
       hello = _received(peer, 5.0) if peer else None
@@ -83,8 +85,8 @@ def _gather(host: str, port: int, count: int, deadline: float, seconds: float) -
         fault = (f"{len(there) + 1} of --num_processes={count} processes have come to {host}:{port} in {seconds:g} s; "
                  f"--process_id missing: {missing}")  # fmt: skip
       if fault:
-        for sender, _ in [*there.values(), (peer, None)]:
-          _send(sender, {"fault": fault})
+        for one in peers:
+          _send(one, {"fault": fault})
         raise ValueError(fault)
     listener.close()  # the port is free before the others connect by JAX
     for sender, _ in there.values():
@@ -144,11 +146,10 @@ def _received(peer: socket.socket, seconds: float) -> dict[str, Any] | None:
   return message if isinstance(message, dict) else None
 
 
-def _send(peer: socket.socket | None, message: dict[str, Any]) -> None:
-  if peer:
-    with contextlib.suppress(OSError):  # one that has ended
-      peer.settimeout(5.0)
-      peer.sendall(json.dumps(message).encode() + b"\n")
+def _send(peer: socket.socket, message: dict[str, Any]) -> None:
+  with contextlib.suppress(OSError):  # one that has ended
+    peer.settimeout(5.0)
+    peer.sendall(json.dumps(message).encode() + b"\n")
 
 
 def _gone(peer: socket.socket) -> bool:
