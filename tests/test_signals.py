@@ -87,7 +87,7 @@ def test_told_in_any_phase_a_run_ends_with_one_line_and_goes_on(data, never_stop
 
 
 ASLEEP = """
-import sys, threading, time
+import os, sys, threading, time
 from codebind_jax.runtime import signals
 signals.GRACE = 0.5
 def run():
@@ -95,6 +95,10 @@ def run():
   {}
 signals.command(run)
 """
+SAVING = """
+  with signals.saving():
+    while not signals.reached(): time.sleep(0.01)
+    """
 
 
 @pytest.mark.parametrize(
@@ -105,10 +109,12 @@ signals.command(run)
     # As in a compiler: Python's handler has no turn in the main thread.
     ((signal.SIGTERM,), "import ctypes; pause = ctypes.CDLL(None).sleep; [pause(100) for _ in iter(int, 1)]", 143,
      "stopped by SIGTERM; the same command goes on"),
-    ((signal.SIGTERM,), "\\n  with signals.saving():\\n    while not signals.reached(): time.sleep(0.01)\\n"
-     "    time.sleep(1); sys.stderr.write('saved\\\\n')", 143, "saved\nstopped by SIGTERM; the same command goes on"),
+    ((signal.SIGTERM,), SAVING + "time.sleep(1); sys.stderr.write('saved\\n')", 143,
+     "saved\nstopped by SIGTERM; the same command goes on"),
+    ((signal.SIGINT,), SAVING + "signals.REPEATED.update({2: 0.0}); os.kill(os.getpid(), 2); time.sleep(100)", 130,
+     "stopped at once, told twice (by Ctrl-C); the same command goes on"),
   ],
-  ids=["term", "interrupt", "compiled", "saving"],
+  ids=["term", "interrupt", "compiled", "saving", "twice"],
 )
 def test_a_command_ends_at_once_where_nothing_is_to_be_saved(tmp_path, numbers, body, code, line):
   log = tmp_path / "log"
