@@ -26,7 +26,7 @@ from codebind_jax.data.examples import Feed, Items, Tokens, Values
 from codebind_jax.evaluators.zeroshot import class_embeddings
 from codebind_jax.methods.base import Method
 from codebind_jax.norm import unit
-from codebind_jax.runtime import checkpoint
+from codebind_jax.runtime import checkpoint, signals
 from codebind_jax.runtime.sharding import Layout, MeshShape, Sharding, make_layout
 from codebind_jax.saving import folder as saved_folder
 from codebind_jax.saving import hub
@@ -225,6 +225,7 @@ class Model:
     collate = self.trunk(modality).collate if raw and processes == 1 else np.asarray
     workers = workers if raw and len(parts) >= _MANY * workers else 0  # that take seconds to start
     for part in ahead(parts, workers=workers, threads=threads, stop=len(parts), parts=True):
+      signals.check()
       items, there = collate(list(part.items)), part.good
       halves = part.content if hashed else np.zeros((len(there), 2), np.int32)
       if layout:

@@ -31,7 +31,7 @@ from codebind_jax.evaluators.zeroshot import TIE, ZeroShot
 from codebind_jax.report import summary
 from codebind_jax.report.answers import text_of, write_answers
 from codebind_jax.report.page import write_report
-from codebind_jax.runtime import distributed
+from codebind_jax.runtime import agreement, distributed
 from codebind_jax.runtime.guard import BadRecords
 from codebind_jax.runtime.metrics import FILE, MetricsWriter, read_metrics
 from codebind_jax.trunks.feeds import Feeder
@@ -120,6 +120,7 @@ class Evaluation:
     metrics = self._run(model, sets, [t for t in self._tasks if t != "probe"], means=True)
     writer.write(step, stage, metrics | {STAGE_DONE: 1.0})
     writer.flush()
+    distributed.wait_for_all("evaluation after a stage")
 
   def _sets(self) -> list[EvalSet]:
     return [s for s in self.task.evals if s.role == "val" or self.config.test]
@@ -501,6 +502,7 @@ def evaluate(config: Any, workdir: str | files.Path) -> dict[str, float]:
   model = load(config.init_from)
   with distributed.process_0_first():  # worlds are fetched and built where not there yet
     task = open_task(config.data, default_split="test")
+  agreement.check_sources({**task.train, **{test.name: test.source for test in task.evals}})
   data = dataclasses.replace(
     model.config.data, root=config.data.root, workers=config.data.workers, threads=config.data.threads,
     max_bad_records=config.data.max_bad_records, eval_templates=config.data.eval_templates,

@@ -29,13 +29,14 @@ from codebind_jax.initialise import check_start, copy_heads, load_published, sta
 from codebind_jax.methods.base import Method, make_init
 from codebind_jax.report import summary
 from codebind_jax.report.page import write_report
-from codebind_jax.runtime import checkpoint, distributed, optim
+from codebind_jax.runtime import agreement, checkpoint, distributed, optim, signals
 from codebind_jax.runtime import train_state as state_lib
 from codebind_jax.runtime.checkpoint import Checkpoints, Position, SavedRun
 from codebind_jax.runtime.compile import Programs, compile_step
-from codebind_jax.runtime.guard import BadRecords, Preempted, Preemption, Watch
+from codebind_jax.runtime.guard import BadRecords, Watch
 from codebind_jax.runtime.metrics import FILE, MetricsWriter, Phases, Throughput, input_bound, read_metrics
 from codebind_jax.runtime.sharding import Layout, make_layout
+from codebind_jax.runtime.signals import Preempted
 from codebind_jax.runtime.train_state import TrainState
 from codebind_jax.stages import Stage
 from codebind_jax.step import make_start_codebooks, make_train_step
@@ -184,6 +185,9 @@ def _train_and_evaluate(config: Any, workdir: str | files.Path) -> dict[str, flo
     if config.init_from:
       check_start(config)
     feeder = Feeder(config.data, config.model.towers)
+  with phases("data"):
+    agreement.check("config", config)
+    agreement.check_sources({**task.drawn, **{test.name: test.source for test in task.evals}})
   with phases("features"):
     feeds = feeder.train_feeds(task.drawn, config.data.templates_of)
   evaluation = Evaluation(config, task, feeder, config.tasks)
@@ -254,6 +258,7 @@ def run_stages(
   stages = [stage.on({name: set(modalities) for name, modalities in feeds.items()}) for stage in config.ordered]
   batches = {s.name: (make_batches or batches_of)(config, s, feeds, evaluation.task) for s in stages}
   fingerprint = {name: of_stage.fingerprint for name, of_stage in batches.items()}
+  agreement.check("stage", fingerprint)
   with contextlib.closing(SavedRun(folder)) as earlier_run:
     changed = schema.difference(earlier_run.fingerprint() or fingerprint, fingerprint)
   if changed:
@@ -282,7 +287,7 @@ def run_stages(
 
   with contextlib.closing(Checkpoints(folder, keep=config.keep_checkpoints)) as store, MetricsWriter(
     folder, active=jax.process_index() == 0
-  ) as writer, Preemption() as preemption:
+  ) as writer:
     restored = store.restore(lambda at: state_lib.abstract(state, optimizers[at.stage][0], layout))
     position = Position(0, stages[0].name, False)  # until something is restored
     if restored is None:
@@ -323,7 +328,7 @@ def run_stages(
       with phases(f"stage {stage.name}"):
         state = run_stage(
           config, stage, state, compile_for, batches[stage.name], fingerprint, layout, store, writer, evaluation,
-          trained[stage.name], worlds_until(stages, stage), preemption, phases,
+          trained[stage.name], worlds_until(stages, stage), phases,
         )
       position = Position(stage.last_step, stage.name, True)
       with phases("evaluation"):
@@ -388,9 +393,13 @@ def worlds_until(stages: Sequence[Stage], stage: Stage) -> set[str]:
 def run_stage(
   config: Config, stage: Stage, state: TrainState, compile_for: Callable[[TrainState, Any], Any],
   batches: Batches, fingerprint: Mapping[str, Any], layout: Layout, store: Checkpoints, writer: MetricsWriter,
-  evaluation: StageEvaluation, trained: Sequence[str], worlds: Collection[str], preemption: Preemption, phases: Phases,
+  evaluation: StageEvaluation, trained: Sequence[str], worlds: Collection[str], phases: Phases,
 ) -> TrainState:
-  """Trains one stage from the step of `state` to its last, with the step function that `compile_for` gives."""
+  """Trains one stage from the step of `state` to its last, with the step function that `compile_for` gives.
+
+  Raises:
+    Preempted: if the process was told to end; the state is saved.
+  """
   step, compiled, advised = int(state.step), None, False
   read = lambda at: layout.put_batch(batches[at - stage.first_step])
 
@@ -398,10 +407,19 @@ def run_stage(
     position = Position(at, stage.name, at == stage.last_step, tuple(trained))
     store.save(position, state, fingerprint, schema.to_plain(config))
 
+  def validate() -> None:
+    with phases("evaluation"):
+      found = evaluation.validate(model_of(config, state, evaluation, trained, layout), worlds)
+    writer.write(step, stage.name, found)
+    distributed.wait_for_all("validation")  # process 0 alone measures, and no collective waits as long
+
   clock, watch, bad = Throughput(), Watch(store.path.parent, stage.name, step), BadRecords(config.data.max_bad_records)
   bar = tqdm.tqdm(total=stage.last_step, initial=step, desc=stage.name, unit="step", disable=None, mininterval=0.5)
   ahead = batches.start(step - stage.first_step, workers=config.data.workers, threads=config.data.threads)
-  with contextlib.closing(ahead):
+  # A run that was told to end while it validated does so as it goes on.
+  if step > stage.first_step and step % config.eval_steps == 0 and not validated(writer, stage, step):
+    validate()
+  with contextlib.closing(ahead), contextlib.ExitStack() as unsaved:
     while step < stage.last_step:
       with clock.waiting(state.step):
         examples = next(ahead)
@@ -412,13 +430,15 @@ def run_stage(
       if compiled is None:
         with phases("compile"):
           compiled = compile_for(state, batch)
+          distributed.wait_for_all(f"compiled {stage.name}")
+        unsaved.enter_context(signals.saving())
         clock.restart()
       state, metrics = compiled(state, batch)
       step += 1
       clock.add(sum(stage.sources.values()))
       bar.update()
       last = step == stage.last_step
-      stop = preemption.reached(step) and not last
+      stop = signals.reached() and not last
       due = step % config.checkpoint_steps == 0 or last or stop
       if due or step % config.log_steps == 0:
         watch.check(state, step, compiled, read, save)
@@ -434,20 +454,31 @@ def run_stage(
         if advice and not advised:  # once a stage
           logging.warning("%s", advice)
         advised |= bool(advice)
-      if step % config.eval_steps == 0 and not last:
+      if step % config.eval_steps == 0 and not (last or stop):
         bar.clear()
-        with phases("evaluation"):
-          found = evaluation.validate(model_of(config, state, evaluation, trained, layout), worlds)
-        writer.write(step, stage.name, found)
+        try:
+          validate()
+        except Preempted:
+          stop = True
         clock.restart()
-      if due:
+      if stop and not due:  # told during the validation
+        watch.check(state, step, compiled, read, save)
+      if due or stop:
         writer.flush()
         save(store, step, state)
+      if stop or last:
+        store.wait()  # before the evaluation, which may end at once
       if stop:
-        store.wait()
         raise Preempted(f"stopped after step {step} of stage {stage.name!r}, state saved; the same command goes on")
   bar.close()
   return state
+
+
+def validated(writer: MetricsWriter, stage: Stage, step: int) -> bool:
+  """Whether the metrics hold a validation after that step; the same on all processes."""
+  lines = read_metrics(writer.path) if files.is_file(writer.path) else []
+  of_step = (line for line in lines if line["step"] == step and line["stage"] == stage.name)
+  return distributed.agreed(any("train/total" not in line for line in of_step))
 
 
 def log_progress(stage: Stage, step: int, loss: float, speed: float) -> None:

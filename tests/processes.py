@@ -36,12 +36,12 @@ def start(data, workdir, *overrides, devices=1, largest_file=None, kill_at=None)
   return started(command, devices)
 
 
-def launch(data, workdir, *overrides, processes=2, devices=2):
+def launch(data, workdir, *overrides, processes=2, devices=2, program=("-m", "codebind_jax.main")):
   """`main` as so many processes on the loopback device."""
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     port = probe.getsockname()[1]
-  command = [sys.executable, "-m", "codebind_jax.main", f"--config=tests/tiny.py:{data[0]},{data[1]}",
+  command = [sys.executable, *program, f"--config=tests/tiny.py:{data[0]},{data[1]}",
              f"--workdir={workdir}", f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}",
              *(f"--config.{pair}" for pair in overrides)]  # fmt: skip
   return [started([*command, f"--process_id={i}"], devices) for i in range(processes)]

@@ -9,21 +9,22 @@ import pytest
 from absl.testing import flagsaver
 
 from codebind_jax import main
-from codebind_jax.runtime.guard import DUMP, Preempted
+from codebind_jax.runtime.guard import DUMP
+from codebind_jax.runtime.signals import Preempted
 from codebind_jax.runtime.train_state import TrainState, advance
 from codebind_jax.train import train_and_evaluate
 from tests.processes import assert_same_run, started
 from tests.train_fixtures import arrays_of, lines_of, tiny_config
 
 TERMINATED_AT_3 = """
-import os, runpy, signal, sys
-from codebind_jax.runtime import guard
-asked = guard.Preemption.reached
-def reached(self, step):
-  if step == 3:
+import itertools, os, runpy, signal
+from codebind_jax.runtime import signals
+asked, steps = signals.reached, itertools.count(1)
+def reached():
+  if next(steps) == 3:
     os.kill(os.getpid(), signal.SIGTERM)
-  return asked(self, step)
-guard.Preemption.reached = reached
+  return asked()
+signals.reached = reached
 runpy.run_module("codebind_jax.main", run_name="__main__")
 """
 

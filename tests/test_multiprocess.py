@@ -60,3 +60,34 @@ def test_some_of_the_three_flags_are_not_enough(monkeypatch):
   monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
   with pytest.raises(ValueError, match="--process_id: not given; allowed: --coordinator, --num_processes and"):
     distributed.start("127.0.0.1:1")
+
+
+FAILS_AT_3 = """
+import itertools, os, runpy, sys
+from codebind_jax.runtime import signals
+asked, steps = signals.reached, itertools.count(1)
+def reached():
+  if next(steps) == 3 and "--process_id=1" in sys.argv:
+    {}
+  return asked()
+signals.reached = reached
+runpy.run_module("codebind_jax.main", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("fault", "codes", "first", "second"),
+  [
+    ("raise OSError('no more room')", (1, 1), "process 1 ended: error: no more room", "error: no more room"),
+    ("raise KeyError('a bug')", (1, 1), "process 1 ended: error: KeyError: 'a bug'", "error: KeyError: 'a bug'"),
+    ("os.kill(os.getpid(), 15)", (0, 0), "of stage 'bridges', state saved", "of stage 'bridges', state saved"),
+    ("os.kill(os.getpid(), 2)", (1, 130), "of stage 'bridges', state saved", "of stage 'bridges', state saved"),
+  ],
+  ids=["error", "bug", "term", "interrupt"],
+)
+def test_what_ends_one_process_ends_all(data, tmp_path, fault, codes, first, second):
+  running = launch(data, tmp_path / "run", "steps=400", "eval_steps=1000", program=["-c", FAILS_AT_3.format(fault)])
+  told = [process.communicate(timeout=120)[1] for process in running]
+  assert tuple(process.returncode for process in running) == codes, told[0][-3000:] + told[1][-3000:]
+  assert first in told[0].splitlines()[-1] and second in told[1].splitlines()[-1]

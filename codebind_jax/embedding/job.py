@@ -30,7 +30,7 @@ from codebind_jax.data.records import Source
 from codebind_jax.data.task import Data
 from codebind_jax.embedding import shards
 from codebind_jax.embedding.shards import ShardReport
-from codebind_jax.runtime import distributed
+from codebind_jax.runtime import agreement, distributed
 from codebind_jax.schema import check_keys
 
 PARTS = (*shards.PARTS, "codes")
@@ -313,6 +313,8 @@ def embed(config: Any, workdir: str | files.Path) -> dict[str, Any]:
   files.probe(files.path(workdir), write=True)
   model = load(config.init_from)
   plan = make_plan(config.embed, config.data, workdir, model)
+  agreement.check("embed", {"digest of model and data": plan.digest})
+  agreement.check_sources({plan.source.name: plan.source})
   embed_shards(plan, model.on(jax.local_devices()), process=jax.process_index(), processes=jax.process_count())
   distributed.wait_for_all("embed")
   return summarise(plan, config.init_from) if jax.process_index() == 0 else {}

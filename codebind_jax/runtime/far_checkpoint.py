@@ -25,6 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from codebind_jax import files
+from codebind_jax.runtime import distributed
 from codebind_jax.runtime.checkpoint_files import Damaged, same_on_all
 
 COMMIT, DAMAGED = "commit.json", "damaged.json"
@@ -220,7 +221,7 @@ class FarCheckpoints:
       with contextlib.suppress(FileNotFoundError):
         files.write_whole(folder / DAMAGED, files.read_bytes(folder / COMMIT).decode(errors="replace"))
       files.remove(folder / COMMIT)
-    multihost_utils.sync_global_devices(f"damaged checkpoint {step}")
+    distributed.wait_for_all(f"damaged checkpoint {step}")
 
   def agreed(self, bad: bool) -> bool:
     """Whether any process found the checkpoint bad: each reads other parts of it."""

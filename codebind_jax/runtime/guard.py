@@ -1,10 +1,8 @@
-"""Two reasons to stop a run in order: a step that is not finite, and preemption of the machine."""
+"""Two reasons to stop a run: a step that is not finite, and more bad records than allowed."""
 
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -17,38 +15,6 @@ from codebind_jax import files
 from codebind_jax.runtime.checkpoint import Checkpoints
 
 DUMP = "nonfinite"
-
-
-class Preempted(Exception):
-  """SIGTERM has ended the run, whose state is saved; the same command continues it."""
-
-
-class Preemption:
-  """Context manager that notices SIGTERM, and restores the earlier handler at its end.
-
-  With several processes, JAX passes the signal on and names a step that all of them reach.
-  """
-
-  def __init__(self):
-    self._signalled = False
-    self._earlier: Any = None
-    self._handles = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
-
-  def __enter__(self) -> Preemption:
-    if self._handles:
-      self._earlier = signal.signal(signal.SIGTERM, self._handle)
-    return self
-
-  def __exit__(self, *_: Any) -> None:
-    if self._handles:
-      signal.signal(signal.SIGTERM, self._earlier)
-
-  def _handle(self, *_: Any) -> None:
-    self._signalled = True
-
-  def reached(self, step: int) -> bool:
-    """Whether the run should save and end after `step`; every process must ask after every step."""
-    return self._signalled if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
 
 
 class BadRecords:

@@ -26,6 +26,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from codebind_jax import files
+from codebind_jax.runtime import distributed
 from codebind_jax.runtime.checkpoint_files import kinds_of, newest_first, same_on_all, verify_checksums, write_checksums
 
 _STATE, _META = "state", "meta"
@@ -170,7 +171,7 @@ class NearCheckpoints:
     if jax.process_index() == 0:
       names = [f"{step}.damaged{number or ''}" for number in range(len(self._names()) + 1)]
       (self.path / str(step)).rename(next(self.path / name for name in names if not (self.path / name).exists()))
-    multihost_utils.sync_global_devices(f"damaged checkpoint {step}")
+    distributed.wait_for_all(f"damaged checkpoint {step}")
 
   def wait(self) -> None:
     """Blocks until the last save is on disk."""

@@ -25,6 +25,7 @@ import numpy as np
 from absl import app, flags
 
 from codebind_jax.api import Model, load
+from codebind_jax.runtime import signals
 from codebind_jax.saving import folder as saved_folder
 from codebind_jax.trunks.checkpoint_files import file_hash
 from codebind_jax.trunks.families import list_pretrained
@@ -158,4 +159,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  signals.command(app.run, main)

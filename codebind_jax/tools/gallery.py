@@ -28,6 +28,7 @@ from codebind_jax.evaluate import Evaluation
 from codebind_jax.report import galleries
 from codebind_jax.report.data import Gallery, Item
 from codebind_jax.report.figures import alternative, thumbnail
+from codebind_jax.runtime import signals
 from codebind_jax.trunks.feeds import Feeder
 
 COLOURS = {
@@ -190,4 +191,4 @@ if __name__ == "__main__":  # flags of its own: importing it defines none
   flags.DEFINE_integer("queries", 4, "Number of queries shown.", lower_bound=1)
   flags.DEFINE_bool("shapes", False, "Draw coloured shapes, and make the run on them first.")
   logging.set_verbosity(logging.WARNING)
-  app.run(main, flags_parser=parse)
+  signals.command(app.run, main, flags_parser=parse)

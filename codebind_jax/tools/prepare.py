@@ -9,6 +9,7 @@ from absl import app, flags, logging
 
 from codebind_jax.data.worlds import fetch
 from codebind_jax.data.worlds.registry import PACKAGED, ensure
+from codebind_jax.runtime import signals
 
 _PROFILE = flags.DEFINE_string("profile", "auto", "auto, or a profile of the world: tiny, tiny-plus, small, full.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Data folder; default $CODEBIND_DATA, else the user's cache folder.")
@@ -29,4 +30,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
   logging.set_verbosity(logging.INFO)
-  app.run(main)
+  signals.command(app.run, main)

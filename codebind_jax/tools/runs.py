@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import io
 import multiprocessing
-import signal
 import sys
 from collections.abc import Iterator, Mapping
+from multiprocessing import connection
 from typing import Any
 
 from absl import flags, logging
@@ -21,7 +21,7 @@ from codebind_jax import files
 from codebind_jax.command_line import bind
 from codebind_jax.config import Config
 from codebind_jax.evaluate import FINAL
-from codebind_jax.runtime.guard import Preempted
+from codebind_jax.runtime import signals
 from codebind_jax.runtime.metrics import FILE, read_metrics
 
 try:
@@ -153,18 +153,19 @@ def _in_processes(configs: Mapping[str, Config], folder: files.Path, parallel: i
   Raises:
     ValueError: if one of them ended with an error, after all have ended.
   """
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the processes save their runs, see `finally`
   context = multiprocessing.get_context("spawn")
   processes = [context.Process(target=_work, args=(configs, folder)) for _ in range(parallel)]
-  try:
-    for process in processes:
-      process.start()
-    for process in processes:
-      process.join()
-  finally:
-    for process in processes:
-      process.terminate()
-      process.join()
+  with signals.saving():
+    try:
+      for process in processes:
+        process.start()
+      while any(process.is_alive() for process in processes) and not signals.reached():
+        connection.wait([process.sentinel for process in processes if process.is_alive()], timeout=0.1)
+    finally:
+      for process in processes:
+        process.terminate()  # which saves its run
+      for process in processes:
+        process.join()
   failed = sum(process.exitcode != 0 for process in processes)
   if failed:
     raise ValueError(f"{failed} of {parallel} processes ended with an error, which they have said above")
@@ -175,8 +176,6 @@ def _work(configs: Mapping[str, Config], folder: files.Path) -> None:
   flags.FLAGS.mark_as_parsed()
   logging.set_verbosity(logging.WARNING)
   try:
-    train(configs, folder)
-  except Preempted as stopped:
-    logging.warning("%s", stopped)
+    signals.command(train, configs, folder)
   except (ValueError, OSError) as error:
     sys.exit(f"error: {error}")

@@ -17,7 +17,7 @@ from absl import app, flags, logging
 from codebind_jax import files
 from codebind_jax.command_line import define_config, parse
 from codebind_jax.evaluators.intervals import is_about
-from codebind_jax.runtime.guard import Preempted
+from codebind_jax.runtime import signals
 from codebind_jax.tools import runs
 from codebind_jax.tools.runs import BASELINE
 
@@ -58,8 +58,6 @@ def main(_: Sequence[str]) -> None:
     folder = files.path(flags.FLAGS.workdir)
     valid = runs.checked(configs, folder)
     done = runs.train_all(valid, folder, flags.FLAGS.parallel)
-  except Preempted as stopped:
-    sys.exit(f"{stopped}")
   except (ValueError, OSError) as error:
     sys.exit(f"error: {error}")
   diverged = [name for name, metrics in done.items() if not metrics]
@@ -79,4 +77,4 @@ if __name__ == "__main__":  # flags of its own: importing it defines none
   runs.define_flags()
   flags.DEFINE_integer("seeds", 3, "Number of seeds: 0, 1, ...", lower_bound=1)
   logging.set_verbosity(logging.WARNING)
-  app.run(main, flags_parser=parse)
+  signals.command(app.run, main, flags_parser=parse)

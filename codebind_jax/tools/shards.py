@@ -20,6 +20,7 @@ from absl import app, flags
 from codebind_jax.data.opening import open_source
 from codebind_jax.data.records import Source
 from codebind_jax.data.shards import Job, Plan, make_plan, parse_size, shown, write_all
+from codebind_jax.runtime import signals
 
 
 def define_flags() -> None:
@@ -73,4 +74,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":  # flags of its own: importing it defines none
   define_flags()
-  app.run(main)
+  signals.command(app.run, main)

@@ -28,7 +28,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from codebind_jax import command_line, files, schema
-from codebind_jax.runtime.guard import Preempted
+from codebind_jax.runtime import signals
 from codebind_jax.tools import runs
 from codebind_jax.tools.reference import rows_table
 
@@ -262,8 +262,6 @@ def main(argv: Sequence[str]) -> None:
     valid = runs.checked(configs, folder)
     done = runs.train_all(valid, folder, flags.FLAGS.parallel)
     found = summary(grid, done, patterns)
-  except Preempted as stopped:
-    sys.exit(f"{stopped}")
   except (ValueError, OSError) as error:
     sys.exit(f"error: {error}")
   text = text_of(found)
@@ -290,4 +288,4 @@ if __name__ == "__main__":  # flags of its own: importing it defines none
   runs.define_flags()
   flags.DEFINE_string("metric", "", "Comma-separated patterns of the validation metrics whose mean is the score.")
   logging.set_verbosity(logging.WARNING)
-  app.run(main, flags_parser=own_flags)
+  signals.command(app.run, main, flags_parser=own_flags)

@@ -17,6 +17,7 @@ from codebind_jax import files
 from codebind_jax.api import load
 from codebind_jax.compare import channels
 from codebind_jax.methods import toc
+from codebind_jax.runtime import signals
 
 
 def main(_: Sequence[str]) -> None:
@@ -50,4 +51,4 @@ if __name__ == "__main__":  # flags of its own: importing it defines none
   flags.DEFINE_string("ratio", "1:0", "Parts of best and of worst channels.")
   flags.DEFINE_bool("evaluate", False, "Evaluate the run on its validation sets before and after.")
   logging.set_verbosity(logging.WARNING)
-  app.run(main)
+  signals.command(app.run, main)
