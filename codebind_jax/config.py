@@ -16,13 +16,34 @@ from codebind_jax.methods.codebind_terms import TERMS
 from codebind_jax.models.towers import ModelSpec
 from codebind_jax.runtime.optim import Optim
 from codebind_jax.runtime.sharding import MeshShape, Sharding
-from codebind_jax.schema import Frozen, above, at_least, check_keys
-from codebind_jax.stages import Stage, stages_of
+from codebind_jax.schema import (
+  DISTINCT,
+  NONEMPTY,
+  Frozen,
+  Line,
+  Name,
+  NonemptyLine,
+  Place,
+  Rate,
+  Seed,
+  Share,
+  Threads,
+  Weight,
+  above,
+  at_least,
+  at_most,
+  check_keys,
+  shaped,
+)  # fmt: skip
+from codebind_jax.stages import Pair, Stage, stages_of
 from codebind_jax.trunks import Trunk, load_trunk, tower_trunks, trunk_maker, trunk_names
 
 MODES = ("train", "eval", "embed", "compare", "compile")
 TASKS = ("zeroshot", "retrieval", "probe")
 MEASURES = (*TASKS, "codes")
+PARTS = ("shared", "specific", "full", "codes")
+Module = Annotated[str, shaped(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", "a module's name")]
+
 
 @dataclasses.dataclass(frozen=True)
 class Embed:
@@ -37,12 +58,12 @@ class Embed:
     threads: number of threads that read and decode, in each process.
   """
 
-  shard_rows: Annotated[int, above(0)] = 16384
+  shard_rows: Annotated[int, above(0), at_most(1 << 26)] = 16384
   dtype: Literal["float16", "float32"] = "float16"
-  parts: tuple[Literal["shared", "specific", "full", "codes"], ...] = ("shared", "specific", "full", "codes")
-  modalities: tuple[str, ...] = ()
-  batch_size: Annotated[int, above(0)] = 256
-  threads: Annotated[int, above(0)] = 4
+  parts: Annotated[tuple[Literal[PARTS], ...], NONEMPTY, DISTINCT] = PARTS
+  modalities: Annotated[tuple[Name, ...], DISTINCT] = ()
+  batch_size: Annotated[int, above(0), at_most(1 << 20)] = 256
+  threads: Threads = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +77,9 @@ class Variant:
     quantize: the variant's `config.model.quantize`.
   """
 
-  method: str = "codebind"
+  method: Module = "codebind"
   options: Mapping[str, Any] = Frozen()
-  losses: Mapping[str, Annotated[float, at_least(0, "off")]] = Frozen({"info_nce": 1.0})
+  losses: Mapping[Name, Weight] = Frozen({"info_nce": 1.0})
   quantize: bool = True
 
 
@@ -76,13 +97,13 @@ class GradedWorld:
     style_quality: modality -> how much of the style it shows, 0 to 1; 1 where not named.
   """
 
-  classes: Annotated[int, above(0)] = 10
-  styles: Annotated[int, above(0)] = 4
-  noise: Annotated[float, at_least(0)] = 0.8
-  rows: Annotated[int, above(0)] = 2048
-  seed: Annotated[int, at_least(0)] = 0
-  quality: Mapping[str, Annotated[float, at_least(0)]] = Frozen()
-  style_quality: Mapping[str, Annotated[float, at_least(0)]] = Frozen()
+  classes: Annotated[int, above(0), at_most(1 << 16)] = 10
+  styles: Annotated[int, above(0), at_most(1 << 16)] = 4
+  noise: Annotated[float, at_least(0), at_most(1000)] = 0.8
+  rows: Annotated[int, above(0), at_most(1 << 24)] = 2048
+  seed: Seed = 0
+  quality: Mapping[Name, Share] = Frozen()
+  style_quality: Mapping[Name, Share] = Frozen()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +116,10 @@ class HeadSets:
     val, test: names of the evaluation sets that test the heads; sets that the world's profile lacks are left out.
   """
 
-  worlds: tuple[str, ...]
-  fields: tuple[str, ...]
-  val: tuple[str, ...]
-  test: tuple[str, ...]
+  worlds: Annotated[tuple[Name, ...], NONEMPTY, DISTINCT]
+  fields: Annotated[tuple[NonemptyLine, ...], NONEMPTY, DISTINCT]
+  val: Annotated[tuple[NonemptyLine, ...], NONEMPTY, DISTINCT]
+  test: Annotated[tuple[NonemptyLine, ...], DISTINCT]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,18 +141,18 @@ class Compare:
     columns: columns of the table of scores; empty for the usual ones.
   """
 
-  variants: Mapping[str, Variant] = Frozen()
-  only: str = ""
-  timing: Annotated[int, at_least(0, "none")] = 0
-  against: str = ""
-  seeds: Annotated[int, above(0)] = 3
-  learning_rates: tuple[Annotated[float, above(0)], ...] = (1e-3,)
-  fields: tuple[str, ...] = ("label",)
-  transfers: Mapping[str, HeadSets] = Frozen()
+  variants: Mapping[Name, Variant] = Frozen()
+  only: Line = ""
+  timing: Annotated[int, at_least(0, "none"), at_most(1_000_000)] = 0
+  against: Place = ""
+  seeds: Annotated[int, above(0), at_most(1000)] = 3
+  learning_rates: Annotated[tuple[Rate, ...], NONEMPTY, DISTINCT] = (1e-3,)
+  fields: Annotated[tuple[NonemptyLine, ...], NONEMPTY, DISTINCT] = ("label",)
+  transfers: Mapping[Name, HeadSets] = Frozen()
   world: GradedWorld | None = None
   stages: bool = False
-  score: str = "eval/val/label/cross"
-  columns: tuple[str, ...] = ()
+  score: NonemptyLine = "eval/val/label/cross"
+  columns: Annotated[tuple[NonemptyLine, ...], DISTINCT] = ()
 
   @property
   def names(self) -> list[str]:
@@ -183,29 +204,29 @@ class Config:
 
   mode: Literal[MODES] = "train"
   task: Literal[TASKS] = "zeroshot"
-  topology: str = ""
-  method: str = "codebind"
+  topology: Annotated[str, shaped(r"(\w+:\d+(x\d+)*)?", "a TPU slice such as v5e:16x16, or ''")] = ""
+  method: Module = "codebind"
   method_options: Mapping[str, Any] = Frozen()
-  seed: Annotated[int, at_least(0)] = 0
+  seed: Seed = 0
   steps: Annotated[int, above(0)] = 500
   batch_size: Annotated[int, above(0)] = 256
   log_steps: Annotated[int, above(0)] = 20
   eval_steps: Annotated[int, above(0)] = 250
   checkpoint_steps: Annotated[int, above(0)] = 100
   keep_checkpoints: Annotated[int, above(0)] = 2
-  init_from: str = ""
+  init_from: Place = ""
   baseline: bool = True
   test: bool = True
-  tasks: tuple[Literal[MEASURES], ...] = MEASURES
-  emergent: tuple[tuple[str, str], ...] = ()
+  tasks: Annotated[tuple[Literal[MEASURES], ...], DISTINCT] = MEASURES
+  emergent: Annotated[tuple[Pair, ...], DISTINCT] = ()
   mesh: MeshShape = MeshShape()
   sharding: Sharding = Sharding()
   data: Data = Data()
   model: ModelSpec = ModelSpec()
   codebook: Codebook = Codebook()
   optim: Optim = Optim()
-  stages: Mapping[str, Stage] = Frozen()
-  stage_order: tuple[str, ...] = ()
+  stages: Mapping[Name, Stage] = Frozen()
+  stage_order: Annotated[tuple[Name, ...], DISTINCT] = ()
   embed: Embed | None = None
   compare: Compare | None = None
 

@@ -23,7 +23,7 @@ __all__ = ["Trunk", "frozen_by", "input_shapes", "load_trunk", "tower_trunks", "
 
 _NOT_TRUNKS = (
   "base", "cache", "checkpoint_files", "class_names", "families", "feeds", "folders", "line_drawing", "names",
-  "torch_pickle",
+  "options", "torch_pickle",
 )  # fmt: skip
 
 
