@@ -154,7 +154,7 @@ def read(kind: Any, value: Any, path: str = "") -> Any:
       raise ValueError(f"config.{path}: {_shown(value)} is not allowed; allowed: {list(args)}")
     return value
   if origin in (Union, types.UnionType):
-    return _read_any(args, value, path)
+    return read_any(args, value, path)
   if dataclasses.is_dataclass(kind):
     if isinstance(value, kind):
       return value
@@ -200,8 +200,16 @@ def _limited(value: Any, path: str, high: int | float = INT32) -> Any:
   return value
 
 
-def _read_any(kinds: Sequence[Any], value: Any, path: str) -> Any:
-  """The value as the first of several types that takes it; the error is that of the type whose form it has."""
+def read_any(kinds: Sequence[Any], value: Any, path: str) -> Any:
+  """The value as the first of several types that takes it.
+
+  Args:
+    kinds: the types.
+    value, path: as of `read`.
+
+  Raises:
+    ValueError: of the type whose form the value has, else of all.
+  """
   if types.NoneType in kinds and value is None:
     return None
   errors: dict[str, None] = {}

@@ -74,6 +74,7 @@ def open_run(config: Config, workdir: str | files.Path, *, strict: bool = False)
     OSError: if it cannot be written.
   """
   folder = files.path(workdir)
+  config_lib.check_folder(config, folder)
   files.probe(folder, write=True)
   files.make_folder(folder)
   path, plain, earlier = folder / "config.json", schema.to_plain(config), None
