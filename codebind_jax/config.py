@@ -477,7 +477,7 @@ def _check_compare(config: Config, compare: Compare) -> None:
     for name, of in compare.transfers.items():
       check_keys(of.worlds, [*config.data.worlds, *config.data.named_files], f"compare.transfers.{name}.worlds")
   for key in ("quality", "style_quality") if compare.world else ():
-    check_keys(getattr(compare.world, key), config.model.towers, f"compare.world.{key}")
+    check_keys(getattr(compare.world, key), {*config.model.towers, *known_modalities()}, f"compare.world.{key}")
   if compare.against and not files.is_far(files.path(compare.against)) and not pathlib.Path(compare.against).is_file():
     raise ValueError(f"config.compare.against: got {compare.against!r}; allowed: '' or an existing comparison.json")
 
