@@ -418,10 +418,10 @@ def _check_steps(config: Config) -> None:
   total, longest = sum(stage.steps for stage in config.ordered), max(stage.steps for stage in config.ordered)
   if total > INT32:
     raise ValueError(f"config.stages.*.steps: got {total:,} in all; allowed: up to {INT32:,}")
-  warmup, usual = config.optim.warmup, Optim().warmup
-  if warmup > longest and warmup != usual:
-    raise ValueError(f"config.optim.warmup: got {warmup}; allowed: 0 to {longest}, the steps of the longest stage, or "
-                     f"{usual} (the default), of which a shorter stage takes as many as it has")  # fmt: skip
+  most = max(longest, Optim().warmup)  # the default is for runs of any length: a short stage takes as many as it has
+  if config.optim.warmup > most:
+    raise ValueError(f"config.optim.warmup: got {config.optim.warmup}; allowed: 0 to {most}, for a longest stage of "
+                     f"{longest} steps")  # fmt: skip
 
 
 def _memory() -> float:

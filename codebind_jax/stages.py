@@ -68,7 +68,7 @@ class Stage:
   unique_labels: bool = True
   steps: Annotated[int, above(0)] = dataclasses.field(kw_only=True)
   batch_size: Annotated[int, above(0)] = dataclasses.field(kw_only=True)
-  learning_rate: Annotated[float, at_least(0, "config.optim's"), at_most(1000)] = 0.0
+  learning_rate: Annotated[float, at_least(0, "config.optim's")] = 0.0
   train: Annotated[tuple[Regex, ...], NONEMPTY] = (".*",)
   tune: Mapping[Name, Literal["frozen", "lora", "full"]] = Frozen()
   codes: tuple[Regex, ...] = (".*",)

@@ -244,6 +244,7 @@ UNBOUNDED = {
   "keep_checkpoints": "a large number keeps all", "max_bad_records": "a large number allows all",
   "warmup": "bounded by the steps", "sources": "bounded by memory", "code_rows": "all rows, if there are fewer",
   "chunk": "the whole matrix, if it is smaller", "clip_norm": "a large number clips nothing",
+  "learning_rate": "a run that diverges ends", "learning_rates": "a run that diverges ends", "club_rate": "as these",
   "reset_after": "a large number is never", "second_after": "a large number is never",
 }  # fmt: skip
 

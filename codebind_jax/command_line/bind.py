@@ -329,7 +329,7 @@ def _sizes(
     (config, "eval_steps", config.steps // 2), (config, "checkpoint_steps", min(100, config.steps // 3)),
     (config, "log_steps", min(20, config.steps // 5)),
     # Not of `steps` where these suffice for it: a run may go on to more of them.
-    (config.optim, "warmup", usual // 10 if usual // 10 <= stage.steps else stage.steps // 2),
+    (config.optim, "warmup", usual // 10 if usual // 10 <= max(stage.steps, 50) else stage.steps // 2),
   ):  # fmt: skip
     if section[key] is None:
       section[key] = max(1, value)
