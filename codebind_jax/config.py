@@ -3,26 +3,58 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import math
+import os
+import pathlib
+import pkgutil
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from codebind_jax import schema
+from codebind_jax import files, schema
 from codebind_jax.codebook.spec import SHARED, Codebook
+from codebind_jax.data import augment, formats
+from codebind_jax.data.index import known_modalities
 from codebind_jax.data.task import Data
 from codebind_jax.data.worlds.registry import WORLDS
-from codebind_jax.methods.base import Method, check_stage, make_method, method_options
+from codebind_jax.methods.base import EXTRA, Method, check_stage, make_method, method_options
 from codebind_jax.methods.codebind_terms import TERMS
-from codebind_jax.models.towers import ModelSpec
+from codebind_jax.models.towers import ModelSpec, TowerSpec
 from codebind_jax.runtime.optim import Optim
 from codebind_jax.runtime.sharding import MeshShape, Sharding
-from codebind_jax.schema import Frozen, above, at_least, check_keys
-from codebind_jax.stages import Stage, stages_of
+from codebind_jax.schema import (
+  DISTINCT,
+  INT32,
+  NONEMPTY,
+  Frozen,
+  Line,
+  Name,
+  NonemptyLine,
+  Place,
+  Rate,
+  Seed,
+  Share,
+  Threads,
+  Weight,
+  above,
+  at_least,
+  at_most,
+  check_keys,
+  shaped,
+)  # fmt: skip
+from codebind_jax.stages import Pair, Stage, stages_of
 from codebind_jax.trunks import Trunk, load_trunk, tower_trunks, trunk_maker, trunk_names
+from codebind_jax.trunks.families import families
 
 MODES = ("train", "eval", "embed", "compare", "compile")
 TASKS = ("zeroshot", "retrieval", "probe")
 MEASURES = (*TASKS, "codes")
+FETCHED = ("aisfx", "efficientnet_lite0", "minilm", "point_views", "video_mean")  # trunks with packaged weights
+SCALE = "_log_logit_scale"  # how the name of a tower's own factor ends
+PARTS = ("shared", "specific", "full", "codes")
+Module = Annotated[str, shaped(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", "a module's name")]
+
 
 @dataclasses.dataclass(frozen=True)
 class Embed:
@@ -37,12 +69,12 @@ class Embed:
     threads: number of threads that read and decode, in each process.
   """
 
-  shard_rows: Annotated[int, above(0)] = 16384
+  shard_rows: Annotated[int, above(0), at_most(1 << 26)] = 16384
   dtype: Literal["float16", "float32"] = "float16"
-  parts: tuple[Literal["shared", "specific", "full", "codes"], ...] = ("shared", "specific", "full", "codes")
-  modalities: tuple[str, ...] = ()
-  batch_size: Annotated[int, above(0)] = 256
-  threads: Annotated[int, above(0)] = 4
+  parts: Annotated[tuple[Literal[PARTS], ...], NONEMPTY, DISTINCT] = PARTS
+  modalities: Annotated[tuple[Name, ...], DISTINCT] = ()
+  batch_size: Annotated[int, above(0), at_most(1 << 20)] = 256
+  threads: Threads = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +88,9 @@ class Variant:
     quantize: the variant's `config.model.quantize`.
   """
 
-  method: str = "codebind"
+  method: Module = "codebind"
   options: Mapping[str, Any] = Frozen()
-  losses: Mapping[str, Annotated[float, at_least(0, "off")]] = Frozen({"info_nce": 1.0})
+  losses: Mapping[Name, Weight] = Frozen({"info_nce": 1.0})
   quantize: bool = True
 
 
@@ -76,13 +108,13 @@ class GradedWorld:
     style_quality: modality -> how much of the style it shows, 0 to 1; 1 where not named.
   """
 
-  classes: Annotated[int, above(0)] = 10
-  styles: Annotated[int, above(0)] = 4
-  noise: Annotated[float, at_least(0)] = 0.8
-  rows: Annotated[int, above(0)] = 2048
-  seed: Annotated[int, at_least(0)] = 0
-  quality: Mapping[str, Annotated[float, at_least(0)]] = Frozen()
-  style_quality: Mapping[str, Annotated[float, at_least(0)]] = Frozen()
+  classes: Annotated[int, above(0), at_most(1 << 16)] = 10
+  styles: Annotated[int, above(0), at_most(1 << 16)] = 4
+  noise: Annotated[float, at_least(0), at_most(1000)] = 0.8
+  rows: Annotated[int, above(0), at_most(1 << 24)] = 2048
+  seed: Seed = 0
+  quality: Mapping[Name, Share] = Frozen()
+  style_quality: Mapping[Name, Share] = Frozen()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +127,10 @@ class HeadSets:
     val, test: names of the evaluation sets that test the heads; sets that the world's profile lacks are left out.
   """
 
-  worlds: tuple[str, ...]
-  fields: tuple[str, ...]
-  val: tuple[str, ...]
-  test: tuple[str, ...]
+  worlds: Annotated[tuple[Name, ...], NONEMPTY, DISTINCT]
+  fields: Annotated[tuple[NonemptyLine, ...], NONEMPTY, DISTINCT]
+  val: Annotated[tuple[NonemptyLine, ...], NONEMPTY, DISTINCT]
+  test: Annotated[tuple[NonemptyLine, ...], DISTINCT]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,18 +152,18 @@ class Compare:
     columns: columns of the table of scores; empty for the usual ones.
   """
 
-  variants: Mapping[str, Variant] = Frozen()
-  only: str = ""
-  timing: Annotated[int, at_least(0, "none")] = 0
-  against: str = ""
-  seeds: Annotated[int, above(0)] = 3
-  learning_rates: tuple[Annotated[float, above(0)], ...] = (1e-3,)
-  fields: tuple[str, ...] = ("label",)
-  transfers: Mapping[str, HeadSets] = Frozen()
+  variants: Mapping[Name, Variant] = Frozen()
+  only: Line = ""
+  timing: Annotated[int, at_least(0, "none"), at_most(1_000_000)] = 0
+  against: Place = ""
+  seeds: Annotated[int, above(0), at_most(1000)] = 3
+  learning_rates: Annotated[tuple[Rate, ...], NONEMPTY, DISTINCT] = (1e-3,)
+  fields: Annotated[tuple[NonemptyLine, ...], NONEMPTY, DISTINCT] = ("label",)
+  transfers: Mapping[Name, HeadSets] = Frozen()
   world: GradedWorld | None = None
   stages: bool = False
-  score: str = "eval/val/label/cross"
-  columns: tuple[str, ...] = ()
+  score: NonemptyLine = "eval/val/label/cross"
+  columns: Annotated[tuple[NonemptyLine, ...], DISTINCT] = ()
 
   @property
   def names(self) -> list[str]:
@@ -139,10 +171,9 @@ class Compare:
     return [name for name in self.only.split(",") if name] or list(self.variants)
 
   def check(self, path: str) -> None:
-    """Refuses unknown variants in `only`, and an empty list of learning rates."""
+    """Refuses variants in `only` that are unknown, or there twice."""
     check_keys(self.names, self.variants, f"{path}.only")
-    if not self.learning_rates:
-      raise ValueError(f"config.{path}.learning_rates: is empty; allowed: one and more")
+    schema.read(Annotated[tuple[str, ...], DISTINCT], self.names, f"{path}.only")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,29 +214,29 @@ class Config:
 
   mode: Literal[MODES] = "train"
   task: Literal[TASKS] = "zeroshot"
-  topology: str = ""
-  method: str = "codebind"
+  topology: Annotated[str, shaped(r"(\w+:\d+(x\d+)*)?", "a TPU slice such as v5e:16x16, or ''")] = ""
+  method: Module = "codebind"
   method_options: Mapping[str, Any] = Frozen()
-  seed: Annotated[int, at_least(0)] = 0
+  seed: Seed = 0
   steps: Annotated[int, above(0)] = 500
   batch_size: Annotated[int, above(0)] = 256
   log_steps: Annotated[int, above(0)] = 20
   eval_steps: Annotated[int, above(0)] = 250
   checkpoint_steps: Annotated[int, above(0)] = 100
   keep_checkpoints: Annotated[int, above(0)] = 2
-  init_from: str = ""
+  init_from: Place = ""
   baseline: bool = True
   test: bool = True
-  tasks: tuple[Literal[MEASURES], ...] = MEASURES
-  emergent: tuple[tuple[str, str], ...] = ()
+  tasks: Annotated[tuple[Literal[MEASURES], ...], DISTINCT] = MEASURES
+  emergent: Annotated[tuple[Pair, ...], DISTINCT] = ()
   mesh: MeshShape = MeshShape()
   sharding: Sharding = Sharding()
   data: Data = Data()
   model: ModelSpec = ModelSpec()
   codebook: Codebook = Codebook()
   optim: Optim = Optim()
-  stages: Mapping[str, Stage] = Frozen()
-  stage_order: tuple[str, ...] = ()
+  stages: Mapping[Name, Stage] = Frozen()
+  stage_order: Annotated[tuple[Name, ...], DISTINCT] = ()
   embed: Embed | None = None
   compare: Compare | None = None
 
@@ -238,13 +269,18 @@ def filled(config: Config) -> Config:
     towers[name] = dataclasses.replace(tower, options=Frozen(options))
   compare = config.compare
   if compare:
-    variants = {name: dataclasses.replace(v, options=Frozen(method_options(v.method, v.options)))
+    variants = {name: dataclasses.replace(v, options=Frozen(_options(name, v)))
                 for name, v in compare.variants.items()}  # fmt: skip
     compare = dataclasses.replace(compare, variants=Frozen(variants))
   return dataclasses.replace(
     config, model=dataclasses.replace(config.model, towers=Frozen(towers)), compare=compare,
     method_options=Frozen(method_options(config.method, config.method_options)),
   )  # fmt: skip
+
+
+def _options(name: str, variant: Variant) -> dict[str, Any]:
+  """All options of a variant's method."""
+  return method_options(variant.method, variant.options, f"compare.variants.{name}.")
 
 
 def method_of(config: Config, loaded: Mapping[str, Trunk] = Frozen()) -> Method:
@@ -262,17 +298,19 @@ def method_of(config: Config, loaded: Mapping[str, Trunk] = Frozen()) -> Method:
 
 
 def validate(config: Any) -> Config:
-  """Reads a config and checks its sections against one another.
+  """Reads a config and checks its sections against one another, before any data is opened.
 
   Raises:
     ValueError: naming the key, the value got, and what is allowed.
   """
   config = read(config)
   of_run = {"init_from": config.init_from, "data.files": config.data.sources}
-  needed = {"eval": of_run, "embed": of_run | {"embed": config.embed}, "compare": {"compare": config.compare}}
+  compared = {"compare": config.compare, "compare.variants": config.compare and config.compare.variants}
+  needed = {"eval": of_run, "embed": of_run | {"embed": config.embed}, "compare": compared}
   for path, value in needed.get(config.mode, {}).items():
     if not value:
       raise ValueError(f"config.{path}: must be set for mode {config.mode!r}")
+  _check_data(config.data)
   if config.mode in ("eval", "embed"):
     return config
   if config.mode != "compile" and not config.data.used_worlds and not config.data.sources:
@@ -281,15 +319,167 @@ def validate(config: Any) -> Config:
     raise ValueError(f"config.stage_order: is empty; allowed: some of {list(config.stages)}")
   check_keys(config.stage_order, config.stages, "stage_order")
   _check_widths(config)
+  _check_towers(config)
+  _check_steps(config)
+  if config.mode != "compile":
+    _check_memory(config)
   method = method_of(config)
   _check_inputs(config, method)
+  _check_method(config)
   for stage in config.ordered:
     _check_stage(config, stage)
     check_stage(config.method, stage)
     if stage.balance and not method.weights(stage).get(method.BASE):
       where = f"config.stages.{stage.name}.balance"
       raise ValueError(f"{where}: got True without the loss {method.BASE!r}, which others are held to")
+  if config.compare:
+    _check_compare(config, config.compare)
   return config
+
+
+def check_folder(config: Config, workdir: str | files.Path) -> None:
+  """Refuses to write into what is read: the run that this one starts from, or a folder of the data.
+
+  Args:
+    config: valid.
+    workdir: where the run, the embeddings or the evaluation go.
+
+  Raises:
+    ValueError: naming the key and the folder.
+  """
+  place = files.path(workdir)
+  if files.is_far(place):
+    same = config.init_from.rstrip("/") == str(place).rstrip("/")
+  else:
+    place = place.expanduser().resolve()
+    own = not config.init_from or files.is_far(files.path(config.init_from))
+    same = not own and files.path(config.init_from).expanduser().resolve() == place
+  if same and config.mode != "eval":  # an evaluation adds to the folder of a run
+    raise ValueError(f"config.init_from: got {config.init_from!r}, which is the workdir; allowed: another run's folder")
+  for name in [] if files.is_far(place) else [one for of in config.data.sources.values() for one in of]:
+    if "://" in name or not (folder := pathlib.Path(name).expanduser()).is_dir():
+      continue
+    if place.is_relative_to(folder.resolve()):
+      raise ValueError(f"config.data.files: got {name!r}, in which the workdir {str(workdir)!r} lies; allowed: a "
+                       "workdir elsewhere, since what is written would be read as data")  # fmt: skip
+
+
+def _check_data(data: Data) -> None:
+  """Checks the formats' options, and that every source has a name of its own."""
+  known: dict[str, list[Any]] = {}
+  for one in pkgutil.iter_modules(formats.__path__):
+    opener = getattr(importlib.import_module(f"{formats.__name__}.{one.name}"), "open_files", None)
+    for key, (kind, _) in schema.keys_of(opener, ("paths", "cache", "max_bad_records")).items() if opener else ():
+      known.setdefault(key, []).append(kind)
+  for key, value in data.options.items():
+    check_keys([key], known, "data.options")
+    schema.read_any(known[key], value, f"data.options.{key}")
+  for name in data.named_files:
+    if name in data.used_worlds:
+      raise ValueError(f"config.data.named_files: {name!r} is also one of config.data.worlds; allowed: another name")
+  if "" not in data.sources:
+    check_keys(data.templates_of, [*WORLDS, *data.worlds, *data.named_files], "data.templates_of")
+
+
+def _check_towers(config: Config) -> None:
+  """Checks names, options and augmentations of the towers, also of those whose trunk is not needed before the data."""
+  for name, tower in config.model.towers.items():
+    where = f"model.towers.{name}"
+    if name in (SHARED, EXTRA) or name.endswith(SCALE):
+      raise ValueError(f"config.model.towers: got {name!r}; allowed: a name other than {SHARED!r} (the shared "
+                       f"codebook) and {EXTRA!r} (a method's parameters), which does not end with {SCALE!r}")
+    if tower.augment:
+      augment.make(name, tower.augment)
+    if tower.options.get("class_names"):
+      check_keys([tower.options["class_names"]], trunk_names(), f"{where}.options.class_names")
+    if tower.cache and config.mode != "compile":  # others are loaded by `method_of`
+      _check_cached(tower, f"config.{where}.options")
+
+
+def _check_cached(tower: TowerSpec, where: str) -> None:
+  """Makes a trunk whose tokens are cached without its weights, which may have to be fetched."""
+  options = dict(tower.options)
+  weights = str(options.get("weights", ""))
+  if weights in ("", "random") and (tower.trunk not in families() or tower.trunk == "imagebind"):
+    if tower.trunk in FETCHED:
+      options |= {"weights": "random"} | ({"class_names": ""} if "class_names" in options else {})
+    try:
+      load_trunk(tower.trunk, **options)
+    except ValueError as error:
+      raise ValueError(f"{where}: {error}") from error
+  elif not weights:
+    raise ValueError(f"{where}.weights: must be set for the trunk {tower.trunk!r}")
+  elif "://" not in weights and not pathlib.Path(weights).expanduser().exists():
+    raise ValueError(f"{where}.weights: got {weights!r}, which does not exist; allowed: a file or folder")
+
+
+def _check_steps(config: Config) -> None:
+  """Checks that steps can be counted, and that the warm-up ends within a stage."""
+  total, longest = sum(stage.steps for stage in config.ordered), max(stage.steps for stage in config.ordered)
+  if total > INT32:
+    raise ValueError(f"config.stages.*.steps: got {total:,} in all; allowed: up to {INT32:,}")
+  most = max(longest, Optim().warmup)  # the default is for runs of any length: a short stage takes as many as it has
+  if config.optim.warmup > most:
+    raise ValueError(f"config.optim.warmup: got {config.optim.warmup}; allowed: 0 to {most}, for a longest stage of "
+                     f"{longest} steps")  # fmt: skip
+
+
+def _memory() -> float:
+  """Bytes of this machine's memory; infinity where the system does not say."""
+  try:
+    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+  except (AttributeError, ValueError, OSError):
+    return math.inf
+
+
+def _check_memory(config: Config) -> None:
+  """Refuses what alone cannot fit: an estimate from below, by the sizes that the config names."""
+  model, books, there = config.model, config.codebook, _memory()
+  number, shared = 4, model.shared_dim  # bytes of float32
+  sizes: list[tuple[str, int, int, str]] = []
+  if model.quantize and not config.sharding.codes and not config.method_options.get("codes"):
+    own = [(f"codebook.codes.{name}", count) for name, count in books.codes.items()]
+    sizes += [(key, count, 2 * count * (books.dim + 1) * number, "codes and their averages")
+              for key, count in [("codebook.shared_codes", books.shared_codes), *own]]  # fmt: skip
+  if count := config.method_options.get("codes"):
+    sizes.append(("method_options.codes", count, 3 * count * shared * number, "codes and their averages"))
+  if count := config.method_options.get("queue"):
+    sizes.append(("method_options.queue", count, count * shared * number * len(model.towers), "queues"))
+  for name, tower in model.towers.items():
+    for key, count in (("hidden", tower.hidden), ("specific_dim", tower.specific_dim)):
+      sizes.append((f"model.towers.{name}.{key}", count, 3 * count * shared * number, "weights and their averages"))
+  for stage in config.ordered:
+    rows = sum(stage.sources.values()) or stage.batch_size
+    width = sum(shared + model.towers[m].specific_dim for m in stage.modalities if m in model.towers)
+    key = f"stages.{stage.name}.{'sources' if stage.sources else 'batch_size'}"
+    sizes.append((key, rows, 2 * rows * width * number, "a batch's embeddings and their gradients"))
+    if rows > INT32:
+      raise ValueError(f"config.{key}: got {rows:,} rows; allowed: up to {INT32:,}")
+  for key, count, needed, what in sizes:
+    if needed > there:
+      raise ValueError(f"config.{key}: got {count:,}, whose {what} take at least {needed / 1e9:,.0f} GB; allowed: what "
+                       f"fits into this machine's {there / 1e9:,.0f} GB")  # fmt: skip
+
+
+def _check_method(config: Config) -> None:
+  """Checks that the modalities that a method's options name have towers."""
+  options, towers = config.method_options, config.model.towers
+  for key in ("anchor", "hub"):
+    check_keys([options[key]] if key in options else [], towers, f"method_options.{key}")
+  weighted = [name for name, _ in options.get("weights_of", ())]
+  check_keys(weighted, towers, "method_options.weights_of")
+  check_keys(options.get("order", ()), {*towers, *known_modalities()}, "method_options.order")
+
+
+def _check_compare(config: Config, compare: Compare) -> None:
+  """Checks the names in a comparison: of worlds, of modalities, and the file that it is compared with."""
+  if not compare.world and "" not in config.data.sources:
+    for name, of in compare.transfers.items():
+      check_keys(of.worlds, [*config.data.worlds, *config.data.named_files], f"compare.transfers.{name}.worlds")
+  for key in ("quality", "style_quality") if compare.world else ():
+    check_keys(getattr(compare.world, key), {*config.model.towers, *known_modalities()}, f"compare.world.{key}")
+  if compare.against and not files.is_far(files.path(compare.against)) and not pathlib.Path(compare.against).is_file():
+    raise ValueError(f"config.compare.against: got {compare.against!r}; allowed: '' or an existing comparison.json")
 
 
 def _check_inputs(config: Config, method: Method) -> None:
@@ -326,6 +516,10 @@ def _check_stage(config: Config, stage: Stage) -> None:
   towers, where = config.model.towers, f"stages.{stage.name}"
   check_keys([m for pair in stage.pairs for m in pair], towers, f"{where}.pairs")
   check_keys(stage.losses, TERMS, f"{where}.losses")
+  _check_paths(stage.train, towers, f"{where}.train")
+  rows = sum(stage.sources.values()) or stage.batch_size
+  if stage.parts > rows or len(stage.sources) < 2 and rows % stage.parts:
+    raise ValueError(f"config.{where}.parts: got {stage.parts}; allowed: a number that divides a batch's {rows} rows")
   for pattern in stage.codes:
     if not any(re.fullmatch(pattern, name) for name in (SHARED, *towers)):
       raise ValueError(f"config.{where}.codes: {pattern!r} matches none of {[SHARED, *sorted(towers)]}")
@@ -336,3 +530,12 @@ def _check_stage(config: Config, stage: Stage) -> None:
     if towers[name].cache and tune != "frozen":
       raise ValueError(f"config.{where}.tune.{name}: got {tune!r}, but the tokens of its trunk are cached; allowed: "
                        f"'frozen', or config.model.towers.{name}.cache False")
+
+
+def _check_paths(patterns: Iterable[str], towers: Collection[str], where: str) -> None:
+  """Refuses a pattern of parameters' paths that begins with what no path begins with: each has a tower's name first."""
+  for pattern in patterns:
+    first, slash, _ = pattern.partition("/")
+    if re.fullmatch(r"[\w-]+", first) and (first not in (*towers, EXTRA) if slash else not first.endswith(SCALE)):
+      raise ValueError(f"config.{where}: got {pattern!r}, which no parameter's path matches; allowed: patterns of "
+                       f"whole paths, such as 'NAME/.*', NAME one of {[*towers, EXTRA]}")  # fmt: skip

@@ -6,7 +6,23 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Literal
 
-from codebind_jax.schema import DERIVED, Frozen, Regex, above, at_least, keys_of
+from codebind_jax.schema import (
+  DERIVED,
+  DISTINCT,
+  NONEMPTY,
+  Frozen,
+  Name,
+  Regex,
+  Rule,
+  Temperature,
+  Weight,
+  above,
+  at_least,
+  at_most,
+  keys_of,
+)  # fmt: skip
+
+Pair = Annotated[tuple[Name, Name], Rule(lambda pair: pair[0] != pair[1], "two different modalities")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,24 +61,24 @@ class Stage:
     first_step: global step at which the stage begins; set by `stages_of`.
   """
 
-  pairs: tuple[tuple[str, str], ...] = (("image", "text"),)
-  losses: Mapping[str, Annotated[float, at_least(0, "off")]] = Frozen()
-  sources: Mapping[str, Annotated[int, above(0)]] = Frozen()
-  weights: Mapping[str, Annotated[float, above(0)]] = Frozen()
+  pairs: Annotated[tuple[Pair, ...], NONEMPTY, DISTINCT] = (("image", "text"),)
+  losses: Mapping[Name, Weight] = Frozen()
+  sources: Mapping[Name, Annotated[int, above(0)]] = Frozen()
+  weights: Mapping[Name, Annotated[float, above(0), at_most(1e6)]] = Frozen()
   unique_labels: bool = True
   steps: Annotated[int, above(0)] = dataclasses.field(kw_only=True)
   batch_size: Annotated[int, above(0)] = dataclasses.field(kw_only=True)
   learning_rate: Annotated[float, at_least(0, "config.optim's")] = 0.0
-  train: tuple[Regex, ...] = (".*",)
-  tune: Mapping[str, Literal["frozen", "lora", "full"]] = Frozen()
+  train: Annotated[tuple[Regex, ...], NONEMPTY] = (".*",)
+  tune: Mapping[Name, Literal["frozen", "lora", "full"]] = Frozen()
   codes: tuple[Regex, ...] = (".*",)
-  temperature: Annotated[float, above(0)] = 0.07
-  matching_temperature: Annotated[float, above(0)] = 1.0
+  temperature: Temperature = 0.07
+  matching_temperature: Temperature = 1.0
   code_rows: Annotated[int, at_least(0, "all")] = 0
   chunk: Annotated[int, at_least(0, "the whole matrix")] = 0
   ring: bool = False
-  parts: Annotated[int, at_least(1)] = 1
-  mixup: Annotated[float, at_least(0, "off")] = 0.0
+  parts: Annotated[int, at_least(1), at_most(1 << 16)] = 1
+  mixup: Annotated[float, at_least(0, "off"), at_most(1000)] = 0.0
   balance: bool = False
   name: str = dataclasses.field(default="", metadata=DERIVED)
   first_step: int = dataclasses.field(default=0, metadata=DERIVED)

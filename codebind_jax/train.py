@@ -73,6 +73,7 @@ def open_run(config: Config, workdir: str | files.Path, *, strict: bool = False)
     ValueError: if the folder holds a run of another config, naming every key that differs; as `run_folder`.
     OSError: if it cannot be written.
   """
+  config_lib.check_folder(config, workdir)
   folder = run_folder(workdir)
   path, plain, earlier = folder / "config.json", schema.to_plain(config), None
   if files.is_file(path) and (strict or steps_made(folder)):
@@ -161,6 +162,7 @@ def train_and_evaluate(config: Any, workdir: str | files.Path) -> dict[str, floa
   """
   if not bind.is_open(config):
     config = config_lib.validate(config)
+    config_lib.check_folder(config, workdir)
   first = jax.process_index() == 0  # the others wait for it before they write
   with files.held(run_folder(workdir), "trains") if first else contextlib.nullcontext():
     return _train_and_evaluate(config, workdir)

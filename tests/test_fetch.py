@@ -106,6 +106,39 @@ def test_client_that_finishes_without_the_file_is_an_error(clients, tmp_path):
   assert left(tmp_path) == set()
 
 
+def sdist(marker):
+  """A source archive with data, whose setup.py and build backend leave a mark when they run."""
+  run = f"open({str(marker)!r}, 'a').write('ran')\n".encode()
+  project = b'[build-system]\nrequires = ["not-to-be-fetched"]\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+  files = {"setup.py": run, "backend.py": run, "pyproject.toml": project, "data/x.txt": b"the data",
+           "PKG-INFO": b"Metadata-Version: 2.1\nName: source-d\nVersion: 1.0\n"}
+  return tgz({f"source-d-1.0/{name}": content for name, content in files.items()})
+
+
+@pytest.mark.parametrize("kind", ["right", "wrong", "absent"])
+def test_nothing_of_a_source_archive_runs_and_a_wrong_hash_is_named(kind, tmp_path, monkeypatch):
+  index, marker = tmp_path / "index", tmp_path / "ran"
+  index.mkdir()
+  data = sdist(marker)
+  one = package("source-d", "pip-sdist", "source-d-1.0.tar.gz", data if kind != "wrong" else data + b" ")
+  if kind != "absent":
+    (index / one.file).write_bytes(data)
+  monkeypatch.setattr(fetch, "packages", lambda: {one.id: one})
+  for name, value in (("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", str(index)), ("PIP_CONFIG_FILE", os.devnull)):
+    monkeypatch.setenv(name, value)
+  if kind == "right":
+    path = fetch.fetch("source-d", root=tmp_path / "data")
+    assert archives.read_members(path, ["source-d-1.0/data/x.txt"]) == {"source-d-1.0/data/x.txt": b"the data"}
+  elif kind == "wrong":
+    with pytest.raises(fetch.ChecksumError, match=f"source-d==1.0: expected .*{one.sha256}, got .*; file removed"):
+      fetch.fetch("source-d", root=tmp_path / "data")
+    assert left(tmp_path / "data") == set()
+  else:
+    with pytest.raises(fetch.FetchError, match="pip's index has no source-d-1.0.tar.gz of source-d==1.0"):
+      fetch.fetch("source-d", root=tmp_path / "data")
+  assert not marker.exists()
+
+
 def test_python_without_pip_gets_a_hint(clients, tmp_path):
   clients.says("python", "/usr/bin/python: No module named pip\n")
   with pytest.raises(fetch.FetchError, match="has no pip: run .* -m ensurepip"):

@@ -2,6 +2,8 @@
 
 import collections.abc
 import dataclasses
+import importlib
+import itertools
 import math
 import types
 import typing
@@ -12,7 +14,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from codebind_jax import schema
+from codebind_jax.command_line.bind import Choice, Keys
 from codebind_jax.config import Config
+from codebind_jax.data import augment
 from codebind_jax.methods.base import method_class, method_names
 from codebind_jax.schema import Frozen, Regex, above, at_least, read, within
 from codebind_jax.trunks import trunk_maker, trunk_names
@@ -136,50 +140,122 @@ def sections_of(kind, path=""):
         yield from sections_of(inner, f"{path}.{named}".removeprefix("."))
 
 
+def rules_of(hint):
+  """(the type without rules, the rules), also of a type that is annotated twice."""
+  origin, args = typing.get_origin(hint), typing.get_args(hint)
+  return (args[0], args[1:]) if origin is Annotated else (hint, ())
+
+
 def good(hint):
   """A value that a type allows."""
-  origin, args = typing.get_origin(hint), typing.get_args(hint)
-  if origin is Annotated:
-    return next(v for v in (good(args[0]), 1, 0.5, ".*", "{}") if all(rule.holds(v) for rule in args[1:]))
+  kind, rules = rules_of(hint)
+  origin, args = typing.get_origin(kind), typing.get_args(kind)
+  if rules:
+    if origin is tuple and args[-1] is not Ellipsis:  # two that differ
+      candidates = [tuple(one) for one in itertools.product(*([good(arg), "other", 0.5, 1.0] for arg in args))]
+    elif origin is tuple:
+      candidates = [(), (good(args[0]),)]
+    else:
+      candidates = [good(kind), 0, 1, 2, 0.5, ".*", "{}", "data", "", "a"]
+    return next(value for value in candidates if allowed(hint, value))
   if origin is Literal:
     return args[0]
+  if origin in (types.UnionType, typing.Union):
+    return good(args[0])
   if origin is tuple:
     return () if args[-1] is Ellipsis else tuple(map(good, args))
-  return {str: "x", int: 1, float: 0.5, bool: True}.get(hint, {})
+  if origin is collections.abc.Sequence:
+    return ()
+  return {str: "x", int: 1, float: 0.5, bool: True}.get(kind, {})
+
+
+def allowed(hint, value):
+  try:
+    read(hint, value, "x")
+  except ValueError:
+    return False
+  return True
+
+
+# Values that no number is, and those that one rule or another refuses.
+NUMBERS = (-1, -0.5, 0, 1.5, 1e9, 10**9, 2**31, 2**32, 10**400, 1e39, 1e-50, math.nan, math.inf, -math.inf)
+TYPES = (True, "5", "", None, (), (1,), {}, b"x", 1j)
+TEXTS = ("", " ", "a/b", "../x", "a b", "({", "no braces", "{} {}", "{a}", "{", "x\0y", "x\ny", "nonsense", 3, 2.5,
+         True, None, ("x",), b"x")  # fmt: skip
+
+
+def leaves(hint, wrap=lambda value: value):
+  """(type, rules, function from its value to a value of the whole) of every scalar in a type."""
+  kind, rules = rules_of(hint)
+  origin, args = typing.get_origin(kind), typing.get_args(kind)
+  if kind in (int, float, str, bool) or origin is Literal or kind is Any:
+    yield kind, rules, wrap
+  elif origin in (types.UnionType, typing.Union):
+    for one in (one for one in args if one is not types.NoneType):
+      yield from ((leaf, (*own, *rules), inner) for leaf, own, inner in leaves(one, wrap))
+  elif origin is tuple and args[-1] is not Ellipsis:
+    rest = [good(one) for one in args]
+    for at, one in enumerate(args):
+      of = lambda value, at=at: wrap(tuple([*rest[:at], value, *rest[at + 1 :]]))
+      yield from ((leaf, (*own, *rules), inner) for leaf, own, inner in leaves(one, of))
+  elif origin in (tuple, collections.abc.Sequence):
+    yield from leaves(args[0], lambda value: wrap((value,)))
+  elif origin is collections.abc.Mapping:
+    yield from ((leaf, own, inner) for leaf, own, inner in leaves(args[1], lambda value: wrap({"it": value})))
 
 
 def bad(hint):
   """Values that a type does not allow, in the form of the type."""
-  origin, args = typing.get_origin(hint), typing.get_args(hint)
-  if origin is Annotated:
-    candidates = ["({"] if args[0] is str else [-1, 0, 1.5, math.nan, math.inf]
-    refused = [value for value in candidates if not all(rule.holds(value) for rule in args[1:])]
-    assert refused and (args[0] is str or {-1, 0} & set(refused))
-    yield from refused
-    yield from (value for value in bad(args[0]) if not isinstance(value, int | float) or isinstance(value, bool))
-  elif origin is Literal:
-    yield "nonsense"
-  elif origin is tuple:
-    yield "text"
-    for number, inner in enumerate(args if args[-1] is not Ellipsis else args[:1]):
-      others = [good(one) for one in args] if args[-1] is not Ellipsis else [None]
-      for value in bad(inner):
-        yield tuple([*others[:number], value, *others[number + 1 :]])
-  elif origin is types.UnionType or hint is Any:
+  kind, _ = rules_of(hint)
+  origin, args = typing.get_origin(kind), typing.get_args(kind)
+  if dataclasses.is_dataclass(kind):
+    yield from (3, {"no_such_key": 1})
+  elif origin in (tuple, collections.abc.Sequence):
+    yield from ("text", 3, None)
+    yield from [()] * (not allowed(hint, ()))
+  elif origin is collections.abc.Mapping:
+    yield from (3, ())
+    if typing.get_origin(args[0]) is Annotated:
+      yield from ({"": good(args[1])}, {"a\0b": good(args[1])})
+  if args and types.NoneType in args:
     return
-  elif origin is not None:  # a mapping
-    yield 3
-    yield from ({"it": value} for value in bad(args[1]))
-  elif dataclasses.is_dataclass(hint):
-    yield 3
-    yield {"no_such_key": 1}
-  else:
-    yield {str: 3, int: "many", float: "many", bool: "yes"}[hint]
+  for leaf, _, wrap in leaves(hint):
+    if leaf is Any or origin in (types.UnionType, typing.Union):
+      continue
+    tried = {int: NUMBERS + TYPES, float: NUMBERS + TYPES, str: TEXTS, bool: (0, 1, "True", None, 2.0)}.get(
+      leaf, ("nonsense", "", -1, None, True, 1.5)
+    )
+    yield from (wrap(value) for value in tried if not allowed(hint, wrap(value)))
 
 
 SECTIONS = list(dict.fromkeys(sections_of(Config)))
 METHODS = [(f"method_options({name})", method_class(name)) for name in method_names()]
-FIELDS = [(path, kind, name) for path, kind in [*SECTIONS, *METHODS] for name in schema.keys_of(kind)]
+OTHERS = [
+  *((f"options({name})", trunk_maker(name)) for name in trunk_names()),
+  *((f"augment({modality}.{name})", kind) for modality in augment.augmented()
+    for name, kind in augment.kinds(importlib.import_module(f"{augment.__name__}.{modality}")).items()),
+  ("bind", Choice), ("bind_keys", Keys),
+]  # fmt: skip
+FIELDS = [(path, kind, name) for path, kind in [*SECTIONS, *METHODS, *OTHERS] for name in schema.keys_of(kind)]
+# Whole numbers that may be as large as 32 bits hold, and other numbers without an end, with the reason.
+UNBOUNDED = {
+  "steps": "only time bounds them", "batch_size": "bounded by memory", "log_steps": "a large number is never",
+  "eval_steps": "a large number is at the end alone", "checkpoint_steps": "a large number is at the end alone",
+  "keep_checkpoints": "a large number keeps all", "max_bad_records": "a large number allows all",
+  "warmup": "bounded by the steps", "sources": "bounded by memory", "code_rows": "all rows, if there are fewer",
+  "chunk": "the whole matrix, if it is smaller", "clip_norm": "a large number clips nothing",
+  "learning_rate": "a run that diverges ends", "learning_rates": "a run that diverges ends", "club_rate": "as these",
+  "reset_after": "a large number is never", "second_after": "a large number is never",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "kind", "name"), FIELDS, ids=[f"{path}.{name}" for path, _, name in FIELDS])
+def test_every_number_has_a_range_and_every_text_a_form(path, kind, name):
+  for leaf, rules, _ in leaves(schema.keys_of(kind)[name][0]):
+    if leaf in (int, float):
+      assert any(rule.low is not None for rule in rules), f"{path}.{name}: no lower end"
+      assert name in UNBOUNDED or any(rule.high is not None for rule in rules), f"{path}.{name}: no upper end"
+    assert leaf is not str or rules, f"{path}.{name}: neither choices nor a form"
 
 
 def test_the_sections_are_found():
@@ -197,11 +273,24 @@ def test_a_bad_value_of_a_key_is_named(path, kind, name):
   hint, default = keys[name]
   given = {} if default is dataclasses.MISSING else {name: schema.to_plain(default)}
   schema.arguments(kind, needed | given, path)
-  where = f"config.{path}.{name}".replace("..", ".")
-  for value in bad(hint):
+  where, tried = f"config.{path}.{name}".replace("..", "."), list(bad(hint))
+  assert tried or hint is Any or rules_of(hint)[0] is Any or typing.get_args(hint)
+  for value in tried:
     with pytest.raises(ValueError, match="allowed: .") as error:
       schema.arguments(kind, needed | {name: value}, path)
     assert str(error.value).startswith(where), (value, str(error.value))
+
+
+@pytest.mark.parametrize(("path", "kind", "name"), FIELDS, ids=[f"{path}.{name}" for path, _, name in FIELDS])
+def test_what_is_no_value_of_a_kind_is_refused_everywhere(path, kind, name):
+  hint = schema.keys_of(kind)[name][0]
+  for leaf, _, wrap in leaves(hint):
+    several = name == "azimuths" or typing.get_origin(rules_of(hint)[0]) in (types.UnionType, typing.Union)
+    never = {int: (True, "5", 1.5, math.nan, math.inf, -10, 2**32, 10**400, None, 1j),
+             float: (True, "5", math.nan, math.inf, -math.inf, 1e39, 1e-50, 10**400, None, 1j),
+             str: (3, True, None, b"x", "x\0y({"), bool: (0, 1, "True", None)}.get(leaf, ())  # fmt: skip
+    found = [value for value in (() if several else never) if allowed(hint, wrap(value))]
+    assert not found, (path, name, found)
 
 
 @pytest.mark.parametrize(("path", "kind"), [*SECTIONS, *METHODS], ids=[p or "config" for p, _ in [*SECTIONS, *METHODS]])

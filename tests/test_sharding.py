@@ -94,7 +94,7 @@ def test_what_does_not_divide_stays_whole_and_rules_come_first():
   ("key", "value", "message"),
   [
     ("sharding.codes", "model", "config.sharding.codes: got 'model'; allowed: '' .whole. or ..data', 'fsdp', 'tensor'"),
-    ("sharding.rules", ((".*", ("rows",)),), "config.sharding.rules: '.*' names axis 'rows'; allowed: "),
+    ("sharding.rules", ((".*", ("rows",)),), "config.sharding.rules: got 'rows'; allowed: an axis, one of "),
     ("mesh.tensor", 3, "mesh: .* does not fit 1 devices"),
   ],
 )

@@ -284,6 +284,7 @@ def test_what_can_be_known_early_fails_before_encoders_are_made(data, tmp_path, 
   config = tiny_config(*data, **{key: value for key, value in overrides.items() if "pairs" not in key}).unlock()
   if "stages.bridges.pairs" in overrides:
     config.model.towers.depth = config.model.towers.image.copy_and_resolve_references()
+    config.model.towers.depth.augment, config.model.towers.depth.views = {}, 1
     config.codebook.codes.depth = 8
     config.stages.bridges.pairs = overrides["stages.bridges.pairs"]
   with pytest.raises(ValueError, match=message):

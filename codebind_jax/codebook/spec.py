@@ -9,13 +9,14 @@ from typing import Annotated, Literal
 from codebind_jax.codebook.nearest import DISTANCES, Distance
 from codebind_jax.codebook.revival import REVIVALS, Revive
 from codebind_jax.codebook.state import REVIVE_MODES, ReviveMode
-from codebind_jax.schema import Frozen, above, within
+from codebind_jax.schema import Decay, Frozen, Name, Share, Side, above, at_most
 
 SHARED = "shared"
 
 Layout = str
 LAYOUTS = ("parts", "interleaved")
 UPDATES = ("snapshot", "sequential")
+Codes = Annotated[int, above(0), at_most(1 << 24)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,18 +40,18 @@ class Codebook:
     alarm_share: a warning is logged when a codebook's perplexity is under this share of its size.
   """
 
-  dim: Annotated[int, above(0)] = 8
-  shared_codes: Annotated[int, above(0)] = 1024
-  codes: Mapping[str, Annotated[int, above(0)]] = Frozen()
+  dim: Side = 8
+  shared_codes: Codes = 1024
+  codes: Mapping[Name, Codes] = Frozen()
   distance: Literal[DISTANCES] = "cosine"
   normalize: bool = True
   layout: Literal[LAYOUTS] = "parts"
   update_mode: Literal[UPDATES] = "snapshot"
-  decay: Annotated[float, within(0, 1)] = 0.99
+  decay: Decay = 0.99
   revive: Literal[REVIVALS] = "random"
   revive_mode: Literal[REVIVE_MODES] = "survive"
   detach_similarity: bool = False
-  alarm_share: Annotated[float, within(0, 1)] = 0.1
+  alarm_share: Share = 0.1
 
   def spec(self, shared_dim: int, specific_dims: Mapping[str, int]) -> CompositionalSpec:
     """The quantiser of features of these widths.

@@ -11,7 +11,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from absl import logging
@@ -25,6 +25,7 @@ from codebind_jax.config import Config
 from codebind_jax.data.records import Source
 from codebind_jax.data.task import Data, Task, open_task
 from codebind_jax.runtime import checkpoint
+from codebind_jax.schema import DISTINCT, MaybeName, Name, Place
 from codebind_jax.trunks import trunk_names
 
 MODE, STAGE = "bind", "bind"
@@ -44,8 +45,8 @@ class Choice:
     bridges: those that all others are bound to; empty for text and image, or those of the model of `init_from`.
   """
 
-  modalities: tuple[str, ...] = ()
-  bridges: tuple[str, ...] = ()
+  modalities: Annotated[tuple[Name, ...], DISTINCT] = ()
+  bridges: Annotated[tuple[Name, ...], DISTINCT] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +61,9 @@ class Keys:
   """
 
   bind: Choice = Choice()
-  trunks: Mapping[str, str] = schema.Frozen()
-  weights: Mapping[str, str] = schema.Frozen()
-  tune: Mapping[str, Literal["", "frozen", "lora", "full"]] = schema.Frozen()
+  trunks: Mapping[Name, MaybeName] = schema.Frozen()
+  weights: Mapping[Name, Place] = schema.Frozen()
+  tune: Mapping[Name, Literal["", "frozen", "lora", "full"]] = schema.Frozen()
 
   def check(self, path: str) -> None:
     """Refuses unknown trunks."""
@@ -327,7 +328,8 @@ def _sizes(
   for section, key, value in (
     (config, "eval_steps", config.steps // 2), (config, "checkpoint_steps", min(100, config.steps // 3)),
     (config, "log_steps", min(20, config.steps // 5)),
-    (config.optim, "warmup", usual // 10),  # not of `steps`: a run may go on to more of them
+    # Not of `steps` where these suffice for it: a run may go on to more of them.
+    (config.optim, "warmup", usual // 10 if usual // 10 <= max(stage.steps, 50) else stage.steps // 2),
   ):  # fmt: skip
     if section[key] is None:
       section[key] = max(1, value)

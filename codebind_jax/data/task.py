@@ -22,7 +22,20 @@ from codebind_jax.data.records import Source
 from codebind_jax.data.worlds import fetch, names, registry
 from codebind_jax.data.worlds.evalset import EvalSet
 from codebind_jax.evaluators.base import plain_text
-from codebind_jax.schema import Frozen, Rule, above, at_least, check_keys, within
+from codebind_jax.schema import (
+  DISTINCT,
+  NONEMPTY,
+  Frozen,
+  Name,
+  NonemptyPlace,
+  Place,
+  Rule,
+  Threads,
+  at_least,
+  at_most,
+  check_keys,
+  within,
+)  # fmt: skip
 
 SHARED = 100_000  # records from which on the index of a split lies in a file, so that worker processes share it
 PROFILES = ("auto", "tiny", "tiny-plus", "small", "full")
@@ -35,6 +48,7 @@ def _one_gap(text: str) -> bool:
 
 
 Template = Annotated[str, Rule(_one_gap, "a text with one {}")]
+Templates = Annotated[tuple[Template, ...], NONEMPTY]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,25 +78,25 @@ class Data:
     eval_templates: sentences that a class name is put into for zero-shot classification; their embeddings are averaged.
   """
 
-  root: str = ""
-  worlds: tuple[str, ...] = ("icons",)
+  root: Place = ""
+  worlds: Annotated[tuple[Name, ...], DISTINCT] = ("icons",)
   profile: Literal[PROFILES] = "auto"
-  files: str | tuple[Any, ...] = ()
-  manifest: str = ""
-  named_files: Mapping[str, tuple[str, ...]] = Frozen()
+  files: Place | tuple[NonemptyPlace, ...] = ()
+  manifest: Place = ""
+  named_files: Mapping[Name, Annotated[tuple[NonemptyPlace, ...], NONEMPTY]] = Frozen()
   options: Mapping[str, Any] = Frozen()
   holdout: Annotated[float, within(0, 1, "none", below=True)] = 0.1
   label_captions: bool = False
   checked: Literal["auto", "all", "some", "none"] = "auto"
-  classes: str = ""
+  classes: Place = ""
   max_bad_records: Annotated[int, at_least(0)] = 0
-  workers: Annotated[int, at_least(0)] = 0
-  threads: Annotated[int, above(0)] = 2
+  workers: Annotated[int, at_least(0), at_most(1024)] = 0
+  threads: Threads = 2
   extra: Annotated[float, within(0, 1, "none", below=True)] = 0.0
   captions: Literal[CAPTIONS] = "each"
-  templates: tuple[Template, ...] = ("{}",)
-  templates_of: Mapping[str, tuple[Template, ...]] = Frozen()
-  eval_templates: tuple[Template, ...] = ("{}",)
+  templates: Templates = ("{}",)
+  templates_of: Mapping[Name, Templates] = Frozen()
+  eval_templates: Templates = ("{}",)
 
   @property
   def sources(self) -> dict[str, list[Any]]:

@@ -310,6 +310,7 @@ def embed(config: Any, workdir: str | files.Path) -> dict[str, Any]:
     ValueError: naming what is wrong with the run, the manifest or the folder.
   """
   config = config_lib.validate(config)
+  config_lib.check_folder(config, workdir)
   files.probe(files.path(workdir), write=True)
   model = load(config.init_from)
   plan = make_plan(config.embed, config.data, workdir, model)

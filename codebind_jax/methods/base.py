@@ -44,11 +44,12 @@ def method_names() -> list[str]:
   return sorted(m.name for m in pkgutil.iter_modules(methods.__path__) if m.name not in _NOT_METHODS)
 
 
-def method_class(name: str) -> type[Method]:
+def method_class(name: str, path: str = "method") -> type[Method]:
   """The class of the method that `config.method` names.
 
   Args:
     name: a module of this package, or a dotted path of a module with a class `Method`.
+    path: of the key, for the error.
 
   Raises:
     ValueError: if there is no such module, or it has no method.
@@ -60,23 +61,28 @@ def method_class(name: str) -> type[Method]:
   except (ImportError, AttributeError):
     kind = None
   if kind is None:
-    raise ValueError(f"config.method: got {name!r}; allowed: {method_names()}, or a.module.path with a class Method")
+    raise ValueError(f"config.{path}: got {name!r}; allowed: {method_names()}, or a.module.path with a class Method")
   return kind
 
 
-def method_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def method_options(name: str, options: Mapping[str, Any], at: str = "") -> dict[str, Any]:
   """All options of the method `name`: those of `options`, read by their types, and defaults for the others.
+
+  Args:
+    name: of the method.
+    options: the options that are set.
+    at: what comes before the keys of the method and its options in the config: "" or `compare.variants.NAME.`.
 
   Raises:
     ValueError: for an unknown method or option, or a value that the option does not allow.
   """
-  kind = method_class(name)
+  kind, path = method_class(name, f"{at}method"), f"{at}options" if at else "method_options"
   allowed = sorted(schema.keys_of(kind))
   for option in options:
     if option not in allowed:
       more = "" if allowed else "; see config.codebook"
-      raise ValueError(f"config.method_options: {name!r} has no option {option!r}; allowed: {allowed}{more}")
-  return schema.arguments(kind, options, "method_options")
+      raise ValueError(f"config.{path}: {name!r} has no option {option!r}; allowed: {allowed}{more}")
+  return schema.arguments(kind, options, path)
 
 
 def make_method(

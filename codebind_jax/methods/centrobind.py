@@ -18,7 +18,7 @@ from codebind_jax.losses.masks import masked_mean
 from codebind_jax.methods import base
 from codebind_jax.methods.base import Forward, Rows, Term, joined
 from codebind_jax.runtime.train_state import TrainState
-from codebind_jax.schema import at_least
+from codebind_jax.schema import Name, at_least, at_most
 from codebind_jax.stages import Stage
 
 
@@ -36,8 +36,8 @@ class Method(base.Method):
 
   BASE = "centrobind"
 
-  noise: Annotated[float, at_least(0, "the same view")] = 0.0
-  weights_of: tuple[tuple[str, Annotated[float, at_least(0)]], ...] = ()
+  noise: Annotated[float, at_least(0, "the same view"), at_most(1000)] = 0.0
+  weights_of: tuple[tuple[Name, Annotated[float, at_least(0), at_most(1e6)]], ...] = ()
   normalize_anchor: bool = False
   stop_anchor: bool = False
 

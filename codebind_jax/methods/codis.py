@@ -17,13 +17,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from codebind_jax import transport
+from codebind_jax.codebook.spec import Codes
 from codebind_jax.compositional import ModalityOutput
 from codebind_jax.losses import prototypes
 from codebind_jax.methods import base
 from codebind_jax.methods.base import EXTRA, Forward, Rows, Term, output
 from codebind_jax.norm import unit
 from codebind_jax.runtime.train_state import TrainState
-from codebind_jax.schema import above, at_least, within
+from codebind_jax.schema import Decay, Share, Temperature, Weight, above, at_least, at_most
 from codebind_jax.stages import Stage
 
 
@@ -61,15 +62,15 @@ class Method(base.Method):
   BASE = "contrast"
   FACTORS = {"transport": 0.1, "swapped": 0.1}
 
-  codes: Annotated[int, above(0)] = 256
-  queue: Annotated[int, at_least(0, "none")] = 1024
-  decay: Annotated[float, within(0, 1)] = 0.995
-  alpha: Annotated[float, within(0, 1)] = 0.4
-  gamma: Annotated[float, above(0)] = 0.1
+  codes: Codes = 256
+  queue: Annotated[int, at_least(0, "none"), at_most(1 << 24)] = 1024
+  decay: Decay = 0.995
+  alpha: Share = 0.4
+  gamma: Temperature = 0.1
   solver: Literal["ipot", "sinkhorn"] = "ipot"
-  step: Annotated[float, above(0)] = 0.5
-  iterations: Annotated[int, above(0)] = 50
-  code_weight: Annotated[float, at_least(0, "off")] = 1.0
+  step: Annotated[float, above(0), at_most(1e6)] = 0.5
+  iterations: Annotated[int, above(0), at_most(100_000)] = 50
+  code_weight: Weight = 1.0
 
   @property
   def codebook_sizes(self) -> dict[str, int]:

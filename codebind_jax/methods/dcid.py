@@ -19,11 +19,11 @@ from jaxtyping import Array
 from codebind_jax.codebook import unified
 from codebind_jax.compositional import ModalityOutput
 from codebind_jax.methods.base import EXTRA, Forward, Rows, Term, output
-from codebind_jax.methods.unified import Unified, Weight, chosen_codes, masked_mse, modalities_together, same_steps
+from codebind_jax.methods.unified import Unified, chosen_codes, masked_mse, modalities_together, same_steps
 from codebind_jax.models.critics import ConditionalGaussian, club_start
 from codebind_jax.models.levels import TokenDecoder
 from codebind_jax.runtime.train_state import TrainState
-from codebind_jax.schema import at_least
+from codebind_jax.schema import Weight, at_least
 from codebind_jax.stages import Stage
 
 # The released code's choices, as options (`config.method_options = dcid.RELEASE`).

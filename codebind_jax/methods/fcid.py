@@ -19,11 +19,12 @@ from codebind_jax import losses
 from codebind_jax.codebook import unified
 from codebind_jax.compositional import ModalityOutput
 from codebind_jax.methods.base import EXTRA, Forward, Rows, Term, output
-from codebind_jax.methods.unified import Unified, Weight, chosen_codes, masked_mse, modalities_together
+from codebind_jax.methods.unified import Unified, chosen_codes, masked_mse, modalities_together
 from codebind_jax.models.critics import ConditionalGaussian, club_start
 from codebind_jax.models.levels import CoarseLevel, TokenDecoder
 from codebind_jax.norm import unit
 from codebind_jax.runtime.train_state import TrainState
+from codebind_jax.schema import Name, Weight
 from codebind_jax.stages import Stage
 
 # The released code's choices; its codebook visits video, audio, text in this order.
@@ -73,7 +74,7 @@ class Method(Unified):
 
   BASE = "contrast"
 
-  hub: str = "text"
+  hub: Name = "text"
   contrast: Weight = 1.0
 
   def _coarse(self, names: Any, width: int) -> CoarseLevel:

@@ -12,6 +12,7 @@ from codebind_jax.losses import fixed_anchor_info_nce
 from codebind_jax.methods import base
 from codebind_jax.methods.base import Forward, Rows, Term
 from codebind_jax.runtime.train_state import TrainState
+from codebind_jax.schema import Name
 from codebind_jax.stages import Stage
 
 
@@ -27,7 +28,7 @@ class Method(base.Method):
 
   BASE = "fixed_anchor"
 
-  anchor: str = "image"
+  anchor: Name = "image"
   frozen: bool = True
 
   @property

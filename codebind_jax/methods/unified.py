@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from codebind_jax import losses
 from codebind_jax.codebook import kmeans, unified
+from codebind_jax.codebook.spec import Codes
 from codebind_jax.codebook.state import REVIVE_MODES
 from codebind_jax.losses.unified import code_distribution, distribution_matching, unified_commitment
 from codebind_jax.methods import base
@@ -21,10 +22,9 @@ from codebind_jax.methods.base import EXTRA, Forward, Rows
 from codebind_jax.models.critics import ConditionalGaussian, FuturePredictor, club_fit
 from codebind_jax.norm import unit
 from codebind_jax.runtime.train_state import TrainState
-from codebind_jax.schema import above, at_least, within
+from codebind_jax.schema import DISTINCT, Decay, Name, Rate, Share, Side, Weight, above, at_least, at_most
 from codebind_jax.stages import Stage
 
-Weight = Annotated[float, at_least(0, "off")]
 MIN_STEPS = 3  # shortest sequence for CPC: a context of two steps, and a future
 
 
@@ -67,15 +67,15 @@ class Unified(base.Method):
 
   FACTORS = {"matching": 0.1, "club": 0.1, "coding": 1.0}
 
-  codes: Annotated[int, above(0)] = 400
+  codes: Codes = 400
   first_codes: Literal["kmeans", "uniform"] = "kmeans"
-  start_count: Annotated[float, at_least(0)] = 1.0
+  start_count: Annotated[float, at_least(0), at_most(1e6)] = 1.0
   form: Literal[unified.FORMS] = "joint"
-  order: tuple[str, ...] = ()
-  decay: Annotated[float, within(0, 1)] = 0.99
-  own: Annotated[float, within(0, 1)] = 0.5
+  order: Annotated[tuple[Name, ...], DISTINCT] = ()
+  decay: Decay = 0.99
+  own: Share = 0.5
   partner: Literal[unified.PARTNERS] = "same"
-  beta: Annotated[float, at_least(0)] = 0.25
+  beta: Annotated[float, at_least(0), at_most(1e6)] = 0.25
   reduce: Literal["sum", "mean"] = "sum"
   reset_after: Annotated[int, at_least(0, "no reset")] = 300
   reset_by: Literal["all", "source", "any"] = "all"
@@ -87,10 +87,10 @@ class Unified(base.Method):
   reconstruction: Weight = 1.0
   club_input: Literal["continuous", "quantized"] = "continuous"
   club_per_step: bool = True
-  club_steps: Annotated[int, at_least(0)] = 5
-  club_rate: Annotated[float, above(0)] = 1e-3
-  club_hidden: Annotated[int, above(0)] = 128
-  cpc_layers: Annotated[int, above(0)] = 1
+  club_steps: Annotated[int, at_least(0), at_most(10_000)] = 5
+  club_rate: Rate = 1e-3
+  club_hidden: Side = 128
+  cpc_layers: Annotated[int, above(0), at_most(1000)] = 1
   cpc_over: Literal["futures", "predictions"] = "futures"
   cpc_self: Weight = 0.0
 

@@ -18,10 +18,26 @@ from codebind_jax.models.encoder import Encoded, EncoderSpec, mean_clips
 from codebind_jax.models.heads import INITS, Head
 from codebind_jax.models.lora import lora
 from codebind_jax.norm import unit
-from codebind_jax.schema import DERIVED, Frozen, Regex, above, at_least, check_keys, to_plain, within
+from codebind_jax.schema import (
+  DERIVED,
+  Frozen,
+  MaybeName,
+  Name,
+  Regex,
+  Share,
+  Side,
+  above,
+  at_least,
+  at_most,
+  check_keys,
+  to_plain,
+  within,
+)  # fmt: skip
 
 # Before a modality's name: the trunk's tokens of that modality among a model's features, for its decoder.
 TRUNK = "trunk/"
+
+MaybeSide = Annotated[int, at_least(0, "none"), at_most(1 << 16)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +53,9 @@ class DecoderSpec:
     heads: attention heads; must divide the width.
   """
 
-  width: Annotated[int, above(0)] = 128
-  depth: Annotated[int, above(0)] = 1
-  heads: Annotated[int, above(0)] = 4
+  width: Side = 128
+  depth: Annotated[int, above(0), at_most(1000)] = 1
+  heads: Side = 4
 
   def check(self, path: str) -> None:
     """Refuses heads that do not divide the width."""
@@ -83,24 +99,24 @@ class TowerSpec:
   """
 
   shared_dim: int = dataclasses.field(default=0, metadata=DERIVED)
-  specific_dim: Annotated[int, at_least(0, "none")] = 0
-  trunk: str = ""
+  specific_dim: MaybeSide = 0
+  trunk: MaybeName = ""
   options: Mapping[str, Any] = Frozen()
   cache: bool = True
-  lora_rank: Annotated[int, above(0)] = 4
+  lora_rank: Side = 4
   lora_layers: Regex = r".*/(qkv|out|fc1|fc2)"
   augment: Mapping[str, Any] = Frozen()
-  views: Annotated[int, at_least(1)] = 1
-  augmented: Annotated[float, within(0, 1)] = 0.5
+  views: Annotated[int, at_least(1), at_most(1000)] = 1
+  augmented: Share = 0.5
   head: Literal["linear", "published"] = "linear"
-  hidden: Annotated[int, at_least(0, "a linear head")] = 0
+  hidden: Annotated[int, at_least(0, "a linear head"), at_most(1 << 20)] = 0
   dropout: Annotated[float, within(0, 1, below=True)] = 0.0
   init: Literal[tuple(INITS)] = "orthogonal"
   whiten: Annotated[float, within(0, 1, "off")] = 0.0
-  starts_from: str = ""
-  logit_scale: Annotated[float, above(0)] = 1.0
-  meaning: str = ""
-  meaning_dim: Annotated[int, at_least(0, "none")] = 0
+  starts_from: MaybeName = ""
+  logit_scale: Annotated[float, above(0), at_most(100)] = 1.0
+  meaning: MaybeName = ""
+  meaning_dim: MaybeSide = 0
   decoder: DecoderSpec | None = dataclasses.field(default=None, metadata=DERIVED)
 
   def check(self, path: str) -> None:
@@ -132,8 +148,8 @@ class ModelSpec:
     decoder: decoders of all modalities but text, made if a stage has the loss `reconstruction`.
   """
 
-  towers: Mapping[str, TowerSpec] = Frozen()
-  shared_dim: Annotated[int, above(0)] = 384
+  towers: Mapping[Name, TowerSpec] = Frozen()
+  shared_dim: Side = 384
   quantize: bool = True
   half: tuple[Regex, ...] = ()
   decoder: DecoderSpec = DecoderSpec()

@@ -11,9 +11,16 @@ import jax
 import optax
 from absl import logging
 
-from codebind_jax.schema import Regex, above, at_least, within
+from codebind_jax.schema import Decay, Rate, Regex, Rule, above, at_least, at_most
 
 FROZEN = "frozen"
+_ALONE = Rule(
+  lambda value: value == 1,
+  "1. Gradients summed over small batches are not those of a large one here: a row would see the negatives of its "
+  "small batch alone, and the codebooks would move in between. For a batch larger than memory set stages.*.parts, "
+  "which gives exactly the large batch's step", 1, 1,
+)  # fmt: skip
+Factor = Annotated[float, at_least(0, "frozen"), at_most(1e6)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,28 +40,19 @@ class Optim:
       the first match wins.
   """
 
-  learning_rate: Annotated[float, above(0)] = 1e-3
+  learning_rate: Rate = 1e-3
   warmup: Annotated[int, at_least(0)] = 50
-  final_ratio: Annotated[float, at_least(0)] = 0.02
-  b1: Annotated[float, within(0, 1)] = 0.9
-  b2: Annotated[float, within(0, 1)] = 0.95
-  weight_decay: Annotated[float, at_least(0)] = 1e-4
+  final_ratio: Annotated[float, at_least(0), at_most(1)] = 0.02
+  b1: Decay = 0.9
+  b2: Decay = 0.95
+  weight_decay: Annotated[float, at_least(0), at_most(1000)] = 1e-4
   clip_norm: Annotated[float, above(0)] = 1.0
-  accumulate: int = 1
-  rules: tuple[tuple[Regex, Annotated[float, at_least(0, "frozen")], Annotated[float, at_least(0)]], ...] = (
+  accumulate: Annotated[int, _ALONE] = 1
+  rules: tuple[tuple[Regex, Factor, Annotated[float, at_least(0), at_most(1e6)]], ...] = (
     (r".*_log_logit_scale", 1.0, 0.0), (r".*(bias|scale)", 1.0, 0.0), (r".*kernel", 1.0, 1.0),
     (r"method/codes", 1.0, 0.0), (r".*/decoder/positions", 1.0, 0.0),
     (r".*/trunk/.*", 1.0, 0.0),  # adapters, class tokens, positions, embeddings
   )  # fmt: skip
-
-  def check(self, path: str) -> None:
-    """Refuses gradients accumulated over batches."""
-    if self.accumulate != 1:
-      raise ValueError(
-        f"config.{path}.accumulate: got {self.accumulate}; allowed: 1. Gradients summed over small batches are not "
-        "those of a large one here: a row would see the negatives of its small batch alone, and the codebooks would "
-        "move in between. For a batch larger than memory set stages.*.parts, which gives exactly the large batch's step"
-      )
 
 
 def param_paths(params: Any) -> dict[str, Any]:

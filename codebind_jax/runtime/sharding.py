@@ -11,7 +11,7 @@ import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from codebind_jax.schema import Regex
+from codebind_jax.schema import Regex, Rule
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # mesh axes that split the rows; under fsdp a device gathers its weights layer by layer
@@ -41,6 +41,12 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
   (r".*", ()),  # vectors, positions, counters: small, so replicated
 )
 
+_MOST = 1 << 20
+_FITS = Rule(lambda n: n == -1 or 1 <= n <= _MOST, f"-1 (all that remain), or 1 to {_MOST:,}", -1, _MOST)
+Devices = Annotated[int, _FITS]
+Axis = Annotated[str, Rule(lambda name: name in (*LOGICAL, *AXES), f"an axis, one of {sorted((*LOGICAL, *AXES))}")]
+Split = Annotated[str, Rule(lambda name: name in ("", *AXES), f"'' (whole) or {list(AXES)}")]
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
@@ -52,9 +58,15 @@ class MeshShape:
     tensor: number of devices that share out the wide axes of weights.
   """
 
-  data: int = -1
-  fsdp: int = 1
-  tensor: int = 1
+  data: Devices = -1
+  fsdp: Devices = 1
+  tensor: Devices = 1
+
+  def check(self, path: str) -> None:
+    """Refuses two axes that both take the remaining devices."""
+    if [self.data, self.fsdp, self.tensor].count(-1) > 1:
+      sizes = {axis: getattr(self, axis) for axis in AXES}
+      raise ValueError(f"config.{path}: got {sizes}; allowed: -1 for one axis")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,19 +78,8 @@ class Sharding:
     codes: the axis of the mesh that splits codebooks; "" for a whole copy on every device.
   """
 
-  rules: tuple[tuple[Regex, tuple[str, ...]], ...] = ()
-  codes: str = ""
-
-  def check(self, path: str) -> None:
-    """Refuses unknown axes."""
-    if self.codes not in ("", *AXES):
-      raise ValueError(f"config.{path}.codes: got {self.codes!r}; allowed: '' (whole) or {list(AXES)}")
-    for pattern, names in self.rules:
-      for name in names:
-        if name not in (*LOGICAL, *AXES):
-          raise ValueError(
-            f"config.{path}.rules: {pattern!r} names axis {name!r}; allowed: {sorted((*LOGICAL, *AXES))}"
-          )
+  rules: tuple[tuple[Regex, tuple[Axis, ...]], ...] = ()
+  codes: Split = ""
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:

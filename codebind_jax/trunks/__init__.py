@@ -23,7 +23,7 @@ __all__ = ["Trunk", "frozen_by", "input_shapes", "load_trunk", "tower_trunks", "
 
 _NOT_TRUNKS = (
   "base", "cache", "checkpoint_files", "class_names", "families", "feeds", "folders", "line_drawing", "names",
-  "torch_pickle",
+  "options", "torch_pickle",
 )  # fmt: skip
 
 
@@ -81,7 +81,10 @@ def tower_trunks(
   for name, tower in model.towers.items():
     if tower.cache and tower.head == "linear":
       continue
-    trunk, form = (loaded or {}).get(name) or load_trunk(tower.trunk, **tower.options), None
+    try:
+      trunk, form = (loaded or {}).get(name) or load_trunk(tower.trunk, **tower.options), None
+    except ValueError as error:
+      raise ValueError(f"config.model.towers.{name}.options: {error}") from error
     if tower.head == "published":
       if trunk.head is None or trunk.head.module.width != model.shared_dim:
         width = trunk.head.module.width if trunk.head else "none"

@@ -26,6 +26,7 @@ from codebind_jax.models.encoder import Encoded
 from codebind_jax.trunks import names
 from codebind_jax.trunks.base import Trunk, drawn, fingerprint
 from codebind_jax.trunks.checkpoint_files import Weights, file_hash, member_file, open_member
+from codebind_jax.trunks.options import Place, Regex, Side
 
 MEMBER = "aisfx/models/checkpoint.pth"
 WIDTHS = (64, 128, 256, 512)
@@ -91,10 +92,10 @@ def load(shapes: Any, weights: Weights, **options: Any) -> Any:
 
 def make_trunk(
   *,
-  weights: str | Path = "",
-  chunks: int = 6,
-  widths: Sequence[int] = WIDTHS,
-  dont_load: Sequence[str] = (),
+  weights: Place | Path = "",
+  chunks: Side = 6,
+  widths: Sequence[Side] = WIDTHS,
+  dont_load: Sequence[Regex] = (),
 ) -> Trunk:
   """The audio trunk: one token, the mean over chunks of the last block's maps (mean over frequency, maximum over time).
 

@@ -20,6 +20,7 @@ from codebind_jax.trunks import names, siglip
 from codebind_jax.trunks.base import Trunk
 from codebind_jax.trunks.checkpoint_files import Weights, note, open_weights, present
 from codebind_jax.trunks.folders import SENTENCEPIECE, folder_tokenizer, has_tokenizer
+from codebind_jax.trunks.options import Dtype, MaybeSide, Name, Place
 
 _REVISION = "big_vision-1"
 MODALITIES, LICENCE = siglip.MODALITIES, siglip.LICENCE
@@ -141,7 +142,7 @@ def _ids(file: Path, tokenizer: str, context: int) -> Ids:
 
 
 def make_trunk(
-  *, weights: str = "", modality: str = "image", tokenizer: str = "", size: int = 0, dtype: str = "",
+  *, weights: Place = "", modality: Name = "image", tokenizer: Place = "", size: MaybeSide = 0, dtype: Dtype = "",
   remat: bool = False, scan: bool = False,
 ) -> Trunk:  # fmt: skip
   """A tower of a SigLIP checkpoint of big_vision.

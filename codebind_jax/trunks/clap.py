@@ -28,6 +28,7 @@ from codebind_jax.trunks import names
 from codebind_jax.trunks.base import PublishedHead, Trunk, fingerprint
 from codebind_jax.trunks.checkpoint_files import Entry, Weights, folder_weights
 from codebind_jax.trunks.folders import family_config, folder_json, folder_tokenizer, has_tokenizer, model_type
+from codebind_jax.trunks.options import Dtype, Name, Place
 
 _REVISION = "clap-1"
 MODALITIES = ("audio", "text")
@@ -202,7 +203,7 @@ def _text(config: Mapping[str, Any], folder: Path, **options: Any) -> tuple[Clap
 
 
 def make_trunk(
-  *, weights: str = "", modality: str = "audio", dtype: str = "", remat: bool = False, scan: bool = False
+  *, weights: Place = "", modality: Name = "audio", dtype: Dtype = "", remat: bool = False, scan: bool = False
 ) -> Trunk:
   """A tower of a CLAP checkpoint.
 

@@ -27,6 +27,7 @@ from codebind_jax.trunks.folders import (
   model_type,
   processor_config,
 )
+from codebind_jax.trunks.options import Dtype, Name, Place
 
 _REVISION = "clip-1"
 MODALITIES = ("image", "text")
@@ -127,7 +128,7 @@ def spec_of(config: Mapping[str, Any], modality: str, picture: Mapping[str, Any]
 
 
 def make_trunk(
-  *, weights: str = "", modality: str = "image", dtype: str = "", remat: bool = False, scan: bool = False
+  *, weights: Place = "", modality: Name = "image", dtype: Dtype = "", remat: bool = False, scan: bool = False
 ) -> Trunk:
   """A tower of a CLIP checkpoint.
 

@@ -41,6 +41,7 @@ from codebind_jax.models.lora import from_release, merge
 from codebind_jax.trunks import imagebind, names
 from codebind_jax.trunks.base import PublishedHead, Trunk, fingerprint
 from codebind_jax.trunks.checkpoint_files import SHAPES, Entry, Weights, note, open_weights, present
+from codebind_jax.trunks.options import Camera, Count, Crops, Dtype, Line, Name, Place
 
 _REVISION = "codebind-release-1"
 LICENCE = "CC-BY-NC 4.0 (trained from Meta's ImageBind: no commercial use)"
@@ -473,16 +474,16 @@ def _settings(folder: Path, place: Path) -> Mapping[str, Any]:
 
 def make_trunk(
   *,
-  weights: str = "",
-  modality: str = "image",
-  base: str | Path = "",
-  postfix: str = "",
-  heads: int = 0,
-  clips: int = 0,
-  crops: int = 3,
-  focal_length: float = FOCAL_LENGTH,
-  baseline: float = BASELINE,
-  dtype: str = "",
+  weights: Place = "",
+  modality: Name = "image",
+  base: Place | Path = "",
+  postfix: Line = "",
+  heads: Count = 0,
+  clips: Count = 0,
+  crops: Crops = 3,
+  focal_length: Camera = FOCAL_LENGTH,
+  baseline: Camera = BASELINE,
+  dtype: Dtype = "",
   remat: bool = False,
   scan: bool = False,
 ) -> Trunk:

@@ -24,6 +24,7 @@ from codebind_jax.trunks import names
 from codebind_jax.trunks.base import PublishedHead, Trunk, fingerprint
 from codebind_jax.trunks.checkpoint_files import Weights, folder_weights
 from codebind_jax.trunks.folders import family_config, folder_json, model_type
+from codebind_jax.trunks.options import Dtype, Name, Place
 
 _REVISION = "dino-1"
 MODALITIES = ("image",)
@@ -171,7 +172,7 @@ def _input(kind: str, picture: Mapping[str, Any], spec: EncoderSpec, where: Path
 
 
 def make_trunk(
-  *, weights: str = "", modality: str = "image", dtype: str = "", remat: bool = False, scan: bool = False
+  *, weights: Place = "", modality: Name = "image", dtype: Dtype = "", remat: bool = False, scan: bool = False
 ) -> Trunk:
   """The image encoder of a DINOv2 or DINOv3 checkpoint; its embedding is the class token after the last LayerNorm.
 

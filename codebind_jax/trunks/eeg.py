@@ -12,11 +12,12 @@ from pathlib import Path
 from codebind_jax.models.series import Series
 from codebind_jax.trunks.base import Trunk, fingerprint
 from codebind_jax.trunks.eeg_patches import patch_input, read_statistics
+from codebind_jax.trunks.options import Count, Dropout, Length, Place, Side
 
 
 def make_trunk(
-  *, channels: int = 10, samples: int = 91, patch: int = 5, statistics: str | Path = "evoked", width: int = 64,
-  depth: int = 0, heads: int = 4, dropout: float = 0.0, weights: str | Path = "",
+  *, channels: Side = 10, samples: Length = 91, patch: Side = 5, statistics: Place | Path = "evoked", width: Side = 64,
+  depth: Count = 0, heads: Side = 4, dropout: Dropout = 0.0, weights: Place | Path = "",
 ) -> Trunk:  # fmt: skip
   """The EEG trunk: with `depth` 0 one token, a linear map of all patches; else a class token and one token a patch.
 

@@ -20,6 +20,7 @@ from codebind_jax.models.encoder import Encoded
 from codebind_jax.trunks import names
 from codebind_jax.trunks.base import Trunk, fingerprint
 from codebind_jax.trunks.checkpoint_files import array_weights
+from codebind_jax.trunks.options import Length, Place, Side
 
 _REVISION = "eeg_patches-1"
 
@@ -88,8 +89,8 @@ def _read_statistics(source: str | Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def make_trunk(
-  *, channels: int = 10, samples: int = 91, width: int = 5, statistics: str | Path = "evoked", flat: bool = False,
-  weights: str | Path = "",
+  *, channels: Side = 10, samples: Length = 91, width: Side = 5, statistics: Place | Path = "evoked",
+  flat: bool = False, weights: Place | Path = "",
 ) -> Trunk:  # fmt: skip
   """The EEG trunk: n patches in time with one value a channel, or all patches in one token.
 

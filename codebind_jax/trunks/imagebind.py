@@ -25,6 +25,7 @@ from codebind_jax.models.imagebind import HUGE
 from codebind_jax.trunks import names
 from codebind_jax.trunks.base import PublishedHead, Trunk, fingerprint
 from codebind_jax.trunks.checkpoint_files import Weights, open_weights, present
+from codebind_jax.trunks.options import Camera, Count, Crops, Dtype, MaybeSide, Name, Place
 
 _REVISION = "imagebind-1"
 LICENCE = "CC-BY-NC 4.0 (Meta's weights: no commercial use)"
@@ -179,16 +180,16 @@ def normalising(modality: str) -> EncoderSpec:
 
 def make_trunk(
   *,
-  weights: str = "",
-  modality: str = "image",
-  heads: int = 0,
-  width: int = 0,
-  depth: int = 0,
-  clips: int = 0,
-  crops: int = 3,
-  focal_length: float = FOCAL_LENGTH,
-  baseline: float = BASELINE,
-  dtype: str = "",
+  weights: Place = "",
+  modality: Name = "image",
+  heads: Count = 0,
+  width: MaybeSide = 0,
+  depth: Count = 0,
+  clips: Count = 0,
+  crops: Crops = 3,
+  focal_length: Camera = FOCAL_LENGTH,
+  baseline: Camera = BASELINE,
+  dtype: Dtype = "",
   remat: bool = False,
   scan: bool = False,
 ) -> Trunk:

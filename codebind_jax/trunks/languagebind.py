@@ -40,6 +40,7 @@ from codebind_jax.trunks.base import PublishedHead, Trunk, fingerprint
 from codebind_jax.trunks.checkpoint_files import Entry, Weights, folder_weights
 from codebind_jax.trunks.clip import activation, rules_of
 from codebind_jax.trunks.folders import folder_json, folder_tokenizer
+from codebind_jax.trunks.options import Dtype, MaybeName, Place
 
 _REVISION = "languagebind-1"
 MODALITIES = ("image", "video", "audio", "depth", "thermal", "text")
@@ -163,7 +164,7 @@ def _item(modality: str, spec: EncoderSpec, config: Mapping[str, Any], folder: P
 
 
 def make_trunk(
-  *, weights: str = "", modality: str = "", antialias: bool = False, dtype: str = "", remat: bool = False,
+  *, weights: Place = "", modality: MaybeName = "", antialias: bool = False, dtype: Dtype = "", remat: bool = False,
   scan: bool = False,
 ) -> Trunk:  # fmt: skip
   """A tower of a LanguageBind checkpoint.

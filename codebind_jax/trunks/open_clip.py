@@ -28,6 +28,7 @@ from codebind_jax.trunks import names
 from codebind_jax.trunks.base import PublishedHead, Trunk, fingerprint
 from codebind_jax.trunks.checkpoint_files import Weights, folder_weights, mentions, open_weights, present
 from codebind_jax.trunks.folders import folder_json
+from codebind_jax.trunks.options import Act, Dtype, Line, Name, Place
 
 _REVISION = "open_clip-1"
 MODALITIES = ("image", "text")
@@ -354,7 +355,7 @@ def _text(length: int) -> Input:
 
 
 def make_trunk(
-  *, weights: str = "", modality: str = "image", model: str = "", tag: str = "", act: str = "", dtype: str = "",
+  *, weights: Place = "", modality: Name = "image", model: Line = "", tag: Line = "", act: Act = "", dtype: Dtype = "",
   remat: bool = False, scan: bool = False,
 ) -> Trunk:  # fmt: skip
   """A tower of an OpenCLIP checkpoint.

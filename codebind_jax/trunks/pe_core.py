@@ -30,6 +30,7 @@ from codebind_jax.trunks.checkpoint_files import (
   present,
 )
 from codebind_jax.trunks.folders import folder_json
+from codebind_jax.trunks.options import Dtype, Name, Place
 from codebind_jax.trunks.siglip import with_split_projection
 
 _REVISION = "pe_core-1"
@@ -189,7 +190,7 @@ def _text(length: int) -> Input:
 
 
 def make_trunk(
-  *, weights: str = "", modality: str = "image", dtype: str = "", remat: bool = False, scan: bool = False
+  *, weights: Place = "", modality: Name = "image", dtype: Dtype = "", remat: bool = False, scan: bool = False
 ) -> Trunk:
   """A tower of a PE-Core checkpoint.
 

@@ -22,6 +22,7 @@ from codebind_jax.data.transforms import points as point_transforms
 from codebind_jax.models.encoder import Encoded
 from codebind_jax.trunks import efficientnet_lite0
 from codebind_jax.trunks.base import Trunk, fingerprint
+from codebind_jax.trunks.options import Azimuth, Count, Level, Place, Regex, Side
 
 _REVISION = "point_views-1"
 
@@ -49,15 +50,15 @@ class PointViews(nn.Module):
 
 def make_trunk(
   *,
-  weights: str | Path = "",
-  azimuths: Sequence[int | float] = AZIMUTHS,
-  radius: int = 2,
-  size: int = 128,
-  levels: Sequence[int] = (5, 6, 7),
+  weights: Place | Path = "",
+  azimuths: Sequence[Azimuth] = AZIMUTHS,
+  radius: Count = 2,
+  size: Side = 128,
+  levels: Sequence[Level] = (5, 6, 7),
   metric: bool = False,
-  stages: Sequence[Sequence[int]] = efficientnet_lite0.STAGES,
-  head_width: int = efficientnet_lite0.HEAD_WIDTH,
-  dont_load: Sequence[str] = (),
+  stages: Sequence[Sequence[Side]] = efficientnet_lite0.STAGES,
+  head_width: Side = efficientnet_lite0.HEAD_WIDTH,
+  dont_load: Sequence[Regex] = (),
 ) -> Trunk:
   """The trunk of clouds whose upright direction is y: one token, the mean of the views' tokens, then histograms.
 

@@ -12,6 +12,7 @@ from codebind_jax.data.preparation.points import Groups
 from codebind_jax.data.transforms import points as point_transforms
 from codebind_jax.models.points import Points
 from codebind_jax.trunks.base import Trunk, fingerprint
+from codebind_jax.trunks.options import Count, Dropout, Length, Place, Side
 
 _REVISION = "points-1"
 
@@ -33,8 +34,8 @@ def groups_input(groups: int, neighbours: int, size: bool) -> Input:
 
 
 def make_trunk(
-  *, groups: int = 32, neighbours: int = 32, size: bool = False, width: int = 128, depth: int = 2, heads: int = 4,
-  dropout: float = 0.0, weights: str | Path = "",
+  *, groups: Length = 32, neighbours: Length = 32, size: bool = False, width: Side = 128, depth: Count = 2,
+  heads: Side = 4, dropout: Dropout = 0.0, weights: Place | Path = "",
 ) -> Trunk:  # fmt: skip
   """The trunk of point clouds, trained from scratch: the class token, then one token a group.
 

@@ -33,6 +33,7 @@ from codebind_jax.trunks.folders import (
   model_type,
   processor_config,
 )
+from codebind_jax.trunks.options import Dtype, Name, Place
 
 _REVISION = "siglip-1"
 MODALITIES = ("image", "text")
@@ -157,7 +158,7 @@ def folder_ids(folder: Path, context: int) -> Ids:
 
 
 def make_trunk(
-  *, weights: str = "", modality: str = "image", dtype: str = "", remat: bool = False, scan: bool = False
+  *, weights: Place = "", modality: Name = "image", dtype: Dtype = "", remat: bool = False, scan: bool = False
 ) -> Trunk:
   """A tower of a SigLIP checkpoint.
 

@@ -25,6 +25,7 @@ from codebind_jax.models.point_patches import PointEncoder, PointSpec
 from codebind_jax.trunks import names
 from codebind_jax.trunks.base import PublishedHead, Trunk, fingerprint
 from codebind_jax.trunks.checkpoint_files import Entry, Weights, mentions, open_weights, present
+from codebind_jax.trunks.options import Dtype, Length, Name, Place
 
 _REVISION = "uni3d-1"
 MODALITIES = ("points",)
@@ -155,8 +156,8 @@ _IGNORED = (_HEAD, r"logit_scale", r"point_encoder\.visual\.(patch_embed|head|ro
 
 
 def make_trunk(
-  *, weights: str = "", modality: str = "points", points: int = POINTS, groups: int = 512, neighbours: int = 64,
-  dtype: str = "", remat: bool = False, scan: bool = False,
+  *, weights: Place = "", modality: Name = "points", points: Length = POINTS, groups: Length = 512,
+  neighbours: Length = 64, dtype: Dtype = "", remat: bool = False, scan: bool = False,
 ) -> Trunk:  # fmt: skip
   """The point cloud encoder of a Uni3D checkpoint.
 

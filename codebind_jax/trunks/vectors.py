@@ -16,6 +16,7 @@ from codebind_jax.data.inputs import Input
 from codebind_jax.data.preparation.vectors import Vectors
 from codebind_jax.models.encoder import Encoded
 from codebind_jax.trunks.base import Trunk, fingerprint
+from codebind_jax.trunks.options import Length, Name, Place, Side
 
 
 class Prepared(nn.Module):
@@ -31,7 +32,9 @@ def vectors_input(tokens: int, width: int, modality: str) -> Input:
   return Input((tokens, width), "float32", Vectors(tokens, width, modality), revision="raw-1")
 
 
-def make_trunk(*, width: int = 64, tokens: int = 1, modality: str = "vectors", weights: str | Path = "") -> Trunk:
+def make_trunk(
+  *, width: Side = 64, tokens: Length = 1, modality: Name = "vectors", weights: Place | Path = ""
+) -> Trunk:
   """A trunk whose tokens are the input.
 
   Args:

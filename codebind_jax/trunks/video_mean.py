@@ -18,6 +18,7 @@ from codebind_jax.data.transforms import video as video_transforms
 from codebind_jax.models.encoder import Encoded
 from codebind_jax.trunks import efficientnet_lite0
 from codebind_jax.trunks.base import Trunk, fingerprint
+from codebind_jax.trunks.options import Count, Fit, Level, MaybeName, MaybeSide, Place, Regex, Side
 
 _REVISION = "frames-1"
 
@@ -43,20 +44,20 @@ class VideoMean(nn.Module):
 
 def make_trunk(
   *,
-  frames: int = 8,
+  frames: Side = 8,
   each: bool = False,
-  weights: str | Path = "",
-  size: int | Sequence[int] = (160,),
-  levels: Sequence[int] = (),
-  lines: int = 0,
-  fit: str = "pad",
+  weights: Place | Path = "",
+  size: Side | Sequence[Side] = (160,),
+  levels: Sequence[Level] = (),
+  lines: MaybeSide = 0,
+  fit: Fit = "pad",
   crop: bool = False,
   flip: bool = False,
-  class_names: str = "",
-  grid: int = 0,
-  stages: Sequence[Sequence[int]] = efficientnet_lite0.STAGES,
-  head_width: int = efficientnet_lite0.HEAD_WIDTH,
-  dont_load: Sequence[str] = (),
+  class_names: MaybeName = "",
+  grid: Count = 0,
+  stages: Sequence[Sequence[Side]] = efficientnet_lite0.STAGES,
+  head_width: Side = efficientnet_lite0.HEAD_WIDTH,
+  dont_load: Sequence[Regex] = (),
 ) -> Trunk:
   """The video trunk: token 0 is the mean over frames of the image trunk's token 0.
 

@@ -68,7 +68,7 @@ def span(low: int | float = -math.inf, high: int | float = math.inf) -> Rule:
   """Pairs (smallest, largest) of finite numbers above `low` and up to `high`."""
   bounds = [f"above {low:g}"] * (low > -math.inf) + [f"up to {high:g}"] * (high < math.inf)
   holds = lambda pair: low < pair[0] <= pair[1] <= high and pair[1] < math.inf
-  return Rule(holds, f"smallest <= largest{''.join(f', {bound}' for bound in bounds)}")
+  return Rule(holds, f"smallest <= largest{''.join(f', {bound}' for bound in bounds)}", low, high)
 
 
 class Checked:

@@ -9,7 +9,7 @@ from jaxtyping import Float, Float32
 
 from codebind_jax.data.augment import Checked, image, revision, span
 from codebind_jax.data.transforms.audio import LOUDEST, RATE
-from codebind_jax.schema import above, at_least
+from codebind_jax.schema import above, at_least, at_most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Waveform(Checked):
     revision: of this code; not for setting.
   """
 
-  seconds: Annotated[float, at_least(0, "the whole sound")] = 10.0
+  seconds: Annotated[float, at_least(0, "the whole sound"), at_most(86_400)] = 10.0
   gain: image.Size = 6.0
   noise: image.Share = 0.5
-  snr: Annotated[tuple[float, float], span()] = (20.0, 40.0)
+  snr: Annotated[tuple[float, float], span(-1000, 1000)] = (20.0, 40.0)
   polarity: image.Share = 0.5
-  rate: Annotated[int, above(0)] = RATE
+  rate: Annotated[int, above(0), at_most(10_000_000)] = RATE
   revision: str = revision("waveform-1")
 
   def __call__(self, value: Any, rng: np.random.Generator) -> Any:
@@ -76,9 +76,9 @@ class Spectrogram(Checked):
     revision: of this code; not for setting.
   """
 
-  times: Annotated[int, at_least(0, "none")] = 1
+  times: Annotated[int, at_least(0, "none"), at_most(1000)] = 1
   time: image.Share = 0.1
-  bands: Annotated[int, at_least(0, "none")] = 1
+  bands: Annotated[int, at_least(0, "none"), at_most(1000)] = 1
   band: image.Share = 0.1
   revision: str = revision("spectrogram-1")
 

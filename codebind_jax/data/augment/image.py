@@ -16,14 +16,13 @@ from jaxtyping import Bool, UInt8
 from PIL import Image, ImageEnhance, ImageFilter
 
 from codebind_jax.data.augment import Checked, revision, span
-from codebind_jax.schema import at_least, within
+from codebind_jax.schema import Share, at_least, at_most, within
 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _TRIES = 10  # torchvision's, for a crop that fits
-Share = Annotated[float, within(0, 1)]
 Area = Annotated[tuple[float, float], span(0, 1)]
-Positive = Annotated[tuple[float, float], span(0)]
-Size = Annotated[float, at_least(0)]
+Positive = Annotated[tuple[float, float], span(0, 1000)]
+Size = Annotated[float, at_least(0), at_most(1000)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Photo(Checked):
 
   area: Area = (0.9, 1.0)
   aspect: Positive = (3 / 4, 4 / 3)
-  size: Annotated[int, at_least(0, "the crop's own")] = 0
+  size: Annotated[int, at_least(0, "the crop's own"), at_most(1 << 14)] = 0
   flip: Share = 0.5
   brightness: Size = 0.2
   contrast: Size = 0.2

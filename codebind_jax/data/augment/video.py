@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from codebind_jax.data.augment import image, revision
-from codebind_jax.schema import at_least
+from codebind_jax.schema import at_least, at_most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Clip(image.Photo):
   Further attributes are those of `image.Photo`.
   """
 
-  frames: Annotated[int, at_least(0, "all")] = 0
+  frames: Annotated[int, at_least(0, "all"), at_most(1 << 16)] = 0
   revision: str = revision("clip-1")
 
   def __call__(

@@ -20,7 +20,7 @@ from codebind_jax.data import ranges
 from codebind_jax.data.formats import columns as arrow
 from codebind_jax.data.formats import jsonl, parquet, table
 from codebind_jax.data.formats.columns import Columns
-from codebind_jax.data.formats.record import BY_ENDING, FILE_SPLITS, known_splits
+from codebind_jax.data.formats.record import BY_ENDING, FILE_SPLITS, Names, known_splits
 from codebind_jax.data.index import SPLITS, IndexBuilder, twice
 from codebind_jax.data.index_cache import Bad, Scan, scanned
 from codebind_jax.data.reading import arrow_errors
@@ -40,7 +40,7 @@ def takes(path: PurePath) -> bool:
 
 def open_files(
   paths: Sequence[PurePath], *, cache: Path | None = None, max_bad_records: int = 0,
-  columns: Mapping[str, str] | None = None,
+  columns: Names | None = None,
 ) -> list[Source]:  # fmt: skip
   """The records of each folder; a record's split is that of its file's name or folder, unless the record names one.
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from codebind_jax import files
 from codebind_jax.data import ranges
-from codebind_jax.data.formats.record import Record, add_rows, parse, refuse_repeated, renamed, short_names
+from codebind_jax.data.formats.record import Names, Record, add_rows, parse, refuse_repeated, renamed, short_names
 from codebind_jax.data.index import IndexBuilder, twice
 from codebind_jax.data.index_cache import Bad, Scan, scanned
 from codebind_jax.data.ranges import File
@@ -129,7 +129,7 @@ def _renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
 
 def open_files(
   paths: Sequence[PurePath], *, cache: Path | None = None, max_bad_records: int = 0,
-  columns: Mapping[str, str] | None = None,
+  columns: Names | None = None,
 ) -> list[Source]:  # fmt: skip
   """The records of each file; each line is parsed once, and none is kept.
 

@@ -22,7 +22,7 @@ from codebind_jax.data import ranges
 from codebind_jax.data.formats import columns as arrow
 from codebind_jax.data.formats.columns import Columns
 from codebind_jax.data.formats.jsonl import item
-from codebind_jax.data.formats.record import parse, short_names
+from codebind_jax.data.formats.record import Names, parse, short_names
 from codebind_jax.data.index import IndexBuilder, twice
 from codebind_jax.data.index_cache import Bad, Scan, scanned
 from codebind_jax.data.reading import arrow_errors
@@ -157,7 +157,7 @@ def opened(path: PurePath, metadata: Any = None) -> Any:
 
 def open_files(
   paths: Sequence[PurePath], *, cache: Path | None = None, max_bad_records: int = 0,
-  columns: Mapping[str, str] | None = None,
+  columns: Names | None = None,
 ) -> list[Source]:  # fmt: skip
   """The records of each file. Indexing reads the small columns; of items, only what says whether they are there.
 

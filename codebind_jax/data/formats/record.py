@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import itertools
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import PurePath
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -15,6 +16,21 @@ from jaxtyping import Int64
 
 from codebind_jax.data import transforms
 from codebind_jax.data.index import SPLITS, IndexBuilder, known_modalities
+from codebind_jax.schema import NonemptyLine, Rule, shaped
+
+
+def _is_encoding(name: str) -> bool:
+  try:
+    "".encode(codecs.lookup(name).name)
+  except (LookupError, ValueError, UnicodeError):
+    return False
+  return True
+
+
+# Types of the formats' options.
+Names = Mapping[NonemptyLine, NonemptyLine]
+Letter = Annotated[str, shaped(r"[^\n]?", "one letter, or ''")]
+Encoding = Annotated[str, Rule(_is_encoding, "an encoding of texts, such as utf-8")]
 
 SPLIT_NAMES = {split: split for split in SPLITS} | {"validation": "val"}
 FILE_SPLITS = SPLIT_NAMES | {"valid": "val", "dev": "val"}  # of folders and files

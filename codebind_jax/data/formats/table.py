@@ -13,7 +13,17 @@ import numpy as np
 
 from codebind_jax.data import ranges
 from codebind_jax.data.formats.jsonl import LineSource, unlike
-from codebind_jax.data.formats.record import Record, add_rows, known_keys, parse, renamed, short_names
+from codebind_jax.data.formats.record import (
+  Encoding,
+  Letter,
+  Names,
+  Record,
+  add_rows,
+  known_keys,
+  parse,
+  renamed,
+  short_names,
+)
 from codebind_jax.data.index import IndexBuilder
 from codebind_jax.data.index_cache import Bad, Scan, scanned
 from codebind_jax.data.records import Source
@@ -85,7 +95,7 @@ def _row(keys: Sequence[str], cells: Sequence[str]) -> dict[str, Any]:
 
 def open_files(
   paths: Sequence[PurePath], *, cache: Path | None = None, max_bad_records: int = 0,
-  columns: Mapping[str, str] | None = None, separator: str = "", encoding: str = "utf-8", quote: str = '"',
+  columns: Names | None = None, separator: Letter = "", encoding: Encoding = "utf-8", quote: Letter = '"',
 ) -> list[Source]:  # fmt: skip
   """The records of each table; memory holds their offsets alone.
 

