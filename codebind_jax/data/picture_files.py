@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from codebind_jax.data.reading import file_errors, name_of, remark
+from codebind_jax.data.reading import file_errors, name_of, opened_file, refuse_special, remark
 
 # Others that Pillow knows start programs (EPS), are no pictures (HDF5, MPEG) or are read wrongly or not at all.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "PPM", "JPEG2000")
@@ -38,7 +38,7 @@ def head_of(value: str | Path | bytes) -> bytes:
   """The first 32 bytes."""
   if isinstance(value, bytes):
     return value[:32]
-  with open(value, "rb") as file:
+  with opened_file(value) as file:
     return file.read(32)
 
 
@@ -70,6 +70,8 @@ def opened(
   """
   name = name_of(value, kind)
   with file_errors(name, what):
+    if not isinstance(value, bytes):
+      refuse_special(value)
     try:
       picture = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value, formats=_known(formats))
     except Image.UnidentifiedImageError as error:
@@ -87,6 +89,8 @@ def opened(
 def is_picture(value: str | Path | bytes) -> bool:
   """Whether a file is a picture of `FORMATS`, also one that is too large to be read."""
   try:
+    if not isinstance(value, bytes):
+      refuse_special(value)
     with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value, formats=_known(FORMATS)):
       return True
   except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -133,12 +137,9 @@ def pages(picture: Image.Image) -> list[int]:
 
 def gif_ends(value: str | Path | bytes) -> bool:
   """Whether a GIF has its end mark, perhaps before zeros and line ends; one that is cut has none."""
-  if isinstance(value, bytes):
-    tail = value[-1024:]
-  else:
-    with open(value, "rb") as file:
-      file.seek(max(0, os.fstat(file.fileno()).st_size - 1024))
-      tail = file.read()
+  with opened_file(value) as file:
+    file.seek(max(0, file.seek(0, os.SEEK_END) - 1024))
+    tail = file.read()
   return tail.rstrip(b"\0\r\n ").endswith(b";")
 
 

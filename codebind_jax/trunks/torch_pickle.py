@@ -29,7 +29,7 @@ _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 _PIECE = 1 << 22
 _WHAT = "a readable torch checkpoint"
-_LARGEST_PICKLE = 1 << 28  # bytes
+LARGEST_PICKLE = 1 << 28  # bytes
 _MOST = 1 << 22  # opcodes of a pickle: one of a byte may make an object of a hundred
 _DEEPEST = 100  # containers in one another
 _SHARED = 1 << 20  # values more than the file has that sharing may make of its containers
@@ -117,7 +117,7 @@ class _Stream(io.BufferedReader):
   def read(self, size: int | None = -1, /) -> bytes:
     """Up to `size` bytes."""
     there = max(self.size - self.tell(), 0)
-    return super().read(min(there if size is None or size < 0 else size, there, _LARGEST_PICKLE))
+    return super().read(min(there if size is None or size < 0 else size, there, LARGEST_PICKLE))
 
   def readline(self, size: int | None = -1, /) -> bytes:
     """A line, or the beginning of one that is longer than any in a checkpoint."""
@@ -152,8 +152,8 @@ class _Reader:
     for opcode, argument, place in pickletools.genops(stream):
       name = opcode.name
       self._left -= 1
-      if self._left < 0 or place - start > _LARGEST_PICKLE:
-        raise self._error(f"a pickle of more than {_MOST} opcodes or {_LARGEST_PICKLE} bytes")
+      if self._left < 0 or place - start > LARGEST_PICKLE:
+        raise self._error(f"a pickle of more than {_MOST} opcodes or {LARGEST_PICKLE} bytes")
       if name in _VALUES:
         stack.append(argument)
       elif name in _PUT:
@@ -461,8 +461,8 @@ def _load_zip(source: Path | bytes, name: str) -> Any:
     packed = [m for m in members.values() if m.compress_type != zipfile.ZIP_STORED or m.compress_size != m.file_size]
     if packed:
       raise ValueError(f"{name}: member {packed[0].filename!r:.80} is compressed, which torch does not do")
-    if (size := members[pickles[0]].file_size) > _LARGEST_PICKLE:
-      raise ValueError(f"{name}: its data.pkl has {size} bytes, allowed are {_LARGEST_PICKLE}")
+    if (size := members[pickles[0]].file_size) > LARGEST_PICKLE:
+      raise ValueError(f"{name}: its data.pkl has {size} bytes, allowed are {LARGEST_PICKLE}")
     if root + "byteorder" in members and archive.read(root + "byteorder") != b"little":
       raise ValueError(f"{name}: written on a big-endian machine; only little-endian checkpoints are supported")
     content = archive.read(pickles[0])

@@ -202,8 +202,10 @@ def _batches(files: Sequence[PurePath]) -> list[Any]:
     try:
       far = file_system.is_far(path)
       source = pa.BufferReader(file_system.read_bytes(path)) if far else pa.memory_map(str(path), "r")
-      batches += list(pa.ipc.open_stream(source))
-    except (pa.ArrowException, OSError) as error:
+      for batch in pa.ipc.open_stream(source):
+        batch.validate(full=True)  # lengths, offsets and UTF-8, which Arrow believes otherwise
+        batches.append(batch)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
       raise ValueError(f"{path}: not a readable Arrow file ({error})") from error
   return batches
 
