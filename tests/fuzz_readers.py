@@ -56,7 +56,8 @@ PICTURES = {
   "gif": lambda: [picture("gif", PIXELS[..., 0]), animation("gif")],
   "bmp": lambda: [picture("bmp"), picture("bmp", PIXELS[..., 0])],
   "ppm": lambda: [picture("ppm"), picture("ppm", PIXELS[..., 0]), b"P3\n2 2\n255\n" + b"0 10 255 " * 4],
-  "tiff": lambda: [picture("tiff"), picture("tiff", compression="tiff_lzw"), picture("tiff", compression="tiff_deflate"),
+  "tiff": lambda: [picture("tiff"), picture("tiff", compression="tiff_lzw"),
+                   picture("tiff", compression="tiff_deflate"),
                    picture("tiff", PIXELS[..., 0].astype(np.float32) / 255)],
   "jpeg2000": lambda: [picture("jpeg2000")],
   "avif": lambda: [picture("avif")],
@@ -164,7 +165,7 @@ def _clip():
 
 def read_text(content):
   """A text of any Unicode, through cleaning and tokenizer."""
-  return _clip()(content.decode("utf-8", "surrogatepass" if content.count(b"\xed") else "replace"))
+  return _clip()(content.decode("utf-16-le" if len(content) % 7 == 0 else "utf-8", "replace"))
 
 
 def texts():
@@ -233,7 +234,6 @@ def read_records(module, suffix="", **options):
     for source in module.open_files([path], **options):
       for row in range(len(source)):
         source.fields(row)
-        source.identity(row) if False else None
         for modality in source.modalities:
           if modality != "text" and source.has(row, modality):
             source.read(row, modality)
@@ -366,10 +366,6 @@ def read_rcc(content):
 FILES = {"a/b.txt": b"text " * 20, "c.svg": b"<svg/>"}
 
 
-def _of(modality, name):
-  return lambda: transforms.of(modality).read
-
-
 def _media(modality, seeds, called=""):
   return Reader(lambda content: transforms.of(modality).read(content), seeds, called=called or f"{modality} bytes")
 
@@ -403,7 +399,8 @@ READERS = {
   "torch zip": Reader(read_weights, zips_of_torch, "net.pth"),
   "torch stream": Reader(read_weights, lambda: [old_torch()], "old.pth"),
   "safetensors": Reader(read_weights, lambda: [safetensors()], "model.safetensors"),
-  "npz weights": Reader(read_weights, lambda: [saved(np.savez, **ARRAYS), saved(np.savez_compressed, **ARRAYS)], "a.npz"),
+  "npz weights": Reader(
+    read_weights, lambda: [saved(np.savez, **ARRAYS), saved(np.savez_compressed, **ARRAYS)], "a.npz"),
   "shards' index": Reader(read_index, lambda: [
     json.dumps({"weight_map": {"w": "a.safetensors", "b": "a.safetensors"}}).encode()], "m.safetensors.index.json"),
   "shapes": Reader(read_shapes, lambda: [shapes_file()], "model.safetensors.shapes.json"),

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from codebind_jax.data import picture_files
-from codebind_jax.data.reading import file_errors, name_of, remark
+from codebind_jax.data.reading import file_errors, name_of, refuse_special, remark
 
 PIXELS = 2**26  # of a frame: 8192 x 8192
 _NEEDS_AV = "needs the package av (PyAV): pip install av"
@@ -124,6 +124,8 @@ def _opened(value: str | Path | bytes, name: str) -> Iterator[tuple[Any, Any]]:
     raise ImportError(f"{name}: reading films {_NEEDS_AV}") from error
   if (kind := picture_files.kind_of(value)) == "HEIC":
     raise ValueError(f"{name}: a {kind} picture is not read; export it as JPEG or PNG")
+  if not isinstance(value, bytes):
+    refuse_special(value)
   # With "file:" no part of a name is taken for a protocol.
   source = io.BytesIO(value) if isinstance(value, bytes) else f"file:{value}"
   limit = {"max_pixels": str(PIXELS)}

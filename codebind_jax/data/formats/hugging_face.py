@@ -226,7 +226,8 @@ def _scan_saved(folder: PurePath, files: Sequence[PurePath], bad: Bad, columns: 
   batches = _batches(files)
   if not batches:
     return Scan(builder.build(), notes={"name": folder.name, "columns": dataclasses.asdict(Columns({}, {}, {}, ()))})
-  found = arrow.columns_of(batches[0].schema, columns, str(folder))
+  with arrow_errors(f"{folder}: not a readable Arrow file"):
+    found = arrow.columns_of(batches[0].schema, columns, str(folder))
   for batch in batches:
     fields = batch.select(list(found.fields))
     there = {modality: arrow.filled(batch.column(column)) for modality, column in found.items.items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import collections
+import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,7 @@ from codebind_jax.data.records import Source
 
 ENDINGS = (".parquet",)
 KEPT = 256 * 2**20
+_BUFFER = 1 << 16
 _BATCH = 256  # rows whose items are looked at together for what is not there
 
 
@@ -135,8 +137,13 @@ class ParquetSource(ColumnsSource):
         return file.read_row_group(group, columns=list(names), use_threads=False)
 
 
-def opened(path: PurePath, metadata: Any = None) -> Any:
+def opened(path: PurePath, metadata: Any = None, buffer: int = 0) -> Any:
   """A Parquet file.
+
+  Args:
+    path: of the file.
+    metadata: of it, where it is known.
+    buffer: bytes of a column that are read at once; 0 for all of a row group's.
 
   Raises:
     ValueError: if it is none.
@@ -146,7 +153,7 @@ def opened(path: PurePath, metadata: Any = None) -> Any:
 
   source = ranges.open_binary(path) if files.is_far(path) else str(path)
   with arrow_errors(f"{path}: not a readable Parquet file"):
-    file = parquet.ParquetFile(source, metadata=metadata, pre_buffer=False)
+    file = parquet.ParquetFile(source, metadata=metadata, pre_buffer=False, buffer_size=buffer)
     try:
       _ = file.schema_arrow  # which is read when asked for
     except Exception:
@@ -199,6 +206,7 @@ def _scan(path: PurePath, name: str, bad: Bad, columns: Mapping[str, str]) -> Sc
   builder, further, start = IndexBuilder(), {}, 0
   with opened(path) as file:
     found = arrow.columns_of(file.schema_arrow, columns, str(path))
+    _check_columns(path, file.metadata, list(found.items.values()))
     sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     for group, rows in enumerate(sizes):
       with arrow_errors(f"{path}: row group {group} cannot be read"):
@@ -216,12 +224,33 @@ def _scan(path: PurePath, name: str, bad: Bad, columns: Mapping[str, str]) -> Sc
   return scan
 
 
+def _check_columns(path: PurePath, metadata: Any, columns: Sequence[str]) -> None:
+  """Reads the first row of each row group, by pages, as far as it is of these columns.
+
+  What a damaged file says of a column is an error there; asked for by itself (`column`), it ends the process.
+
+  Raises:
+    ValueError: naming file and row group.
+  """
+  with contextlib.closing(opened(path, metadata, _BUFFER)) as file:
+    for group in range(metadata.num_row_groups if columns else 0):
+      with arrow_errors(f"{path}: row group {group} cannot be read"):
+        next(file.iter_batches(1, row_groups=[group], columns=list(columns), use_threads=False), None)
+
+
 def _there(file: Any, group: int, column: str) -> tuple[np.ndarray, np.ndarray]:
   """`columns.filled` of a column of a row group; from its statistics alone where they say that all are there."""
+  import pyarrow as pa
+
   about = file.metadata.row_group(group)
   for number in range(about.num_columns):
+    said = file.schema.column(number)
+    if said.path not in (column, f"{column}.bytes", f"{column}.path"):
+      continue
     leaf = about.column(number)
-    if leaf.path_in_schema in (column, f"{column}.bytes", f"{column}.path") and leaf.statistics:
+    if leaf.physical_type != said.physical_type:
+      raise pa.ArrowInvalid(f"column {said.path!r} is {leaf.physical_type}, by the schema {said.physical_type}")
+    if leaf.statistics:
       about_leaf = leaf.statistics
       blank = about_leaf.has_min_max and about_leaf.min in (b"", "")
       if about_leaf.has_null_count and about_leaf.null_count == 0 and not blank:

@@ -14,7 +14,7 @@ import soxr
 from jaxtyping import Float, Float32
 
 from codebind_jax.data import mp3
-from codebind_jax.data.reading import file_errors, name_of, remark, unmasked
+from codebind_jax.data.reading import file_errors, name_of, opened_file, remark, unmasked
 
 # Changes whenever the same input would give other samples: it is part of the key of cached features.
 REVISION = "audio-3"
@@ -151,7 +151,7 @@ def _name(value: Any) -> str:
 
 def _decoded(value: str | Path | bytes, name: str) -> tuple[np.ndarray, int]:
   if not isinstance(value, bytes):
-    with open(value, "rb") as file:  # libsndfile takes the beginning of a name that has a null in it
+    with opened_file(value) as file:  # libsndfile takes the beginning of a name that has a null in it
       _check_beginning(file, name)
       if file.read(4) not in _CHAINED:
         return _samples(value, name)
@@ -282,7 +282,7 @@ def check(path: Path) -> None:
   """Raises a ValueError naming the file if it is not a sound, or cut off by its header; samples are not decoded."""
   name = str(path)
   with file_errors(name, _WHAT):
-    with open(path, "rb") as file:
+    with opened_file(path) as file:
       _check_beginning(file, name)
     with soundfile.SoundFile(path) as sound:
       _check_head(sound, name)
