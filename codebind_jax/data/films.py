@@ -22,6 +22,7 @@ from codebind_jax.data import picture_files
 from codebind_jax.data.reading import file_errors, name_of, refuse_special, remark
 
 PIXELS = 2**26  # of a frame: 8192 x 8192
+TOGETHER = 2**28  # of all frames that are asked for: 16 of 16 million
 _NEEDS_AV = "needs the package av (PyAV): pip install av"
 _WHAT = "a readable video"
 # FFmpeg's names; others read text as pictures, follow addresses, or open devices.
@@ -202,6 +203,7 @@ def _found(value: str | Path | bytes, name: str, times: _Times, wanted: list[int
   decoded = _decoded(value, name)
   with contextlib.closing(decoded):
     for number, frame in enumerate(decoded):
+      check_size(frame.width, frame.height, len(wanted), name)
       at = frame.pts if times.timed and frame.pts is not None else times.shown[min(number, len(times.shown) - 1)]
       while waiting and times.shown[waiting[0]] < at:
         found[waiting.pop(0)] = _pixels(frame if before is None else before, name, times.aspect)
@@ -217,10 +219,16 @@ def _found(value: str | Path | bytes, name: str, times: _Times, wanted: list[int
   return found | dict.fromkeys(waiting, last)
 
 
+def check_size(width: int, height: int, frames: int, name: str) -> None:
+  """Raises a ValueError naming the film, if frames are too large, or all that are wanted together."""
+  if width * height > PIXELS:
+    raise ValueError(f"{name}: frames of {width} x {height} pixels, allowed are {PIXELS}")
+  if width * height * frames > TOGETHER:
+    raise ValueError(f"{name}: {frames} frames of {width} x {height} pixels, allowed are {TOGETHER} pixels together")
+
+
 def _pixels(frame: Any, name: str, aspect: float) -> UInt8[np.ndarray, "h w 3"]:
   """RGB of a frame in square pixels, turned as its display matrix says."""
-  if frame.width * frame.height > PIXELS:
-    raise ValueError(f"{name}: frames of {frame.width} x {frame.height} pixels, allowed are {PIXELS}")
   if frame.is_corrupt:
     remark("damaged films", f"{name}: the frame at {frame.time or 0.0:.6g} s is damaged")
   if getattr(frame, "color_trc", 0) in _HDR:

@@ -22,7 +22,8 @@ _OTHERS = {b"%!PS": "PostScript", b"\xc5\xd0\xd3\xc6": "PostScript", b"%PDF": "P
            b"#?RADIANCE": "Radiance HDR", b"\x89HDF": "HDF5", b"version https://": "a Git LFS pointer"}  # fmt: skip
 _HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 _PAGE_TAG, _REDUCED = 254, 5  # of TIFF; a smaller copy, or a mask, of another page
-PIXELS = 178_956_970  # as many as Pillow opens unless it is told otherwise
+PIXELS = 89_478_485  # as many as Pillow opens without a warning; as RGB they take a gigabyte while they are read
+_MOST = {"WEBP": 1 << 25, "AVIF": 1 << 25, "JPEG2000": 1 << 25}  # whose decoders take more of it
 SIDE = 2**16  # longest side, for tables of resize weights; JPEG and AVIF end there as well
 _TURNS = frozenset(("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"))  # keys of `info` that can tell a turn
 
@@ -79,8 +80,9 @@ def opened(
       allowed = f"allowed are {', '.join(formats)}"
       raise ValueError(f"it is {other}; {allowed}" if other else f"{error}; {allowed}") from error
     with picture:
-      if picture.width * picture.height > pixels:
-        raise ValueError(f"{picture.width} x {picture.height} pixels, allowed are {pixels}")
+      allowed = min(pixels, _MOST.get(str(picture.format), pixels))
+      if picture.width * picture.height > allowed:
+        raise ValueError(f"{picture.width} x {picture.height} pixels, allowed are {allowed}")
       if max(picture.size) > SIDE:
         raise ValueError(f"{picture.width} x {picture.height} pixels, allowed are sides of up to {SIDE}")
       yield picture

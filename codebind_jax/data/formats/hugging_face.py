@@ -144,7 +144,7 @@ def _first(path: PurePath) -> dict[str, str]:
       rows = next(file.iter_batches(1, columns=["file_name"]), None) if "file_name" in names else None
       return dict.fromkeys(names, "") | ({"file_name": str(rows[0][0])} if rows else {})
   with ranges.open_binary(path) as file:
-    lines = (line.decode("utf-8-sig") for line in file)
+    lines = (line.decode("utf-8-sig") for line in ranges.lines(file, str(path)))
     if path.suffix == ".jsonl":
       try:
         row = json.loads(next(lines, "{}"))

@@ -12,7 +12,7 @@ import collections
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -32,6 +32,7 @@ from codebind_jax.data.records import Source
 ENDINGS = (".parquet",)
 KEPT = 256 * 2**20
 _BUFFER = 1 << 16
+_ROWS = 1 << 14  # whose fields are taken together
 _BATCH = 256  # rows whose items are looked at together for what is not there
 
 
@@ -210,10 +211,15 @@ def _scan(path: PurePath, name: str, bad: Bad, columns: Mapping[str, str]) -> Sc
     sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     for group, rows in enumerate(sizes):
       with arrow_errors(f"{path}: row group {group} cannot be read"):
-        fields = file.read_row_group(group, columns=list(found.fields), use_threads=False)
         there = {modality: _there(file, group, column) for modality, column in found.items.items()}
-        where = np.stack([np.full(rows, group), np.arange(rows)], 1).astype(np.int64)
-        further |= arrow.add_table(builder, bad, fields, there, found, path, name, start, where)
+        if wrong := [modality for modality, (have, _) in there.items() if len(have) != rows]:
+          raise ValueError(f"{path}: row group {group} has other numbers of {wrong[0]} than its {rows} rows")
+        where, at = np.stack([np.full(rows, group), np.arange(rows)], 1).astype(np.int64), 0
+        for fields in _batches(file, group, list(found.fields)):
+          part = slice(at, at + fields.num_rows)
+          own = {modality: (have[part], empty[part]) for modality, (have, empty) in there.items()}
+          further |= arrow.add_table(builder, bad, fields, own, found, path, name, start + at, where[part])
+          at += fields.num_rows
       start += rows
   notes = {"name": name, "columns": dataclasses.asdict(found), "groups": sizes}
   scan = Scan(builder.build(), further=(*further, *found.aside), notes=notes)
@@ -222,6 +228,14 @@ def _scan(path: PurePath, name: str, bad: Bad, columns: Mapping[str, str]) -> Sc
     a, b = (source._row(number) for number in pair)
     raise ValueError(f"{path}: id {source.fields(pair[1])['id']!r} is there twice: row {a} and row {b}")
   return scan
+
+
+def _batches(file: Any, group: int, names: list[str]) -> Iterator[Any]:
+  """The rows of a group, some at a time; of no column all at once."""
+  if names:
+    yield from file.iter_batches(_ROWS, row_groups=[group], columns=names, use_threads=False)
+  else:
+    yield file.read_row_group(group, columns=[], use_threads=False)
 
 
 def _check_columns(path: PurePath, metadata: Any, columns: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from codebind_jax.data.reading import file_errors, name_of
 # Changes whenever the same input would give other values: it is part of the key of cached features.
 REVISION = "depth-3"
 FARTHEST = 1000.0
-PIXELS = 2**26  # largest map that is read
+PIXELS = 2**25  # largest map that is read
 _KINDS = ("PNG", "TIFF", "PPM", "JPEG", "GIF", "BMP", "WEBP")  # the last four for the message, they hold pictures only
 _DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 _WHAT = (
