@@ -18,6 +18,7 @@ REVISION = f"video-2 {image.REVISION}"
 FRAMES = 16
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2")
 _ALL = 2**33  # pixels of all frames of an animation, which are decoded one after the other
+_CANVAS = 2**25  # pixels of an animation, of which several copies are held
 _UNTIMED = 0.1  # seconds that a browser shows a picture of an animation that says 0
 _Choose = Callable[[int, float | None], list[list[int]]]
 
@@ -188,6 +189,8 @@ def _from_picture(
     if picture.width * picture.height * len(numbers) > _ALL:
       raise ValueError(f"{name}: {len(numbers)} frames of {picture.width} x {picture.height} pixels, allowed are "
                        f"{_ALL} pixels of all together")  # fmt: skip
+    if len(numbers) > 1 and picture.width * picture.height > _CANVAS:
+      raise ValueError(f"{name}: an animation of {picture.width} x {picture.height} pixels, allowed are {_CANVAS}")
     if len(numbers) == 1:
       return choose(1, None), {0: image.read(value)}
     if picture.format == "GIF" and not picture_files.gif_ends(value):
