@@ -19,9 +19,10 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from codebind_jax.data import picture_files
-from codebind_jax.data.reading import file_errors, name_of, remark
+from codebind_jax.data.reading import file_errors, name_of, refuse_special, remark
 
 PIXELS = 2**26  # of a frame: 8192 x 8192
+TOGETHER = 2**28  # of all frames that are asked for: 16 of 16 million
 _NEEDS_AV = "needs the package av (PyAV): pip install av"
 _WHAT = "a readable video"
 # FFmpeg's names; others read text as pictures, follow addresses, or open devices.
@@ -124,6 +125,8 @@ def _opened(value: str | Path | bytes, name: str) -> Iterator[tuple[Any, Any]]:
     raise ImportError(f"{name}: reading films {_NEEDS_AV}") from error
   if (kind := picture_files.kind_of(value)) == "HEIC":
     raise ValueError(f"{name}: a {kind} picture is not read; export it as JPEG or PNG")
+  if not isinstance(value, bytes):
+    refuse_special(value)
   # With "file:" no part of a name is taken for a protocol.
   source = io.BytesIO(value) if isinstance(value, bytes) else f"file:{value}"
   limit = {"max_pixels": str(PIXELS)}
@@ -200,6 +203,7 @@ def _found(value: str | Path | bytes, name: str, times: _Times, wanted: list[int
   decoded = _decoded(value, name)
   with contextlib.closing(decoded):
     for number, frame in enumerate(decoded):
+      check_size(frame.width, frame.height, len(wanted), name)
       at = frame.pts if times.timed and frame.pts is not None else times.shown[min(number, len(times.shown) - 1)]
       while waiting and times.shown[waiting[0]] < at:
         found[waiting.pop(0)] = _pixels(frame if before is None else before, name, times.aspect)
@@ -215,10 +219,16 @@ def _found(value: str | Path | bytes, name: str, times: _Times, wanted: list[int
   return found | dict.fromkeys(waiting, last)
 
 
+def check_size(width: int, height: int, frames: int, name: str) -> None:
+  """Raises a ValueError naming the film, if frames are too large, or all that are wanted together."""
+  if width * height > PIXELS:
+    raise ValueError(f"{name}: frames of {width} x {height} pixels, allowed are {PIXELS}")
+  if width * height * frames > TOGETHER:
+    raise ValueError(f"{name}: {frames} frames of {width} x {height} pixels, allowed are {TOGETHER} pixels together")
+
+
 def _pixels(frame: Any, name: str, aspect: float) -> UInt8[np.ndarray, "h w 3"]:
   """RGB of a frame in square pixels, turned as its display matrix says."""
-  if frame.width * frame.height > PIXELS:
-    raise ValueError(f"{name}: frames of {frame.width} x {frame.height} pixels, allowed are {PIXELS}")
   if frame.is_corrupt:
     remark("damaged films", f"{name}: the frame at {frame.time or 0.0:.6g} s is damaged")
   if getattr(frame, "color_trc", 0) in _HDR:

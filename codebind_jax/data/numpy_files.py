@@ -5,18 +5,21 @@ from __future__ import annotations
 import io
 import math
 import os
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from codebind_jax.data.reading import file_errors
+from codebind_jax.data.reading import file_errors, opened_file
+from codebind_jax.files.zips import open_zip
 
 MAGIC = np.lib.format.MAGIC_PREFIX
 ZIP = b"PK"
-LARGEST = 1 << 29  # values
+LARGEST = 1 << 28  # values
+_LARGEST_BYTES = 1 << 29
+_HEADER = 10_000  # characters, as numpy allows
+_PIECE = 1 << 24
 
 
 def read_npy(value: str | Path | bytes, largest: int) -> np.ndarray:
@@ -30,13 +33,14 @@ def read_npy(value: str | Path | bytes, largest: int) -> np.ndarray:
     ValueError: if it is damaged, cut, or larger.
     OSError: if it cannot be read.
   """
-  size = len(value) if isinstance(value, bytes) else os.stat(value).st_size
-  with io.BytesIO(value) if isinstance(value, bytes) else open(value, "rb") as file:
+  with opened_file(value) as file:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
     return _array(file, size, largest)
 
 
 def load_npy(value: str | Path | bytes, name: str, allowed: str = ".npy") -> np.ndarray:
-  """`read_npy` of up to 2^29 values, with errors that name the file.
+  """`read_npy` of up to 2^28 values, with errors that name the file.
 
   Args:
     value: the file.
@@ -47,7 +51,7 @@ def load_npy(value: str | Path | bytes, name: str, allowed: str = ".npy") -> np.
     ValueError: naming the file, if it is none, is damaged or cut, holds Python objects, or is larger.
   """
   with file_errors(name, f"a readable .npy file; allowed: {allowed}"):
-    with io.BytesIO(value) if isinstance(value, bytes) else open(value, "rb") as file:
+    with opened_file(value) as file:
       if file.read(len(ZIP)) == ZIP:
         raise ValueError("an .npz archive; save its one array with numpy.save")
     return read_npy(value, LARGEST)
@@ -65,7 +69,7 @@ def read_npz(value: str | Path | bytes, names: Sequence[str], largest: int) -> d
     ValueError, zipfile.BadZipFile, zlib.error: if it is damaged, or an array is larger.
     OSError: if it cannot be read.
   """
-  with zipfile.ZipFile(io.BytesIO(value) if isinstance(value, bytes) else value) as archive:
+  with open_zip(value) as archive:
     there = set(archive.namelist())
     out = {}
     for name in names:
@@ -77,6 +81,31 @@ def read_npz(value: str | Path | bytes, names: Sequence[str], largest: int) -> d
     return out
 
 
+def read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+  """Shape, whether columns are stored one after the other, and type, of the .npy file that begins here.
+
+  Raises:
+    ValueError: if it is none, is damaged, or its header is longer than numpy reads.
+  """
+  head = file.read(12)
+  version, width = head[6:8], 2 if head[6:7] == b"\x01" else 4
+  if not head.startswith(MAGIC) or version not in (b"\x01\0", b"\x02\0"):
+    raise ValueError(f"an array of plain numbers is needed, this begins as {head!r}")
+  length = int.from_bytes(head[8 : 8 + width], "little")
+  if length > _HEADER:
+    raise ValueError(f"its header says that it has {length} bytes; allowed are {_HEADER}")
+  rest = head[8 + width :]
+  text = io.BytesIO(head[8 : 8 + width] + rest + file.read(length - len(rest)))
+  read = np.lib.format.read_array_header_1_0 if width == 2 else np.lib.format.read_array_header_2_0
+  try:
+    shape, by_columns, dtype = read(text)
+  except (MemoryError, RecursionError) as error:  # Python's parser, of brackets in one another
+    raise ValueError(f"a damaged header ({type(error).__name__})") from error
+  if min(shape, default=1) < 0 or max(shape, default=0) >= 1 << 48 or any(type(n) is not int for n in shape):
+    raise ValueError(f"its header says shape {shape}")
+  return tuple(shape), by_columns, dtype
+
+
 def _array(file: Any, size: int, largest: int) -> np.ndarray:
   """The array that begins here.
 
@@ -85,23 +114,22 @@ def _array(file: Any, size: int, largest: int) -> np.ndarray:
     size: bytes that the file says to have.
     largest: allowed number of values.
   """
-  version = np.lib.format.read_magic(file)
-  if version not in ((1, 0), (2, 0)):
-    raise ValueError(f"an array of plain numbers is needed, this is .npy of version {version}")
-  shape, fortran, dtype = (
-    np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-  )(file)
+  shape, fortran, dtype = read_header(file)
   if dtype.hasobject:
     raise ValueError("an array of Python objects, which is a pickle; allowed are numbers")
-  if dtype.kind not in "biufc" or min(shape, default=1) < 0:
+  if dtype.kind not in "biufc":
     raise ValueError(f"an array of plain numbers is needed, this has type {dtype} and shape {shape}")
   count = math.prod(shape)
-  if count > largest:
-    raise ValueError(f"its header says shape {shape}, allowed are {largest} values")
+  if count > largest or count * dtype.itemsize > _LARGEST_BYTES:
+    allowed = min(largest, _LARGEST_BYTES // dtype.itemsize)
+    raise ValueError(f"its header says shape {shape} of {dtype}, allowed are {allowed} values")
   if count * dtype.itemsize > size:
     raise ValueError(f"its header says shape {shape} of {dtype}, but the file has {size} bytes")
-  content = file.read(count * dtype.itemsize)
-  if len(content) < count * dtype.itemsize:
-    raise ValueError(f"cut: {len(content)} of {count * dtype.itemsize} bytes are there")
-  array = np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
-  return array.astype(dtype.newbyteorder("="), copy=False)
+  array = np.empty(count, dtype)
+  view, done = memoryview(array.view(np.uint8)), 0
+  while done < len(view) and (got := file.readinto(view[done : done + _PIECE])):
+    done += got
+  if done < len(view):
+    raise ValueError(f"cut: {done} of {len(view)} bytes are there")
+  array = array.reshape(shape, order="F" if fortran else "C")
+  return array if dtype.isnative else array.astype(dtype.newbyteorder("="))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from codebind_jax.data.reading import file_errors, name_of, remark
+from codebind_jax.data.reading import file_errors, name_of, opened_file, refuse_special, remark
 
 # Others that Pillow knows start programs (EPS), are no pictures (HDF5, MPEG) or are read wrongly or not at all.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "PPM", "JPEG2000")
@@ -22,7 +22,8 @@ _OTHERS = {b"%!PS": "PostScript", b"\xc5\xd0\xd3\xc6": "PostScript", b"%PDF": "P
            b"#?RADIANCE": "Radiance HDR", b"\x89HDF": "HDF5", b"version https://": "a Git LFS pointer"}  # fmt: skip
 _HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 _PAGE_TAG, _REDUCED = 254, 5  # of TIFF; a smaller copy, or a mask, of another page
-PIXELS = 178_956_970  # as many as Pillow opens unless it is told otherwise
+PIXELS = 89_478_485  # as many as Pillow opens without a warning; as RGB they take a gigabyte while they are read
+_MOST = {"WEBP": 1 << 25, "AVIF": 1 << 25, "JPEG2000": 25_000_000}  # whose decoders take more of it
 SIDE = 2**16  # longest side, for tables of resize weights; JPEG and AVIF end there as well
 _TURNS = frozenset(("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"))  # keys of `info` that can tell a turn
 
@@ -38,7 +39,7 @@ def head_of(value: str | Path | bytes) -> bytes:
   """The first 32 bytes."""
   if isinstance(value, bytes):
     return value[:32]
-  with open(value, "rb") as file:
+  with opened_file(value) as file:
     return file.read(32)
 
 
@@ -70,6 +71,8 @@ def opened(
   """
   name = name_of(value, kind)
   with file_errors(name, what):
+    if not isinstance(value, bytes):
+      refuse_special(value)
     try:
       picture = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value, formats=_known(formats))
     except Image.UnidentifiedImageError as error:
@@ -77,16 +80,44 @@ def opened(
       allowed = f"allowed are {', '.join(formats)}"
       raise ValueError(f"it is {other}; {allowed}" if other else f"{error}; {allowed}") from error
     with picture:
-      if picture.width * picture.height > pixels:
-        raise ValueError(f"{picture.width} x {picture.height} pixels, allowed are {pixels}")
+      if picture.format == "GIF" and (extent := _gif_extent(value)) > pixels:
+        raise ValueError(f"frames that reach over {extent} pixels, allowed are {pixels}")
+      allowed = min(pixels, _MOST.get(str(picture.format), pixels))
+      if picture.width * picture.height > allowed:
+        raise ValueError(f"{picture.width} x {picture.height} pixels, allowed are {allowed}")
       if max(picture.size) > SIDE:
         raise ValueError(f"{picture.width} x {picture.height} pixels, allowed are sides of up to {SIDE}")
       yield picture
 
 
+def _gif_extent(value: str | Path | bytes) -> int:
+  """Pixels to which a GIF's frames reach, as Pillow makes its canvas larger for one that lies beyond it."""
+  with opened_file(value) as file:
+    head = file.read(13)
+    width, height = int.from_bytes(head[6:8], "little"), int.from_bytes(head[8:10], "little")
+    file.seek(3 << (head[10] & 7) + 1 if head[10:11] and head[10] & 0x80 else 0, os.SEEK_CUR)
+    while kind := file.read(1):
+      if kind == b"\x2c":
+        place = file.read(9)
+        if len(place) < 9:
+          break
+        left, top, wide, high = (int.from_bytes(place[at : at + 2], "little") for at in (0, 2, 4, 6))
+        width, height = max(width, left + wide), max(height, top + high)
+        file.seek((3 << (place[8] & 7) + 1 if place[8] & 0x80 else 0) + 1, os.SEEK_CUR)
+      elif kind == b"\x21":
+        file.seek(1, os.SEEK_CUR)
+      else:  # Pillow looks for the next mark behind what it does not know
+        continue
+      while (length := file.read(1)) and length[0]:
+        file.seek(length[0], os.SEEK_CUR)
+  return width * height
+
+
 def is_picture(value: str | Path | bytes) -> bool:
   """Whether a file is a picture of `FORMATS`, also one that is too large to be read."""
   try:
+    if not isinstance(value, bytes):
+      refuse_special(value)
     with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value, formats=_known(FORMATS)):
       return True
   except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -133,12 +164,9 @@ def pages(picture: Image.Image) -> list[int]:
 
 def gif_ends(value: str | Path | bytes) -> bool:
   """Whether a GIF has its end mark, perhaps before zeros and line ends; one that is cut has none."""
-  if isinstance(value, bytes):
-    tail = value[-1024:]
-  else:
-    with open(value, "rb") as file:
-      file.seek(max(0, os.fstat(file.fileno()).st_size - 1024))
-      tail = file.read()
+  with opened_file(value) as file:
+    file.seek(max(0, file.seek(0, os.SEEK_END) - 1024))
+    tail = file.read()
   return tail.rstrip(b"\0\r\n ").endswith(b";")
 
 

@@ -13,6 +13,24 @@ from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 from codebind_jax import files
+from codebind_jax.data.reading import refuse_special
+
+LONGEST = 1 << 24  # bytes of a line
+_HELD = 1 << 26  # bytes of lines that are parsed together
+
+
+def groups_of_lines(file: BinaryIO, name: str, most: int) -> Iterator[list[bytes]]:
+  """`lines` in lists of up to `most`, or fewer where they are long."""
+  group: list[bytes] = []
+  held = 0
+  for line in lines(file, name):
+    group.append(line)
+    held += len(line)
+    if len(group) == most or held > _HELD:
+      yield group
+      group, held = [], 0
+  if group:
+    yield group
 
 
 class ChangedError(RuntimeError):
@@ -78,7 +96,28 @@ def mark(path: PurePath) -> str:
 
 def open_binary(path: PurePath, buffering: int = 1 << 17) -> BinaryIO:
   """A file to be read from its beginning on, by one thread."""
-  return files.open_far(path) if files.is_far(path) else open(path, "rb", buffering)
+  if files.is_far(path):
+    return files.open_far(path)
+  refuse_special(str(path))
+  return open(path, "rb", buffering)
+
+
+def lines(file: BinaryIO, name: str) -> Iterator[bytes]:
+  """The lines of a file, of which none may be longer than 16 MB.
+
+  Args:
+    file: at its beginning.
+    name: of the file, for errors.
+
+  Raises:
+    ValueError: naming file and line, for a longer one.
+  """
+  number = 0
+  while line := file.readline(LONGEST + 1):
+    number += 1
+    if len(line) > LONGEST:
+      raise ValueError(f"{name}:{number}: a line of more than {LONGEST} bytes")
+    yield line
 
 
 class Handles:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import errno
+import io
+import os
 import re
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,48 @@ def name_of(value: Any, kind: str) -> str:
   if isinstance(value, str | Path):
     return str(value).encode("utf-8", "backslashreplace").decode()
   return f"{kind} bytes" if isinstance(value, bytes) else kind
+
+
+def refuse_special(path: str | Path) -> None:
+  """Raises a ValueError for a device, a pipe or a socket, which may have no end, or nothing to read for ever.
+
+  Files, folders and what is not there are let pass.
+  """
+  try:
+    mode = os.stat(path).st_mode
+  except (OSError, ValueError):
+    return
+  if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+    kind = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}.get(stat.S_IFMT(mode), "a device")
+    raise ValueError(f"{name_of(path, '')}: is {kind}; a file is needed")
+
+
+def opened_file(value: str | Path | bytes) -> io.BufferedReader | io.BytesIO:
+  """A file, or its bytes, open for reading.
+
+  Raises:
+    ValueError: if it is no file but a device, a pipe or a socket.
+    OSError: if it cannot be read.
+  """
+  if isinstance(value, bytes):
+    return io.BytesIO(value)
+  refuse_special(value)
+  return open(value, "rb")
+
+
+def whole_file(value: str | Path | bytes, largest: int = 1 << 29) -> bytes:
+  """The bytes of a file, or those given.
+
+  Raises:
+    ValueError: if it is larger than `largest` bytes, or no file.
+    OSError: if it cannot be read.
+  """
+  if isinstance(value, bytes):
+    return value
+  with opened_file(value) as file:
+    if (size := os.fstat(file.fileno()).st_size) > largest:
+      raise ValueError(f"{name_of(value, '')}: a file of {size} bytes; allowed are {largest}")
+    return file.read()
 
 
 def unmasked(value: Any, kind: str) -> np.ndarray:

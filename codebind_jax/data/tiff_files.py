@@ -5,7 +5,6 @@ Only what programs write unless they are told otherwise: one picture, in strips,
 
 from __future__ import annotations
 
-import io
 import math
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 from PIL import TiffImagePlugin
 
 from codebind_jax.data import picture_files
+from codebind_jax.data.reading import opened_file
 
 _MAGIC = (b"II*\0", b"MM\0*")
 _KINDS = {1: "u", 2: "i", 3: "f"}  # SampleFormat -> NumPy's kind
@@ -34,7 +34,7 @@ def takes(value: str | Path | bytes) -> bool:
 
 def white_is_zero(value: str | Path | bytes) -> bool:
   """Whether a TIFF file says that its grey is white at 0."""
-  with io.BytesIO(value) if isinstance(value, bytes) else open(value, "rb") as file:
+  with opened_file(value) as file:
     tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(8))
     file.seek(tags.next)
     tags.load(file)
@@ -52,7 +52,7 @@ def read(value: str | Path | bytes, largest: int) -> np.ndarray:
     ValueError: if it is compressed, of another layout, cut, or larger.
     OSError: if it cannot be read.
   """
-  with io.BytesIO(value) if isinstance(value, bytes) else open(value, "rb") as file:
+  with opened_file(value) as file:
     tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(8))
     file.seek(tags.next)
     tags.load(file)

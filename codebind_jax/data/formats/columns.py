@@ -155,6 +155,8 @@ def add_table(
   """
   rows = rows_of(fields, columns)
   wrong: dict[int, str] = {}
+  if lengths := {len(where), *(len(have) for have, _ in there.values())} - {len(rows)}:
+    raise ValueError(f"{path}: columns of {len(rows)} and {min(lengths)} rows; the file is damaged")
   for modality, (have, empty) in there.items():
     for at in np.flatnonzero(have).tolist():
       rows[at][modality] = "there"

@@ -144,7 +144,7 @@ def _first(path: PurePath) -> dict[str, str]:
       rows = next(file.iter_batches(1, columns=["file_name"]), None) if "file_name" in names else None
       return dict.fromkeys(names, "") | ({"file_name": str(rows[0][0])} if rows else {})
   with ranges.open_binary(path) as file:
-    lines = (line.decode("utf-8-sig") for line in file)
+    lines = (line.decode("utf-8-sig") for line in ranges.lines(file, str(path)))
     if path.suffix == ".jsonl":
       try:
         row = json.loads(next(lines, "{}"))
@@ -202,8 +202,10 @@ def _batches(files: Sequence[PurePath]) -> list[Any]:
     try:
       far = file_system.is_far(path)
       source = pa.BufferReader(file_system.read_bytes(path)) if far else pa.memory_map(str(path), "r")
-      batches += list(pa.ipc.open_stream(source))
-    except (pa.ArrowException, OSError) as error:
+      for batch in pa.ipc.open_stream(source):
+        batch.validate(full=True)  # lengths, offsets and UTF-8, which Arrow believes otherwise
+        batches.append(batch)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
       raise ValueError(f"{path}: not a readable Arrow file ({error})") from error
   return batches
 
@@ -224,7 +226,8 @@ def _scan_saved(folder: PurePath, files: Sequence[PurePath], bad: Bad, columns: 
   batches = _batches(files)
   if not batches:
     return Scan(builder.build(), notes={"name": folder.name, "columns": dataclasses.asdict(Columns({}, {}, {}, ()))})
-  found = arrow.columns_of(batches[0].schema, columns, str(folder))
+  with arrow_errors(f"{folder}: not a readable Arrow file"):
+    found = arrow.columns_of(batches[0].schema, columns, str(folder))
   for batch in batches:
     fields = batch.select(list(found.fields))
     there = {modality: arrow.filled(batch.column(column)) for modality, column in found.items.items()}

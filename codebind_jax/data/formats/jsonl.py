@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
@@ -154,7 +153,7 @@ def open_files(
 def _scan(path: PurePath, name: str, bad: Bad, columns: Mapping[str, str]) -> Scan:
   builder, further, offset, number = IndexBuilder(), {}, 0, 0
   with ranges.open_binary(path) as file:
-    while lines := list(itertools.islice(file, _CHUNK)):
+    for lines in ranges.groups_of_lines(file, str(path), _CHUNK):
       starts = offset + np.cumsum([0, *map(len, lines)])
       rows, places, wrong = [], [], []
       for at, line in enumerate(lines):

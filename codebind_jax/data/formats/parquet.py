@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import abc
 import collections
+import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -30,6 +31,8 @@ from codebind_jax.data.records import Source
 
 ENDINGS = (".parquet",)
 KEPT = 256 * 2**20
+_BUFFER = 1 << 16
+_ROWS = 1 << 14  # whose fields are taken together
 _BATCH = 256  # rows whose items are looked at together for what is not there
 
 
@@ -135,8 +138,13 @@ class ParquetSource(ColumnsSource):
         return file.read_row_group(group, columns=list(names), use_threads=False)
 
 
-def opened(path: PurePath, metadata: Any = None) -> Any:
+def opened(path: PurePath, metadata: Any = None, buffer: int = 0) -> Any:
   """A Parquet file.
+
+  Args:
+    path: of the file.
+    metadata: of it, where it is known.
+    buffer: bytes of a column that are read at once; 0 for all of a row group's.
 
   Raises:
     ValueError: if it is none.
@@ -146,7 +154,7 @@ def opened(path: PurePath, metadata: Any = None) -> Any:
 
   source = ranges.open_binary(path) if files.is_far(path) else str(path)
   with arrow_errors(f"{path}: not a readable Parquet file"):
-    file = parquet.ParquetFile(source, metadata=metadata, pre_buffer=False)
+    file = parquet.ParquetFile(source, metadata=metadata, pre_buffer=False, buffer_size=buffer)
     try:
       _ = file.schema_arrow  # which is read when asked for
     except Exception:
@@ -199,13 +207,19 @@ def _scan(path: PurePath, name: str, bad: Bad, columns: Mapping[str, str]) -> Sc
   builder, further, start = IndexBuilder(), {}, 0
   with opened(path) as file:
     found = arrow.columns_of(file.schema_arrow, columns, str(path))
+    _check_columns(path, file.metadata, list(found.items.values()))
     sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     for group, rows in enumerate(sizes):
       with arrow_errors(f"{path}: row group {group} cannot be read"):
-        fields = file.read_row_group(group, columns=list(found.fields), use_threads=False)
         there = {modality: _there(file, group, column) for modality, column in found.items.items()}
-        where = np.stack([np.full(rows, group), np.arange(rows)], 1).astype(np.int64)
-        further |= arrow.add_table(builder, bad, fields, there, found, path, name, start, where)
+        if wrong := [modality for modality, (have, _) in there.items() if len(have) != rows]:
+          raise ValueError(f"{path}: row group {group} has other numbers of {wrong[0]} than its {rows} rows")
+        where, at = np.stack([np.full(rows, group), np.arange(rows)], 1).astype(np.int64), 0
+        for fields in _batches(file, group, list(found.fields)):
+          part = slice(at, at + fields.num_rows)
+          own = {modality: (have[part], empty[part]) for modality, (have, empty) in there.items()}
+          further |= arrow.add_table(builder, bad, fields, own, found, path, name, start + at, where[part])
+          at += fields.num_rows
       start += rows
   notes = {"name": name, "columns": dataclasses.asdict(found), "groups": sizes}
   scan = Scan(builder.build(), further=(*further, *found.aside), notes=notes)
@@ -216,12 +230,41 @@ def _scan(path: PurePath, name: str, bad: Bad, columns: Mapping[str, str]) -> Sc
   return scan
 
 
+def _batches(file: Any, group: int, names: list[str]) -> Iterator[Any]:
+  """The rows of a group, some at a time; of no column all at once."""
+  if names:
+    yield from file.iter_batches(_ROWS, row_groups=[group], columns=names, use_threads=False)
+  else:
+    yield file.read_row_group(group, columns=[], use_threads=False)
+
+
+def _check_columns(path: PurePath, metadata: Any, columns: Sequence[str]) -> None:
+  """Reads the first row of each row group, by pages, as far as it is of these columns.
+
+  What a damaged file says of a column is an error there; asked for by itself (`column`), it ends the process.
+
+  Raises:
+    ValueError: naming file and row group.
+  """
+  with contextlib.closing(opened(path, metadata, _BUFFER)) as file:
+    for group in range(metadata.num_row_groups if columns else 0):
+      with arrow_errors(f"{path}: row group {group} cannot be read"):
+        next(file.iter_batches(1, row_groups=[group], columns=list(columns), use_threads=False), None)
+
+
 def _there(file: Any, group: int, column: str) -> tuple[np.ndarray, np.ndarray]:
   """`columns.filled` of a column of a row group; from its statistics alone where they say that all are there."""
+  import pyarrow as pa
+
   about = file.metadata.row_group(group)
   for number in range(about.num_columns):
+    said = file.schema.column(number)
+    if said.path not in (column, f"{column}.bytes", f"{column}.path"):
+      continue
     leaf = about.column(number)
-    if leaf.path_in_schema in (column, f"{column}.bytes", f"{column}.path") and leaf.statistics:
+    if leaf.physical_type != said.physical_type:
+      raise pa.ArrowInvalid(f"column {said.path!r} is {leaf.physical_type}, by the schema {said.physical_type}")
+    if leaf.statistics:
       about_leaf = leaf.statistics
       blank = about_leaf.has_min_max and about_leaf.min in (b"", "")
       if about_leaf.has_null_count and about_leaf.null_count == 0 and not blank:

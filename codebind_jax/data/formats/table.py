@@ -136,7 +136,7 @@ def _scan(
 ) -> Scan:
   builder, further = IndexBuilder(), {}
   with ranges.open_binary(path) as file:
-    lines = _Lines(file, encoding, str(path))
+    lines = _Lines(ranges.lines(file, str(path)), encoding, str(path))
     keys, separator = _header(lines, path, columns, separator, quote)
     rows: list[dict[str, Any]] = []
     where: list[tuple[int, int]] = []
@@ -186,10 +186,10 @@ def _header(
   if not line:
     raise ValueError(f"{path}: empty; the first line must name the columns")
   line = line.rstrip("\r\n")
-  if not separator:
-    count = {one: len(next(_reader([line], one, ""))) for one in _SEPARATORS}
-    separator = "\t" if path.name.lower().endswith(".tsv") else max(_SEPARATORS, key=count.__getitem__)
   try:
+    if not separator:
+      count = {one: len(next(_reader([line], one, ""))) for one in _SEPARATORS}
+      separator = "\t" if path.name.lower().endswith(".tsv") else max(_SEPARATORS, key=count.__getitem__)
     names = [name.strip() for name in next(_reader([line], separator, quote))]
   except csv.Error as error:
     raise ValueError(f"{path}:{lines.number}: {error}; the first line must name the columns") from error

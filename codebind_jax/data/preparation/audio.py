@@ -97,13 +97,17 @@ def chunks_of(mel: Float32[np.ndarray, "frames bands"], most: int) -> Float32[np
     mel: log-mel spectrogram of at least 100 frames; the remainder at the end is dropped, as in the release.
     most: number of chunks returned.
   """
-  starts = np.arange(0, len(mel) - FRAMES + 1, _HOP)
-  if len(starts) > most:
-    starts = starts[np.linspace(0, len(starts) - 1, most).round().astype(int)]
+  starts = _starts(len(mel), most)
   out = np.full((most, FRAMES, mel.shape[1]), _ABSENT, np.float32)
   for row, start in zip(out, starts):
     row[:] = mel[start : start + FRAMES]
   return out
+
+
+def _starts(frames: int, most: int) -> np.ndarray:
+  """First frames of the chunks."""
+  starts = np.arange(0, frames - FRAMES + 1, _HOP)
+  return starts[np.linspace(0, len(starts) - 1, most).round().astype(int)] if len(starts) > most else starts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,4 +123,7 @@ class Chunks:
   def __call__(self, value: Any) -> Float32[np.ndarray, "most 100 96"]:
     """Chunks of a path, bytes or array."""
     samples = audio_transforms.loop_to(audio_transforms.read(value), (FRAMES - 1) * 1024)
+    if len(samples) > audio_transforms.LONG_SOUND:
+      starts = _starts(audio_transforms.sfx_frames(samples), self.most)
+      return np.stack([audio_transforms.sfx_part(samples, int(start), FRAMES) for start in starts])
     return chunks_of(audio_transforms.sfx_log_mel(samples), self.most)

@@ -14,13 +14,14 @@ import soxr
 from jaxtyping import Float, Float32
 
 from codebind_jax.data import mp3
-from codebind_jax.data.reading import file_errors, name_of, remark, unmasked
+from codebind_jax.data.reading import file_errors, name_of, opened_file, remark, unmasked
 
 # Changes whenever the same input would give other samples: it is part of the key of cached features.
 REVISION = "audio-3"
 RATE = 44_100
 RATES = (1_000, 768_000)
-LARGEST = 1 << 29  # samples of all channels: 2 GiB, 100 minutes of stereo
+LARGEST = 1 << 27  # samples of all channels, and of one at the new rate: 512 MB, 50 minutes at 44,100 Hz
+LONG_SOUND = 1 << 24  # samples from which no second array of a sound's length is made
 CANCELLED, SILENT = 0.2, 1e-6  # shares of energy
 WINDOWS, WINDOW = 8, (0.05, 0.5)  # parts in which channels cancel or do not: at least so many, of so many seconds
 LONG, SHARE = 4, 0.25  # windows after one another, or share of all that are heard, in which channels cancel
@@ -51,6 +52,7 @@ _OTHER = (
 # libsndfile's log of a header, in the formats whose samples are one chunk.
 _SIZES = re.compile(r"^ *(?:data|SSND|riff|Data Size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
 _COUNTS = re.compile(r"Calculated frame count (\d+) does not match value from 'ds64' chunk of (\d+)")
+_BLOCK = 1 << 22  # samples
 _TINY = np.finfo(np.float32).eps
 
 
@@ -108,7 +110,7 @@ def mono(
       loudest = int(np.argmax(loudness >= EQUAL * loudness.max()))
       remark("cancelling channels", f"{name}: its channels cancel each other; channel {loudest} is taken alone")
       mixed = samples[:, loudest]
-  offset, deviation = float(mixed.mean(dtype=np.float64)), float(mixed.std(dtype=np.float64))
+  offset, deviation = float(mixed.mean(dtype=np.float64)), _deviation(mixed)
   if abs(offset) > deviation > 0.0:
     remark("offsets", f"{name}: an offset of {offset:.3g}, larger than the sound itself, is taken off")
     mixed = mixed - np.float32(offset)
@@ -131,8 +133,22 @@ def _energy(samples: np.ndarray, rate: int) -> np.ndarray:
   """Sums of squares [windows, channels] without each channel's offset; the last window has what is over as well."""
   step = max(1, int(min(max(len(samples) / WINDOWS, WINDOW[0] * rate), WINDOW[1] * rate)))
   starts = np.arange(max(1, len(samples) // step)) * step
-  centred = (channel - channel.mean(dtype=np.float64) for channel in samples.T)
-  return np.stack([np.add.reduceat(np.square(channel), starts) for channel in centred], axis=1)
+  means = [channel.mean(dtype=np.float64) for channel in samples.T]
+  out, most = np.empty((len(starts), samples.shape[1])), max(1, _BLOCK // step)
+  for low in range(0, len(starts), most):
+    high = min(low + most, len(starts))
+    part = samples[starts[low] : starts[high] if high < len(starts) else len(samples)]
+    for i, mean in enumerate(means):
+      out[low:high, i] = np.add.reduceat(np.square(part[:, i] - mean), starts[low:high] - starts[low])
+  return out
+
+
+def _deviation(samples: np.ndarray) -> float:
+  if len(samples) < LONG_SOUND:
+    return float(samples.std(dtype=np.float64))
+  mean = samples.mean(dtype=np.float64)
+  blocks = (samples[at : at + _BLOCK] - mean for at in range(0, len(samples), _BLOCK))
+  return math.sqrt(sum(float(np.square(block).sum()) for block in blocks) / len(samples))
 
 
 def _cancel(of_sum: np.ndarray, of_all: np.ndarray) -> bool:
@@ -151,7 +167,7 @@ def _name(value: Any) -> str:
 
 def _decoded(value: str | Path | bytes, name: str) -> tuple[np.ndarray, int]:
   if not isinstance(value, bytes):
-    with open(value, "rb") as file:  # libsndfile takes the beginning of a name that has a null in it
+    with opened_file(value) as file:  # libsndfile takes the beginning of a name that has a null in it
       _check_beginning(file, name)
       if file.read(4) not in _CHAINED:
         return _samples(value, name)
@@ -282,7 +298,7 @@ def check(path: Path) -> None:
   """Raises a ValueError naming the file if it is not a sound, or cut off by its header; samples are not decoded."""
   name = str(path)
   with file_errors(name, _WHAT):
-    with open(path, "rb") as file:
+    with opened_file(path) as file:
       _check_beginning(file, name)
     with soundfile.SoundFile(path) as sound:
       _check_head(sound, name)
@@ -318,7 +334,7 @@ def _checked(samples: np.ndarray, name: str) -> np.ndarray:
   if samples.ndim == 2 and samples.shape[1] > (most := len(samples) if samples.shape[1] <= 32 else 32):
     raise ValueError(f"{name}: got {samples.shape[1]} channels, allowed are 1 to {most}; is the array transposed?")
   samples = samples.reshape(len(samples), -1)
-  if not np.isfinite(samples).all() or np.abs(samples).max() > LOUDEST:
+  if not max(-samples.min(), samples.max()) <= LOUDEST or np.isnan(samples.max()):
     raise ValueError(
       f"{name}: samples must be finite with full scale 1 (up to {LOUDEST:g} is let pass), got "
       f"{samples.min():g} to {samples.max():g}"
@@ -340,6 +356,9 @@ def resample(
     _check_rate(hertz, name)
   if rate == new_rate:
     return samples.astype(np.float32, copy=False)
+  if len(samples) * new_rate / rate > LARGEST:
+    raise ValueError(f"{name}: {len(samples):,} samples at {rate} Hz; allowed are {LARGEST:,} at {new_rate} Hz; cut it "
+                     "into parts")  # fmt: skip
   resampled = soxr.resample(samples.astype(np.float32, copy=False), rate, new_rate)
   if not resampled.size:
     raise ValueError(f"{name}: {len(samples)} samples at {rate} Hz are none at {new_rate} Hz; a longer sound is needed")
@@ -427,12 +446,37 @@ def sfx_log_mel(samples: Float[np.ndarray, " n"]) -> Float32[np.ndarray, "frames
   Args:
     samples: mono at 44,100 Hz.
   """
-  samples = samples / max(float(np.abs(samples).max()), 1e-9)
+  samples = samples / _peak(samples)
   padded = np.pad(samples.astype(np.float32), 1024)
   padded = np.pad(padded, (0, max(0, 2048 - len(padded))))
   frames = np.lib.stride_tricks.sliding_window_view(padded, 2048)[::1024]
   window = (0.5 - 0.5 * np.cos(2.0 * np.pi * np.arange(2048) / 2048)).astype(np.float32)
   return np.log10(1.0 + 1e4 * (_power(frames * window, 2048) @ _sfx_bank().T)) / np.float32(9.457798957824707)
+
+
+def _peak(samples: np.ndarray) -> float:
+  return max(float(samples.max()), -float(samples.min()), 1e-9)
+
+
+def sfx_frames(samples: Float[np.ndarray, " n"]) -> int:
+  """How many frames `sfx_log_mel` gives."""
+  return 1 + len(samples) // 1024
+
+
+def sfx_part(samples: Float[np.ndarray, " n"], first: int, frames: int) -> Float32[np.ndarray, "frames 96"]:
+  """Some frames of `sfx_log_mel` of a long sound, without the others.
+
+  Args:
+    samples: mono at 44,100 Hz.
+    first: number of the first frame.
+    frames: how many.
+  """
+  low, high = first * 1024 - 1024, (first + frames) * 1024
+  part = samples[max(low, 0) : high] / _peak(samples)
+  part = np.pad(part.astype(np.float32), (max(-low, 0), max(high - max(low, 0) - len(part), 0)))
+  windows = np.lib.stride_tricks.sliding_window_view(part, 2048)[::1024][:frames]
+  window = (0.5 - 0.5 * np.cos(2.0 * np.pi * np.arange(2048) / 2048)).astype(np.float32)
+  return np.log10(1.0 + 1e4 * (_power(windows * window, 2048) @ _sfx_bank().T)) / np.float32(9.457798957824707)
 
 
 def _slaney_mel(hertz: np.ndarray) -> np.ndarray:
@@ -496,6 +540,10 @@ def kaldi_log_mel(samples: Float[np.ndarray, " n"], bands: int = 128) -> Float32
   return np.log(np.maximum(_power(frames * window, 512) @ _kaldi_bank(bands).T, _TINY))
 
 
+def _at_imagebind_rate(columns: np.ndarray, rate: int) -> np.ndarray:
+  return np.stack([sinc_resample(np.ascontiguousarray(column), rate, IMAGEBIND_RATE) for column in columns])
+
+
 def imagebind_log_mel(
   samples: Float[np.ndarray, "n *channels"], rate: int = RATE, *, clips: int = 3, seconds: float = 2.0,
   frames: int = 204,
@@ -519,11 +567,20 @@ def imagebind_log_mel(
   if clips < 1:
     raise ValueError(f"clips: got {clips}, allowed are 1 and up")
   columns = samples.reshape(len(samples), -1).T
-  wave = np.stack([sinc_resample(np.ascontiguousarray(column), rate, IMAGEBIND_RATE) for column in columns])
-  step = max(wave.shape[1] / IMAGEBIND_RATE - seconds, 0.0) / max(clips - 1, 1)
+  old, new = (hertz // math.gcd(rate, IMAGEBIND_RATE) for hertz in (rate, IMAGEBIND_RATE))
+  length = -(-len(samples) * new // old)
+  long = len(samples) > _BLOCK
+  wave = np.zeros((len(columns), 0)) if long else _at_imagebind_rate(columns, rate)
+  step = max(length / IMAGEBIND_RATE - seconds, 0.0) / max(clips - 1, 1)
   out = np.zeros((clips, frames, 128), np.float32)
   for i, row in enumerate(out):
-    clip = wave[:, int(i * step * IMAGEBIND_RATE) : int((i * step + seconds) * IMAGEBIND_RATE)]
+    start, stop = int(i * step * IMAGEBIND_RATE), min(int((i * step + seconds) * IMAGEBIND_RATE), length)
+    if long:  # of whole periods around the clip, as the filter reaches beyond it
+      reach = math.ceil(6 * old / (0.99 * min(old, new))) // old + 2
+      first, last = max(start // new - reach, 0), stop // new + 1 + reach
+      clip = _at_imagebind_rate(columns[:, first * old : last * old], rate)[:, start - first * new : stop - first * new]
+    else:
+      clip = wave[:, start:stop]
     clip -= clip.mean()
     mel = kaldi_log_mel(clip[0])[:frames]
     row[: len(mel)] = mel

@@ -18,6 +18,7 @@ from codebind_jax.data.reading import file_errors, name_of
 REVISION = "depth-3"
 FARTHEST = 1000.0
 PIXELS = 2**26  # largest map that is read
+_BAND = 1 << 22  # values that are brought to metres at once
 _KINDS = ("PNG", "TIFF", "PPM", "JPEG", "GIF", "BMP", "WEBP")  # the last four for the message, they hold pictures only
 _DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 _WHAT = (
@@ -64,11 +65,13 @@ def _decoded(value: str | Path | bytes, name: str) -> np.ndarray:
       return arrays["depth"]
     if missing := {"disparity", "scale"} - set(arrays):
       raise ValueError(f"has no {' and no '.join(sorted(missing))}")
-    scale, disparity = arrays["scale"], arrays["disparity"].astype(np.float64)
+    scale, disparity = arrays["scale"], arrays["disparity"].astype(np.float64, copy=False)
     if scale.size != 1 or not np.isfinite(scale).all() or not scale.item() > 0:
       raise ValueError(f"scale has shape {scale.shape} and values {scale.ravel()[:4]}, allowed is one number above 0")
     returned = np.isfinite(disparity) & (disparity > 0)
-    return np.divide(float(scale.item()), disparity, out=np.zeros_like(disparity), where=returned)
+    np.divide(float(scale.item()), disparity, out=disparity, where=returned)
+    disparity[~returned] = 0.0
+    return disparity
   if tiff_files.takes(value):
     return tiff_files.read(value, PIXELS)
   with picture_files.opened(value, "depth", _WHAT, _KINDS, PIXELS) as picture:
@@ -101,18 +104,26 @@ def _checked(array: np.ndarray, name: str) -> np.ndarray:
   if array.dtype in (np.uint8, np.int8):
     raise ValueError(f"{name}: got {array.dtype}, which is a picture of depth; allowed are wider integers "
                      "(millimetres) and floats (metres)")  # fmt: skip
-  metres = array * 1e-3 if whole else array.astype(np.float64)
-  returned = array != 65535 if (array.dtype.kind, array.itemsize) == ("u", 2) else np.isfinite(metres)
-  metres = np.where(returned, metres, 0.0)
-  if metres.min() < 0 or metres.max() > FARTHEST:
-    raise ValueError(f"{name}: values from {metres.min():g} to {metres.max():g} m, allowed are 0 to {FARTHEST:g} m "
+  out, low, high, rounded = np.empty(array.shape, np.float32), np.inf, -np.inf, True
+  rows = max(1, _BAND // array.shape[1])
+  for top in range(0, len(array), rows):  # so that no second array of all of it is made
+    band = array[top : top + rows]
+    metres = band * 1e-3 if whole else band.astype(np.float64)
+    returned = band != 65535 if (array.dtype.kind, array.itemsize) == ("u", 2) else np.isfinite(metres)
+    metres = np.where(returned, metres, 0.0)
+    low, high = min(low, float(metres.min())), max(high, float(metres.max()))
+    rounded = rounded and bool((metres == np.floor(metres)).all())
+    with np.errstate(over="ignore"):  # it is refused below
+      out[top : top + rows] = metres
+  if low < 0 or high > FARTHEST:
+    raise ValueError(f"{name}: values from {low:g} to {high:g} m, allowed are 0 to {FARTHEST:g} m "
                      "(floats are metres, integers millimetres)")
-  if not metres.any():
+  if not high:
     raise ValueError(f"{name}: no return at all, every value is 0, not finite, or the largest of 16 bits")
-  if not whole and metres.max() > _WHOLE and (metres == np.floor(metres)).all():
-    raise ValueError(f"{name}: floats that are all whole numbers, up to {metres.max():g}, look like millimetres; "
+  if not whole and high > _WHOLE and rounded:
+    raise ValueError(f"{name}: floats that are all whole numbers, up to {high:g}, look like millimetres; "
                      "allowed are floats in metres, and integers in millimetres")  # fmt: skip
-  return metres.astype(np.float32)
+  return out
 
 
 def to_picture(depth: Float[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:

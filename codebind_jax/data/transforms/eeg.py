@@ -8,7 +8,7 @@ from jaxtyping import Float32
 
 from codebind_jax.data import edf
 from codebind_jax.data.numpy_files import load_npy
-from codebind_jax.data.reading import file_errors, name_of, unmasked
+from codebind_jax.data.reading import file_errors, name_of, unmasked, whole_file
 
 # Changes whenever the same input would give other values: it is part of the key of cached features.
 REVISION = "eeg-2"
@@ -33,7 +33,7 @@ def read(value: Any) -> Float32[np.ndarray, "channels samples"]:
   name = name_of(value, "eeg")
   if isinstance(value, (str, Path, bytes)):
     with file_errors(name, "a readable recording; allowed: .npy, .edf, .bdf"):
-      content = value if isinstance(value, bytes) else Path(value).read_bytes()
+      content = whole_file(value)
       recording = isinstance(value, (str, Path)) and Path(value).suffix.lower() in _RECORDINGS
       if recording or content[:8] in _BEGINNINGS:
         return _checked(edf.read(content, name), name, has_unit=True)

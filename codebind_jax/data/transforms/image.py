@@ -24,6 +24,7 @@ REVISION = "image-3"
 FITS = ("pad", "crop", "stretch")
 # Grey may have the noise of a JPEG's colour channels: a pixel's largest channel minus its smallest, and the mean of it.
 _NOISE, _MEAN_NOISE = 16, 6.0
+_BAND = 1 << 22  # pixels that are laid on white at once
 _BLOCK = 64  # pixels of a JPEG's block; in fewer there is no such noise
 _SIXTEEN = ("I;16", "I;16L", "I;16B", "I;16N")
 _DEEP_PACKING = re.compile(r"[A-Za-z]+;16[BLN]")  # Pillow's names of 16 bits a channel, of which it keeps the upper 8
@@ -81,9 +82,15 @@ def _on_white(
     return picture.convert("RGB")
   _transparency_of_eight_bits(picture, raw)
   premultiplied = {"La": "LA", "RGBa": "RGBA"}
-  picture = picture.convert(premultiplied.get(picture.mode, "RGBA")).convert("RGBA")
-  white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-  return Image.alpha_composite(white, picture).convert("RGB")
+  if picture.mode != "RGBA" or "transparency" in picture.info:
+    picture = picture.convert(premultiplied.get(picture.mode, "RGBA")).convert("RGBA")
+  out = Image.new("RGB", picture.size)
+  rows = max(1, _BAND // picture.width)
+  for top in range(0, picture.height, rows):
+    band = picture.crop((0, top, picture.width, min(top + rows, picture.height)))
+    white = Image.new("RGBA", band.size, (255, 255, 255, 255))
+    out.paste(Image.alpha_composite(white, band).convert("RGB"), (0, top))
+  return out
 
 
 def _say_zeros_and_ones(largest: int, name: str) -> None:

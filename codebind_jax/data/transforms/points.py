@@ -10,11 +10,12 @@ from jaxtyping import Float32
 
 from codebind_jax.data import pcd
 from codebind_jax.data.numpy_files import load_npy
-from codebind_jax.data.reading import file_errors, name_of, remark, unmasked
+from codebind_jax.data.reading import file_errors, name_of, remark, unmasked, whole_file
 
 # Changes whenever the same input would give other values: it is part of the key of cached features.
 REVISION = "points-3"
 SAMPLES = 1024
+BYTES = 1 << 28  # of a file
 FAR = 64.0  # times its size from the origin, float32 has a thousandth of a thousandth of a cloud's size left
 SIZES = (1e-12, 1e12)
 ALLOWED = ".npy, .ply, .obj, .off, .stl, .glb, .pcd, and tables .xyz, .txt, .csv, .pts, .asc"
@@ -45,7 +46,7 @@ def read(value: Any) -> Float32[np.ndarray, "n c"]:
   name = name_of(value, "points")
   if isinstance(value, (str, Path, bytes)):
     with file_errors(name, f"a readable cloud or mesh; allowed: {ALLOWED}"):
-      content = value if isinstance(value, bytes) else Path(value).read_bytes()
+      content = whole_file(value, BYTES)
       if content[:6] == b"\x93NUMPY":
         return _checked(load_npy(content, name), name)
       return _checked(_from_file(content, name, "" if isinstance(value, bytes) else Path(value).suffix.lower()), name)

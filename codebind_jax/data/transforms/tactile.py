@@ -1,5 +1,6 @@
 """Pictures of camera-based touch sensors (GelSight, DIGIT): anything PIL opens, or an array, to RGB."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def read(value: Any) -> UInt8[np.ndarray, "h w 3"]:
   try:
     pixels = image.read(value)
   except ValueError as error:
-    raise ValueError(str(error).replace("image:", "tactile:", 1)) from error
+    raise ValueError(re.sub(r"^image(?= bytes:|:)", "tactile", str(error))) from error
   if pixels.size > 3 and image.is_grey(pixels):
     name = name_of(value, "tactile") if isinstance(value, (str, Path, bytes)) else "tactile"
     raise ValueError(f"{name}: all pixels are grey; a touch sensor's picture is lit from three sides in three colours")

@@ -17,7 +17,7 @@ from codebind_jax.data.transforms import image
 REVISION = "thermal-3"
 COLDEST, HOTTEST = -90.0, 2000.0
 RANGE = (15.0, 45.0)
-PIXELS = 2**26  # largest picture that is read
+PIXELS = 2**25  # largest picture that is read
 _FULL = 65535  # where 16 bits end
 _NUMBERS = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 _WHAT = (

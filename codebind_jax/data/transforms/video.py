@@ -17,6 +17,8 @@ from codebind_jax.data.transforms import image
 REVISION = f"video-2 {image.REVISION}"
 FRAMES = 16
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2")
+_ALL = 2**33  # pixels of all frames of an animation, which are decoded one after the other
+_CANVAS = 2**25  # pixels of an animation, of which several copies are held
 _UNTIMED = 0.1  # seconds that a browser shows a picture of an animation that says 0
 _Choose = Callable[[int, float | None], list[list[int]]]
 
@@ -160,7 +162,10 @@ def _stack(pictures: Sequence[np.ndarray], name: str) -> np.ndarray:
   sizes = {picture.shape for picture in pictures}
   if len(sizes) != 1:
     raise ValueError(f"{name}: frames differ in size: {sorted(sizes)}")
-  return np.stack(pictures)
+  out = np.empty((len(pictures), *pictures[0].shape), np.uint8)
+  for i, picture in enumerate(pictures):
+    out[i] = picture
+  return out
 
 
 def _from_folder(folder: Path, choose: _Choose) -> tuple[list[list[int]], dict[int, np.ndarray]]:
@@ -169,13 +174,9 @@ def _from_folder(folder: Path, choose: _Choose) -> tuple[list[list[int]], dict[i
   found: dict[int, np.ndarray] = {}
   for i in sorted({i for part in wanted for i in part}):
     found[i] = image.read(pictures[i])
-    _bounded(*found[i].shape[:2], str(folder))
+    height, width = found[i].shape[:2]
+    films.check_size(width, height, sum(map(len, wanted)), str(folder))
   return wanted, found
-
-
-def _bounded(height: int, width: int, name: str) -> None:
-  if height * width > films.PIXELS:
-    raise ValueError(f"{name}: frames of {width} x {height} pixels, allowed are {films.PIXELS}")
 
 
 def _from_picture(
@@ -183,8 +184,13 @@ def _from_picture(
 ) -> tuple[list[list[int]], dict[int, np.ndarray]]:
   """Frames of an animation, a still picture being one; what is shown unequally long is read a second time, by time."""
   with picture_files.opened(value, "video", "a readable animation") as picture:
-    _bounded(picture.height, picture.width, name)
+    films.check_size(picture.width, picture.height, 1, name)
     numbers = picture_files.pages(picture)
+    if picture.width * picture.height * len(numbers) > _ALL:
+      raise ValueError(f"{name}: {len(numbers)} frames of {picture.width} x {picture.height} pixels, allowed are "
+                       f"{_ALL} pixels of all together")  # fmt: skip
+    if len(numbers) > 1 and picture.width * picture.height > _CANVAS:
+      raise ValueError(f"{name}: an animation of {picture.width} x {picture.height} pixels, allowed are {_CANVAS}")
     if len(numbers) == 1:
       return choose(1, None), {0: image.read(value)}
     if picture.format == "GIF" and not picture_files.gif_ends(value):
@@ -195,6 +201,7 @@ def _from_picture(
     rate = 1000.0 / duration if (duration := picture.info.get("duration")) else None
     wanted = choose(len(numbers), rate)
     needed = {i for part in wanted for i in part}
+    films.check_size(picture.width, picture.height, sum(map(len, wanted)), name)
     found, seconds = {}, np.zeros(len(numbers))
     for i, number in enumerate(numbers):
       picture.seek(number)

@@ -1,16 +1,17 @@
 """Readers of the archives that packages come in: npm tarballs, wheels, Debian packages and Qt resource files."""
 
+import contextlib
 import io
-import lzma
 import struct
 import tarfile
-import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-_BROKEN = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, struct.error, ValueError,
-           IndexError, UnicodeDecodeError)
+from codebind_jax.data.reading import MACHINE
+from codebind_jax.files.zips import open_zip
+
+_LARGEST = 1 << 29  # bytes of a file in an archive
 
 
 def read_members(path: Path, names: Iterable[str]) -> dict[str, bytes]:
@@ -24,9 +25,12 @@ def read_members(path: Path, names: Iterable[str]) -> dict[str, bytes]:
     ValueError: if the archive is damaged, or of another kind.
   """
   wanted = set(names)
-  try:
+  with _errors(path):
     if path.suffix in (".whl", ".zip"):
-      with zipfile.ZipFile(path) as archive:
+      with open_zip(path) as archive:
+        for member in archive.infolist():
+          if member.filename in wanted:
+            _check_size(member.filename, member.file_size)
         return {name: archive.read(name) for name in archive.namelist() if name in wanted}
     if path.suffix == ".deb":
       with deb_tar(path.read_bytes()) as archive:
@@ -34,8 +38,6 @@ def read_members(path: Path, names: Iterable[str]) -> dict[str, bytes]:
     if path.name.endswith((".tgz", ".tar.gz")):
       with tarfile.open(path) as archive:
         return _tar_members(archive, wanted)
-  except _BROKEN as error:
-    raise ValueError(f"{path}: damaged archive ({error}); remove it and run again to fetch it anew") from error
   raise ValueError(f"{path}: unknown kind of archive; allowed: .tgz .tar.gz .whl .zip .deb")
 
 
@@ -45,11 +47,26 @@ def member_names(path: Path) -> list[str]:
   Raises:
     ValueError: if the archive is damaged.
   """
+  with _errors(path), open_zip(path) as archive:
+    return archive.namelist()
+
+
+@contextlib.contextmanager
+def _errors(path: Path) -> Iterator[None]:
+  """Makes whatever a damaged archive raises a ValueError with its name, but errors of the machine."""
   try:
-    with zipfile.ZipFile(path) as archive:
-      return archive.namelist()
-  except _BROKEN as error:
+    yield
+  except (ImportError, FileNotFoundError, PermissionError):
+    raise
+  except Exception as error:
+    if isinstance(error, OSError) and error.errno in MACHINE:
+      raise
     raise ValueError(f"{path}: damaged archive ({error}); remove it and run again to fetch it anew") from error
+
+
+def _check_size(name: str, size: int) -> None:
+  if size > _LARGEST:
+    raise ValueError(f"member {name!r:.80} has {size} bytes; allowed are {_LARGEST}")
 
 
 def _tar_members(archive: tarfile.TarFile, wanted: set[str]) -> dict[str, bytes]:
@@ -57,6 +74,7 @@ def _tar_members(archive: tarfile.TarFile, wanted: set[str]) -> dict[str, bytes]
   for member in archive:
     name = member.name.removeprefix("./")
     if name in wanted and member.isfile():
+      _check_size(name, member.size)
       contents[name] = archive.extractfile(member).read()
       if len(contents) == len(wanted):
         break
@@ -116,11 +134,13 @@ def read_rcc(data: bytes) -> dict[str, bytes]:
         path = f"{parent}/{data[start : start + 2 * length].decode('utf-16-be')}".lstrip("/")
       if flags & 2:
         count, first = struct.unpack_from(">2I", data, offset + 6)
+        if count > len(data) // width:
+          raise ValueError(f"a folder of {count} files in {len(data)} bytes")
         todo.extend((first + i, path) for i in range(count))
       else:
         files[path] = _rcc_file(data, payload + struct.unpack_from(">I", data, offset + 10)[0], flags)
     return files
-  except (struct.error, zlib.error, UnicodeDecodeError) as error:
+  except (struct.error, zlib.error, UnicodeDecodeError, OverflowError) as error:
     raise ValueError(f"damaged Qt resource file ({error})") from error
 
 
@@ -130,12 +150,19 @@ def _rcc_file(data: bytes, offset: int, flags: int) -> bytes:
   if len(body) < size:
     raise ValueError(f"a file is cut short: {len(body)} of {size} bytes")
   if flags & 1:
-    return zlib.decompress(body[4:])
+    unpacking = zlib.decompressobj()
+    content = unpacking.decompress(body[4:], _LARGEST)
+    if not unpacking.eof:
+      raise ValueError(f"a file is cut short, or has more than {_LARGEST} bytes")
+    return content
   if flags & 4:
     import zstandard
 
     try:
-      return zstandard.ZstdDecompressor().decompressobj().decompress(body)
+      with zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(body) as stream:
+        content = stream.read(_LARGEST + 1)
     except zstandard.ZstdError as error:
       raise ValueError(f"damaged zstandard data ({error})") from error
+    _check_size("", len(content))
+    return content
   return body
