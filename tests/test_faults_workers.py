@@ -15,7 +15,6 @@ import pytest
 from codebind_jax.data import ahead as ahead_lib
 from codebind_jax.data.ahead import WorkerKilled, ahead
 from codebind_jax.data.worlds import render
-from codebind_jax.tools import runs
 from tests.world_fixtures import svg
 
 SAID = "one of [12] worker processes was killed by SIGKILL, .*memory is short; .*fewer workers .config.data.workers"
@@ -108,6 +107,8 @@ class Killing:
 
 
 def test_training_processes_that_are_killed_are_told(tmp_path, monkeypatch):
+  from codebind_jax.tools import runs  # here, as workers import this file without JAX
+
   monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process keeps its own
   with pytest.raises(ValueError, match="2 of 2 processes did not end .*killed by SIGKILL, .*memory.* lower --parallel"):
     runs._in_processes(Killing(), tmp_path, 2)
