@@ -99,7 +99,7 @@ def test_items_that_workers_cannot_unpickle_are_the_error_itself():
     next(following)
 
 
-class Killing:
+class Killing(dict):
   """Kills the process that unpickles it."""
 
   def __reduce__(self):

@@ -26,9 +26,18 @@ from codebind_jax.files.places import (
   upload,
   write_whole,
 )
+from codebind_jax.files.temporary import (
+  look_once,
+  make_scratch,
+  remove_left,
+  scratch,
+  temporary_name,
+  writing,
+)
 
 __all__ = [
   "Found", "Patience", "Path", "cache_folder", "check_space", "children", "close", "contents", "download", "exists",
-  "fetched", "found", "is_far", "is_file", "is_folder", "lock", "make_folder", "open_far", "path", "probe",
-  "read_bytes", "read_text", "remove", "remove_folder", "replace_folder", "replacing", "upload", "write_whole",
+  "fetched", "found", "is_far", "is_file", "is_folder", "lock", "look_once", "make_folder", "make_scratch", "open_far",
+  "path", "probe", "read_bytes", "read_text", "remove", "remove_folder", "remove_left", "replace_folder", "replacing",
+  "scratch", "temporary_name", "upload", "write_whole", "writing",
 ]  # fmt: skip

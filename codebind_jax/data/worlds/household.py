@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-import tempfile
+import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
+from codebind_jax import files
 from codebind_jax.data.ahead import ahead
 from codebind_jax.data.worlds import fetch, furniture, names, store, views
 from codebind_jax.data.worlds.evalset import EvalSet
@@ -95,11 +96,14 @@ def build(profile: str, root: Path) -> Path:
   tally = Tally("household", profile, VERSION, paths, TABLES)
   bar = tqdm.tqdm(total=len(plan(profile)), unit="object", desc=f"rendering household ({profile})", disable=None)
   fetch.make_folder(folder.parent)
-  scratch = tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacked-")
+  files.remove_left(folder.parent)
+  scratch = contextlib.ExitStack()
+  place = folder.parent / files.temporary_name(".unpacked")
+  scratch.callback(shutil.rmtree, place, ignore_errors=True)
 
   @functools.cache
   def unpacked() -> list[tuple[dict[str, Any], Path]]:
-    return unpack(plan(profile), paths, Path(scratch.name), tally.dropped)
+    return unpack(plan(profile), paths, place, tally.dropped)
 
   def rows(split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     ready = [(entry, path) for entry, path in unpacked() if entry["split"] == split]
