@@ -64,8 +64,8 @@ class Block:
         os.posix_fallocate(self._handle, 0, size)
     except OSError as error:
       raise OSError(
-        error.errno, f"no room for an item of {size:,} bytes that worker processes share ({error.strerror}); make room, "
-        "or use fewer workers (config.data.workers)", "memory",
+        error.errno, f"no room for an item of {size:,} bytes that worker processes share ({error.strerror}); make "
+        "room, or use fewer workers (config.data.workers)", "memory",
       ) from error  # fmt: skip
 
   def clear(self) -> None:
