@@ -22,7 +22,7 @@ from codebind_jax.codebook import collapsed, usage_stats
 from codebind_jax.command_line import bind
 from codebind_jax.config import Config
 from codebind_jax.data.batches import Batches, SourceBatches, check_rows
-from codebind_jax.data.examples import Feed
+from codebind_jax.data.examples import Feed, Tokens
 from codebind_jax.data.task import Task, open_task
 from codebind_jax.evaluate import Evaluation, StageEvaluation
 from codebind_jax.initialise import check_start, copy_heads, load_published, start_from, whiten_heads
@@ -335,6 +335,7 @@ def run_stages(
       position = Position(stage.last_step, stage.name, True)
       with phases("evaluation"):
         evaluate_stage(config, state, stage, stages, evaluation, writer, trained[stage.name], layout)
+      close_files(evaluation.task, feeds)
 
     banner("evaluation")
     all_trained = trained[stages[-1].name]
@@ -344,6 +345,14 @@ def run_stages(
     after = Model(config, *layout.gathered((state.params, state.codebooks)), evaluation.trunks, modalities=all_trained)
     before = Model(baseline_of(config), untrained_params, {}, evaluation.trunks, modalities=all_trained)
     return final, {"before": before, "after": after}
+
+
+def close_files(task: Task, feeds: Mapping[str, Mapping[str, Feed]]) -> None:
+  """Closes the files that a stage has opened, of sources and cached tokens; a later read opens them anew."""
+  task.close()
+  for feed in (feed for by_modality in feeds.values() for feed in by_modality.values()):
+    if isinstance(feed, Tokens):
+      feed.reader.close()
 
 
 def optimizer_of(config: Config, method: Method, stage: Stage, params: Any) -> tuple[Any, dict[str, str]]:

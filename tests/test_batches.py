@@ -96,7 +96,7 @@ def test_what_reading_raises_comes_when_its_turn_comes(workers):
 
 def test_a_worker_that_ends_is_an_error():
   with contextlib.closing(ahead(Failing(die=True), 2, workers=1)) as following:
-    with pytest.raises(RuntimeError, match="terminated abruptly"):
+    with pytest.raises(RuntimeError, match="one of 1 worker processes ended with code 3; without workers"):
       next(following)
 
 

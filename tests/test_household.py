@@ -206,7 +206,6 @@ def toy(tmp_path, monkeypatch):
     "sh3d-furniture": package("sh3d-furniture", "apt", "s.deb", archive["sh3d-furniture"])}
   monkeypatch.setattr(names, "table", lambda name: tables[name])
   monkeypatch.setattr(fetch, "packages", lambda: packages)
-  monkeypatch.setattr(household.joblib, "cpu_count", lambda: 1)  # tables of this process
   for name, one in packages.items():
     put(tmp_path, one, archive[name])
   for cache in (household.plan, household._concepts):

@@ -226,6 +226,22 @@ def test_interrupted_build_leaves_nothing_and_the_next_one_succeeds(toy, monkeyp
   assert not killed.exists()
 
 
+def test_build_whose_renderer_is_killed_publishes_nothing(toy, monkeypatch):
+  """A picture whose process was killed, as the system does where memory is short, is not a picture to leave out."""
+  real = render._Worker.ask
+
+  def killed(worker, data, vector, size):
+    worker.process.kill()
+    return real(worker, data, vector, size)
+
+  monkeypatch.setattr(render._Worker, "ask", killed)
+  with pytest.raises(render.RendererKilled, match="was killed by SIGKILL, perhaps for want of memory"):
+    registry.ensure("icons", "small", toy.root)
+  assert [p.name for p in (toy.root / "worlds" / "icons" / "small").iterdir()] == [".lock"]
+  monkeypatch.setattr(render._Worker, "ask", real)
+  assert json.loads((registry.ensure("icons", "small", toy.root) / "manifest.json").read_text())["dropped"] == {}
+
+
 def test_record_that_is_not_the_one_of_the_index_is_an_error(toy):
   folder = registry.ensure("icons", "small", toy.root)
   index = json.loads((folder / "index.json").read_text())
@@ -332,21 +348,6 @@ def test_transparent_pixels_are_white():
 def test_physical_sizes_are_drawn():
   data = b'<svg xmlns="http://www.w3.org/2000/svg" width="12pt" height="1cm"><rect width="9" height="9"/></svg>'
   assert render.to_square_png(data, vector=True, size=32)
-
-
-def test_renderer_that_dies_is_one_failed_picture(monkeypatch):
-  real = render._Worker.ask
-
-  def ask(worker, data, vector, size):
-    if data == b"bomb":
-      worker.process.kill()
-      worker.process.wait()
-    return real(worker, data, vector, size)
-
-  monkeypatch.setattr(render._Worker, "ask", ask)
-  with render.Renderer(8, workers=1) as renderer:
-    good, dead, again = renderer.draw([(svg("red"), True), (b"bomb", True), (svg("red"), True)])
-  assert good == again and "the renderer died" in str(dead)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import multiprocessing
 import os
@@ -12,7 +13,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,12 @@ _items: Any = None  # in a worker process: the sequence it reads
 _blocks: list[Block] = []  # in a worker process: what its items are written to
 _block: Block | None = None  # in a worker process: that of the item it reads
 _reading = threading.local()  # `pool`, and how many `threads` of it read the parts of this thread's item
+_LOOK = 5.0  # seconds of waiting for a worker's item after which the workers are looked at
 _SPARE = 4  # blocks beside those of items that are being read: of items in use
+
+
+class WorkerKilled(RuntimeError):
+  """A worker process ended before its work."""
 
 
 def ahead(
@@ -48,7 +54,7 @@ def ahead(
       otherwise each reads an item.
 
   Raises:
-    RuntimeError: if a worker process ends.
+    WorkerKilled: if a worker process ends; what it and the others were reading is lost.
     Exception: that of reading an item, when its turn comes.
   """
   inner = ThreadPoolExecutor(threads) if parts and threads > 1 and not workers else None
@@ -56,9 +62,7 @@ def ahead(
   window, blocks = 2 * (workers or own), []
   if workers:
     blocks = [Block() for _ in range(window + _SPARE)]
-    context = multiprocessing.get_context("spawn")  # a fork would copy JAX's threads and locks
-    start = (pickle.dumps(items), blocks, threads if parts else 1)
-    pool = ProcessPoolExecutor(workers, context, _begin, start)
+    pool = _Workers(workers, (pickle.dumps(items), blocks, threads if parts else 1))
   else:
     pool = ThreadPoolExecutor(own, initializer=_use, initargs=(inner, threads))
   free = list(range(len(blocks)))
@@ -74,7 +78,7 @@ def ahead(
     waiting = collections.deque(submit(number) for number in itertools.islice(numbers, window))
     while waiting:
       future, block = waiting.popleft()
-      item = future.result()
+      item = pool.result(future) if workers else future.result()
       if block is not None:
         item, whole = blocks[block].loads(*item)
         weakref.finalize(whole, free.append, block).atexit = False
@@ -88,6 +92,77 @@ def ahead(
       inner.shutdown()
     for block in blocks:
       block.close()
+
+
+class _Workers:
+  """A pool of processes that is not waited for in vain once one of them is killed.
+
+  Where that one held a lock of the pool's queues, or was in the middle of an answer, the pool alone waits for ever.
+  """
+
+  def __init__(self, count: int, start: tuple[Any, ...]):
+    context = multiprocessing.get_context("spawn")  # a fork would copy JAX's threads and locks
+    try:
+      self._pool = ProcessPoolExecutor(count, context, _begin, start)
+    except OSError as error:
+      raise OSError(error.errno, f"no semaphores for worker processes ({error.strerror}); make room, or read without "
+                    "(config.data.workers=0)", "/dev/shm") from error  # fmt: skip
+    self._processes, self._answers, self._thread = self._pool._processes, self._pool._result_queue, None
+
+  def submit(self, work: Callable[..., Any], *args: Any) -> Future:
+    try:
+      future = self._pool.submit(work, *args)
+    except BrokenExecutor as error:
+      raise self._killed() from error
+    self._thread = self._pool._executor_manager_thread
+    return future
+
+  def result(self, future: Future) -> Any:
+    """What was submitted gives; a WorkerKilled error where a process has ended."""
+    while not wait([future], _LOOK).done:
+      if self._lost() and not wait([future], _LOOK).done:
+        raise self._killed()
+    try:
+      return future.result()
+    except BrokenExecutor as error:
+      raise self._killed() from error
+
+  def shutdown(self, cancel_futures: bool) -> None:
+    """Ends the processes, as soon as they have finished what they are doing."""
+    self._pool.shutdown(wait=False, cancel_futures=cancel_futures)
+    while self._thread and self._thread.is_alive():
+      self._thread.join(0.1)
+      if self._lost():
+        self._kill()
+    self._answers.close()
+
+  def _lost(self) -> list[int]:
+    """Exit codes of the processes that have ended before their work."""
+    return [process.exitcode for process in list(self._processes.values()) if process.exitcode]
+
+  def _kill(self) -> None:
+    for process in list(self._processes.values()):
+      process.kill()
+    if not self._answers._writer.closed:
+      self._answers._writer.close()  # the last one: a thread that waits for the rest of an answer reads an end
+
+  def _killed(self) -> WorkerKilled:
+    """The error, with how a process ended; the others are killed."""
+    for process in list(self._processes.values()):
+      process.join(0.1)
+    lost = sorted(self._lost(), key=lambda code: code == -signal.SIGTERM)  # which the pool sends to the others
+    self._kill()
+    code = lost[0] if lost else 0
+    advice = ("free memory, or use fewer workers (config.data.workers, --workers)" if code == -signal.SIGKILL else
+              "without workers (config.data.workers=0, --workers=1) this process reads, and shows why")  # fmt: skip
+    return WorkerKilled(f"one of {len(self._processes)} worker processes {ended(code)}; {advice}")
+
+
+def ended(code: int) -> str:
+  """How a process ended, by its exit code, and what that may mean."""
+  if code == -signal.SIGKILL:
+    return "was killed by SIGKILL, as the system does where memory is short"
+  return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
 
 def spread(read: Callable[[Any], Any], things: Sequence[Any]) -> list[Any]:
@@ -132,13 +207,26 @@ def _begin(pickled: bytes, blocks: list[Block], threads: int) -> None:
   if absent:
     sys.modules["jax"] = None
   logging.set_verbosity(logging.ERROR)
-  _items = pickle.loads(pickled)
+  try:
+    _items = pickle.loads(pickled)
+  except Exception as error:  # raised where it is heard
+    _items = _Failed(error)
   logging.set_verbosity(verbosity)
   if absent:
     del sys.modules["jax"]
   _blocks = blocks
   _use(ThreadPoolExecutor(threads) if threads > 1 else None, threads)
   threadpoolctl.threadpool_limits(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Failed:
+  """What cannot be read at all."""
+
+  error: Exception
+
+  def __getitem__(self, number: int) -> Any:
+    raise self.error
 
 
 def _end_with_parent() -> None:

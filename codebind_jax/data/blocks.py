@@ -48,9 +48,25 @@ class Block:
   def _bytes(self, size: int) -> UInt8[np.ndarray, "n"]:
     if self._map is None or len(self._map) < size:
       if os.fstat(self._handle).st_size < size:
-        os.ftruncate(self._handle, size)
+        self._grow(size)
       self._map = mmap.mmap(self._handle, os.fstat(self._handle).st_size)
     return np.frombuffer(self._map, np.uint8)
+
+  def _grow(self, size: int) -> None:
+    """Makes the file larger.
+
+    Raises:
+      OSError: if there is no room for it, which a write to the map would tell by ending the process.
+    """
+    try:
+      os.ftruncate(self._handle, size)
+      if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(self._handle, 0, size)
+    except OSError as error:
+      raise OSError(
+        error.errno, f"no room for an item of {size:,} bytes that worker processes share ({error.strerror}); make "
+        "room, or use fewer workers (config.data.workers)", "memory",
+      ) from error  # fmt: skip
 
   def clear(self) -> None:
     """Makes room: what was written is written over."""

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
@@ -190,7 +189,7 @@ def _arrays(scan: Scan) -> dict[str, np.ndarray]:
 
 def _kept(folder: Path, scan: Scan) -> Scan:
   """Writes a scan, and gives it as it reads back: by memory map."""
-  new = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.new")
+  new = folder.with_name(files.temporary_name(f".{folder.name}"))
   arrays = _arrays(scan)
   layout = _layout(arrays)
   try:

@@ -30,6 +30,11 @@ class Joined(Source):
     parts = {key: value for part in self._parts for key, value in part.fingerprint().items()}
     return parts if self._numbers is None else parts | super().fingerprint()
 
+  def close(self) -> None:
+    """See `Source.close`."""
+    for part in self._parts:
+      part.close()
+
   def _part(self, number: int) -> tuple[Source, int]:
     part = int(np.searchsorted(self._starts, number, "right")) - 1
     return self._parts[part], number - int(self._starts[part])

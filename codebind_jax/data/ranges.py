@@ -155,7 +155,19 @@ class Handles:
           os.close(self._open.pop(key)[0])
 
 
+  def close(self) -> None:
+    """Closes the files that no thread is reading."""
+    with self._lock:
+      for key in [key for key, (_, readers) in self._open.items() if not readers]:
+        os.close(self._open.pop(key)[0])
+
+
 _handles = Handles(256)
+
+
+def close() -> None:
+  """Closes the files that this process keeps open, but those that a thread is reading; a later read opens them anew."""
+  _handles.close()
 
 
 class File:

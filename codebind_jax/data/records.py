@@ -60,6 +60,10 @@ class Source(abc.ABC):
   def __iter__(self) -> Iterator[dict[str, Any]]:
     return (self[row] for row in range(len(self)))
 
+  def close(self) -> None:
+    """Closes what reading has opened, but what a thread is reading; a later read opens it anew."""
+    ranges.close()
+
   @property
   def modalities(self) -> tuple[str, ...]:
     """Modalities that at least one record has."""

@@ -17,7 +17,6 @@ import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from absl import logging
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Int64, UInt64
 
-from codebind_jax.data.ahead import ahead
+from codebind_jax.data.ahead import WorkerKilled, ahead
 from codebind_jax.data.formats.array_record import Shard, close, decode, encode, encode_index
 from codebind_jax.data.index import IndexBuilder, twice
 from codebind_jax.data.opening import CHECKED, SOME, check_item
@@ -388,9 +387,8 @@ def _each(work: Callable[[Any], Any], tasks: Sequence[Any], workers: int, title:
   try:
     with contextlib.closing(answers):
       yield from zip(tasks, tqdm.tqdm(answers, total=len(tasks), desc=title, unit="part", disable=None))
-  except BrokenProcessPool as error:
-    raise RuntimeError("a worker process was killed, perhaps for want of memory; what is finished is kept: run the "
-                       "same command again") from error  # fmt: skip
+  except WorkerKilled as error:
+    raise WorkerKilled(f"{error}; what is finished is kept: run the same command again") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -142,6 +142,11 @@ class Task:
     """Source name -> all rows that batches are drawn from."""
     return {**self.train, **self.extra}
 
+  def close(self) -> None:
+    """Closes what reading the sources has opened; a later read opens it anew."""
+    for source in (*self.drawn.values(), *self.train.values(), *(test.source for test in self.evals)):
+      source.close()
+
 
 def open_task(data: Data, *, default_split: str = "train") -> Task:
   """Opens the worlds and files of `config.data`; builds a world that is not built yet.

@@ -59,6 +59,11 @@ class TokenReader:
                     "so that they are computed again") from error  # fmt: skip
     return values
 
+  def close(self) -> None:
+    """Closes the shards that no thread is reading; a later call opens them anew."""
+    with self._lock:
+      self._open.clear()
+
   def _reader(self, shard: int) -> Any:
     with self._lock:
       if shard not in self._open:

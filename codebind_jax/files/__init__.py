@@ -38,11 +38,19 @@ from codebind_jax.files.places import (
   upload,
   write_whole,
 )
+from codebind_jax.files.temporary import (
+  look_once,
+  make_scratch,
+  remove_left,
+  scratch,
+  temporary_name,
+  writing,
+)
 
 __all__ = [
   "Checksums", "Found", "Path", "Patience", "SEAL", "array_checksum", "cache_folder", "check_held", "check_space",
   "checksum", "children", "close", "contents", "download", "exists", "fetched", "file_checksum", "found", "held",
-  "is_far", "is_file", "is_folder", "lock", "make_folder", "open_far", "path", "probe", "read_bytes", "read_sealed",
-  "read_text", "remove", "remove_folder", "replace_folder", "replacing", "sealed", "unsealed", "upload", "verify",
-  "write_sealed", "write_whole",
+  "is_far", "is_file", "is_folder", "lock", "look_once", "make_folder", "make_scratch", "open_far", "path", "probe",
+  "read_bytes", "read_sealed", "read_text", "remove", "remove_folder", "remove_left", "replace_folder", "replacing",
+  "scratch", "sealed", "temporary_name", "unsealed", "upload", "verify", "write_sealed", "write_whole", "writing",
 ]  # fmt: skip

@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import shutil
-import uuid
 
 from absl import logging
 
@@ -15,6 +14,7 @@ from codebind_jax.files import far
 from codebind_jax.files.far import Path
 from codebind_jax.files.locks import lock
 from codebind_jax.files.places import contents, download
+from codebind_jax.files.temporary import look_once, temporary_name
 
 _LARGEST_FETCH = 1000  # objects of one folder
 
@@ -45,13 +45,16 @@ def fetched(place: Path) -> pathlib.Path:
     raise ValueError(f"{place}: has {len(items)} objects; allowed: a folder of at most {_LARGEST_FETCH}")
   recipe = [os.fspath(place), sorted((name, item.size, item.tag) for name, item in items.items())]
   home = cache_folder() / "far" / hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:24]
-  home.parent.mkdir(parents=True, exist_ok=True)
   local = home / place.name
+  if home.is_dir():  # also in a folder that cannot be written
+    return local
+  home.parent.mkdir(parents=True, exist_ok=True)
+  look_once(home.parent)
   with lock(home.with_name(f".{home.name}.lock"), f"copies {place}"):
     if not home.is_dir():
       logging.info("%s: copying %d objects, %.1f MB, to %s", place, len(items),
                    sum(item.size for item in items.values()) / 1e6, local)  # fmt: skip
-      part = home.with_name(f".{home.name}.{uuid.uuid4().hex[:8]}.part")
+      part = home.with_name(temporary_name(f".{home.name}"))
       try:
         for name in items:
           file = part / place.name / name

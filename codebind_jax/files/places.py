@@ -9,7 +9,6 @@ import os
 import pathlib
 import re
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterator
 
@@ -17,6 +16,7 @@ from etils import epath
 
 from codebind_jax.files import far
 from codebind_jax.files.far import Found, Path
+from codebind_jax.files.temporary import exchange, look_once, scratch, temporary_name, writing
 
 
 def path(text: str | os.PathLike) -> Path:
@@ -139,22 +139,28 @@ def replacing(path: Path) -> Iterator[pathlib.Path]:
   """Yields the path of a temporary file that takes the place of `path` at the end, or is removed after an error.
 
   The temporary file is local, beside a local path. A reader, or a kill at any time, sees the old file or the new one.
-  Several processes may write one path at once.
+  Several processes may write one path at once. What killed writers left in the folder is removed.
+
+  Raises:
+    OSError: naming the path, if the disk is full or cannot be written.
   """
   if far.is_far(path):
-    with tempfile.TemporaryDirectory(prefix="codebind_jax-") as scratch:
-      temporary = pathlib.Path(scratch) / path.name
-      yield temporary
-      upload(temporary, path)
+    with scratch() as folder:
+      with writing(folder):
+        yield folder / path.name
+      upload(folder / path.name, path)
     return
-  temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
+  look_once(path.parent)
+  temporary = path.with_name(temporary_name(path.name))
   try:
-    yield temporary
-    _flush(temporary)
-    os.replace(temporary, path)
-    _flush(path.parent)
+    with writing(path, temporary):
+      yield temporary
+      _flush(temporary)
+      os.replace(temporary, path)
+      _flush(path.parent)
   finally:
-    temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # of a folder that is gone
+      temporary.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -166,9 +172,10 @@ def write_whole(path: Path, text: str) -> None:
 def replace_folder(new: pathlib.Path, folder: Path, last: str = "") -> None:
   """Puts a local folder in the place of another one, or of none.
 
-  Near, a kill between leaves the old one as `.NAME.HEX.old`. Far, all is uploaded beside the old folder first, so that
-  an error leaves that as it was; then copied there by the far disk itself. A kill in that moment leaves a folder
-  without `last`, so that it is not taken for whole.
+  Near, both are exchanged at once; on a disk that cannot, a kill between leaves the old one as `.NAME.MARK.old`, which
+  the next writer in the folder above puts back. Far, all is uploaded beside the old folder first, so that an error
+  leaves that as it was; then copied there by the far disk itself. A kill in that moment leaves a folder without `last`,
+  so that it is not taken for whole.
 
   Args:
     new: moved near, removed by the caller far.
@@ -178,10 +185,16 @@ def replace_folder(new: pathlib.Path, folder: Path, last: str = "") -> None:
   if far.is_far(folder):
     _replace_far(new, folder, last)
     return
-  old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old")
+  look_once(folder.parent)
+  old = folder.with_name(temporary_name(f".{folder.name}", "old"))
   if folder.exists():
-    os.replace(folder, old)
-  os.replace(new, folder)
+    if exchange(new, folder):
+      old = new
+    else:
+      os.replace(folder, old)
+      os.replace(new, folder)
+  else:
+    os.replace(new, folder)
   _flush(folder.parent)
   shutil.rmtree(old, ignore_errors=True)
 

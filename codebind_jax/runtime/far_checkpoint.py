@@ -14,7 +14,6 @@ import contextlib
 import json
 import pathlib
 import re
-import tempfile
 import uuid
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -82,8 +81,8 @@ class FarCheckpoints:
     folder, count = self.path / str(step), jax.process_count()
     names = [f"part-{k:05d}-of-{count:05d}-{self._mark}" for k in range(count)]
     own = names[jax.process_index()]
-    with tempfile.TemporaryDirectory(prefix="codebind_jax-") as scratch:
-      part = pathlib.Path(scratch) / "part"
+    with files.scratch() as scratch:
+      part = scratch / "part"
       _write_part(shards, part)
       shards.clear()
       files.upload(part.with_suffix(".bin"), folder / f"{own}.bin")

@@ -6,14 +6,17 @@ import math
 import os
 import pathlib
 import shutil
-import tempfile
+import socket
+import struct
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from absl import logging
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
 
 from codebind_jax import files
 
@@ -61,6 +64,86 @@ def _parse(path, copy=None):
   return records, size
 
 
+class _Appended:
+  """A file that grows by whole pieces, also on a full disk: what did not fit is taken back, and named.
+
+  Args:
+    path: of the file, made where it is not there.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    self._path = path
+    with files.writing(path):
+      self._file = open(path, "ab", buffering=0)
+      self._size = self._file.seek(0, os.SEEK_END)
+
+  @property
+  def closed(self) -> bool:
+    return self._file.closed
+
+  def add(self, piece: bytes) -> None:
+    """Appends a piece.
+
+    Raises:
+      OSError: naming the file, if there is no room for it.
+    """
+    with files.writing(self._path):
+      try:
+        written = 0
+        while written < len(piece):
+          written += self._file.write(piece[written:])
+      except BaseException:
+        with contextlib.suppress(OSError):
+          self._file.truncate(self._size)
+        raise
+    self._size += len(piece)
+
+  def sync(self) -> None:
+    """Returns when the disk has it all."""
+    with files.writing(self._path):
+      os.fsync(self._file.fileno())
+
+  def close(self) -> None:
+    self._file.close()
+
+
+class _Events:
+  """An event file of TensorBoard, written without the queue and the thread of tensorboardX's own writer.
+
+  That thread ends at a full disk, unseen, and whoever adds to its queue then waits for ever.
+  """
+
+  def __init__(self, folder: pathlib.Path, suffix: str, purge_step: int | None):
+    with files.writing(folder):
+      folder.mkdir(parents=True, exist_ok=True)
+    self._file = _Appended(folder / f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}{suffix}")
+    self._add([Event(file_version="brain.Event:2")])
+    if purge_step is not None:
+      self._add([Event(step=purge_step, file_version="brain.Event:2"),
+                 Event(step=purge_step, session_log=SessionLog(status=SessionLog.START))])  # fmt: skip
+
+  def _add(self, events: Iterable[Event]) -> None:
+    records = b""
+    for event in events:
+      event.wall_time = time.time()
+      content = event.SerializeToString()
+      head = struct.pack("<Q", len(content))
+      records += head + struct.pack("<I", masked_crc32c(head)) + content + struct.pack("<I", masked_crc32c(content))
+    self._file.add(records)
+
+  def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    self._add([Event(step=step, summary=summary.scalar(name, value)) for name, value in values.items()])
+
+  def image(self, step: int, name: str, image: np.ndarray) -> None:
+    self._add([Event(step=step, summary=summary.image(name, image, dataformats="HWC"))])
+
+  def sync(self) -> None:
+    self._file.sync()
+
+  def close(self) -> None:
+    self._file.close()
+
+
 class MetricsWriter:
   """Appends metrics to `DIR/metrics.jsonl` and to TensorBoard files in `DIR/tensorboard`.
 
@@ -97,13 +180,13 @@ class MetricsWriter:
     if active:
       files.make_folder(self.path.parent)
       if files.is_far(self.path):
-        self._scratch = pathlib.Path(tempfile.mkdtemp(prefix="codebind_jax-"))
+        self._scratch = files.make_scratch()
         if files.is_file(self.path):
           files.download(self.path, self._scratch / FILE)
       self._local = self._scratch / FILE if self._scratch else self.path
       self._there: dict[str, int] = {}  # names of the local files -> sizes when they were uploaded
       self._mend()
-      self._file = open(self._local, "a", encoding="utf-8")
+      self._file = _Appended(self._local)
 
   def _mend(self):
     if not self._local.exists():
@@ -127,6 +210,7 @@ class MetricsWriter:
 
     Raises:
       ValueError: if a name is reserved or a value is not one number, naming it.
+      OSError: naming the file, if the disk is full: the file then ends with the line before.
     """
     if not self._active:
       return
@@ -140,23 +224,22 @@ class MetricsWriter:
     if not_finite:
       line["warning"] = "not finite: " + ", ".join(not_finite)
       logging.warning("step %d: %s", step, line["warning"])
-    self._file.write(json.dumps(line, allow_nan=False) + "\n")
-    self._file.flush()
+    self._file.add((json.dumps(line, allow_nan=False) + "\n").encode())
     if self._use_events:
-      for name in metrics:
-        self._event_writer().add_scalar(name, math.nan if line[name] is None else line[name], int(step))
+      self._event_writer().scalars(
+        int(step), {name: math.nan if line[name] is None else line[name] for name in metrics})  # fmt: skip
 
   def image(self, step: int, name: str, image: np.ndarray) -> None:
     """Writes an image [h, w, 3] uint8 to TensorBoard."""
     if self._active and self._use_events:
-      self._event_writer().add_image(name, image, int(step), dataformats="HWC")
+      self._event_writer().image(int(step), name, image)
 
   def _event_writer(self):
     if self._events is None:
       # Event files are named by the second they were made in; the count keeps one run from overwriting the last.
       named = lambda place: {path.name for path in files.children(place / "tensorboard", "events.out.tfevents.*")}
       count, folder = len(named(self.path.parent) | named(self._local.parent)), self._local.parent / "tensorboard"
-      self._events = SummaryWriter(str(folder), purge_step=self._purge_step, filename_suffix=f".{count:04d}")
+      self._events = _Events(folder, f".{count:04d}", self._purge_step)
     return self._events
 
   def truncate(self, step: int) -> None:
@@ -178,20 +261,19 @@ class MetricsWriter:
       files.write_whole(self._local, "".join(line for line, record in zip(lines, records) if record["step"] <= step))
       if self._scratch:
         files.upload(self._local, self.path)
-    self._file = open(self._local, "a", encoding="utf-8")
+    self._file = _Appended(self._local)
     if self._events is not None:
       self._events.close()
       self._events = None
     self._purge_step = step + 1
 
   def flush(self) -> None:
-    """Writes all buffered metrics to the disk."""
+    """Returns when all metrics are on the disk."""
     if not self._active:
       return
-    self._file.flush()
-    os.fsync(self._file.fileno())
+    self._file.sync()
     if self._events is not None:
-      self._events.flush()
+      self._events.sync()
     if self._scratch:
       for name, found in files.contents(self._scratch).items():
         if self._there.get(name) != found.size:

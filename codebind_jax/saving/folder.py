@@ -17,9 +17,7 @@ import importlib.metadata
 import json
 import os
 import shutil
-import tempfile
 import typing
-import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,15 +98,17 @@ def write(model: Any, folder: str | files.Path, trunks: str = "include", card_na
   folder = files.path(folder)
   files.probe(folder, write=True)
   _refuse_others(folder)
-  name = f".{folder.name}.{uuid.uuid4().hex[:8]}.part"
+  name = files.temporary_name(f".{folder.name}")
   if files.is_far(folder):
-    part = Path(tempfile.mkdtemp(prefix="codebind_jax-")) / name
+    part = files.make_scratch() / name
   else:
     folder.parent.mkdir(parents=True, exist_ok=True)
+    files.look_once(folder.parent)
     part = folder.with_name(name)
   part.mkdir()
   try:
-    _write(model, part, card_name or folder.name, trunks)
+    with files.writing(part if files.is_far(folder) else folder, part):
+      _write(model, part, card_name or folder.name, trunks)
     files.replace_folder(part, folder, last=CONFIG)
   finally:
     shutil.rmtree(part.parent if files.is_far(folder) else part, ignore_errors=True)

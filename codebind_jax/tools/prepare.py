@@ -7,7 +7,6 @@ import sys
 
 from absl import app, flags, logging
 
-from codebind_jax.data.worlds import fetch
 from codebind_jax.data.worlds.registry import PACKAGED, ensure
 from codebind_jax.runtime import signals
 
@@ -22,7 +21,7 @@ def main(argv: list[str]) -> None:
   for world in PACKAGED if argv[1:] == ["all"] else argv[1:]:
     try:
       folder = ensure(world, _PROFILE.value, _DATA_DIR.value, again=True)
-    except (ValueError, fetch.FetchError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
       logging.error("%s", error)
       sys.exit(1)
     logging.info("%s is ready: %s", world, folder)

@@ -20,6 +20,7 @@ from codebind_jax import config as config_lib
 from codebind_jax import files
 from codebind_jax.command_line import bind
 from codebind_jax.config import Config
+from codebind_jax.data.ahead import ended
 from codebind_jax.evaluate import FINAL
 from codebind_jax.runtime import signals
 from codebind_jax.runtime.metrics import FILE, read_metrics
@@ -166,6 +167,10 @@ def _in_processes(configs: Mapping[str, Config], folder: files.Path, parallel: i
         process.terminate()  # which saves its run
       for process in processes:
         process.join()
+  killed = [process.exitcode for process in processes if process.exitcode < 0]
+  if killed:
+    raise ValueError(f"{len(killed)} of {parallel} processes did not end by themselves: one {ended(killed[0])}; free "
+                     "memory or lower --parallel, and run the same command again, which goes on")  # fmt: skip
   failed = sum(process.exitcode != 0 for process in processes)
   if failed:
     raise ValueError(f"{failed} of {parallel} processes ended with an error, which they have said above")

@@ -33,7 +33,6 @@ from codebind_jax.trunks.base import Trunk
 REVISION = "tokens-1"
 SHARD_ITEMS = 1024  # computed items that a kill can lose
 _MANY = 256  # items for each worker process, from which on they are started
-_STALE = 86_400  # seconds after which a shard that is not finished counts as left behind
 _BATCH = 16  # items of a trunk's batch, a device
 _SUFFIX = ".array_record"
 
@@ -169,9 +168,7 @@ class TokenCache:
                       f"CODEBIND_DATA chooses the disk; config.model.towers.{self._trunk.modality}.cache=False keeps "
                       "none)")  # fmt: skip
     self._folder.mkdir(parents=True, exist_ok=True)
-    for left in self._folder.glob(".*.part"):  # of processes that were killed
-      if time.time() - left.stat().st_mtime > _STALE:
-        left.unlink(missing_ok=True)
+    files.remove_left(self._folder)
     began, label, count = time.perf_counter(), f"{self._trunk.modality} tokens", int(wanted[own].sum())
     bad, waiting = [], {}
     bar = tqdm.tqdm(total=len(own), desc=label, unit="item", disable=None)
@@ -223,7 +220,7 @@ class _Writer:
 
   def __init__(self, folder: Path, far: files.Path | None):
     self._folder, self._far, self._name, self._keys = folder, far, "", []
-    self._file: Any = None
+    self._part, self._file, self._failed = folder, None, False
 
   def add(self, key: np.ndarray, tokens: np.ndarray) -> None:
     with self._named():
@@ -231,6 +228,7 @@ class _Writer:
         from array_record.python import array_record_module
 
         self._name = f"{uuid.uuid4().hex[:16]}{_SUFFIX}"
+        self._part = self._folder / files.temporary_name(f".{self._name}")
         self._file = array_record_module.ArrayRecordWriter(str(self._part), "group_size:1,uncompressed")
       for part in (tokens,) if len(tokens) == 1 else (tokens[:1], tokens[1:]):
         self._file.write(part.tobytes())
@@ -238,15 +236,12 @@ class _Writer:
     if len(self._keys) == SHARD_ITEMS:
       self.close()
 
-  @property
-  def _part(self) -> Path:
-    return self._folder / f".{self._name}.part"
-
   @contextlib.contextmanager
   def _named(self) -> Iterator[None]:
     try:
       yield
     except (RuntimeError, OSError) as error:  # ArrayRecord's are RuntimeErrors
+      self._failed = True
       raise OSError(f"{self._folder}: tokens cannot be written ({error})") from error
 
   def close(self) -> None:
@@ -269,6 +264,9 @@ class _Writer:
     try:
       if kind is None:
         self.close()
+      elif not self._failed:  # what is computed is kept, whatever else went wrong, which is the error that counts
+        with contextlib.suppress(OSError):
+          self.close()
     finally:
       if self._file is not None:
         self._part.unlink(missing_ok=True)

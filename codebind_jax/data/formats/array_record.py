@@ -233,6 +233,10 @@ class ArrayRecordSource(Source):
     super().__init__(shard.path.stem, index)
     self._shard, self._places, self.block = shard, index.where, shard.group
 
+  def close(self) -> None:
+    """See `Source.close`."""
+    close()
+
   def _record(self, number: int) -> Record:
     at = int(self._places[number, 0])
     key = (self._shard.key, at)

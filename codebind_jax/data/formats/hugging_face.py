@@ -185,9 +185,14 @@ class SavedSource(parquet.ColumnsSource):
             raise ranges.ChangedError(f"{path}: has changed since it was indexed; start again")
         self._opened = [_batches(self._files)]
         self._opened.append(np.cumsum([0, *(batch.num_rows for batch in self._opened[0])]).tolist())
-    batches, starts = self._opened
+      batches, starts = self._opened
     at = bisect.bisect_right(starts, self._row(number)) - 1
     return batches[at].slice(self._row(number) - starts[at], 1).select(list(names))
+
+  def close(self) -> None:
+    """See `Source.close`."""
+    with self._lock:
+      self._opened = None
 
   def _where(self, number: int) -> str:
     return f"{self._folder}: row {self._row(number)}"

@@ -59,7 +59,13 @@ class TfdsSource(Source):
           if ranges.stamp(ranges.as_path(path)) != then:
             raise ranges.ChangedError(f"{path}: has changed since it was indexed; start again")
         self._opened = _Split(_builder(self._folder, ""), self._split, self._columns)
-    return self._opened.example(int(self._places[number, 0])), self._opened.features
+      opened = self._opened
+    return opened.example(int(self._places[number, 0])), opened.features
+
+  def close(self) -> None:
+    """See `Source.close`."""
+    with self._lock:
+      self._opened = None
 
   def _fields(self, number: int) -> dict[str, Any]:
     example, features = self._example(number)

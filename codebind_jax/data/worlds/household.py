@@ -4,18 +4,22 @@ One row is one view of one object. Geometry and real size are the catalogues'; p
 them, and the infrared is simulated (`infrared.py`). The tables give the splits; all objects of one shape share one.
 """
 
+import contextlib
+import dataclasses
 import functools
 import hashlib
-import tempfile
+import os
+import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import joblib
 import numpy as np
 import tqdm
 
+from codebind_jax import files
+from codebind_jax.data.ahead import ahead
 from codebind_jax.data.worlds import fetch, furniture, names, store, views
 from codebind_jax.data.worlds.evalset import EvalSet
 from codebind_jax.data.worlds.tally import Tally, features
@@ -28,6 +32,7 @@ ARRAYS = ("image", "depth", "thermal", "points")
 UNIQUE = "object"
 PROBES = ("label", "library", "view")  # what the text names; whose catalogue; from where (points have no view)
 _ROW_BYTES = 80_000
+_MANY = 8  # objects of a split, from which on worker processes render
 
 
 @functools.cache
@@ -91,25 +96,27 @@ def build(profile: str, root: Path) -> Path:
   tally = Tally("household", profile, VERSION, paths, TABLES)
   bar = tqdm.tqdm(total=len(plan(profile)), unit="object", desc=f"rendering household ({profile})", disable=None)
   fetch.make_folder(folder.parent)
-  scratch = tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacked-")
+  files.remove_left(folder.parent)
+  scratch = contextlib.ExitStack()
+  place = folder.parent / files.temporary_name(".unpacked")
+  scratch.callback(shutil.rmtree, place, ignore_errors=True)
 
   @functools.cache
   def unpacked() -> list[tuple[dict[str, Any], Path]]:
-    return unpack(plan(profile), paths, Path(scratch.name), tally.dropped)
+    return unpack(plan(profile), paths, place, tally.dropped)
 
   def rows(split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     ready = [(entry, path) for entry, path in unpacked() if entry["split"] == split]
-    work = joblib.Parallel(n_jobs=min(2, joblib.cpu_count()), return_as="generator")
-    rendered = work(joblib.delayed(views.sense)(path, entry["key"], entry["name"], entry["cls"], metres(entry))
-                    for entry, path in ready)  # fmt: skip
-    for (entry, _), sensed in zip(ready, rendered, strict=True):
-      bar.update()
-      if isinstance(sensed, str):
-        tally.dropped[entry["key"]] = sensed
-        continue
-      for view, fields in zip(views.AZIMUTHS, sensed, strict=True):
-        tally.keep(split, *(fields[name] for name in ARRAYS))
-        yield f"{entry['key']}:{view}", _row(entry, view) | fields
+    workers = min(2, os.cpu_count() or 1) if len(ready) >= _MANY else 0
+    with contextlib.closing(ahead(_Sensed(ready), workers=workers, threads=1, stop=len(ready))) as rendered:
+      for (entry, _), sensed in zip(ready, rendered, strict=True):
+        bar.update()
+        if isinstance(sensed, str):
+          tally.dropped[entry["key"]] = sensed
+          continue
+        for view, fields in zip(views.AZIMUTHS, sensed, strict=True):
+          tally.keep(split, *(fields[name] for name in ARRAYS))
+          yield f"{entry['key']}:{view}", _row(entry, view) | fields
     tally.check(split, "object")
 
   def finish() -> tuple[dict[str, Any], str]:
@@ -121,6 +128,17 @@ def build(profile: str, root: Path) -> Path:
       splits={split: functools.partial(rows, split) for split in SPLITS},
       need_bytes=_ROW_BYTES * len(views.AZIMUTHS) * len(plan(profile)),
     )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sensed:
+  """Number of an object -> what `views.sense` gives of it."""
+
+  ready: list[tuple[dict[str, Any], Path]]
+
+  def __getitem__(self, number: int) -> list[dict[str, bytes]] | str:
+    entry, path = self.ready[number]
+    return views.sense(path, entry["key"], entry["name"], entry["cls"], metres(entry))
 
 
 def unpack(

@@ -9,6 +9,7 @@ import concurrent.futures
 import contextlib
 import io
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -16,11 +17,17 @@ import threading
 from collections.abc import Iterable, Iterator
 
 SIZE = 192
+# What a picture does to the process that draws it; other signals come from outside: SIGKILL where memory is short.
+_CRASHES = frozenset({signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE})
 _FRAME = struct.Struct(">BHI")  # kind (0 bitmap, 1 vector; in answers 0 good, 1 failed), side in pixels, length
 
 
 class RenderError(ValueError):
   """A picture that cannot be drawn."""
+
+
+class RendererKilled(RuntimeError):
+  """A worker process was killed, which says nothing of its picture."""
 
 
 def to_square_png(data: bytes, *, vector: bool, size: int = SIZE) -> bytes:
@@ -97,7 +104,10 @@ class Renderer:
       pictures: pairs of content and whether it is SVG.
 
     Yields:
-      A PNG, or the error for a picture that cannot be drawn.
+      A PNG, or the error for a picture that cannot be drawn, among them one at which two workers crashed.
+
+    Raises:
+      RendererKilled: if a worker was killed.
     """
     waiting = collections.deque()
     for picture in pictures:
@@ -114,15 +124,26 @@ class Renderer:
         return to_square_png(data, vector=vector, size=self._size)
       except RenderError as error:
         return error
-    if getattr(self._local, "worker", None) is None:
-      self._local.worker = _Worker()
-      self._started.append(self._local.worker)
-    try:
-      return self._local.worker.ask(data, vector, self._size)
-    except (OSError, struct.error) as error:
-      self._local.worker.close()
-      self._local.worker = None
-      return RenderError(f"the renderer died ({error})")
+    for _ in range(2):  # a crash that is not the picture's does not come twice
+      if getattr(self._local, "worker", None) is None:
+        self._local.worker = _Worker()
+        self._started.append(self._local.worker)
+      try:
+        return self._local.worker.ask(data, vector, self._size)
+      except (OSError, EOFError, struct.error):
+        worker, self._local.worker = self._local.worker, None
+        code = worker.ended()
+        if -code not in _CRASHES:
+          raise RendererKilled(
+            f"a process that draws pictures {_how(code)}, perhaps for want of memory; nothing of the world is kept: "
+            "free some, and run the same command again"
+          ) from None
+    return RenderError(f"the renderer crashes at it ({_how(code)})")
+
+
+def _how(code: int) -> str:
+  """How a process ended."""
+  return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
 
 class _Worker:
@@ -136,11 +157,21 @@ class _Worker:
     self.process.stdin.flush()
     failed, _, length = _FRAME.unpack(self.process.stdout.read(_FRAME.size))
     answer = self.process.stdout.read(length)
+    if len(answer) < length:
+      raise EOFError(f"{len(answer)} of {length} bytes of a picture")
     return RenderError(answer.decode()) if failed else answer
+
+  def ended(self) -> int:
+    """Exit code of a process that answers no more."""
+    self._close_pipes()
+    return self.process.wait()
 
   def close(self) -> None:
     self.process.kill()
     self.process.wait()
+    self._close_pipes()
+
+  def _close_pipes(self) -> None:
     with contextlib.suppress(BrokenPipeError):
       self.process.stdin.close()
     self.process.stdout.close()

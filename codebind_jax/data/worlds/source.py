@@ -40,6 +40,11 @@ class WorldSource(Source):
     self.__dict__.update(state)
     self._lock = threading.Lock()
 
+  def close(self) -> None:
+    """See `Source.close`."""
+    with self._lock:
+      self._reader = None
+
   def _fields(self, number: int) -> dict[str, Any]:
     return self._rows[number]
 
@@ -55,7 +60,8 @@ class WorldSource(Source):
     with self._lock:
       if self._reader is None:
         self._reader = store.open_records(self._folder, self._split, self._arrays)
-    record = self._reader[number]
+      reader = self._reader
+    record = reader[number]
     if record["id"].decode() != self._rows[number]["id"]:
       raise ValueError(f"{self._folder}: record {number} of split {self._split!r} is {record['id']!r}, its index says "
                        f"{self._rows[number]['id']!r}; remove the folder and run prepare again")  # fmt: skip

@@ -153,16 +153,16 @@ def build(
       return final
     for stale in final.parent.glob(".building-*"):
       shutil.rmtree(stale)
-    with tempfile.TemporaryDirectory(dir=final.parent, prefix=".building-") as scratch:
+    with tempfile.TemporaryDirectory(dir=final.parent, prefix=".building-") as scratch, files.writing(
+      final, Path(scratch)
+    ):
       built = _write_records(Path(scratch), world, profile, version, splits, features)
       _write_index(built, splits, arrays)
       manifest, attribution = finish()
       manifest |= {"modalities": list(arrays), "index": files.file_checksum(built / "index.json")}
       (built / "ATTRIBUTION.md").write_text(attribution)
       (built / "manifest.json").write_text(json.dumps(files.sealed(manifest), indent=1, sort_keys=True) + "\n")
-      if final.exists():
-        shutil.rmtree(final)
-      built.replace(final)
+      files.replace_folder(built, final)
   logging.info("built world %s, profile %s, in %s", world, profile, final)
   return final
 
