@@ -9,6 +9,7 @@ import os
 import pathlib
 import pkgutil
 import re
+import sys
 from collections.abc import Collection, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
@@ -253,6 +254,23 @@ def read(config: Any) -> Config:
     ValueError: naming the key, the value got, and what is allowed.
   """
   return config if isinstance(config, Config) else filled(schema.read(Config, config))
+
+
+def read_saved(plain: Any) -> Config:
+  """The config that a file of a run or a saved model holds, as `read`; no module that the file names is imported.
+
+  Raises:
+    ValueError: as `read`; also for a method outside this package that the process has not imported.
+  """
+  config = plain if isinstance(plain, Config) else schema.read(Config, plain)
+  named = {"method": config.method}
+  if config.compare:
+    named |= {f"compare.variants.{name}.method": variant.method for name, variant in config.compare.variants.items()}
+  for key, method in named.items():
+    if "." in method and method not in sys.modules:
+      raise ValueError(f"config.{key}: got {method!r}, a module that a saved config does not import by itself; "
+                       f"if you trust it, import it before, or name it by --config.method={method}")  # fmt: skip
+  return filled(config)
 
 
 def filled(config: Config) -> Config:

@@ -408,7 +408,7 @@ def _opened_config(content: Mapping[str, Any], folder: Path) -> config_lib.Confi
     tower["options"] |= {key: str(folder / path) for key, path in record["paths"].items()}
     if record.get("source"):
       tower["options"]["weights"] = str(_found(folder, m, record))
-  return config_lib.read(plain)
+  return config_lib.read_saved(plain)
 
 
 def _found(folder: Path, modality: str, record: Mapping[str, Any]) -> Path:
