@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import json
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -78,7 +77,7 @@ def open_run(config: Config, workdir: str | files.Path, *, strict: bool = False)
   path, plain, earlier = folder / "config.json", schema.to_plain(config), None
   if files.is_file(path) and (strict or steps_made(folder)):
     try:
-      earlier = schema.to_plain(config_lib.read(json.loads(files.read_text(path))))
+      earlier = schema.to_plain(config_lib.read(files.read_sealed(path, need=False)))
     except ValueError as error:
       raise ValueError(f"{path}: {error}") from error
     changed = [line for line in schema.difference(earlier, plain) if strict or not _harmless(line, earlier, plain)]
@@ -91,7 +90,7 @@ def open_run(config: Config, workdir: str | files.Path, *, strict: bool = False)
       logging.info("%s goes on to %d steps, %d before; the learning rate follows the longer schedule from here on",
                    folder, _steps(plain), _steps(earlier))  # fmt: skip
   if jax.process_index() == 0 and plain != earlier:
-    files.write_whole(path, json.dumps(plain, indent=1, sort_keys=True) + "\n")
+    files.write_sealed(path, plain)
   return folder
 
 

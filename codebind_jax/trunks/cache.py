@@ -289,6 +289,8 @@ def _read_keys(path: Path, shard: Path | None) -> np.ndarray | None:
 class Contents:
   """Remembers the content hash of a file by its place, size and time, so that it is read once.
 
+  A checksum is kept with each hash: one that is damaged is not remembered.
+
   Args:
     path: of the data base; a folder that cannot be written only loses the memory.
   """
@@ -322,11 +324,13 @@ class Contents:
         for number in range(start, min(start + 4096, len(identities))):
           key = hashlib.sha256(identities[number].encode("utf-8", "surrogatepass")).digest()[:16]
           found = base.execute("SELECT hash FROM contents WHERE identity = ?", (key,)).fetchone()
-          if found is None or not identities[number]:
-            found = (compute(number),)
-            if identities[number] and found[0]:
-              new.append((key, found[0]))
-          out.append(found[0])
+          value, sum_of = "", lambda value, key=key: files.checksum(key, value.encode("utf-8", "surrogatepass"))
+          if found is not None and identities[number]:
+            value, _, kept = str(found[0]).partition(" ")
+            value = value if kept == sum_of(value) else ""
+          if not value and (value := compute(number)) and identities[number]:
+            new.append((key, f"{value} {sum_of(value)}"))
+          out.append(value)
         base.executemany("INSERT OR REPLACE INTO contents VALUES (?, ?)", new)
         base.commit()
       return out

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -26,9 +25,7 @@ class WorldSource(Source):
     rows = [{("text" if k == "texts" else k): v for k, v in row.items()} for row in found[split]]
     self._rows = [annotate(row) for row in rows] if annotate else rows
     self._folder, self._split = folder, split
-    manifest = (folder / "manifest.json").read_bytes()
-    self._fingerprint = hashlib.sha256(manifest).hexdigest()
-    self._arrays = tuple(json.loads(manifest).get("modalities", ("image",)))
+    self._fingerprint, self._arrays = store.fingerprint(folder), store.array_modalities(folder)
     has = ([*(["text"] if row.get("text") else []), *row.get("has", self._arrays)] for row in rows)
     super().__init__("/".join([*folder.parts[-3:-1], split]), index_of(rows, has), self._fingerprint)
     self._reader, self._lock = None, threading.Lock()
