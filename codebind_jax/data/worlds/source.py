@@ -58,7 +58,11 @@ class WorldSource(Source):
       if self._reader is None:
         self._reader = store.open_records(self._folder, self._split, self._arrays)
       reader = self._reader
-    record = reader[number]
+    try:
+      record = reader[number]
+    except (RuntimeError, IndexError, ValueError) as error:  # array_record's are RuntimeErrors
+      raise ValueError(f"{self._folder}: record {number} of split {self._split!r} is damaged ({error}); remove the "
+                       "folder and run prepare again") from error  # fmt: skip
     if record["id"].decode() != self._rows[number]["id"]:
       raise ValueError(f"{self._folder}: record {number} of split {self._split!r} is {record['id']!r}, its index says "
                        f"{self._rows[number]['id']!r}; remove the folder and run prepare again")  # fmt: skip

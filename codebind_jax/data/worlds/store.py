@@ -117,7 +117,7 @@ def read_index(folder: Path) -> dict[str, list[dict[str, Any]]]:
   return index
 
 
-def open_records(folder: Path, split: str, encoded: Iterable[str]) -> Sequence[dict[str, Any]]:
+def open_records(folder: Path, split: str, encoded: Iterable[str]) -> Sequence:
   """Random access to a split's records; the fields in `encoded` stay the bytes of their file format.
 
   Raises:
