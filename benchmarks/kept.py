@@ -1,8 +1,8 @@
 """What checksums cost a save and a load of what is kept: a model's arrays, shards of embeddings, an index.
 
 Run: python -m benchmarks.kept [--megabytes=256] [--repeats=7] [--folder=DIR]
-With and without checksums in turn: without, the CRC is a constant, so that the same code runs and computes none. Seconds
-are medians; the share is that of checksums in the time with them, a median of pairs.
+With and without checksums in turn: without, the CRC is a constant, so that the same code runs and computes none.
+Seconds are medians; the share is that of checksums in the time with them, a median of pairs.
 """
 
 import contextlib

@@ -62,6 +62,7 @@ def test_files_of_sources_and_tokens_are_closed_and_open_again(tmp_path):
   store.reader.close()
 
 
+@pytest.mark.slow
 def test_five_stages_leave_no_more_files_open_than_one(data, tmp_path, monkeypatch, quick_compiler):
   config = tiny_config(*data).unlock()
   names = tuple(f"s{number}" for number in range(5))
