@@ -13,7 +13,9 @@ from codebind_jax.files.checksums import (
   file_checksum,
   read_sealed,
   sealed,
+  sealed_line,
   unsealed,
+  unsealed_line,
   verify,
   write_sealed,
 )
@@ -52,5 +54,6 @@ __all__ = [
   "checksum", "children", "close", "contents", "download", "exists", "fetched", "file_checksum", "found", "held",
   "is_far", "is_file", "is_folder", "lock", "look_once", "make_folder", "make_scratch", "open_far", "path", "probe",
   "read_bytes", "read_sealed", "read_text", "remove", "remove_folder", "remove_left", "replace_folder", "replacing",
-  "scratch", "sealed", "temporary_name", "unsealed", "upload", "verify", "write_sealed", "write_whole", "writing",
+  "scratch", "sealed", "sealed_line", "temporary_name", "unsealed", "unsealed_line", "upload",
+  "verify", "write_sealed", "write_whole", "writing",
 ]  # fmt: skip

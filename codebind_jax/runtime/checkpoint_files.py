@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import hashlib
-import json
 import os
 import pathlib
 import sys
@@ -149,7 +148,7 @@ def said(version: Any) -> str:
 def versions_of(folder: files.Path) -> list[Mapping[str, Any]]:
   """The versions that wrote checkpoints of a run, each with the step from which on it did; none before the first."""
   try:
-    content = json.loads(files.read_text(folder / VERSIONS))
+    content = files.read_sealed(folder / VERSIONS).get("versions")
   except FileNotFoundError:
     return []
   except ValueError:
@@ -163,8 +162,7 @@ def note_version(folder: files.Path, step: int) -> None:
   there, own = versions_of(folder), this_version()
   if there and {key: value for key, value in there[-1].items() if key != "step"} == own:
     return
-  lines = ",\n ".join(json.dumps(one) for one in [*there, own | {"step": step}])
-  files.write_whole(folder / VERSIONS, f"[{lines}]\n")
+  files.write_sealed(folder / VERSIONS, {"versions": [*there, own | {"step": step}]})
   logging.debug("%s: checkpoints are written by %s from step %d on", folder, said(own), step)
 
 

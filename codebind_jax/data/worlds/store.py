@@ -3,11 +3,13 @@
 Beside the records lie `manifest.json` (hashes of packages and tables, counts), `index.json` (all fields but the arrays,
 in record order) and `ATTRIBUTION.md`. A world appears whole, by one rename, or not at all.
 
-The manifest carries a checksum of itself and of the index, which are verified whenever a world is opened. The records
-are not: their files are large and read in parts, and array_record verifies a hash of each record when that is read.
+The manifest carries a checksum of itself and of each of the small files, the index and tfds's descriptions, which are
+verified whenever a world is opened. The records are not: their files are large and read in parts, and array_record
+verifies a hash of each record when that is read.
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import shutil
@@ -22,6 +24,9 @@ from PIL import Image
 
 from codebind_jax import files
 from codebind_jax.data.worlds import fetch, names
+
+_DESCRIPTIONS = ("dataset_info.json", "features.json")  # tfds's, of the records
+_FILES = "files"  # key of a manifest: name -> checksum of each small file
 
 
 def world_dir(root: Path, world: str, profile: str, version: str) -> Path:
@@ -54,7 +59,46 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 def _verified(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
   """A manifest whose checksum is that of its values; one of a world that was built without is taken as it is."""
-  return files.unsealed(manifest, path) if files.SEAL in manifest else manifest
+  return files.unsealed(manifest, path) if files.SEAL in manifest or _FILES in manifest else manifest
+
+
+def fingerprint(folder: Path) -> str:
+  """A hash of what a world was built of and holds: of its manifest, but for tfds's descriptions and the layout."""
+  manifest = _manifest(folder)
+  manifest[_FILES] = {name: value for name, value in manifest.get(_FILES, {}).items() if name not in _DESCRIPTIONS}
+  return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def array_modalities(folder: Path) -> tuple[str, ...]:
+  """The array modalities of a built world's records."""
+  return tuple(_manifest(folder).get("modalities", ("image",)))
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+  """The manifest of a built world, of whatever tables; verified."""
+  path = folder / "manifest.json"
+  try:
+    return _verified(json.loads(path.read_text(encoding="utf-8")), path)
+  except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    raise ValueError(f"{path}: damaged ({error}); remove {folder} and run prepare again") from error
+
+
+def _read_verified(folder: Path, name: str) -> bytes:
+  """A small file of a built world, whose checksum is the one that its manifest has, if it has one.
+
+  Raises:
+    ValueError: naming the file, if it is missing or another one than was built.
+  """
+  path = folder / name
+  expected = _manifest(folder).get(_FILES, {}).get(name) if (folder / "manifest.json").is_file() else None
+  try:
+    content = path.read_bytes()
+    found = files.checksum(content)
+    if expected not in (None, found):
+      raise ValueError(f"it has checksum {found}, its manifest says {expected}")
+  except (FileNotFoundError, ValueError) as error:
+    raise ValueError(f"{path}: damaged ({error}); remove {folder} and run prepare again") from error
+  return content
 
 
 def read_index(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -63,27 +107,26 @@ def read_index(folder: Path) -> dict[str, list[dict[str, Any]]]:
   Raises:
     ValueError: naming the file, if it is missing, damaged, or not the one that was built.
   """
-  path, about = folder / "index.json", folder / "manifest.json"
+  content = _read_verified(folder, "index.json")
   try:
-    content = path.read_bytes()
-    expected = None
-    if about.is_file():
-      expected = _verified(json.loads(about.read_text(encoding="utf-8")), about).get("index")
-    found = files.checksum(content)
-    if expected not in (None, found):
-      raise ValueError(f"its index says checksum {found}, its manifest {expected}")
     index = json.loads(content)
     if not isinstance(index, dict) or not all(isinstance(rows, list) for rows in index.values()):
       raise ValueError("no object of lists")
-  except (FileNotFoundError, ValueError, AttributeError, RecursionError) as error:
-    raise ValueError(f"{path}: damaged ({error}); remove {folder} and run prepare again") from error
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{folder / 'index.json'}: damaged ({error}); remove {folder} and run prepare again") from error
   return index
 
 
-def open_records(folder: Path, split: str, encoded: Iterable[str]) -> Sequence[dict[str, Any]]:
-  """Random access to a split's records; the fields in `encoded` stay the bytes of their file format."""
+def open_records(folder: Path, split: str, encoded: Iterable[str]) -> Sequence:
+  """Random access to a split's records; the fields in `encoded` stay the bytes of their file format.
+
+  Raises:
+    ValueError: naming the file, if a description of the records is missing or damaged.
+  """
   import tensorflow_datasets as tfds
 
+  for name in _DESCRIPTIONS:
+    _read_verified(folder, name)
   raw = {key: tfds.decode.SkipDecoding() for key in encoded}
   with _verbosity(logging.WARNING):
     return tfds.builder_from_directory(folder).as_data_source(split, decoders=raw)
@@ -159,7 +202,8 @@ def build(
       built = _write_records(Path(scratch), world, profile, version, splits, features)
       _write_index(built, splits, arrays)
       manifest, attribution = finish()
-      manifest |= {"modalities": list(arrays), "index": files.file_checksum(built / "index.json")}
+      small = {name: files.file_checksum(built / name) for name in ("index.json", *_DESCRIPTIONS)}
+      manifest |= {"modalities": list(arrays), _FILES: small}
       (built / "ATTRIBUTION.md").write_text(attribution)
       (built / "manifest.json").write_text(json.dumps(files.sealed(manifest), indent=1, sort_keys=True) + "\n")
       files.replace_folder(built, final)
