@@ -78,9 +78,9 @@ def open_run(config: Config, workdir: str | files.Path, *, strict: bool = False)
   path, plain, earlier = folder / "config.json", schema.to_plain(config), None
   if files.is_file(path) and (strict or steps_made(folder)):
     try:
-      earlier = schema.to_plain(config_lib.read(json.loads(files.read_text(path))))
+      earlier = schema.to_plain(config_lib.read(files.read_json(path)))
     except ValueError as error:
-      raise ValueError(f"{path}: {error}") from error
+      raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
     changed = [line for line in schema.difference(earlier, plain) if strict or not _harmless(line, earlier, plain)]
     if changed:
       raise ValueError(

@@ -31,7 +31,7 @@ from codebind_jax.data.formats.array_record import Shard, close, decode, encode,
 from codebind_jax.data.index import IndexBuilder, twice
 from codebind_jax.data.opening import CHECKED, SOME, check_item
 from codebind_jax.data.records import Source
-from codebind_jax.files import lock, replacing, write_whole
+from codebind_jax.files import lock, read_json, replacing, write_whole
 
 PLAN, SUMMARY = "plan.json", "shards.json"
 _OPTIONS = "group_size:1,uncompressed"  # media are compressed already; a group is what one read reads
@@ -112,7 +112,7 @@ def read_plan(folder: Path) -> Plan:
   """
   path = folder / PLAN
   try:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path)
     parts = tuple(Part(**part) for part in content.pop("parts"))
     return Plan(**content | {"left_out": tuple(content["left_out"]), "parts": parts})
   except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:

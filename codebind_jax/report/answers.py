@@ -57,7 +57,7 @@ def _earlier(path: files.Path) -> list[dict[str, Any]]:
   text = files.read_text(path)
   try:
     rows = list(csv.DictReader(io.StringIO(text))) if path.suffix == ".csv" else [
-      json.loads(line) for line in text.split("\n") if line]  # fmt: skip
+      files.from_json(line, path) for line in text.split("\n") if line]  # fmt: skip
     if all(isinstance(row["set"], str) and isinstance(row["metric"], str) for row in rows):
       return rows
   except (ValueError, KeyError, TypeError, csv.Error):

@@ -51,7 +51,7 @@ def _parse(path, copy=None):
   lines = files.read_bytes(copy or path).splitlines(keepends=True)
   for number, line in enumerate(lines, 1):
     try:
-      record = json.loads(line)
+      record = files.from_json(line, "line")
       if not isinstance(record, dict) or not isinstance(record.get("step"), int):
         raise ValueError('expected an object with an integer "step"')
     except ValueError as error:

@@ -53,7 +53,7 @@ def gallery_of(workdir: str | files.Path, title: str = "", queries: int = 4) -> 
   """
   folder = files.path(workdir)
   model = load(str(folder))
-  config = config_lib.read(json.loads(files.read_text(folder / "config.json")))
+  config = config_lib.read(files.read_json(folder / "config.json"))
   task = open_task(config.data)
   evaluation = Evaluation(config, task, Feeder(config.data, config.model.towers, model.trunks), config.tasks)
   model.trunks = evaluation.trunks

@@ -8,6 +8,7 @@ are not: their files are large and read in parts, and array_record verifies a ha
 """
 
 import contextlib
+import errno
 import io
 import json
 import shutil
@@ -22,6 +23,8 @@ from PIL import Image
 
 from codebind_jax import files
 from codebind_jax.data.worlds import fetch, names
+
+_TYPED = {"text": [str], "texts": [str], "has": [str], "label": str, "split": str, "group": str}  # of an index's rows
 
 
 def world_dir(root: Path, world: str, profile: str, version: str) -> Path:
@@ -45,15 +48,21 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
   if not path.is_file():
     return None
   try:
-    manifest = _verified(json.loads(path.read_text(encoding="utf-8")), path)
+    manifest = _verified(files.read_json(path), path)
+    files.check_form(manifest, {"tables": {str: str}}, path)
+    if "modalities" in manifest:
+      files.check_form(manifest, {"modalities": [str]}, path)
     current = all(names.table_hash(name) == digest for name, digest in manifest["tables"].items())
-  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+  except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+    if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.EISDIR, errno.ENAMETOOLONG):
+      raise
     raise ValueError(f"{path}: damaged ({error}); remove {folder} and run prepare again") from error
   return manifest if current else None
 
 
 def _verified(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
   """A manifest whose checksum is that of its values; one of a world that was built without is taken as it is."""
+  files.check_form(manifest, {}, path)
   return files.unsealed(manifest, path) if files.SEAL in manifest else manifest
 
 
@@ -68,14 +77,18 @@ def read_index(folder: Path) -> dict[str, list[dict[str, Any]]]:
     content = path.read_bytes()
     expected = None
     if about.is_file():
-      expected = _verified(json.loads(about.read_text(encoding="utf-8")), about).get("index")
+      expected = _verified(files.read_json(about), about).get("index")
     found = files.checksum(content)
     if expected not in (None, found):
       raise ValueError(f"its index says checksum {found}, its manifest {expected}")
-    index = json.loads(content)
-    if not isinstance(index, dict) or not all(isinstance(rows, list) for rows in index.values()):
-      raise ValueError("no object of lists")
-  except (FileNotFoundError, ValueError, AttributeError, RecursionError) as error:
+    index = files.from_json(content, path)
+    files.check_form(index, {str: [{"id": str}]}, path)
+    for split, rows in index.items():
+      for number, row in enumerate(rows):
+        for key in _TYPED.keys() & row.keys():
+          if row[key] is not None or key == "has":
+            files.check_form(row[key], _TYPED[key], f"{path}: row {number} of {split!a:.80}: {key}")
+  except (FileNotFoundError, ValueError) as error:
     raise ValueError(f"{path}: damaged ({error}); remove {folder} and run prepare again") from error
   return index
 
