@@ -220,7 +220,7 @@ def open_files(
     folder = str(builder.data_path)
     with file_errors(str(path), _WHAT):
       splits = {name: info.filepaths for name, info in builder.info.splits.items()}
-    for split in itertools.compress(splits, known_splits(splits, str(path))):
+    for split in itertools.compress(splits, known_splits(list(splits), str(path))):
       files = [ranges.as_path(str(file)) for file in splits[split]]
       if lost := [file for file in files if not file.exists()]:
         raise ValueError(f"{path}: {lost[0]} is missing; {_HOW}")
