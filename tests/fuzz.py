@@ -125,7 +125,7 @@ def _changed(content, rng):
       number = holder[key]
       holder[key] = rng.choice((number * 10**6, -number, number + 1, float(number), str(number)))
     else:
-      holder[key] = rng.choice(_VALUES)
+      holder[key] = copy.deepcopy(rng.choice(_VALUES))
   return json.dumps(tree[0]).encode()
 
 
