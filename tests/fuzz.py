@@ -232,9 +232,12 @@ def main(arguments):
     for name in names:
       reader = fuzz_readers.READERS[name]
       seeds = reader.seeds()
+      place = pathlib.Path(folder) / "first"
+      place.mkdir()
       if reader.name:
-        (pathlib.Path(folder) / reader.name).write_bytes(seeds[0])
-      reader.read(pathlib.Path(folder) / reader.name if reader.name else seeds[0])  # what is imported is no growth
+        (place / reader.name).write_bytes(seeds[0])
+      reader.read(place / reader.name if reader.name else seeds[0])  # what is imported is no growth
+      shutil.rmtree(place)
       signal.signal(signal.SIGPROF, signal.SIG_DFL)
       resource.setrlimit(resource.RLIMIT_AS, (_memory()[0] + ROOM, resource.RLIM_INFINITY))
       place = pathlib.Path(folder) / name
