@@ -175,7 +175,7 @@ def _row(example: Mapping[str, Any], features: Mapping[str, Any]) -> dict[str, A
     if key in modality_keys():
       row[key] = "there"
     elif hasattr(features.get(key), "int2str") and getattr(features[key], "names", None):
-      row[key] = features[key].int2str(int(value)) if value >= 0 else None
+      row[key] = None if value is None or value < 0 else features[key].int2str(int(value))
     else:
       row[key] = _plain(value)
   if all(isinstance(row.get(key), str) and not row[key].strip() for key in TEXT if key in row):
@@ -222,7 +222,9 @@ def open_files(
       splits = {name: info.filepaths for name, info in builder.info.splits.items()}
     for split in itertools.compress(splits, known_splits(list(splits), str(path))):
       files = [ranges.as_path(str(file)) for file in splits[split]]
-      if lost := [file for file in files if not file.exists()]:
+      with file_errors(str(path), _WHAT):  # of a name that no file has
+        lost = [file for file in files if not file.exists()]
+      if lost:
         raise ValueError(f"{path}: {lost[0]} is missing; {_HOW}")
       options = {"columns": columns, "split": split}
       make = lambda bad, builder=builder, split=split, files=files: _scan(builder, split, files, columns, bad)
