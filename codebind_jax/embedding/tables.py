@@ -97,11 +97,7 @@ class Table:
     self.about: dict[str, Any] = {}
     self.checksum = ""
     if KEY in metadata:
-      try:
-        content = json.loads(metadata[KEY])
-      except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: its metadata are damaged ({error})") from error
-      self.about = files.unsealed(content, f"{path}: its metadata")
+      self.about = files.unsealed(files.from_json(metadata[KEY], f"{path}: its metadata"), f"{path}: its metadata")
       self.checksum = files.sealed(self.about)["checksum"]
       for key, kind in (("rows", int), ("row_group", int), ("columns", dict)):
         if not isinstance(self.about.get(key), kind):

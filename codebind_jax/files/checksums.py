@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from codebind_jax.files.far import Path, is_far, open_far
-from codebind_jax.files.places import read_bytes, write_whole
+from codebind_jax.files.jsons import read_json
+from codebind_jax.files.places import write_whole
 
 SEAL = "checksum"  # of a sealed JSON object
 _BITS = 32  # of a CRC
@@ -131,7 +132,11 @@ def unsealed(content: Any, what: Any) -> dict[str, Any]:
   if not isinstance(content, dict) or not isinstance(content.get(SEAL), str):
     raise ValueError(f"{what}: damaged, or not written by this version: it has no {SEAL!r}")
   plain = {key: value for key, value in content.items() if key != SEAL}
-  verify(_of_json(plain), content[SEAL], what)
+  try:
+    found = _of_json(plain)
+  except RecursionError as error:
+    raise ValueError(f"{what}: damaged, nested too deeply") from error
+  verify(found, content[SEAL], what)
   return plain
 
 
@@ -153,10 +158,7 @@ def read_sealed(path: Path, need: bool = True) -> dict[str, Any]:
     FileNotFoundError: if there is none.
     OSError: if it cannot be read.
   """
-  try:
-    content = json.loads(read_bytes(path).decode())
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f"{path}: damaged, no readable JSON ({error})") from error
+  content = read_json(path)
   return content if not need and isinstance(content, dict) and SEAL not in content else unsealed(content, path)
 
 

@@ -59,7 +59,8 @@ def read_predictions(path: files.Path) -> list[dict[str, Any]]:
     return []
   try:
     lines = files.read_bytes(path).split(b"\n")
-    rows = [json.loads(files.unsealed_line(line, f"line {n}")) for n, line in enumerate(lines, 1) if line]
+    named = ((f"line {number}", line) for number, line in enumerate(lines, 1) if line)
+    rows = [files.from_json(files.unsealed_line(line, name), name) for name, line in named]
     if lines[-1] or not all(isinstance(row["set"], str) and isinstance(row["metric"], str) for row in rows):
       raise ValueError("no whole lines with `set` and `metric`")
     return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import errno
 import functools
 import hashlib
 import os
@@ -25,7 +26,11 @@ _BLOCK = 64 << 20  # bytes with a checksum of their own
 _PIECE = 1 << 20  # bytes read at once
 _SMALL = 1 << 20  # bytes of files that are verified before any of them is opened
 _MOST = 64  # steps that processes tell each other
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 THREADS = min(8, os.cpu_count() or 1)
+
+
+_FORM = {"files": {str: {"bytes": int, "crc32": [int]}}}
 
 
 class Damaged(ValueError):
@@ -59,11 +64,13 @@ def verify_checksums(folder: pathlib.Path, process: int = 0, processes: int = 1,
     OSError: if a file that is there cannot be read.
   """
   try:
-    content = files.read_sealed(folder / CHECKSUMS)["files"]
+    content = files.read_sealed(folder / CHECKSUMS)
   except FileNotFoundError as error:
     raise Damaged(f"{CHECKSUMS} is missing") from error
   except ValueError as error:
     raise Damaged(str(error).replace(f"{folder}{os.sep}", "")) from error
+  files.check_form(content, _FORM, folder / CHECKSUMS)
+  content = content["files"]
   items = [(name, item) for name, item in content.items() if large is None or (item["bytes"] > _SMALL) == large]
   for name, item in items:
     size = _existing(name, lambda name=name: (folder / name).stat().st_size)
@@ -89,8 +96,10 @@ def _check(folder: pathlib.Path, block: tuple[str, int, int]) -> None:
 def _existing(name: str, read: Any) -> int:
   try:
     return read()
-  except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-    raise Damaged(f"{name} is missing") from error
+  except (OSError, ValueError) as error:  # a ValueError of a name that no file has
+    if isinstance(error, OSError) and error.errno not in _ABSENT:
+      raise
+    raise Damaged(f"{name!a} is missing") from error
 
 
 def _crc(path: pathlib.Path, start: int) -> int:

@@ -53,7 +53,7 @@ def _parse(path, copy=None):
   lines = _lines(files.read_bytes(copy or path))
   for number, line in enumerate(lines, 1):
     try:
-      record = json.loads(files.unsealed_line(line.removesuffix(b"\n"), f"{path}:{number}"))
+      record = files.from_json(files.unsealed_line(line.removesuffix(b"\n"), f"{path}:{number}"), "line")
       if not isinstance(record, dict) or not isinstance(record.get("step"), int):
         raise ValueError('expected an object with an integer "step"')
     except ValueError as error:

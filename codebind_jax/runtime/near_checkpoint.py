@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import json
 import os
 import pathlib
 import re
@@ -124,7 +123,7 @@ class NearCheckpoints:
 
   def meta(self, step: int) -> Any:
     """What was saved with the arrays; verified before."""
-    return json.loads(files.read_text(self.path / str(step) / _META / "metadata"))
+    return files.read_json(self.path / str(step) / _META / "metadata")
 
   def kinds(self, step: int) -> dict[str, str]:
     """Path -> type and shape of the saved arrays."""

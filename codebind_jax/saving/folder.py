@@ -305,7 +305,8 @@ def read(folder: Path, modalities: Sequence[str] | None = None) -> Saved:
   weights = open_weights(folder / ARRAYS)
   _verify_files(folder, content, config.model.towers)
   trunks = {m: _made(folder, content, config, m) for m in config.model.towers}
-  expected = _expected(config, trunks)
+  with _config_errors(folder):
+    expected = _expected(config, trunks)
   outside = {}  # trunks whose tokens are cached
   for m, tower in config.model.towers.items():
     if content["trunks"][m]["values"] == "reference":

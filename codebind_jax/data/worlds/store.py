@@ -9,6 +9,7 @@ verifies a hash of each record when that is read.
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -27,6 +28,7 @@ from codebind_jax.data.worlds import fetch, names
 
 _DESCRIPTIONS = ("dataset_info.json", "features.json")  # tfds's, of the records
 _FILES = "files"  # key of a manifest: name -> checksum of each small file
+_TYPED = {"text": [str], "texts": [str], "has": [str], "label": str, "split": str, "group": str}  # of an index's rows
 
 
 def world_dir(root: Path, world: str, profile: str, version: str) -> Path:
@@ -50,16 +52,25 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
   if not path.is_file():
     return None
   try:
-    manifest = _verified(json.loads(path.read_text(encoding="utf-8")), path)
+    manifest = _verified(files.read_json(path), path)
+    files.check_form(manifest, {"tables": {str: str}}, path)
+    if "modalities" in manifest:
+      files.check_form(manifest, {"modalities": [str]}, path)
     current = all(names.table_hash(name) == digest for name, digest in manifest["tables"].items())
-  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+  except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+    if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.EISDIR, errno.ENAMETOOLONG):
+      raise
     raise ValueError(f"{path}: damaged ({error}); remove {folder} and run prepare again") from error
   return manifest if current else None
 
 
 def _verified(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
   """A manifest whose checksum is that of its values; one of a world that was built without is taken as it is."""
-  return files.unsealed(manifest, path) if files.SEAL in manifest or _FILES in manifest else manifest
+  files.check_form(manifest, {}, path)
+  found = files.unsealed(manifest, path) if files.SEAL in manifest or _FILES in manifest else manifest
+  if _FILES in found:
+    files.check_form(found, {_FILES: {str: str}}, path)
+  return found
 
 
 def fingerprint(folder: Path) -> str:
@@ -78,8 +89,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
   """The manifest of a built world, of whatever tables; verified."""
   path = folder / "manifest.json"
   try:
-    return _verified(json.loads(path.read_text(encoding="utf-8")), path)
-  except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    return _verified(files.read_json(path), path)
+  except ValueError as error:
     raise ValueError(f"{path}: damaged ({error}); remove {folder} and run prepare again") from error
 
 
@@ -109,10 +120,14 @@ def read_index(folder: Path) -> dict[str, list[dict[str, Any]]]:
   """
   content = _read_verified(folder, "index.json")
   try:
-    index = json.loads(content)
-    if not isinstance(index, dict) or not all(isinstance(rows, list) for rows in index.values()):
-      raise ValueError("no object of lists")
-  except (ValueError, RecursionError) as error:
+    index = files.from_json(content, folder / "index.json")
+    files.check_form(index, {str: [{"id": str}]}, folder / "index.json")
+    for split, rows in index.items():
+      for number, row in enumerate(rows):
+        for key in _TYPED.keys() & row.keys():
+          if row[key] is not None or key == "has":
+            files.check_form(row[key], _TYPED[key], f"row {number} of {split!a:.80}: {key}")
+  except ValueError as error:
     raise ValueError(f"{folder / 'index.json'}: damaged ({error}); remove {folder} and run prepare again") from error
   return index
 
