@@ -396,7 +396,8 @@ def _check_data(data: Data) -> None:
     if name in data.used_worlds:
       raise ValueError(f"config.data.named_files: {name!r} is also one of config.data.worlds; allowed: another name")
   if "" not in data.sources:
-    check_keys(data.templates_of, [*WORLDS, *data.worlds, *data.named_files], "data.templates_of")
+    drawn = [name for name in data.templates_of if name.startswith("synthetic-")]  # worlds of whatever modalities
+    check_keys(data.templates_of, [*WORLDS, *data.worlds, *data.named_files, *drawn], "data.templates_of")
 
 
 def _check_towers(config: Config) -> None:
