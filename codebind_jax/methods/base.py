@@ -360,6 +360,7 @@ def output(
   no_similarity = jnp.zeros((shared.shape[0], 0, 0), jnp.float32)
   return ModalityOutput(
     shared=unit(shared), specific=unit(specific), full=unit(jnp.concatenate([shared, specific], axis=-1)),
+    query=unit(shared),
     indices_shared=none if indices is None else indices,
     indices_specific=none if indices_specific is None else indices_specific, similarity_shared=no_similarity,
     similarity_specific=no_similarity, commitment=jnp.zeros((), jnp.float32),
