@@ -16,7 +16,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from codebind_jax import codebook as cb
-from codebind_jax.codebook import CodebookState
+from codebind_jax.codebook import CodebookState, rotation
 from codebind_jax.codebook.clustering import kmeans
 from codebind_jax.codebook.revival import draw_candidates, sample_rows
 from codebind_jax.codebook.segments import Segments, look_up, rotation_trick, statistics, straight_through, transposed
@@ -290,6 +290,49 @@ def init_codebooks(
   return codebooks
 
 
+def start_rotations(
+  rng: jax.Array,
+  features: Mapping[str, Float[Array | np.ndarray, "..."]],
+  codebooks: Mapping[str, CodebookState],
+  spec: CompositionalSpec,
+  *,
+  iterations: int = 30,
+  masks: Mapping[str, Bool[Array | np.ndarray, "..."]] | None = None,
+) -> dict[str, Float[Array, "w _w"]]:
+  """Codebook name -> the rotation by which product quantisation of the features loses least (`rotation.opq`).
+
+  Args:
+    rng: key.
+    features: as in `quantize_modalities`; all tokens count.
+    codebooks: those that the features use, for their sizes.
+    spec: how to cut and quantise.
+    iterations: rounds.
+    masks: as in `quantize_modalities`.
+
+  Raises:
+    ValueError: as `quantize_modalities`.
+  """
+  masks = dict(masks or {})
+  collected: dict[str, list[tuple[Any, Any]]] = {}
+  for modality in _ordered(features, spec):
+    x, weights = _check(modality, features[modality], masks.get(modality), spec)
+    weights = jnp.ones(int(np.prod(x.shape[:-1]))) if weights is None else weights
+    for name, segments in zip(spec.codebook_names(modality), _segments(x, modality, spec)):
+      if segments is not None:
+        _check_book(name, codebooks, modality, segments, spec)
+        rows = segments.reshape(-1, segments.shape[2]).T
+        collected.setdefault(name, []).append((unit(rows) if spec.unit_parts else rows, weights))
+  found = {}
+  for name, parts in collected.items():
+    rows, weights = (jnp.concatenate(column) for column in zip(*parts))
+    codes, width = codebooks[name].codes.shape[-2:]
+    found[name] = rotation.opq(
+      _fold(rng, name), rows, codes, width, own=spec.positions == "own", distance=spec.distance,
+      normalize=spec.normalize, iterations=iterations, weights=weights,
+    )  # fmt: skip
+  return found
+
+
 def _start_codes(rng, parts, num_codes, spec, iterations, max_segments):
   """Means and counts of k-means over segments: of each position by itself where it has its own codebook, and of each
   stage's residuals."""
@@ -367,30 +410,30 @@ def _of_stage(stage, spec):
   return ("l2", False) if stage else (spec.distance, spec.normalize)
 
 
-def _rotated(z, rotation):
+def _rotated(z, matrix):
   """The part whose segments are z [s, d, n], turned by a matrix [s d, s d]."""
-  if rotation is None:
+  if matrix is None:
     return z
-  return jnp.dot(rotation, z.reshape(-1, z.shape[-1]), precision=jax.lax.Precision.HIGHEST).reshape(z.shape)
+  return jnp.dot(matrix, z.reshape(-1, z.shape[-1]), precision=jax.lax.Precision.HIGHEST).reshape(z.shape)
 
 
-def _turned(z, spec, rotation):
+def _turned(z, spec, matrix):
   """Segments z [s, d, n] as they are compared with codes, and as codes replace them: scaled and turned by the spec."""
   if spec.unit_parts:
     z = unit(z.reshape(-1, z.shape[-1]), axis=0).reshape(z.shape)
-  z = _rotated(z, rotation)
+  z = _rotated(z, matrix)
   direction = unit(z, axis=1) if spec.normalize or spec.distance == "cosine" else z
   return direction, direction if spec.normalize else z
 
 
-def _quantize_part(z, state, weights, x, spec, row_ranges, rotation):
+def _quantize_part(z, state, weights, x, spec, row_ranges, matrix):
   """Quantises segments z of features x with one codebook.
 
   Returns:
     ((vectors, segments before quantisation, indices, class-token similarity, loss), the segments with their codes for
     the codebook's update, by stage).
   """
-  direction, z = _turned(z, spec, rotation)
+  direction, z = _turned(z, spec, matrix)
   codes = jax.lax.stop_gradient(state.codes) if spec.ema else state.codes
   books = list(codes) if spec.stages > 1 else [codes]
   rest, compared, quantised, assigned = z, direction, [], []
@@ -417,7 +460,7 @@ def _quantize_part(z, state, weights, x, spec, row_ranges, rotation):
     class_token = jax.lax.stop_gradient(class_token)
   similarity = jnp.moveaxis(similarities(class_token, codes, distance=spec.distance), 2, 0)
   through = rotation_trick if spec.gradient == "rotation_trick" else straight_through
-  back = None if rotation is None else rotation.T
+  back = None if matrix is None else matrix.T
   return (_rotated(through(z, vectors), back), _rotated(z, back), indices, similarity, loss), tuple(assigned)
 
 

@@ -49,7 +49,8 @@ def _partitioned(interpret, own):
 
 def _search(z, codes, bias, interpret):
   s, d, n = z.shape
-  # A copy of code 0 fills the last step: it never beats the original, because a later equal score does not win.
+  # Copies of code 0 fill the last step. A later equal score does not win; one that is rounded otherwise counts as 0's.
+  size = codes.shape[-2]
   codes, bias = (x if codes.ndim == 3 else x[None] for x in (codes, bias))  # a codebook, or one for each position
   tables, fill = len(codes), -codes.shape[1] % _UNROLL
   codes = jnp.concatenate([codes, jnp.broadcast_to(codes[:, :1], (tables, fill, d))], axis=1)
@@ -69,7 +70,7 @@ def _search(z, codes, bias, interpret):
     compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=1),
     interpret=interpret,
   )(jnp.pad(z, ((0, 0), (0, 0), (0, pad))), codes, bias)
-  return indices[:, :n]
+  return jnp.where(indices[:, :n] < size, indices[:, :n], 0)
 
 
 def _program(z, codes, bias, out, *, d, k):

@@ -282,17 +282,14 @@ def usage_stats(
   """How evenly the codes are used.
 
   Args:
-    counts: how often each code was used (any positive unit, e.g. `state.usage`). Leading axes are codebooks of stages
-      and positions, whose numbers are averaged.
+    counts: how often each code was used (any positive unit, e.g. `state.usage`), of stages and positions together.
 
   Returns:
     `active_share` (0-1) of codes used at all, `perplexity` (exponential of the entropy of use, 1 to k), the number of
     `dead` codes, and `max_share` (0-1), the share of the most used code. All 0 (`dead` k) if nothing was
     counted.
   """
-  counts = jnp.asarray(counts, jnp.float32)
-  if counts.ndim > 1:
-    return jax.tree.map(jnp.mean, jax.vmap(usage_stats)(counts.reshape(-1, counts.shape[-1])))
+  counts = jnp.asarray(counts, jnp.float32).reshape(-1)
   total = jnp.sum(counts)
   share = counts / jnp.maximum(total, 1e-30)
   entropy = -jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.where(share > 0, share, 1.0)), 0.0))
@@ -317,4 +314,4 @@ def collapsed(usage: Float[Array | np.ndarray, "*lead k"], share: float = 0.2) -
   """
   if not 0 <= share <= 1:
     raise ValueError(f"share must be between 0 and 1, got {share}")
-  return usage_stats(usage)["perplexity"] < share * usage.shape[-1]
+  return usage_stats(usage)["perplexity"] < share * usage.size
