@@ -248,6 +248,14 @@ class Config:
     """The stages to train, in order, with their names and global steps."""
     return stages_of(self.stages, self.stage_order)
 
+  @property
+  def item_bytes(self) -> dict[str, tuple[int, int]]:
+    """Modality -> bytes of an item's packed codes, of its shared part and of all; {} where CodeBind codes nothing."""
+    if self.method != "codebind" or not self.model.quantize:
+      return {}
+    spec = self.codebook.spec(self.model.shared_dim, self.model.specific_dims)
+    return {m: (spec.item_bytes(m), spec.item_bytes(m, "full")) for m in self.model.towers}
+
 
 def read(config: Any) -> Config:
   """A ConfigDict or dict as a `Config` with all options filled in, each section checked by itself.

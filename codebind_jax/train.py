@@ -269,6 +269,8 @@ def run_stages(
                      f"{'; '.join(changed)}; go on with the data it began with, or use another workdir (with "
                      f"--config.init_from={folder} to start from this run's parameters)")  # fmt: skip
   banner("model")
+  for name, (shared, whole) in config.item_bytes.items():
+    logging.info("%s: the codes of an item take %d bytes, of its shared part %d", name, whole, shared)
   programs = programs or Programs()
   layout = make_layout(config.mesh, config.sharding)
   method = config_lib.method_of(config)

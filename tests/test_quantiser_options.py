@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from codebind_jax import codebook, compositional
+from codebind_jax import config as config_lib
 from codebind_jax.codebook import nearest
 from codebind_jax.codebook.nearest_triton import nearest_by_triton
 from codebind_jax.codebook.revival import draw_candidates
@@ -16,6 +17,7 @@ from codebind_jax.codebook.rotation import balanced, opq, orthogonal, reflection
 from codebind_jax.codebook.segments import Segments, rotation_trick, statistics, straight_through
 from codebind_jax.codebook.spec import Codebook
 from codebind_jax.compositional import CompositionalSpec
+from configs import compare
 from tests.arrays import compiled, normal
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -355,6 +357,16 @@ def test_bits_of_an_item_by_hand(codes, positions, stages, bits):
   assert spec.bits("text") == bits and spec.item_bytes("text") == -(-bits // 8)
   assert spec.bits("image", "specific") == 2 * 5 * stages and spec.bits("image", "full") == bits + 10 * stages
   assert spec.bits("text", "specific") == 0
+
+
+def test_a_config_tells_the_bytes_of_an_item():
+  config = compare.get_config("runlocal").unlock()
+  config.update_from_flattened_dict({"codebook.stages": 2, "codebook.shared_codes": 100})
+  found = config_lib.read(config).item_bytes
+  # 32 / 4 positions of 7 bits and two stages; the specific part's 64 codes have 6 bits.
+  assert found["image"] == (14, 14 + 12) and found.keys() == dict(config.model.towers).keys()
+  config.model.quantize = False
+  assert config_lib.read(config).item_bytes == {}
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from codebind_jax.norm import unit
 _HIGH = jax.lax.Precision.HIGHEST
 
 
-def orthogonal(vectors: Float[Array, "w _w"]) -> Float[Array, "w _w"]:
+def orthogonal(vectors: Float[Array | np.ndarray, "w _w"]) -> Float[Array, "w _w"]:
   """The orthogonal matrix -H_1 H_2 ... H_w of the reflections H_i = I - 2 v_i v_i' / |v_i|^2; the identity's gives I.
 
   By the compact form I - V T^-1 V', T the upper triangle of V'V with half its diagonal (Joffrain et al., "Accumulating
