@@ -373,11 +373,13 @@ def start_from_rows(method: Method, state: TrainState, batches: Batches, layout:
     rows, number = rows + size * layout.process[1], number + 1
     logging.log_every_n_seconds(logging.INFO, "start of the codebooks: %d of %d rows", 20, rows, method.start_rows)
   columns = {name: [np.concatenate(column) for column in zip(*parts)] for name, parts in found.items()}
-  begin = jax.jit(method.start, out_shardings=layout.replicated)
+  begin = jax.jit(
+    lambda *of, rng: method.start(*of, jax.random.fold_in(rng, 2**31 - 1)), out_shardings=layout.replicated
+  )
   own = state.params.get(EXTRA, {})
   extra, codebooks = begin(
     layout.gathered(own), layout.gathered(state.codebooks), {m: x for m, (x, _) in columns.items()},
-    {m: mask for m, (_, mask) in columns.items()}, jax.random.fold_in(state.rng, 2**31 - 1),
+    {m: mask for m, (_, mask) in columns.items()}, rng=state.rng,
   )  # fmt: skip
   place = lambda new, old: jax.tree.map(lambda a, b: jax.device_put(np.asarray(a), b.sharding), new, old)
   logging.info("codebooks start from %d rows", rows)

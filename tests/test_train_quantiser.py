@@ -1,5 +1,6 @@
 """A small index as users train it: from a continuous run, by OPQ, with codebooks by position, residuals, a rotation."""
 
+import json
 import shutil
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import codebind_jax
 from codebind_jax.api import Model
 from codebind_jax.train import train_and_evaluate
-from tests.processes import assert_same_run
+from tests.processes import assert_close, assert_same_run, finish, start
 from tests.train_fixtures import arrays_of, lines_of, tiny_config
 
 FEW = {"steps": 4, "eval_steps": 4, "tasks": ("zeroshot", "retrieval", "codes"), "optim.learning_rate": 1e-3}
@@ -102,3 +103,11 @@ def test_a_stage_that_freezes_codes_freezes_their_rotation(coded, data, tmp_path
   for path in before:
     if "rotation" in path or path.startswith("codebooks") and path.endswith("codes"):
       assert np.array_equal(before[path], after[path]) == ("shared" in path), path
+
+
+@pytest.mark.slow  # test_codebook_sharded.py has a step on eight devices without the trainer
+def test_four_devices_equal_one(coded, data, continuous, tmp_path):
+  _, folder, _ = coded
+  overrides = FEW | SMALL | {"init_from": str(continuous)}
+  finish(start(data, tmp_path / "four", *(f"{key}={json.dumps(value)}" for key, value in overrides.items()), devices=4))
+  assert_close(folder, tmp_path / "four")
