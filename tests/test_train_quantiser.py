@@ -1,5 +1,6 @@
 """A small index as users train it: from a continuous run, by OPQ, with codebooks by position, residuals, a rotation."""
 
+import dataclasses
 import json
 import shutil
 
@@ -7,8 +8,9 @@ import numpy as np
 import pytest
 
 import codebind_jax
+from codebind_jax import config as config_lib
 from codebind_jax.api import Model
-from codebind_jax.train import train_and_evaluate
+from codebind_jax.train import baseline_of, train_and_evaluate
 from tests.processes import assert_close, assert_same_run, finish, start
 from tests.train_fixtures import arrays_of, lines_of, tiny_config
 
@@ -85,6 +87,12 @@ def test_a_start_by_opq_quantises_well_and_moves_on(coded, continuous):
   before, after = arrays_of(continuous), arrays_of(folder)
   assert not np.array_equal(before["params/image/shared/proj/kernel"], after["params/image/shared/proj/kernel"])
   assert bool(after["codebooks/shared/initialised"])
+
+
+def test_the_baseline_starts_from_the_run_without_codes_or_from_a_coded_run_s_own(coded, continuous):
+  config, folder, _ = coded
+  start_of = lambda source: baseline_of(dataclasses.replace(config_lib.read(config), init_from=str(source))).init_from
+  assert start_of(continuous) == str(continuous) and start_of(folder) == f"{folder}/baseline"
 
 
 def test_it_resumes_bit_for_bit(coded, tmp_path):
