@@ -20,8 +20,8 @@ from codebind_jax.data.task import Data
 from codebind_jax.data.worlds.registry import WORLDS
 from codebind_jax.methods.base import EXTRA, Method, check_stage, make_method, method_options
 from codebind_jax.methods.codebind_terms import TERMS
-from codebind_jax.models.towers import ModelSpec, TowerSpec
-from codebind_jax.runtime.optim import Optim
+from codebind_jax.models.towers import Dropout, ModelSpec, TowerSpec
+from codebind_jax.runtime.optim import Optim, WeightDecay
 from codebind_jax.runtime.sharding import MeshShape, Sharding
 from codebind_jax.schema import (
   DISTINCT,
@@ -43,7 +43,7 @@ from codebind_jax.schema import (
   check_keys,
   shaped,
 )  # fmt: skip
-from codebind_jax.stages import Pair, Stage, stages_of
+from codebind_jax.stages import Mixup, Pair, Stage, stages_of
 from codebind_jax.trunks import Trunk, load_trunk, tower_trunks, trunk_maker, trunk_names
 from codebind_jax.trunks.families import families
 
@@ -86,12 +86,18 @@ class Variant:
     options: the variant's `config.method_options`.
     losses: the variant's `config.stages.NAME.losses`, the same for every stage.
     quantize: the variant's `config.model.quantize`.
+    mixup: the variant's `config.stages.NAME.mixup`, the same for every stage; None for that of each stage.
+    dropout: the variant's `config.model.towers.NAME.dropout`, the same for every tower; None for that of each tower.
+    weight_decay: the variant's `config.optim.weight_decay`; None for that of the config.
   """
 
   method: Module = "codebind"
   options: Mapping[str, Any] = Frozen()
   losses: Mapping[Name, Weight] = Frozen({"info_nce": 1.0})
   quantize: bool = True
+  mixup: Mixup | None = None
+  dropout: Dropout | None = None
+  weight_decay: WeightDecay | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +150,8 @@ class Compare:
     against: path of the graded world's comparison.json, for the claims that compare an equal world with it.
     seeds: number of runs of each variant that are read on the test sets.
     learning_rates: candidates; every variant gets the best of them on the validation sets.
+    widen: number of further candidates that a variant gets beyond the lowest or highest one, one at a time, as long as
+      validation chooses that end.
     fields: fields of the records that the classifier heads predict, if there are no transfers.
     transfers: name -> the heads' training and test sets; empty for one over all sets.
     world: the synthetic world of the comparison; None for the worlds of `data`.
@@ -158,6 +166,7 @@ class Compare:
   against: Place = ""
   seeds: Annotated[int, above(0), at_most(1000)] = 3
   learning_rates: Annotated[tuple[Rate, ...], NONEMPTY, DISTINCT] = (1e-3,)
+  widen: Annotated[int, at_least(0, "none"), at_most(100)] = 0
   fields: Annotated[tuple[NonemptyLine, ...], NONEMPTY, DISTINCT] = ("label",)
   transfers: Mapping[Name, HeadSets] = Frozen()
   world: GradedWorld | None = None

@@ -23,6 +23,7 @@ from codebind_jax.schema import (
 )  # fmt: skip
 
 Pair = Annotated[tuple[Name, Name], Rule(lambda pair: pair[0] != pair[1], "two different modalities")]
+Mixup = Annotated[float, at_least(0, "off"), at_most(1000)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Stage:
   chunk: Annotated[int, at_least(0, "the whole matrix")] = 0
   ring: bool = False
   parts: Annotated[int, at_least(1), at_most(1 << 16)] = 1
-  mixup: Annotated[float, at_least(0, "off"), at_most(1000)] = 0.0
+  mixup: Mixup = 0.0
   balance: bool = False
   name: str = dataclasses.field(default="", metadata=DERIVED)
   first_step: int = dataclasses.field(default=0, metadata=DERIVED)

@@ -76,7 +76,8 @@ def test_a_rate_that_diverges_is_left_out(tmp_path, monkeypatch):
   bad = 1e-2
   for _ in range(2):
     found = compare_lib.compare(config.lock(), tmp_path / "run")["results"]["fixed_anchor_image"]
-    assert found["learning_rate"] == 1e-3 and list(found["tuning"]) == ["0.001"]
+    assert found["learning_rate"] == 1e-3 and list(found["tuning"]) == ["0.001", "0.01"]
+    assert found["tuning"]["0.01"] is None
   assert tried == ["rate0.001", "rate0.01", "seed1"]  # not tried again
   assert "step 1" in (tmp_path / "run/fixed_anchor_image/rate0.01/diverged.txt").read_text()
   (tmp_path / "run/fixed_anchor_image/rate0.001/diverged.txt").touch()

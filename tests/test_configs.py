@@ -23,7 +23,8 @@ OWN_WEIGHTS = ("finetune", "imagebind_huge")  # whose argument is a path
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in (*PARTS, *OWN_WEIGHTS))
 FORMS = {"stage1": ("", "runlocal"), "progressive": ("", "runlocal", "full", "menagerie,evoked"),
          "synthetic": ("", "runlocal"),
-         "compare": ("", "runlocal", "equal", "ablations", "real,runlocal", "real,ablations", "generalise,full"),
+         "compare": ("", "runlocal", "equal", "ablations", "real,runlocal", "real,ablations", "regularised",
+                     "real,regularised", "generalise,full"),
          **{f"stage{n}": ("", "runlocal", "full") for n in (2, 3, 4, 5)}}
 
 
