@@ -113,7 +113,8 @@ def new_codebooks(rng: jax.Array, spec: CompositionalSpec, modalities: Iterable[
     shared, specific = spec.codebook_names(modality)
     sizes.setdefault(shared, (spec.num_codes[0], spec.code_dims[0]))
     if spec.specific_width(modality) and specific != SHARED:
-      sizes[specific] = (dict(spec.num_specific_codes).get(modality, spec.num_codes[1]), spec.code_dims[1])
+      count = dict(spec.num_specific_codes).get(modality, spec.num_codes[1])
+      sizes[specific] = (count, spec.specific_code_dim(modality))
   return {name: cb.init_codebook(_fold(rng, name), *size) for name, size in sorted(sizes.items())}
 
 
@@ -311,7 +312,7 @@ def _check_book(name, codebooks, modality, segments):
 def _segments(x, modality, spec):
   """Shared and specific segments [s, d, n] with tokens on lanes; None for a part without width."""
   lanes = transposed(x.reshape(-1, x.shape[-1]))
-  ds, dp = spec.code_dims
+  ds, dp = spec.code_dims[0], spec.specific_code_dim(modality)
   specific = spec.specific_width(modality)
   if not specific:
     return lanes.reshape(-1, ds, lanes.shape[1]), None

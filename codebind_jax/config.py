@@ -447,9 +447,9 @@ def _check_memory(config: Config) -> None:
   number, shared = 4, model.shared_dim  # bytes of float32
   sizes: list[tuple[str, int, int, str]] = []
   if model.quantize and not config.sharding.codes and not config.method_options.get("codes"):
-    own = [(f"codebook.codes.{name}", count) for name, count in books.codes.items()]
-    sizes += [(key, count, 2 * count * (books.dim + 1) * number, "codes and their averages")
-              for key, count in [("codebook.shared_codes", books.shared_codes), *own]]  # fmt: skip
+    own = [(f"codebook.codes.{name}", count, books.width_of(name)) for name, count in books.codes.items()]
+    sizes += [(key, count, 2 * count * (width + 1) * number, "codes and their averages")
+              for key, count, width in [("codebook.shared_codes", books.shared_codes, books.dim), *own]]  # fmt: skip
   if count := config.method_options.get("codes"):
     sizes.append(("method_options.codes", count, 3 * count * shared * number, "codes and their averages"))
   if count := config.method_options.get("queue"):
@@ -506,15 +506,17 @@ def _check_widths(config: Config) -> None:
   """Checks that every part's width is a multiple of the code's, and that every specific part has a codebook."""
   towers, codes, dim = config.model.towers, config.codebook.codes, config.codebook.dim
   check_keys(codes, towers, "codebook.codes")
+  check_keys(config.codebook.dims, codes, "codebook.dims")
   if config.model.shared_dim % dim:
     raise ValueError(
       f"config.model.shared_dim: got {config.model.shared_dim}; allowed: a multiple of codebook.dim ({dim})"
     )
   for name, tower in towers.items():
-    if tower.specific_dim % dim:
+    width, key = config.codebook.width_of(name), f"dims.{name}" if name in config.codebook.dims else "dim"
+    if tower.specific_dim % width:
       raise ValueError(
         f"config.model.towers.{name}.specific_dim: got {tower.specific_dim}; allowed: 0 or a multiple of "
-        f"codebook.dim ({dim})"
+        f"codebook.{key} ({width})"
       )
     if tower.specific_dim and name not in codes:
       raise ValueError(f"config.codebook.codes: no entry for {name!r}, which has a specific part")
@@ -525,6 +527,10 @@ def _check_stage(config: Config, stage: Stage) -> None:
   towers, where = config.model.towers, f"stages.{stage.name}"
   check_keys([m for pair in stage.pairs for m in pair], towers, f"{where}.pairs")
   check_keys(stage.losses, TERMS, f"{where}.losses")
+  if stage.losses.get("code_uniform") and (config.codebook.ema or not config.model.quantize):
+    raise ValueError(f"config.{where}.losses.code_uniform: got {stage.losses['code_uniform']}, but codes that follow "
+                     "moving averages, or that are not there, get no gradient from it; allowed: 0, or "
+                     "config.codebook.ema False with config.model.quantize True")  # fmt: skip
   _check_paths(stage.train, towers, f"{where}.train")
   rows = sum(stage.sources.values()) or stage.batch_size
   if stage.parts > rows or len(stage.sources) < 2 and rows % stage.parts:

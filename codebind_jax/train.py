@@ -361,7 +361,8 @@ def optimizer_of(config: Config, method: Method, stage: Stage, params: Any) -> t
   if stage.learning_rate:
     settings = dataclasses.replace(settings, learning_rate=stage.learning_rate)
   frozen = (*method.frozen_paths, *frozen_by(config.model, stage))
-  return optim.make_optimizer(params, stage.train, settings, stage.steps, frozen=frozen)
+  trained = (*stage.train, *method.trained_paths(stage))
+  return optim.make_optimizer(params, trained, settings, stage.steps, frozen=frozen)
 
 
 def batches_of(

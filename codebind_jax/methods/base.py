@@ -299,6 +299,14 @@ class Method(abc.ABC):
     """Regexes of parameter paths that the method never trains."""
     return ()
 
+  def trained_paths(self, stage: Stage) -> tuple[str, ...]:
+    """Regexes of parameter paths that a stage trains beside those of its `train`."""
+    return ()
+
+  def settled(self, params: Any, codebooks: Any) -> tuple[Any, Any]:
+    """(params, codebooks) after the optimizer's step, where the one holds what belongs into the other."""
+    return params, codebooks
+
   def init(self, rng: Any, features: Mapping[str, Array], inputs: Mapping[str, Array], towers: Any) -> tuple:
     """(the method's own parameters, codebooks, aux) at the start of a run.
 

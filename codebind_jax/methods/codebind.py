@@ -22,7 +22,7 @@ from codebind_jax.compositional import (
   quantize_modalities,
 )
 from codebind_jax.methods import base
-from codebind_jax.methods.base import Forward, Rows, Term, output
+from codebind_jax.methods.base import EXTRA, Forward, Rows, Term, output
 from codebind_jax.methods.codebind_terms import TERMS, Quantised
 from codebind_jax.models.encoder import normalised
 from codebind_jax.models.towers import CodeBind, ModelSpec, decode
@@ -38,12 +38,19 @@ class Method(base.Method):
   Attributes:
     spec: of the quantiser; None compares the features without quantisation.
     update: of the codebooks, `snapshot` or `sequential` (the release).
+    first_token: the first k-means sees class tokens alone.
+
+  Codes that are parameters (`spec.ema` off) stay in the codebooks. The parameters `method/codes/NAME` are what the
+  optimizer adds to them in a step, and are 0 between steps.
   """
 
-  STAGE_KEYS = frozenset(("losses", "codes", "code_rows", "matching_temperature", "chunk", "ring"))
+  STAGE_KEYS = frozenset((
+    "losses", "codes", "code_rows", "matching_temperature", "scale_inside_cosine", "double_softmax", "chunk", "ring",
+  ))  # fmt: skip
 
   spec: CompositionalSpec | None = dataclasses.field(default=None, metadata=DERIVED)
   update: str = dataclasses.field(default="snapshot", metadata=DERIVED)
+  first_token: bool = dataclasses.field(default=False, metadata=DERIVED)
 
   @classmethod
   def build(
@@ -51,7 +58,7 @@ class Method(base.Method):
   ) -> Method:
     """The method with the quantiser of the section `codebook`; it has no options of its own."""
     spec = codebook.spec(towers.shared_dim, towers.specific_dims) if towers.quantize else None
-    return cls(model, spec, codebook.update_mode)
+    return cls(model, spec, codebook.update_mode, codebook.first_token)
 
   @property
   def codebook_sizes(self) -> dict[str, int]:
@@ -61,14 +68,32 @@ class Method(base.Method):
     return {"shared": self.spec.num_codes[0]} | dict(self.spec.num_specific_codes)
 
   def init(self, rng: Any, features: Mapping[str, Array], inputs: Mapping[str, Array], towers: Any) -> tuple:
-    """Random codebooks; no parameters and no aux."""
-    return {}, new_codebooks(rng, self.spec, self.model.towers) if self.spec else {}, {}
+    """Random codebooks, and the steps of those codes that are parameters; no aux."""
+    books = new_codebooks(rng, self.spec, self.model.towers) if self.spec else {}
+    trained = {"codes": {name: jnp.zeros_like(book.codes) for name, book in books.items()}}
+    return trained if books and not self.spec.ema else {}, books, {}
+
+  def trained_paths(self, stage: Stage) -> tuple[str, ...]:
+    """The codes that the stage trains, where they are parameters."""
+    if self.spec is None or self.spec.ema:
+      return ()
+    return tuple(f"{EXTRA}/codes/(?:{pattern})" for pattern in stage.codes)
+
+  def settled(self, params: Any, codebooks: Any) -> tuple[Any, Any]:
+    """The optimizer's steps of the codes go into the codebooks."""
+    if self.spec is None or self.spec.ema:
+      return params, codebooks
+    steps = params[EXTRA]["codes"]
+    moved = {name: book.replace(codes=book.codes + steps[name]) for name, book in codebooks.items()}
+    return params | {EXTRA: params[EXTRA] | {"codes": jax.tree.map(jnp.zeros_like, steps)}}, moved
 
   def start_codebooks(self, forward: Forward, state: TrainState, rng: Any) -> Any:
     """k-means of all tokens of the batch for those codebooks that no earlier stage has initialised."""
     if self.spec is None:
       return state.codebooks
-    started = init_codebooks(rng, forward.features, state.codebooks, self.spec, masks=forward.masks)
+    started = init_codebooks(
+      rng, forward.features, state.codebooks, self.spec, first_token=self.first_token, masks=forward.masks
+    )
     choose = lambda old, new: jax.tree.map(lambda a, b: jnp.where(old.initialised, a, b), old, new)
     return {name: choose(old, started[name]) for name, old in state.codebooks.items()}
 
@@ -83,7 +108,11 @@ class Method(base.Method):
   def observe(self, forward: Forward, state: TrainState, rng: Any, stage: Stage) -> tuple[dict[str, Rows], Any, Any]:
     """Quantises all modalities of all sources, and updates those codebooks that the stage trains."""
     outputs = plain = self.plain_outputs(forward.features)
-    codebooks, ranges = state.codebooks, {}
+    before, ranges = state.codebooks, {}
+    if self.spec is not None and not self.spec.ema:
+      steps = forward.params[EXTRA]["codes"]
+      before = {name: book.replace(codes=book.codes + steps[name]) for name, book in before.items()}
+    codebooks = before
     if self.spec is not None:
       code_rows = stage.code_rows if {"code_contrast", "code_matching"} & set(self.weights(stage)) else 1
       ranges = similarity_ranges(forward, code_rows)
@@ -106,6 +135,7 @@ class Method(base.Method):
       rows[source] = dataclasses.replace(
         part, made=Quantised(own, own_plain, segment, decoded, target), codes=codes,
         groups=None if stage.unique_labels else part.groups,
+        codebooks=before,
       )  # fmt: skip
     return rows, codebooks, state.aux
 
