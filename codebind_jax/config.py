@@ -206,7 +206,7 @@ class Config:
     init_from: folder of a finished run from whose parameters this one starts; in modes `eval` and `embed`, the run that
       is evaluated or that embeds.
     baseline: also train the same heads by plain InfoNCE, without codebooks, and report both.
-    test: also measure on the test sets, once, at the end; False while settings are being chosen.
+    test: also measure on the test sets, once, at the end; for the final command alone, once all settings are chosen.
     tasks: what the final evaluation measures; probes take the longest.
     emergent: pairs of modalities that no stage binds, evaluated by retrieval of the same concept.
     mesh: the devices.
@@ -235,7 +235,7 @@ class Config:
   keep_checkpoints: Annotated[int, above(0)] = 2
   init_from: Place = ""
   baseline: bool = True
-  test: bool = True
+  test: bool = False
   tasks: Annotated[tuple[Literal[MEASURES], ...], DISTINCT] = MEASURES
   emergent: Annotated[tuple[Pair, ...], DISTINCT] = ()
   mesh: MeshShape = MeshShape()

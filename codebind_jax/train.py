@@ -193,6 +193,7 @@ def _train_and_evaluate(config: Any, workdir: str | files.Path) -> dict[str, flo
   with phases("features"):
     feeds = feeder.train_feeds(task.drawn, config.data.templates_of)
   evaluation = Evaluation(config, task, feeder, config.tasks)
+  evaluation.log_unread()
 
   with phases("model"):
     final, models = run_stages(config, folder, feeds, evaluation, phases=phases)
