@@ -532,7 +532,7 @@ def test_decomposition_by_hand():
     **accuracy("label", "audio", 50.0, 50.0, 50.5),
   }
   got = dict(decomposition.decomposition(found, table, ("label", "private_{modality}")))
-  # Chance: depth's label a is 2 of 4, its private x 3 of 4; audio's label 1 of 2, of which `full` tells next to nothing.
+  # Chance: depth's label a is 2 of 4, its private x 3 of 4; audio's label 1 of 2, of which `full` tells half a point.
   # Text and audio's own were not probed.
   assert got == {
     "decomposition/depth/label/kept": 80.0, "decomposition/depth/label/leaked": 10.0,
