@@ -53,6 +53,8 @@ class Embeddings:
     full: [N, d_s + d_p], both parts together.
     codes_shared: [N, S_s] index of each segment's code in the shared codebook.
     codes_specific: [N, S_p] likewise in the modality's own codebook.
+    query: [N, d_s], the shared part before quantisation, in the space of `shared`: what a search for coded items
+      compares with their `shared`. The same as `shared` where nothing is quantised.
   """
 
   shared: Float[np.ndarray, "n ds"]
@@ -60,6 +62,7 @@ class Embeddings:
   full: Float[np.ndarray, "n d"]
   codes_shared: Int[np.ndarray, "n ss"]
   codes_specific: Int[np.ndarray, "n sp"]
+  query: Float[np.ndarray, "n ds"]
 
   @property
   def codes(self) -> Int[np.ndarray, "n s"]:
@@ -387,7 +390,7 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(Embeddings))
 
 def _columns(out: Any) -> tuple[Any, ...]:
   """The arrays of a modality's outputs in the order of `Embeddings`' fields."""
-  return out.shared, out.specific, out.full, out.indices_shared, out.indices_specific
+  return out.shared, out.specific, out.full, out.indices_shared, out.indices_specific, out.query
 
 
 def load(source: str | files.Path, *, modalities: Sequence[str] | None = None, **options: Any) -> Model:

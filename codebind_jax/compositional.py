@@ -4,6 +4,7 @@ The features of a modality are a shared part, cut into segments that the one sha
 part, cut into segments that the modality's own codebook quantises. Many codes of small codebooks describe one vector.
 """
 
+import dataclasses
 import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,12 +16,12 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from codebind_jax import codebook as cb
-from codebind_jax.codebook import CodebookState
+from codebind_jax.codebook import CodebookState, rotation
 from codebind_jax.codebook.clustering import kmeans
 from codebind_jax.codebook.revival import draw_candidates, sample_rows
-from codebind_jax.codebook.segments import Segments, statistics, straight_through, transposed
+from codebind_jax.codebook.segments import Segments, look_up, rotation_trick, statistics, straight_through, transposed
 from codebind_jax.codebook.segments import similarity as similarities
-from codebind_jax.codebook.spec import LAYOUTS, SHARED, UPDATES, Layout
+from codebind_jax.codebook.spec import LAYOUTS, UPDATES, Layout
 from codebind_jax.codebook.spec import CompositionalSpec as CompositionalSpec
 from codebind_jax.losses.code_contrast import code_contrast_segments
 from codebind_jax.norm import unit
@@ -37,10 +38,12 @@ class ModalityOutput:
     shared: [*lead, shared_dim], L2-normalised over its width.
     specific: [*lead, specific_dim], likewise.
     full: [*lead, shared_dim + specific_dim], likewise.
-    indices_shared: [*lead, s] int32 codes.
+    query: [*lead, shared_dim], likewise: the shared part as the quantiser gets it, before its codes replace it; what a
+      search compares with the `shared` of items.
+    indices_shared: [*lead, s] int32 codes; of several residual stages one after the other, s for each stage.
     indices_specific: [*lead, s'] int32 codes.
-    similarity_shared: [b, s, k] similarities of the class token's shared segments to the codes, for the rows that
-      `similarity_rows` selects.
+    similarity_shared: [b, s, k] similarities of the class token's shared segments to the codes (of the first stage),
+      for the rows that `similarity_rows` selects.
     similarity_specific: [b, s', k'] likewise.
     commitment: commitment loss, shared and specific parts added (with the codebook loss where codes are parameters).
   """
@@ -48,6 +51,7 @@ class ModalityOutput:
   shared: Any
   specific: Any
   full: Any
+  query: Any
   indices_shared: Any
   indices_specific: Any
   similarity_shared: Any
@@ -108,14 +112,11 @@ def split_parts(
 
 def new_codebooks(rng: jax.Array, spec: CompositionalSpec, modalities: Iterable[str]) -> dict[str, CodebookState]:
   """Random codebooks under the names that `quantize_modalities` expects; initialise them with `init_codebooks`."""
-  sizes = {}
-  for modality in modalities:
-    shared, specific = spec.codebook_names(modality)
-    sizes.setdefault(shared, (spec.num_codes[0], spec.code_dims[0]))
-    if spec.specific_width(modality) and specific != SHARED:
-      count = dict(spec.num_specific_codes).get(modality, spec.num_codes[1])
-      sizes[specific] = (count, spec.specific_code_dim(modality))
-  return {name: cb.init_codebook(_fold(rng, name), *size) for name, size in sorted(sizes.items())}
+  books = {name: book for modality in modalities for name, book in spec.books(modality).items()}
+  return {
+    name: cb.init_codebook(_fold(rng, name), codes, width, spec.lead(positions))
+    for name, (codes, width, positions) in sorted(books.items())
+  }
 
 
 def quantize_modalities(
@@ -127,6 +128,7 @@ def quantize_modalities(
   rng: jax.Array | None = None,
   masks: Mapping[str, Bool[Array | np.ndarray, "..."]] | None = None,
   similarity_rows: int | Mapping[str, tuple[tuple[int, int], ...]] = 0,
+  rotations: Mapping[str, Float[Array | np.ndarray, "w _w"]] | None = None,
 ) -> tuple[dict[str, ModalityOutput], dict[str, CodebookState]]:
   """Quantises all modalities and updates the codebooks.
 
@@ -142,6 +144,8 @@ def quantize_modalities(
     similarity_rows: number of leading rows whose similarities are computed, 0 for all; or by modality the ranges
       [start, stop) of rows, joined in that order. Similarities are [b, s, k] and with their gradient cost many times
       the search.
+    rotations: codebook name -> orthogonal matrix that turns its part before it is cut into segments, and whose
+      transpose turns the codes back; parts without one are not turned.
 
   Returns:
     Outputs by modality, and the codebooks after the update.
@@ -154,7 +158,8 @@ def quantize_modalities(
     raise ValueError(f"update must be one of {(*UPDATES, 'none')}, got {update!r}")
   codebooks, masks = dict(codebooks), dict(masks or {})
   rng = jax.random.key(0) if rng is None else rng
-  collected: dict[str, list[Segments]] = {}
+  rotations = dict(rotations or {})
+  collected: dict[str, list[tuple[Segments, ...]]] = {}
   outputs = {}
   for modality in _ordered(features, spec):
     x, weights = _check(modality, features[modality], masks.get(modality), spec)
@@ -163,10 +168,10 @@ def quantize_modalities(
       if segments is None:
         quantised.append(None)
         continue
-      _check_book(name, codebooks, modality, segments)
+      _check_book(name, codebooks, modality, segments, spec)
       ranges = similarity_rows if isinstance(similarity_rows, Mapping) else {modality: ((0, similarity_rows),)}
       row_ranges = ranges.get(modality) if similarity_rows else None
-      result, assigned = _quantize_part(segments, codebooks[name], weights, x, spec, row_ranges)
+      result, assigned = _quantize_part(segments, codebooks[name], weights, x, spec, row_ranges, rotations.get(name))
       quantised.append(result)
       if update == "sequential":
         key = _fold(rng, f"{modality}/{part}")
@@ -186,6 +191,7 @@ def contrast_all_tokens(
   *,
   double_softmax: bool = False,
   masks: Mapping[str, Bool[Array | np.ndarray, "..."]] | None = None,
+  rotations: Mapping[str, Float[Array | np.ndarray, "w _w"]] | None = None,
 ) -> dict[str, Float[Array, ""]]:
   """`code_contrast` over every segment of every token, shared and specific parts added, by modality.
 
@@ -198,23 +204,29 @@ def contrast_all_tokens(
     spec: how to cut.
     double_softmax: as in `losses.code_contrast`.
     masks: as in `quantize_modalities`.
+    rotations: as in `quantize_modalities`.
 
   Raises:
     ValueError: as `quantize_modalities`.
   """
-  masks, losses = dict(masks or {}), {}
+  masks, losses, rotations = dict(masks or {}), {}, dict(rotations or {})
   for modality in features:
     x, weights = _check(modality, features[modality], masks.get(modality), spec)
     total = jnp.zeros((), jnp.float32)
     for name, segments in zip(spec.codebook_names(modality), _segments(x, modality, spec)):
       if segments is not None:
-        _check_book(name, codebooks, modality, segments)
-        segments = unit(segments, axis=1) if spec.normalize or spec.distance == "cosine" else segments
+        _check_book(name, codebooks, modality, segments, spec)
+        segments, _ = _turned(segments, spec, rotations.get(name))
         segments = jax.lax.stop_gradient(segments) if spec.detach_similarity else segments
         codes = jax.lax.stop_gradient(codebooks[name].codes) if spec.ema else codebooks[name].codes
-        total += code_contrast_segments(
-          segments, codes, distance=spec.distance, double_softmax=double_softmax, weights=weights
+        contrast = lambda z, codes, weights=weights: code_contrast_segments(
+          z, codes, distance=spec.distance, double_softmax=double_softmax, weights=weights
         )
+        codes = codes[0] if spec.stages > 1 else codes
+        if spec.positions == "own":
+          total += jnp.mean(jax.lax.map(lambda of, contrast=contrast: contrast(of[0][None], of[1]), (segments, codes)))
+        else:
+          total += contrast(segments, codes)
     losses[modality] = total
   return losses
 
@@ -229,6 +241,7 @@ def init_codebooks(
   iterations: int = 10,
   max_segments: int = 65536,
   masks: Mapping[str, Bool[Array | np.ndarray, "..."]] | None = None,
+  rotations: Mapping[str, Float[Array | np.ndarray, "w _w"]] | None = None,
 ) -> dict[str, CodebookState]:
   """Initialises the codebooks that the given features use by k-means over a batch.
 
@@ -244,11 +257,12 @@ def init_codebooks(
     iterations: rounds of k-means.
     max_segments: a larger batch is sampled down to this many segments per codebook.
     masks: as in `quantize_modalities`.
+    rotations: as in `quantize_modalities`.
 
   Raises:
     ValueError: as `quantize_modalities`.
   """
-  codebooks, masks = dict(codebooks), dict(masks or {})
+  codebooks, masks, rotations = dict(codebooks), dict(masks or {}), dict(rotations or {})
   collected: dict[str, list[Segments]] = {}
   for modality in _ordered(features, spec):
     x, weights = features[modality], masks.get(modality)
@@ -257,27 +271,95 @@ def init_codebooks(
     x, weights = _check(modality, x, weights, spec)
     for name, segments in zip(spec.codebook_names(modality), _segments(x, modality, spec)):
       if segments is not None:
-        _check_book(name, codebooks, modality, segments)
-        segments = unit(segments, axis=1) if spec.normalize or spec.distance == "cosine" else segments
+        _check_book(name, codebooks, modality, segments, spec)
+        segments, _ = _turned(segments, spec, rotations.get(name))
         indices = jnp.zeros((segments.shape[0], segments.shape[2]), jnp.int32)
         collected.setdefault(name, []).append(Segments(segments, indices, weights))
   for name, parts in collected.items():
-    sample_key, means_key = jax.random.split(_fold(rng, name))
-    rows, row_weights = sample_rows(sample_key, parts, max_segments)
-    state = codebooks[name]
-    means, counts = kmeans(
-      means_key, rows, state.codes.shape[0], iterations=iterations, distance=spec.distance,
-      normalize=spec.normalize, weights=row_weights,
-    )  # fmt: skip
+    means, counts = _start_codes(
+      _fold(rng, name), parts, codebooks[name].codes.shape[-2], spec, iterations, max_segments
+    )
     counts = jnp.maximum(counts, 1.0)
     codebooks[name] = CodebookState(
       codes=means,
       ema_count=counts,
-      ema_sum=means * counts[:, None],
-      usage=counts / jnp.sum(counts),
+      ema_sum=means * counts[..., None],
+      usage=counts / jnp.sum(counts, axis=-1, keepdims=True),
       initialised=jnp.ones((), jnp.bool_),
     )
   return codebooks
+
+
+def start_rotations(
+  rng: jax.Array,
+  features: Mapping[str, Float[Array | np.ndarray, "..."]],
+  codebooks: Mapping[str, CodebookState],
+  spec: CompositionalSpec,
+  *,
+  iterations: int = 30,
+  masks: Mapping[str, Bool[Array | np.ndarray, "..."]] | None = None,
+) -> dict[str, Float[Array, "w _w"]]:
+  """Codebook name -> the rotation by which product quantisation of the features loses least (`rotation.opq`).
+
+  Args:
+    rng: key.
+    features: as in `quantize_modalities`; all tokens count.
+    codebooks: those that the features use, for their sizes.
+    spec: how to cut and quantise.
+    iterations: rounds.
+    masks: as in `quantize_modalities`.
+
+  Raises:
+    ValueError: as `quantize_modalities`.
+  """
+  masks = dict(masks or {})
+  collected: dict[str, list[tuple[Any, Any]]] = {}
+  for modality in _ordered(features, spec):
+    x, weights = _check(modality, features[modality], masks.get(modality), spec)
+    weights = jnp.ones(int(np.prod(x.shape[:-1]))) if weights is None else weights
+    for name, segments in zip(spec.codebook_names(modality), _segments(x, modality, spec)):
+      if segments is not None:
+        _check_book(name, codebooks, modality, segments, spec)
+        rows = segments.reshape(-1, segments.shape[2]).T
+        collected.setdefault(name, []).append((unit(rows) if spec.unit_parts else rows, weights))
+  found = {}
+  for name, parts in collected.items():
+    rows, weights = (jnp.concatenate(column) for column in zip(*parts))
+    codes, width = codebooks[name].codes.shape[-2:]
+    found[name] = rotation.opq(
+      _fold(rng, name), rows, codes, width, own=spec.positions == "own", distance=spec.distance,
+      normalize=spec.normalize, iterations=iterations, weights=weights,
+    )  # fmt: skip
+  return found
+
+
+def _start_codes(rng, parts, num_codes, spec, iterations, max_segments):
+  """Means and counts of k-means over segments: of each position by itself where it has its own codebook, and of each
+  stage's residuals."""
+  if spec.positions == "own":
+    vectors, weights = [part.vectors for part in parts], [part.weights for part in parts]
+    shared = dataclasses.replace(spec, positions="shared")
+
+    def of_position(of):
+      key, vectors = of
+      own = [Segments(v[None], jnp.zeros((1, v.shape[1]), jnp.int32), w) for v, w in zip(vectors, weights)]
+      return _start_codes(key, own, num_codes, shared, iterations, max_segments)
+
+    found = jax.lax.map(of_position, (jax.random.split(rng, len(vectors[0])), vectors))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found) if spec.stages > 1 else found
+  sample_key, means_key = jax.random.split(rng)
+  rows, weights = sample_rows(sample_key, parts, max_segments)
+  found = []
+  for stage in range(spec.stages):
+    distance, normalize = _of_stage(stage, spec)
+    means, counts = kmeans(
+      jax.random.fold_in(means_key, stage) if stage else means_key, rows, num_codes, iterations=iterations,
+      distance=distance, normalize=normalize, weights=weights,
+    )  # fmt: skip
+    found.append((means, counts))
+    if stage + 1 < spec.stages:
+      rows = rows - look_up(means, cb.nearest_code(rows, means, distance=distance)[None])[0].T
+  return jax.tree.map(lambda *x: jnp.stack(x), *found) if spec.stages > 1 else found[0]
 
 
 def _ordered(features, spec):
@@ -302,11 +384,11 @@ def _check(modality, x, mask, spec):
   return x, jnp.broadcast_to(mask, x.shape[:-1]).reshape(-1)
 
 
-def _check_book(name, codebooks, modality, segments):
+def _check_book(name, codebooks, modality, segments, spec):
   """Raises ValueError unless there is a codebook of that name whose codes are as wide as the segments [s, d, n]."""
   if name not in codebooks:
     raise ValueError(f"codebooks lack {name!r}, which {modality!r} needs; they are {sorted(codebooks)}")
-  cb.check_codes(codebooks[name], segments.shape[1], name)
+  cb.check_codes(codebooks[name], segments.shape[1], name, spec.lead(len(segments)))
 
 
 def _segments(x, modality, spec):
@@ -323,19 +405,52 @@ def _segments(x, modality, spec):
   return parts[0].reshape(-1, ds, lanes.shape[1]), parts[1].reshape(-1, dp, lanes.shape[1])
 
 
-def _quantize_part(z, state, weights, x, spec, row_ranges):
+def _of_stage(stage, spec):
+  """(distance, whether codes are normalised) of a stage: residuals have a length, which a cosine would not see."""
+  return ("l2", False) if stage else (spec.distance, spec.normalize)
+
+
+def _rotated(z, matrix):
+  """The part whose segments are z [s, d, n], turned by a matrix [s d, s d]."""
+  if matrix is None:
+    return z
+  return jnp.dot(matrix, z.reshape(-1, z.shape[-1]), precision=jax.lax.Precision.HIGHEST).reshape(z.shape)
+
+
+def _turned(z, spec, matrix):
+  """Segments z [s, d, n] as they are compared with codes, and as codes replace them: scaled and turned by the spec."""
+  if spec.unit_parts:
+    z = unit(z.reshape(-1, z.shape[-1]), axis=0).reshape(z.shape)
+  z = _rotated(z, matrix)
+  direction = unit(z, axis=1) if spec.normalize or spec.distance == "cosine" else z
+  return direction, direction if spec.normalize else z
+
+
+def _quantize_part(z, state, weights, x, spec, row_ranges, matrix):
   """Quantises segments z of features x with one codebook.
 
   Returns:
-    ((vectors, indices, class-token similarity, loss), the segments with their codes for the codebook's update).
+    ((vectors, segments before quantisation, indices, class-token similarity, loss), the segments with their codes for
+    the codebook's update, by stage).
   """
-  direction = unit(z, axis=1) if spec.normalize or spec.distance == "cosine" else z
-  z = direction if spec.normalize else z
+  direction, z = _turned(z, spec, matrix)
   codes = jax.lax.stop_gradient(state.codes) if spec.ema else state.codes
-  vectors, indices = cb.quantize_segments(direction, codes, distance=spec.distance)
-  loss = spec.beta * _mean_square(jax.lax.stop_gradient(vectors) - z, weights)
-  if not spec.ema:
-    loss = loss + _mean_square(vectors - jax.lax.stop_gradient(z), weights)
+  books = list(codes) if spec.stages > 1 else [codes]
+  rest, compared, quantised, assigned = z, direction, [], []
+  for stage, book in enumerate(books):
+    vectors, indices = cb.quantize_segments(compared, book, distance=_of_stage(stage, spec)[0])
+    of_stage = spec.beta * _mean_square(jax.lax.stop_gradient(vectors) - rest, weights)
+    if not spec.ema:
+      of_stage = of_stage + _mean_square(vectors - jax.lax.stop_gradient(rest), weights)
+    quantised.append((vectors, indices, of_stage))
+    assigned.append(Segments(jax.lax.stop_gradient(compared), indices, weights))
+    compared = rest = rest - jax.lax.stop_gradient(vectors)
+  vectors, indices, loss = quantised[0]
+  for more, _, of_stage in quantised[1:]:
+    vectors, loss = vectors + more, loss + of_stage
+  if len(books) > 1:
+    indices = jnp.concatenate([found for _, found, _ in quantised])
+  codes = books[0]
   class_token = direction.reshape(*direction.shape[:2], *x.shape[:-1])
   class_token = class_token[..., 0] if x.ndim == 3 else class_token
   if row_ranges is not None:
@@ -344,8 +459,9 @@ def _quantize_part(z, state, weights, x, spec, row_ranges):
   if spec.detach_similarity:
     class_token = jax.lax.stop_gradient(class_token)
   similarity = jnp.moveaxis(similarities(class_token, codes, distance=spec.distance), 2, 0)
-  result = (straight_through(z, vectors), indices, similarity, loss)
-  return result, Segments(jax.lax.stop_gradient(direction), indices, weights)
+  through = rotation_trick if spec.gradient == "rotation_trick" else straight_through
+  back = None if matrix is None else matrix.T
+  return (_rotated(through(z, vectors), back), _rotated(z, back), indices, similarity, loss), tuple(assigned)
 
 
 def _mean_square(x, weights):
@@ -357,8 +473,13 @@ def _mean_square(x, weights):
 
 
 def _advance(state, parts, rng, spec):
-  counts, sums = statistics(parts, state.codes.shape[0])
-  candidates = draw_candidates(spec.revive, rng, parts, jax.lax.stop_gradient(state.codes), distance=spec.distance)
+  """The codebook after a batch. parts: of each modality, its segments by stage."""
+  codes, found = jax.lax.stop_gradient(state.codes), []
+  for stage, book in enumerate(codes if spec.stages > 1 else [codes]):
+    of_stage, key = [part[stage] for part in parts], jax.random.fold_in(rng, stage) if stage else rng
+    counts, sums = statistics(of_stage, book.shape[-2], spec.positions == "own")
+    found.append((counts, sums, draw_candidates(spec.revive, key, of_stage, book, distance=_of_stage(stage, spec)[0])))
+  counts, sums, candidates = jax.tree.map(lambda *x: jnp.stack(x), *found) if spec.stages > 1 else found[0]
   frozen = jax.tree.map(jax.lax.stop_gradient, state)
   return cb.advance(
     frozen, counts, sums, candidates, decay=spec.decay, eps=spec.eps, revive_mode=spec.revive_mode, ema=spec.ema
@@ -368,12 +489,12 @@ def _advance(state, parts, rng, spec):
 def _output(x, quantised, spec):
   """Puts the quantised parts of one modality back together."""
   lead, n = x.shape[:-1], np.prod(x.shape[:-1], dtype=int)
-  (shared, indices_shared, similarity_shared, loss), specific_part = quantised
+  (shared, query, indices_shared, similarity_shared, loss), specific_part = quantised
   if specific_part is None:
     specific = jnp.zeros((0, 1, n), jnp.float32)
     indices_specific, similarity_specific = jnp.zeros((0, n), jnp.int32), jnp.zeros((x.shape[0], 0, 0), jnp.float32)
   else:
-    specific, indices_specific, similarity_specific, specific_loss = specific_part
+    specific, _, indices_specific, similarity_specific, specific_loss = specific_part
     loss = loss + specific_loss
 
   def rows(segments):
@@ -390,6 +511,7 @@ def _output(x, quantised, spec):
     shared=unit(shared_rows),
     specific=unit(specific_rows),
     full=unit(full),
+    query=unit(rows(query)),
     indices_shared=indices_shared.T.reshape(*lead, -1),
     indices_specific=indices_specific.T.reshape(*lead, indices_specific.shape[0]),
     similarity_shared=similarity_shared,

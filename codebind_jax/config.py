@@ -208,6 +208,8 @@ class Config:
     baseline: also train the same heads by plain InfoNCE, without codebooks, and report both.
     test: also measure on the test sets, once, at the end; for the final command alone, once all settings are chosen.
     tasks: what the final evaluation measures; probes take the longest.
+    queries: what is looked for in evaluations: `coded` as the items are, or `uncoded`, before quantisation, as a search
+      among stored codes can; items are coded either way. Where nothing is quantised both are the same.
     emergent: pairs of modalities that no stage binds, evaluated by retrieval of the same concept.
     mesh: the devices.
     sharding: how arrays are split over the devices.
@@ -237,6 +239,7 @@ class Config:
   baseline: bool = True
   test: bool = False
   tasks: Annotated[tuple[Literal[MEASURES], ...], DISTINCT] = MEASURES
+  queries: Literal["coded", "uncoded"] = "coded"
   emergent: Annotated[tuple[Pair, ...], DISTINCT] = ()
   mesh: MeshShape = MeshShape()
   sharding: Sharding = Sharding()
@@ -253,6 +256,14 @@ class Config:
   def ordered(self) -> list[Stage]:
     """The stages to train, in order, with their names and global steps."""
     return stages_of(self.stages, self.stage_order)
+
+  @property
+  def item_bytes(self) -> dict[str, tuple[int, int]]:
+    """Modality -> bytes of an item's packed codes, of its shared part and of all; {} where CodeBind codes nothing."""
+    if self.method != "codebind" or not self.model.quantize:
+      return {}
+    spec = self.codebook.spec(self.model.shared_dim, self.model.specific_dims)
+    return {m: (spec.item_bytes(m), spec.item_bytes(m, "full")) for m in self.model.towers}
 
 
 def read(config: Any) -> Config:
@@ -447,9 +458,12 @@ def _check_memory(config: Config) -> None:
   number, shared = 4, model.shared_dim  # bytes of float32
   sizes: list[tuple[str, int, int, str]] = []
   if model.quantize and not config.sharding.codes and not config.method_options.get("codes"):
-    own = [(f"codebook.codes.{name}", count, books.width_of(name)) for name, count in books.codes.items()]
-    sizes += [(key, count, 2 * count * (width + 1) * number, "codes and their averages")
-              for key, count, width in [("codebook.shared_codes", books.shared_codes, books.dim), *own]]  # fmt: skip
+    of_part = [("codebook.shared_codes", books.shared_codes, model.shared_dim, books.dim)]
+    of_part += [(f"codebook.codes.{name}", count, model.towers[name].specific_dim, books.width_of(name))
+                for name, count in books.codes.items()]  # fmt: skip
+    for key, count, width, dim in of_part:
+      tables = books.stages * (width // dim if books.positions == "own" else 1)
+      sizes.append((key, count, 2 * count * tables * (dim + 1) * number, "codes and their averages"))
   if count := config.method_options.get("codes"):
     sizes.append(("method_options.codes", count, 3 * count * shared * number, "codes and their averages"))
   if count := config.method_options.get("queue"):

@@ -144,9 +144,15 @@ class Evaluation:
     own = next((test for test in self.task.evals if test.world == world), None)
     return self._embed(model, self.task.train[world], spellings=own.spellings if own else schema.Frozen())
 
+  @property
+  def _query(self) -> str:
+    """The column of what is looked for."""
+    return "query" if self.config.queries == "uncoded" else "shared"
+
   def embed_text(self, model: Model, texts: Sequence[str]) -> np.ndarray:
-    """`shared` embeddings of strings."""
-    return self._rows(model, "text", self._feeder.texts(texts), range(len(texts))).embeddings.shared
+    """Embeddings of strings as queries."""
+    found = self._rows(model, "text", self._feeder.texts(texts), range(len(texts)))
+    return getattr(found.embeddings, self._query)
 
   def _run(
     self, model: Model, sets: Sequence[EvalSet], tasks: Sequence[str], means: bool = False, intervals: bool = True
@@ -193,10 +199,11 @@ class Evaluation:
   def _emergent(self, sets: Sequence[EvalSet], tables: Mapping[str, base.Table], intervals: bool) -> dict[str, float]:
     """Retrieval by concept between modalities that no stage binds, over all sets of one role."""
     metrics: dict[str, float] = {}
+    of_pair = lambda a, b: Emergent(a, b, query=self._query, intervals=intervals)
     for role in dict.fromkeys(test.role for test in sets):
       table = _stacked(tables[test.name] for test in sets if test.role == role)
       pairs = [pair for pair in self.config.emergent if all(m in table for m in pair)]
-      evaluators = [evaluator for a, b in pairs if (evaluator := Emergent(a, b, intervals=intervals)).overlap(table)]
+      evaluators = [evaluator for a, b in pairs if (evaluator := of_pair(a, b)).overlap(table)]
       metrics |= base.run_evaluators(evaluators, table, prefix=f"eval/{role}")
     return metrics
 
@@ -276,7 +283,8 @@ class Evaluation:
       if not pairs:
         self._leave_out(f"{test.name}/retrieval", NEEDS["retrieval"])
       for (a, b, field, by), keys in pairs:
-        yield Retrieval(a, b, match=field, keys=keys, by=by, intervals=intervals, keep=self._kept()), table
+        yield Retrieval(a, b, match=field, keys=keys, query=self._query, by=by, intervals=intervals,
+                        keep=self._kept()), table  # fmt: skip
 
   def _labelled(self, test: EvalSet, table: base.Table, modality: str) -> base.Table | None:
     """A modality with a `_mask` of the rows that have a label; None if there are none."""
@@ -340,6 +348,8 @@ class Evaluation:
       if not len(good):
         continue
       columns = found.embeddings.asdict() | {field: values[good] for field, values in fields.items()}
+      for name, book in (("codes_shared", "shared"), ("codes_specific", modality)):
+        columns[name] = model.method.numbered(book, columns[name])
       if modality == "text":
         kept, place = _spelt_once(columns["caption"], columns["shared"])
         row_of = {text: int(at) for text, at in zip(columns["caption"].tolist(), place)}
@@ -514,7 +524,7 @@ def evaluate(config: Any, workdir: str | files.Path) -> dict[str, float]:
     max_bad_records=config.data.max_bad_records, eval_templates=config.data.eval_templates,
     templates_of=schema.Frozen(),
   )  # fmt: skip
-  settings = dataclasses.replace(model.config, test=True, emergent=(), data=data)
+  settings = dataclasses.replace(model.config, test=True, emergent=(), queries=config.queries, data=data)
   with distributed.process_0_first():  # published trunks are fetched
     feeder = Feeder(data, settings.model.towers, model.trunks)
   found: list[tuple[EvalSet, Answers]] = []

@@ -48,7 +48,7 @@ def make_train_step(
       balance = losses.balance_update(aux["balance"], {name: values[name] for name in weighted})
       weights, aux = constant | balance.weight, aux | {"balance": balance}
     total = sum(weights[name] * value for name, value in values.items())
-    sizes = method.codebook_sizes | {name: book.codes.shape[0] for name, book in codebooks.items()}
+    sizes = method.codebook_sizes | {name: book.usage.size for name, book in codebooks.items()}
     return total, jax.lax.stop_gradient((values, usage_metrics(rows, sizes), codebooks, aux))
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
@@ -197,6 +197,16 @@ def make_start_codebooks(method: Method) -> Callable[[TrainState, Batch], Any]:
     return method.start_codebooks(out, state, jax.random.fold_in(state.rng, 2**31 - 1))
 
   return start
+
+
+def make_start_features(method: Method) -> Callable[[Any, Batch], tuple[dict[str, Array], dict[str, Array]]]:
+  """A function (params, batch) -> (modality -> heads' output [n, t, d], modality -> mask [n]), for `Method.start`."""
+
+  def features(params: Any, batch: Batch) -> tuple[dict[str, Array], dict[str, Array]]:
+    inputs, masks, _ = merge_sources(batch)
+    return method.model.apply({"params": params}, inputs)[0], masks
+
+  return features
 
 
 def make_embed_step(method: Method) -> Callable[..., dict[str, Any]]:

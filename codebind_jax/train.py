@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import tqdm
 from absl import logging
 
@@ -26,7 +27,7 @@ from codebind_jax.data.examples import Feed, Tokens
 from codebind_jax.data.task import Task, open_task
 from codebind_jax.evaluate import Evaluation, StageEvaluation
 from codebind_jax.initialise import check_start, copy_heads, load_published, start_from, whiten_heads
-from codebind_jax.methods.base import Method, make_init
+from codebind_jax.methods.base import EXTRA, Method, make_init
 from codebind_jax.report import summary
 from codebind_jax.report.page import write_report
 from codebind_jax.runtime import agreement, checkpoint, distributed, optim, signals
@@ -39,7 +40,7 @@ from codebind_jax.runtime.sharding import Layout, make_layout
 from codebind_jax.runtime.signals import Preempted
 from codebind_jax.runtime.train_state import TrainState
 from codebind_jax.stages import Stage
-from codebind_jax.step import make_start_codebooks, make_train_step
+from codebind_jax.step import make_start_codebooks, make_start_features, make_train_step
 from codebind_jax.trunks import frozen_by, input_shapes
 from codebind_jax.trunks.feeds import Feeder
 
@@ -269,6 +270,8 @@ def run_stages(
                      f"{'; '.join(changed)}; go on with the data it began with, or use another workdir (with "
                      f"--config.init_from={folder} to start from this run's parameters)")  # fmt: skip
   banner("model")
+  for name, (shared, whole) in config.item_bytes.items():
+    logging.info("%s: the codes of an item take %d bytes, of its shared part %d", name, whole, shared)
   programs = programs or Programs()
   layout = make_layout(config.mesh, config.sharding)
   method = config_lib.method_of(config)
@@ -317,7 +320,10 @@ def run_stages(
         optimizer_init = programs.get(f"optimizer {stage.name}", schema.key(config, *UNUSED, RATE), make)
         state = state.replace(opt_state=optimizer_init(state.params))
         layout.log(state)
-        if state.codebooks:
+        if state.codebooks and method.start_rows:
+          with phases("data"):
+            state = start_from_rows(method, state, batches[stage.name], layout)
+        elif state.codebooks:
           placed = layout.of(state.codebooks, "codebooks")
           make = functools.partial(jax.jit, make_start_codebooks(method), out_shardings=placed)
           start_codebooks = programs.get(f"start {stage.name}", schema.key(config, *UNUSED, RATE), make)
@@ -348,6 +354,35 @@ def run_stages(
     return final, {"before": before, "after": after}
 
 
+def start_from_rows(method: Method, state: TrainState, batches: Batches, layout: Layout) -> TrainState:
+  """The state with codebooks, and rotations, that start from the features of `method.start_rows` training rows.
+
+  They are those of the stage's first batches, without dropout and mixup, whole on every process.
+  """
+  features_of = jax.jit(make_start_features(method), out_shardings=layout.replicated)
+  found: dict[str, list[Any]] = {}
+  rows = size = number = 0
+  while rows < method.start_rows:
+    batch = batches[number]
+    features, masks = jax.tree.map(np.asarray, layout.gathered(features_of(state.params, layout.put_batch(batch))))
+    for name, x in features.items():
+      found.setdefault(name, []).append((x, masks[name]))
+    size = sum(len(next(iter(masks.values()))) for masks in (of["_mask"] for of in batch.values()))
+    rows, number = rows + size * layout.process[1], number + 1
+    logging.log_every_n_seconds(logging.INFO, "start of the codebooks: %d of %d rows", 20, rows, method.start_rows)
+  columns = {name: [np.concatenate(column) for column in zip(*parts)] for name, parts in found.items()}
+  begin = jax.jit(method.start, out_shardings=layout.replicated)
+  own = state.params.get(EXTRA, {})
+  extra, codebooks = begin(
+    layout.gathered(own), layout.gathered(state.codebooks), {m: x for m, (x, _) in columns.items()},
+    {m: mask for m, (_, mask) in columns.items()}, jax.random.fold_in(state.rng, 2**31 - 1),
+  )  # fmt: skip
+  place = lambda new, old: jax.tree.map(lambda a, b: jax.device_put(np.asarray(a), b.sharding), new, old)
+  logging.info("codebooks start from %d rows", rows)
+  params = state.params | ({EXTRA: place(extra, own)} if own else {})
+  return state.replace(params=params, codebooks=place(codebooks, state.codebooks))
+
+
 def close_files(task: Task, feeds: Mapping[str, Mapping[str, Feed]]) -> None:
   """Closes the files that a stage has opened, of sources and cached tokens; a later read opens them anew."""
   task.close()
@@ -361,7 +396,7 @@ def optimizer_of(config: Config, method: Method, stage: Stage, params: Any) -> t
   settings = config.optim
   if stage.learning_rate:
     settings = dataclasses.replace(settings, learning_rate=stage.learning_rate)
-  frozen = (*method.frozen_paths, *frozen_by(config.model, stage))
+  frozen = (*method.frozen_paths(stage), *frozen_by(config.model, stage))
   trained = (*stage.train, *method.trained_paths(stage))
   return optim.make_optimizer(params, trained, settings, stage.steps, frozen=frozen)
 
@@ -507,4 +542,4 @@ def warn_of_collapse(codebooks: Mapping[str, Any], share: float, step: int) -> N
   for name, book in codebooks.items():
     if book.initialised and collapsed(book.usage, share):
       perplexity = float(usage_stats(book.usage)["perplexity"])
-      logging.warning("step %d: codebook %r collapses: perplexity %.1f of %d", step, name, perplexity, len(book.codes))
+      logging.warning("step %d: codebook %r collapses: perplexity %.1f of %d", step, name, perplexity, book.usage.size)

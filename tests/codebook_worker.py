@@ -19,9 +19,17 @@ SPECS = {
   "random": compositional.CompositionalSpec(shared_dim=64, specific_dim=32, num_codes=(48, 24)),
   "closest": compositional.CompositionalSpec(shared_dim=64, specific_dim=32, num_codes=(48, 24), revive="closest"),
   "wide": compositional.CompositionalSpec(shared_dim=128, specific_dim=64, code_dims=(64, 64), num_codes=(8, 5)),
-}
+  "own": compositional.CompositionalSpec(
+    shared_dim=64, specific_dim=32, num_codes=(12, 6), positions="own", stages=2, distance="l2", normalize=False,
+    unit_parts=True, gradient="rotation_trick",
+  ),
+  "own_wide": compositional.CompositionalSpec(
+    shared_dim=128, specific_dim=64, code_dims=(64, 64), num_codes=(6, 5), positions="own", revive="closest"
+  ),
+}  # fmt: skip
 # Losses gather class tokens, as they must; the other cases show that quantising does not.
-CASES = [("random", True), ("random", False), ("closest", False), ("wide", False)]
+CASES = [("random", True), ("random", False), ("closest", False), ("wide", False), ("own", False),
+         ("own_wide", False)]  # fmt: skip
 
 
 def batch(spec):
@@ -56,7 +64,9 @@ def step(spec, with_losses, features, masks, codebooks):
 def start(spec):
   """Codebooks with some codes that nothing uses."""
   books = compositional.new_codebooks(jax.random.key(0), spec, ["text", "image"])
-  return {name: s.replace(ema_count=s.ema_count.at[1:].set(3.0), ema_sum=3.0 * s.codes) for name, s in books.items()}
+  return {
+    name: s.replace(ema_count=s.ema_count.at[..., 1:].set(3.0), ema_sum=3.0 * s.codes) for name, s in books.items()
+  }
 
 
 def collectives(text):

@@ -82,7 +82,7 @@ def started(method, config, batch):
     return towers | ({EXTRA: extra} if extra else {}), books, aux
 
   params, books, aux = init(jax.random.key(0))
-  tx, _ = make_optimizer(params, stage.train, config.optim, config.steps, frozen=method.frozen_paths)
+  tx, _ = make_optimizer(params, stage.train, config.optim, config.steps, frozen=method.frozen_paths(stage))
   state = TrainState(jnp.zeros((), jnp.int32), params, books, tx.init(params), aux, jax.random.key(1))
   state = state.replace(codebooks=jax.jit(make_start_codebooks(method))(state, batch))
   return state, jax.jit(make_train_step(method, stage, tx))

@@ -129,7 +129,7 @@ def test_a_fixed_anchor_s_tower_is_frozen_and_its_logit_scale_is_not():
   found = {}
   for frozen in (True, False):
     method = fixed_anchor.Method(model(), anchor="image", frozen=frozen)
-    found[frozen] = frozen_of(make_optimizer(towers, (".*",), settings, 2, frozen=method.frozen_paths)[1])
+    found[frozen] = frozen_of(make_optimizer(towers, (".*",), settings, 2, frozen=method.frozen_paths(stage_of()))[1])
   assert found == {True: {"image/shared/kernel"}, False: frozenset()}
 
 

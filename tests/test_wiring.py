@@ -49,7 +49,7 @@ class Plain(Model):
   def embed_rows(self, modality, feed, rows, *, workers=0, threads=2, batch=0, content=False):
     x = np.stack([np.asarray(feed.clean(int(row))[0], np.float32) for row in rows])
     nothing, none = x[:, :0], np.zeros((len(x), 0), np.int32)
-    embeddings = Embeddings(x, nothing, nothing, x.argmax(axis=1)[:, None].astype(np.int32), none)
+    embeddings = Embeddings(x, nothing, nothing, x.argmax(axis=1)[:, None].astype(np.int32), none, x)
     return Embedded(embeddings, np.ones(len(x), bool), (), np.arange(len(x)) if content else None)
 
 

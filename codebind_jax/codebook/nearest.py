@@ -72,10 +72,21 @@ def nearest_code(
 
 @functools.partial(jax.jit, static_argnames="distance")
 def nearest_segments(
-  z: Float[Array, "s d n"], codes: Float[Array, "k d"], *, distance: Distance = "cosine"
+  z: Float[Array, "s d n"], codes: Float[Array, "*own k d"], *, distance: Distance = "cosine"
 ) -> Int[Array, "s n"]:
-  """`nearest_code` for segments held with vectors on lanes."""
+  """`nearest_code` for segments held with vectors on lanes.
+
+  Args:
+    z: segments.
+    codes: one codebook [k, d] for all segments, or [s, k, d], one for each position s.
+    distance: as in `nearest_code`.
+
+  Raises:
+    ValueError: if `distance` is unknown, or there are not as many codebooks as positions.
+  """
   check_distance(distance)
+  if codes.ndim == 3 and len(codes) != len(z):
+    raise ValueError(f"codes of shape {codes.shape} must have one codebook for each of {len(z)} positions")
   z, codes, bias = _prepare(z, codes, distance)
   if z.shape[1] > _NARROW:
     return _lane_blocks(z, codes, bias)
@@ -96,8 +107,8 @@ def _prepare(z, codes, distance):
   """Float32 operands of score = <z, code> - bias, whose largest value marks the nearest code; no gradient."""
   z, codes = jax.lax.stop_gradient((z.astype(jnp.float32), codes.astype(jnp.float32)))
   if distance == "cosine":
-    return z, unit(codes), jnp.zeros(codes.shape[0], jnp.float32)
-  return z, codes, 0.5 * jnp.sum(codes * codes, axis=1)
+    return z, unit(codes), jnp.zeros(codes.shape[:-1], jnp.float32)
+  return z, codes, 0.5 * jnp.sum(codes * codes, axis=-1)
 
 
 def _search_rows(z, codes, distance, block):
@@ -123,6 +134,9 @@ def _blocks_for_backend(z, codes, bias, block=0):
 def _lane_blocks(z, codes, bias):
   """The search by blocks of rows for vectors on lanes. z [s, d, n] -> [s, n]."""
   s, d, n = z.shape
+  if codes.ndim == 3:
+    # One position after the other: XLA on CPU has no fast product of batches, and elsewhere a position fills a device.
+    return jax.lax.map(lambda of: _blocks_for_backend(of[0].T, *of[1:]), (z, codes, bias))
   # Tokens first: the axis that is split over devices must be the major one of those that are merged.
   rows = jnp.transpose(z, (2, 0, 1)).reshape(n * s, d)
   return _blocks_for_backend(rows, codes, bias).reshape(n, s).T
@@ -137,12 +151,15 @@ def _by_triton(z, codes, bias):
 def _scan_codes(z, codes, bias):
   """Scan over codes with a running best for every lane. z [s, d, n] -> [s, n]."""
   s, d, n = z.shape
-  k = codes.shape[0]
+  k = codes.shape[-2]
   unroll = max(1, min(k, _UNROLLED_PRODUCTS // max(d, 1)))
   # A copy of code 0 fills the last step: it never beats the original, because a later equal score does not win.
   fill = -k % unroll
-  table = jnp.concatenate([codes, bias[:, None]], axis=1)
-  table = jnp.concatenate([table, jnp.broadcast_to(table[:1], (fill, d + 1))]).reshape(-1, unroll, d + 1)
+  table = jnp.concatenate([codes, bias[..., None]], axis=-1)
+  table = jnp.concatenate([table, jnp.broadcast_to(table[..., :1, :], (*table.shape[:-2], fill, d + 1))], axis=-2)
+  table = table.reshape(*table.shape[:-2], -1, unroll, d + 1)
+  if codes.ndim == 3:
+    table = jnp.moveaxis(table, 0, -1)[..., None]  # a number of each position
   rows = [z[:, j] for j in range(d)]
 
   def step(carry, block):
@@ -171,7 +188,8 @@ def _scan_codes(z, codes, bias):
 
 def _argmax_lanes(z, codes, bias):
   """Argmax of the product, with vectors on lanes. z [s, d, n] -> [s, n]."""
-  score = jnp.einsum("kd,sdn->skn", codes, z, precision=jax.lax.Precision.HIGHEST) - bias[:, None]
+  form = "kd,sdn->skn" if codes.ndim == 2 else "skd,sdn->skn"
+  score = jnp.einsum(form, codes, z, precision=jax.lax.Precision.HIGHEST) - bias[..., None]
   return _argmax(score, axis=1)
 
 

@@ -22,17 +22,19 @@ def draw_candidates(
   revive: Revive,
   rng: jax.Array | None,
   parts: Sequence[Segments],
-  codes: Float[Array, "k d"],
+  codes: Float[Array, "*own k d"],
   *,
   distance: Distance = "cosine",
-) -> Float[Array, "k d"] | None:
+) -> Float[Array, "*own k d"] | None:
   """The segment of the batch that would replace each code; None for `revive="none"`.
+
+  A position with a codebook of its own gets segments of that position.
 
   Args:
     revive: as in `update`.
     rng: key; a fixed one is used if it is None.
     parts: segments that the codebook has quantised in this step; those of tokens with weight 0 are never drawn.
-    codes: the codes before the update.
+    codes: the codes before the update, [k, d] or [s, k, d].
     distance: the similarity that `closest` and `probrandom` use.
   """
   check_distance(distance)
@@ -42,6 +44,14 @@ def draw_candidates(
     return None
   rng = jax.random.key(0) if rng is None else rng
   parts = [part._replace(vectors=jax.lax.stop_gradient(part.vectors)) for part in parts]
+  if codes.ndim == 3:
+    keys, weights = jax.random.split(rng, len(codes)), [part.weights for part in parts]
+
+    def of_position(key, vectors, codes):
+      own = [Segments(v[None], jnp.zeros((1, v.shape[1]), jnp.int32), w) for v, w in zip(vectors, weights)]
+      return draw_candidates(revive, key, own, codes, distance=distance)
+
+    return jax.vmap(of_position)(keys, [part.vectors for part in parts], codes)
   if revive in ("closest", "probrandom"):
     return _best_segments(parts, codes, distance, rng if revive == "probrandom" else None)
   draw, noise = jax.random.split(rng)

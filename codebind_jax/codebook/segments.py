@@ -61,12 +61,19 @@ def _transposed_in_blocks(x):
   return jax.lax.fori_loop(0, -(-length // size), block, jnp.zeros((b, stripes, length), x.dtype)).reshape(b, a)
 
 
-def look_up(codes: Float[Array, "k d"], indices: Int[Array, "s n"]) -> Float[Array, "s d n"]:
-  """Code vectors by index, with vectors on lanes."""
+def look_up(codes: Float[Array, "*own k d"], indices: Int[Array, "s n"]) -> Float[Array, "s d n"]:
+  """Code vectors by index, with vectors on lanes; codes [k, d], or [s, k, d] where each position has its own."""
   return jax.lax.platform_dependent(codes, indices, tpu=_one_hot_look_up, default=_take)
 
 
+def _as_one_book(indices, num_codes):
+  """Indices [s, n] into the codebooks of s positions as indices into all of them, one after the other."""
+  return indices + num_codes * jnp.arange(len(indices), dtype=indices.dtype)[:, None]
+
+
 def _take(codes, indices):
+  if codes.ndim == 3:
+    codes, indices = codes.reshape(-1, codes.shape[-1]), _as_one_book(indices, codes.shape[1])
   return jnp.moveaxis(jnp.take(codes.T, indices, axis=1, mode="clip"), 0, 1)
 
 
@@ -75,6 +82,8 @@ def _one_hot_look_up(codes, indices):
 
   The product is exact, because a float32 is the sum of three bfloat16.
   """
+  if codes.ndim == 3:
+    return jax.vmap(lambda codes, indices: _one_hot_look_up(codes, indices[None])[0])(codes, indices)
   one_hot = (indices[:, None] == jnp.arange(codes.shape[0], dtype=jnp.int32)[:, None]).astype(jnp.float32)
   contract = (((0,), (1,)), ((), ()))  # not an einsum, which would put the narrow axis last
   return jnp.moveaxis(jax.lax.dot_general(codes, one_hot, contract, precision=jax.lax.Precision.HIGHEST), 0, 1)
@@ -86,36 +95,64 @@ def straight_through(z: Float[Array, "..."], q: Float[Array, "..."]) -> Float[Ar
   return jax.lax.stop_gradient(q) + (z - jax.lax.stop_gradient(z))
 
 
+def rotation_trick(z: Float[Array, "s d n"], q: Float[Array, "s d n"]) -> Float[Array, "s d n"]:
+  """The value of q; z gets the gradient turned and scaled as z is turned and scaled to q, segment by segment.
+
+  The rotation trick of Fifty et al., "Restructuring Vector Quantization with the Rotation Trick" (2024, arXiv
+  2410.06424, eq. 4): q = |q| / |z| (I - 2 r r' + 2 q' z') z with unit z', q' and r' = (z' + q') / |z' + q'|, in which
+  all but the last z is constant. A segment of length zero is not scaled.
+  """
+  from_, to = jax.lax.stop_gradient((unit(z, axis=1), unit(q, axis=1)))
+  middle = unit(from_ + to, axis=1)
+  length, wanted = (jnp.linalg.norm(jax.lax.stop_gradient(x), axis=1, keepdims=True) for x in (z, q))
+  scale = jnp.where(length > 1e-12, wanted / jnp.where(length > 1e-12, length, 1.0), 1.0)
+  along = lambda axis: jnp.sum(axis * z, axis=1, keepdims=True)
+  turned = scale * (z - 2.0 * middle * along(middle) + 2.0 * to * along(from_))
+  return straight_through(turned, q)
+
+
 @functools.partial(jax.jit, static_argnames=("distance", "codes_last"))
 def similarity(
-  z: Float[Array, "s d n"], codes: Float[Array, "k d"], *, distance: Distance = "cosine", codes_last: bool = False
+  z: Float[Array, "s d n"], codes: Float[Array, "*own k d"], *, distance: Distance = "cosine", codes_last: bool = False
 ) -> Float[Array, "s _ _"]:
   """Similarity of segments and codes: z . unit(code) for "cosine" (z as given), minus the squared distance for "l2".
+
+  Args:
+    z: segments.
+    codes: one codebook for all segments, or one for each position s.
+    distance: as in `nearest_code`.
+    codes_last: order of the axes.
 
   Returns:
     [s, k, n], or [s, n, k] with `codes_last`.
   """
-  form = "kd,sdn->snk" if codes_last else "kd,sdn->skn"
+  form = f"{'s' * (codes.ndim == 3)}kd,sdn->{'snk' if codes_last else 'skn'}"
   if distance == "cosine":
     return jnp.einsum(form, unit(codes), z, precision=jax.lax.Precision.HIGHEST)
-  of_codes, of_segments = jnp.sum(codes * codes, axis=1), jnp.sum(z * z, axis=1)
-  norms = of_codes + of_segments[:, :, None] if codes_last else of_codes[:, None] + of_segments[:, None]
+  of_codes, of_segments = jnp.sum(codes * codes, axis=-1), jnp.sum(z * z, axis=1)
+  if codes_last:
+    norms = of_codes[..., None, :] + of_segments[:, :, None]
+  else:
+    norms = of_codes[..., None] + of_segments[:, None]
   return 2 * jnp.einsum(form, codes, z, precision=jax.lax.Precision.HIGHEST) - norms
 
 
-@functools.partial(jax.jit, static_argnames="num_codes")
-def statistics(parts: Sequence[Segments], num_codes: int) -> tuple[Float[Array, "k"], Float[Array, "k d"]]:
+@functools.partial(jax.jit, static_argnames=("num_codes", "own"))
+def statistics(
+  parts: Sequence[Segments], num_codes: int, own: bool = False
+) -> tuple[Float[Array, "*s k"], Float[Array, "*s k d"]]:
   """Number n_k and sum s_k of the segments assigned to each code, over all parts and all devices.
 
   Args:
     parts: segments that the codebook has quantised in this step.
     num_codes: k.
+    own: each position has its own codebook, so that statistics are [s, k] and [s, k, d].
   """
-  counts, sums = zip(*(_part_statistics(part, num_codes) for part in parts))
+  counts, sums = zip(*(_part_statistics(part, num_codes, own) for part in parts))
   return sum(counts), sum(sums)
 
 
-def _part_statistics(part, num_codes):
+def _part_statistics(part, num_codes, own):
   vectors, indices, weights = part
   s, _, n = vectors.shape
   ones = jnp.ones((s, 1, n), jnp.float32)
@@ -123,14 +160,17 @@ def _part_statistics(part, num_codes):
     # A product alone would not do, because padding may hold NaN.
     vectors = jnp.where(weights > 0, vectors * weights, 0.0)
     ones = ones * jnp.maximum(weights, 0.0)
+  rows = num_codes * s if own else num_codes  # all positions' codebooks, one after the other
+  one_book = lambda i: _as_one_book(i, num_codes) if own else i
   sums = jax.lax.platform_dependent(
     jax.lax.stop_gradient(jnp.concatenate([vectors, ones], axis=1)),
     indices,
-    cpu=lambda v, i: _scatter_sums(v, i, num_codes),
-    tpu=lambda v, i: _one_hot_sums(v, i, num_codes),
-    default=lambda v, i: _integer_sums(v, i, num_codes),
+    cpu=lambda v, i: _scatter_sums(v, one_book(i), rows),
+    tpu=lambda v, i: _by_position(v, i, num_codes) if own else _one_hot_sums(v, i, num_codes),
+    default=lambda v, i: _integer_sums(v, one_book(i), rows),
   )
-  return sums[:, -1], sums[:, :-1]
+  sums = sums.reshape(s, num_codes, -1) if own else sums
+  return sums[..., -1], sums[..., :-1]
 
 
 def _scatter_sums(vectors, indices, num_codes):
@@ -149,6 +189,11 @@ def _one_hot_sums(vectors, indices, num_codes, block=128):
 
   blocks = jnp.arange(num_codes + -num_codes % block, dtype=jnp.int32).reshape(-1, block)
   return jax.lax.map(sums, blocks).reshape(-1, vectors.shape[1])[:num_codes]
+
+
+def _by_position(vectors, indices, num_codes):
+  sums = jax.vmap(lambda v, i: _one_hot_sums(v[None], i[None], num_codes))(vectors, indices)
+  return sums.reshape(-1, vectors.shape[1])
 
 
 _BITS = 26  # bits of a number that are added, relative to the largest number

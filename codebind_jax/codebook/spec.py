@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
@@ -16,6 +17,10 @@ SHARED = "shared"
 Layout = str
 LAYOUTS = ("parts", "interleaved")
 UPDATES = ("snapshot", "sequential")
+POSITIONS = ("shared", "own")
+ROTATIONS = ("none", "learned")
+GRADIENTS = ("straight_through", "rotation_trick")
+STARTS = ("batch", "kmeans", "opq")
 Codes = Annotated[int, above(0), at_most(1 << 24)]
 
 
@@ -30,6 +35,19 @@ class Codebook:
     codes: modality -> number of codes in its own codebook; needed for each modality with a specific part.
     distance: what makes a code the nearest: the largest cosine, or the smallest squared distance (l2).
     normalize: whether segments are scaled to unit length before they are quantised.
+    unit_parts: whether a part is scaled to unit length before it is cut into segments, which then keep their shares of
+      it (with `normalize` False).
+    positions: shared (one codebook for all segments of a part) or own (one for each segment, as in product
+      quantisation; all of them of `shared_codes` or `codes` codes).
+    stages: number of codes of a segment, each of which quantises what the ones before it left (residual quantisation);
+      from the second on the nearest code is the one of the smallest squared distance.
+    rotation: learned turns every part before it is cut into segments, and back after them, by an orthogonal matrix that
+      is trained with the heads; one for the shared parts of all modalities.
+    gradient: how the features get their gradient through the codes: straight_through, or rotation_trick (Fifty et al.,
+      2024, arXiv 2410.06424).
+    start: codes begin as means of k-means over the first batch (batch) or over `start_rows` training rows (kmeans), or
+      as these after a rotation by optimised product quantisation (opq; needs `rotation`).
+    start_rows: number of training rows for `start` kmeans and opq.
     layout: order of an item's features: parts (shared features first, then specific) or interleaved (chunks of one
       shared and one specific segment).
     update_mode: snapshot quantises all modalities with the codes of the step before; sequential updates the codes after
@@ -50,6 +68,13 @@ class Codebook:
   codes: Mapping[Name, Codes] = Frozen()
   distance: Literal[DISTANCES] = "cosine"
   normalize: bool = True
+  unit_parts: bool = False
+  positions: Literal[POSITIONS] = "shared"
+  stages: Annotated[int, above(0), at_most(256)] = 1
+  rotation: Literal[ROTATIONS] = "none"
+  gradient: Literal[GRADIENTS] = "straight_through"
+  start: Literal[STARTS] = "batch"
+  start_rows: Annotated[int, above(0), at_most(1 << 24)] = 16384
   layout: Literal[LAYOUTS] = "parts"
   update_mode: Literal[UPDATES] = "snapshot"
   decay: Decay = 0.99
@@ -59,6 +84,15 @@ class Codebook:
   ema: bool = True
   first_token: bool = False
   alarm_share: Share = 0.1
+
+  def check(self, path: str) -> None:
+    """Refuses options that do not go together."""
+    if self.start == "opq" and self.rotation == "none":
+      raise ValueError(f"config.{path}.start: got 'opq', whose rotation needs config.{path}.rotation; allowed: "
+                       "'kmeans', or rotation 'learned'")  # fmt: skip
+    if self.stages > 1 and self.distance == "cosine" and not self.normalize:
+      raise ValueError(f"config.{path}.stages: got {self.stages}, but codes by cosine of segments that are not "
+                       "normalized leave no residual; allowed: 1, normalize True, or distance 'l2'")  # fmt: skip
 
   def spec(self, shared_dim: int, specific_dims: Mapping[str, int]) -> CompositionalSpec:
     """The quantiser of features of these widths.
@@ -72,6 +106,7 @@ class Codebook:
       num_codes=(self.shared_codes, 0), num_specific_codes=self.codes, layout=self.layout, distance=self.distance,
       normalize=self.normalize, decay=self.decay, revive=self.revive, revive_mode=self.revive_mode,
       detach_similarity=self.detach_similarity, ema=self.ema, specific_code_dims=self.dims,
+      unit_parts=self.unit_parts, positions=self.positions, stages=self.stages, gradient=self.gradient,
     )  # fmt: skip
 
   def width_of(self, name: str) -> int:
@@ -103,6 +138,7 @@ class CompositionalSpec:
     decay, eps, revive, revive_mode: as in `codebook.update`.
     detach_similarity: similarities give no gradient to the features, as in the release.
     first: modalities that a sequential update takes first.
+    unit_parts, positions, stages, gradient: as in `Codebook`.
   """
 
   shared_dim: int = 1024
@@ -124,6 +160,10 @@ class CompositionalSpec:
   detach_similarity: bool = False
   first: tuple[str, ...] = ("text",)
   specific_code_dims: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
+  unit_parts: bool = False
+  positions: str = "shared"
+  stages: int = 1
+  gradient: str = "straight_through"
 
   def __post_init__(self):
     for field in ("specific_dims", "num_specific_codes", "specific_code_dims"):
@@ -136,6 +176,8 @@ class CompositionalSpec:
       ("distance", DISTANCES),
       ("revive", REVIVALS),
       ("revive_mode", REVIVE_MODES),
+      ("positions", POSITIONS),
+      ("gradient", GRADIENTS),
     ):
       if getattr(self, field) not in allowed:
         raise ValueError(f"{field} must be one of {allowed}, got {getattr(self, field)!r}")
@@ -143,6 +185,10 @@ class CompositionalSpec:
     if self.sharing != "parts" and (self.specific_code_dims or self.sharing == "one" and widths != {self.code_dims[0]}):
       raise ValueError(f"sharing={self.sharing!r} needs equal code_dims, got {self.code_dims} and "
                        f"{dict(self.specific_code_dims)}")  # fmt: skip
+    if self.positions == "own" and self.sharing != "parts":
+      raise ValueError(f"positions='own' needs sharing='parts', got {self.sharing!r}")
+    if self.stages < 1 or self.stages > 1 and self.distance == "cosine" and not self.normalize:
+      raise ValueError(f"stages must be positive, and 1 for codes by cosine without normalize, got {self.stages}")
     if self.shared_dim < 1 or self.shared_dim % self.code_dims[0]:
       raise ValueError(f"shared_dim must be a positive multiple of {self.code_dims[0]}, got {self.shared_dim}")
     for name, width in (("*", self.specific_dim), *self.specific_dims):
@@ -168,3 +214,39 @@ class CompositionalSpec:
     if self.sharing == "separate":
       return (SHARED, SHARED) if modality in self.first else (modality, modality)
     return SHARED, modality
+
+  def lead(self, positions: int) -> tuple[int, ...]:
+    """Leading axes of the arrays of a codebook for so many positions: of stages, and of codebooks of their own."""
+    return (self.stages,) * (self.stages > 1) + (positions,) * (self.positions == "own")
+
+  def books(self, modality: str) -> dict[str, tuple[int, int, int]]:
+    """Codebook name -> (codes, width of a code, positions), of a modality's shared and specific part."""
+    shared, specific = self.codebook_names(modality)
+    out = {shared: (self.num_codes[0], self.code_dims[0], self.shared_dim // self.code_dims[0])}
+    width = self.specific_width(modality)
+    if width and specific != SHARED:
+      count = dict(self.num_specific_codes).get(modality, self.num_codes[1])
+      dim = self.specific_code_dim(modality)
+      out[specific] = count, dim, width // dim
+    return out
+
+  def bits(self, modality: str, part: str = "shared") -> int:
+    """Bits of an item's codes: ceil(log2 K) for every position and stage.
+
+    Args:
+      modality: of the item.
+      part: "shared", "specific" or "full" (both).
+    """
+    shared, specific = self.codebook_names(modality)
+    sizes = {name: codes for name, (codes, _, _) in self.books(modality).items()}
+    widths = (self.shared_dim, self.specific_width(modality))
+    dims = (self.code_dims[0], self.specific_code_dim(modality))
+    bits = {
+      name: math.ceil(math.log2(sizes[book])) * (width // dim) * self.stages if width else 0
+      for name, book, width, dim in zip(("shared", "specific"), (shared, specific), widths, dims)
+    }
+    return sum(bits.values()) if part == "full" else bits[part]
+
+  def item_bytes(self, modality: str, part: str = "shared") -> int:
+    """Bytes of an item's packed codes: `bits`, filled up to whole bytes."""
+    return -(-self.bits(modality, part) // 8)

@@ -40,6 +40,9 @@ _REVIVED_FLOOR = 0.02
 class CodebookState:
   """All that changes in a codebook of k codes of width d.
 
+  A codebook that is one for each residual stage, or for each position, holds them on leading axes of all its arrays:
+  [stages, k, d], [positions, k, d] or [stages, positions, k, d]. Every one of them is updated and revived by itself.
+
   Attributes:
     codes: [k, d] float32, the code vectors as stored.
     ema_count: [k] float32, moving average N of the number of segments assigned to each code.
@@ -63,7 +66,7 @@ class Quantized(NamedTuple):
   indices: Int[Array, "*lead"]
 
 
-def init_codebook(rng: jax.Array, num_codes: int, dim: int) -> CodebookState:
+def init_codebook(rng: jax.Array, num_codes: int, dim: int, lead: tuple[int, ...] = ()) -> CodebookState:
   """A codebook of normalised Gaussian rows with empty statistics.
 
   Start from k-means (`compositional.init_codebooks`) before training: with counts of zero the Laplace smoothing of
@@ -73,35 +76,38 @@ def init_codebook(rng: jax.Array, num_codes: int, dim: int) -> CodebookState:
     rng: key of the rows.
     num_codes: k.
     dim: width d of a code.
+    lead: leading axes: the numbers of residual stages and of positions that have codebooks of their own.
 
   Raises:
     ValueError: if a size is not positive.
   """
-  if num_codes < 1 or dim < 1:
-    raise ValueError(f"num_codes and dim must be positive, got {num_codes} and {dim}")
-  codes = unit(jax.random.normal(rng, (num_codes, dim), jnp.float32))
+  if num_codes < 1 or dim < 1 or min(lead, default=1) < 1:
+    raise ValueError(f"num_codes, dim and lead must be positive, got {num_codes}, {dim} and {lead}")
+  codes = unit(jax.random.normal(rng, (*lead, num_codes, dim), jnp.float32))
   return CodebookState(
     codes=codes,
-    ema_count=jnp.zeros(num_codes, jnp.float32),
+    ema_count=jnp.zeros(codes.shape[:-1], jnp.float32),
     # A copy, because a donated state must not hold one buffer twice.
     ema_sum=jnp.array(codes, copy=True),
-    usage=jnp.zeros(num_codes, jnp.float32),
+    usage=jnp.zeros(codes.shape[:-1], jnp.float32),
     initialised=jnp.zeros((), jnp.bool_),
   )
 
 
-def check_codes(state: CodebookState, width: int, name: str = "") -> None:
+def check_codes(state: CodebookState, width: int, name: str = "", lead: tuple[int, ...] = ()) -> None:
   """Raises ValueError unless a codebook has codes, and sums of segments, of one width.
 
   Args:
     state: the codebook.
     width: of the segments that it is to quantise.
     name: of the codebook, for the message.
+    lead: leading axes, as in `init_codebook`.
   """
   shape, sums = state.codes.shape, state.ema_sum.shape
   book = f"codebook {name!r}" if name else "the codebook"
-  if len(shape) != 2 or shape[1] != width:
-    raise ValueError(f"{book} has codes of shape {shape}; segments of width {width} need [k, {width}]")
+  if len(shape) != len(lead) + 2 or shape[:-2] != lead or shape[-1] != width:
+    needed = ", ".join([*map(str, lead), "k", str(width)])
+    raise ValueError(f"{book} has codes of shape {shape}; segments of width {width} need [{needed}]")
   if sums != shape:
     raise ValueError(f"{book} has codes of shape {shape}, but ema_sum of shape {sums}; they must be equal")
 
@@ -138,9 +144,12 @@ def quantize(
 
 
 def quantize_segments(
-  z: Float[Array, "s d n"], codes: Float[Array, "k d"], *, distance: Distance = "cosine"
+  z: Float[Array, "s d n"], codes: Float[Array, "*own k d"], *, distance: Distance = "cosine"
 ) -> tuple[Float[Array, "s d n"], Int[Array, "s n"]]:
-  """The nearest code vector of each segment, and its index; the vectors carry the gradient of `codes`."""
+  """The nearest code vector of each segment, and its index; the vectors carry the gradient of `codes`.
+
+  Codes are [k, d], or [s, k, d] where each position has a codebook of its own.
+  """
   indices = nearest_segments(z, codes, distance=distance)
   return look_up(codes, indices), indices
 
@@ -194,9 +203,9 @@ def update(
 @functools.partial(jax.jit, static_argnames=("decay", "eps", "revive_mode", "ema"))
 def advance(
   state: CodebookState,
-  counts: Float[Array, "k"],
-  sums: Float[Array, "k d"],
-  candidates: Float[Array | np.ndarray, "k d"] | None,
+  counts: Float[Array, "*lead k"],
+  sums: Float[Array, "*lead k d"],
+  candidates: Float[Array | np.ndarray, "*lead k d"] | None,
   *,
   decay: float = 0.99,
   eps: float = 1e-5,
@@ -228,6 +237,10 @@ def advance(
     raise ValueError(f"decay must be in [0, 1), got {decay}")
   if revive_mode not in REVIVE_MODES:
     raise ValueError(f"revive_mode must be {' or '.join(map(repr, REVIVE_MODES))}, got {revive_mode!r}")
+  if state.codes.ndim > 2:
+    one = functools.partial(advance, decay=decay, eps=eps, revive_mode=revive_mode, ema=ema)
+    every = jax.tree.map(lambda x: jnp.broadcast_to(x, state.codes.shape[:1]) if x is state.initialised else x, state)
+    return jax.vmap(one)(every, counts, sums, candidates).replace(initialised=state.initialised)
   survive = revive_mode == "survive"
   k = state.codes.shape[0]
   total = jnp.sum(counts)
@@ -263,18 +276,20 @@ def advance(
   return jax.tree.map(lambda a, b: jnp.where(total > 0, a, b), new, state)
 
 
-def usage_stats(counts: Float[Array | np.ndarray, "k"] | Int[Array | np.ndarray, "k"]) -> dict[str, jax.Array]:
+def usage_stats(
+  counts: Float[Array | np.ndarray, "*lead k"] | Int[Array | np.ndarray, "*lead k"],
+) -> dict[str, jax.Array]:
   """How evenly the codes are used.
 
   Args:
-    counts: how often each code was used (any positive unit, e.g. `state.usage`).
+    counts: how often each code was used (any positive unit, e.g. `state.usage`), of stages and positions together.
 
   Returns:
     `active_share` (0-1) of codes used at all, `perplexity` (exponential of the entropy of use, 1 to k), the number of
     `dead` codes, and `max_share` (0-1), the share of the most used code. All 0 (`dead` k) if nothing was
     counted.
   """
-  counts = jnp.asarray(counts, jnp.float32)
+  counts = jnp.asarray(counts, jnp.float32).reshape(-1)
   total = jnp.sum(counts)
   share = counts / jnp.maximum(total, 1e-30)
   entropy = -jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.where(share > 0, share, 1.0)), 0.0))
@@ -287,7 +302,7 @@ def usage_stats(counts: Float[Array | np.ndarray, "k"] | Int[Array | np.ndarray,
   }
 
 
-def collapsed(usage: Float[Array | np.ndarray, "k"], share: float = 0.2) -> Bool[Array, ""]:
+def collapsed(usage: Float[Array | np.ndarray, "*lead k"], share: float = 0.2) -> Bool[Array, ""]:
   """Whether the perplexity of a codebook's use is below `share` of its size: the alarm for the log.
 
   Args:
@@ -299,4 +314,4 @@ def collapsed(usage: Float[Array | np.ndarray, "k"], share: float = 0.2) -> Bool
   """
   if not 0 <= share <= 1:
     raise ValueError(f"share must be between 0 and 1, got {share}")
-  return usage_stats(usage)["perplexity"] < share * usage.shape[0]
+  return usage_stats(usage)["perplexity"] < share * usage.size

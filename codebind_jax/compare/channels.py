@@ -17,7 +17,7 @@ from codebind_jax.trunks.feeds import Feeder
 
 
 class Sliced(Model):
-  """A trained model whose `shared` embeddings have only the chosen channels of every segment."""
+  """A trained model whose `shared` and `query` embeddings have only the chosen channels of every segment."""
 
   def __init__(self, model: Model, channels: Int[np.ndarray, "q"], width: int):
     super().__init__(model.config, model.params, model.codebooks, model.trunks, model.batch, model.modalities)
@@ -26,8 +26,9 @@ class Sliced(Model):
   def embed_rows(self, *args: Any, **options: Any) -> Embedded:
     """As `Model`, sliced."""
     full = super().embed_rows(*args, **options)
-    shared = keep_channels(full.embeddings.shared, self._channels, self._width)
-    return dataclasses.replace(full, embeddings=dataclasses.replace(full.embeddings, shared=shared))
+    kept = {name: keep_channels(getattr(full.embeddings, name), self._channels, self._width)
+            for name in ("shared", "query")}  # fmt: skip
+    return dataclasses.replace(full, embeddings=dataclasses.replace(full.embeddings, **kept))
 
 
 def evaluate(model: Model, channels: Sequence[int], width: int) -> dict[str, tuple[float, float]]:

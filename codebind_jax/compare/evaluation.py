@@ -169,7 +169,7 @@ class CrossModal:
       rows, feed, columns = self._feeds[name, m]
       if len(rows):
         out = model.embed_rows(m, feed, rows).embeddings
-        table[m] = {"shared": out.shared, "codes": out.codes_shared}
+        table[m] = {"shared": out.shared, "codes": model.method.numbered("shared", out.codes_shared)}
         table[m] |= {f: columns[f] for f in (*fields, "id")}
     return table
 

@@ -128,7 +128,8 @@ def _codes(model: Model, widths: Mapping[str, Mapping[str, int]]) -> dict[str, i
   """Column of codes -> number of codes of its codebook."""
   books = {(m, part): model.codebooks.get("shared" if part == shards.CODES[0] else m)
            for m, parts in widths.items() for part in parts if part in shards.CODES}  # fmt: skip
-  return {shards.column_name(m, part): len(book.codes) for (m, part), book in books.items() if hasattr(book, "codes")}
+  sizes = {of: book.codes.shape[-2] for of, book in books.items() if hasattr(book, "codes")}
+  return {shards.column_name(*of): size for of, size in sizes.items()}
 
 
 def embed_shard(

@@ -131,6 +131,7 @@ class Retrieval:
     keys: modality -> (rows, values), any number of values a row, in place of the column `match`; rows without a value
       take no part.
     part: embedding column compared.
+    query: column of the queries; "" for `part`.
     ks: the k of recall.
     by: part of the names, `retrieval/<a>_to_<b>/<by>/r1`, if two modalities are compared by several fields.
     intervals: also yield `n`, `ways`, `low` and `high` of each recall (`intervals.measured`), which draw the queries
@@ -143,6 +144,7 @@ class Retrieval:
   match: str = "label"
   keys: Mapping[str, contents.Keys] = dataclasses.field(default_factory=dict)
   part: str = "shared"
+  query: str = ""
   ks: Sequence[int] = (1, 5, 10)
   by: str = ""
   intervals: bool = False
@@ -152,22 +154,28 @@ class Retrieval:
   def __call__(self, table: base.Table) -> Iterator[tuple[str, float]]:
     """Yields recall and median rank of both directions."""
     both = self.a, self.b
-    x = {modality: base.columns(table, modality, [self.part])[0] for modality in both}
+    asked, x = _queries_and_items(table, both, self.query or self.part, self.part)
     keys = [self.keys.get(modality) or _column_keys(table, modality, self.match) for modality in both]
     of = dict(zip(both, contents.sides(tuple(contents.contents_of(table, m) for m in both), tuple(keys))))
     if self.keys and max(len(side.rows) for side in of.values()) < 2:
       raise base.LeftOutError(f"{' and '.join(both)}: there is one of each, nothing to choose among")
     for source, target in (both, both[::-1]):
       query, gallery = of[source], of[target]
-      ranks = first_ranks(x[source][query.rows], x[target][gallery.rows], (query, gallery))
+      ranks = first_ranks(asked[source][query.rows], x[target][gallery.rows], (query, gallery))
       name = f"{self.name}/{source}_to_{target}/{f'{self.by}/' if self.by else ''}"
       groups = contents.groups_of(query, gallery)
       if self.keep:
-        self.keep(_answers(name.rstrip("/"), table, (source, target), (query, gallery), (x[source], x[target])))
+        self.keep(_answers(name.rstrip("/"), table, (source, target), (query, gallery), (asked[source], x[target])))
       numbers = functools.partial(measured, ways=len(gallery.rows), groups=groups, intervals=self.intervals)
       for k in self.ks:
         yield from numbers(f"{name}r{k}", 100.0 * (ranks <= k))
       yield f"{name}median_rank", float(np.median(ranks))
+
+
+def _queries_and_items(table, modalities, query, item):
+  """Modality -> its vectors as queries, and modality -> those as items."""
+  found = {m: base.columns(table, m, [query, item]) for m in modalities}
+  return {m: columns[0] for m, columns in found.items()}, {m: columns[1] for m, columns in found.items()}
 
 
 def _answers(name, table, modalities, sides, embeddings):
@@ -205,6 +213,7 @@ class Emergent:
     b: the other.
     match: column both have; "" stands for none.
     part: embedding column compared.
+    query: column of the queries; "" for `part`.
     k: of recall.
     intervals: also yield `n`, `ways`, `low` and `high` of each recall (`intervals.measured`), which draw the rows of
       one concept together.
@@ -214,6 +223,7 @@ class Emergent:
   b: str
   match: str = "concept"
   part: str = "shared"
+  query: str = ""
   k: int = 5
   intervals: bool = False
   name: str = "emergent"
@@ -226,15 +236,16 @@ class Emergent:
   def __call__(self, table: base.Table) -> Iterator[tuple[str, float]]:
     """Yields recall of both directions and its chance level, in percent."""
     common = sorted(self.overlap(table))
-    both, keys, x = (self.a, self.b), [], {}
+    both, keys = (self.a, self.b), []
+    asked, x = _queries_and_items(table, both, self.query or self.part, self.part)
     for modality in both:
-      x[modality], values = base.columns(table, modality, [self.part, self.match])
+      (values,) = base.columns(table, modality, [self.match])
       rows = np.flatnonzero(np.isin(values, common))
       keys.append((rows, values[rows]))
     of = dict(zip(both, contents.sides(tuple(contents.contents_of(table, m) for m in both), tuple(keys))))
     for source, target in (both, both[::-1]):
       query, gallery = of[source], of[target]
-      hits = 100.0 * (first_ranks(x[source][query.rows], x[target][gallery.rows], (query, gallery)) <= self.k)
+      hits = 100.0 * (first_ranks(asked[source][query.rows], x[target][gallery.rows], (query, gallery)) <= self.k)
       name, groups = f"{self.name}/{source}_to_{target}/r{self.k}", contents.groups_of(query, gallery)
       yield from measured(name, hits, ways=len(gallery.rows), groups=groups, intervals=self.intervals)
       chance = 100.0 * float(np.mean(_chance(contents.right_answers(query, gallery), len(gallery.rows), self.k)))

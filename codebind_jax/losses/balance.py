@@ -16,7 +16,8 @@ FACTORS = {
   "code_uniform": 0.1,
   "decomposition": 0.1,
   "specific_uniform": 1.0,
-  "info_nce_plain": 1.0,  # this and the next one are not the release's
+  "info_nce_plain": 1.0,  # this and the next two are not the release's
+  "info_nce_asymmetric": 1.0,
   "decorrelation": 0.1,
 }
 

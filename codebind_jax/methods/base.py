@@ -294,9 +294,8 @@ class Method(abc.ABC):
     """Why the towers' inputs must be tokens, not pixels or ids; "" if they need not."""
     return ""
 
-  @property
-  def frozen_paths(self) -> tuple[str, ...]:
-    """Regexes of parameter paths that the method never trains."""
+  def frozen_paths(self, stage: Stage) -> tuple[str, ...]:
+    """Regexes of parameter paths that the method does not train in a stage."""
     return ()
 
   def trained_paths(self, stage: Stage) -> tuple[str, ...]:
@@ -306,6 +305,25 @@ class Method(abc.ABC):
   def settled(self, params: Any, codebooks: Any) -> tuple[Any, Any]:
     """(params, codebooks) after the optimizer's step, where the one holds what belongs into the other."""
     return params, codebooks
+  @property
+  def start_rows(self) -> int:
+    """Training rows whose features `start` needs; 0 if a stage's first batch is enough (`start_codebooks`)."""
+    return 0
+
+  def start(
+    self, extra: Any, codebooks: Any, features: Mapping[str, Array], masks: Mapping[str, Array], rng: Any
+  ) -> tuple[Any, Any]:
+    """(the method's own parameters, codebooks) at a stage's start, from the features of `start_rows` training rows."""
+    return extra, codebooks
+
+  def numbered(self, book: str, indices: Int[Any, "*lead _"]) -> Int[Any, "*lead _"]:
+    """The codes of a codebook by number among all that it has, 0 to `codebook_sizes[book]` - 1, for counts of use.
+
+    Args:
+      book: name of the codebook.
+      indices: codes as `embed` gives them.
+    """
+    return indices
 
   def init(self, rng: Any, features: Mapping[str, Array], inputs: Mapping[str, Array], towers: Any) -> tuple:
     """(the method's own parameters, codebooks, aux) at the start of a run.
@@ -368,6 +386,7 @@ def output(
   no_similarity = jnp.zeros((shared.shape[0], 0, 0), jnp.float32)
   return ModalityOutput(
     shared=unit(shared), specific=unit(specific), full=unit(jnp.concatenate([shared, specific], axis=-1)),
+    query=unit(shared),
     indices_shared=none if indices is None else indices,
     indices_specific=none if indices_specific is None else indices_specific, similarity_shared=no_similarity,
     similarity_specific=no_similarity, commitment=jnp.zeros((), jnp.float32),

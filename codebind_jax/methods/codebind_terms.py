@@ -55,12 +55,28 @@ def _info_nce_plain(r: Rows) -> Float[Array, ""]:
   return _align(r, r.made.plain)
 
 
+def _info_nce_asymmetric(r: Rows) -> Float[Array, ""]:
+  """InfoNCE of each modality's queries, which are not quantised, and the other's items, which are: what a search does.
+
+  The mean of both choices of the side that is quantised.
+  """
+  items = {m: out.shared for m, out in r.made.outputs.items()}
+  queries = {m: out.query for m, out in r.made.outputs.items()}
+  return 0.5 * (_align_pairs(r, queries, items) + _align_pairs(r, items, queries))
+
+
 def _align(r: Rows, outputs: Mapping[str, Any]) -> Float[Array, ""]:
+  shared = {m: out.shared for m, out in outputs.items()}
+  return _align_pairs(r, shared, shared)
+
+
+def _align_pairs(r: Rows, of_a: Mapping[str, Array], of_b: Mapping[str, Array]) -> Float[Array, ""]:
+  """The mean InfoNCE of the pairs (a, b), by the class tokens of `of_a` and `of_b`."""
   stage = r.stage
   tiled = stage.ring or stage.chunk  # devices pass tiles around; without `axes` each tile would gather all rows anew
   return _mean([
     losses.info_nce(
-      outputs[a].shared[:, 0], outputs[b].shared[:, 0], temperature=stage.temperature, logit_scale_a=r.scales[a],
+      of_a[a][:, 0], of_b[b][:, 0], temperature=stage.temperature, logit_scale_a=r.scales[a],
       logit_scale_b=r.scales[b], scale_inside_cosine=stage.scale_inside_cosine, mask=r.both(a, b), chunk=stage.chunk,
       axes=row_axes(len(r.masks[a])) if tiled else (), groups=r.groups_of(a, b),
     )
@@ -90,7 +106,12 @@ def _code_contrast(r: Rows) -> Float[Array, ""]:
 def _code_uniform(r: Rows) -> Float[Array, ""]:
   """Codes of a codebook lie apart, where they are parameters; codes that follow moving averages get no gradient."""
   used = ["shared", *r.made.with_specific]
-  return sum((losses.code_uniform(r.codebooks[name].codes) for name in used), start=jnp.zeros((), jnp.float32))
+  def of_book(codes: Array) -> Array:
+    if codes.ndim == 2:
+      return losses.code_uniform(codes)
+    return jnp.mean(jax.lax.map(losses.code_uniform, codes.reshape(-1, *codes.shape[-2:])))  # stages and positions
+
+  return sum((of_book(r.codebooks[name].codes) for name in used), start=jnp.zeros((), jnp.float32))
 
 
 def _code_matching(r: Rows) -> Float[Array, ""]:
@@ -155,6 +176,7 @@ def _reconstruction(r: Rows) -> Float[Array, ""]:
 TERMS: dict[str, Term] = {
   "info_nce": _info_nce,
   "info_nce_plain": _info_nce_plain,
+  "info_nce_asymmetric": _info_nce_asymmetric,
   "commitment": _commitment,
   "code_contrast": _code_contrast,
   "code_uniform": _code_uniform,

@@ -31,8 +31,7 @@ class Method(base.Method):
   anchor: Name = "image"
   frozen: bool = True
 
-  @property
-  def frozen_paths(self) -> tuple[str, ...]:
+  def frozen_paths(self, stage: Stage) -> tuple[str, ...]:
     """The anchor's tower if it is frozen; it gets no weight decay either."""
     return (rf"{re.escape(self.anchor)}/.*",) if self.frozen else ()
 

@@ -78,7 +78,8 @@ def codes_of(model: Any) -> Float[np.ndarray, "k d"]:
     ValueError: if its method has none.
   """
   if "shared" in model.codebooks:
-    return np.asarray(model.codebooks["shared"].codes, np.float32)
+    codes = np.asarray(model.codebooks["shared"].codes, np.float32)
+    return codes.reshape(-1, codes.shape[-1])  # of all positions and stages
   if "codes" in model.params.get(EXTRA, {}):
     return np.asarray(model.params[EXTRA]["codes"], np.float32)
   raise ValueError(f"method {model.config.method!r} has no shared codebook")

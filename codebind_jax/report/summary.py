@@ -174,6 +174,10 @@ def trained(config: Config, task: Task, baseline: bool) -> str:
     text += f" The pretrained encoders of {_joined(still)} stayed as they were; the heads after them were trained."
   if config.init_from:
     text += f" Training began from {config.init_from}."
+  if sizes := config.item_bytes:
+    text += f" The codes of an item's shared part take {min(shared for shared, _ in sizes.values()):,} bytes"
+    whole = [f"{total:,} of {m}" for m, (shared, total) in sorted(sizes.items()) if total > shared]
+    text += f", with its specific part {_joined(whole)}." if whole else "."
   if baseline:
     text += " The baseline is the same heads, data and steps by plain InfoNCE, without codebooks."
   return text

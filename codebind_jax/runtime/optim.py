@@ -51,7 +51,7 @@ class Optim:
   accumulate: Annotated[int, _ALONE] = 1
   rules: tuple[tuple[Regex, Factor, Annotated[float, at_least(0), at_most(1e6)]], ...] = (
     (r".*_log_logit_scale", 1.0, 0.0), (r".*(bias|scale)", 1.0, 0.0), (r".*kernel", 1.0, 1.0),
-    (r"method/codes(/.*)?", 1.0, 0.0), (r".*/decoder/positions", 1.0, 0.0),
+    (r"method/codes", 1.0, 0.0), (r"method/(codes|rotation)/.*", 1.0, 0.0), (r".*/decoder/positions", 1.0, 0.0),
     (r".*/trunk/.*", 1.0, 0.0),  # adapters, class tokens, positions, embeddings
   )  # fmt: skip
 

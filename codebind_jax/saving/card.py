@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,7 +55,7 @@ def card(content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], name
            if path.startswith("codebooks/") and path.endswith("/codes")}  # fmt: skip
   if books:
     lines += ["", "| codebook | codes | width |", "|---|---|---|"]
-    lines += [f"| {book} | {shape[0]} | {shape[-1]} |" for book, shape in sorted(books.items())]
+    lines += [f"| {book} | {math.prod(shape[:-1])} | {shape[-1]} |" for book, shape in sorted(books.items())]
   referred = {m: trunk["checkpoints"] for m, trunk in trunks.items() if trunk["values"] == "reference"}
   if referred:
     lines += ["", "Trunks that are not in this folder are read from their own checkpoints, of these SHA-256:", ""]

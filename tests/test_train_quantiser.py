@@ -1,0 +1,104 @@
+"""A small index as users train it: from a continuous run, by OPQ, with codebooks by position, residuals, a rotation."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+import codebind_jax
+from codebind_jax.api import Model
+from codebind_jax.train import train_and_evaluate
+from tests.processes import assert_same_run
+from tests.train_fixtures import arrays_of, lines_of, tiny_config
+
+FEW = {"steps": 4, "eval_steps": 4, "tasks": ("zeroshot", "retrieval", "codes"), "optim.learning_rate": 1e-3}
+SMALL = {
+  "codebook.dim": 4, "codebook.shared_codes": 8, "codebook.distance": "l2", "codebook.normalize": False,
+  "codebook.unit_parts": True, "codebook.positions": "own", "codebook.stages": 2, "codebook.rotation": "learned",
+  "codebook.start": "opq", "codebook.start_rows": 40, "codebook.gradient": "rotation_trick", "queries": "uncoded",
+  "stages.bridges.losses": {"info_nce": 1.0, "info_nce_asymmetric": 0.5, "commitment": 1.0},
+  "stages.bridges.mixup": 0.0,
+}  # fmt: skip
+TEXTS = ["red", "blue square", "a green thing"]
+
+
+@pytest.fixture(scope="module")
+def continuous(data, tmp_path_factory):
+  """A run without codes."""
+  folder = tmp_path_factory.mktemp("continuous") / "run"
+  losses = {"stages.bridges.losses": {"info_nce": 1.0}}
+  train_and_evaluate(tiny_config(*data, **FEW | losses | {"model.quantize": False}), folder)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def coded(data, continuous, tmp_path_factory):
+  """A run that starts from it."""
+  folder = tmp_path_factory.mktemp("coded") / "run"
+  config = tiny_config(*data, **FEW | SMALL | {"init_from": str(continuous)})
+  return config, folder, train_and_evaluate(config, folder)
+
+
+def decoded(model, codes, book, rotation, stages, width):
+  """Vectors of codes [n, stages * positions], by hand."""
+  positions = codes.shape[1] // stages
+  tables = np.asarray(book.codes)
+  parts = [sum(tables[i, p][codes[:, i * positions + p]] for i in range(stages)) for p in range(positions)]
+  vectors = np.concatenate(parts, axis=1) @ np.asarray(rotation)
+  assert vectors.shape[1] == width
+  return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def test_codes_give_the_items_and_queries_are_uncoded(coded, tmp_path):
+  config, folder, final = coded
+  model = codebind_jax.load(folder)
+  out = model.embed({"text": TEXTS})["text"]
+  assert out.codes_shared.shape == (3, 2 * 4) and out.codes_shared.max() < 8
+  assert model.codebooks["shared"].codes.shape == (2, 4, 8, 4) and model.codebooks["image"].codes.shape[:2] == (2, 4)
+  rotation = model.method.rotations(model.params)["shared"]
+  assert np.abs(np.asarray(rotation) - np.eye(16)).max() > 0.05
+  want = decoded(model, out.codes_shared, model.codebooks["shared"], rotation, 2, 16)
+  np.testing.assert_allclose(out.shared, want, atol=1e-5)
+  # Queries are what the heads give.
+  plain = Model(_plain(config), model.params, {}, model.trunks)
+  np.testing.assert_allclose(out.query, plain.embed({"text": TEXTS})["text"].shared, atol=1e-5)
+  assert np.abs(out.query - out.shared).max() > 1e-3
+  model.save(tmp_path / "saved")
+  again = codebind_jax.load(tmp_path / "saved").embed({"text": TEXTS})["text"]
+  for name in ("shared", "query", "codes_shared"):
+    np.testing.assert_allclose(getattr(again, name), getattr(out, name), atol=1e-6)
+  assert 8 < final["eval/train/codebook/shared/perplexity"] <= 2 * 4 * 8  # of the codes of all stages and positions
+
+
+def _plain(config):
+  plain = config.copy_and_resolve_references().unlock()
+  plain.model.quantize, plain.codebook.start, plain.codebook.rotation = False, "batch", "none"
+  return plain
+
+
+def test_a_start_by_opq_quantises_well_and_moves_on(coded, continuous):
+  config, folder, _ = coded
+  lines = [line for line in lines_of(folder) if "train/total" in line]
+  assert {"train/info_nce_asymmetric", "codebook/shared/perplexity"} <= lines[0].keys()
+  assert lines[0]["train/commitment"] < 0.02, lines[0]
+  before, after = arrays_of(continuous), arrays_of(folder)
+  assert not np.array_equal(before["params/image/shared/proj/kernel"], after["params/image/shared/proj/kernel"])
+  assert bool(after["codebooks/shared/initialised"])
+
+
+def test_it_resumes_bit_for_bit(coded, tmp_path):
+  config, folder, _ = coded
+  shutil.copytree(folder, tmp_path / "cut")
+  shutil.rmtree(tmp_path / "cut" / "checkpoints" / "4")
+  train_and_evaluate(config, tmp_path / "cut")
+  assert_same_run(folder, tmp_path / "cut")
+
+
+def test_a_stage_that_freezes_codes_freezes_their_rotation(coded, data, tmp_path):
+  _, folder, _ = coded
+  more = {"init_from": str(folder), "stages.bridges.codes": ("image",), "steps": 2, "optim.warmup": 0}
+  train_and_evaluate(tiny_config(*data, **FEW | SMALL | more), tmp_path)
+  before, after = arrays_of(folder), arrays_of(tmp_path)
+  for path in before:
+    if "rotation" in path or path.startswith("codebooks") and path.endswith("codes"):
+      assert np.array_equal(before[path], after[path]) == ("shared" in path), path
