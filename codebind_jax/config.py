@@ -158,6 +158,7 @@ class Compare:
     stages: whether zero-shot and retrieval are measured too, as after a training stage.
     score: validation metric that chooses the learning rate.
     columns: columns of the table of scores; empty for the usual ones.
+    read_before: what had read the test sets before this comparison; the table says so. Empty if nothing had.
   """
 
   variants: Mapping[Name, Variant] = Frozen()
@@ -173,6 +174,7 @@ class Compare:
   stages: bool = False
   score: NonemptyLine = "eval/val/label/cross"
   columns: Annotated[tuple[NonemptyLine, ...], DISTINCT] = ()
+  read_before: Line = ""
 
   @property
   def names(self) -> list[str]:

@@ -153,5 +153,6 @@ def get_config(arg=""):
     variants = regularised(variants)
   elif form != "runlocal" and "equal" not in words:
     variants |= regularised(variants)
+  config.compare.read_before = "comparisons with fewer rates, seeds and variants" * (form != "runlocal")
   config.compare.variants = ConfigDict(variants)
   return config.lock()

@@ -57,7 +57,8 @@ def graded_task(world: GradedWorld, modalities: Sequence[str]) -> Task:
 
 def comparison_config(config: Config) -> Config:
   """The comparison's config without the keys in which its calls may differ."""
-  return dataclasses.replace(config, compare=dataclasses.replace(config.compare, only="", against="", timing=0))
+  free = dataclasses.replace(config.compare, only="", against="", timing=0)
+  return dataclasses.replace(config, compare=free)
 
 
 def rate_beyond(tried: Mapping[float, float | None]) -> float | None:

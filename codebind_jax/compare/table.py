@@ -13,12 +13,17 @@ from codebind_jax.compare.claims import RULE, claims
 COLUMNS = ("label/cross", "label/within", "label/all", "style/cross", "recall")
 PREFIX = "eval/test"
 EDGE = "†"
+OVER_LABELS = " In brackets the standard error over the field's values (the concepts), which more seeds do not lessen."
 
 
 def cell(runs: Sequence[Mapping[str, float]], name: str) -> str:
-  """`mean ± deviation` for a table."""
+  """`mean ± deviation` for a table, and `(error)` over the labels where it was measured."""
   values = figures.mean_and_deviation(runs, name)
-  return "" if values is None else f"{values[0]:.1f} ± {values[1]:.1f}" if len(runs) > 1 else f"{values[0]:.1f}"
+  if values is None:
+    return ""
+  shown = f"{values[0]:.1f} ± {values[1]:.1f}" if len(runs) > 1 else f"{values[0]:.1f}"
+  over_labels = figures.mean_and_deviation(runs, f"{name}_error")
+  return shown if over_labels is None else f"{shown} ({over_labels[0]:.1f})"
 
 
 def write_comparison(
@@ -70,7 +75,10 @@ def _head(whole: Mapping[str, Any]) -> list[str]:
     f"{tuned}.", "",
     "`F/cross`: head that tells field F, learned on one modality's training rows, tested on another's test rows, mean "
     "over ordered pairs; `within`: tested on its own; `all`: one head on all modalities together; `recall`: at 1, mean "
-    "over pairs; `zeroshot`: top-1 by name, `retrieval`: recall at 1, means over test sets, modalities and directions.",
+    "over pairs; `zeroshot`: top-1 by name, `retrieval`: recall at 1, means over test sets, modalities and directions."
+    + OVER_LABELS * any(key.endswith("/cross_error") for key in next(iter(whole["results"].values()))["runs"][0]), "",
+    f"These test sets had been read before: {settings['read_before']}." if settings.get("read_before") else
+    "Nothing is known to have read these test sets before.",
   ]  # fmt: skip
 
 
@@ -81,7 +89,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def at_edge(result: Mapping[str, Any]) -> str:
   """Which end of the rates tried a variant's rate is, "highest" or "lowest"; "" for none, or if it is the only one."""
-  tried, rate = sorted(map(float, result["tuning"])), float(f"{result['learning_rate']:g}")
+  tried, rate = sorted(map(float, result.get("tuning", {}))), float(f"{result['learning_rate']:g}")
   return "" if len(tried) < 2 else "highest" if rate == tried[-1] else "lowest" if rate == tried[0] else ""
 
 
@@ -101,7 +109,7 @@ def _scores(results: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
     codes = f"{cell(runs, 'codes/shared')} / {cell(runs, 'codes/single')}" if "codes/shared" in runs[0] else ""
     values = [cell(runs, f"{PREFIX}/{column}") for column in columns]
     mark = f" {EDGE}" if at_edge(result) else ""
-    rows.append([name, *values, codes, f"{rate:g}{mark}", str(max(1, len(result["tuning"])))])
+    rows.append([name, *values, codes, f"{rate:g}{mark}", str(max(1, len(result.get("tuning", {}))))])
   return [*_table(["variant", *columns, "codes shared / single", "rate", "rates tried"], rows), *_edges(results)]
 
 
