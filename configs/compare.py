@@ -37,7 +37,8 @@ def variant(method="codebind", quantize=True, losses=None, *, regularised=(), **
 
 def methods(anchors, hub, codebind, codes, codis, queue):
   """All methods as variants, with several fixed anchors and two forms of CentroBind."""
-  unified = {"codes": codes, "reduce": "mean", "reset_after": 50}
+  # Codes that follow within the 300 to 400 steps of a run, as far a batch as in the release's published runs.
+  unified = {"codes": codes, "reduce": "mean", "reset_after": 50, "decay": 0.9}
   return {
     "info_nce": variant(quantize=False), "codebind": variant(losses=codebind),
     **{f"fixed_anchor_{m}": variant("fixed_anchor", anchor=m, frozen=False) for m in anchors},
