@@ -513,20 +513,16 @@ def _published(path: pathlib.Path, modalities: Sequence[str] | None, options: Ma
 
 def _with_release(release: codebind_release.Release, config: dict, params: dict) -> tuple[dict, dict, dict]:
   """(config, parameters, codebooks) of a published model with a release's specific heads and codebooks.
-
-  Raises:
-    ValueError: if its codebooks' codes differ in width.
   """
   sizes, codebooks = release.sizes(), release.codebooks()
-  if len(set(sizes.code_dims.values())) != 1:
-    raise ValueError(f"{release.folder}: its codes have different widths, {dict(sizes.code_dims)}; allowed: one width")
   for name, tower in config["model"]["towers"].items():
     tower["specific_dim"] = sizes.specific_dims[name]
     params[name] |= {key: value for key, value in release.heads(name).items() if key == "specific"}
   config["model"]["quantize"] = True
   codes = {name: count for name, count in sizes.codes.items() if name in config["model"]["towers"]}
   config["codebook"] = {
-    "dim": next(iter(sizes.code_dims.values())), "shared_codes": sizes.codes["shared"], "codes": codes,
+    "dim": sizes.code_dims["shared"], "dims": {name: sizes.code_dims[name] for name in codes},
+    "shared_codes": sizes.codes["shared"], "codes": codes,
     "distance": sizes.distance, "normalize": sizes.normalize, "layout": sizes.layout,
   }  # fmt: skip
   return config, params, {name: codebooks[name] for name in ("shared", *codes)}

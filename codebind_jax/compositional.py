@@ -394,7 +394,7 @@ def _check_book(name, codebooks, modality, segments, spec):
 def _segments(x, modality, spec):
   """Shared and specific segments [s, d, n] with tokens on lanes; None for a part without width."""
   lanes = transposed(x.reshape(-1, x.shape[-1]))
-  ds, dp = spec.code_dims
+  ds, dp = spec.code_dims[0], spec.specific_code_dim(modality)
   specific = spec.specific_width(modality)
   if not specific:
     return lanes.reshape(-1, ds, lanes.shape[1]), None

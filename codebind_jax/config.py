@@ -21,8 +21,8 @@ from codebind_jax.data.task import Data
 from codebind_jax.data.worlds.registry import WORLDS
 from codebind_jax.methods.base import EXTRA, Method, check_stage, make_method, method_options
 from codebind_jax.methods.codebind_terms import TERMS
-from codebind_jax.models.towers import ModelSpec, TowerSpec
-from codebind_jax.runtime.optim import Optim
+from codebind_jax.models.towers import Dropout, ModelSpec, TowerSpec
+from codebind_jax.runtime.optim import Optim, WeightDecay
 from codebind_jax.runtime.sharding import MeshShape, Sharding
 from codebind_jax.schema import (
   DISTINCT,
@@ -44,7 +44,7 @@ from codebind_jax.schema import (
   check_keys,
   shaped,
 )  # fmt: skip
-from codebind_jax.stages import Pair, Stage, stages_of
+from codebind_jax.stages import Mixup, Pair, Stage, stages_of
 from codebind_jax.trunks import Trunk, load_trunk, tower_trunks, trunk_maker, trunk_names
 from codebind_jax.trunks.families import families
 
@@ -87,12 +87,18 @@ class Variant:
     options: the variant's `config.method_options`.
     losses: the variant's `config.stages.NAME.losses`, the same for every stage.
     quantize: the variant's `config.model.quantize`.
+    mixup: the variant's `config.stages.NAME.mixup`, the same for every stage; None for that of each stage.
+    dropout: the variant's `config.model.towers.NAME.dropout`, the same for every tower; None for that of each tower.
+    weight_decay: the variant's `config.optim.weight_decay`; None for that of the config.
   """
 
   method: Module = "codebind"
   options: Mapping[str, Any] = Frozen()
   losses: Mapping[Name, Weight] = Frozen({"info_nce": 1.0})
   quantize: bool = True
+  mixup: Mixup | None = None
+  dropout: Dropout | None = None
+  weight_decay: WeightDecay | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,12 +151,15 @@ class Compare:
     against: path of the graded world's comparison.json, for the claims that compare an equal world with it.
     seeds: number of runs of each variant that are read on the test sets.
     learning_rates: candidates; every variant gets the best of them on the validation sets.
+    widen: number of further candidates that a variant gets beyond the lowest or highest one, one at a time, as long as
+      validation chooses that end.
     fields: fields of the records that the classifier heads predict, if there are no transfers.
     transfers: name -> the heads' training and test sets; empty for one over all sets.
     world: the synthetic world of the comparison; None for the worlds of `data`.
     stages: whether zero-shot and retrieval are measured too, as after a training stage.
     score: validation metric that chooses the learning rate.
     columns: columns of the table of scores; empty for the usual ones.
+    read_before: what had read the test sets before this comparison; the table says so. Empty if nothing had.
   """
 
   variants: Mapping[Name, Variant] = Frozen()
@@ -159,12 +168,14 @@ class Compare:
   against: Place = ""
   seeds: Annotated[int, above(0), at_most(1000)] = 3
   learning_rates: Annotated[tuple[Rate, ...], NONEMPTY, DISTINCT] = (1e-3,)
+  widen: Annotated[int, at_least(0, "none"), at_most(100)] = 0
   fields: Annotated[tuple[NonemptyLine, ...], NONEMPTY, DISTINCT] = ("label",)
   transfers: Mapping[Name, HeadSets] = Frozen()
   world: GradedWorld | None = None
   stages: bool = False
   score: NonemptyLine = "eval/val/label/cross"
   columns: Annotated[tuple[NonemptyLine, ...], DISTINCT] = ()
+  read_before: Line = ""
 
   @property
   def names(self) -> list[str]:
@@ -198,7 +209,7 @@ class Config:
     init_from: folder of a finished run from whose parameters this one starts; in modes `eval` and `embed`, the run that
       is evaluated or that embeds.
     baseline: also train the same heads by plain InfoNCE, without codebooks, and report both.
-    test: also measure on the test sets, once, at the end; False while settings are being chosen.
+    test: also measure on the test sets, once, at the end; for the final command alone, once all settings are chosen.
     tasks: what the final evaluation measures; probes take the longest.
     queries: what is looked for in evaluations: `coded` as the items are, or `uncoded`, before quantisation, as a search
       among stored codes can; items are coded either way. Where nothing is quantised both are the same.
@@ -229,7 +240,7 @@ class Config:
   keep_checkpoints: Annotated[int, above(0)] = 2
   init_from: Place = ""
   baseline: bool = True
-  test: bool = True
+  test: bool = False
   tasks: Annotated[tuple[Literal[MEASURES], ...], DISTINCT] = MEASURES
   queries: Literal["coded", "uncoded"] = "coded"
   emergent: Annotated[tuple[Pair, ...], DISTINCT] = ()
@@ -468,12 +479,12 @@ def _check_memory(config: Config) -> None:
   number, shared = 4, model.shared_dim  # bytes of float32
   sizes: list[tuple[str, int, int, str]] = []
   if model.quantize and not config.sharding.codes and not config.method_options.get("codes"):
-    of_part = [("codebook.shared_codes", books.shared_codes, model.shared_dim)]
-    of_part += [(f"codebook.codes.{name}", count, model.towers[name].specific_dim)
+    of_part = [("codebook.shared_codes", books.shared_codes, model.shared_dim, books.dim)]
+    of_part += [(f"codebook.codes.{name}", count, model.towers[name].specific_dim, books.width_of(name))
                 for name, count in books.codes.items()]  # fmt: skip
-    for key, count, width in of_part:
-      tables = books.stages * (width // books.dim if books.positions == "own" else 1)
-      sizes.append((key, count, 2 * count * tables * (books.dim + 1) * number, "codes and their averages"))
+    for key, count, width, dim in of_part:
+      tables = books.stages * (width // dim if books.positions == "own" else 1)
+      sizes.append((key, count, 2 * count * tables * (dim + 1) * number, "codes and their averages"))
   if count := config.method_options.get("codes"):
     sizes.append(("method_options.codes", count, 3 * count * shared * number, "codes and their averages"))
   if count := config.method_options.get("queue"):
@@ -530,15 +541,17 @@ def _check_widths(config: Config) -> None:
   """Checks that every part's width is a multiple of the code's, and that every specific part has a codebook."""
   towers, codes, dim = config.model.towers, config.codebook.codes, config.codebook.dim
   check_keys(codes, towers, "codebook.codes")
+  check_keys(config.codebook.dims, codes, "codebook.dims")
   if config.model.shared_dim % dim:
     raise ValueError(
       f"config.model.shared_dim: got {config.model.shared_dim}; allowed: a multiple of codebook.dim ({dim})"
     )
   for name, tower in towers.items():
-    if tower.specific_dim % dim:
+    width, key = config.codebook.width_of(name), f"dims.{name}" if name in config.codebook.dims else "dim"
+    if tower.specific_dim % width:
       raise ValueError(
         f"config.model.towers.{name}.specific_dim: got {tower.specific_dim}; allowed: 0 or a multiple of "
-        f"codebook.dim ({dim})"
+        f"codebook.{key} ({width})"
       )
     if tower.specific_dim and name not in codes:
       raise ValueError(f"config.codebook.codes: no entry for {name!r}, which has a specific part")
@@ -549,6 +562,10 @@ def _check_stage(config: Config, stage: Stage) -> None:
   towers, where = config.model.towers, f"stages.{stage.name}"
   check_keys([m for pair in stage.pairs for m in pair], towers, f"{where}.pairs")
   check_keys(stage.losses, TERMS, f"{where}.losses")
+  if stage.losses.get("code_uniform") and (config.codebook.ema or not config.model.quantize):
+    raise ValueError(f"config.{where}.losses.code_uniform: got {stage.losses['code_uniform']}, but codes that follow "
+                     "moving averages, or that are not there, get no gradient from it; allowed: 0, or "
+                     "config.codebook.ema False with config.model.quantize True")  # fmt: skip
   _check_paths(stage.train, towers, f"{where}.train")
   rows = sum(stage.sources.values()) or stage.batch_size
   if stage.parts > rows or len(stage.sources) < 2 and rows % stage.parts:

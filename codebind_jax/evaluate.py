@@ -125,6 +125,12 @@ class Evaluation:
   def _sets(self) -> list[EvalSet]:
     return [s for s in self.task.evals if s.role == "val" or self.config.test]
 
+  def log_unread(self) -> None:
+    """Says which test sets this run leaves unread."""
+    unread = [s.name for s in self.task.evals if s.role == "test" and not self.config.test]
+    if unread:
+      logging.info("the test sets are not read (%s): for the final run, --config.test=True", ", ".join(unread))
+
   def table(self, model: Model, test: EvalSet) -> base.Captioned:
     """Embeddings of one set: a row for every item, and in text a row for every distinct caption.
 

@@ -23,6 +23,7 @@ from codebind_jax.schema import (
 )  # fmt: skip
 
 Pair = Annotated[tuple[Name, Name], Rule(lambda pair: pair[0] != pair[1], "two different modalities")]
+Mixup = Annotated[float, at_least(0, "off"), at_most(1000)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,9 @@ class Stage:
       are frozen.
     temperature: temperature of InfoNCE (tau); the smaller, the more the hardest negatives count.
     matching_temperature: temperature of the softmax over codes in code matching.
+    scale_inside_cosine: whether InfoNCE takes the cosine after the modalities' logit scales, as the release does, which
+      cancels them, so that they have no effect and do not train.
+    double_softmax: whether code contrast takes the softmax of the similarities twice (the release).
     code_rows: rows of a batch for code contrast and code matching; 0 for all. Their cost grows with rows times segments
       times codes (matching: with the square of the rows), and dominates the step if all rows take part.
     chunk: rows and columns of the InfoNCE logits in memory at once; 0 for the whole matrix. If several devices share
@@ -74,11 +78,13 @@ class Stage:
   codes: tuple[Regex, ...] = (".*",)
   temperature: Temperature = 0.07
   matching_temperature: Temperature = 1.0
+  scale_inside_cosine: bool = False
+  double_softmax: bool = False
   code_rows: Annotated[int, at_least(0, "all")] = 0
   chunk: Annotated[int, at_least(0, "the whole matrix")] = 0
   ring: bool = False
   parts: Annotated[int, at_least(1), at_most(1 << 16)] = 1
-  mixup: Annotated[float, at_least(0, "off"), at_most(1000)] = 0.0
+  mixup: Mixup = 0.0
   balance: bool = False
   name: str = dataclasses.field(default="", metadata=DERIVED)
   first_step: int = dataclasses.field(default=0, metadata=DERIVED)

@@ -38,17 +38,11 @@ def make_train_step(
     tx: optimizer of the stage.
     frozen: paths of parameters that do not train; no gradient is computed for them.
   """
-  terms, constant = method.terms(stage), method.weights(stage)
-  weighted = [name for name in terms if constant[name]]
+  constant = method.weights(stage)
+  weighted = [name for name in method.terms(stage) if constant[name]]
 
   def loss_fn(params: Any, state: TrainState, batch: Batch, rng: Any):
-    params = optim.stop_frozen(params, frozen)
-    rows, codebooks, aux = method.observe(forward(method, params, batch, rng, stage), state, rng, stage)
-    shares = {source: stage.weights.get(source, 1.0) for source in rows}
-    values = {
-      name: sum(term(rows[source]) * (share / sum(shares.values())) for source, share in shares.items())
-      for name, term in terms.items()
-    }  # fmt: skip
+    values, rows, codebooks, aux = term_values(method, stage, optim.stop_frozen(params, frozen), state, batch, rng)
     weights = constant
     if stage.balance:
       balance = losses.balance_update(aux["balance"], {name: values[name] for name in weighted})
@@ -67,13 +61,34 @@ def make_train_step(
     metrics |= {"train/total": total, "train/gradient_norm": optax.global_norm(grads)}
     if stage.balance:
       metrics |= {f"train/weight/{name}": aux["balance"].weight[name] for name in weighted}
+    params, codebooks = method.settled(optax.apply_updates(state.params, updates), codebooks)
     state = state.replace(
-      step=state.step + 1, params=optax.apply_updates(state.params, updates), codebooks=codebooks,
-      opt_state=opt_state, aux=aux,
-    )  # fmt: skip
+      step=state.step + 1, params=params, codebooks=codebooks, opt_state=opt_state, aux=aux
+    )
     return state, metrics
 
   return step
+
+
+def term_values(
+  method: Method, stage: Stage, params: Any, state: TrainState, batch: Batch, rng: Any
+) -> tuple[dict[str, Array], dict[str, Rows], Any, Any]:
+  """(term -> its mean over the sources, source -> rows, codebooks after the batch, aux after the batch).
+
+  Args:
+    method, stage: of the run.
+    params: all parameters, those of the state or others in their place.
+    state: before the step.
+    batch: see `make_train_step`.
+    rng: key of the step.
+  """
+  rows, codebooks, aux = method.observe(forward(method, params, batch, rng, stage), state, rng, stage)
+  shares = {source: stage.weights.get(source, 1.0) for source in rows}
+  values = {
+    name: sum(term(rows[source]) * (share / sum(shares.values())) for source, share in shares.items())
+    for name, term in method.terms(stage).items()
+  }  # fmt: skip
+  return values, rows, codebooks, aux
 
 
 def forward(method: Method, params: Any, batch: Batch, rng: Any, stage: Stage) -> Forward:

@@ -206,6 +206,7 @@ def _train_and_evaluate(config: Any, workdir: str | files.Path) -> dict[str, flo
   with phases("features"):
     feeds = feeder.train_feeds(task.drawn, config.data.templates_of)
   evaluation = Evaluation(config, task, feeder, config.tasks)
+  evaluation.log_unread()
 
   with phases("model"):
     final, models = run_stages(config, folder, feeds, evaluation, phases=phases)
@@ -411,7 +412,8 @@ def optimizer_of(config: Config, method: Method, stage: Stage, params: Any) -> t
   if stage.learning_rate:
     settings = dataclasses.replace(settings, learning_rate=stage.learning_rate)
   frozen = (*method.frozen_paths(stage), *frozen_by(config.model, stage))
-  return optim.make_optimizer(params, stage.train, settings, stage.steps, frozen=frozen)
+  trained = (*stage.train, *method.trained_paths(stage))
+  return optim.make_optimizer(params, trained, settings, stage.steps, frozen=frozen)
 
 
 def batches_of(

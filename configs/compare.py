@@ -6,8 +6,9 @@ Command: python -m codebind_jax.main --config=configs/compare.py --workdir=runs/
          configs/compare.py:generalise   heads transferred between sounds, pictures and names (Icons and Menagerie)
          configs/compare.py:equal        the synthetic world with equal qualities, fixed anchors and CentroBind alone;
                                          --config.compare.against=runs/compare/comparison.json adds claims about both
-After a further comma: `ablations` for DCID and CodeBind without their parts, `runlocal` for a quick look (one seed, no
-tuning, little data), `full` (generalise alone) for that profile of the data, which has clips.
+After a further comma: `ablations` for DCID and CodeBind without their parts, `regularised` for plain InfoNCE and
+CodeBind alone, each with mixup, dropout and weight decay, `runlocal` for a quick look (one seed, no tuning, little
+data), `full` (generalise alone) for that profile of the data, which has clips.
 Writes comparison.md, comparison.json and figures; a second run of the command continues the first.
 Several processes, or machines that share the folder, can each take some variants; the plain command then collects:
          ... --workdir=runs/compare --config.compare.only=dcid,fcid
@@ -22,11 +23,13 @@ from configs import common, compare_worlds, worlds
 
 QUALITY = {"audio": 0.15, "depth": 0.35, "video": 0.6, "image": 1.0}
 CODEBIND = {"info_nce": 1.0, "commitment": 10.0, "code_matching": 0.05, "decomposition": 0.1, "specific_uniform": 1.0}
-WORLDS, FORMS = ("real", "generalise", "equal"), ("runlocal", "ablations", "full")
+# Ways to regularise that need no codes; plain InfoNCE and CodeBind are compared under each.
+REGULARISED = {"mixup": {"mixup": 1.0}, "dropout": {"dropout": 0.3}, "weight_decay": {"weight_decay": 1.0}}
+WORLDS, FORMS = ("real", "generalise", "equal"), ("runlocal", "ablations", "regularised", "full")
 
 
-def variant(method="codebind", quantize=True, losses=None, **options):
-  entry = ConfigDict(schema.defaults(Variant))
+def variant(method="codebind", quantize=True, losses=None, *, regularised=(), **options):
+  entry = ConfigDict(schema.defaults(Variant) | dict(regularised))
   entry.method, entry.quantize, entry.options = method, quantize, ConfigDict(options)
   entry.losses = ConfigDict(losses or ({"info_nce": 1.0} if method == "codebind" else {}))
   return entry
@@ -34,7 +37,8 @@ def variant(method="codebind", quantize=True, losses=None, **options):
 
 def methods(anchors, hub, codebind, codes, codis, queue):
   """All methods as variants, with several fixed anchors and two forms of CentroBind."""
-  unified = {"codes": codes, "reduce": "mean", "reset_after": 50}
+  # Codes that follow within the 300 to 400 steps of a run, as far a batch as in the release's published runs.
+  unified = {"codes": codes, "reduce": "mean", "reset_after": 50, "decay": 0.9}
   return {
     "info_nce": variant(quantize=False), "codebind": variant(losses=codebind),
     **{f"fixed_anchor_{m}": variant("fixed_anchor", anchor=m, frozen=False) for m in anchors},
@@ -42,6 +46,19 @@ def methods(anchors, hub, codebind, codes, codis, queue):
     "codis": variant("codis", codes=codis, queue=queue), "dcid": variant("dcid", **unified),
     "fcid": variant("fcid", hub=hub, **unified),
   }  # fmt: skip
+
+
+def regularised(variants):
+  """Plain InfoNCE and CodeBind, and each with mixup, with dropout and with strong weight decay."""
+  found = {}
+  for name in ("info_nce", "codebind"):
+    plain = variants[name]
+    found[name] = plain
+    for way, settings in REGULARISED.items():
+      found[f"{name}_{way}"] = variant(
+        quantize=plain.quantize, losses=plain.losses.to_dict(), regularised=settings, **plain.options.to_dict()
+      )
+  return found
 
 
 def without_parts(dcid, codebind):
@@ -87,6 +104,7 @@ def graded(form):
 
   config.compare = ConfigDict(schema.defaults(Compare))
   config.compare.seeds = 1 if form == "runlocal" else 3
+  config.compare.widen = 0 if form == "runlocal" else 2
   config.compare.learning_rates = (2e-3,) if form == "runlocal" else (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
   config.compare.fields = ("label", "style")
   # The modality of lowest quality does not show the style at all: a factor that an anchor can lack.
@@ -116,8 +134,9 @@ def get_config(arg=""):
       raise ValueError(f"configs/compare.py:{arg}: unknown argument {word!r}; allowed: {', '.join((*WORLDS, *FORMS))}")
   if "full" in words and ("generalise" not in words or "runlocal" in words):
     raise ValueError(f"configs/compare.py:{arg}: 'full' goes with generalise alone, and not with runlocal")
-  if len(set(words) & set(WORLDS)) > 1 or {"equal", "ablations"} <= set(words):
-    raise ValueError(f"configs/compare.py:{arg}: {', '.join(WORLDS)} exclude one another, and 'equal' has no ablations")
+  if len(set(words) & set(WORLDS)) > 1 or len(set(words) & {"equal", "ablations", "regularised"}) > 1:
+    raise ValueError(f"configs/compare.py:{arg}: {', '.join(WORLDS)} exclude one another, as do 'equal', 'ablations' "
+                     "and 'regularised'")  # fmt: skip
   form = next((word for word in ("runlocal", "full") if word in words), "")
   if "equal" in words:
     config, variants = equal(form)
@@ -131,5 +150,10 @@ def get_config(arg=""):
     config, variants = graded(form)
   if "ablations" in words:
     variants = without_parts(variants["dcid"], variants["codebind"])
+  elif "regularised" in words:
+    variants = regularised(variants)
+  elif form != "runlocal" and "equal" not in words:
+    variants |= regularised(variants)
+  config.compare.read_before = "comparisons with fewer rates, seeds and variants" * (form != "runlocal")
   config.compare.variants = ConfigDict(variants)
   return config.lock()

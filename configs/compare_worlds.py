@@ -27,6 +27,7 @@ def _packaged(form, chosen, sources, pairs):
     config.model.towers.video.starts_from = ""
   config.compare = ConfigDict(schema.defaults(Compare))
   config.compare.seeds = 1 if form == "runlocal" else 3
+  config.compare.widen = 0 if form == "runlocal" else 2
   config.compare.learning_rates = (1e-3,) if form == "runlocal" else (1e-3, 3e-3, 1e-2, 3e-2)
   config.compare.stages = True
   return config

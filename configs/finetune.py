@@ -54,7 +54,7 @@ def get_config(arg=""):
     tune={"image": "lora", "text": "frozen"},
     unique_labels=False,
     code_rows=8,
-    losses={"info_nce": 0.5, "info_nce_plain": 0.5, "commitment": 10.0, "code_contrast": 0.01, "code_uniform": 0.01,
+    losses={"info_nce": 0.5, "info_nce_plain": 0.5, "commitment": 10.0, "code_contrast": 0.01,
             "code_matching": 0.05, "decomposition": 0.1, "specific_uniform": 1.0},
   )  # fmt: skip
   config.stage_order = ("pairs",)

@@ -22,7 +22,7 @@ def tower(modality, weights="", *, scan=True, **overrides):
 def losses(vq, reg, matching, decomposition, uniform):
   """The weights of a row of the published table (spec section 3)."""
   return {
-    "info_nce": 1.0, "commitment": vq, "code_contrast": reg, "code_uniform": reg, "code_matching": matching,
+    "info_nce": 1.0, "commitment": vq, "code_contrast": reg, "code_matching": matching,
     "decomposition": decomposition, "specific_uniform": uniform, "reconstruction": 1.0,
   }  # fmt: skip
 

@@ -44,7 +44,6 @@ def get_config(arg=""):
       "info_nce_plain": 0.5,
       "commitment": 10.0,
       "code_contrast": 0.01,
-      "code_uniform": 0.01,
       "code_matching": 0.05,
       "decomposition": 0.1,
       "specific_uniform": 1.0,

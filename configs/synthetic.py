@@ -34,7 +34,7 @@ def get_config(arg=""):
     config.codebook.codes[sensor] = 128
   config.emergent = (("audio", "video"), ("audio", "depth"), ("audio", "points"), ("thermal", "points"))
 
-  losses = {"info_nce": 1.0, "commitment": 10.0, "code_contrast": 0.01, "code_uniform": 0.01, "code_matching": 0.05,
+  losses = {"info_nce": 1.0, "commitment": 10.0, "code_contrast": 0.01, "code_matching": 0.05,
             "decomposition": 0.1, "decorrelation": 2.0, "specific_uniform": 1.0, "reconstruction": 1.0}
   new = lambda *names: tuple(rf"{name}(/.*|_log_logit_scale)" for name in names)
   stages = {

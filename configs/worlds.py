@@ -11,7 +11,6 @@ LOSSES = {
   "info_nce_plain": 0.5,
   "commitment": 10.0,
   "code_contrast": 0.01,
-  "code_uniform": 0.01,
   "code_matching": 0.05,
   "decomposition": 0.1,
   "specific_uniform": 1.0,

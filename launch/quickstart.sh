@@ -9,4 +9,4 @@ workdir=runs/quickstart
 if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then workdir=$1; shift; fi
 . launch/environment.sh
 export JAX_PLATFORMS="${JAX_PLATFORMS:-}"
-exec python -m codebind_jax.main --config="${CONFIG:-configs/stage1.py}" --workdir="$workdir" "$@"
+exec python -m codebind_jax.main --config="${CONFIG:-configs/stage1.py}" --workdir="$workdir" --config.test=True "$@"

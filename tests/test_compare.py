@@ -8,7 +8,7 @@ import pytest
 
 from codebind_jax import train as train_lib
 from codebind_jax.compare import run as compare_lib
-from codebind_jax.evaluators.crossmodal import code_sharing, recall_at_one, sharing_sets, transfer
+from codebind_jax.evaluators.crossmodal import code_sharing, error_over_labels, recall_at_one, sharing_sets, transfer
 from configs import common
 from configs import compare as shipped
 
@@ -35,6 +35,22 @@ def test_transfer_asks_for_the_labels_that_both_sides_have():
   # A head of x has not learned d: of y's rows b is right, the row called a looks like c but c is not asked for.
   assert set(found) == {("x", "x"), ("x", "y"), ("y", "y")} and found["x", "x"] == 100.0
   assert found["y", "y"] == 100.0  # of b and d, all that y has learned of them
+
+
+def test_error_over_labels_by_hand():
+  first = np.array(["a", "a", "b", "b"]), np.array([True, False, True, True])
+  second = np.array(["a", "c"]), np.array([True, False])
+  # a: mean of 50 and 100; b: 100; c: 0. Deviation of 75, 100, 0 is 52.04; over the root of 3.
+  assert error_over_labels([first, second]) == pytest.approx(np.std([75, 100, 0], ddof=1) / 3**0.5)
+
+
+@pytest.mark.parametrize("tried, beyond", [
+  ({1e-3: 1.0, 3e-3: 2.0, 1e-2: 3.0}, 0.033), ({1e-3: 3.0, 3e-3: 2.0}, 0.00033),
+  ({1e-3: 1.0, 3e-3: 2.0, 1e-2: 1.5}, None), ({1e-3: 1.0, 3e-3: 2.0, 1e-2: None}, None),
+  ({1e-3: None, 3e-3: None}, None),
+])  # fmt: skip
+def test_the_next_rate_beyond_an_end(tried, beyond):
+  assert compare_lib.rate_beyond(tried) == beyond
 
 
 def test_recall_at_one_by_hand():
@@ -76,7 +92,8 @@ def test_a_rate_that_diverges_is_left_out(tmp_path, monkeypatch):
   bad = 1e-2
   for _ in range(2):
     found = compare_lib.compare(config.lock(), tmp_path / "run")["results"]["fixed_anchor_image"]
-    assert found["learning_rate"] == 1e-3 and list(found["tuning"]) == ["0.001"]
+    assert found["learning_rate"] == 1e-3 and list(found["tuning"]) == ["0.001", "0.01"]
+    assert found["tuning"]["0.01"] is None
   assert tried == ["rate0.001", "rate0.01", "seed1"]  # not tried again
   assert "step 1" in (tmp_path / "run/fixed_anchor_image/rate0.01/diverged.txt").read_text()
   (tmp_path / "run/fixed_anchor_image/rate0.001/diverged.txt").touch()

@@ -8,6 +8,7 @@ import pathlib
 import numpy as np
 import pytest
 
+from codebind_jax import schema
 from codebind_jax.compare import figures
 from codebind_jax.compare.claims import claims, verdict
 from codebind_jax.compare.table import sections, write_comparison
@@ -160,6 +161,25 @@ def test_data_of_the_figures():
   assert points == [pytest.approx((0.1, 40.0, 3.0)), pytest.approx((1.0, 60.0, 3.0))] and others == {"dcid": 70.0}
 
 
+def test_claims_under_equal_regularisation():
+  def tuned(cross, score):
+    return result(cross=cross) | {"tuning": {"0.1": score, "1": None}}
+
+  found = told({
+    "info_nce": tuned(50, 40), "info_nce_mixup": tuned(55, 44), "info_nce_dropout": tuned(58, 43),
+    "codebind": tuned(60, 52), "codebind_mixup": tuned(54, 50), "codebind_dropout": tuned(59, 51),
+  }, None)  # fmt: skip
+  start = "CodeBind generalises across modalities better than plain InfoNCE"
+  verdicts = {
+    claim.removeprefix(start): (c["verdict"], c["difference"]) for claim, c in found.items() if start in claim
+  }
+  assert verdicts == {
+    " of the pairs": ("held", 10.0), ", both with mixup": ("did not hold", -1.0), ", both with dropout": ("held", 1.0),
+    # Of plain InfoNCE validation chooses mixup, of CodeBind none.
+    ", each with the regularisation that validation chooses for it": ("held", 5.0),
+  }
+
+
 def test_what_is_written(tmp_path):
   plans = {"modalities": ["a", "b"], "rows": ["k0", "k1"], "plans": {"a": [[1, 0], [0, 1]], "b": [[0.5, 0.5]] * 2}}
   share = {"pairs": {"a+b": [40.0, 10.0]}, "sets": {"a": 60.0, "a+b": 40.0}}
@@ -171,7 +191,8 @@ def test_what_is_written(tmp_path):
   results = {"fixed_anchor_audio": result(40), "fixed_anchor_image": with_codes}
   text = write_comparison(tmp_path, {"summary": "a world", "config": config, "results": results})
   assert (tmp_path / "comparison.md").read_text() == text and "7 steps of 4 (w) + 6 (v) rows" in text
-  assert "| fixed_anchor_audio | 50.0 ± 3.0 | 40.0 ± 3.0 | 40.0 ± 1.0 / 20.0 ± 0.0 | 0.001 |" in text
+  assert "| fixed_anchor_audio | 50.0 ± 3.0 | 40.0 ± 3.0 | 40.0 ± 1.0 / 20.0 ± 0.0 | 0.001 | 1 |" in text
+  assert "Nothing is known to have read these test sets before." in text and "In brackets" not in text
   assert "learning rate 0.001 for all, not tuned" in text
   assert "| fixed_anchor_image | 1234 | 5.2 | 1,200 | 34 | 0 |" in text and "towers have 10,000 parameters" in text
   assert "| **held** | 20.00 ± 0.00 | 3 | label/all: anchor audio" in text and "95 % interval" in text
@@ -187,17 +208,25 @@ def test_what_is_written(tmp_path):
   for name in ("bars", "anchors", "sharing", "redundancy", "plan_fixed_anchor_image"):
     assert (tmp_path / f"{name}.svg").stat().st_size and f"({name}.svg)" in text
 
-  settings["learning_rates"] = [1e-4, 1e-3, 1e-2]
+  settings["learning_rates"], settings["read_before"] = [1e-4, 1e-3, 1e-2], "a first look"
   with_codes["learning_rate"] = 1e-2
+  with_codes["tuning"] = {"0.0001": 1.0, "0.001": 2.0, "0.01": 3.0}
+  results["fixed_anchor_audio"]["tuning"] = {"0.0001": 1.0, "0.001": 3.0, "0.01": None}
+  for run in with_codes["runs"]:
+    run["eval/test/label/cross_error"] = 4.25
   tuned = write_comparison(tmp_path, {"summary": "a world", "config": config, "results": results})
-  assert "| 0.001 |" in tuned and "| 0.01 (highest) |" in tuned and "(lowest)" not in tuned
+  assert "| 0.001 | 3 |" in tuned and "| 0.01 † | 3 |" in tuned and "50.0 ± 3.0 (4.2) |" in tuned
+  assert "might do better: fixed_anchor_image (highest of 3)." in tuned and "read before: a first look." in tuned
+  with_codes["tuning"]["0.03"] = None  # the next one diverged
+  assert "†:" not in (again := write_comparison(tmp_path, {"summary": "a", "config": config, "results": results}))
+  assert "| 0.01 | 4 |" in again
 
   # The same tables, entered into a page between marks, twice.
   page = "a\n<!-- results x -->\nbefore\n<!-- end x -->\nb\n<!-- results y -->\n<!-- end y -->\n"
   for _ in range(2):
     page = methods_page.entered(page, "x", sections(found, "####"))
   start, end = "a\n<!-- results x -->\na world.\n", "\n<!-- end x -->\nb\n<!-- results y -->\n<!-- end y -->\n"
-  assert page.startswith(start) and page.endswith(end) and "before" not in page
+  assert page.startswith(start) and page.endswith(end) and "\nbefore\n" not in page
   assert page.count("#### Cost") == 1 and "| fixed_anchor_image | 1234 | 5.2 |" in page
   with pytest.raises(ValueError, match="no marks '<!-- results z -->' .* allowed: .'x', 'y'"):
     methods_page.entered(page, "z", [])
@@ -205,12 +234,11 @@ def test_what_is_written(tmp_path):
 
 def test_the_page_of_methods_has_a_place_for_every_comparison_and_names_every_method_and_option():
   page = (pathlib.Path(__file__).parents[1] / "docs/methods.md").read_text(encoding="utf-8")
-  for name in ("graded", "equal", "ablations", "real", "generalise"):
+  for name in ("graded", "regularised", "equal", "ablations", "real", "generalise"):
     methods_page.entered(page, name, [])
   for name in method_names():
     section = page.split(f"(`{name}`)")[1].split("\n## ")[0]
     kind = importlib.import_module(f"codebind_jax.methods.{name}").Method
     shared = {f.name for f in dataclasses.fields(Unified)} if name == "fcid" else set()
-    for field in dataclasses.fields(kind):
-      if field.name not in ({"model", "spec", "update", "balanced"} | shared):  # not options
-        assert f"`{field.name}`" in section, (name, field.name)
+    for option in schema.keys_of(kind).keys() - shared:
+      assert f"`{option}`" in section, (name, option)

@@ -264,3 +264,20 @@ def test_similarities_of_the_first_rows_alone_change_nothing_else():
       assert_close(part.similarity_specific, out.similarity_specific[:2])
     assert_close(part.full, out.full)
   assert_close(after, again)
+
+
+def test_own_codes_have_a_width_for_each_modality():
+  spec = dataclasses.replace(SPEC, specific_code_dims={"depth": 4})
+  states, x = books(spec), features()
+  assert {name: s.codes.shape for name, s in states.items()} == {"shared": (12, 8), "image": (6, 8), "depth": (6, 4)}
+  found, _ = quantised(x, states, spec, update="none")
+  assert found["image"].indices_specific.shape == (6, 3, 2) and found["depth"].indices_specific.shape == (4, 5, 4)
+  # As if each modality were quantised by a quantiser of its width alone.
+  for name, width in (("image", 8), ("depth", 4)):
+    alone = dataclasses.replace(SPEC, code_dims=(8, width))
+    one, _ = quantised({name: x[name]}, {k: states[k] for k in ("shared", name)}, alone, update="none")
+    assert_close(one[name], found[name])
+  with pytest.raises(ValueError, match="specific_dim of 'depth' must be a multiple of 5, got 16"):
+    dataclasses.replace(SPEC, specific_dims={"depth": 16}, specific_code_dims={"depth": 5})
+  with pytest.raises(ValueError, match="sharing='one' needs equal code_dims"):
+    dataclasses.replace(SPEC, sharing="one", specific_code_dims={"depth": 4})

@@ -529,16 +529,17 @@ def test_decomposition_by_hand():
   }
   found = {
     **accuracy("label", "depth", 90.0, 60.0, 100.0), **accuracy("private_depth", "depth", 80.0, 45.0, 90.0),
-    **accuracy("label", "audio", 50.0, 50.0, 50.0),
+    **accuracy("label", "audio", 50.0, 50.0, 50.5),
   }
   got = dict(decomposition.decomposition(found, table, ("label", "private_{modality}")))
-  # Chance: depth's label a is 2 of 4, its private x 3 of 4; audio's label 1 of 2. Text and audio's own were not probed.
+  # Chance: depth's label a is 2 of 4, its private x 3 of 4; audio's label 1 of 2, of which `full` tells half a point.
+  # Text and audio's own were not probed.
   assert got == {
-    "decomposition/depth/label/kept": 90.0, "decomposition/depth/label/leaked": 10.0,
-    "decomposition/depth/private/kept": 50.0, "decomposition/depth/private/leaked": 5.0,
-    "decomposition/audio/label/kept": 100.0, "decomposition/audio/label/leaked": 0.0,
-    "decomposition/label/kept": 95.0, "decomposition/label/kept_least": 90.0,
+    "decomposition/depth/label/kept": 80.0, "decomposition/depth/label/leaked": 10.0,
+    "decomposition/depth/private/kept": -200.0, "decomposition/depth/private/leaked": 5.0,
+    "decomposition/audio/label/kept": 0.0, "decomposition/audio/label/leaked": 0.0,
+    "decomposition/label/kept": 40.0, "decomposition/label/kept_least": 0.0,
     "decomposition/label/leaked": 5.0, "decomposition/label/leaked_most": 10.0,
-    "decomposition/private/kept": 50.0, "decomposition/private/kept_least": 50.0,
+    "decomposition/private/kept": -200.0, "decomposition/private/kept_least": -200.0,
     "decomposition/private/leaked": 5.0, "decomposition/private/leaked_most": 5.0,
   }  # fmt: skip

@@ -150,6 +150,33 @@ def test_rule_8_drops_nothing_else():
     assert icons.texts(concept)[0] == entry["label"]
 
 
+def test_what_is_trained_on_holds_no_unseen_concept_s_whole_name():
+  spelled = lambda text: f" {' '.join(re.findall('[a-z0-9]+', text.lower()))} "
+  hidden = {spelled(names.concepts()[c]["label"]) for c in icons.unseen()}
+  before, after = set(), set()
+  for concept in SEEN:
+    row = {"concept": concept, "texts": list(icons.texts(concept))}
+    kept = icons.annotate(row, "train")["texts"]
+    assert kept and icons.annotate(row, "val_artist")["texts"] == row["texts"]
+    before |= set(row["texts"]) - set(kept)
+    after |= {text for text in kept if any(name in spelled(text) for name in hidden)}
+  assert after == set() and before == {
+    "satellite antenna", "snow-capped mountain", "circus tent", "mahjong red dragon", "mirror ball", "pick-up",
+    "hair pick", "hammer and pick",
+  }
+  assert icons.trained_texts(["satellite antenna", "antenna", "dish"]) == ["antenna", "dish"]
+
+
+def test_words_of_unseen_concepts_that_captions_hold():
+  words = lambda concept: icons.annotate({"concept": concept, "texts": []}, "test_concept")["words"]
+  found = collections.Counter((names.concepts()[c]["split"], words(c)) for c in icons.unseen())
+  assert found == {("val", "seen"): 27, ("val", "unseen"): 33, ("test", "seen"): 50, ("test", "unseen"): 70}
+  assert words("satellite") == "unseen" and words(min(SEEN)) == ""
+  assert {name for name, test in icons.eval_sets("full").items() if "words" in test.slices} == {
+    "val_concept", "test_concept"
+  }
+
+
 @pytest.mark.parametrize("name, ways", [
     ("val_artist", 550), ("val_concept", 60), ("gcompris", 730), ("test_artist", 550), ("test_concept", 120),
     ("qabcs", 730), ("scratch", 730), ("tuxpaint_photo", 730), ("tuxpaint_drawing", 730)])

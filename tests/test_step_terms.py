@@ -1,6 +1,7 @@
 """Every term of every method through the step: two sources, masks, groups, logit scales; expected values by hand."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 from typing import Any
@@ -8,8 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from codebind_jax import losses
 from codebind_jax.codebook import CodebookState, unified
 from codebind_jax.compositional import CompositionalSpec
 from codebind_jax.losses import prototypes
@@ -17,6 +20,8 @@ from codebind_jax.methods import centrobind, codebind, codis, dcid, fcid, fixed_
 from codebind_jax.methods.base import EXTRA
 from codebind_jax.models.critics import ConditionalGaussian, FuturePredictor, club_fit
 from codebind_jax.models.decoder import Decoder
+from codebind_jax.runtime import optim
+from codebind_jax.step import make_train_step
 from codebind_jax.transport import ipot
 from tests.step_fixtures import (
   DECODER,
@@ -239,6 +244,57 @@ def test_codebind_s_codebooks_and_usage_count_the_rows_that_have_the_modality(co
     np.testing.assert_allclose(
       metrics[f"codebook/{name}/perplexity"], np.exp(-np.sum(share * np.log(share))), rtol=1e-5
     )
+
+
+def codes_start(losses_of, codes=(".*",), **spec):
+  """A setting whose codes are parameters, and the frozen paths of a stage that trains the codebooks `codes`."""
+  spec = CompositionalSpec(
+    SHARED, specific_dims=SPECIFIC, code_dims=(DIM, DIM), num_codes=(CODES["shared"], 0), num_specific_codes=CODES,
+    beta=BETA, ema=False, revive="none", **spec,
+  )  # fmt: skip
+  stage, method = stage_of(losses=losses_of, codes=codes), codebind.Method(model(), spec)
+  start = setting(method, stage)
+  trained = (r"(?!method/).*", *method.trained_paths(stage))
+  _, table = optim.make_optimizer(start.state.params, trained, optim.Optim(), 2)
+  return setting(method, stage, frozen=optim.frozen(table))
+
+
+def test_codes_that_are_parameters_move_by_the_gradient_of_their_terms():
+  start = codes_start({"code_uniform": 0.7})
+  after, metrics = start.step(start.state, batch_of())
+  share = {"shared": 1.0, "image": 1.0, "audio": 0.75}  # of the sources' weights, 3 and 1, that have the modality
+  for name, book in start.state.codebooks.items():
+    gradient = jax.grad(losses.code_uniform)(book.codes)
+    assert np.abs(gradient).max() > 1e-4
+    np.testing.assert_allclose(
+      after.codebooks[name].codes, book.codes - 0.1 * 0.7 * share[name] * gradient, rtol=1e-5, atol=1e-6
+    )
+    assert not np.any(after.params[EXTRA]["codes"][name])
+  # The next step begins where this one ended.
+  _, again = start.step(after, batch_of())
+  assert float(again["train/code_uniform"]) < float(metrics["train/code_uniform"])
+
+
+def test_a_stage_trains_those_codes_alone_that_it_names():
+  start = codes_start({"commitment": 1.0}, codes=("shared", "ima.*"))
+  after, _ = start.step(start.state, batch_of())
+  moved = {name for name, book in after.codebooks.items()
+           if np.any(book.codes != start.state.codebooks[name].codes)}  # fmt: skip
+  assert moved == {"shared", "image"}
+
+
+def test_the_release_s_forms_of_two_terms_can_be_chosen(codebind_step):
+  start, batch, (_, plain) = codebind_step
+  stage = dataclasses.replace(start.stage, scale_inside_cosine=True, double_softmax=True)
+  metrics = jax.jit(make_train_step(start.method, stage, optax.sgd(0.1)))(start.state, batch)[1]
+  changed = {name for name in LOSSES if not np.isclose(metrics[f"train/{name}"], plain[f"train/{name}"], rtol=1e-5)}
+  assert changed == {"info_nce", "info_nce_plain", "code_contrast"}
+  # The cosine cancels the scales, whatever they are.
+  params = start.state.params | {
+    name: value + 1.0 for name, value in start.state.params.items() if name.endswith("logit_scale")
+  }
+  other = jax.jit(make_train_step(start.method, stage, optax.sgd(0.1)))(start.state.replace(params=params), batch)[1]
+  np.testing.assert_allclose(other["train/info_nce"], metrics["train/info_nce"], rtol=1e-5)
 
 
 # CentroBind and the fixed anchor

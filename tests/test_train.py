@@ -381,7 +381,7 @@ def test_a_run_starts_from_whitened_heads_and_its_baseline_from_the_same_without
   }
   configs = [json.loads((tmp_path / "0.3" / name).read_text()) for name in ("config.json", "baseline/config.json")]
   changed = {line.split(":")[0] for line in schema.difference(*configs)}
-  kept = {"commitment", "code_contrast", "code_uniform", "code_matching", "decomposition", "specific_uniform"}
+  kept = {"commitment", "code_contrast", "code_matching", "decomposition", "specific_uniform"}
   losses = {f"stages.bridges.losses.{name}" for name in (*kept, "info_nce", "info_nce_plain")}
   assert changed == {"baseline", "model.quantize", *losses}
   # `config.test` off: neither of them reads the test set.

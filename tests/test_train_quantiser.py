@@ -119,3 +119,24 @@ def test_four_devices_equal_one(coded, data, continuous, tmp_path):
   overrides = FEW | SMALL | {"init_from": str(continuous)}
   finish(start(data, tmp_path / "four", *(f"{key}={json.dumps(value)}" for key, value in overrides.items()), devices=4))
   assert_close(folder, tmp_path / "four")
+
+
+def test_codes_as_parameters_of_a_width_of_their_own_train_and_resume(data, tmp_path):
+  config = tiny_config(*data, **FEW | {
+    "codebook.dim": 4, "codebook.dims": {"image": 2}, "codebook.ema": False, "codebook.first_token": True,
+    "codebook.revive": "none", "stages.bridges.losses": {"info_nce": 1.0, "commitment": 1.0, "code_uniform": 0.1},
+  })  # fmt: skip
+  train_and_evaluate(config, tmp_path / "run")
+  model = codebind_jax.load(tmp_path / "run")
+  shapes = {name: book.codes.shape for name, book in model.codebooks.items()}
+  assert shapes == {"shared": (16, 4), "image": (8, 2)}
+  steps = model.params["method"]["codes"]
+  assert {name: x.shape for name, x in steps.items()} == shapes and not any(np.any(x) for x in steps.values())
+  uniform = [line["train/code_uniform"] for line in lines_of(tmp_path / "run") if "train/code_uniform" in line]
+  assert len(uniform) == 4 and len(set(uniform[1:])) == 3  # the codes move, but for the first step, whose rate is 0
+  shutil.copytree(tmp_path / "run", tmp_path / "half")
+  for path in (tmp_path / "half" / "checkpoints").iterdir():
+    if path.name == "4":
+      shutil.rmtree(path)
+  train_and_evaluate(config, tmp_path / "half")
+  assert_same_run(tmp_path / "run", tmp_path / "half")

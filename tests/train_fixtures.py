@@ -35,7 +35,7 @@ def tiny_config(manifest: pathlib.Path, root: pathlib.Path, **overrides):
   config = stage1.get_config("runlocal").unlock()
   config.update_from_flattened_dict({
     "steps": 6, "batch_size": 8, "data.captions": "each", "log_steps": 1, "eval_steps": 3, "checkpoint_steps": 2,
-    "baseline": False, "data.manifest": str(manifest), "data.root": str(root), "model.shared_dim": 16,
+    "baseline": False, "test": True, "data.manifest": str(manifest), "data.root": str(root), "model.shared_dim": 16,
     "codebook.shared_codes": 16, "codebook.codes.image": 8, "optim.warmup": 2,
     "model.towers.image.views": 2, "model.towers.image.specific_dim": 16, "model.towers.image.hidden": 16,
     "model.towers.image.meaning": "", "model.towers.image.meaning_dim": 0,

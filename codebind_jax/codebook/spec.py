@@ -30,6 +30,7 @@ class Codebook:
 
   Attributes:
     dim: width of a code, which the widths of all shared and specific parts are multiples of.
+    dims: modality -> width of the codes in its own codebook, where it is not `dim` (the release has such widths).
     shared_codes: number of codes in the shared codebook.
     codes: modality -> number of codes in its own codebook; needed for each modality with a specific part.
     distance: what makes a code the nearest: the largest cosine, or the smallest squared distance (l2).
@@ -55,10 +56,14 @@ class Codebook:
     revive: what an unused code moves to, see `codebook.update`.
     revive_mode: whether a revived code's averages move with it (survive) or not (codes_only, as in the release).
     detach_similarity: the similarities to the codes give no gradient to the features, as in the release.
+    ema: whether codes follow moving averages of their segments; if False, the optimizer trains them as parameters, by
+      the codebook loss that `commitment` then adds, and by the terms on codes.
+    first_token: whether the codes' first k-means sees class tokens alone (the release), not all tokens.
     alarm_share: a warning is logged when a codebook's perplexity is under this share of its size.
   """
 
   dim: Side = 8
+  dims: Mapping[Name, Side] = Frozen()
   shared_codes: Codes = 1024
   codes: Mapping[Name, Codes] = Frozen()
   distance: Literal[DISTANCES] = "cosine"
@@ -76,6 +81,8 @@ class Codebook:
   revive: Literal[REVIVALS] = "random"
   revive_mode: Literal[REVIVE_MODES] = "survive"
   detach_similarity: bool = False
+  ema: bool = True
+  first_token: bool = False
   alarm_share: Share = 0.1
 
   def check(self, path: str) -> None:
@@ -98,9 +105,13 @@ class Codebook:
       shared_dim=shared_dim, specific_dim=0, specific_dims=specific_dims, code_dims=(self.dim, self.dim),
       num_codes=(self.shared_codes, 0), num_specific_codes=self.codes, layout=self.layout, distance=self.distance,
       normalize=self.normalize, decay=self.decay, revive=self.revive, revive_mode=self.revive_mode,
-      detach_similarity=self.detach_similarity, unit_parts=self.unit_parts, positions=self.positions,
-      stages=self.stages, gradient=self.gradient,
+      detach_similarity=self.detach_similarity, ema=self.ema, specific_code_dims=self.dims,
+      unit_parts=self.unit_parts, positions=self.positions, stages=self.stages, gradient=self.gradient,
     )  # fmt: skip
+
+  def width_of(self, name: str) -> int:
+    """Width of the codes of a codebook: `shared`, or a modality's own."""
+    return self.dims.get(name, self.dim)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +123,7 @@ class CompositionalSpec:
     specific_dim: width of the specific part.
     specific_dims: exceptions to `specific_dim` by modality, a mapping; text has no specific part.
     code_dims: widths (Ds, Dp) of shared and specific codes.
+    specific_code_dims: exceptions to Dp by modality, a mapping.
     num_codes: sizes (Ks, Kp) of the shared codebook and of each specific one.
     num_specific_codes: exceptions to Kp by modality, a mapping.
     layout: "parts" (shared features first, then specific) or "interleaved" (each chunk holds a shared and a specific
@@ -147,13 +159,14 @@ class CompositionalSpec:
   revive_mode: ReviveMode = "survive"
   detach_similarity: bool = False
   first: tuple[str, ...] = ("text",)
+  specific_code_dims: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
   unit_parts: bool = False
   positions: str = "shared"
   stages: int = 1
   gradient: str = "straight_through"
 
   def __post_init__(self):
-    for field in ("specific_dims", "num_specific_codes"):
+    for field in ("specific_dims", "num_specific_codes", "specific_code_dims"):
       object.__setattr__(self, field, tuple(sorted(dict(getattr(self, field)).items())))
     for field in ("code_dims", "num_codes", "first"):
       object.__setattr__(self, field, tuple(getattr(self, field)))
@@ -168,8 +181,10 @@ class CompositionalSpec:
     ):
       if getattr(self, field) not in allowed:
         raise ValueError(f"{field} must be one of {allowed}, got {getattr(self, field)!r}")
-    if self.sharing == "one" and self.code_dims[0] != self.code_dims[1]:
-      raise ValueError(f"sharing='one' needs equal code_dims, got {self.code_dims}")
+    widths = {self.code_dims[1], *dict(self.specific_code_dims).values()}
+    if self.sharing != "parts" and (self.specific_code_dims or self.sharing == "one" and widths != {self.code_dims[0]}):
+      raise ValueError(f"sharing={self.sharing!r} needs equal code_dims, got {self.code_dims} and "
+                       f"{dict(self.specific_code_dims)}")  # fmt: skip
     if self.positions == "own" and self.sharing != "parts":
       raise ValueError(f"positions='own' needs sharing='parts', got {self.sharing!r}")
     if self.stages < 1 or self.stages > 1 and self.distance == "cosine" and not self.normalize:
@@ -177,15 +192,20 @@ class CompositionalSpec:
     if self.shared_dim < 1 or self.shared_dim % self.code_dims[0]:
       raise ValueError(f"shared_dim must be a positive multiple of {self.code_dims[0]}, got {self.shared_dim}")
     for name, width in (("*", self.specific_dim), *self.specific_dims):
-      if width < 0 or width % self.code_dims[1]:
-        raise ValueError(f"specific_dim of {name!r} must be a multiple of {self.code_dims[1]}, got {width}")
+      dim = self.specific_code_dim(name)
+      if width < 0 or width % dim:
+        raise ValueError(f"specific_dim of {name!r} must be a multiple of {dim}, got {width}")
       chunks = self.shared_dim // self.code_dims[0]
-      if self.layout == "interleaved" and width not in (0, chunks * self.code_dims[1]):
+      if self.layout == "interleaved" and width not in (0, chunks * dim):
         raise ValueError(f"layout='interleaved' needs {chunks} specific segments of {name!r}, got width {width}")
 
   def specific_width(self, modality: str) -> int:
     """Width of a modality's specific part."""
     return dict(self.specific_dims).get(modality, self.specific_dim)
+
+  def specific_code_dim(self, modality: str) -> int:
+    """Width of the codes of a modality's own codebook."""
+    return dict(self.specific_code_dims).get(modality, self.code_dims[1])
 
   def codebook_names(self, modality: str) -> tuple[str, str]:
     """Names of the codebooks of a modality's shared and specific part."""
@@ -206,7 +226,8 @@ class CompositionalSpec:
     width = self.specific_width(modality)
     if width and specific != SHARED:
       count = dict(self.num_specific_codes).get(modality, self.num_codes[1])
-      out[specific] = count, self.code_dims[1], width // self.code_dims[1]
+      dim = self.specific_code_dim(modality)
+      out[specific] = count, dim, width // dim
     return out
 
   def bits(self, modality: str, part: str = "shared") -> int:
@@ -219,9 +240,10 @@ class CompositionalSpec:
     shared, specific = self.codebook_names(modality)
     sizes = {name: codes for name, (codes, _, _) in self.books(modality).items()}
     widths = (self.shared_dim, self.specific_width(modality))
+    dims = (self.code_dims[0], self.specific_code_dim(modality))
     bits = {
       name: math.ceil(math.log2(sizes[book])) * (width // dim) * self.stages if width else 0
-      for name, book, width, dim in zip(("shared", "specific"), (shared, specific), widths, self.code_dims)
+      for name, book, width, dim in zip(("shared", "specific"), (shared, specific), widths, dims)
     }
     return sum(bits.values()) if part == "full" else bits[part]
 

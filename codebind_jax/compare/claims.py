@@ -66,6 +66,7 @@ def claims(
   found = [*_anchors(results, world, prefix)] if world else []
   found += _narrowed(against, results, prefix) if against else []
   found += _over_pairs(results, prefix)
+  found += _regularised(results, prefix)
   return [*found, *_ablations(results, prefix), *_channels(results, prefix)]
 
 
@@ -162,6 +163,24 @@ def _over_pairs(results: Mapping[str, Any], prefix: str) -> list[dict[str, Any]]
       found.append({"claim": f"{title} generalises across modalities better than plain InfoNCE of the pairs",
                     "numbers": f"mean of */cross: {name} {_as_text(own)}, info_nce {_as_text(plain)}"}
                    | verdict(_paired(own, plain)))  # fmt: skip
+  return found
+
+
+def _regularised(results: Mapping[str, Any], prefix: str) -> list[dict[str, Any]]:
+  """CodeBind against InfoNCE under the same regularisation, and each under that which validation chooses for it."""
+  found, ways = [], [name.removeprefix("info_nce_") for name in results if name.startswith("info_nce_")]
+  both = [way for way in ways if f"codebind_{way}" in results]
+  named = {way: (f"codebind_{way}", f"info_nce_{way}") for way in both}
+  better = "CodeBind generalises across modalities better than plain InfoNCE"
+  asked = [(f"{better}, both with {way.replace('_', ' ')}", *pair) for way, pair in named.items()]
+  if both and {"codebind", "info_nce"} <= results.keys():
+    score = lambda name: max((v for v in results[name].get("tuning", {}).values() if v is not None), default=-np.inf)
+    best = (max((one, *(f"{one}_{way}" for way in both)), key=score) for one in ("codebind", "info_nce"))
+    asked.append((f"{better}, each with the regularisation that validation chooses for it", *best))
+  for claim, one, other in asked:
+    own, plain = (_values(results, name, _crossing(prefix)) for name in (one, other))
+    found.append({"claim": claim, "numbers": f"mean of */cross: {one} {_as_text(own)}, {other} {_as_text(plain)}"}
+                 | verdict(_paired(own, plain)))  # fmt: skip
   return found
 
 

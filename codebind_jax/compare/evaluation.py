@@ -17,7 +17,14 @@ from codebind_jax.compare.channels import Sliced
 from codebind_jax.config import Compare, Config
 from codebind_jax.data.task import EvalSet, Task
 from codebind_jax.evaluate import FINAL, Evaluation
-from codebind_jax.evaluators.crossmodal import code_sharing, fit_head, recall_at_one, sharing_sets, transfer
+from codebind_jax.evaluators.crossmodal import (
+  code_sharing,
+  error_over_labels,
+  fit_head,
+  recall_at_one,
+  sharing_sets,
+  transfer_answers,
+)
 from codebind_jax.methods import toc
 from codebind_jax.methods.base import EXTRA
 from codebind_jax.runtime.checkpoint import SavedRun
@@ -79,7 +86,8 @@ class CrossModal:
 
   Metrics of every role r and field f (`eval/r/NAME/f` where there are several transfers, whose means are `eval/r/cross`
   and `within`): `eval/r/f/A>B`, accuracy on B of a head of A; `within`, `cross` and `all`, means over A = B and A != B,
-  and that of one head on all modalities together; `eval/r/recall`, mean over pairs of recall at 1; `codes/shared` and
+  and that of one head on all modalities together; `cross_error`, the standard error of `cross` over the field's values;
+  `eval/r/recall`, mean over pairs of recall at 1; `codes/shared` and
   `codes/single`, means over pairs. With `stages` also the usual zero-shot and retrieval metrics, and their means
   `eval/r/zeroshot` (top-1) and `eval/r/retrieval` (recall at 1).
 
@@ -191,11 +199,14 @@ class CrossModal:
         {m: rows(c, c[field] != "") for m, c in table.items() if (c[field] != "").any()} for table in (train, test)
       )
       column = lambda table, name: {m: c[name] for m, c in table.items()}
-      accuracy = transfer(column(a, "shared"), column(b, "shared"), column(a, field), column(b, field))
+      answers = transfer_answers(column(a, "shared"), column(b, "shared"), column(a, field), column(b, field))
+      accuracy = {pair: 100.0 * float(np.mean(right)) for pair, (_, right) in answers.items()}
       found |= {f"{name}/{field}/{one}>{other}": value for (one, other), value in accuracy.items()}
       for kind, same in (("within", True), ("cross", False)):
         values = [value for (one, other), value in accuracy.items() if (one == other) == same]
         found |= {f"{name}/{field}/{kind}": float(np.mean(values))} if values else {}
+      across = [answer for (one, other), answer in answers.items() if one != other]
+      found |= {f"{name}/{field}/cross_error": error_over_labels(across)} if across else {}
       if aligned(a) and aligned(b):
         join = lambda table: np.concatenate([table[m]["shared"] for m in sorted(table)], axis=1)
         labels = lambda table, field=field: table[sorted(table)[0]][field]

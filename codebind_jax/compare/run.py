@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging as standard_logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -56,16 +56,36 @@ def graded_task(world: GradedWorld, modalities: Sequence[str]) -> Task:
 
 def comparison_config(config: Config) -> Config:
   """The comparison's config without the keys in which its calls may differ."""
-  return dataclasses.replace(config, compare=dataclasses.replace(config.compare, only="", against="", timing=0))
+  free = dataclasses.replace(config.compare, only="", against="", timing=0)
+  return dataclasses.replace(config, compare=free)
+
+
+def rate_beyond(tried: Mapping[float, float | None]) -> float | None:
+  """The next candidate beyond an end of the rates tried, in their ratio there; None if the best is not at an end.
+
+  Args:
+    tried: at least two learning rates -> their score; None where the run diverged.
+  """
+  scores = {rate: value for rate, value in tried.items() if value is not None}
+  ordered = sorted(tried)
+  best = max(scores, key=scores.get) if scores else None
+  if best == ordered[-1]:
+    return float(f"{ordered[-1] ** 2 / ordered[-2]:.2g}")
+  return float(f"{ordered[0] ** 2 / ordered[1]:.2g}") if best == ordered[0] else None
 
 
 def run_config(config: Config, variant: Variant, rate: float, seed: int, test: bool) -> Config:
   """The config of one run."""
   own = {"losses": variant.losses} | unheeded(variant.method)  # stage keys for other methods get their defaults
+  chosen = lambda **values: {name: value for name, value in values.items() if value is not None}
+  own |= chosen(mixup=variant.mixup)
+  towers = {name: dataclasses.replace(tower, **chosen(dropout=variant.dropout))
+            for name, tower in config.model.towers.items()}  # fmt: skip
   return config_lib.filled(dataclasses.replace(
     config, mode="train", baseline=False, test=test, seed=seed, compare=None, method=variant.method,
-    method_options=variant.options, optim=dataclasses.replace(config.optim, learning_rate=rate),
-    model=dataclasses.replace(config.model, quantize=variant.quantize),
+    method_options=variant.options,
+    optim=dataclasses.replace(config.optim, learning_rate=rate, **chosen(weight_decay=variant.weight_decay)),
+    model=dataclasses.replace(config.model, quantize=variant.quantize, towers=schema.Frozen(towers)),
     stages=schema.Frozen({name: dataclasses.replace(stage, **own) for name, stage in config.stages.items()}),
   ))  # fmt: skip
 
@@ -154,10 +174,17 @@ def compare(config: Any, workdir: str | files.Path) -> dict[str, Any]:
 
   results: dict[str, Any] = {}
   for name in names:
-    rates, programs = {}, Programs()
+    tried: dict[float, Any] = {}
+    programs, further = Programs(), list(settings.learning_rates) if tuned else []
+    while further:
+      for rate in further:
+        metrics = train(name, rate, 0, False, programs)["metrics"]
+        tried[rate] = None if metrics is None else metrics[score]
+      beyond = rate_beyond(tried) if len(tried) < len(settings.learning_rates) + settings.widen else None
+      further = [] if beyond is None else [beyond]
+      bar.total += len(further)
+    rates = {rate: value for rate, value in tried.items() if value is not None}
     if tuned:
-      tried = {rate: train(name, rate, 0, False, programs)["metrics"] for rate in settings.learning_rates}
-      rates = {rate: metrics[score] for rate, metrics in tried.items() if metrics is not None}
       if not rates:
         raise FloatingPointError(f"config.compare.learning_rates: {name!r} diverged with every one of them; see "
                                  f"{folder / name}/*/{DIVERGED}")  # fmt: skip
@@ -166,7 +193,7 @@ def compare(config: Any, workdir: str | files.Path) -> dict[str, Any]:
     speed = float(np.median([run["cost"]["examples_per_second"] for run in runs]))
     results[name] = {
       "method": settings.variants[name].method, "learning_rate": rate,
-      "tuning": {f"{key:g}": value for key, value in rates.items()}, "runs": [run["metrics"] for run in runs],
+      "tuning": {f"{key:g}": tried[key] for key in sorted(tried)}, "runs": [run["metrics"] for run in runs],
       "cost": runs[-1]["cost"] | {"examples_per_second": speed}, "probes": [run["probe"] for run in runs],
     }  # fmt: skip
   bar.close()

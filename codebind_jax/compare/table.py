@@ -11,12 +11,18 @@ from codebind_jax.compare.claims import RULE, claims
 
 COLUMNS = ("label/cross", "label/within", "label/all", "style/cross", "recall")
 PREFIX = "eval/test"
+EDGE = "†"
+OVER_LABELS = " In brackets the standard error over the field's values (the concepts), which more seeds do not lessen."
 
 
 def cell(runs: Sequence[Mapping[str, float]], name: str) -> str:
-  """`mean ± deviation` for a table."""
+  """`mean ± deviation` for a table, and `(error)` over the labels where it was measured."""
   values = figures.mean_and_deviation(runs, name)
-  return "" if values is None else f"{values[0]:.1f} ± {values[1]:.1f}" if len(runs) > 1 else f"{values[0]:.1f}"
+  if values is None:
+    return ""
+  shown = f"{values[0]:.1f} ± {values[1]:.1f}" if len(runs) > 1 else f"{values[0]:.1f}"
+  over_labels = figures.mean_and_deviation(runs, f"{name}_error")
+  return shown if over_labels is None else f"{shown} ({over_labels[0]:.1f})"
 
 
 def write_comparison(
@@ -41,7 +47,7 @@ def sections(whole: Mapping[str, Any], heading: str = "##") -> list[str]:
   """
   results, settings = whole["results"], whole["config"]["compare"]
   return [
-    *_head(whole), "", *_scores(results, _columns(results, settings), settings["learning_rates"]), "",
+    *_head(whole), "", *_scores(results, _columns(results, settings)), "",
     f"{heading} Cost", "", *_costs(results, whole.get("speed")), "",
     f"{heading} Claims of the papers", "", whole["rule"], "", *_claims(whole["claims"]), "",
   ]  # fmt: skip
@@ -57,8 +63,8 @@ def _head(whole: Mapping[str, Any]) -> list[str]:
   settings = config["compare"]
   rates = settings["learning_rates"]
   tuned = (
-    "learning rate chosen on the validation set for each method; where it is the highest or lowest of those tried, one "
-    "beyond might do better"
+    "learning rate chosen on the validation set for each method among as many as the row says, with seed 0; a rate "
+    f"marked {EDGE} is the highest or lowest of them"
   ) if len(rates) > 1 else f"learning rate {rates[0]:g} for all, not tuned"
   sources = {name: rows for stage in config["stages"].values() for name, rows in stage["sources"].items()}
   rows = " + ".join(f"{rows} ({name})" for name, rows in sources.items()) or str(config["batch_size"])
@@ -68,7 +74,10 @@ def _head(whole: Mapping[str, Any]) -> list[str]:
     f"{tuned}.", "",
     "`F/cross`: head that tells field F, learned on one modality's training rows, tested on another's test rows, mean "
     "over ordered pairs; `within`: tested on its own; `all`: one head on all modalities together; `recall`: at 1, mean "
-    "over pairs; `zeroshot`: top-1 by name, `retrieval`: recall at 1, means over test sets, modalities and directions.",
+    "over pairs; `zeroshot`: top-1 by name, `retrieval`: recall at 1, means over test sets, modalities and directions."
+    + OVER_LABELS * any(key.endswith("/cross_error") for key in next(iter(whole["results"].values()))["runs"][0]), "",
+    f"These test sets had been read before: {settings['read_before']}." if settings.get("read_before") else
+    "Nothing is known to have read these test sets before.",
   ]  # fmt: skip
 
 
@@ -77,15 +86,30 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
   return [line(head), "|---" * len(head) + "|", *map(line, rows)]
 
 
-def _scores(results: Mapping[str, Any], columns: Sequence[str], rates: Sequence[float]) -> list[str]:
-  ends = {max(rates): " (highest)", min(rates): " (lowest)"} if len(rates) > 1 else {}
+def at_edge(result: Mapping[str, Any]) -> str:
+  """Which end of the rates tried a variant's rate is, "highest" or "lowest"; "" for none, or if it is the only one."""
+  tried, rate = sorted(map(float, result.get("tuning", {}))), float(f"{result['learning_rate']:g}")
+  return "" if len(tried) < 2 else "highest" if rate == tried[-1] else "lowest" if rate == tried[0] else ""
+
+
+def _edges(results: Mapping[str, Any]) -> list[str]:
+  """The footnote that names the variants whose rate is an end of those tried."""
+  ends = {name: edge for name, result in results.items() if (edge := at_edge(result))}
+  if not ends:
+    return []
+  named = ", ".join(f"{name} ({edge} of {len(results[name]['tuning'])})" for name, edge in ends.items())
+  return ["", f"{EDGE} At an end of the rates tried, so that a further one might do better: {named}."]
+
+
+def _scores(results: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
   rows = []
   for name, result in results.items():
     runs, rate = result["runs"], result["learning_rate"]
     codes = f"{cell(runs, 'codes/shared')} / {cell(runs, 'codes/single')}" if "codes/shared" in runs[0] else ""
     values = [cell(runs, f"{PREFIX}/{column}") for column in columns]
-    rows.append([name, *values, codes, f"{rate:g}{ends.get(rate, '')}"])
-  return _table(["variant", *columns, "codes shared / single", "rate"], rows)
+    mark = f" {EDGE}" if at_edge(result) else ""
+    rows.append([name, *values, codes, f"{rate:g}{mark}", str(max(1, len(result.get("tuning", {}))))])
+  return [*_table(["variant", *columns, "codes shared / single", "rate", "rates tried"], rows), *_edges(results)]
 
 
 def _costs(results: Mapping[str, Any], speed: Mapping[str, Any] | None) -> list[str]:

@@ -217,7 +217,8 @@ def compile_stage(
   inputs = input_shapes(model, trunks_of(model.towers))
   shapes = state_lib.shapes(make_init(method, inputs, model.half, [stage]))
   frozen_paths = (*method.frozen_paths(stage), *frozen_by(model, stage))
-  tx, table = optim.make_optimizer(shapes.params, stage.train, settings, stage.steps, frozen=frozen_paths)
+  trained = (*stage.train, *method.trained_paths(stage))
+  tx, table = optim.make_optimizer(shapes.params, trained, settings, stage.steps, frozen=frozen_paths)
   state, batch = state_lib.abstract(shapes, tx, layout), batch_shapes(inputs, stage, layout)
   for line in layout.table(state):
     logging.info("  %s", line)

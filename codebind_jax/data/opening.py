@@ -72,7 +72,7 @@ def open_source(
     module = registry.world_module(world)
     if hasattr(module, "open_split"):
       return module.open_split(registry.resolve(world, profile), split)
-    return WorldSource(registry.ensure(world, profile, data_dir), split)
+    return WorldSource(registry.ensure(world, profile, data_dir), split, getattr(module, "annotate", None))
   if profile != "auto":
     raise ValueError(f"{files}: got profile {profile!r}; allowed for files: 'auto', only worlds have profiles")
   if split and split not in SPLITS:

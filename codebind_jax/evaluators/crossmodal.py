@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from sklearn.linear_model import RidgeClassifier
 
 
@@ -21,6 +22,18 @@ def transfer(
 ) -> dict[tuple[str, str], float]:
   """Accuracy in % of a head fitted on modality a's training rows, on modality b's test rows, for all (a, b).
 
+  Arguments are those of `transfer_answers`.
+  """
+  answers = transfer_answers(train, test, train_labels, test_labels)
+  return {pair: 100.0 * float(np.mean(right)) for pair, (_, right) in answers.items()}
+
+
+def transfer_answers(
+  train: Mapping[str, Float[np.ndarray, "n _"]], test: Mapping[str, Float[np.ndarray, "m _"]],
+  train_labels: Mapping[str, np.ndarray], test_labels: Mapping[str, np.ndarray],
+) -> dict[tuple[str, str], tuple[np.ndarray, Bool[np.ndarray, "_"]]]:
+  """(a, b) -> (label, whether the head of modality a names it rightly) of each tested row of modality b.
+
   A head is fitted and tested on the labels that a's training rows and b's test rows share; pairs that share fewer than
   two are left out.
 
@@ -30,7 +43,7 @@ def transfer(
     train_labels: modality -> label of each row.
     test_labels: likewise.
   """
-  accuracies: dict[tuple[str, str], float] = {}
+  answers: dict[tuple[str, str], tuple[np.ndarray, Bool[np.ndarray, "_"]]] = {}
   for a, x in train.items():
     heads: dict[tuple[str, ...], RidgeClassifier] = {}
     for b, y in test.items():
@@ -40,8 +53,23 @@ def transfer(
       fit_rows, test_rows = np.isin(train_labels[a], common), np.isin(test_labels[b], common)
       if (key := tuple(common)) not in heads:
         heads[key] = fit_head(x[fit_rows], train_labels[a][fit_rows])
-      accuracies[a, b] = 100.0 * float(np.mean(heads[key].predict(y[test_rows]) == test_labels[b][test_rows]))
-  return accuracies
+      labels = test_labels[b][test_rows]
+      answers[a, b] = labels, heads[key].predict(y[test_rows]) == labels
+  return answers
+
+
+def error_over_labels(answers: Collection[tuple[np.ndarray, Bool[np.ndarray, "_"]]]) -> float:
+  """Standard error in points of a mean accuracy, over its labels: what other labels of the kind might have given.
+
+  Args:
+    answers: (label, whether it was named rightly) of the rows of each pair; a label counts with its mean over them.
+  """
+  by_label: dict[Any, list[float]] = {}
+  for labels, right in answers:
+    for label in np.unique(labels):
+      by_label.setdefault(label, []).append(100.0 * float(np.mean(right[labels == label])))
+  means = [float(np.mean(values)) for values in by_label.values()]
+  return float(np.std(means, ddof=1) / np.sqrt(len(means)))
 
 
 def recall_at_one(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "n d"]) -> float:

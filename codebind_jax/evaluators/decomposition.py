@@ -37,9 +37,10 @@ def decomposition(scores: Mapping[str, float], table: base.Table, probes: Sequen
     probes: fields of the factors; those with `{modality}` are private.
 
   Yields:
-    `decomposition/<modality>/<factor>/kept`, percent of the accuracy on `full` that the right part reaches, and
-    `.../leaked`, points above chance that the wrong part reaches; then over all modalities the means
-    `decomposition/<factor>/kept` and `leaked`, and the worst of each, `kept_least` and `leaked_most`.
+    `decomposition/<modality>/<factor>/kept`, points above chance that the right part reaches, in percent of those that
+    `full` reaches (of one point at least), and `.../leaked`, points above chance that the wrong part reaches; then over
+    all modalities the means `decomposition/<factor>/kept` and `leaked`, and the worst of each, `kept_least` and
+    `leaked_most`.
   """
   kept: dict[str, list[float]] = {}
   leaked: dict[str, list[float]] = {}
@@ -49,8 +50,9 @@ def decomposition(scores: Mapping[str, float], table: base.Table, probes: Sequen
       right, wrong = ("specific", "shared") if factor == PRIVATE else ("shared", "specific")
       if not all(f"{name}/{part}" in scores for part in base.PARTS):
         continue
-      kept.setdefault(factor, []).append(100.0 * scores[f"{name}/{right}"] / scores[f"{name}/full"])
-      leaked.setdefault(factor, []).append(scores[f"{name}/{wrong}"] - chance(columns[field]))
+      own, other, whole = (scores[f"{name}/{part}"] - chance(columns[field]) for part in (right, wrong, "full"))
+      kept.setdefault(factor, []).append(100.0 * own / max(whole, 1.0))
+      leaked.setdefault(factor, []).append(other)
       yield f"decomposition/{modality}/{factor}/kept", kept[factor][-1]
       yield f"decomposition/{modality}/{factor}/leaked", leaked[factor][-1]
   for factor in kept:

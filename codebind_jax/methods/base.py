@@ -298,6 +298,13 @@ class Method(abc.ABC):
     """Regexes of parameter paths that the method does not train in a stage."""
     return ()
 
+  def trained_paths(self, stage: Stage) -> tuple[str, ...]:
+    """Regexes of parameter paths that a stage trains beside those of its `train`."""
+    return ()
+
+  def settled(self, params: Any, codebooks: Any) -> tuple[Any, Any]:
+    """(params, codebooks) after the optimizer's step, where the one holds what belongs into the other."""
+    return params, codebooks
   @property
   def start_rows(self) -> int:
     """Training rows whose features `start` needs; 0 if a stage's first batch is enough (`start_codebooks`)."""

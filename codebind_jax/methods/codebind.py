@@ -26,7 +26,7 @@ from codebind_jax.compositional import (
   start_rotations,
 )
 from codebind_jax.methods import base
-from codebind_jax.methods.base import Forward, Rows, Term, output
+from codebind_jax.methods.base import EXTRA, Forward, Rows, Term, output
 from codebind_jax.methods.codebind_terms import TERMS, Quantised
 from codebind_jax.models.encoder import normalised
 from codebind_jax.models.towers import CodeBind, ModelSpec, decode
@@ -46,15 +46,22 @@ class Method(base.Method):
     rotated: every part is turned by a learned rotation (parameters `method/rotation/CODEBOOK`).
     begins: how codes start, `config.codebook.start`.
     rows: training rows for that, `config.codebook.start_rows`.
+    first_token: a start from the first batch sees class tokens alone.
+
+  Codes that are parameters (`spec.ema` off) stay in the codebooks. The parameters `method/codes/NAME` are what the
+  optimizer adds to them in a step, and are 0 between steps.
   """
 
-  STAGE_KEYS = frozenset(("losses", "codes", "code_rows", "matching_temperature", "chunk", "ring"))
+  STAGE_KEYS = frozenset((
+    "losses", "codes", "code_rows", "matching_temperature", "scale_inside_cosine", "double_softmax", "chunk", "ring",
+  ))  # fmt: skip
 
   spec: CompositionalSpec | None = dataclasses.field(default=None, metadata=DERIVED)
   update: str = dataclasses.field(default="snapshot", metadata=DERIVED)
   rotated: bool = dataclasses.field(default=False, metadata=DERIVED)
   begins: str = dataclasses.field(default="batch", metadata=DERIVED)
   rows: int = dataclasses.field(default=0, metadata=DERIVED)
+  first_token: bool = dataclasses.field(default=False, metadata=DERIVED)
 
   @classmethod
   def build(
@@ -63,7 +70,9 @@ class Method(base.Method):
     """The method with the quantiser of the section `codebook`; it has no options of its own."""
     spec = codebook.spec(towers.shared_dim, towers.specific_dims) if towers.quantize else None
     rotated = spec is not None and codebook.rotation == "learned"
-    return cls(model, spec, codebook.update_mode, rotated, codebook.start, codebook.start_rows)
+    return cls(
+      model, spec, codebook.update_mode, rotated, codebook.start, codebook.start_rows, codebook.first_token
+    )
 
   @property
   def codebook_sizes(self) -> dict[str, int]:
@@ -75,9 +84,9 @@ class Method(base.Method):
 
   def _lead(self, book: str) -> tuple[int, ...]:
     """Leading axes of a codebook's arrays."""
-    dims = self.spec.code_dims
-    width = self.spec.shared_dim // dims[0] if book == SHARED else self.spec.specific_width(book) // dims[1]
-    return self.spec.lead(max(width, 1))
+    if book == SHARED:
+      return self.spec.lead(self.spec.shared_dim // self.spec.code_dims[0])
+    return self.spec.lead(max(self.spec.specific_width(book) // self.spec.specific_code_dim(book), 1))
 
   def numbered(self, book: str, indices: Int[Any, "*lead _"]) -> Int[Any, "*lead _"]:
     """Codes by number among those of all stages and positions that have codebooks of their own."""
@@ -88,13 +97,15 @@ class Method(base.Method):
     return indices + table * np.int32(self.codebook_sizes[book] // tables)
 
   def init(self, rng: Any, features: Mapping[str, Array], inputs: Mapping[str, Array], towers: Any) -> tuple:
-    """Random codebooks, rotations that turn nothing, if any, and no aux."""
+    """Random codebooks, rotations that turn nothing, steps of codes that are parameters, if any, and no aux."""
     if self.spec is None:
       return {}, {}, {}
     codebooks, extra = new_codebooks(rng, self.spec, self.model.towers), {}
     if self.rotated:
       books = {name: book for m in self.model.towers for name, book in self.spec.books(m).items()}
       extra["rotation"] = {name: jnp.eye(dim * count) for name, (_, dim, count) in books.items()}
+    if not self.spec.ema:
+      extra["codes"] = {name: jnp.zeros_like(book.codes) for name, book in codebooks.items()}
     return extra, codebooks, {}
 
   def frozen_paths(self, stage: Stage) -> tuple[str, ...]:
@@ -107,13 +118,28 @@ class Method(base.Method):
     """Codebook name -> its rotation."""
     return {name: orthogonal(x) for name, x in params[base.EXTRA]["rotation"].items()} if self.rotated else {}
 
+  def trained_paths(self, stage: Stage) -> tuple[str, ...]:
+    """The codes that the stage trains, where they are parameters."""
+    if self.spec is None or self.spec.ema:
+      return ()
+    return tuple(f"{EXTRA}/codes/(?:{pattern})" for pattern in stage.codes)
+
+  def settled(self, params: Any, codebooks: Any) -> tuple[Any, Any]:
+    """The optimizer's steps of the codes go into the codebooks."""
+    if self.spec is None or self.spec.ema:
+      return params, codebooks
+    steps = params[EXTRA]["codes"]
+    moved = {name: book.replace(codes=book.codes + steps[name]) for name, book in codebooks.items()}
+    return params | {EXTRA: params[EXTRA] | {"codes": jax.tree.map(jnp.zeros_like, steps)}}, moved
+
   def start_codebooks(self, forward: Forward, state: TrainState, rng: Any) -> Any:
     """k-means of all tokens of the batch for those codebooks that no earlier stage has initialised."""
     if self.spec is None:
       return state.codebooks
     started = init_codebooks(
-      rng, forward.features, state.codebooks, self.spec, masks=forward.masks, rotations=self.rotations(state.params)
-    )
+      rng, forward.features, state.codebooks, self.spec, first_token=self.first_token, masks=forward.masks,
+      rotations=self.rotations(state.params),
+    )  # fmt: skip
     return {name: _unless_started(old, old, started[name]) for name, old in state.codebooks.items()}
 
   @property
@@ -147,7 +173,11 @@ class Method(base.Method):
   def observe(self, forward: Forward, state: TrainState, rng: Any, stage: Stage) -> tuple[dict[str, Rows], Any, Any]:
     """Quantises all modalities of all sources, and updates those codebooks that the stage trains."""
     outputs = plain = self.plain_outputs(forward.features)
-    codebooks, ranges = state.codebooks, {}
+    before, ranges = state.codebooks, {}
+    if self.spec is not None and not self.spec.ema:
+      steps = forward.params[EXTRA]["codes"]
+      before = {name: book.replace(codes=book.codes + steps[name]) for name, book in before.items()}
+    codebooks = before
     if self.spec is not None:
       code_rows = stage.code_rows if {"code_contrast", "code_matching"} & set(self.weights(stage)) else 1
       ranges = similarity_ranges(forward, code_rows)
@@ -170,6 +200,7 @@ class Method(base.Method):
       rows[source] = dataclasses.replace(
         part, made=Quantised(own, own_plain, segment, decoded, target), codes=codes,
         groups=None if stage.unique_labels else part.groups,
+        codebooks=before,
       )  # fmt: skip
     return rows, codebooks, state.aux
 

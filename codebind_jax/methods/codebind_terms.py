@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -76,7 +77,7 @@ def _align_pairs(r: Rows, of_a: Mapping[str, Array], of_b: Mapping[str, Array]) 
   return _mean([
     losses.info_nce(
       of_a[a][:, 0], of_b[b][:, 0], temperature=stage.temperature, logit_scale_a=r.scales[a],
-      logit_scale_b=r.scales[b], mask=r.both(a, b), chunk=stage.chunk,
+      logit_scale_b=r.scales[b], scale_inside_cosine=stage.scale_inside_cosine, mask=r.both(a, b), chunk=stage.chunk,
       axes=row_axes(len(r.masks[a])) if tiled else (), groups=r.groups_of(a, b),
     )
     for a, b in r.pairs
@@ -95,12 +96,15 @@ def _code_contrast(r: Rows) -> Float[Array, ""]:
     for similarity in (out.similarity_shared[:rows], out.similarity_specific[:rows]):
       if similarity.size:
         mask = jnp.tile(r.masks[name][:rows], similarity.shape[1])  # segments first: devices may share them out
-        total += losses.code_contrast(jnp.swapaxes(similarity, 0, 1).reshape(-1, similarity.shape[-1]), mask=mask)
+        total += losses.code_contrast(
+          jnp.swapaxes(similarity, 0, 1).reshape(-1, similarity.shape[-1]), mask=mask,
+          double_softmax=r.stage.double_softmax,
+        )  # fmt: skip
   return total
 
 
 def _code_uniform(r: Rows) -> Float[Array, ""]:
-  """Codes of a codebook lie apart; has no gradient where codes follow moving averages, as they do here."""
+  """Codes of a codebook lie apart, where they are parameters; codes that follow moving averages get no gradient."""
   used = ["shared", *r.made.with_specific]
   def of_book(codes: Array) -> Array:
     if codes.ndim == 2:
@@ -127,7 +131,7 @@ def _decomposition(r: Rows) -> Float[Array, ""]:
   return _mean([
     losses.decomposition(
       (out := r.made.outputs[m]).shared, out.specific, mask=r.masks[m],
-      segment=0 if out.shared.shape == out.specific.shape else r.made.segment,
+      segment=0 if out.shared.shape == out.specific.shape else math.gcd(r.made.segment, out.specific.shape[-1]),
     )
     for m in r.made.with_specific
   ])

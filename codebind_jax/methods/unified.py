@@ -20,6 +20,7 @@ from codebind_jax.losses.unified import code_distribution, distribution_matching
 from codebind_jax.methods import base
 from codebind_jax.methods.base import EXTRA, Forward, Rows
 from codebind_jax.models.critics import ConditionalGaussian, FuturePredictor, club_fit
+from codebind_jax.models.towers import MaybeSide
 from codebind_jax.norm import unit
 from codebind_jax.runtime.train_state import TrainState
 from codebind_jax.schema import DISTINCT, Decay, Name, Rate, Share, Side, Weight, above, at_least, at_most
@@ -58,6 +59,7 @@ class Unified(base.Method):
     club_rate: learning rate of the inner steps.
     club_hidden: hidden width of CLUB's networks.
     cpc_layers: LSTM layers (paper 1, release 2).
+    cpc_context: width of CPC's context; 0 for that of the general features (release).
     cpc_over: softmax over "futures" (paper) or "predictions" (release).
     cpc_self: weight of a modality's prediction of its own future (release 0.1).
 
@@ -91,6 +93,7 @@ class Unified(base.Method):
   club_rate: Rate = 1e-3
   club_hidden: Side = 128
   cpc_layers: Annotated[int, above(0), at_most(1000)] = 1
+  cpc_context: MaybeSide = 0
   cpc_over: Literal["futures", "predictions"] = "futures"
   cpc_self: Weight = 0.0
 
@@ -193,7 +196,7 @@ class Unified(base.Method):
                                  mask=rows.both(a, b), groups=rows.groups_of(a, b))
         for a, b in itertools.permutations(sorted(z), 2)
       ), start=jnp.zeros((), jnp.float32))  # fmt: skip
-    net = FuturePredictor(first.shape[-1], 1, self.cpc_layers)
+    net = FuturePredictor(first.shape[-1], 1, self.cpc_layers, self.cpc_context)
     ahead = {m: net.apply({"params": rows.params[EXTRA][f"{prefix}{m}"]}, x) for m, x in z.items()}
     at = jax.random.randint(rng, (), 1, first.shape[1] - 1)
     return losses.cross_cpc(ahead, z, at, self_weight=self.cpc_self, over=self.cpc_over, masks=masks,
@@ -202,8 +205,9 @@ class Unified(base.Method):
   def predictors(self, rng: Any, z: Mapping[str, Array], prefix: str = "predict_") -> dict[str, Any]:
     """Parameters of the CPC networks, for sequences that are long enough."""
     z = same_steps(z)
+    net = FuturePredictor(next(iter(z.values())).shape[-1], 1, self.cpc_layers, self.cpc_context)
     return {
-      f"{prefix}{m}": FuturePredictor(x.shape[-1], 1, self.cpc_layers).init(jax.random.fold_in(rng, i), x)["params"]
+      f"{prefix}{m}": net.init(jax.random.fold_in(rng, i), x)["params"]
       for i, (m, x) in enumerate(sorted(z.items())) if x.shape[1] >= MIN_STEPS
     }  # fmt: skip
 

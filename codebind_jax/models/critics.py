@@ -64,16 +64,23 @@ class FuturePredictor(nn.Module):
   """LSTMs give the context c_t of a sequence up to each step, linear layers predict each of the next steps from it.
 
   The paper (DCID) has one LSTM layer, its release two.
+
+  Attributes:
+    width: of the predicted vectors.
+    steps: number of steps predicted.
+    layers: number of LSTM layers.
+    context: width of c_t; 0 for that of the predicted vectors.
   """
 
   width: int
   steps: int = 1
   layers: int = 1
+  context: int = 0
 
   @nn.compact
   def __call__(self, x: Float[Array | np.ndarray, "b t c"]) -> Float[Array, "b t k d"]:
     """Predictions, from every step t, of the steps t + 1, t + 2, ..."""
     for i in range(self.layers):
-      cell = nn.OptimizedLSTMCell(self.width, param_dtype=jnp.promote_types(x.dtype, jnp.float32))
+      cell = nn.OptimizedLSTMCell(self.context or self.width, param_dtype=jnp.promote_types(x.dtype, jnp.float32))
       x = nn.RNN(cell, name=f"lstm{i}")(x)
     return jnp.stack([nn.Dense(self.width, name=f"predict{k}")(x) for k in range(self.steps)], axis=2)

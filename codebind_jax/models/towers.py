@@ -38,6 +38,7 @@ from codebind_jax.schema import (
 TRUNK = "trunk/"
 
 MaybeSide = Annotated[int, at_least(0, "none"), at_most(1 << 16)]
+Dropout = Annotated[float, within(0, 1, below=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,7 @@ class TowerSpec:
   augmented: Share = 0.5
   head: Literal["linear", "published"] = "linear"
   hidden: Annotated[int, at_least(0, "a linear head"), at_most(1 << 20)] = 0
-  dropout: Annotated[float, within(0, 1, below=True)] = 0.0
+  dropout: Dropout = 0.0
   init: Literal[tuple(INITS)] = "orthogonal"
   whiten: Annotated[float, within(0, 1, "off")] = 0.0
   starts_from: MaybeName = ""

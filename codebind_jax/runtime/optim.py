@@ -21,6 +21,7 @@ _ALONE = Rule(
   "which gives exactly the large batch's step", 1, 1,
 )  # fmt: skip
 Factor = Annotated[float, at_least(0, "frozen"), at_most(1e6)]
+WeightDecay = Annotated[float, at_least(0), at_most(1000)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +46,12 @@ class Optim:
   final_ratio: Annotated[float, at_least(0), at_most(1)] = 0.02
   b1: Decay = 0.9
   b2: Decay = 0.95
-  weight_decay: Annotated[float, at_least(0), at_most(1000)] = 1e-4
+  weight_decay: WeightDecay = 1e-4
   clip_norm: Annotated[float, above(0)] = 1.0
   accumulate: Annotated[int, _ALONE] = 1
   rules: tuple[tuple[Regex, Factor, Annotated[float, at_least(0), at_most(1e6)]], ...] = (
     (r".*_log_logit_scale", 1.0, 0.0), (r".*(bias|scale)", 1.0, 0.0), (r".*kernel", 1.0, 1.0),
-    (r"method/(codes|rotation/.*)", 1.0, 0.0), (r".*/decoder/positions", 1.0, 0.0),
+    (r"method/codes", 1.0, 0.0), (r"method/(codes|rotation)/.*", 1.0, 0.0), (r".*/decoder/positions", 1.0, 0.0),
     (r".*/trunk/.*", 1.0, 0.0),  # adapters, class tokens, positions, embeddings
   )  # fmt: skip
 

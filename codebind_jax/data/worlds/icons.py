@@ -9,7 +9,8 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,8 @@ def eval_sets(profile: str) -> dict[str, EvalSet]:
 
   def asked(split: str, role: str, ways: tuple[str, ...] = ("train", "val", "test"), **fields: Any) -> EvalSet:
     labels = tuple(table[c]["label"] for c in sorted(table) if table[c]["split"] in ways)
-    return EvalSet(split=split, role=role, candidates=labels, slices=("style", "kind", "imagenet"),
-                   probe_group="label", **fields)
+    slices = ("style", "kind", "imagenet", *(["words"] if split.endswith("_concept") else []))
+    return EvalSet(split=split, role=role, candidates=labels, slices=slices, probe_group="label", **fields)
 
   sets = {
       "val_artist": asked("val_artist", "val", ("train",), means=("label",), title="unseen artists"),
@@ -79,9 +80,53 @@ def eval_sets(profile: str) -> dict[str, EvalSet]:
   return {name: test for name, test in sets.items() if test.split in splits}
 
 
-def annotate(row: dict[str, Any]) -> dict[str, Any]:
-  """Adds `imagenet`, "yes" for a concept that is an ImageNet class: the image trunk has been trained on those."""
-  return row | {"imagenet": "yes" if row["concept"] in _in_imagenet() else "no"}
+def annotate(row: dict[str, Any], split: str) -> dict[str, Any]:
+  """The row with further fields, and without names of unseen concepts in what is trained on.
+
+  `imagenet` is "yes" for a concept that is an ImageNet class: the image trunk has been trained on those. `words` says
+  of an unseen concept whether a word of its name is "seen" in a training caption, or "unseen"; of others it is "".
+  """
+  row = row | {"imagenet": "yes" if row["concept"] in _in_imagenet() else "no", "words": ""}
+  if row["concept"] in unseen():
+    label = names.concepts()[row["concept"]]["label"]
+    row["words"] = "seen" if _seen_words().intersection(_words(label)) else "unseen"
+  if split in ("train", EXTRA):
+    row["texts"] = trained_texts(row["texts"])
+  return row
+
+
+def trained_texts(captions: Iterable[str]) -> list[str]:
+  """Captions as they are trained on: without the whole name of an unseen concept, "satellite antenna" as "antenna".
+
+  `texts` leaves out captions that are such a name; of those that hold one in their midst the rest is kept.
+  """
+  return list(dict.fromkeys(rest for caption in captions if (rest := _without_unseen(caption))))
+
+
+@functools.cache
+def _without_unseen(caption: str) -> str:
+  kept = _words(caption)
+  for concept in sorted(unseen()):
+    name = _words(names.concepts()[concept]["label"])
+    found = next((i for i in range(len(kept)) if kept[i : i + len(name)] == name), None)
+    if found is not None:
+      kept = kept[:found] + kept[found + len(name) :]
+  if kept == _words(caption):
+    return caption
+  kept = kept[:-1] if kept[-1:] in (["and"], ["up"]) else kept
+  return " ".join(kept)
+
+
+def _words(text: str) -> list[str]:
+  return re.findall(r"[^\W_]+", text.lower())
+
+
+@functools.cache
+def _seen_words() -> frozenset[str]:
+  """Words of all training captions, those of split "extra" of every profile too."""
+  seen = {text for c, v in names.concepts().items() if v["split"] == "train" for text in texts(c)}
+  seen |= {item.name for profile in PROFILES for item in plan(profile) if item.split == EXTRA}
+  return frozenset(word for text in trained_texts(seen) for word in _words(text))
 
 
 @functools.cache

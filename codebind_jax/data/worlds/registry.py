@@ -3,9 +3,9 @@
 A world is a module with `VERSION`, `PROFILES`, `package_ids(profile)`, `eval_sets(profile)` (name -> `EvalSet`) and
 `build(profile, root)`, which returns the folder of the built world below the data folder `root`. It raises a ValueError
 for an unknown profile or an archive whose content is not what the tables name, and what `fetch.fetch_all` raises.
-Optional are `annotate(row) -> row`, which adds fields at reading time, `UNIQUE`, the field whose values tell training
-rows apart ("label" unless set), and `EXTRA`, a further split to train on. Split `train` is trained on. A module with a
-class `World` instead of these functions is drawn in memory and not built.
+Optional are `annotate(row, split) -> row`, which changes rows at reading time, `UNIQUE`, the field whose values tell
+training rows apart ("label" unless set), and `EXTRA`, a further split to train on. Split `train` is trained on. A
+module with a class `World` instead of these functions is drawn in memory and not built.
 """
 
 from __future__ import annotations

@@ -14,16 +14,18 @@ from codebind_jax.data.index import index_of
 from codebind_jax.data.records import Source
 from codebind_jax.data.worlds import store
 
+Annotate = Callable[[dict[str, Any], str], dict[str, Any]]
+
 
 class WorldSource(Source):
   """One split of a packaged world, read from its array_record files."""
 
-  def __init__(self, folder: Path, split: str, annotate: Callable[[dict[str, Any]], dict[str, Any]] | None = None):
+  def __init__(self, folder: Path, split: str, annotate: Annotate | None = None):
     found = store.read_index(folder)
     if split not in found:
       raise ValueError(f"unknown split {split!r} of {folder}; allowed: {list(found)}")
-    rows = [{("text" if k == "texts" else k): v for k, v in row.items()} for row in found[split]]
-    self._rows = [annotate(row) for row in rows] if annotate else rows
+    read = [annotate(row, split) for row in found[split]] if annotate else found[split]
+    self._rows = rows = [{("text" if k == "texts" else k): v for k, v in row.items()} for row in read]
     self._folder, self._split = folder, split
     self._fingerprint, self._arrays = store.fingerprint(folder), store.array_modalities(folder)
     has = ([*(["text"] if row.get("text") else []), *row.get("has", self._arrays)] for row in rows)
