@@ -18,7 +18,7 @@ from codebind_jax import config as config_lib
 from codebind_jax.api import load
 from codebind_jax.data.task import open_task
 from codebind_jax.embedding import job as embed_lib
-from codebind_jax.embedding import shards
+from codebind_jax.embedding import packing, shards
 from codebind_jax.evaluate import Evaluation
 from codebind_jax.methods.toc import channel_scores
 from codebind_jax.search import Index
@@ -62,7 +62,16 @@ def run(plan, model, **processes):
 
 
 def table_of(folder):
-  return {row["id"]: row for path in shards.shard_files(folder) for row in pq.read_table(path).to_pylist()}
+  """Rows by id; codes unpacked by the report in each file."""
+  rows = {}
+  for path in shards.shard_files(folder):
+    codes = shards.read_report(path).codes
+    for row in pq.read_table(path).to_pylist():
+      for name, sizes in codes.items():
+        if row[name] is not None:
+          row[name] = packing.unpack(np.frombuffer(row[name], np.uint8)[None], sizes)[0].tolist()
+      rows[row["id"]] = row
+  return rows
 
 
 def test_rows_equal_the_model_s_embeddings(trained, model, tmp_path):

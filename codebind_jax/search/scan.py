@@ -1,0 +1,121 @@
+"""The largest sums of looked-up numbers over packed codes: with faiss, or with numpy.
+
+A query's numbers (`Codec.look_up_tables`) are all that a scan needs, whatever the codes' widths, rotation and stages.
+To faiss they are a product quantiser of width 1 for the query 1: its `search_ip` reads packed codes where they lie.
+Codes that lie within one byte each, such as two of 4 bits, are looked up by the byte, in tables of 256 sums.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from codebind_jax.embedding import packing
+from codebind_jax.search.codec import Codec
+
+_MOST_BITS = 16  # of a code that faiss looks up
+_EPSILON = 2.0**-23
+
+
+class Look:
+  """Where the codes of an item lie, and what numbers they choose.
+
+  Attributes:
+    by_byte: whether each code lies within one byte.
+    bits: of each code that is looked up: 8 of bytes, else those of the positions.
+    faiss: whether faiss can look these up.
+  """
+
+  def __init__(self, codec: Codec):
+    self._sizes = codec.sizes
+    bits = packing.bits_of(codec.sizes)
+    self._starts = np.cumsum((0, *bits))[:-1].tolist()
+    self.by_byte = all(start // 8 == (start + max(n, 1) - 1) // 8 for start, n in zip(self._starts, bits) if n)
+    self._of_bits, self._bytes = bits, codec.item_bytes
+    self.bits = (8,) * codec.item_bytes if self.by_byte else bits
+    self.faiss = len(set(self.bits)) == 1 and 1 <= self.bits[0] <= _MOST_BITS
+
+  def tables(self, tables: Sequence[Float[np.ndarray, "_"]]) -> list[Float[np.ndarray, "_"]]:
+    """A query's numbers [2^bits] of what is looked up, float64; 0 for codes that are not there."""
+    if not self.by_byte:
+      return [np.concatenate([table, np.zeros((1 << bits) - len(table))]) for table, bits in zip(tables, self.bits)]
+    out = [np.zeros(256) for _ in range(self._bytes)]
+    for table, start, bits in zip(tables, self._starts, self._of_bits):
+      code = (np.arange(256) >> start % 8) & ((1 << bits) - 1)
+      out[min(start // 8, self._bytes - 1)] += np.concatenate([table, np.zeros((1 << bits) - len(table))])[code]
+    return out
+
+  def column(self, packed: UInt8[np.ndarray, "n b"], number: int) -> Int[np.ndarray, "n"] | UInt8[np.ndarray, "n"]:
+    """What is looked up first, second, and so on, of all items."""
+    return packed[:, number] if self.by_byte else packing.unpack_one(packed, self._starts[number], self.bits[number])
+
+  @staticmethod
+  def error(tables: Sequence[Float[np.ndarray, "_"]]) -> float:
+    """By how much a float32 sum of looked-up numbers may be off."""
+    return (len(tables) + 2) * _EPSILON * float(sum(np.abs(table).max() for table in tables))
+
+
+class Numpy:
+  """Scans with numpy, column by column."""
+
+  def __init__(self, look: Look):
+    self._look, self._tables = look, []
+
+  @staticmethod
+  def laid(packed: UInt8[np.ndarray, "n b"]) -> UInt8[np.ndarray, "n b"]:
+    """A copy of packed codes as `largest` reads them: columns in one piece."""
+    return np.array(packed, order="F")
+
+  def set_query(self, tables: Sequence[Float[np.ndarray, "_"]]) -> None:
+    """Takes the numbers of a query."""
+    self._tables = [table.astype(np.float32) for table in tables]
+
+  def largest(
+    self, packed: UInt8[np.ndarray, "n b"], k: int
+  ) -> tuple[Int[np.ndarray, "k"], Float[np.ndarray, "k"]]:
+    """Rows and sums of the k largest sums, or of all, in any order."""
+    k = min(k, len(packed))
+    sums = np.zeros(len(packed), np.float32)
+    for number, table in enumerate(self._tables):
+      sums += table[self._look.column(packed, number)]
+    rows = np.arange(len(sums)) if k == len(sums) else np.argpartition(-sums, k - 1)[:k]
+    return rows, sums[rows]
+
+
+class Faiss:
+  """Scans with faiss."""
+
+  def __init__(self, look: Look):
+    self._pq = _faiss().ProductQuantizer(len(look.bits), len(look.bits), look.bits[0])
+    self._query = np.ones((1, len(look.bits)), np.float32)
+
+  @staticmethod
+  def laid(packed: UInt8[np.ndarray, "n b"]) -> UInt8[np.ndarray, "n b"]:
+    """A copy of packed codes as `largest` reads them: items in one piece."""
+    return np.array(packed, order="C")
+
+  def set_query(self, tables: Sequence[Float[np.ndarray, "_"]]) -> None:
+    """Takes the numbers of a query."""
+    _faiss().copy_array_to_vector(np.concatenate(tables).astype(np.float32), self._pq.centroids)
+
+  def largest(
+    self, packed: UInt8[np.ndarray, "n b"], k: int
+  ) -> tuple[Int[np.ndarray, "k"], Float[np.ndarray, "k"]]:
+    """As `Numpy.largest`."""
+    faiss, k = _faiss(), min(k, len(packed))
+    sums, rows = np.empty((1, k), np.float32), np.empty((1, k), np.int64)
+    found = faiss.float_minheap_array_t()
+    found.nh, found.k, found.ids, found.val = 1, k, faiss.swig_ptr(rows), faiss.swig_ptr(sums)
+    packed = np.ascontiguousarray(packed)
+    self._pq.search_ip(faiss.swig_ptr(self._query), 1, faiss.swig_ptr(packed), len(packed), found)
+    return rows[0], sums[0]
+
+
+@functools.cache
+def _faiss():
+  import faiss
+
+  return faiss
