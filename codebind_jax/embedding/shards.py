@@ -16,7 +16,7 @@ from codebind_jax import files
 from codebind_jax.embedding import packing, tables
 
 FIELDS = ("id", "label", "split")
-PARTS = ("shared", "specific", "full")
+PARTS = ("shared", "specific", "full", "query")
 CODES = ("codes_shared", "codes_specific")
 CAPTIONS = ("text_captions", "text_captions_shared")  # all texts of a record, and the vector of each
 SUMMARY = "summary.json"

@@ -6,7 +6,7 @@ import base64
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -43,7 +43,7 @@ class Codec:
   tables: Sequence[np.ndarray]
   starts: Sequence[int] = ()
   rotation: np.ndarray | None = None
-  score: Literal[SCORES] = "cosine"
+  score: str = "cosine"
 
   def __post_init__(self):
     """Raises ValueError for tables that are no finite matrices, positions that overlap in part or leave a gap, a
@@ -125,13 +125,31 @@ class Codec:
       rows[:, start : start + table.shape[1]] += table[column]
     return rows
 
+  @functools.cached_property
+  def squares(self) -> list[Float[np.ndarray, "_"]] | None:
+    """What each code of each position adds to the square of an item's norm, float64 [codes]; None with several stages,
+    whose rows are not orthogonal."""
+    if len(self._groups) < len(self.tables):
+      return None
+    return [self._square(position) for position in range(len(self.tables))]
+
+  def _square(self, position: int) -> np.ndarray:
+    """Squares of the norms of a position's rows."""
+    key = id(self.tables[position])
+    if key not in self._squares:
+      self._squares[key] = np.square(self.tables[position].astype(np.float64)).sum(axis=1)
+    return self._squares[key]
+
+  @functools.cached_property
+  def _squares(self) -> dict[int, np.ndarray]:
+    return {}
+
   def norms(self, codes: Int[np.ndarray, "n s"]) -> Float[np.ndarray, "n"]:
     """Norms of the vectors, float64: of positions side by side the root of a sum that is looked up."""
     squares = np.zeros(len(codes))
     for positions in self._groups.values():
       if len(positions) == 1:
-        table = self.tables[positions[0]].astype(np.float64)
-        squares += np.square(table).sum(axis=1)[codes[:, positions[0]]]
+        squares += self._square(positions[0])[codes[:, positions[0]]]
         continue
       for first in range(0, len(codes), _ROWS):
         rows = sum(self.tables[p].astype(np.float64)[codes[first : first + _ROWS, p]] for p in positions)

@@ -30,7 +30,7 @@ PARTS = {"shared": "codes_shared", "specific": "codes_specific"}  # of an embedd
 _KIND = "code index"
 _BLOCK = 1 << 16  # items that are laid down together
 _MORE = 16  # candidates beyond k, among which ties are settled
-_GROWTH = 8  # times as many candidates where they do not settle it
+_GROWTH = 4  # times as many candidates where they do not settle it
 _SPARE = 10  # times k candidates for re-ranking
 _ROUNDING = 2.0**-22  # of a score as float32, relative to the largest there can be
 
@@ -41,6 +41,19 @@ class _Part:
 
   codes: np.ndarray
   fields: dict[str, np.ndarray]
+
+
+@dataclasses.dataclass
+class _Laid:
+  """Items to scan: all of a part, or copies of those of its rows that are let through; `start` is the part's first."""
+
+  start: int
+  codes: np.ndarray
+  rows: np.ndarray | None
+
+  def number(self, local: np.ndarray) -> np.ndarray:
+    """Numbers of items of the index."""
+    return self.start + (local if self.rows is None else self.rows[local])
 
 
 class CodeIndex:
@@ -236,43 +249,74 @@ class CodeIndex:
   def _nearest(
     self, unit: np.ndarray, k: int, chosen: Sequence[np.ndarray | None], there: int
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers and scores of the k nearest, ties by position: candidates by inner product, scored anew in float64.
+    """Numbers and scores of the k nearest, ties by position: a scan's candidates, scored anew in float64.
 
-    A score is the inner product over the norm, so what is no candidate has at most the least candidate's product over
-    the smallest norm (or the largest, if it is negative). While that reaches the k-th score, more are asked for.
+    A cosine is an inner product over a norm, which a scan cannot divide by. But it can subtract: of items whose cosine
+    is near t, `product - t norm` tells which is larger, and norm <= (norm^2 + m^2) / 2m, m in the middle of the norms,
+    whose square is a sum over codes as the product is. This bound says how near anything can be that is no candidate;
+    while that reaches the k-th score, t becomes this score and more candidates are asked for.
     """
     parts = self._all()
     starts = np.cumsum([0, *(len(part.codes) for part in parts)])[:-1].tolist()
-    laid = [(start, part.codes, rows) if rows is None else (start, self._scan.laid(part.codes[rows]), rows)
+    laid = [_Laid(start, part.codes if rows is None else self._scan.laid(part.codes[rows]), rows)
             for start, part, rows in zip(starts, parts, chosen) if rows is None or len(rows)]  # fmt: skip
     numbers, scores = np.zeros((len(unit), k), np.int64), np.zeros((len(unit), k), np.float32)
-    scan, workers = self._scan(self._look), min(len(laid), os.cpu_count() or 1)
     if not k:
       return numbers, scores
-    smallest, largest = self._norms if self.codec.score == "cosine" else (1.0, 1.0)
+    scan, workers = self._scan(self._look), min(len(laid), os.cpu_count() or 1)
     with concurrent.futures.ThreadPoolExecutor(max(workers, 1)) as pool:
       run = pool.map if workers > 1 else map
       for row, query in enumerate(unit):
         own = self.codec.look_up_tables(query)
-        looked = self._look.tables(own)
-        scan.set_query(looked)
-        rounding = _ROUNDING * float(sum(np.abs(table).max() for table in own)) / smallest
-        wanted = min(k + _MORE, there)
-        while True:
-          found = list(run(scan.largest, (codes for _, codes, _ in laid), itertools.repeat(wanted)))
-          every = np.concatenate([start + (local if rows is None else rows[local])
-                                  for (start, _, rows), (local, _) in zip(laid, found)])  # fmt: skip
-          rough = np.concatenate([sums for _, sums in found])
-          kept = np.argpartition(-rough, wanted - 1)[:wanted] if wanted < len(rough) else np.arange(len(rough))
-          exact = self._exact(every[kept], own, starts)
-          order = np.lexsort((every[kept], -exact))[:k]
-          reached = float(rough[kept].min()) + self._look.error(looked)
-          reached /= smallest if reached > 0 else largest
-          if wanted == there or reached < float(exact[order[-1]]) - rounding:
-            break
-          wanted = min(wanted * _GROWTH, there)
-        numbers[row], scores[row] = every[kept][order], exact[order]
+        guess = self._best(own, k, laid[:1], starts, scan, map, 0.0)[1][-1] if self._bends and len(laid) > 1 else 0.0
+        numbers[row], scores[row] = self._best(own, k, laid, starts, scan, run, float(guess), settled=True)
     return numbers, scores
+
+  @property
+  def _bends(self) -> bool:
+    """Whether norms differ and scans can heed it."""
+    least, most = self._norms
+    return bool(self.codec.score == "cosine" and self.codec.squares is not None and most > least * (1 + 1e-6))
+
+  def _best(
+    self, own: Sequence[np.ndarray], k: int, laid: Sequence[_Laid], starts: Sequence[int], scan: Faiss | Numpy, run: Any,
+    threshold: float, settled: bool = False,
+  ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Numbers and scores of a query's k nearest of some parts; of a first look unless they are `settled`.
+
+    Args:
+      own: the query's look-up tables.
+      k: number of neighbours.
+      laid: the parts.
+      starts: numbers of the first item of every part there is.
+      scan: reads them.
+      run: `map`, or that of a pool.
+      threshold: t, a guess of the k-th score.
+      settled: looks again until nothing else can be nearer.
+    """
+    least, most = self._norms if self.codec.score == "cosine" else (1.0, 1.0)
+    middle = (least + most) / 2
+    gap = (most - least) ** 2 / (8 * middle)  # the most by which the bound is above a norm
+    there = sum(len(part.codes) for part in laid)
+    rounding = _ROUNDING * float(sum(np.abs(table).max() for table in own)) / least
+    wanted = min(k + _MORE, there)
+    while True:
+      bent = own
+      if threshold:
+        bent = [table - threshold / (2 * middle) * square for table, square in zip(own, self.codec.squares)]
+      looked = self._look.tables(bent)
+      scan.set_query(looked)
+      found = list(run(scan.largest, (part.codes for part in laid), itertools.repeat(wanted)))
+      every = np.concatenate([part.number(local) for part, (local, _) in zip(laid, found)])
+      rough = np.concatenate([sums for _, sums in found])
+      kept = np.argpartition(-rough, wanted - 1)[:wanted] if wanted < len(rough) else np.arange(len(rough))
+      exact = self._exact(every[kept], own, starts)
+      order = np.lexsort((every[kept], -exact))[:k]
+      over = float(rough[kept].min()) + self._look.error(looked) - threshold * middle / 2 + max(threshold, 0.0) * gap
+      reached = threshold + over / (least if over > 0 else most)
+      if not settled or wanted == there or reached < float(exact[order[-1]]) - rounding:
+        return every[kept][order], exact[order]
+      threshold, wanted = float(exact[order[-1]]) if self._bends else 0.0, min(wanted * _GROWTH, there)
 
   def _exact(self, numbers: np.ndarray, own: Sequence[np.ndarray], starts: Sequence[int]) -> np.ndarray:
     """Scores of items, summed in float64 and in one order, as float32."""
