@@ -1,6 +1,8 @@
 """Packed codes against arithmetic by hand, their index against decoded vectors, its file, and what it refuses."""
 
 import json
+import pathlib
+import re
 import types
 
 import numpy as np
@@ -8,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from codebind_jax.embedding import packing, tables
-from codebind_jax.search import Codec, CodeIndex, Index
+from codebind_jax.search import Codec, CodeIndex, Index, byte_table
 from codebind_jax.search import codes as of_codes
 from codebind_jax.search import ids as of_ids
 from tests.source_fixtures import damaged_parquet
@@ -405,3 +407,33 @@ def test_a_model_without_codes_for_positions_is_refused():
   model = types.SimpleNamespace(method=types.SimpleNamespace(spec=None), modalities=("image",))
   with pytest.raises(ValueError, match="the model has no compositional codes"):
     Codec.of_model(model)
+
+
+def test_a_database_finds_the_same_with_the_page_s_query(tmp_path, monkeypatch):
+  duckdb = pytest.importorskip("duckdb")
+  page = (pathlib.Path(__file__).parents[1] / "docs/index.md").read_text(encoding="utf-8")
+  (statement,) = re.findall(r"```sql\n(.*?)```", page, re.DOTALL)
+  rng = np.random.default_rng(8)
+  codec = codec_of("4 bits", rng)
+  index = CodeIndex(codec, "numpy")
+  index.add([f"{n:03d}" for n in range(300)], codes_of(codec, rng, 300), {"modality": ["image", "text"] * 150})
+  monkeypatch.chdir(tmp_path)
+  index.save("codes.parquet")
+  for query in rng.normal(size=(3, codec.width)):
+    pq.write_table(byte_table(codec, query), "query.parquet")
+    with duckdb.connect() as engine:
+      rows = engine.execute(statement).fetchall()
+    ids, scores = index.search(query[None], 5, where={"modality": "image"})
+    assert [name for name, _ in rows] == ids[0].tolist()
+    np.testing.assert_allclose([score for _, score in rows], scores[0], atol=1e-5)
+
+
+def test_the_table_for_an_engine_by_hand():
+  codec = Codec((np.array([[1.0], [2.0]]), np.array([[3.0], [-4.0]])))  # a bit each
+  table = byte_table(codec, np.array([3.0, 4.0])).to_pylist()  # the unit query is 0.6, 0.8
+  assert len(table) == 256 and table[0b10] == {"position": 1, "byte": "02", "product": pytest.approx(0.6 - 3.2),
+                                               "square": 1 + 16}  # fmt: skip
+  rng = np.random.default_rng(0)
+  for kind in ("10 bits", "residual"):
+    with pytest.raises(ValueError, match="allowed: one stage of codes within one byte each"):
+      byte_table(codec_of(kind, rng), np.ones(codec_of(kind, rng).width))

@@ -66,10 +66,14 @@ def unpack(packed: UInt8[np.ndarray, "n b"], sizes: Sequence[int]) -> Int[np.nda
   Raises:
     ValueError: naming the first row with a code that is not there, or with other bits than zeros behind its codes.
   """
-  out, start = np.empty((len(packed), len(sizes)), np.int32), 0
-  for position, bits in enumerate(bits_of(sizes)):
-    out[:, position] = unpack_one(packed, start, bits)
-    start += bits
+  every, start = bits_of(sizes), 0
+  if set(every) == {8}:
+    out, start = packed.astype(np.int32), 8 * len(every)
+  else:
+    out = np.empty((len(packed), len(sizes)), np.int32)
+    for position, bits in enumerate(every):
+      out[:, position] = unpack_one(packed, start, bits)
+      start += bits
   check(out, sizes)
   if left := packed.shape[1] * 8 - start:
     rest = packed[:, start // 8 :].astype(np.uint32)

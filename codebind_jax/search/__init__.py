@@ -7,4 +7,5 @@ first.
 
 from codebind_jax.search.codec import Codec as Codec
 from codebind_jax.search.codes import CodeIndex as CodeIndex
+from codebind_jax.search.scan import byte_table as byte_table
 from codebind_jax.search.vectors import Index as Index

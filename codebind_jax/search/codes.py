@@ -10,7 +10,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
-import itertools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,8 +28,9 @@ from codebind_jax.search.scan import Faiss, Look, Numpy
 PARTS = {"shared": "codes_shared", "specific": "codes_specific"}  # of an embedding -> its codes
 _KIND = "code index"
 _BLOCK = 1 << 16  # items that are laid down together
-_MORE = 16  # candidates beyond k, among which ties are settled
+_MORE = 240  # candidates beyond k, among which ties and norms are settled
 _GROWTH = 4  # times as many candidates where they do not settle it
+_FIRST = 1 << 15  # items of a first look
 _SPARE = 10  # times k candidates for re-ranking
 _ROUNDING = 2.0**-22  # of a score as float32, relative to the largest there can be
 
@@ -264,12 +264,15 @@ class CodeIndex:
     if not k:
       return numbers, scores
     scan, workers = self._scan(self._look), min(len(laid), os.cpu_count() or 1)
+    few = laid[0].rows if laid[0].rows is None else laid[0].rows[:_FIRST]
+    first = [[_Laid(laid[0].start, laid[0].codes[:_FIRST], few)]]
+    groups = [laid[worker::workers] for worker in range(workers)]
     with concurrent.futures.ThreadPoolExecutor(max(workers, 1)) as pool:
       run = pool.map if workers > 1 else map
       for row, query in enumerate(unit):
         own = self.codec.look_up_tables(query)
-        guess = self._best(own, k, laid[:1], starts, scan, map, 0.0)[1][-1] if self._bends and len(laid) > 1 else 0.0
-        numbers[row], scores[row] = self._best(own, k, laid, starts, scan, run, float(guess), settled=True)
+        guess = self._best(own, k, first, starts, scan, map, 0.0)[1][-1] if self._bends and len(laid) > 1 else 0.0
+        numbers[row], scores[row] = self._best(own, k, groups, starts, scan, run, float(guess), settled=True)
     return numbers, scores
 
   @property
@@ -279,15 +282,15 @@ class CodeIndex:
     return bool(self.codec.score == "cosine" and self.codec.squares is not None and most > least * (1 + 1e-6))
 
   def _best(
-    self, own: Sequence[np.ndarray], k: int, laid: Sequence[_Laid], starts: Sequence[int], scan: Faiss | Numpy, run: Any,
-    threshold: float, settled: bool = False,
+    self, own: Sequence[np.ndarray], k: int, groups: Sequence[Sequence[_Laid]], starts: Sequence[int],
+    scan: Faiss | Numpy, run: Any, threshold: float, settled: bool = False,
   ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Numbers and scores of a query's k nearest of some parts; of a first look unless they are `settled`.
 
     Args:
       own: the query's look-up tables.
       k: number of neighbours.
-      laid: the parts.
+      groups: the parts, those of a group one after the other.
       starts: numbers of the first item of every part there is.
       scan: reads them.
       run: `map`, or that of a pool.
@@ -297,7 +300,7 @@ class CodeIndex:
     least, most = self._norms if self.codec.score == "cosine" else (1.0, 1.0)
     middle = (least + most) / 2
     gap = (most - least) ** 2 / (8 * middle)  # the most by which the bound is above a norm
-    there = sum(len(part.codes) for part in laid)
+    there = sum(len(part.codes) for group in groups for part in group)
     rounding = _ROUNDING * float(sum(np.abs(table).max() for table in own)) / least
     wanted = min(k + _MORE, there)
     while True:
@@ -306,9 +309,8 @@ class CodeIndex:
         bent = [table - threshold / (2 * middle) * square for table, square in zip(own, self.codec.squares)]
       looked = self._look.tables(bent)
       scan.set_query(looked)
-      found = list(run(scan.largest, (part.codes for part in laid), itertools.repeat(wanted)))
-      every = np.concatenate([part.number(local) for part, (local, _) in zip(laid, found)])
-      rough = np.concatenate([sums for _, sums in found])
+      found = [both for own in run(_scanned, *zip(*((scan, group, wanted) for group in groups))) for both in own]
+      every, rough = (np.concatenate(column) for column in zip(*found))
       kept = np.argpartition(-rough, wanted - 1)[:wanted] if wanted < len(rough) else np.arange(len(rough))
       exact = self._exact(every[kept], own, starts)
       order = np.lexsort((every[kept], -exact))[:k]
@@ -433,6 +435,12 @@ class CodeIndex:
         except ValueError as error:
           raise ValueError(f"{path}: {error}") from error
     return index
+
+
+def _scanned(scan: Faiss | Numpy, parts: Sequence[_Laid], k: int) -> list[tuple[np.ndarray, np.ndarray]]:
+  """Numbers and sums of the k largest sums of each part."""
+  found = [scan.largest(part.codes, k) for part in parts]
+  return [(part.number(rows), sums) for part, (rows, sums) in zip(parts, found)]
 
 
 def _joined(parts: Sequence[_Part]) -> _Part:

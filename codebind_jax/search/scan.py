@@ -11,9 +11,11 @@ import functools
 from collections.abc import Sequence
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Float, Int, UInt8
 
 from codebind_jax.embedding import packing
+from codebind_jax.search import checks
 from codebind_jax.search.codec import Codec
 
 _MOST_BITS = 16  # of a code that faiss looks up
@@ -40,6 +42,8 @@ class Look:
 
   def tables(self, tables: Sequence[Float[np.ndarray, "_"]]) -> list[Float[np.ndarray, "_"]]:
     """A query's numbers [2^bits] of what is looked up, float64; 0 for codes that are not there."""
+    if self._sizes == tuple(1 << bits for bits in self.bits):
+      return list(tables)
     if not self.by_byte:
       return [np.concatenate([table, np.zeros((1 << bits) - len(table))]) for table, bits in zip(tables, self.bits)]
     out = [np.zeros(256) for _ in range(self._bytes)]
@@ -119,3 +123,33 @@ def _faiss():
   import faiss
 
   return faiss
+
+
+def byte_table(codec: Codec, query: Float[np.ndarray, "d"]) -> pa.Table:
+  """A query's look-up table for an engine that knows bytes alone, such as a database with the file of an index.
+
+  Over an item's bytes, `sum(product) / sqrt(sum(square))` is its cosine, `sum(product)` its inner product.
+
+  Args:
+    codec: of the items, whose codes lie within one byte each.
+    query: as of `Embeddings.query`, of any norm but zero.
+
+  Returns:
+    A row for each value of each byte of an item: `position` from 1 on, `byte` as two upper-case hex digits, and what
+    it adds: `product` to the inner product of the unit query and the item, `square` to the square of the item's norm.
+
+  Raises:
+    ValueError: if a code is spread over two bytes, or items have stages, whose squares do not add up; for a query of
+      another width, zero or not finite.
+  """
+  look = Look(codec)
+  if not look.by_byte or codec.squares is None:
+    raise ValueError(f"codec: codes of {sorted(set(packing.bits_of(codec.sizes)))} bits that are spread over bytes, or "
+                     "residual stages; allowed: one stage of codes within one byte each")  # fmt: skip
+  unit = checks.unit_queries(np.asarray(query)[None], codec.width)[0]
+  products, squares = look.tables(codec.look_up_tables(unit)), look.tables(codec.squares)
+  return pa.table({
+    "position": np.repeat(np.arange(1, len(products) + 1, dtype=np.int32), 256),
+    "byte": [f"{byte:02X}" for byte in range(256)] * len(products),
+    "product": np.concatenate(products), "square": np.concatenate(squares),
+  })  # fmt: skip
