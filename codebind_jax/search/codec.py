@@ -16,6 +16,7 @@ from codebind_jax.embedding import packing
 SCORES = ("cosine", "dot")
 PARTS = ("shared", "specific", "full")
 _ROWS = 1 << 14  # items decoded at once
+_STACKED = 1 << 23  # numbers of tables of which a second copy is kept
 _ORTHOGONAL = 1e-3  # by which a rotation's product with its transpose may differ from the identity
 
 
@@ -126,49 +127,60 @@ class Codec:
     return rows
 
   @functools.cached_property
-  def squares(self) -> list[Float[np.ndarray, "_"]] | None:
-    """What each code of each position adds to the square of an item's norm, float64 [codes]; None with several stages,
-    whose rows are not orthogonal."""
-    if len(self._groups) < len(self.tables):
-      return None
-    return [self._square(position) for position in range(len(self.tables))]
-
-  def _square(self, position: int) -> np.ndarray:
-    """Squares of the norms of a position's rows."""
-    key = id(self.tables[position])
-    if key not in self._squares:
-      self._squares[key] = np.square(self.tables[position].astype(np.float64)).sum(axis=1)
-    return self._squares[key]
+  def squares(self) -> Float[np.ndarray, "k"] | None:
+    """What each code of each position adds to the square of an item's norm, float64, as in `look_up_table`; None with
+    several stages, whose rows are not orthogonal."""
+    return None if len(self._groups) < len(self.tables) else np.concatenate(self._squares)
 
   @functools.cached_property
-  def _squares(self) -> dict[int, np.ndarray]:
-    return {}
+  def _squares(self) -> list[np.ndarray]:
+    """Squares of the norms of each position's rows."""
+    of_book = {id(table): np.square(table.astype(np.float64)).sum(axis=1) for table in self.tables}
+    return [of_book[id(table)] for table in self.tables]
 
   def norms(self, codes: Int[np.ndarray, "n s"]) -> Float[np.ndarray, "n"]:
     """Norms of the vectors, float64: of positions side by side the root of a sum that is looked up."""
+    if self.squares is not None:
+      return np.sqrt(self.squares[codes + self.offsets].sum(axis=1))
     squares = np.zeros(len(codes))
     for positions in self._groups.values():
-      if len(positions) == 1:
-        squares += self._square(positions[0])[codes[:, positions[0]]]
-        continue
       for first in range(0, len(codes), _ROWS):
         rows = sum(self.tables[p].astype(np.float64)[codes[first : first + _ROWS, p]] for p in positions)
         squares[first : first + _ROWS] += np.square(rows).sum(axis=1)
     return np.sqrt(squares)
 
-  def look_up_tables(self, query: Float[np.ndarray, "d"]) -> list[Float[np.ndarray, "_"]]:
-    """What each code of each position adds to the inner product of a query and an item, float64 [codes].
+  def look_up_table(self, query: Float[np.ndarray, "d"]) -> Float[np.ndarray, "k"]:
+    """What each code of each position adds to the inner product of a query and an item, float64.
 
     The sum over an item's codes is the inner product of the query and the item's vector as it is; for a cosine it is
     divided by the item's norm, see `norms`.
 
     Args:
       query: as the items before they were coded, of unit length.
+
+    Returns:
+      [sum of `sizes`], the codes of one position after those of another; `offsets` says where each position begins.
     """
     turned = query.astype(np.float64)
     turned = turned if self.rotation is None else self.rotation.astype(np.float64) @ turned
-    return [table.astype(np.float64) @ turned[start : start + table.shape[1]]
-            for start, table in zip(self.starts, self.tables)]  # fmt: skip
+    if self._stacked is not None:
+      tables, components = self._stacked
+      return np.matmul(tables, turned[components][..., None]).reshape(-1)
+    return np.concatenate([table.astype(np.float64) @ turned[start : start + table.shape[1]]
+                           for start, table in zip(self.starts, self.tables)])  # fmt: skip
+
+  @functools.cached_property
+  def offsets(self) -> Int[np.ndarray, "s"]:
+    """Where each position begins in `look_up_table` and `squares`."""
+    return np.cumsum((0, *self.sizes[:-1]))
+
+  @functools.cached_property
+  def _stacked(self) -> tuple[np.ndarray, np.ndarray] | None:
+    """(tables [s, k, w] float64, their components [s, w]), if all have one shape and they are not large."""
+    shapes = {table.shape for table in self.tables}
+    if len(shapes) > 1 or len(self.tables) * self.tables[0].size > _STACKED:
+      return None
+    return np.stack(self.tables).astype(np.float64), np.array(self.starts)[:, None] + np.arange(self.tables[0].shape[1])
 
   @classmethod
   def of_model(cls, model: Any, part: str = "shared", modality: str = "") -> Codec:

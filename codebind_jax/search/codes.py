@@ -1,7 +1,7 @@
 """The index of codes: items as packed codes in memory and in Parquet, queries as the vectors that they are.
 
 The distance is asymmetric: a query is not coded. What a code adds to its inner product with an item is looked up
-(`Codec.look_up_tables`), so an item is never decoded. An item's norm, by which a cosine is divided, follows from its
+(`Codec.look_up_table`), so an item is never decoded. An item's norm, by which a cosine is divided, follows from its
 codes and is not stored.
 """
 
@@ -270,7 +270,7 @@ class CodeIndex:
     with concurrent.futures.ThreadPoolExecutor(max(workers, 1)) as pool:
       run = pool.map if workers > 1 else map
       for row, query in enumerate(unit):
-        own = self.codec.look_up_tables(query)
+        own = self.codec.look_up_table(query)
         guess = self._best(own, k, first, starts, scan, map, 0.0)[1][-1] if self._bends and len(laid) > 1 else 0.0
         numbers[row], scores[row] = self._best(own, k, groups, starts, scan, run, float(guess), settled=True)
     return numbers, scores
@@ -282,13 +282,13 @@ class CodeIndex:
     return bool(self.codec.score == "cosine" and self.codec.squares is not None and most > least * (1 + 1e-6))
 
   def _best(
-    self, own: Sequence[np.ndarray], k: int, groups: Sequence[Sequence[_Laid]], starts: Sequence[int],
+    self, own: np.ndarray, k: int, groups: Sequence[Sequence[_Laid]], starts: Sequence[int],
     scan: Faiss | Numpy, run: Any, threshold: float, settled: bool = False,
   ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Numbers and scores of a query's k nearest of some parts; of a first look unless they are `settled`.
 
     Args:
-      own: the query's look-up tables.
+      own: the query's look-up table.
       k: number of neighbours.
       groups: the parts, those of a group one after the other.
       starts: numbers of the first item of every part there is.
@@ -301,13 +301,10 @@ class CodeIndex:
     middle = (least + most) / 2
     gap = (most - least) ** 2 / (8 * middle)  # the most by which the bound is above a norm
     there = sum(len(part.codes) for group in groups for part in group)
-    rounding = _ROUNDING * float(sum(np.abs(table).max() for table in own)) / least
+    rounding = _ROUNDING * float(np.maximum.reduceat(np.abs(own), self.codec.offsets).sum()) / least
     wanted = min(k + _MORE, there)
     while True:
-      bent = own
-      if threshold:
-        bent = [table - threshold / (2 * middle) * square for table, square in zip(own, self.codec.squares)]
-      looked = self._look.tables(bent)
+      looked = self._look.table(own - threshold / (2 * middle) * self.codec.squares if threshold else own)
       scan.set_query(looked)
       found = [both for own in run(_scanned, *zip(*((scan, group, wanted) for group in groups))) for both in own]
       every, rough = (np.concatenate(column) for column in zip(*found))
@@ -320,11 +317,10 @@ class CodeIndex:
         return every[kept][order], exact[order]
       threshold, wanted = float(exact[order[-1]]) if self._bends else 0.0, min(wanted * _GROWTH, there)
 
-  def _exact(self, numbers: np.ndarray, own: Sequence[np.ndarray], starts: Sequence[int]) -> np.ndarray:
+  def _exact(self, numbers: np.ndarray, own: np.ndarray, starts: Sequence[int]) -> np.ndarray:
     """Scores of items, summed in float64 and in one order, as float32."""
     codes = packing.unpack(self._rows(numbers, starts), self.codec.sizes)
-    offsets = np.cumsum([0, *self.codec.sizes[:-1]])
-    sums = np.concatenate(own)[codes + offsets].sum(axis=1)
+    sums = own[codes + self.codec.offsets].sum(axis=1)
     return (sums / self.codec.norms(codes) if self.codec.score == "cosine" else sums).astype(np.float32)
 
   def _rows(self, numbers: np.ndarray, starts: Sequence[int]) -> np.ndarray:

@@ -1,6 +1,6 @@
 """The largest sums of looked-up numbers over packed codes: with faiss, or with numpy.
 
-A query's numbers (`Codec.look_up_tables`) are all that a scan needs, whatever the codes' widths, rotation and stages.
+A query's numbers (`Codec.look_up_table`) are all that a scan needs, whatever the codes' widths, rotation and stages.
 To faiss they are a product quantiser of width 1 for the query 1: its `search_ip` reads packed codes where they lie.
 Codes that lie within one byte each, such as two of 4 bits, are looked up by the byte, in tables of 256 sums.
 """
@@ -32,24 +32,30 @@ class Look:
   """
 
   def __init__(self, codec: Codec):
-    self._sizes = codec.sizes
+    self._ends = codec.offsets[1:]
     bits = packing.bits_of(codec.sizes)
     self._starts = np.cumsum((0, *bits))[:-1].tolist()
     self.by_byte = all(start // 8 == (start + max(n, 1) - 1) // 8 for start, n in zip(self._starts, bits) if n)
     self._of_bits, self._bytes = bits, codec.item_bytes
     self.bits = (8,) * codec.item_bytes if self.by_byte else bits
+    self._whole = codec.sizes == tuple(1 << bits for bits in self.bits) and len(set(self.bits)) == 1
     self.faiss = len(set(self.bits)) == 1 and 1 <= self.bits[0] <= _MOST_BITS
 
-  def tables(self, tables: Sequence[Float[np.ndarray, "_"]]) -> list[Float[np.ndarray, "_"]]:
-    """A query's numbers [2^bits] of what is looked up, float64; 0 for codes that are not there."""
-    if self._sizes == tuple(1 << bits for bits in self.bits):
-      return list(tables)
+  def table(self, table: Float[np.ndarray, "every"]) -> Float[np.ndarray, "s k"] | list[Float[np.ndarray, "_"]]:
+    """A query's numbers [2^bits] of each that is looked up, float64; 0 for codes that are not there.
+
+    Args:
+      table: as of `Codec.look_up_table`.
+    """
+    if self._whole:
+      return table.reshape(len(self.bits), -1)
+    tables = np.split(table, self._ends)
     if not self.by_byte:
-      return [np.concatenate([table, np.zeros((1 << bits) - len(table))]) for table, bits in zip(tables, self.bits)]
-    out = [np.zeros(256) for _ in range(self._bytes)]
-    for table, start, bits in zip(tables, self._starts, self._of_bits):
+      return [np.concatenate([own, np.zeros((1 << bits) - len(own))]) for own, bits in zip(tables, self.bits)]
+    out = np.zeros((self._bytes, 256))
+    for own, start, bits in zip(tables, self._starts, self._of_bits):
       code = (np.arange(256) >> start % 8) & ((1 << bits) - 1)
-      out[min(start // 8, self._bytes - 1)] += np.concatenate([table, np.zeros((1 << bits) - len(table))])[code]
+      out[min(start // 8, self._bytes - 1)] += np.concatenate([own, np.zeros((1 << bits) - len(own))])[code]
     return out
 
   def column(self, packed: UInt8[np.ndarray, "n b"], number: int) -> Int[np.ndarray, "n"] | UInt8[np.ndarray, "n"]:
@@ -57,8 +63,10 @@ class Look:
     return packed[:, number] if self.by_byte else packing.unpack_one(packed, self._starts[number], self.bits[number])
 
   @staticmethod
-  def error(tables: Sequence[Float[np.ndarray, "_"]]) -> float:
+  def error(tables: Sequence[Float[np.ndarray, "_"]] | Float[np.ndarray, "s k"]) -> float:
     """By how much a float32 sum of looked-up numbers may be off."""
+    if isinstance(tables, np.ndarray):
+      return (len(tables) + 2) * _EPSILON * float(np.abs(tables).max(axis=1).sum())
     return (len(tables) + 2) * _EPSILON * float(sum(np.abs(table).max() for table in tables))
 
 
@@ -73,7 +81,7 @@ class Numpy:
     """A copy of packed codes as `largest` reads them: columns in one piece."""
     return np.array(packed, order="F")
 
-  def set_query(self, tables: Sequence[Float[np.ndarray, "_"]]) -> None:
+  def set_query(self, tables: Sequence[Float[np.ndarray, "_"]] | Float[np.ndarray, "s k"]) -> None:
     """Takes the numbers of a query."""
     self._tables = [table.astype(np.float32) for table in tables]
 
@@ -101,9 +109,9 @@ class Faiss:
     """A copy of packed codes as `largest` reads them: items in one piece."""
     return np.array(packed, order="C")
 
-  def set_query(self, tables: Sequence[Float[np.ndarray, "_"]]) -> None:
+  def set_query(self, tables: Sequence[Float[np.ndarray, "_"]] | Float[np.ndarray, "s k"]) -> None:
     """Takes the numbers of a query."""
-    _faiss().copy_array_to_vector(np.concatenate(tables).astype(np.float32), self._pq.centroids)
+    _faiss().copy_array_to_vector(np.concatenate(list(tables)).astype(np.float32), self._pq.centroids)
 
   def largest(
     self, packed: UInt8[np.ndarray, "n b"], k: int
@@ -147,7 +155,7 @@ def byte_table(codec: Codec, query: Float[np.ndarray, "d"]) -> pa.Table:
     raise ValueError(f"codec: codes of {sorted(set(packing.bits_of(codec.sizes)))} bits that are spread over bytes, or "
                      "residual stages; allowed: one stage of codes within one byte each")  # fmt: skip
   unit = checks.unit_queries(np.asarray(query)[None], codec.width)[0]
-  products, squares = look.tables(codec.look_up_tables(unit)), look.tables(codec.squares)
+  products, squares = look.table(codec.look_up_table(unit)), look.table(codec.squares)
   return pa.table({
     "position": np.repeat(np.arange(1, len(products) + 1, dtype=np.int32), 256),
     "byte": [f"{byte:02X}" for byte in range(256)] * len(products),
