@@ -53,7 +53,7 @@ TASKS = ("zeroshot", "retrieval", "probe")
 MEASURES = (*TASKS, "codes")
 FETCHED = ("aisfx", "efficientnet_lite0", "minilm", "point_views", "video_mean")  # trunks with packaged weights
 SCALE = "_log_logit_scale"  # how the name of a tower's own factor ends
-PARTS = ("shared", "specific", "full", "codes")
+PARTS = ("shared", "specific", "full", "codes", "query")
 Module = Annotated[str, shaped(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", "a module's name")]
 
 
@@ -64,7 +64,8 @@ class Embed:
   Attributes:
     shard_rows: number of records in one output file.
     dtype: type of the numbers of the written vectors.
-    parts: what to write of every embedding: the vectors `shared`, `specific` and `full`, and the codes.
+    parts: what to write of every embedding: the vectors `shared`, `specific` and `full`, the packed codes, and `query`
+      (the shared part before its codes replaced it, by which a search may re-rank).
     modalities: modalities to write; empty for all that the run was trained on.
     batch_size: records decoded at once; memory holds two such batches, since the next one is read ahead.
     threads: number of threads that read and decode, in each process.
@@ -72,7 +73,7 @@ class Embed:
 
   shard_rows: Annotated[int, above(0), at_most(1 << 26)] = 16384
   dtype: Literal["float16", "float32"] = "float16"
-  parts: Annotated[tuple[Literal[PARTS], ...], NONEMPTY, DISTINCT] = PARTS
+  parts: Annotated[tuple[Literal[PARTS], ...], NONEMPTY, DISTINCT] = PARTS[:4]
   modalities: Annotated[tuple[Name, ...], DISTINCT] = ()
   batch_size: Annotated[int, above(0), at_most(1 << 20)] = 256
   threads: Threads = 4
