@@ -89,7 +89,9 @@ def small_config():
 
 def metrics():
   rows = [{"step": i, "stage": "s", "train/loss": 1 / i, "val/bad": None, "warning": "w\u00e9"} for i in range(1, 5)]
-  return ["".join(json.dumps(row) + "\n" for row in rows).encode(), json.dumps(rows[0]).encode()]
+  lines = [json.dumps(row) for row in rows]  # with and without the checksums at their ends
+  return [*("".join(f"{line}\n" for line in made).encode() for made in (map(files.sealed_line, lines), lines)),
+          lines[0].encode()]
 
 
 def read_line(path):
@@ -107,7 +109,7 @@ def read_run(path):
 def run_config():
   from codebind_jax import schema
 
-  return json.dumps(schema.to_plain(small_config()), indent=1).encode()
+  return json.dumps(files.sealed(schema.to_plain(small_config())), indent=1).encode()
 
 
 def saved_model(folder):
@@ -166,7 +168,8 @@ def read_versions(path):
 
 
 def versions():
-  return json.dumps([{"version": "0.1.0", "source": "abc", "step": 3}, {"version": "0.1.1", "step": 9}]).encode()
+  rows = [{"version": "0.1.0", "source": "abc", "step": 3}, {"version": "0.1.1", "step": 9}]
+  return json.dumps(files.sealed({"versions": rows})).encode()
 
 
 def far_checkpoint(folder):
@@ -241,7 +244,7 @@ def read_summary(path):
 
 def plan():
   part = data_shards.Part(*range(1, 1 + len(dataclasses.fields(data_shards.Part))))
-  return data_shards.Plan("data", "", 1000, (3,), (part, part)).text().encode()
+  return json.dumps(files.sealed(dataclasses.asdict(data_shards.Plan("data", "", 1000, (3,), (part, part))))).encode()
 
 
 def read_plan(path):
@@ -263,7 +266,8 @@ def world(folder):
   rows = [{"id": f"r{i}", "texts": ["a dog"], "label": "dog", "has": ["image"], "part": 1.5} for i in range(3)]
   content = json.dumps({"train": rows, "test": rows[:1]}).encode()
   (folder / "index.json").write_bytes(content)
-  manifest = {"tables": {}, "modalities": ["image"], "index": files.checksum(content), "counts": {"train": 3}}
+  made = {"index.json": files.checksum(content)}
+  manifest = {"tables": {}, "modalities": ["image"], "files": made, "counts": {"train": 3}}
   (folder / "manifest.json").write_text(json.dumps(files.sealed(manifest)))
 
 
@@ -282,7 +286,8 @@ def read_world(path):
 def read_world_index(path):
   """An index whose manifest knows of it."""
   folder = beside(path, world, path.name)
-  manifest = {"tables": {}, "modalities": ["image"], "index": files.file_checksum(folder / "index.json")}
+  manifest = {"tables": {}, "modalities": ["image"],
+              "files": {"index.json": files.file_checksum(folder / "index.json")}}  # fmt: skip
   files.write_sealed(folder / "manifest.json", manifest)
   open_world(folder)
 
@@ -330,14 +335,16 @@ _RECORDS = "tiny-train.array_record-00000-of-00001"
 READERS = {
   "run config": _json(read_run, lambda: [run_config()], "config.json", "run config"),
   "metrics": Reader(read_metrics, metrics, "metrics.jsonl"),
-  "metrics line": _json(read_line, lambda: metrics()[1:], "metrics.jsonl"),
+  "metrics line": _json(read_line, lambda: metrics()[2:], "metrics.jsonl"),
   "model config": _json(read_model, _OF_MODEL, "config.json", "model config"),
   "model config sealed": _json(sealed(read_model), _OF_MODEL, "config.json", "model config"),
   "checkpoint sums": _json(read_checksums, _OF_SUMS, "checksums.json", "checkpoint sums"),
   "checkpoint sums sealed": _json(sealed(read_checksums), _OF_SUMS, "checksums.json", "checkpoint sums"),
   "checkpoint meta": _json(read_meta(_META, False), _OF_META, "metadata", "checkpoint meta"),
   "checkpoint meta sealed": _json(read_meta(_META, True), _OF_META, "metadata", "checkpoint meta"),
+  "run config sealed": _json(sealed(read_run), lambda: [run_config()], "config.json", "run config"),
   "versions": _json(read_versions, lambda: [versions()], "versions.json"),
+  "versions sealed": _json(sealed(read_versions), lambda: [versions()], "versions.json", "versions sealed"),
   "far commit": _json(read_far, _OF_COMMIT, "commit.json", "far commit"),
   "far commit sealed": _json(sealed(read_far), _OF_COMMIT, "commit.json", "far commit"),
   "far part": _json(read_far, _OF_PART, _PART, "far part"),
@@ -347,6 +354,7 @@ READERS = {
   "summary": _json(read_summary, lambda: [summary()], "summary.json"),
   "summary sealed": _json(sealed(read_summary), lambda: [summary()], "summary.json", "summary sealed"),
   "plan of shards": _json(read_plan, lambda: [plan()], data_shards.PLAN),
+  "plan of shards sealed": _json(sealed(read_plan), lambda: [plan()], data_shards.PLAN, "plan of shards"),
   "world manifest": _json(read_world, member(world, "manifest.json"), "manifest.json", "world manifest"),
   "world manifest sealed": _json(sealed(read_world), member(world, "manifest.json"), "manifest.json", "world manifest"),
   "world index": _json(read_world, member(world, "index.json"), "index.json", "world index"),

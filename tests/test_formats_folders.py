@@ -48,6 +48,12 @@ def arrow_table(labels, first=0):
   return pa.table({"image": images, "label": labels, "id": ids}).replace_schema_metadata(CLASSES)
 
 
+def test_names_that_are_no_utf_8_are_written_out_in_ids_and_labels(put):
+  source = open_source(put(os.fsdecode(b"d\xff/a\xfe.png"), "d/b.png"))
+  assert source.column("id") == ["d/b.png", r"d\xff/a\xfe.png"] and source.column("label") == ["d", r"d\xff"]
+  assert os.fsencode(source.read(1, "image")).endswith(b"/set/d\xff/a\xfe.png")
+
+
 def test_class_folders(put, caplog):
   caplog.set_level("INFO", "absl")
   folder = put("dog/b.jpg", "dog/x/a.PNG", "cat/ä.wav", "cat/c.mp4", "dog/notes.txt", ".git/x.jpg", "cat/.hidden.jpg",

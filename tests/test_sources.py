@@ -151,6 +151,9 @@ BAD = {
     "a key twice inside": ('{"text": "x", "more": {"a": 1, "a": 2}}', "key 'a' is there twice"),
     "a key twice, blanks": ('{"text" : "x", "id" : "1", "text" : "y"}', "key 'text' is there twice"),
     "half a surrogate pair": ('{"image": "\\ud800.png"}', r"image: no such file: .*\\ud800.png"),
+    "half a pair in a text": ('{"text": ["x", "a \\udc00"]}', "text: got 'a .*udc00', which has half of a"),
+    "half a pair in an id": ('{"text": "x", "id": "\\udc00"}', "id: got '.*udc00', which has half of a surrogate pair"),
+    "half a pair in a label": ('{"text": "x", "label": "\\ud800"}', "label: got '.*ud800', which has half of a"),
     "id twice": ({"id": "a", "text": "x"}, "id 'a' is there twice, first in line 1"),
 }
 

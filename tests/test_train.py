@@ -14,7 +14,7 @@ import pytest
 
 import codebind_jax
 from codebind_jax import config as config_lib
-from codebind_jax import schema
+from codebind_jax import files, schema
 from codebind_jax.runtime.checkpoint import Checkpoints
 from codebind_jax.runtime.optim import param_paths
 from codebind_jax.train import baseline_of, open_run, train_and_evaluate, warn_of_collapse
@@ -379,7 +379,7 @@ def test_a_run_starts_from_whitened_heads_and_its_baseline_from_the_same_without
   assert {name for name in plain[0] if name.startswith("train/")} == {
     "train/info_nce", "train/total", "train/gradient_norm"
   }
-  configs = [json.loads((tmp_path / "0.3" / name).read_text()) for name in ("config.json", "baseline/config.json")]
+  configs = [files.read_sealed(tmp_path / "0.3" / name) for name in ("config.json", "baseline/config.json")]
   changed = {line.split(":")[0] for line in schema.difference(*configs)}
   kept = {"commitment", "code_contrast", "code_matching", "decomposition", "specific_uniform"}
   losses = {f"stages.bridges.losses.{name}" for name in (*kept, "info_nce", "info_nce_plain")}

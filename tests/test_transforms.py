@@ -101,6 +101,8 @@ def test_fit_square():
   np.testing.assert_array_equal(transforms.fit_square(PHOTO, "stretch"), PHOTO)
   with pytest.raises(ValueError, match="fit: got 'zoom', allowed are pad, crop, stretch"):
     transforms.fit_square(PHOTO, "zoom")
+  with pytest.raises(ValueError, match="got 20000 x 1 pixels, whose square has 400,000,000; allowed: 89,478,485"):
+    transforms.fit_square(np.zeros((1, 20000, 3), np.uint8), "pad")
 
 
 @settings(max_examples=25, deadline=None)

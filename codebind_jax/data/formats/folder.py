@@ -35,7 +35,7 @@ class FolderSource(Source):
 
   def _fields(self, number: int) -> dict[str, Any]:
     split = int(self._split[number])
-    fields = {"id": self._name(number), "label": self._labels[self._label[number]]}
+    fields = {"id": _shown(self._name(number)), "label": self._labels[self._label[number]]}
     return fields | ({"split": SPLITS[split]} if split >= 0 else {})
 
   def _read(self, number: int, modality: str) -> Path | bytes:
@@ -46,6 +46,11 @@ class FolderSource(Source):
 
   def _where(self, number: int) -> str:
     return str(self._path / self._name(number))
+
+
+def _shown(name: str) -> str:
+  r"""A file's name as an id or a label; bytes that are no UTF-8 are written out, as \xff."""
+  return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def takes(path: PurePath) -> bool:
@@ -90,7 +95,7 @@ def _scan(path: PurePath) -> Scan:
           continue
         whole = "/".join([*([top] if top else []), label, name])
         encoded = os.fsencode(whole)
-        builder.add(whole, [modality], label, split, (length, length + len(encoded)))
+        builder.add(_shown(whole), [modality], _shown(label), split, (length, length + len(encoded)))
         names.append(encoded)
         length += len(encoded)
       if len(builder) == before:

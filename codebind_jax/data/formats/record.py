@@ -90,7 +90,7 @@ def parse(record: Mapping[str, Any], default_id: str) -> Record:
     if key in known:
       items[key] = value if type(value) is str and value.strip() else _item(key, value)
     elif key in _NAMES:
-      fields[key] = value if type(value) is str and value.strip() else _name(key, value)
+      fields[key] = _name(key, value)
     elif key in TEXT:
       if "text" in fields:
         raise ValueError("text and caption are both there; one of them is needed")
@@ -217,9 +217,9 @@ def _plain(
       continue
     if kind is list and key in TEXT:
       texts = list(itertools.chain.from_iterable(column))
-      if not all(column) or set(map(type, texts)) != {str} or not all(map(str.strip, texts)):
+      if not all(column) or set(map(type, texts)) != {str} or not all(map(str.strip, texts)) or _halved(texts):
         return None
-    elif kind is not str or not all(map(str.strip, column)):
+    elif kind is not str or not all(map(str.strip, column)) or key not in known and _halved(column):
       return None
     if key == "split":
       if not all(value in SPLIT_NAMES for value in column):
@@ -298,7 +298,7 @@ def _item(key: str, value: Any) -> str | bytes:
     value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
   if isinstance(value, bytes) and value:
     return value
-  return _text(key, value)
+  return _filled(key, value)
 
 
 def _name(key: str, value: Any) -> str:
@@ -313,6 +313,25 @@ def _name(key: str, value: Any) -> str:
 
 
 def _text(key: str, value: Any) -> str:
+  """A string of whole characters, which every file that is written of it can hold."""
+  if _halved([_filled(key, value)]):
+    raise ValueError(f"{key}: got {value!a:.80}, which has half of a surrogate pair; allowed: whole characters")
+  return value
+
+
+def _filled(key: str, value: Any) -> str:
   if not isinstance(value, str) or not value.strip():
     raise ValueError(f"{key}: a string that is not empty is needed, got {value!r:.80}")
   return value
+
+
+def _halved(texts: Sequence[str]) -> bool:
+  """Whether a text has half of a surrogate pair, as JSON's \\ud800 is."""
+  joined = "\n".join(texts)
+  if joined.isascii():
+    return False
+  try:
+    joined.encode()
+  except UnicodeEncodeError:
+    return True
+  return False

@@ -252,7 +252,7 @@ def fit_square(
   """A square of the image: "pad" adds grey (255 is white), "crop" cuts the middle, "stretch" leaves it to the resize.
 
   Raises:
-    ValueError: if `fit` is none of these.
+    ValueError: if `fit` is none of these, or a square filled up had more pixels than a picture file may have.
   """
   h, w, _ = image.shape
   if fit not in FITS:
@@ -264,6 +264,9 @@ def fit_square(
     top, left = (h - side) // 2, (w - side) // 2
     return image[top : top + side, left : left + side]
   side = max(h, w)
+  if side**2 > picture_files.PIXELS:
+    raise ValueError(f"image: got {w} x {h} pixels, whose square has {side**2:,}; allowed: {picture_files.PIXELS:,}; "
+                     "resize it before")  # fmt: skip
   square = np.full((side, side, 3), padding, np.uint8)
   top, left = (side - h) // 2, (side - w) // 2
   square[top : top + h, left : left + w] = image

@@ -213,7 +213,7 @@ def _fetch_missing(missing: Sequence[Package], archives: Path) -> None:
 def _adopt(package: Package, folder: Path, archives: Path, *, leftovers: bool = False) -> bool:
   """Moves a package's archive from a client's folder to the cache. False if it is not there."""
   name = re.escape(package.name)
-  pattern = re.compile(rf"{name}_.*\.deb" if package.kind == "apt" else re.escape(package.file))
+  pattern = re.compile(rf"{name}_.*\.deb" if package.kind == "apt" else rf"{re.escape(package.file)}(\.other)?")
   for path in sorted(folder.iterdir()) if folder.is_dir() else []:
     if not pattern.fullmatch(path.name):
       continue
@@ -320,5 +320,5 @@ def _commands(kind: str, group: list[Package], folder: Path, state: Path) -> lis
     base = ["apt-get", "-q", *(part for option in options for part in ("-o", option))]
     return [[*base, "update"], [*base, "download", *(p.name for p in group)]]
   # `pip download` runs setup.py of a source archive, or fetches and runs its build backend; this only brings the files.
-  asked = [part for package, name in zip(group, pinned) for part in (name, package.file)]
+  asked = [part for package, name in zip(group, pinned) for part in (name, package.file, f"sha256:{package.sha256}")]
   return [[_PYTHON, "-P", pip_files.__file__, str(folder), *asked]]
