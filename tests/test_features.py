@@ -309,7 +309,7 @@ def test_a_damaged_shard_is_named_when_it_is_read(tmp_path, damage):
     np.testing.assert_allclose(store.reader(int(places[4]), pooled=True), expected(images.images)[4, :1], rtol=1e-3)
 
 
-@pytest.mark.parametrize("damage", ["cut short", "header", "empty", "other numbers", "shard gone"])
+@pytest.mark.parametrize("damage", ["cut short", "header", "empty", "other numbers", "shard gone", "older"])
 def test_damaged_keys_are_left_out_and_their_items_computed_again(tmp_path, damage, caplog):
   images, _, shard = filled(tmp_path)
   path = shard.with_name(f"{shard.name}.keys.npy")
@@ -319,10 +319,13 @@ def test_damaged_keys_are_left_out_and_their_items_computed_again(tmp_path, dama
   elif damage == "shard gone":
     shard.unlink()
   else:
-    path.write_bytes({"cut short": content[:-40], "header": b"\0" + content[1:], "empty": b""}[damage])
+    path.write_bytes({"cut short": content[:-40], "header": b"\0" + content[1:], "empty": b"",
+                      "older": content[:-8]}[damage])  # fmt: skip
   store = TokenCache(tmp_path, mean_trunk())
-  assert f"{path} is left out: " in caplog.text
+  assert caplog.text.count(f"{path} is left out: ") == 1 and caplog.text.isascii()
   assert (store.places(images.keys) < 0).all()
+  TokenCache(tmp_path, mean_trunk())
+  assert caplog.text.count("is left out") == 1, "said twice"
   images.reads.clear()
   places, _ = store.fill(images.keys, images)
   assert sorted(images.reads) == list(range(10))

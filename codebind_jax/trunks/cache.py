@@ -71,6 +71,9 @@ def string_keys(strings: Sequence[str]) -> UInt64[np.ndarray, "n 2"]:
   return np.array([key_of(REVISION, content_hash(text)) for text in strings], np.uint64).reshape(-1, 2)
 
 
+_said: set[str] = set()  # of damaged files, by this process
+
+
 class TokenCache:
   """The cached tokens of one trunk.
 
@@ -96,15 +99,25 @@ class TokenCache:
       self._folder.mkdir(parents=True, exist_ok=True)
       for path in files.children(self._far, f"*{_SUFFIX}.keys.npy"):
         copy = self._folder / path.name
-        if not copy.exists() or path.name.removesuffix(".keys.npy") not in known and _read_keys(copy, None) is None:
+        if not copy.exists() or path.name.removesuffix(".keys.npy") not in known and _damage_of(copy):
           files.download(path, copy)
-    keys, places = [self._keys], [self._places]
+    keys, places, bad = [self._keys], [self._places], []
     for path in sorted(self._folder.glob(f"*{_SUFFIX}.keys.npy")):
       shard = path.with_name(path.name.removesuffix(".keys.npy"))
-      if shard.name not in known and (own := _read_keys(path, None if self._far else shard)) is not None:
-        places.append((len(self.reader.shards) << 32) + np.arange(len(own)))
-        keys.append(own)
-        self.reader.shards.append(shard)
+      if shard.name in known:
+        continue
+      try:
+        own = _read_keys(path, None if self._far else shard)
+      except (ValueError, OSError, EOFError) as error:
+        bad.append(f"{path} is left out: {error}")
+        continue
+      places.append((len(self.reader.shards) << 32) + np.arange(len(own)))
+      keys.append(own)
+      self.reader.shards.append(shard)
+    if new := [line for line in bad if line not in _said]:
+      _said.update(new)
+      more = f" (and {len(new) - 1} more of the folder)" if len(new) > 1 else ""
+      logging.warning("%s%s; what it held is computed again, and the file may be removed", new[0], more)
     if len(keys) > 1:
       self._keys, self._places = np.concatenate(keys), np.concatenate(places)
       self._order = np.argsort(self._keys[:, 0], kind="stable")
@@ -275,20 +288,29 @@ class _Writer:
         self._part.unlink(missing_ok=True)
 
 
-def _read_keys(path: Path, shard: Path | None) -> np.ndarray | None:
-  """The keys of a shard; None, which is logged, where they are damaged or their shard, if it is near, is not there."""
-  try:
-    content = path.read_bytes()
-    files.verify(files.checksum(content[:-8]), content[-8:].decode(errors="replace"), "its keys")
-    keys = np.load(io.BytesIO(content[:-8]), allow_pickle=False)
-    if keys.ndim != 2 or keys.shape[1] != 2 or keys.dtype != np.uint64:
-      raise ValueError(f"shape {keys.shape}, type {keys.dtype}; allowed: [items, 2], uint64")
-    if shard and not shard.is_file():
-      raise ValueError(f"there is no {shard.name}")
-  except (ValueError, OSError, EOFError) as error:
-    logging.warning("%s is left out: %s", path, error)
-    return None
+def _read_keys(path: Path, shard: Path | None) -> np.ndarray:
+  """The keys of a shard.
+
+  Raises:
+    ValueError: if they are damaged, or their shard, if it is near, is not there.
+  """
+  content = path.read_bytes()
+  files.verify(files.checksum(content[:-8]), content[-8:].decode("ascii", "backslashreplace"), "its keys")
+  keys = np.load(io.BytesIO(content[:-8]), allow_pickle=False)
+  if keys.ndim != 2 or keys.shape[1] != 2 or keys.dtype != np.uint64:
+    raise ValueError(f"shape {keys.shape}, type {keys.dtype}; allowed: [items, 2], uint64")
+  if shard and not shard.is_file():
+    raise ValueError(f"there is no {shard.name}")
   return keys
+
+
+def _damage_of(path: Path) -> str:
+  """What is wrong with a file of keys; "" if nothing is."""
+  try:
+    _read_keys(path, None)
+  except (ValueError, OSError, EOFError) as error:
+    return str(error) or type(error).__name__
+  return ""
 
 
 class Contents:
