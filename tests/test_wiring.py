@@ -70,7 +70,7 @@ def pictures_trunk():
 def evaluation_of(folder, train, evals, words=None, *, views=1, codes=0, **overrides):
   """A model and the evaluation of some sets; `train` is by world."""
   config = common.get_config()
-  config.data.root = str(folder)
+  config.data.root, config.test = str(folder), True
   sources = [*train.values(), *(test.source for test in evals)]
   arrays = [(m, v) for source in sources for m, values in source.items.items() for v in values if v is not None]
   widths, trunks = {m: len(v) for m, v in arrays}, {}
