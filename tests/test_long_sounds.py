@@ -112,3 +112,14 @@ def test_an_augmentation_takes_a_window_of_a_long_sound(short):
   opened = item.opened("audio", encoded(sound(), 16_000))
   seen = Waveform(seconds=5.0)(opened, np.random.default_rng(0))
   assert seen.shape == (5 * audio.RATE,) and item.prepare(seen).shape == item.shape
+
+
+def test_a_sound_that_opens_by_its_ending_alone_is_heard_whole():
+  whole = encoded(sound(44_100, seconds=2), 44_100, "MP3", "MPEG_LAYER_III")
+  odd = b"ID3\x03" + bytes(20) + whole
+  with pytest.raises(soundfile.LibsndfileError):
+    soundfile.SoundFile(io.BytesIO(odd))
+  clips = lambda value: imagebind._audio(value, clips=3, frames=204)
+  for read in (preparation.Chunks(4), preparation.Mel().read, clips):
+    assert long_sounds.long_sound(odd) is None
+    np.testing.assert_array_equal(read(odd), read(whole))

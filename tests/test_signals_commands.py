@@ -54,7 +54,7 @@ def some(pattern):
 # Command -> how it is called, when it works, what it leaves, its exit code for SIGTERM.
 COMMANDS = {
   "embed": (embed, some("shard-*.parquet"), embedded, STOPPED),
-  "eval": (evaluation, said("classes"), measured, STOPPED),
+  "eval": (evaluation, said("training rows"), measured, STOPPED),
   "shards": (shards, some("*.array_record"), written, 143),
 }  # fmt: skip
 

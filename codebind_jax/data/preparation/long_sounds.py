@@ -187,7 +187,11 @@ def long_sound(value: Any, new_rate: int = audio.RATE) -> LongSound | None:
   with file_errors(name, "a readable sound"):
     with opened_file(value) as file:
       audio.check_beginning(file, name)
-    with soundfile.SoundFile(io.BytesIO(value) if isinstance(value, bytes) else value) as sound:
+    try:
+      opened = soundfile.SoundFile(io.BytesIO(value) if isinstance(value, bytes) else value)
+    except soundfile.LibsndfileError:
+      return None  # one with an odd tag in front, which `audio.read` has a way for, or no sound
+    with opened as sound:
       size, seconds = sound.frames, sound.frames / sound.samplerate
       if size * sound.channels <= audio.LARGEST and seconds * new_rate <= audio.LARGEST:
         return None
