@@ -142,7 +142,7 @@ def test_every_module_is_a_method_and_errors_name_what_is_allowed():
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_a_stage_key_that_a_method_does_not_heed_is_an_error(name):
   values = {"losses": {"info_nce": 1.0}, "codes": ("shared",), "code_rows": 4, "matching_temperature": 0.5, "chunk": 2,
-            "ring": True}  # fmt: skip
+            "ring": True, "double_softmax": True, "scale_inside_cosine": True}  # fmt: skip
   assert set(unheeded(name)) == (set() if name == "codebind" else set(values))
   for key, value in values.items():
     config = small_config(name)
