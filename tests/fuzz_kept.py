@@ -216,17 +216,33 @@ def other_index():
   return out.getvalue()
 
 
+def code_index():
+  rng = np.random.default_rng(0)
+  codec = search.Codec(tuple(rng.normal(size=(k, 2)).astype(np.float32) for k in (16, 9, 5)))
+  index = search.CodeIndex(codec, "numpy")
+  index.add(["a", "b", "\u00e7", "d"], rng.integers(0, 5, (4, 3)), {"label": ["x", None, "x", "y"]})
+  return written(index.save, "c.parquet")
+
+
+def read_code_index(path):
+  """Loads an index and searches it."""
+  index = search.CodeIndex.load(path, "numpy")
+  if len(index):
+    index.search(np.ones((1, index.width), np.float32), k=2)
+
+
 SHARD = "shard-000000-of-000001.parquet"
 
 
 def shard():
-  schema = shards.make_schema(["image_shared", "image_codes_shared"], "float32", captions=True)
+  sizes = {"image_codes_shared": (8, 300)}
+  schema = shards.make_schema(["image_shared", "image_codes_shared"], "float32", captions=True, codes=sizes)
   texts, vectors = shards.nested([["x"], None, [], ["x", "y"]], {"x": VECTORS[0], "y": VECTORS[1]}, np.float32)
   columns = [
     pa.array(["a", "b", "c", "d"]), pa.array(["l", None, "l", "m"]), pa.array(["train"] * 4),
     shards.with_nulls(VECTORS[:3], [0, 1, 3], 4, np.float32),
-    shards.with_nulls(np.arange(6).reshape(3, 2), [0, 1, 3], 4, np.int32), texts, vectors]  # fmt: skip
-  report = shards.ShardReport("digest", 1, 4, ["bad"], {"audio": 1}, {"image_codes_shared": 8})
+    shards.packed(np.arange(6).reshape(3, 2), [0, 1, 3], 4, sizes["image_codes_shared"]), texts, vectors]  # fmt: skip
+  report = shards.ShardReport("digest", 1, 4, ["bad"], {"audio": 1}, sizes)
   batches = [pa.RecordBatch.from_arrays(columns, schema=schema)]
   return written(lambda path: shards.write_shard(path, schema, batches, report), SHARD)
 
@@ -350,6 +366,7 @@ READERS = {
   "far part": _json(read_far, _OF_PART, _PART, "far part"),
   "far part sealed": _json(sealed(read_far), _OF_PART, _PART, "far part"),
   "index": Reader(search.Index.load, lambda: [index_file(), other_index()], "i.parquet"),
+  "code index": Reader(read_code_index, lambda: [code_index()], "c.parquet"),
   "shard": Reader(read_shard, lambda: [shard()], SHARD),
   "summary": _json(read_summary, lambda: [summary()], "summary.json"),
   "summary sealed": _json(sealed(read_summary), lambda: [summary()], "summary.json", "summary sealed"),

@@ -233,7 +233,7 @@ def test_a_damaged_shard_is_named(tmp_path):
   assert len(Index.from_parquet(tmp_path, "image", backend="numpy")) == 40
   content = path.read_bytes()
   path.write_bytes(content[:4] + bytes(100) + content[104:])  # its first pages, not its footer
-  with pytest.raises(ValueError, match=f"^{path}: not a readable shard"):
+  with pytest.raises(ValueError, match=f"^{path}: damaged: the header of the page at byte 4 gives the sizes -1"):
     Index.from_parquet(tmp_path, "image")
 
 

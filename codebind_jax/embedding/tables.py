@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from codebind_jax import files
+from codebind_jax.data.parquet_pages import check_pages
 from codebind_jax.data.reading import arrow_errors
 
 KEY = b"codebind_jax"  # of the file's metadata
@@ -85,13 +86,18 @@ class Table:
     rows: their number.
   """
 
-  def __init__(self, path: files.Path, file: pq.ParquetFile):
+  def __init__(self, path: files.Path, file: pq.ParquetFile, content: Any):
     """Reads and verifies the metadata.
+
+    Args:
+      path: of the file.
+      file: open.
+      content: its bytes, to look at the headers of its pages.
 
     Raises:
       ValueError: if they are damaged, or are not those of the columns.
     """
-    self.path, self._file = path, file
+    self.path, self._file, self._content = path, file, content
     self.names, self.rows = list(file.schema_arrow.names), file.metadata.num_rows
     metadata = file.schema_arrow.metadata or {}
     self.about: dict[str, Any] = {}
@@ -113,6 +119,10 @@ class Table:
     Raises:
       ValueError: if there are more or fewer of them than the metadata say.
     """
+    try:
+      check_pages(self._content, names)
+    except ValueError as error:
+      raise ValueError(f"{self.path}: damaged: {error}") from error
     if not self.about:
       first = 0
       for batch in self._file.iter_batches(rows, columns=list(names)):
@@ -155,12 +165,13 @@ def open_table(path: files.Path, what: str) -> Iterator[Table]:
     ValueError: as `Table`, or if it is no Parquet file.
   """
   with arrow_errors(f"{path}: not {what}"), contextlib.ExitStack() as stack:
-    source = stack.enter_context(files.open_far(path)) if files.is_far(path) else path
+    far = files.is_far(path)
+    content = stack.enter_context(files.open_far(path) if far else path.open("rb"))
     try:
-      file = stack.enter_context(pq.ParquetFile(source))
+      file = stack.enter_context(pq.ParquetFile(content if far else path))
     except (TypeError, KeyError, IndexError, OverflowError, MemoryError) as error:  # of a damaged footer
       raise ValueError(f"{path}: not {what} ({type(error).__name__}: {error})") from error
-    yield Table(path, file)
+    yield Table(path, file, content)
 
 
 def column_checksum(column: pa.Array | pa.ChunkedArray) -> str:
