@@ -18,7 +18,7 @@ from absl import logging
 
 from codebind_jax import config as config_lib
 from codebind_jax import files, schema
-from codebind_jax.api import Model
+from codebind_jax.api import Model, config_of
 from codebind_jax.codebook import collapsed, usage_stats
 from codebind_jax.command_line import bind
 from codebind_jax.config import Config
@@ -138,9 +138,11 @@ def _harmless(line: str, earlier: Mapping[str, Any], plain: Mapping[str, Any]) -
 
 def baseline_of(config: Config) -> Config:
   """The config of the hard-alignment baseline: same towers, data and steps, plain InfoNCE, no codebooks."""
-  losses = schema.Frozen({"info_nce": 1.0})
+  losses, start = schema.Frozen({"info_nce": 1.0}), config.init_from
+  if start and config_of(start).model.quantize:  # a run without codes is a baseline itself
+    start = f"{start.rstrip('/')}/baseline"
   return dataclasses.replace(
-    config, baseline=False, init_from=f"{config.init_from.rstrip('/')}/baseline" if config.init_from else "",
+    config, baseline=False, init_from=start,
     method="codebind", method_options=schema.Frozen(), model=dataclasses.replace(config.model, quantize=False),
     stages=schema.Frozen({name: dataclasses.replace(s, losses=losses) for name, s in config.stages.items()}),
   )  # fmt: skip
@@ -350,7 +352,8 @@ def run_stages(
       final = evaluation.finish(model_of(config, state, evaluation, all_trained, layout), int(state.step), writer)
       distributed.wait_for_all("evaluation")
     after = Model(config, *layout.gathered((state.params, state.codebooks)), evaluation.trunks, modalities=all_trained)
-    before = Model(baseline_of(config), untrained_params, {}, evaluation.trunks, modalities=all_trained)
+    start = dataclasses.replace(config, init_from="")
+    before = Model(baseline_of(start), untrained_params, {}, evaluation.trunks, modalities=all_trained)
     return final, {"before": before, "after": after}
 
 
@@ -371,11 +374,13 @@ def start_from_rows(method: Method, state: TrainState, batches: Batches, layout:
     rows, number = rows + size * layout.process[1], number + 1
     logging.log_every_n_seconds(logging.INFO, "start of the codebooks: %d of %d rows", 20, rows, method.start_rows)
   columns = {name: [np.concatenate(column) for column in zip(*parts)] for name, parts in found.items()}
-  begin = jax.jit(method.start, out_shardings=layout.replicated)
+  begin = jax.jit(
+    lambda *of, rng: method.start(*of, jax.random.fold_in(rng, 2**31 - 1)), out_shardings=layout.replicated
+  )
   own = state.params.get(EXTRA, {})
   extra, codebooks = begin(
     layout.gathered(own), layout.gathered(state.codebooks), {m: x for m, (x, _) in columns.items()},
-    {m: mask for m, (_, mask) in columns.items()}, jax.random.fold_in(state.rng, 2**31 - 1),
+    {m: mask for m, (_, mask) in columns.items()}, rng=state.rng,
   )  # fmt: skip
   place = lambda new, old: jax.tree.map(lambda a, b: jax.device_put(np.asarray(a), b.sharding), new, old)
   logging.info("codebooks start from %d rows", rows)

@@ -13,7 +13,7 @@ from codebind_jax.data import open_source, transforms
 from codebind_jax.methods import toc
 
 SIGNATURES = {
-  "codebook.init_codebook": "(rng, num_codes, dim)",
+  "codebook.init_codebook": "(rng, num_codes, dim, lead=())",
   "codebook.nearest_code": "(z, codes, *, distance='cosine', block=0)",
   "codebook.quantize": "(z, codes, *, distance='cosine', normalize=True)",
   "codebook.update": "(state, z, indices, *, decay=0.99, eps=1e-05, revive='random', revive_mode='survive', rng=None, "

@@ -32,6 +32,8 @@ BAD = (
   (f"{STAGE}.steps", 10**12), (f"{STAGE}.tune", {"smell": "full"}),
   ("codebook.decay", 1.0), ("codebook.decay", 0.99999999999), ("codebook.codes", {"image": 0}),
   ("codebook.codes", {"image": 10**9}), ("codebook.shared_codes", 10**9), ("codebook.dim", 10**9),
+  ("codebook.stages", 0), ("codebook.positions", "all"), ("codebook.rotation", "random"), ("codebook.start", "opq"),
+  ("codebook.start_rows", 0), ("codebook.gradient", "none"), ("queries", "plain"),
   (f"{IMAGE}.hidden", -1), (f"{IMAGE}.hidden", 10**9), (f"{IMAGE}.logit_scale", -1.0), (f"{IMAGE}.specific_dim", 10**9),
   (f"{IMAGE}.options.size", (0,)), (f"{IMAGE}.options.fit", "squeeze"), (f"{IMAGE}.options.levels", (8,)),
   (f"{IMAGE}.options.class_names", "nobody"), (f"{IMAGE}.options.weights", "/nowhere/weights.pth"),

@@ -169,7 +169,7 @@ def test_a_report_is_made_without_text_labels_numbers_or_sets(tmp_path, sets):
   task = Task("mine", "", {"mine": test.source}, () if sets == "none" else (test,))
   (tmp_path / "metrics.jsonl").write_text('{"step": 1, "stage": "s0", "train/total": null}\n')
   model = Model(config, {}, {})
-  model.method = types.SimpleNamespace(codebook_sizes={"shared": 4})
+  model.method = types.SimpleNamespace(codebook_sizes={"shared": 4}, numbered=lambda book, x: x)
   models = dict.fromkeys(("before", "after", "baseline"), model)
   final = {"eval/mine_val/zeroshot/audio/top1": float("nan")} if sets == "one" else {}
   found = summary.report_data(config, tmp_path, task, Still(config, table), final, models)

@@ -1,14 +1,17 @@
 """A small index as users train it: from a continuous run, by OPQ, with codebooks by position, residuals, a rotation."""
 
+import dataclasses
+import json
 import shutil
 
 import numpy as np
 import pytest
 
 import codebind_jax
+from codebind_jax import config as config_lib
 from codebind_jax.api import Model
-from codebind_jax.train import train_and_evaluate
-from tests.processes import assert_same_run
+from codebind_jax.train import baseline_of, train_and_evaluate
+from tests.processes import assert_close, assert_same_run, finish, start
 from tests.train_fixtures import arrays_of, lines_of, tiny_config
 
 FEW = {"steps": 4, "eval_steps": 4, "tasks": ("zeroshot", "retrieval", "codes"), "optim.learning_rate": 1e-3}
@@ -86,6 +89,12 @@ def test_a_start_by_opq_quantises_well_and_moves_on(coded, continuous):
   assert bool(after["codebooks/shared/initialised"])
 
 
+def test_the_baseline_starts_from_the_run_without_codes_or_from_a_coded_run_s_own(coded, continuous):
+  config, folder, _ = coded
+  start_of = lambda source: baseline_of(dataclasses.replace(config_lib.read(config), init_from=str(source))).init_from
+  assert start_of(continuous) == str(continuous) and start_of(folder) == f"{folder}/baseline"
+
+
 def test_it_resumes_bit_for_bit(coded, tmp_path):
   config, folder, _ = coded
   shutil.copytree(folder, tmp_path / "cut")
@@ -123,3 +132,11 @@ def test_codes_as_parameters_of_a_width_of_their_own_train_and_resume(data, tmp_
       shutil.rmtree(path)
   train_and_evaluate(config, tmp_path / "half")
   assert_same_run(tmp_path / "run", tmp_path / "half")
+
+
+@pytest.mark.slow  # test_codebook_sharded.py has a step on eight devices without the trainer
+def test_four_devices_equal_one(coded, data, continuous, tmp_path):
+  _, folder, _ = coded
+  overrides = FEW | SMALL | {"init_from": str(continuous)}
+  finish(start(data, tmp_path / "four", *(f"{key}={json.dumps(value)}" for key, value in overrides.items()), devices=4))
+  assert_close(folder, tmp_path / "four")

@@ -44,7 +44,8 @@ class Plain(Model):
 
   def __init__(self, config, codes=0):
     super().__init__(config, {}, {})
-    self.method = types.SimpleNamespace(codebook_sizes={"shared": codes} if codes else {})
+    sizes = {"shared": codes} if codes else {}
+    self.method = types.SimpleNamespace(codebook_sizes=sizes, numbered=lambda book, indices: indices)
 
   def embed_rows(self, modality, feed, rows, *, workers=0, threads=2, batch=0, content=False):
     x = np.stack([np.asarray(feed.clean(int(row))[0], np.float32) for row in rows])

@@ -74,7 +74,7 @@ class Codebook:
   rotation: Literal[ROTATIONS] = "none"
   gradient: Literal[GRADIENTS] = "straight_through"
   start: Literal[STARTS] = "batch"
-  start_rows: Annotated[int, above(0), at_most(1 << 24)] = 16384
+  start_rows: Annotated[int, above(0), at_most(1 << 24)] = 8192
   layout: Literal[LAYOUTS] = "parts"
   update_mode: Literal[UPDATES] = "snapshot"
   decay: Decay = 0.99
