@@ -453,7 +453,7 @@ def config_of(source: str | files.Path) -> Config:
 def _meta_of(folder: files.Path) -> tuple[Config, Mapping[str, Any]]:
   """(config, position) of a run's newest checkpoint."""
   meta = _read(folder, checkpoint.SavedRun.read_meta)
-  return config_lib.read(meta["config"]), meta["position"]
+  return config_lib.read_saved(meta["config"]), meta["position"]
 
 
 def _read(folder: files.Path, read: Callable[[checkpoint.SavedRun], Any]) -> Any:
@@ -479,7 +479,7 @@ def _chosen(wanted: Sequence[str] | None, there: Sequence[str], where: files.Pat
 
 def _of_run(folder: files.Path, modalities: Sequence[str] | None) -> Model:
   meta, arrays = _read(folder, checkpoint.SavedRun.read)
-  config, position = config_lib.read(meta["config"]), meta["position"]
+  config, position = config_lib.read_saved(meta["config"]), meta["position"]
   codebooks = config_lib.method_of(config).restore(arrays["codebooks"])
   return Model(config, arrays["params"], codebooks, modalities=_chosen(modalities, position["trained"], folder))
 

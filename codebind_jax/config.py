@@ -9,6 +9,7 @@ import os
 import pathlib
 import pkgutil
 import re
+import sys
 from collections.abc import Collection, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
@@ -52,7 +53,7 @@ TASKS = ("zeroshot", "retrieval", "probe")
 MEASURES = (*TASKS, "codes")
 FETCHED = ("aisfx", "efficientnet_lite0", "minilm", "point_views", "video_mean")  # trunks with packaged weights
 SCALE = "_log_logit_scale"  # how the name of a tower's own factor ends
-PARTS = ("shared", "specific", "full", "codes")
+PARTS = ("shared", "specific", "full", "codes", "query")
 Module = Annotated[str, shaped(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", "a module's name")]
 
 
@@ -63,7 +64,8 @@ class Embed:
   Attributes:
     shard_rows: number of records in one output file.
     dtype: type of the numbers of the written vectors.
-    parts: what to write of every embedding: the vectors `shared`, `specific` and `full`, and the codes.
+    parts: what to write of every embedding: the vectors `shared`, `specific` and `full`, the packed codes, and `query`
+      (the shared part before its codes replaced it, by which a search may re-rank).
     modalities: modalities to write; empty for all that the run was trained on.
     batch_size: records decoded at once; memory holds two such batches, since the next one is read ahead.
     threads: number of threads that read and decode, in each process.
@@ -71,7 +73,7 @@ class Embed:
 
   shard_rows: Annotated[int, above(0), at_most(1 << 26)] = 16384
   dtype: Literal["float16", "float32"] = "float16"
-  parts: Annotated[tuple[Literal[PARTS], ...], NONEMPTY, DISTINCT] = PARTS
+  parts: Annotated[tuple[Literal[PARTS], ...], NONEMPTY, DISTINCT] = PARTS[:4]
   modalities: Annotated[tuple[Name, ...], DISTINCT] = ()
   batch_size: Annotated[int, above(0), at_most(1 << 20)] = 256
   threads: Threads = 4
@@ -277,6 +279,23 @@ def read(config: Any) -> Config:
   return config if isinstance(config, Config) else filled(schema.read(Config, config))
 
 
+def read_saved(plain: Any) -> Config:
+  """The config that a file of a run or a saved model holds, as `read`; no module that the file names is imported.
+
+  Raises:
+    ValueError: as `read`; also for a method outside this package that the process has not imported.
+  """
+  config = plain if isinstance(plain, Config) else schema.read(Config, plain)
+  named = {"method": config.method}
+  if config.compare:
+    named |= {f"compare.variants.{name}.method": variant.method for name, variant in config.compare.variants.items()}
+  for key, method in named.items():
+    if "." in method and method not in sys.modules:
+      raise ValueError(f"config.{key}: got {method!r}, a module that a saved config does not import by itself; "
+                       f"if you trust it, import it before, or name it by --config.method={method}")  # fmt: skip
+  return filled(config)
+
+
 def filled(config: Config) -> Config:
   """The config with all options of its trunks and methods: those set, and the defaults of the others.
 
@@ -400,7 +419,8 @@ def _check_data(data: Data) -> None:
     if name in data.used_worlds:
       raise ValueError(f"config.data.named_files: {name!r} is also one of config.data.worlds; allowed: another name")
   if "" not in data.sources:
-    check_keys(data.templates_of, [*WORLDS, *data.worlds, *data.named_files], "data.templates_of")
+    drawn = [name for name in data.templates_of if name.startswith("synthetic-")]  # worlds of whatever modalities
+    check_keys(data.templates_of, [*WORLDS, *data.worlds, *data.named_files, *drawn], "data.templates_of")
 
 
 def _check_towers(config: Config) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import json
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -78,10 +77,7 @@ def open_run(config: Config, workdir: str | files.Path, *, strict: bool = False)
   folder = run_folder(workdir)
   path, plain, earlier = folder / "config.json", schema.to_plain(config), None
   if files.is_file(path) and (strict or steps_made(folder)):
-    try:
-      earlier = schema.to_plain(config_lib.read(json.loads(files.read_text(path))))
-    except ValueError as error:
-      raise ValueError(f"{path}: {error}") from error
+    earlier = schema.to_plain(read_config(folder))
     changed = [line for line in schema.difference(earlier, plain) if strict or not _harmless(line, earlier, plain)]
     if changed:
       raise ValueError(
@@ -92,8 +88,22 @@ def open_run(config: Config, workdir: str | files.Path, *, strict: bool = False)
       logging.info("%s goes on to %d steps, %d before; the learning rate follows the longer schedule from here on",
                    folder, _steps(plain), _steps(earlier))  # fmt: skip
   if jax.process_index() == 0 and plain != earlier:
-    files.write_whole(path, json.dumps(plain, indent=1, sort_keys=True) + "\n")
+    files.write_sealed(path, plain)
   return folder
+
+
+def read_config(folder: files.Path) -> Config:
+  """The config of the run in a folder, from its config.json, which carries a checksum; one written by hand need not.
+
+  Raises:
+    ValueError: naming the file, if it is damaged or has another config's keys.
+  """
+  path = folder / "config.json"
+  content = files.read_sealed(path, need=False)
+  try:
+    return config_lib.read_saved(content)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
 
 
 def run_folder(workdir: str | files.Path) -> files.Path:

@@ -1,6 +1,6 @@
 """One of two processes that differ in one thing after another; prints what each comparison said.
 
-`python -m tests.agreement_worker PORT PROCESS MANIFEST OTHER_MANIFEST SHORTER_MANIFEST`
+`python -m tests.agreement_worker PORT PROCESS MANIFEST OTHER_MANIFEST SHORTER_MANIFEST RENAMED_MANIFEST`
 """
 
 import json
@@ -22,7 +22,7 @@ def said(check, *arguments):
   return ""
 
 
-def compared(process, manifest, other, shorter):
+def compared(process, manifest, other, shorter, renamed):
   """What each comparison said."""
   config = {"optim": {"learning_rate": 0.001}, "data": {"workers": process}}
   faster = {"optim": {"learning_rate": (0.001, 0.002)[process]}, "data": {"workers": 0}}
@@ -35,6 +35,12 @@ def compared(process, manifest, other, shorter):
     "content": said(agreement.check_sources, source([manifest, other][process])),
     "records": said(agreement.check_sources, source([manifest, shorter][process])),
   }
+  versions = agreement.environment
+  agreement.environment = lambda: versions() | {"version of jax": f"0.9.{process}"}
+  told |= {"version": said(agreement.check_command, config, "run")}
+  agreement.environment = versions
+  told |= {"names": said(agreement.check_sources, {"squares" if process else "circles": open_source(manifest)})}
+  told |= {"ids": said(agreement.check_sources, source([manifest, renamed][process]))}
   agreement.package_files = lambda: real() | {"codebind_jax/step.py": str(process)}
   return told | {"code": said(agreement.check_command, config, "run")}
 

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pathlib
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -30,6 +31,8 @@ from jaxtyping import install_import_hook
 install_import_hook("codebind_jax", "beartype.beartype")
 
 flags.FLAGS.mark_as_parsed()
+# A shell's job in the background ignores Ctrl-C, and so would the processes that tests send it to.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):

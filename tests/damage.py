@@ -1,7 +1,7 @@
 """Files with flipped bits, and whether what reads them notices."""
 
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -72,3 +72,45 @@ def share_noticed(path: pathlib.Path, read: Callable[[], Any], count: int | None
   finally:
     path.write_bytes(content)
   return noticed / total
+
+
+def survey(
+  folder: pathlib.Path, read: Callable[[], Any], count: int, seed: int = 0, products: Collection[str] = (),
+  named: Callable[[pathlib.Path], str] = lambda path: path.name,
+) -> dict[str, tuple[int, int]]:
+  """Flips bits at seeded places of each file of a folder, one at a time, and reads the folder each time.
+
+  What is read is what it was before, or refused by an error that names the file: nothing is changed in silence.
+
+  Args:
+    folder: whose files are put back.
+    read: gives all that it holds.
+    count: flipped bits a file.
+    seed: of the places.
+    products: names, or ends of them, of files that people look at and nothing here reads.
+    named: what the error must have in it.
+
+  Returns:
+    Path in the folder -> (flips that were refused, flips that changed nothing).
+  """
+  whole, found = read(), {}
+  for number, path in enumerate(sorted(path for path in folder.rglob("*") if path.is_file())):
+    if path.name.endswith(tuple(products)) or not path.stat().st_size:
+      continue
+    content, noticed = path.read_bytes(), 0
+    rng = np.random.default_rng((seed, number))
+    for place in rng.integers(0, len(content), count).tolist():
+      damaged = bytearray(content)
+      damaged[place] ^= 1 << int(rng.integers(8))
+      path.write_bytes(damaged)
+      try:
+        there = read()
+      except (ValueError, OSError) as error:
+        assert named(path) in str(error), f"{error!r} does not name {path}"
+        noticed += 1
+      else:
+        assert equal(there, whole), f"a bit of byte {place} of {len(content)} of {path} changes what is read"
+      finally:
+        path.write_bytes(content)
+    found[path.relative_to(folder).as_posix()] = (noticed, count - noticed)
+  return found

@@ -7,7 +7,9 @@ a failure, as are memory that runs out or grows by a gigabyte, a crash, and a mu
 """
 
 import contextlib
+import copy
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -39,12 +41,14 @@ class Reader:
     seeds: makes whole files.
     name: of the file; "" where bytes are read.
     called: what errors call the bytes; of a file its path, unless given.
+    mutate: makes a mutant of seeds and random numbers; `mutant` unless given.
   """
 
   read: object
   seeds: object
   name: str = ""
   called: str = ""
+  mutate: object = None
 
 
 def mutant(seeds, rng):
@@ -84,6 +88,53 @@ def mutant(seeds, rng):
       length = rng.choice((1, 8, 64, 512))
       content[at:at] = content[at : at + length] * rng.choice((1, 2, 20))
   return bytes(content)
+
+
+_VALUES = (None, True, 0, 1, -1, 1.5, 1e308, float("nan"), 10**6, 10**12, 1 << 63, 10**30, "", "x", "../x", "/dev/zero",
+           "\ud800", "\0", "1" * 300, "random", [], [1], [[]], ["x"], {}, {"a": 1}, {"": {}})  # fmt: skip
+
+
+def json_mutant(seeds, rng):
+  """A JSON text with one to three other values, fewer keys or more; or one of `mutant`."""
+  if rng.random() < 0.3:
+    return mutant(seeds, rng)
+  try:
+    return _changed(json.loads(rng.choice(seeds)), rng)
+  except RecursionError:
+    return b"[" * 5000
+
+
+def _changed(content, rng):
+  tree = [content]
+  for _ in range(rng.choice((1, 1, 1, 2, 3))):
+    places = list(_places(tree))
+    holder, key = rng.choice(places)
+    kind = rng.randrange(10)
+    if kind == 0 and holder is not tree:
+      del holder[key]
+    elif kind == 1:
+      other, name = rng.choice(places)
+      holder[key] = copy.deepcopy(other[name])
+    elif kind == 2:
+      holder[key] = functools.reduce(lambda inner, _: [inner], range(rng.choice((1, 3, 500))), holder[key])
+    elif kind == 3 and isinstance(holder, dict):
+      holder[rng.choice(("", "x", "\ud800", "../x", "0", "__class__", "1" * 300))] = holder.pop(key)
+    elif kind == 4 and isinstance(holder, list) and holder is not tree:
+      holder += [copy.deepcopy(holder[key])] * rng.choice((1, 2, 1000))
+    elif kind == 5 and isinstance(holder[key], int | float):
+      number = holder[key]
+      holder[key] = rng.choice((number * 10**6, -number, number + 1, float(number), str(number)))
+    else:
+      holder[key] = copy.deepcopy(rng.choice(_VALUES))
+  return json.dumps(tree[0]).encode()
+
+
+def _places(tree):
+  """(holder, key) of every value in a tree but itself."""
+  for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+    yield tree, key
+    if isinstance(value, dict | list):
+      yield from _places(value)
 
 
 def number_of(name, number):
@@ -137,7 +188,7 @@ def fuzz(name, reader, start, count, folder, state):
     read(content)  # a seed is a good file
   begun = time.process_time()
   for number in range(start, start + count):
-    content = mutant(seeds, number_of(name, number))
+    content = (reader.mutate or mutant)(seeds, number_of(name, number))
     os.pwrite(state, f"{name} {number}".ljust(80).encode(), 0)
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -181,9 +232,12 @@ def main(arguments):
     for name in names:
       reader = fuzz_readers.READERS[name]
       seeds = reader.seeds()
+      place = pathlib.Path(folder) / "first"
+      place.mkdir()
       if reader.name:
-        (pathlib.Path(folder) / reader.name).write_bytes(seeds[0])
-      reader.read(pathlib.Path(folder) / reader.name if reader.name else seeds[0])  # what is imported is no growth
+        (place / reader.name).write_bytes(seeds[0])
+      reader.read(place / reader.name if reader.name else seeds[0])  # what is imported is no growth
+      shutil.rmtree(place)
       signal.signal(signal.SIGPROF, signal.SIG_DFL)
       resource.setrlimit(resource.RLIMIT_AS, (_memory()[0] + ROOM, resource.RLIM_INFINITY))
       place = pathlib.Path(folder) / name
@@ -216,7 +270,7 @@ def run(names, count, folder):
     if done.returncode:
       if not state.exists():
         raise RuntimeError(done.stderr[-2000:])
-      name, number = state.read_text().split()
+      name, number = state.read_text().rsplit(None, 1)
       if done.returncode > 0:
         raise RuntimeError(f"{name} {number}: {done.stderr[-2000:]}")
       partial.setdefault(name, []).append(f"{number}: the process ends by {signal.Signals(-done.returncode).name}")

@@ -15,7 +15,8 @@ from codebind_jax.data.formats import array_record, folder, hugging_face, jsonl,
 from codebind_jax.data.preparation.texts import clip_ids
 from codebind_jax.data.worlds import archives
 from codebind_jax.trunks.checkpoint_files import open_weights, read_member
-from tests.fuzz import Reader
+from tests import fuzz_kept
+from tests.fuzz import Reader, json_mutant
 from tests.test_pretrained_pickle import new_zip, numpy_number_pickle, object_pickle, old_stream, opcodes_string
 from tests.torch_files import torch_zip
 from tests.world_fixtures import deb, rcc, tgz, wheel
@@ -257,6 +258,21 @@ def arrow_table():
   return pa.Table.from_pylist(rows)
 
 
+def read_description(path):
+  """A Parquet file whose description is damaged; the rest is whole."""
+  import pyarrow.parquet as pq
+
+  table = arrow_table().replace_schema_metadata({b"huggingface": path.read_bytes()})
+  file = path.with_name("described.parquet")
+  pq.write_table(table, file)
+  read_records(parquet)(file)
+
+
+def description():
+  features = {"label": {"_type": "ClassLabel", "names": ["cat", "dog"]}, "image": {"_type": "Image"}}
+  return json.dumps({"info": {"features": features}}).encode()
+
+
 def parquet_file(**options):
   import pyarrow.parquet as pq
 
@@ -325,6 +341,7 @@ def read_state(path):
 
 def read_metadata(path):
   """A folder of files beside a metadata file."""
+  path.with_name("a.png").write_bytes(picture("png"))
   read_records(hugging_face)(path.parent)
 
 
@@ -375,6 +392,7 @@ def _records(module, seeds, name, **options):
 
 
 READERS = {
+  **fuzz_kept.READERS,
   **{kind: _media("image", seeds) for kind, seeds in PICTURES.items()},
   "animations": _media("video", lambda: [animation("gif"), animation("webp"), animation("png")]),
   "films mp4": _media("video", lambda: [film("mp4", "mpeg4")]),
@@ -412,6 +430,13 @@ READERS = {
   "tar": _records(tar, lambda: [tar_file()], "m.tar"),
   "array_record": Reader(read_array_record, lambda: [array_record_file(), array_record_file(False)], "m.array_record"),
   "saved data set": Reader(read_saved, lambda: [arrow_stream()], "data.arrow", "saved data set"),
+  "parquet description": Reader(read_description, lambda: [description()], "about.json", "described.parquet",
+                                json_mutant),
+  "saved state": Reader(
+    read_state, lambda: [json.dumps({"_data_files": [{"filename": "data.arrow"}], "_split": "train"}).encode()],
+    "state.json", "saved state", json_mutant),
+  "metadata": Reader(read_metadata, lambda: [b'{"file_name": "a.png", "text": "a dog"}\n'], "metadata.jsonl",
+                     "metadata", json_mutant),
   "class folder": Reader(read_class_folder, lambda: [b"picture.png", b"a.b.jpg"], "names"),
   "package tgz": Reader(read_archive, lambda: [tgz(FILES)], "a.tgz"),
   "package deb": Reader(read_archive, lambda: [deb(FILES)], "a.deb"),

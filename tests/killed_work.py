@@ -50,6 +50,32 @@ def index(folder):
   return lambda: made.save(folder / "index.parquet")
 
 
+def prepare(folder):
+  """A packaged world as `tools.prepare` builds it, of a package that is fetched."""
+  from codebind_jax.data.worlds import fetch, names, registry
+  from tests.world_fixtures import recording
+
+  table, package = recording(folder)
+  names.table, fetch.packages = lambda name: table, lambda: {"neurokit2": package}
+  return lambda: registry.ensure("evoked", "small", folder, again=True)
+
+
+def world(folder):
+  """The records, index and manifest of a world."""
+  from tests.world_fixtures import small_world
+
+  return lambda: small_world(folder)
+
+
+def compare(folder):
+  """A comparison of two rates of one method."""
+  from codebind_jax.compare.run import compare as command
+  from tests.test_compare import small
+
+  config = small(folder, "fixed_anchor_image")
+  return lambda: command(config, folder / "run")
+
+
 if __name__ == "__main__":
   flags.FLAGS.mark_as_parsed()
   kind, where, at, *arguments = sys.argv[1:]

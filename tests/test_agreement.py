@@ -24,10 +24,11 @@ def free_port():
 def compared(tmp_path_factory):
   """What two processes said of their differences, each a dict."""
   folder = tmp_path_factory.mktemp("compared")
-  paths = [write_manifest(folder / name, 3) for name in ("one", "other", "shorter")]
+  paths = [write_manifest(folder / name, 3) for name in ("one", "other", "shorter", "renamed")]
   rows = [json.loads(line) for line in paths[1].read_text().splitlines()]
   paths[1].write_text("".join(json.dumps(row | {"text": [row["text"][0][::-1]]}) + "\n" for row in rows))
   paths[2].write_text("".join(line for line in paths[2].read_text().splitlines(True) if '"red2"' not in line))
+  paths[3].write_text(paths[3].read_text().replace('"blue1"', '"bleu1"'))
   port = free_port()
   command = lambda n: [sys.executable, "-m", "tests.agreement_worker", str(port), str(n), *map(str, paths)]
   running = [started(command(number)) for number in range(2)]
@@ -47,6 +48,9 @@ def test_processes_that_are_alike_find_no_difference(compared):
   ("what", "names"),
   [
     ("config", "config.optim.learning_rate: process 0 has 0.001, process 1 has 0.002"),
+    ("version", "version of jax: process 0 has 0.9.0, process 1 has 0.9.1"),
+    ("names", "source 'circles': process 0 has there, process 1 has none"),
+    ("ids", "source 'squares': 40 records on process 0, 40 on process 1; first other record, number 11: 'blue1'"),
     ("workdir", "workdir: process 0 has run0, process 1 has run1"),
     ("code", "codebind_jax/step.py differs"),
     ("content", "source 'squares': text of record 'red0' differs"),

@@ -1,6 +1,5 @@
 """Checkpoints: flips are noticed, readers change nothing, only damage is set aside, odd folder names."""
 
-import json
 import os
 import shutil
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 
 from codebind_jax import config as config_lib
+from codebind_jax import files
 from codebind_jax.runtime import checkpoint_files
 from codebind_jax.runtime.checkpoint import Checkpoints, Position, SavedRun
 from codebind_jax.runtime.near_checkpoint import NearCheckpoints
@@ -201,8 +201,8 @@ def test_old_ones_are_deleted_and_what_a_kill_has_left_too(tmp_path):
   (tmp_path / "checkpoints" / "0.damaged").mkdir()
   write(tmp_path, 1, 2, 3, keep=2)
   assert sorted(os.listdir(tmp_path / "checkpoints")) == ["0.damaged", "2", "3"]
-  versions = json.loads((tmp_path / "versions.json").read_text())
-  assert versions == [dict(checkpoint_files.this_version()) | {"step": 1}]
+  versions = files.read_sealed(tmp_path / "versions.json")
+  assert versions["versions"] == [dict(checkpoint_files.this_version()) | {"step": 1}]
   position, state = restored(tmp_path)
   assert position == Position(3, "s", False, ["a"]) and float(state["params"]["a"][0, 0]) == 1.0
 

@@ -18,10 +18,10 @@ from codebind_jax import config as config_lib
 from codebind_jax.api import load
 from codebind_jax.data.task import open_task
 from codebind_jax.embedding import job as embed_lib
-from codebind_jax.embedding import shards
+from codebind_jax.embedding import packing, shards
 from codebind_jax.evaluate import Evaluation
 from codebind_jax.methods.toc import channel_scores
-from codebind_jax.search import Index
+from codebind_jax.search import Codec, CodeIndex, Index
 from codebind_jax.trunks.feeds import Feeder
 from configs import embed as embed_config
 
@@ -62,7 +62,16 @@ def run(plan, model, **processes):
 
 
 def table_of(folder):
-  return {row["id"]: row for path in shards.shard_files(folder) for row in pq.read_table(path).to_pylist()}
+  """Rows by id; codes unpacked by the report in each file."""
+  rows = {}
+  for path in shards.shard_files(folder):
+    codes = shards.read_report(path).codes
+    for row in pq.read_table(path).to_pylist():
+      for name, sizes in codes.items():
+        if row[name] is not None:
+          row[name] = packing.unpack(np.frombuffer(row[name], np.uint8)[None], sizes)[0].tolist()
+      rows[row["id"]] = row
+  return rows
 
 
 def test_rows_equal_the_model_s_embeddings(trained, model, tmp_path):
@@ -78,7 +87,7 @@ def test_rows_equal_the_model_s_embeddings(trained, model, tmp_path):
   for modality, expected in direct.items():
     for part, values in expected.asdict().items():
       name = shards.column_name(modality, part)
-      if not values.shape[1]:
+      if not values.shape[1] or part == "query":  # which is written where it is asked for
         assert name not in rows[lines[0]["id"]]
         continue
       column = np.array([rows[line["id"]][name] for line in lines])
@@ -339,6 +348,53 @@ def test_index_of_the_shards_finds_what_brute_force_finds(trained, model, tmp_pa
     Index.from_parquet(tmp_path, "image", "codes")
   with pytest.raises(ValueError, match="no shards"):
     Index.from_parquet(tmp_path / "nowhere", "image")
+
+
+def test_codes_are_packed_and_searched_as_the_model_compares(trained, model, tmp_path):
+  config = config_of(trained, **{"embed.parts": ("codes", "query"), "embed.dtype": "float32"})
+  plan = plan_of(config, tmp_path / "out", model)
+  run(plan, model)
+  spec = model.method.spec
+  for path in shards.shard_files(tmp_path / "out"):
+    table = pq.read_table(path)
+    for m in ("image", "text"):
+      assert table.schema.field(f"{m}_codes_shared").type.byte_width == spec.item_bytes(m)
+    assert table.schema.field("image_codes_specific").type.byte_width == spec.item_bytes("image", "specific")
+  lines = [json.loads(line) for line in trained[0].read_text().splitlines()]
+  found = model.embed({"image": [trained[0].parent / line["image"] for line in lines], "text": ["red", "a cow"]})
+  image, text = found["image"], found["text"]
+  shared = Codec.of_model(model)
+  for codec, codes, vectors in [
+    (shared, image.codes_shared, image.shared), (Codec.of_model(model, "full", "image"), image.codes, image.full),
+    (Codec.of_model(model, "specific", "image"), image.codes_specific, image.specific),
+  ]:  # fmt: skip
+    np.testing.assert_allclose(codec.decode(codes), vectors, atol=1e-5)
+  index = CodeIndex.from_parquet(tmp_path / "out", shared, "image")
+  ids, scores = index.search(text.query, 5)
+  cosines = text.query @ image.shared.T
+  np.testing.assert_allclose(scores, -np.sort(-cosines, axis=1)[:, :5], atol=1e-5)
+  label = lines[0]["label"]
+  wanted = {line["id"] for line in lines if line["label"] == label}
+  assert set(index.search(text.query, 40, where={"label": label})[0][0]) == wanted
+  both = CodeIndex.from_parquet(tmp_path / "out", shared, ["image", "text"])
+  assert len(both) == 2 * ROWS and both.fields == ("label", "modality", "split")
+  found = both.search(text.query, 5, where={"modality": "image"})[0].tolist()
+  assert found == [[f"image:{name}" for name in own] for own in ids]
+  vectors = np.concatenate([rows for _, rows in shards.read_column(tmp_path / "out", "image_query")])
+  np.testing.assert_allclose(vectors, image.query, atol=1e-5)
+  reranked = index.search(text.query, 5, rerank=vectors, candidates=ROWS)[1]
+  np.testing.assert_allclose(reranked, -np.sort(-(text.query @ image.query.T), axis=1)[:, :5], atol=1e-5)
+  other = Codec(shared.tables[:1] * 2)
+  for call, message in [
+    (lambda: CodeIndex.from_parquet(tmp_path / "out", other, "image"), "'image_codes_shared' has .* codec 2 of"),
+    (lambda: CodeIndex.from_parquet(tmp_path / "out", shared, "smell"), "no column of codes 'smell_codes_shared'"),
+    (lambda: CodeIndex.from_parquet(tmp_path / "out", shared, "image", "full"), "part: got 'full'"),
+    (lambda: Codec.of_model(model, "specific", "text"), "'text' has no specific part"),
+    (lambda: Codec.of_model(model, "specific"), "modality: got ''; allowed"),
+    (lambda: Codec.of_model(model, "codes"), "part: got 'codes'"),
+  ]:
+    with pytest.raises(ValueError, match=message):
+      call()
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """World "Evoked": its split, a toy recording built whole, and the real one (slow)."""
 
 import collections
-import hashlib
 import json
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 from codebind_jax.data.opening import open_source
 from codebind_jax.data.worlds import evoked, fetch, names, registry
 from codebind_jax.trunks import eeg_patches
-from tests.world_fixtures import package, put, tgz
+from tests.world_fixtures import recording
 
 
 def test_rule_6_the_split_is_chronological():
@@ -50,21 +49,9 @@ def test_stimuli_fill_their_half():
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-  conditions = {"audio/left": "a tone in the left ear", "visual/right": "a checkerboard in the right visual field"}
-  lines = ["Label,Condition,Time,EEG 001,MEG 9,EEG 002"]
-  for label in range(6):
-    lines += [f"{label}.0,x,{t / 150},{(label + t) * 1e-6},7,{-t * 1e-6}" for t in range(4)]
-  content = ("\n".join(lines) + "\n").encode()
-  inner = "neurokit2-0.2.13/studies/erp_gam/data.csv"
-  table = {"inner": inner, "sha1": hashlib.sha1(content).hexdigest(), "channels": ["EEG 001", "EEG 002"],
-           "conditions": conditions, "epochs": [
-               {"label": i, "condition": list(conditions)[i % 2], "split": split}
-               for i, split in enumerate(["train", "train", "val", "val", "test", "test"])]}
-  data = tgz({inner: content})
-  one = package("neurokit2", "pip-sdist", "neurokit2.tar.gz", data)
+  table, one = recording(tmp_path)
   monkeypatch.setattr(names, "table", lambda name: table)
   monkeypatch.setattr(fetch, "packages", lambda: {"neurokit2": one})
-  put(tmp_path, one, data)
   return tmp_path, table
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from codebind_jax import files
+from codebind_jax import files, train
 from codebind_jax.data import index_cache, opening, ranges, shards
 from codebind_jax.data.blocks import Block
 from codebind_jax.data.joined import Joined, joined
@@ -23,7 +23,7 @@ from codebind_jax.search import Index
 from codebind_jax.trunks import cache
 from codebind_jax.trunks.cache import TokenCache
 from tests.test_features import Images, files_of, mean_trunk, tokens_at
-from tests.train_fixtures import write_manifest
+from tests.train_fixtures import tiny_config, write_manifest
 
 
 def open_below(folder):
@@ -60,6 +60,29 @@ def test_files_of_sources_and_tokens_are_closed_and_open_again(tmp_path):
   assert open_below(tmp_path) == []
   np.testing.assert_array_equal(tokens_at(store, places), read)
   store.reader.close()
+
+
+@pytest.mark.slow
+def test_five_stages_leave_no_more_files_open_than_one(data, tmp_path, monkeypatch, quick_compiler):
+  config = tiny_config(*data).unlock()
+  names = tuple(f"s{number}" for number in range(5))
+  for name in names:
+    config.stages[name] = config.stages.bridges.copy_and_resolve_references().unlock()
+    config.stages[name].steps = 1
+  del config.stages.bridges
+  config.stage_order, config.tasks, config.test = names, ("retrieval",), False
+  real, during, after = train.close_files, [], []
+
+  def closed(task, feeds):
+    during.append(len(open_below(data[1])))
+    real(task, feeds)
+    after.append((open_below(data[1]), open_below(data[0].parent), len(os.listdir("/proc/self/fd"))))
+
+  monkeypatch.setattr(train, "close_files", closed)
+  train.train_and_evaluate(config.lock(), tmp_path / "run")
+  assert len(after) == 5 and all(during), "cached tokens are read in each stage"
+  assert all(tokens == sources == [] for tokens, sources, _ in after)
+  assert max(count for *_, count in after[1:]) <= after[0][-1] + 1  # the first has checkpoints and metrics open
 
 
 # Full disks.
@@ -120,7 +143,7 @@ def test_metrics_on_a_full_disk_end_with_a_whole_line(tmp_path):
         writer.write(step, "s", {"train/loss": step / 7})
     assert len(metrics.read_metrics(tmp_path)) == step  # all before the one that failed
     content = (tmp_path / "metrics.jsonl").read_bytes()
-    assert content.endswith(b"}\n") and len(content) <= 3_000
+    assert content.endswith(b"\n") and len(content) <= 3_000
     writer.write(step, "s", {"train/loss": step / 7})  # there is room again
   assert [line["step"] for line in metrics.read_metrics(tmp_path)] == list(range(step + 1))
 

@@ -44,9 +44,10 @@ def test_lines_keep_all_digits_and_order(tmp_path):
     writer.write(1, "stage1", {"train/b": 0.1 + 0.2, "train/a": np.float32(0.1), "n": jnp.int32(3)})
     writer.write(2, "stage1", {"half": jnp.bfloat16(1.5), "one": np.array([2.5])})
   lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-  assert lines[0] == (
+  assert lines[0][:-32] == (
     '{"step": 1, "stage": "stage1", "train/b": 0.30000000000000004, "train/a": 0.10000000149011612, "n": 3}'
   )
+  assert {*lines[0][-32:]} == {" ", "\t"}  # its checksum
   assert metrics.read_metrics(tmp_path)[1] == {"step": 2, "stage": "stage1", "half": 1.5, "one": 2.5}
   assert metrics.read_metrics(tmp_path / "metrics.jsonl") == metrics.read_metrics(tmp_path)
 
@@ -74,12 +75,42 @@ def test_a_last_line_cut_short_is_dropped_and_mended(tmp_path):
   assert [record["step"] for record in metrics.read_metrics(path)] == [1]
   with metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
     writer.write(2, "s", {"x": 2.0})
-  assert path.read_text() == '{"step": 1, "stage": "s", "x": 1.0}\n{"step": 2, "stage": "s", "x": 2.0}\n'
+  first, second = path.read_text().splitlines()
+  assert first == '{"step": 1, "stage": "s", "x": 1.0}' and second[:-32] == '{"step": 2, "stage": "s", "x": 2.0}'
   # Only the newline was lost: the line stays.
   path.write_text('{"step": 1, "stage": "s"}')
   with metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
     writer.write(2, "s", {})
   assert [record["step"] for record in metrics.read_metrics(path)] == [1, 2]
+
+
+def test_every_flipped_bit_of_a_line_is_named_or_changes_nothing_and_every_cut_is_dropped(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  with metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
+    writer.write(1, "s", {"x": 0.1})
+    writer.write(2, "s", {"x": 0.2})
+  content, whole = path.read_bytes(), metrics.read_metrics(path)
+  unnoticed = []
+  for bit in range(8 * len(content)):
+    damaged = bytearray(content)
+    damaged[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(damaged)
+    try:
+      assert metrics.read_metrics(path) == whole
+      unnoticed.append(bit // 8)
+    except ValueError as error:
+      assert f"{path}:" in str(error)
+  assert len(unnoticed) < 8  # a last blank or line end that JSON takes for one
+  for length in range(len(content) // 2, len(content) - 1):
+    path.write_bytes(content[:length])
+    if content[:length].endswith(b"}"):  # all but the checksum
+      assert metrics.read_metrics(path) in (whole, whole[:1])
+      continue
+    assert metrics.read_metrics(path) == whole[:1]
+    metrics.MetricsWriter(tmp_path, tensorboard=False).close()
+    assert path.read_bytes() == content[: len(content) // 2]
+  path.write_bytes(content[:-1])  # only its end is lost
+  assert metrics.read_metrics(path) == whole
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from codebind_jax import files
 from codebind_jax.runtime import distributed
 from codebind_jax.train import train_and_evaluate
 from tests.processes import assert_close, finish, launch
@@ -91,3 +92,15 @@ def test_what_ends_one_process_ends_all(data, tmp_path, fault, codes, first, sec
   told = [process.communicate(timeout=120)[1] for process in running]
   assert tuple(process.returncode for process in running) == codes, told[0][-3000:] + told[1][-3000:]
   assert first in told[0].splitlines()[-1] and second in told[1].splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_second_training_in_the_same_folder_ends_all_its_processes(data, tmp_path):
+  workdir = tmp_path / "run"
+  with files.held(workdir, "trains"):
+    running = launch(data, workdir)
+    told = [process.communicate(timeout=120)[1] for process in running]
+  assert [process.returncode for process in running] == [1, 1], told[0][-3000:] + told[1][-3000:]
+  for text in told:
+    assert str(workdir) in text.splitlines()[-1] and "trains" in text.splitlines()[-1], text[-3000:]
+  assert not (workdir / "metrics.jsonl").exists() and not (workdir / "checkpoints").exists()

@@ -1,9 +1,11 @@
 """A method and a loss from outside the package: one file each, named in the config, trained by the same trainer."""
 
 import json
+import sys
 
 import pytest
 
+from codebind_jax.api import load
 from codebind_jax.methods import codebind_terms
 from codebind_jax.train import train_and_evaluate
 from tests.test_methods import small_config
@@ -68,7 +70,7 @@ def outside(tmp_path, monkeypatch):
   return tmp_path / "elsewhere"
 
 
-def test_a_method_is_one_file_and_its_dotted_name(outside, tmp_path, quick_compiler):
+def test_a_method_is_one_file_and_its_dotted_name(outside, tmp_path, monkeypatch, quick_compiler):
   (outside / "pulling.py").write_text(METHOD)
   config = small_config("fixed_anchor", steps=2)
   config.method, config.method_options = "elsewhere.pulling", {"push": 0.5}
@@ -76,6 +78,12 @@ def test_a_method_is_one_file_and_its_dotted_name(outside, tmp_path, quick_compi
   assert len(lines) == 2
   for line in lines:
     assert line["train/total"] == pytest.approx(line["train/pull"] + 0.5 * line["train/push"], rel=1e-4)
+
+  assert load(tmp_path / "run").config.method == "elsewhere.pulling"  # this process has it
+  monkeypatch.delitem(sys.modules, "elsewhere.pulling")
+  (outside / "pulling.py").write_text("raise RuntimeError('a folder of others runs nothing')")
+  with pytest.raises(ValueError, match=r"config.method: got 'elsewhere.pulling', a module that a saved"):
+    load(tmp_path / "run")
 
 
 def test_a_loss_is_one_file_and_one_entry(outside, tmp_path, monkeypatch, quick_compiler):

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import codebind_jax
-from codebind_jax import search
 from codebind_jax.embedding import shards
-from codebind_jax.search import Index
+from codebind_jax.search import Index, checks
+from codebind_jax.search import vectors as of_vectors
 from tests.source_fixtures import damaged_parquet
 
 BACKENDS = ("numpy", "faiss")
@@ -36,7 +36,7 @@ def brute_force(vectors, queries, k):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("k", [1, 7, 300])
 def test_finds_what_brute_force_finds(backend, k, monkeypatch):
-  monkeypatch.setattr(search, "_BLOCK", 1000)  # several blocks of queries
+  monkeypatch.setattr(of_vectors, "_BLOCK", 1000)  # several blocks of queries
   rng = np.random.default_rng(0)
   vectors = rng.normal(size=(300, 12)) * rng.uniform(0.1, 10.0, size=(300, 1))
   queries = rng.normal(size=(9, 12)).astype(np.float32)
@@ -76,7 +76,7 @@ def test_save_and_load(backend, ids, tmp_path):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equal_vectors_are_found_by_position(backend, monkeypatch):
   """Also where k cuts through a tie, for any k, however many are equal, and added in any number of parts."""
-  monkeypatch.setattr(search, "_BLOCK", 4000)
+  monkeypatch.setattr(of_vectors, "_BLOCK", 4000)
   rng = np.random.default_rng(0)
   vectors = rng.normal(size=(7, 33)).astype(np.float32)
   places = rng.integers(0, 7, 400)
@@ -238,7 +238,7 @@ def test_a_damaged_shard_is_named(tmp_path):
 
 
 def test_without_faiss_numpy_searches(monkeypatch):
-  monkeypatch.setattr(search.importlib.util, "find_spec", lambda name: None)
+  monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
   assert Index().backend == "numpy"
   with pytest.raises(ValueError, match="'faiss' is not installed"):
     Index(backend="faiss")

@@ -113,6 +113,14 @@ def test_a_stage_that_freezes_codes_freezes_their_rotation(coded, data, tmp_path
       assert np.array_equal(before[path], after[path]) == ("shared" in path), path
 
 
+@pytest.mark.slow  # test_codebook_sharded.py has a step on eight devices without the trainer
+def test_four_devices_equal_one(coded, data, continuous, tmp_path):
+  _, folder, _ = coded
+  overrides = FEW | SMALL | {"init_from": str(continuous)}
+  finish(start(data, tmp_path / "four", *(f"{key}={json.dumps(value)}" for key, value in overrides.items()), devices=4))
+  assert_close(folder, tmp_path / "four")
+
+
 def test_codes_as_parameters_of_a_width_of_their_own_train_and_resume(data, tmp_path):
   config = tiny_config(*data, **FEW | {
     "codebook.dim": 4, "codebook.dims": {"image": 2}, "codebook.ema": False, "codebook.first_token": True,
@@ -132,11 +140,3 @@ def test_codes_as_parameters_of_a_width_of_their_own_train_and_resume(data, tmp_
       shutil.rmtree(path)
   train_and_evaluate(config, tmp_path / "half")
   assert_same_run(tmp_path / "run", tmp_path / "half")
-
-
-@pytest.mark.slow  # test_codebook_sharded.py has a step on eight devices without the trainer
-def test_four_devices_equal_one(coded, data, continuous, tmp_path):
-  _, folder, _ = coded
-  overrides = FEW | SMALL | {"init_from": str(continuous)}
-  finish(start(data, tmp_path / "four", *(f"{key}={json.dumps(value)}" for key, value in overrides.items()), devices=4))
-  assert_close(folder, tmp_path / "four")

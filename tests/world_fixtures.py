@@ -1,5 +1,7 @@
 """Tiny packages made on the spot, in the formats that the real ones have, and stand-ins for the three clients."""
 
+import contextlib
+import gzip
 import hashlib
 import io
 import json
@@ -16,14 +18,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from codebind_jax.data.worlds import fetch, names
+from codebind_jax.data.worlds import fetch, names, store
+from codebind_jax.data.worlds.source import WorldSource
 
 
 def tgz(files: dict[str, bytes]) -> bytes:
   out = io.BytesIO()
-  with tarfile.open(fileobj=out, mode="w:gz") as archive:
+  with tarfile.open(fileobj=out, mode="w") as archive:
     _add(archive, files)
-  return out.getvalue()
+  return gzip.compress(out.getvalue(), mtime=0)
 
 
 def wheel(files: dict[str, bytes]) -> bytes:
@@ -105,6 +108,51 @@ def put(root: Path, one: fetch.Package, data: bytes) -> Path:
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_bytes(data)
   return path
+
+
+def recording(root: Path) -> tuple[dict, fetch.Package]:
+  """(The table, the fetched package) of a recording of six epochs, of which the world `evoked` is built."""
+  conditions = {"audio/left": "a tone in the left ear", "visual/right": "a checkerboard in the right visual field"}
+  lines = ["Label,Condition,Time,EEG 001,MEG 9,EEG 002"]
+  for label in range(6):
+    lines += [f"{label}.0,x,{t / 150},{(label + t) * 1e-6},7,{-t * 1e-6}" for t in range(4)]
+  content = ("\n".join(lines) + "\n").encode()
+  inner = "neurokit2-0.2.13/studies/erp_gam/data.csv"
+  table = {"inner": inner, "sha1": hashlib.sha1(content).hexdigest(), "channels": ["EEG 001", "EEG 002"],
+           "conditions": conditions, "epochs": [
+               {"label": i, "condition": list(conditions)[i % 2], "split": split}
+               for i, split in enumerate(["train", "train", "val", "val", "test", "test"])]}
+  data = tgz({inner: content})
+  one = package("neurokit2", "pip-sdist", "neurokit2.tar.gz", data)
+  put(root, one, data)
+  return table, one
+
+
+def small_world(root: Path, rows: int = 6) -> Path:
+  """A world of two splits with pictures and arrays."""
+  import tensorflow_datasets as tfds
+
+  def made(split):
+    for n in range(rows):
+      yield f"{split}{n}", {"id": f"{split}{n}", "label": f"l{n % 2}", "texts": [f"text {n}", "ä"],
+                            "image": png((n, 2, 3)), "eeg": store.encode(np.full((2, 3), n, np.float32))}
+
+  features = lambda: {"id": tfds.features.Text(), "label": tfds.features.Text(), "image": store.blob(),
+                      "texts": tfds.features.Sequence(tfds.features.Text()), "eeg": store.blob()}
+  return store.build(
+      root, "toy", "small", "1.0.0", arrays=("image", "eeg"), features=features, need_bytes=0,
+      splits={split: lambda split=split: made(split) for split in ("train", "test")},
+      finish=lambda: ({"tables": {}, "splits": {"train": rows, "test": rows}}, "by nobody\n"))
+
+
+def read_world(folder: Path) -> dict:
+  """All that is read of a world."""
+  index = store.read_index(folder)
+  found = {"manifest": store.read_manifest(folder), "index": index, "is": store.fingerprint(folder)}
+  for split in index:
+    with contextlib.closing(WorldSource(folder, split)) as source:
+      found[split] = [dict(row) for row in source]
+  return found
 
 
 def unseen_names() -> set[str]:

@@ -10,7 +10,6 @@ variant's run that another process is at is refused.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging as standard_logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -112,7 +111,7 @@ def compare(config: Any, workdir: str | files.Path) -> dict[str, Any]:
   for variant in settings.variants.values():
     config_lib.validate(run_config(config, variant, settings.learning_rates[0], 0, False))
   names = settings.names
-  against = json.loads(files.read_text(files.path(settings.against))) if settings.against else None
+  against = files.read_sealed(files.path(settings.against)) if settings.against else None
   folder = open_run(comparison_config(config), workdir, strict=True)
   task = graded_task(settings.world, sorted(config.model.towers)) if settings.world else open_task(config.data)
   task = dataclasses.replace(task, extra={})
@@ -204,9 +203,9 @@ def compare(config: Any, workdir: str | files.Path) -> dict[str, Any]:
       best = {name: run_config(config, settings.variants[name], r["learning_rate"], 0, False)
               for name, r in results.items()}  # fmt: skip
       timed = speeds(best, feeds, task, evaluations[False].trunks, settings.timing)
-      files.write_whole(folder / SPEED, json.dumps(timed, indent=1) + "\n")
+      files.write_sealed(folder / SPEED, timed)
     if files.is_file(folder / SPEED):
-      comparison["speed"] = json.loads(files.read_text(folder / SPEED))
+      comparison["speed"] = files.read_sealed(folder / SPEED)
     sys.stdout.write(write_comparison(folder, comparison, against))
   else:
     sys.stdout.write(f"trained {', '.join(results)} of {len(settings.variants)} variants in {folder}; the same command "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,7 +34,7 @@ def write_comparison(
   drawn = draw(folder, results, settings, _columns(results, settings))
   text = "\n".join(["# Methods side by side", "", *sections(whole), *(f"![{name}]({name}.svg)\n" for name in drawn)])
   files.write_whole(folder / "comparison.md", text)
-  files.write_whole(folder / "comparison.json", json.dumps(whole, indent=1) + "\n")
+  files.write_sealed(folder / "comparison.json", whole)
   return text
 
 

@@ -31,7 +31,7 @@ from codebind_jax.data.formats.array_record import Shard, close, decode, encode,
 from codebind_jax.data.index import IndexBuilder, twice
 from codebind_jax.data.opening import CHECKED, SOME, check_item
 from codebind_jax.data.records import Source
-from codebind_jax.files import lock, replacing, write_whole
+from codebind_jax.files import lock, read_sealed, replacing, write_sealed
 
 PLAN, SUMMARY = "plan.json", "shards.json"
 _OPTIONS = "group_size:1,uncompressed"  # media are compressed already; a group is what one read reads
@@ -107,12 +107,12 @@ def read_plan(folder: Path) -> Plan:
   """The plan of a folder.
 
   Raises:
-    ValueError: if it is not readable.
+    ValueError: if it is damaged.
     FileNotFoundError: if there is none.
   """
   path = folder / PLAN
   try:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_sealed(path)
     parts = tuple(Part(**part) for part in content.pop("parts"))
     return Plan(**content | {"left_out": tuple(content["left_out"]), "parts": parts})
   except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
@@ -245,7 +245,7 @@ class Job:
     free = shutil.disk_usage(self.folder).free
     if needed > free:
       raise OSError(f"{self.folder}: {shown(needed)} are needed, {shown(free)} are free")
-    write_whole(there, self.plan.text())
+    write_sealed(there, dataclasses.asdict(self.plan))
 
   def write(self, number: int) -> dict[str, Any]:
     """Writes a shard, or compares one that is finished with the input; one that is damaged is written again.
@@ -355,7 +355,7 @@ def write_summary(plan: Plan, folder: Path, reports: Sequence[dict[str, Any]]) -
   summary = {
     "plan": plan.digest, "records": plan.records, "bytes": plan.bytes, "left_out": len(plan.left_out), "shards": shards
   }  # fmt: skip
-  write_whole(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
+  write_sealed(folder / SUMMARY, summary)
   return summary
 
 

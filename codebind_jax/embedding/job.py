@@ -28,13 +28,13 @@ from codebind_jax.data.examples import Items, Texts, Values
 from codebind_jax.data.opening import open_source
 from codebind_jax.data.records import Source
 from codebind_jax.data.task import Data
-from codebind_jax.embedding import shards
+from codebind_jax.embedding import packing, shards
 from codebind_jax.embedding.shards import ShardReport
 from codebind_jax.runtime import agreement, distributed
 from codebind_jax.schema import check_keys
 
 PARTS = (*shards.PARTS, "codes")
-_FORMAT = "embed-3"
+_FORMAT = "embed-4"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Plan:
     max_bad_records: bad records that the whole job may leave out.
     files: names of the source's files, for the summary.
     captions: also writes all texts of a record, and the vector of each (`shards.CAPTIONS`).
-    codes: column of codes -> how many there are to choose from, where that is known.
+    codes: column of codes -> how many there are to choose from at each position, by which they are packed.
   """
 
   source: Source
@@ -69,7 +69,7 @@ class Plan:
   max_bad_records: int
   files: str
   captions: bool = False
-  codes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  codes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
   @property
   def shards(self) -> int:
@@ -96,7 +96,7 @@ class Plan:
   def schema(self) -> pa.Schema:
     """Columns of a shard."""
     columns = [shards.column_name(m, part) for m, parts in self.widths.items() for part in parts]
-    return shards.make_schema(columns, self.dtype, self.captions)
+    return shards.make_schema(columns, self.dtype, self.captions, self.codes)
 
 
 def make_plan(settings: Embed, data: Data, workdir: str | files.Path, model: Model) -> Plan:
@@ -124,12 +124,15 @@ def make_plan(settings: Embed, data: Data, workdir: str | files.Path, model: Mod
   )  # fmt: skip
 
 
-def _codes(model: Model, widths: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
-  """Column of codes -> number of codes of its codebook."""
-  books = {(m, part): model.codebooks.get("shared" if part == shards.CODES[0] else m)
-           for m, parts in widths.items() for part in parts if part in shards.CODES}  # fmt: skip
-  sizes = {of: book.codes.shape[-2] for of, book in books.items() if hasattr(book, "codes")}
-  return {shards.column_name(*of): size for of, size in sizes.items()}
+def _codes(model: Model, widths: Mapping[str, Mapping[str, int]]) -> dict[str, tuple[int, ...]]:
+  """Column of codes -> how many there are to choose from at each position."""
+  sizes = {}
+  for m, parts in widths.items():
+    for part in (part for part in parts if part in shards.CODES):
+      codes = getattr(model.codebooks.get("shared" if part == shards.CODES[0] else m), "codes", None)
+      size = packing.UNKNOWN if codes is None else codes.shape[-2]
+      sizes[shards.column_name(m, part)] = (size,) * parts[part]
+  return sizes
 
 
 def embed_shard(
@@ -198,7 +201,9 @@ def _batch(
     at = [place[int(have[n])] for n in keep]
     for part, width in parts.items():
       values = getattr(embedded, part)[keep] if embedded is not None else np.zeros((0, width))
-      columns.append(shards.with_nulls(values, at, len(rows), np.int32 if part in shards.CODES else plan.dtype))
+      name = shards.column_name(m, part)
+      columns.append(shards.packed(values, at, len(rows), plan.codes[name]) if name in plan.codes else
+                     shards.with_nulls(values, at, len(rows), plan.dtype))  # fmt: skip
   if plan.captions:
     texts = [record["text"] if source.has(row, "text") else None for row, record in zip(rows, fields)]
     columns += shards.nested(texts, vectors, plan.dtype)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Num
+from jaxtyping import Num, UInt8
 
 from codebind_jax import files
-from codebind_jax.embedding import tables
+from codebind_jax.embedding import packing, tables
 
 FIELDS = ("id", "label", "split")
-PARTS = ("shared", "specific", "full")
+PARTS = ("shared", "specific", "full", "query")
 CODES = ("codes_shared", "codes_specific")
 CAPTIONS = ("text_captions", "text_captions_shared")  # all texts of a record, and the vector of each
 SUMMARY = "summary.json"
@@ -32,7 +33,7 @@ class ShardReport:
     rows: records in it.
     bad: a message for each record that was left out.
     ignored: modality that was not asked for -> how many records had it.
-    codes: column of codes -> how many there are to choose from.
+    codes: column of codes -> how many there are to choose from at each position, by which they are packed.
     checksum: of all that was written, as it is read back; "" before.
   """
 
@@ -41,7 +42,7 @@ class ShardReport:
   rows: int
   bad: Sequence[str] = ()
   ignored: Mapping[str, int] = dataclasses.field(default_factory=dict)
-  codes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  codes: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
   checksum: str = ""
 
 
@@ -60,22 +61,26 @@ def column_name(modality: str, part: str) -> str:
   return f"{modality}_{part}"
 
 
-def make_schema(columns: Sequence[str], dtype: str, captions: bool = False) -> pa.Schema:
-  """Columns of a shard: id, label and split (null where not given), then vectors and codes as lists.
+def make_schema(
+  columns: Sequence[str], dtype: str, captions: bool = False, codes: Mapping[str, Sequence[int]] | None = None
+) -> pa.Schema:
+  """Columns of a shard: id, label and split (null where not given), then vectors as lists, and codes as bytes.
 
   All lists of a column have one length, but not Arrow's fixed-size type: before version 26 Arrow could not read such a
   column back if a row was null.
 
   Args:
-    columns: names; those that end in one of `CODES` hold int32, others floats.
+    columns: names; those of `codes` hold packed codes, others floats.
     dtype: of the floats, float16 or float32.
     captions: adds the columns `CAPTIONS`.
+    codes: as in `ShardReport`.
   """
-  kind = lambda name: pa.int32() if name.endswith(CODES) else pa.from_numpy_dtype(np.dtype(dtype))
+  codes, number = codes or {}, pa.from_numpy_dtype(np.dtype(dtype))
+  kind = lambda name: pa.binary(packing.bytes_of(codes[name])) if name in codes else pa.list_(number)
   fields = [pa.field("id", pa.string(), nullable=False), pa.field("label", pa.string()), pa.field("split", pa.string())]
-  fields += [pa.field(name, pa.list_(kind(name))) for name in columns]
+  fields += [pa.field(name, kind(name)) for name in columns]
   texts, vectors = CAPTIONS
-  vector = pa.list_(kind(vectors))
+  vector = pa.list_(number)
   return pa.schema(fields + ([pa.field(texts, pa.list_(pa.string())), pa.field(vectors, pa.list_(vector))] * captions))
 
 
@@ -85,6 +90,20 @@ def with_nulls(values: Num[np.ndarray, "n w"], at: Sequence[int], rows: int, dty
   length[at], missing[at] = values.shape[1], False
   offsets = np.concatenate([[0], np.cumsum(length)]).astype(np.int32)
   return pa.ListArray.from_arrays(offsets, values.astype(dtype).reshape(-1), mask=pa.array(missing))
+
+
+def packed(
+  values: Num[np.ndarray, "n s"], at: Sequence[int], rows: int, sizes: Sequence[int]
+) -> pa.FixedSizeBinaryArray:
+  """A column of codes, packed: of `rows` rows with `values` in the rows `at`, and null in the others."""
+  everything = np.zeros((rows, packing.bytes_of(sizes)), np.uint8)
+  everything[at] = packing.pack(values.astype(np.int64), sizes)
+  missing = np.ones(rows, bool)
+  missing[at] = False
+  there = pa.py_buffer(np.packbits(~missing, bitorder="little"))
+  return pa.FixedSizeBinaryArray.from_buffers(
+    pa.binary(everything.shape[1]), rows, [there, pa.py_buffer(everything)], int(missing.sum())
+  )
 
 
 def nested(
@@ -176,12 +195,14 @@ def read_column(folder: files.Path, column: str) -> Iterator[tuple[list[str], Nu
     ValueError: if shards are missing or belong to several jobs, or `summary.json` speaks of others; if one lacks the
       column or is damaged; for a null, a width or a value that cannot be, naming the file and the first bad row.
   """
-  for _, ids, values in read_parts(folder, column):
+  for _, ids, values, _ in read_parts(folder, column):
     yield ids, values
 
 
-def read_parts(folder: files.Path, column: str) -> Iterator[tuple[files.Path, list[str], Num[np.ndarray, "n w"]]]:
-  """As `read_column`, each with the file that it is of."""
+def read_parts(
+  folder: files.Path, column: str, fields: Sequence[str] = ()
+) -> Iterator[tuple[files.Path, list[str], Num[np.ndarray, "n w"], dict[str, list[str | None]]]]:
+  """As `read_column`, each with the file that it is of, and the values of `fields`."""
   reports = _finished_job(folder)
   width: int | None = None
   for path, report in reports.items():
@@ -189,26 +210,57 @@ def read_parts(folder: files.Path, column: str) -> Iterator[tuple[files.Path, li
       if column not in table.names:
         allowed = [name for name in table.names if name.endswith((*PARTS, *CODES))]
         raise ValueError(f"{path}: no column {column!r}; allowed: {allowed}")
-      limit = report.codes.get(column)
-      for group in table.groups(["id", column]):
+      sizes = report.codes.get(column)
+      for group in table.groups(["id", *fields, column]):
         ids, values = group.columns["id"], group.columns[column]
         if not pa.types.is_string(ids.type):
           raise ValueError(f"{path}: column 'id' is of type {ids.type}; allowed: string")
         names = checked_ids(ids, group)
         there = np.flatnonzero(values.is_valid().to_numpy(zero_copy_only=False))
         if len(there):
-          rows = checked_rows(values, group, column, width)
+          rows = (checked_codes(values, group, column, sizes)[1] if sizes else
+                  checked_rows(values, group, column, width))  # fmt: skip
           if rows.dtype.kind == "f" and not _finite(rows):
             row = there[np.flatnonzero(~np.isfinite(rows).all(axis=1))[0]]
             raise ValueError(f"{path}: row {group.first + row}: column {column!r}: that of {names[row]!r} is not "
                              "finite")  # fmt: skip
-          if limit is not None and len(bad := np.flatnonzero(((rows < 0) | (rows >= limit)).any(axis=1))):
-            raise ValueError(f"{path}: row {group.first + there[bad[0]]}: column {column!r} has the codes "
-                             f"{rows[bad[0]].tolist()}; allowed: 0 to {limit - 1}")  # fmt: skip
         group.verify()
         if len(there):
           width = rows.shape[1]
-          yield path, [names[n] for n in there], rows
+          of_rows = {name: [group.columns[name][int(n)].as_py() for n in there] for name in fields}
+          yield path, [names[n] for n in there], rows, of_rows
+
+
+def codes_of(folder: files.Path, column: str) -> tuple[int, ...]:
+  """How many codes there are to choose from at each position of a column of codes of a finished job.
+
+  Raises:
+    ValueError: as `read_column`.
+  """
+  path, report = next(iter(_finished_job(folder).items()))
+  if column not in report.codes:
+    raise ValueError(f"{path}: no column of codes {column!r}; allowed: {sorted(report.codes)}")
+  return tuple(report.codes[column])
+
+
+def checked_codes(
+  values: pa.Array, group: tables.Group, column: str, sizes: Sequence[int]
+) -> tuple[UInt8[np.ndarray, "n b"], Num[np.ndarray, "n s"]]:
+  """The codes of those rows of a column that have some, packed and not.
+
+  Raises:
+    ValueError: naming the file and the first row with codes that are not there, or the column's type.
+  """
+  wanted = pa.binary(packing.bytes_of(sizes))
+  if values.type != wanted:
+    raise ValueError(f"{group.path}: column {column!r} is of type {values.type}; allowed: {wanted}")
+  there = np.flatnonzero(values.is_valid().to_numpy(zero_copy_only=False))
+  rows = tables.fixed_bytes(values)[there]
+  try:
+    return rows, packing.unpack(rows, sizes)
+  except ValueError as error:
+    row, what = re.fullmatch(r"row (\d+): (.*)", str(error)).groups()
+    raise ValueError(f"{group.path}: row {group.first + there[int(row)]}: column {column!r}: {what}") from error
 
 
 def checked_ids(ids: pa.Array, group: tables.Group) -> list[Any]:

@@ -28,7 +28,7 @@ def write_table(table: pa.Table, path: files.Path, about: Mapping[str, Any], row
   """Writes a Parquet file whole, see `files.replacing`.
 
   Args:
-    table: columns of numbers, strings, and lists of these.
+    table: columns of numbers, strings, bytes of one length, and lists of these.
     path: of the file.
     about: further metadata; JSON.
     row_group: rows of each group but the last.
@@ -97,11 +97,7 @@ class Table:
     self.about: dict[str, Any] = {}
     self.checksum = ""
     if KEY in metadata:
-      try:
-        content = json.loads(metadata[KEY])
-      except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: its metadata are damaged ({error})") from error
-      self.about = files.unsealed(content, f"{path}: its metadata")
+      self.about = files.unsealed(files.from_json(metadata[KEY], f"{path}: its metadata"), f"{path}: its metadata")
       self.checksum = files.sealed(self.about)["checksum"]
       for key, kind in (("rows", int), ("row_group", int), ("columns", dict)):
         if not isinstance(self.about.get(key), kind):
@@ -178,6 +174,21 @@ def column_checksum(column: pa.Array | pa.ChunkedArray) -> str:
   return files.checksum(*parts)
 
 
+def fixed_bytes(array: pa.FixedSizeBinaryArray) -> np.ndarray:
+  """The bytes of a column of values of one length [n, width], uint8; none of them null."""
+  width = array.type.byte_width
+  _, values = array.buffers()
+  if not len(array):
+    return np.zeros((0, width), np.uint8)
+  return np.frombuffer(values, np.uint8, len(array) * width, array.offset * width).reshape(len(array), width)
+
+
+def as_fixed_bytes(rows: np.ndarray) -> pa.FixedSizeBinaryArray:
+  """Inverse of `fixed_bytes`."""
+  rows = np.ascontiguousarray(rows, np.uint8)
+  return pa.FixedSizeBinaryArray.from_buffers(pa.binary(rows.shape[1]), len(rows), [None, pa.py_buffer(rows)])
+
+
 def _whole(column: pa.Array | pa.ChunkedArray) -> pa.Array:
   if isinstance(column, pa.Array):
     return column
@@ -202,7 +213,9 @@ def _add(array: pa.Array, parts: list[Any]) -> None:
     _, offsets, values = array.buffers()
     ends = np.frombuffer(offsets, np.int32, len(array) + 1, 4 * array.offset) if len(array) else np.zeros(1, np.int32)
     parts += [b"string;", np.diff(ends), values[int(ends[0]) : int(ends[-1])] if values else b""]
+  elif pa.types.is_fixed_size_binary(kind):
+    parts += [f"bytes{kind.byte_width};".encode(), fixed_bytes(array)]
   elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
     parts += [f"{kind};".encode(), array.to_numpy(zero_copy_only=True)]
   else:
-    raise ValueError(f"a column of type {kind}; allowed: numbers, strings, and lists of these")
+    raise ValueError(f"a column of type {kind}; allowed: numbers, strings, bytes of one length, and lists of these")

@@ -13,12 +13,15 @@ from codebind_jax.files.checksums import (
   file_checksum,
   read_sealed,
   sealed,
+  sealed_line,
   unsealed,
+  unsealed_line,
   verify,
   write_sealed,
 )
 from codebind_jax.files.copies import cache_folder, fetched
 from codebind_jax.files.far import Found, Path, Patience, close, found, is_far, open_far
+from codebind_jax.files.jsons import check_form, from_json, read_json
 from codebind_jax.files.locks import check_held, held, lock
 from codebind_jax.files.places import (
   children,
@@ -48,9 +51,10 @@ from codebind_jax.files.temporary import (
 )
 
 __all__ = [
-  "Checksums", "Found", "Path", "Patience", "SEAL", "array_checksum", "cache_folder", "check_held", "check_space",
-  "checksum", "children", "close", "contents", "download", "exists", "fetched", "file_checksum", "found", "held",
-  "is_far", "is_file", "is_folder", "lock", "look_once", "make_folder", "make_scratch", "open_far", "path", "probe",
-  "read_bytes", "read_sealed", "read_text", "remove", "remove_folder", "remove_left", "replace_folder", "replacing",
-  "scratch", "sealed", "temporary_name", "unsealed", "upload", "verify", "write_sealed", "write_whole", "writing",
+  "Checksums", "Found", "Path", "Patience", "SEAL", "array_checksum", "cache_folder", "check_form", "check_held",
+  "check_space", "checksum", "children", "close", "contents", "download", "exists", "fetched", "file_checksum",
+  "found", "from_json", "held", "is_far", "is_file", "is_folder", "lock", "look_once", "make_folder", "make_scratch",
+  "open_far", "path", "probe", "read_bytes", "read_json", "read_sealed", "read_text", "remove", "remove_folder",
+  "remove_left", "replace_folder", "replacing", "scratch", "sealed", "sealed_line", "temporary_name", "unsealed",
+  "unsealed_line", "upload", "verify", "write_sealed", "write_whole", "writing",
 ]  # fmt: skip

@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 
 from codebind_jax.files.far import Path, is_far, open_far
-from codebind_jax.files.places import read_bytes, write_whole
+from codebind_jax.files.jsons import read_json
+from codebind_jax.files.places import write_whole
 
 SEAL = "checksum"  # of a sealed JSON object
+_BITS = 32  # of a CRC
 _BLOCK = 1 << 20
 _WAITING = 4  # arrays
 
@@ -130,7 +132,11 @@ def unsealed(content: Any, what: Any) -> dict[str, Any]:
   if not isinstance(content, dict) or not isinstance(content.get(SEAL), str):
     raise ValueError(f"{what}: damaged, or not written by this version: it has no {SEAL!r}")
   plain = {key: value for key, value in content.items() if key != SEAL}
-  verify(_of_json(plain), content[SEAL], what)
+  try:
+    found = _of_json(plain)
+  except RecursionError as error:
+    raise ValueError(f"{what}: damaged, nested too deeply") from error
+  verify(found, content[SEAL], what)
   return plain
 
 
@@ -139,19 +145,49 @@ def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
   write_whole(path, json.dumps(sealed(content), indent=1) + "\n")
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
+def read_sealed(path: Path, need: bool = True) -> dict[str, Any]:
   """The content of a file of `write_sealed`.
+
+  Args:
+    path: of the file.
+    need: False takes an object without a checksum as it is: one that people write, whose reader refuses unknown keys,
+      such as the checksum's after a flip of its name.
 
   Raises:
     ValueError: naming the file, if it is no JSON, or damaged.
     FileNotFoundError: if there is none.
     OSError: if it cannot be read.
   """
-  try:
-    content = json.loads(read_bytes(path).decode())
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f"{path}: damaged, no readable JSON ({error})") from error
-  return unsealed(content, path)
+  content = read_json(path)
+  return content if not need and isinstance(content, dict) and SEAL not in content else unsealed(content, path)
+
+
+def sealed_line(text: str) -> str:
+  """A line of a text file, with a checksum that is not seen: a blank a bit at its end, space for 0 and tab for 1.
+
+  So a line of JSON is the same object as before for whatever reads it, and a file of lines can grow by lines.
+
+  Args:
+    text: without line break, not ending in a blank.
+  """
+  value = zlib.crc32(text.encode())
+  return text + "".join("\t" if value >> bit & 1 else " " for bit in range(_BITS))
+
+
+def unsealed_line(line: bytes, what: Any) -> bytes:
+  """The text of a line of `sealed_line`; one without any blank at its end, as others write it, is taken as it is.
+
+  Args:
+    line: without its line break.
+    what: file and number, for the error.
+
+  Raises:
+    ValueError: if the checksum is another one, or not whole.
+  """
+  text = line.rstrip(b" \t")
+  if text != line and sealed_line(text.decode(errors="replace")).encode() != line:
+    raise ValueError(f"{what}: damaged, or changed since it was written: the checksum in the blanks at its end differs")
+  return text
 
 
 def _of_json(content: Mapping[str, Any]) -> str:

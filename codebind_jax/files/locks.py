@@ -20,6 +20,7 @@ from absl import logging
 
 from codebind_jax.files import far
 from codebind_jax.files.far import Path
+from codebind_jax.files.jsons import from_json
 from codebind_jax.files.places import read_bytes, remove
 
 try:
@@ -279,7 +280,7 @@ def _tag(stat: os.stat_result) -> str:
 def _parsed(content: bytes) -> dict[str, Any]:
   """Who has it; {} where that cannot be read."""
   try:
-    record = json.loads(content)
+    record = from_json(content, "lock")
   except ValueError:
     return {}
   return record if isinstance(record, dict) else {}

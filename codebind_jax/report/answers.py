@@ -36,33 +36,37 @@ def write_answers(
   names = {test.name for test in sets}
   own = lambda line: line["set"] in names and line["metric"].partition("/")[0] == task
   path = folder / PREDICTIONS
-  kept = [line for line in _earlier(path) if not own(line)]
+  kept = [line for line in read_predictions(path) if not own(line)]
   kept += [line for test, answers in found for line in predictions(test, answers)]
-  files.write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
-  path = folder / CONFUSION
-  rows = [row for row in _earlier(path) if not own(row)]
-  rows += [row for test, answers in found for row in confusion(test, answers)]
+  rows = confusion(kept)  # before anything is written
+  write = lambda line: files.sealed_line(json.dumps(line, ensure_ascii=False)) + "\n"
+  files.write_whole(path, "".join(map(write, kept)))
   if rows:
     text = io.StringIO()
     writer = csv.DictWriter(text, HEAD, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    files.write_whole(path, text.getvalue())
+    files.write_whole(folder / CONFUSION, text.getvalue())
 
 
-def _earlier(path: files.Path) -> list[dict[str, Any]]:
-  """The lines of a file that an earlier evaluation wrote."""
+def read_predictions(path: files.Path) -> list[dict[str, Any]]:
+  """The lines of `predictions.jsonl`, verified by the checksums in the blanks at their ends; none where it is not.
+
+  Raises:
+    ValueError: naming the file, if it is damaged.
+  """
   if not files.is_file(path):
     return []
-  text = files.read_text(path)
   try:
-    rows = list(csv.DictReader(io.StringIO(text))) if path.suffix == ".csv" else [
-      json.loads(line) for line in text.split("\n") if line]  # fmt: skip
-    if all(isinstance(row["set"], str) and isinstance(row["metric"], str) for row in rows):
-      return rows
-  except (ValueError, KeyError, TypeError, csv.Error):
-    pass
-  raise ValueError(f"{path}: was not written by an evaluation, or is damaged; move it, or use another workdir")
+    lines = files.read_bytes(path).split(b"\n")
+    named = ((f"line {number}", line) for number, line in enumerate(lines, 1) if line)
+    rows = [files.from_json(files.unsealed_line(line, name), name) for name, line in named]
+    if lines[-1] or not all(isinstance(row["set"], str) and isinstance(row["metric"], str) for row in rows):
+      raise ValueError("no whole lines with `set` and `metric`")
+    return rows
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f"{path}: was not written by an evaluation, or is damaged ({error}); move it, or use another "
+                     "workdir") from error  # fmt: skip
 
 
 def predictions(test: EvalSet, answers: Answers) -> Iterator[dict[str, Any]]:
@@ -76,10 +80,21 @@ def predictions(test: EvalSet, answers: Answers) -> Iterator[dict[str, Any]]:
     yield line | {"truth": answers.truth[n], "top5": top, "right": bool(answers.right[n, 0])}
 
 
-def confusion(test: EvalSet, answers: Answers) -> Iterator[dict[str, Any]]:
-  """The rows of `confusion.csv` of one metric: pairs of classes that occur, by truth and then by number."""
-  if answers.to_items:
-    return
-  pairs = collections.Counter(zip(answers.truth, (answers.names[at] for at in answers.found[:, 0])))
-  for (truth, answer), count in sorted(pairs.items(), key=lambda pair: (pair[0][0], -pair[1], pair[0][1])):
-    yield dict(zip(HEAD, (test.name, answers.name, truth, answer, count)))
+def confusion(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+  """The rows of `confusion.csv`: of each set and metric the pairs of classes that occur, by truth and then by number.
+
+  Args:
+    lines: of `predictions.jsonl`; those whose answers are items, not classes, have none.
+
+  Raises:
+    ValueError: if a line is not one of `predictions`.
+  """
+  pairs: dict[tuple[str, str], collections.Counter] = {}
+  try:
+    for line in lines:
+      if len(line["top5"][0]) == 2:  # a class and its score
+        pairs.setdefault((line["set"], line["metric"]), collections.Counter())[line["truth"], line["top5"][0][0]] += 1
+  except (KeyError, IndexError, TypeError) as error:
+    raise ValueError(f"a line of {PREDICTIONS} is not as an evaluation writes it: {error!r}") from error
+  ordered = lambda counts: sorted(counts.items(), key=lambda pair: (pair[0][0], -pair[1], pair[0][1]))
+  return [dict(zip(HEAD, (*where, *pair, count))) for where, counts in pairs.items() for pair, count in ordered(counts)]

@@ -19,6 +19,9 @@ ARRAYS = ("params", "codebooks")  # of a state, what a model needs
 _SECTIONS = ("position", "config", "fingerprint")
 
 
+_POSITION = {"step": int, "stage": str, "done": bool, "trained": [str]}
+
+
 @dataclasses.dataclass(frozen=True)
 class Position:
   """Where a run stands.
@@ -119,6 +122,7 @@ class SavedRun:
     if names != meta["position"].keys():
       raise ValueError(f"checkpoint {self.path / str(step)} has a position of {sorted(meta['position'])}; allowed: "
                        f"{sorted(names)}{_by(meta)}")  # fmt: skip
+    files.check_form(meta["position"], _POSITION, f"checkpoint {self.path / str(step)}: position")
     logging.debug("checkpoint %s%s", self.path / str(step), _by(meta))
     return meta
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
+import errno
 import functools
 import hashlib
-import json
 import os
 import pathlib
 import sys
@@ -26,7 +26,11 @@ _BLOCK = 64 << 20  # bytes with a checksum of their own
 _PIECE = 1 << 20  # bytes read at once
 _SMALL = 1 << 20  # bytes of files that are verified before any of them is opened
 _MOST = 64  # steps that processes tell each other
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 THREADS = min(8, os.cpu_count() or 1)
+
+
+_FORM = {"files": {str: {"bytes": int, "crc32": [int]}}}
 
 
 class Damaged(ValueError):
@@ -60,11 +64,13 @@ def verify_checksums(folder: pathlib.Path, process: int = 0, processes: int = 1,
     OSError: if a file that is there cannot be read.
   """
   try:
-    content = files.read_sealed(folder / CHECKSUMS)["files"]
+    content = files.read_sealed(folder / CHECKSUMS)
   except FileNotFoundError as error:
     raise Damaged(f"{CHECKSUMS} is missing") from error
   except ValueError as error:
     raise Damaged(str(error).replace(f"{folder}{os.sep}", "")) from error
+  files.check_form(content, _FORM, folder / CHECKSUMS)
+  content = content["files"]
   items = [(name, item) for name, item in content.items() if large is None or (item["bytes"] > _SMALL) == large]
   for name, item in items:
     size = _existing(name, lambda name=name: (folder / name).stat().st_size)
@@ -90,8 +96,10 @@ def _check(folder: pathlib.Path, block: tuple[str, int, int]) -> None:
 def _existing(name: str, read: Any) -> int:
   try:
     return read()
-  except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-    raise Damaged(f"{name} is missing") from error
+  except (OSError, ValueError) as error:  # a ValueError of a name that no file has
+    if isinstance(error, OSError) and error.errno not in _ABSENT:
+      raise
+    raise Damaged(f"{name!a} is missing") from error
 
 
 def _crc(path: pathlib.Path, start: int) -> int:
@@ -149,7 +157,7 @@ def said(version: Any) -> str:
 def versions_of(folder: files.Path) -> list[Mapping[str, Any]]:
   """The versions that wrote checkpoints of a run, each with the step from which on it did; none before the first."""
   try:
-    content = json.loads(files.read_text(folder / VERSIONS))
+    content = files.read_sealed(folder / VERSIONS).get("versions")
   except FileNotFoundError:
     return []
   except ValueError:
@@ -163,8 +171,7 @@ def note_version(folder: files.Path, step: int) -> None:
   there, own = versions_of(folder), this_version()
   if there and {key: value for key, value in there[-1].items() if key != "step"} == own:
     return
-  lines = ",\n ".join(json.dumps(one) for one in [*there, own | {"step": step}])
-  files.write_whole(folder / VERSIONS, f"[{lines}]\n")
+  files.write_sealed(folder / VERSIONS, {"versions": [*there, own | {"step": step}]})
   logging.debug("%s: checkpoints are written by %s from step %d on", folder, said(own), step)
 
 

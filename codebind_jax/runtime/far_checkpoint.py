@@ -12,6 +12,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import json
+import math
 import pathlib
 import re
 import uuid
@@ -29,6 +30,9 @@ from codebind_jax.runtime.checkpoint_files import Damaged, same_on_all
 
 COMMIT, DAMAGED = "commit.json", "damaged.json"
 FORMAT = 1
+_COMMIT = {"meta": None, "empty": [str], "parts": {str: int}}
+_PART = {"bytes": int, "shards": [{"path": str, "dtype": str, "shape": [int], "start": [int], "stop": [int], "at": int,
+                                   "bytes": int, "crc32": int}]}  # fmt: skip
 _THREADS = 16  # that read at once
 _PATIENCE = 600  # looks for the parts of the other processes, a second apart
 
@@ -114,20 +118,25 @@ class FarCheckpoints:
       files.remove_folder(self.path / str(old), first=COMMIT)
 
   def _commit(self, step: int) -> dict[str, Any]:
-    commit = self._sealed(step, COMMIT)
+    commit = self._sealed(step, COMMIT, {"format": int})
     if commit["format"] != FORMAT:
       raise ValueError(f"{self.path / str(step)} has format {commit['format']}; allowed: {FORMAT}")
+    files.check_form(commit, _COMMIT, path := self.path / str(step) / COMMIT)
+    if wrong := [name for name in commit["parts"] if not re.fullmatch(r"part-\d+-of-\d+-[0-9a-f]+", name, re.ASCII)]:
+      raise ValueError(f"{path}: {wrong[0]!a} is no name of a part")
     return commit
 
-  def _sealed(self, step: int, name: str) -> dict[str, Any]:
-    """A JSON object whose checksum was verified."""
+  def _sealed(self, step: int, name: str, form: Any) -> dict[str, Any]:
+    """A JSON object of a form whose checksum was verified."""
     path = self.path / str(step) / name
     try:
-      return files.read_sealed(path)
+      content = files.read_sealed(path)
     except FileNotFoundError as error:
       raise Damaged(f"{name} is missing") from error
     except ValueError as error:
       raise Damaged(str(error).replace(f"{path.parent}/", "")) from error
+    files.check_form(content, form, path)
+    return content
 
   def verify(self, step: int) -> None:
     """Raises `Damaged` unless all objects are as they were written."""
@@ -148,12 +157,14 @@ class FarCheckpoints:
     """Path of an array -> the saved shards of it."""
     commit, entries = self._commit(step), {}
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-      read = lambda name: self._sealed(step, f"{name}.json")
+      read = lambda name: self._sealed(step, f"{name}.json", _PART)
       for name, part in zip(commit["parts"], pool.map(read, commit["parts"])):
         if part["bytes"] != commit["parts"][name]:
           raise Damaged(f"{name}.bin has {commit['parts'][name]} bytes of {part['bytes']}")
+        _check_shards(part, f"{self.path / str(step) / name}.json")
         for entry in part["shards"]:
           entries.setdefault(entry["path"], []).append(entry | {"part": name})
+    _check_arrays(entries, self.path / str(step))
     return entries
 
   def kinds(self, step: int) -> dict[str, str]:
@@ -248,6 +259,47 @@ def _of_step(name: str, file: str = "") -> int | None:
 
 def _name(path: Any) -> str:
   return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _check_shards(part: Mapping[str, Any], what: str) -> None:
+  """Checks that the shards of a part follow one another, and are of the sizes that their shapes say.
+
+  Raises:
+    ValueError: naming one that is otherwise.
+  """
+  at = 0
+  for entry in part["shards"]:
+    shape, start, stop = entry["shape"], entry["start"], entry["stop"]
+    try:
+      kind = np.dtype(entry["dtype"])
+      size = kind.itemsize * math.prod(high - low for low, high in zip(start, stop, strict=True))
+      size = size if str(kind) == entry["dtype"] and not kind.hasobject else -1
+    except (TypeError, ValueError):
+      size = -1
+    inside = len(shape) == len(start) and all(0 <= low <= high <= most for low, high, most in zip(start, stop, shape))
+    if not (inside and size == entry["bytes"] and at == entry["at"]):
+      raise ValueError(f"{what}: shard of {entry['path']!a:.80} cannot be: {entry!a:.300}")
+    at += size
+  if at != part["bytes"]:
+    raise ValueError(f"{what}: shards of {at} bytes, {part['bytes']} are said")
+
+
+def _check_arrays(entries: Mapping[str, Sequence[Mapping[str, Any]]], what: files.Path) -> None:
+  """Checks that each array is of one type and shape, has all its values, and is not a folder of others as well.
+
+  Raises:
+    ValueError: naming one that is otherwise.
+    Damaged: naming one that lacks values.
+  """
+  for path, shards in entries.items():
+    folders = path.split("/")[:-1]
+    if len({(one["dtype"], tuple(one["shape"]), one.get("key")) for one in shards}) > 1 or any(
+      "/".join(folders[:depth]) in entries for depth in range(1, len(folders) + 1)
+    ):
+      raise ValueError(f"{what}: {path!a:.80} is several arrays, or lies in one")
+    there = sum(math.prod(high - low for low, high in zip(one["start"], one["stop"])) for one in shards)
+    if there < math.prod(shards[0]["shape"]):
+      raise Damaged(f"{path!a:.80}: {there} of {math.prod(shards[0]['shape'])} values are in the parts")
 
 
 def _put(tree: dict[str, Any], path: str, value: Any) -> None:

@@ -1,6 +1,7 @@
 """Metrics on disk (`metrics.jsonl` and TensorBoard event files), and the throughput of a training loop."""
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -27,7 +28,8 @@ _RESERVED = ("step", "stage", "warning")
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
   """Reads a metrics file.
 
-  A last line that was cut short, as by a kill, is left out and named in the log.
+  A last line that was cut short, as by a kill, is left out and named in the log. The lines that `MetricsWriter` writes
+  carry checksums, see `files.sealed_line`, and are verified.
 
   Args:
     path: `metrics.jsonl` or the folder it lies in.
@@ -36,7 +38,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     One dict a line: `step`, `stage` and metrics by name; a value that was not finite (null in the file) is NaN.
 
   Raises:
-    ValueError: if any other line is not a JSON object with a step, naming file and line.
+    ValueError: if any other line is damaged, or is not a JSON object with a step, naming file and line.
   """
   path = files.path(path)
   path = path / FILE if files.is_folder(path) else path
@@ -48,20 +50,33 @@ def _parse(path, copy=None):
   """(records of a file, their number of bytes), without a partial last line; read from its local copy if there is one.
   """
   records, size = [], 0
-  lines = files.read_bytes(copy or path).splitlines(keepends=True)
+  lines = _lines(files.read_bytes(copy or path))
   for number, line in enumerate(lines, 1):
     try:
-      record = json.loads(line)
+      record = files.from_json(files.unsealed_line(line.removesuffix(b"\n"), f"{path}:{number}"), "line")
       if not isinstance(record, dict) or not isinstance(record.get("step"), int):
         raise ValueError('expected an object with an integer "step"')
     except ValueError as error:
-      if number == len(lines) and not line.endswith(b"\n"):
+      if number == len(lines) and not line.endswith(b"\n") and not _whole(line[:-1]):
         logging.warning("%s:%d: the last line is cut short and was dropped (%d bytes)", path, number, len(line))
         break
       raise ValueError(f"{path}:{number}: not a line of metrics: {error}; got {line[:80]!r}") from error
     records.append(record)
     size += len(line)
   return records, size
+
+
+def _lines(content: bytes) -> list[bytes]:
+  """Lines with their ends, which are line feeds alone."""
+  return io.BytesIO(content).readlines()
+
+
+def _whole(line: bytes) -> bool:
+  """Whether a line has its whole checksum: what follows is then its end, damaged, and not its rest, cut short."""
+  try:
+    return files.unsealed_line(line, "") != line
+  except ValueError:
+    return False
 
 
 class _Appended:
@@ -149,7 +164,8 @@ class MetricsWriter:
 
   Steps are global: they grow over all stages. Lines are in the order written and floats keep all digits, so a run that
   was killed and resumed (with `truncate` to the restored step) leaves the same lines as one that was never stopped. For
-  that, write the metrics of a step before its checkpoint, and call `flush` in between.
+  that, write the metrics of a step before its checkpoint, and call `flush` in between. The checksum of a line is the
+  blanks at its end, so that the objects are those of step, stage and metrics alone.
 
   Far disks cannot append: there a local copy is written, which `flush` uploads whole, and TensorBoard's files with it.
 
@@ -193,11 +209,11 @@ class MetricsWriter:
       return
     _, size = _parse(self.path, self._local)
     data = self._local.read_bytes()
-    lines = data[:size].decode()
-    if lines and not lines.endswith("\n"):
-      lines += "\n"
-    if lines.encode() != data:
-      files.write_whole(self._local, lines)
+    lines = data[:size]
+    if lines and not lines.endswith(b"\n"):
+      lines += b"\n"
+    if lines != data:
+      files.write_whole(self._local, lines.decode())
 
   def write(self, step: int, stage: str, metrics: Mapping[str, Any]) -> None:
     """Writes one line, and one TensorBoard scalar a metric.
@@ -224,7 +240,7 @@ class MetricsWriter:
     if not_finite:
       line["warning"] = "not finite: " + ", ".join(not_finite)
       logging.warning("step %d: %s", step, line["warning"])
-    self._file.add((json.dumps(line, allow_nan=False) + "\n").encode())
+    self._file.add((files.sealed_line(json.dumps(line, allow_nan=False)) + "\n").encode())
     if self._use_events:
       self._event_writer().scalars(
         int(step), {name: math.nan if line[name] is None else line[name] for name in metrics})  # fmt: skip
@@ -257,8 +273,8 @@ class MetricsWriter:
     dropped = sum(record["step"] > step for record in records)
     if dropped:
       logging.info("%s: dropped %d lines after step %d", self.path, dropped, step)
-      lines = self._local.read_text(encoding="utf-8").splitlines(keepends=True)
-      files.write_whole(self._local, "".join(line for line, record in zip(lines, records) if record["step"] <= step))
+      kept = [line for line, record in zip(_lines(self._local.read_bytes()), records) if record["step"] <= step]
+      files.write_whole(self._local, b"".join(kept).decode())
       if self._scratch:
         files.upload(self._local, self.path)
     self._file = _Appended(self._local)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import json
 import os
 import pathlib
 import re
@@ -89,8 +88,9 @@ class NearCheckpoints:
       self._pool = self._stack.enter_context(concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint"))
     self._saving = step
     items: dict[str, Any] = {_STATE: ocp.args.PyTreeSave(state), _META: ocp.args.JsonSave(dict(meta))}
-    self._writer.save(self._plain / str(step), args=ocp.args.Composite(**items), force=True)
-    self._running = self._pool.submit(self._finish, done)
+    with files.writing(self.path / str(step)):
+      self._writer.save(self._plain / str(step), args=ocp.args.Composite(**items), force=True)
+    self._running = self._pool.submit(self._finish, step, done)
 
   def _add_checksums(self) -> None:
     """Called on process 0 when all processes have written, before the folder gets its name."""
@@ -99,8 +99,9 @@ class NearCheckpoints:
       raise RuntimeError(f"{self.path}: {names} for step {self._saving}; another process changes this folder")
     write_checksums(self.path / names[0], (_STATE, _META))
 
-  def _finish(self, done: Any) -> None:
-    self._writer.wait_until_finished()
+  def _finish(self, step: int, done: Any) -> None:
+    with files.writing(self.path / str(step)):
+      self._writer.wait_until_finished()
     if jax.process_index() > 0:
       return
     done()
@@ -122,7 +123,7 @@ class NearCheckpoints:
 
   def meta(self, step: int) -> Any:
     """What was saved with the arrays; verified before."""
-    return json.loads(files.read_text(self.path / str(step) / _META / "metadata"))
+    return files.read_json(self.path / str(step) / _META / "metadata")
 
   def kinds(self, step: int) -> dict[str, str]:
     """Path -> type and shape of the saved arrays."""

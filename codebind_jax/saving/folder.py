@@ -305,7 +305,8 @@ def read(folder: Path, modalities: Sequence[str] | None = None) -> Saved:
   weights = open_weights(folder / ARRAYS)
   _verify_files(folder, content, config.model.towers)
   trunks = {m: _made(folder, content, config, m) for m in config.model.towers}
-  expected = _expected(config, trunks)
+  with _config_errors(folder):
+    expected = _expected(config, trunks)
   outside = {}  # trunks whose tokens are cached
   for m, tower in config.model.towers.items():
     if content["trunks"][m]["values"] == "reference":
@@ -408,7 +409,7 @@ def _opened_config(content: Mapping[str, Any], folder: Path) -> config_lib.Confi
     tower["options"] |= {key: str(folder / path) for key, path in record["paths"].items()}
     if record.get("source"):
       tower["options"]["weights"] = str(_found(folder, m, record))
-  return config_lib.read(plain)
+  return config_lib.read_saved(plain)
 
 
 def _found(folder: Path, modality: str, record: Mapping[str, Any]) -> Path:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
+from codebind_jax import files
 from codebind_jax.api import Model, load
 from codebind_jax.runtime import signals
 from codebind_jax.saving import folder as saved_folder
@@ -112,7 +113,7 @@ def compared(model: Model, keys: Mapping[str, str], recorded: Mapping[str, Any])
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
   try:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = files.read_json(path)
   except (OSError, ValueError) as error:
     raise ValueError(f"{path}: no readable table of recorded embeddings ({error})") from error
   if not isinstance(content, dict):

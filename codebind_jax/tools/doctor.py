@@ -20,7 +20,7 @@ from codebind_jax.data.worlds import fetch
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "array_record")
 # A module of each extra of setup.cfg that is importable where the extra is installed.
-EXTRAS = {"tpu": "libtpu", "gpu": "jax_cuda12_plugin", "search": "faiss", "beam": "apache_beam",
+EXTRAS = {"tpu": "libtpu", "gpu": "jax_cuda12_plugin", "search": "faiss", "engine": "duckdb", "beam": "apache_beam",
           "hub": "huggingface_hub", "gcs": "gcsfs", "s3": "s3fs", "parity": "torch", "bench": "threadpoolctl",
           "data": "av", "test": "pytest"}
 

@@ -19,7 +19,6 @@ import numpy as np
 from absl import app, flags, logging
 from PIL import Image, ImageDraw
 
-from codebind_jax import config as config_lib
 from codebind_jax import files
 from codebind_jax.api import load
 from codebind_jax.command_line import define_config, parse
@@ -29,6 +28,7 @@ from codebind_jax.report import galleries
 from codebind_jax.report.data import Gallery, Item
 from codebind_jax.report.figures import alternative, thumbnail
 from codebind_jax.runtime import signals
+from codebind_jax.train import read_config
 from codebind_jax.trunks.feeds import Feeder
 
 COLOURS = {
@@ -53,7 +53,7 @@ def gallery_of(workdir: str | files.Path, title: str = "", queries: int = 4) -> 
   """
   folder = files.path(workdir)
   model = load(str(folder))
-  config = config_lib.read(json.loads(files.read_text(folder / "config.json")))
+  config = read_config(folder)
   task = open_task(config.data)
   evaluation = Evaluation(config, task, Feeder(config.data, config.model.towers, model.trunks), config.tasks)
   model.trunks = evaluation.trunks

@@ -6,7 +6,6 @@ Command: python -m codebind_jax.tools.methods_page --comparison=runs/compare/com
 
 from __future__ import annotations
 
-import json
 import pathlib
 import re
 import sys
@@ -14,6 +13,7 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
+from codebind_jax import files
 from codebind_jax.compare.table import sections
 
 _COMPARISON = flags.DEFINE_string("comparison", None, "comparison.json of a finished comparison.")
@@ -42,7 +42,7 @@ def main(_: Sequence[str]) -> None:
     sys.exit("error: --comparison=comparison.json and --name=NAME are both needed")
   path = pathlib.Path(_PAGE.value)
   try:
-    whole = json.loads(pathlib.Path(_COMPARISON.value).read_text(encoding="utf-8"))
+    whole = files.read_sealed(pathlib.Path(_COMPARISON.value))
     page = entered(path.read_text(encoding="utf-8"), _NAME.value, sections(whole, "####"))
   except (ValueError, OSError) as error:
     sys.exit(f"error: {error}")

@@ -113,7 +113,9 @@ def make_trunk(
     raise ValueError(f"chunks: got {chunks}, allowed are 1 and up")
   module, random = Aisfx(widths), weights == "random"
 
-  item = Input((chunks, FRAMES, BANDS), "float32", Chunks(chunks), revision=f"{audio_transforms.REVISION} {chunks}")
+  prepare = Chunks(chunks)
+  item = Input((chunks, FRAMES, BANDS), "float32", prepare, read=prepare.read,
+               revision=f"{audio_transforms.REVISION} {chunks}")  # fmt: skip
   file = None if random else member_file(weights or fetch.fetch("aisfx"), MEMBER)
   options = {"chunks": chunks, "widths": widths}
   made_of = {"weights": "random" if random else file_hash(file), "dont_load": list(dont_load)}

@@ -1,13 +1,14 @@
 """Frozen tokens, kept per item on disk: one more record computes one more item.
 
 A trunk's folder `<name>-<fingerprint>` holds shards: an ArrayRecord file of float16 tokens, and beside it `.keys.npy`,
-16 bytes an item, which is written last. Any number of processes may add shards at once.
+16 bytes an item and their checksum at the end, which is written last. Any number of processes may add shards at once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import itertools
 import os
 import sqlite3
@@ -94,8 +95,9 @@ class TokenCache:
     if self._far:
       self._folder.mkdir(parents=True, exist_ok=True)
       for path in files.children(self._far, f"*{_SUFFIX}.keys.npy"):
-        if not (self._folder / path.name).exists():
-          files.download(path, self._folder / path.name)
+        copy = self._folder / path.name
+        if not copy.exists() or path.name.removesuffix(".keys.npy") not in known and _read_keys(copy, None) is None:
+          files.download(path, copy)
     keys, places = [self._keys], [self._places]
     for path in sorted(self._folder.glob(f"*{_SUFFIX}.keys.npy")):
       shard = path.with_name(path.name.removesuffix(".keys.npy"))
@@ -250,8 +252,9 @@ class _Writer:
     with self._named():
       self._file.close()
       with files.replacing(self._folder / f"{self._name}.keys.npy") as temporary:
-        with open(temporary, "wb") as file:
-          np.save(file, np.array(self._keys, np.uint64))
+        content = io.BytesIO()
+        np.save(content, np.array(self._keys, np.uint64))
+        temporary.write_bytes(content.getvalue() + files.checksum(content.getvalue()).encode())
         os.replace(self._part, self._folder / self._name)  # before the keys, after all that may find no room
     self._file, self._keys = None, []
     for name in (self._name, f"{self._name}.keys.npy") if self._far else ():
@@ -275,7 +278,9 @@ class _Writer:
 def _read_keys(path: Path, shard: Path | None) -> np.ndarray | None:
   """The keys of a shard; None, which is logged, where they are damaged or their shard, if it is near, is not there."""
   try:
-    keys = np.load(path, allow_pickle=False)
+    content = path.read_bytes()
+    files.verify(files.checksum(content[:-8]), content[-8:].decode(errors="replace"), "its keys")
+    keys = np.load(io.BytesIO(content[:-8]), allow_pickle=False)
     if keys.ndim != 2 or keys.shape[1] != 2 or keys.dtype != np.uint64:
       raise ValueError(f"shape {keys.shape}, type {keys.dtype}; allowed: [items, 2], uint64")
     if shard and not shard.is_file():
@@ -288,6 +293,8 @@ def _read_keys(path: Path, shard: Path | None) -> np.ndarray | None:
 
 class Contents:
   """Remembers the content hash of a file by its place, size and time, so that it is read once.
+
+  A checksum is kept with each hash: one that is damaged is not remembered.
 
   Args:
     path: of the data base; a folder that cannot be written only loses the memory.
@@ -322,11 +329,13 @@ class Contents:
         for number in range(start, min(start + 4096, len(identities))):
           key = hashlib.sha256(identities[number].encode("utf-8", "surrogatepass")).digest()[:16]
           found = base.execute("SELECT hash FROM contents WHERE identity = ?", (key,)).fetchone()
-          if found is None or not identities[number]:
-            found = (compute(number),)
-            if identities[number] and found[0]:
-              new.append((key, found[0]))
-          out.append(found[0])
+          value, sum_of = "", lambda value, key=key: files.checksum(key, value.encode("utf-8", "surrogatepass"))
+          if found is not None and identities[number]:
+            value, _, kept = str(found[0]).partition(" ")
+            value = value if kept == sum_of(value) else ""
+          if not value and (value := compute(number)) and identities[number]:
+            new.append((key, f"{value} {sum_of(value)}"))
+          out.append(value)
         base.executemany("INSERT OR REPLACE INTO contents VALUES (?, ?)", new)
         base.commit()
       return out

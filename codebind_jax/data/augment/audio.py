@@ -41,14 +41,15 @@ class Waveform(Checked):
   def __call__(self, value: Any, rng: np.random.Generator) -> Any:
     """One random view of samples [n] or [n, channels], or of a dataclass that has such `samples`, and a `rate`.
 
-    Full scale is 1; what goes beyond what the transform lets pass (8) is cut.
+    Samples are an array, or what has slices as one. Full scale is 1; what goes beyond what the transform lets pass (8)
+    is cut.
     """
     if dataclasses.is_dataclass(value):
       return dataclasses.replace(value, samples=self._view(value.samples, value.rate, rng))
     return self._view(value, self.rate, rng)
 
   def _view(
-    self, samples: Float[np.ndarray, "n *channels"], rate: int | float, rng: np.random.Generator
+    self, samples: Any, rate: int | float, rng: np.random.Generator
   ) -> Float32[np.ndarray, "m *channels"]:
     length = int(self.seconds * rate) or len(samples)
     start = int(rng.integers(0, max(len(samples) - length, 0) + 1))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import numpy as np
 from codebind_jax.data.formats.record import TEXT, add_rows, modality_keys, renamed
 from codebind_jax.data.index import IndexBuilder
 from codebind_jax.data.index_cache import Bad
+from codebind_jax.files import check_form, from_json
 
 if TYPE_CHECKING:
   import pyarrow as pa
@@ -49,7 +49,7 @@ def columns_of(schema: pa.Schema, columns: Mapping[str, str], name: str) -> Colu
   if doubled := [one for one in schema.names if schema.names.count(one) > 1]:
     raise ValueError(f"{name}: column {doubled[0]!r} is there twice")
   keys = renamed(columns, schema.names, name)
-  classes = class_names(schema)
+  classes = class_names(schema, name)
   fields, items, names, aside = {}, {}, {}, []
   for field in schema:
     key, kind = keys[field.name], _plain(field.type)
@@ -81,17 +81,22 @@ def columns_of(schema: pa.Schema, columns: Mapping[str, str], name: str) -> Colu
   return Columns(fields, items, names, tuple(aside))
 
 
-def class_names(schema: pa.Schema) -> dict[str, list[str]]:
-  """Column -> names of the classes that its numbers stand for, from what Hugging Face's datasets wrote beside it."""
-  try:
-    about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-  except ValueError:
-    return {}
-  features = (about.get("info") or {}).get("features") or {}
-  return {
-    column: feature["names"] for column, feature in features.items()
-    if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")
-  }  # fmt: skip
+def class_names(schema: pa.Schema, name: str) -> dict[str, list[str]]:
+  """Column -> names of the classes that its numbers stand for, from what Hugging Face's datasets wrote beside it.
+
+  Raises:
+    ValueError: naming the file, if what they wrote is damaged.
+  """
+  what = f"{name}: its description by Hugging Face's datasets"
+  found = from_json((schema.metadata or {}).get(b"huggingface", b"{}"), what)
+  for key in ("info", "features"):
+    check_form(found, {}, what)
+    found = {} if found.get(key) is None else found[key]
+  check_form(found, {}, what)
+  classes = {column: feature["names"] for column, feature in found.items()  # fmt: skip
+             if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")}
+  check_form(classes, {str: [str]}, what)
+  return classes
 
 
 def rows_of(table: Any, columns: Columns) -> list[dict[str, Any]]:

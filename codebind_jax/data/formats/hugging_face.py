@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import bisect
 import copy
+import csv
 import dataclasses
 import itertools
-import json
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -25,6 +25,7 @@ from codebind_jax.data.index import SPLITS, IndexBuilder, twice
 from codebind_jax.data.index_cache import Bad, Scan, scanned
 from codebind_jax.data.reading import arrow_errors
 from codebind_jax.data.records import Source
+from codebind_jax.files import check_form, from_json, read_json
 
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _SHARD = re.compile(r"(?P<split>[\w.]+?)(-\d{5}-of-\d{5}(-[0-9a-f]+)?)?\.parquet")
@@ -63,11 +64,14 @@ def open_files(
 def _open(folder: PurePath, options: Mapping[str, Any]) -> list[Source]:
   if (folder / "dataset_dict.json").exists():
     names = _json(folder / "dataset_dict.json").get("splits", [])
+    check_form(names, [str], folder / "dataset_dict.json")
+    _refuse_elsewhere(names, folder / "dataset_dict.json")
     bad = Bad(options["max_bad_records"])
     taken = itertools.compress(names, known_splits(names, str(folder)))
     return [_saved(folder / name, name, bad, options) for name in taken]
   if (folder / "state.json").exists():
     split = _json(folder / "state.json").get("_split") or folder.name
+    check_form(split, str, folder / "state.json")
     return [_saved(folder, split, Bad(options["max_bad_records"]), options)]
   if described := _metadata(folder):
     return _described(described, folder, options)
@@ -81,10 +85,16 @@ def _open(folder: PurePath, options: Mapping[str, Any]) -> list[Source]:
 
 
 def _json(path: PurePath) -> dict[str, Any]:
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f"{path}: not JSON ({error})") from error
+  content = read_json(path)
+  check_form(content, {}, path)
+  return content
+
+
+def _refuse_elsewhere(names: Sequence[str], path: PurePath) -> None:
+  """Raises a ValueError for a name of a file or folder that does not lie beside the file that names it."""
+  for name in names:
+    if not re.fullmatch(r"[^/\\\0\ud800-\udfff]{1,200}", name) or name in (".", ".."):
+      raise ValueError(f"{path}: names {name!a:.80}; allowed: names of what lies beside it")
 
 
 def _metadata(folder: PurePath) -> list[PurePath]:
@@ -145,15 +155,11 @@ def _first(path: PurePath) -> dict[str, str]:
       return dict.fromkeys(names, "") | ({"file_name": str(rows[0][0])} if rows else {})
   with ranges.open_binary(path) as file:
     lines = (line.decode("utf-8-sig") for line in ranges.lines(file, str(path)))
-    if path.suffix == ".jsonl":
-      try:
-        row = json.loads(next(lines, "{}"))
-      except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}:1: not JSON ({error})") from error
-    else:
-      import csv
-
-      row = next(csv.DictReader(lines), {})
+    try:
+      row = from_json(next(lines, "{}"), f"{path}:1") if path.suffix == ".jsonl" else next(csv.DictReader(lines), {})
+    except (UnicodeDecodeError, csv.Error) as error:
+      raise ValueError(f"{path}: not readable ({error})") from error
+    check_form(row, {}, f"{path}:1")
   return {str(key): str(value) for key, value in row.items()}
 
 
@@ -216,10 +222,15 @@ def _batches(files: Sequence[PurePath]) -> list[Any]:
 
 
 def _saved(folder: PurePath, split: str, bad: Bad, options: Mapping[str, Any]) -> Source:
-  names = [file.get("filename", "") for file in _json(folder / "state.json").get("_data_files") or []]
-  files = [folder / name for name in names]
-  if not files:
+  parts = _json(folder / "state.json").get("_data_files") or []
+  check_form(parts, [{"filename": str}], folder / "state.json")
+  names = [file["filename"] for file in parts]
+  if not names:
     raise ValueError(f"{folder / 'state.json'}: names no files")
+  _refuse_elsewhere(names, folder / "state.json")
+  files = [folder / name for name in names]
+  if lost := [file for file in files if not file.exists()]:
+    raise ValueError(f"{folder / 'state.json'}: names {lost[0].name!r}, which is not there")
   columns = options["columns"]
   scan = scanned(files, lambda bad: _scan_saved(folder, files, bad, columns), bad, revision="saved-1",
                  options={"columns": columns}, cache=options["cache"])  # fmt: skip

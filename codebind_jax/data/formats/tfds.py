@@ -6,8 +6,9 @@ Pictures stay encoded; sounds and films need TensorFlow, as that library reads t
 from __future__ import annotations
 
 import itertools
+import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -26,8 +27,10 @@ from codebind_jax.data.formats.record import (
 )
 from codebind_jax.data.index import IndexBuilder
 from codebind_jax.data.index_cache import Bad, Scan, scanned
+from codebind_jax.data.reading import file_errors
 from codebind_jax.data.records import Source
 from codebind_jax.data.transforms import audio
+from codebind_jax.files import from_json
 from codebind_jax.schema import Place
 
 _CHUNK = 256  # records added together
@@ -93,23 +96,30 @@ class _Split:
   def __init__(self, builder: Any, split: str, columns: Mapping[str, str]):
     import tensorflow_datasets as tfds
 
-    features = dict(builder.info.features)
+    self._name = f"tfds:{builder.data_path}"
+    with file_errors(self._name, _WHAT):
+      features = dict(builder.info.features)
     self._keys = renamed(columns, features, f"tfds:{builder.info.name}")
     self.features = {self._keys[name]: feature for name, feature in features.items()}
     pictures = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
     encoded = {name: tfds.decode.SkipDecoding() for name in pictures}
     try:
-      self._source = builder.as_data_source(split=split, decoders=encoded)
+      with file_errors(self._name, _WHAT):
+        self._source = builder.as_data_source(split=split, decoders=encoded)
+        self._size = len(self._source)
     except NotImplementedError as error:
       raise ValueError(f"tfds:{builder.info.name}: is not prepared for random access; {_HOW}") from error
 
   def __len__(self) -> int:
-    return len(self._source)
+    return self._size
 
   def example(self, number: int) -> dict[str, Any]:
-    return {self._keys[name]: value for name, value in self._source[number].items()}
+    with file_errors(f"{self._name}: record {number}", "readable"):
+      found = self._source[number]
+    return {self._keys[name]: value for name, value in found.items()}
 
 
+_WHAT = "a readable set of TensorFlow Datasets"
 _HOW = "prepare it with file_format='array_record' (tfds build NAME --file_format=array_record)"
 
 
@@ -120,8 +130,10 @@ def _builder(name: str, root: str) -> Any:
   except ImportError as error:
     raise ImportError(f"tfds:{name}: needs the package tensorflow-datasets") from error
   try:
-    if (ranges.as_path(name) / "dataset_info.json").exists():
-      return tfds.builder_from_directory(name)
+    if (folder := ranges.as_path(name)) and (folder / "dataset_info.json").exists():
+      _check_features(folder)
+      with file_errors(f"tfds:{name}", _WHAT):
+        return tfds.builder_from_directory(name)
     builder = tfds.builder(name, **({"data_dir": root} if root else {}))
   except ModuleNotFoundError as error:
     raise ImportError(f"tfds:{name}: {error}; TensorFlow Datasets needs it for this set's features") from error
@@ -132,6 +144,30 @@ def _builder(name: str, root: str) -> Any:
   return builder
 
 
+def _check_features(folder: PurePath) -> None:
+  """Raises a ValueError for a description with features outside of TensorFlow Datasets, which imports their modules."""
+  path = folder / "features.json"
+  if not path.exists():
+    return
+  for name in _class_names(from_json(path.read_bytes(), path)):
+    if not re.fullmatch(r"tensorflow_datasets(\.\w+)+", name, re.ASCII):
+      raise ValueError(f"{path}: has a feature {name!a:.80}; allowed: those of tensorflow_datasets")
+
+
+def _class_names(tree: Any) -> Iterator[str]:
+  """The names of Python classes in a description."""
+  waiting = [tree]
+  while waiting:
+    one = waiting.pop()
+    if isinstance(one, dict):
+      for key, value in one.items():
+        if key in ("pythonClassName", "python_class_name", "type") and isinstance(value, str) and "." in value:
+          yield value
+      waiting += one.values()
+    elif isinstance(one, list):
+      waiting += one
+
+
 def _row(example: Mapping[str, Any], features: Mapping[str, Any]) -> dict[str, Any]:
   """Keys and values of a record, as `record.parse` takes them; its items are not given, only named."""
   row: dict[str, Any] = {}
@@ -139,7 +175,7 @@ def _row(example: Mapping[str, Any], features: Mapping[str, Any]) -> dict[str, A
     if key in modality_keys():
       row[key] = "there"
     elif hasattr(features.get(key), "int2str") and getattr(features[key], "names", None):
-      row[key] = features[key].int2str(int(value)) if value >= 0 else None
+      row[key] = None if value is None or value < 0 else features[key].int2str(int(value))
     else:
       row[key] = _plain(value)
   if all(isinstance(row.get(key), str) and not row[key].strip() for key in TEXT if key in row):
@@ -182,10 +218,14 @@ def open_files(
   for path in paths:
     builder = _builder(str(path).removeprefix("tfds:"), root)
     folder = str(builder.data_path)
-    splits = list(builder.info.splits)
-    for split in itertools.compress(splits, known_splits(splits, str(path))):
-      info = builder.info.splits[split]
-      files = [ranges.as_path(str(file)) for file in info.filepaths]
+    with file_errors(str(path), _WHAT):
+      splits = {name: info.filepaths for name, info in builder.info.splits.items()}
+    for split in itertools.compress(splits, known_splits(list(splits), str(path))):
+      files = [ranges.as_path(str(file)) for file in splits[split]]
+      with file_errors(str(path), _WHAT):  # of a name that no file has
+        lost = [file for file in files if not file.exists()]
+      if lost:
+        raise ValueError(f"{path}: {lost[0]} is missing; {_HOW}")
       options = {"columns": columns, "split": split}
       make = lambda bad, builder=builder, split=split, files=files: _scan(builder, split, files, columns, bad)
       scan = scanned(files, make, bad, revision="tfds-1", options=options, cache=cache)

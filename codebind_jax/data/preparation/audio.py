@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32
 
+from codebind_jax.data.preparation.long_sounds import LongMono, LongSound, long_sound
 from codebind_jax.data.reading import name_of
 from codebind_jax.data.transforms import audio as audio_transforms
 
@@ -18,9 +19,10 @@ _ABSENT = -1.0  # fills chunks that a sound does not have; no log-mel value is b
 
 @dataclasses.dataclass(frozen=True)
 class Sound:
-  """A sound at its own rate: samples [n, channels] and Hz."""
+  """A sound at its own rate: samples [n, channels] and Hz; those of a very long one are read where they are asked for.
+  """
 
-  samples: np.ndarray
+  samples: np.ndarray | LongSound
   rate: int
 
 
@@ -34,6 +36,8 @@ def sound(value: Any) -> Sound:
   """
   if isinstance(value, Sound):
     return value
+  if (long := long_sound(value)) is not None:
+    return Sound(long.first_channel(), long.rate)
   samples, rate = audio_transforms.read_channels(value)
   return Sound(audio_transforms.first_channel(samples, name_of(value, "audio")), rate)
 
@@ -69,9 +73,15 @@ class Mel:
   def read(self, value: Any) -> Float32[np.ndarray, " n"]:
     """Mono samples at `rate` of a path, bytes or an array at 44,100 Hz, see `data.transforms.audio.mono`.
 
+    Of a sound that is too long to be held, its middle.
+
     Raises:
       ValueError: as of `data.transforms.audio.read`.
     """
+    if (long := long_sound(value, self.rate)) is not None:
+      samples = LongMono(long, self.rate)
+      start = (len(samples) - self.length) // 2
+      return samples[start : start + self.length]
     samples, rate = audio_transforms.read_channels(value)
     name = name_of(value, "audio")
     return audio_transforms.resample(audio_transforms.mono(samples, name, rate), rate, self.rate, name)
@@ -120,9 +130,19 @@ class Chunks:
 
   most: int
 
+  def read(self, value: Any) -> Any:
+    """`data.transforms.audio.read`, but for a sound that is too long to be held: what has its slices."""
+    if (long := long_sound(value)) is not None:
+      return LongMono(long, audio_transforms.RATE)
+    return value if isinstance(value, LongMono) else audio_transforms.read(value)
+
   def __call__(self, value: Any) -> Float32[np.ndarray, "most 100 96"]:
     """Chunks of a path, bytes or array."""
-    samples = audio_transforms.loop_to(audio_transforms.read(value), (FRAMES - 1) * 1024)
+    value = self.read(value)
+    if isinstance(value, LongMono):
+      starts = _starts(audio_transforms.sfx_frames(value), self.most)
+      return np.stack([audio_transforms.sfx_part(value, int(start), FRAMES, value.peak) for start in starts])
+    samples = audio_transforms.loop_to(value, (FRAMES - 1) * 1024)
     if len(samples) > audio_transforms.LONG_SOUND:
       starts = _starts(audio_transforms.sfx_frames(samples), self.most)
       return np.stack([audio_transforms.sfx_part(samples, int(start), FRAMES) for start in starts])

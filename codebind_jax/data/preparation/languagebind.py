@@ -103,6 +103,8 @@ class Prepare:
   def _spectrogram(self, value: Sound) -> np.ndarray:
     bins, length = self.size
     rate = audio_transforms.IMAGEBIND_RATE
+    if len(value.samples) > audio_transforms.BLOCK:
+      return self._parts(value)
     wave = audio_transforms.sinc_resample(np.ascontiguousarray(value.samples[:, 0]), value.rate, rate)
     whole = length * rate // 100
     if len(wave) <= whole:
@@ -111,13 +113,32 @@ class Prepare:
       starts = [0, 0, 0]
     else:
       mel = audio_transforms.kaldi_log_mel(wave, bins)
-      # The begin of each third of the places where a part can begin.
-      thirds = np.array_split(np.arange(max(len(mel) - length + 1, 1)), 3)
-      starts = [int(third[0]) if len(third) else 0 for third in thirds]
+      starts = _thirds(len(mel) - length)
     out = np.zeros((3, length, bins), np.float32)
     for part, start in zip(out, starts):
       part[: len(mel) - start] = mel[start : start + length]
+    return self._normalised(out)
+
+  def _parts(self, value: Sound) -> np.ndarray:
+    """The spectrogram of a long sound, without what lies between its parts."""
+    (bins, length), rate = self.size, audio_transforms.IMAGEBIND_RATE
+    hop, window = rate // 100, rate // 40
+    frames = 1 + (-(-len(value.samples) * rate // value.rate) - window) // hop
+    out = np.zeros((3, length, bins), np.float32)
+    for part, start in zip(out, _thirds(frames - length)):
+      stop = min(start + length, frames)
+      wave = audio_transforms.imagebind_part(value.samples, value.rate, start * hop, (stop - 1) * hop + window)[0]
+      part[: stop - start] = audio_transforms.kaldi_log_mel(wave, bins)
+    return self._normalised(out)
+
+  def _normalised(self, out: np.ndarray) -> np.ndarray:
     return ((out - self.mean) / self.std).astype(np.float32).transpose(2, 1, 0)
+
+
+def _thirds(last: int) -> list[int]:
+  """The begin of each third of the places 0 to `last` where a part can begin."""
+  thirds = np.array_split(np.arange(max(last + 1, 1)), 3)
+  return [int(third[0]) if len(third) else 0 for third in thirds]
 
 
 def thermal_picture(value: Any) -> UInt8[np.ndarray, "h w 3"]:

@@ -3,8 +3,10 @@
 import functools
 import io
 import math
+import mmap
 import re
 import tempfile
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,7 @@ _OTHER = (
 # libsndfile's log of a header, in the formats whose samples are one chunk.
 _SIZES = re.compile(r"^ *(?:data|SSND|riff|Data Size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
 _COUNTS = re.compile(r"Calculated frame count (\d+) does not match value from 'ds64' chunk of (\d+)")
-_BLOCK = 1 << 22  # samples
+BLOCK = 1 << 22  # samples
 _TINY = np.finfo(np.float32).eps
 
 
@@ -77,7 +79,7 @@ def read_channels(value: Any) -> tuple[Float32[np.ndarray, "n channels"], int]:
   if isinstance(value, (str, Path, bytes)):
     with file_errors(name, _WHAT):
       samples, rate = _decoded(value, name)
-    _check_rate(rate, name)
+    check_rate(rate, name)
     return _checked(samples, name), rate
   if not hasattr(value, "__array__"):
     raise ValueError(f"audio: got {type(value).__name__}, allowed are a path, bytes or an array")
@@ -105,16 +107,35 @@ def mono(
   else:
     mixed = samples.mean(axis=1)
     energy = _energy(samples, rate)
-    if _cancel(samples.shape[1] ** 2 * _energy(mixed[:, None], rate)[:, 0], energy.sum(axis=1)):
-      loudness = energy.sum(axis=0)
-      loudest = int(np.argmax(loudness >= EQUAL * loudness.max()))
-      remark("cancelling channels", f"{name}: its channels cancel each other; channel {loudest} is taken alone")
-      mixed = samples[:, loudest]
-  offset, deviation = float(mixed.mean(dtype=np.float64)), _deviation(mixed)
-  if abs(offset) > deviation > 0.0:
-    remark("offsets", f"{name}: an offset of {offset:.3g}, larger than the sound itself, is taken off")
+    channel = channel_of(samples.shape[1] ** 2 * _energy(mixed[:, None], rate)[:, 0], energy, name)
+    mixed = samples[:, channel] if channel >= 0 else mixed
+  if offset := offset_of(float(mixed.mean(dtype=np.float64)), _deviation(mixed), name):
     mixed = mixed - np.float32(offset)
   return np.ascontiguousarray(mixed)
+
+
+def channel_of(of_sum: np.ndarray, energy: np.ndarray, name: str) -> int:
+  """The channel that is taken alone where channels cancel each other, which is said; -1 for the mean of all.
+
+  Args:
+    of_sum: energy of the channels' sum in each window.
+    energy: [windows, channels].
+    name: of the sound.
+  """
+  if not _cancel(of_sum, energy.sum(axis=1)):
+    return -1
+  loudness = energy.sum(axis=0)
+  loudest = int(np.argmax(loudness >= EQUAL * loudness.max()))
+  remark("cancelling channels", f"{name}: its channels cancel each other; channel {loudest} is taken alone")
+  return loudest
+
+
+def offset_of(offset: float, deviation: float, name: str) -> float:
+  """The offset that is taken off, which is said: one that is larger than the sound itself; else 0."""
+  if not abs(offset) > deviation > 0.0:
+    return 0.0
+  remark("offsets", f"{name}: an offset of {offset:.3g}, larger than the sound itself, is taken off")
+  return offset
 
 
 def first_channel(samples: Float32[np.ndarray, "n channels"], name: str = "audio") -> Float32[np.ndarray, "n channels"]:
@@ -134,7 +155,7 @@ def _energy(samples: np.ndarray, rate: int) -> np.ndarray:
   step = max(1, int(min(max(len(samples) / WINDOWS, WINDOW[0] * rate), WINDOW[1] * rate)))
   starts = np.arange(max(1, len(samples) // step)) * step
   means = [channel.mean(dtype=np.float64) for channel in samples.T]
-  out, most = np.empty((len(starts), samples.shape[1])), max(1, _BLOCK // step)
+  out, most = np.empty((len(starts), samples.shape[1])), max(1, BLOCK // step)
   for low in range(0, len(starts), most):
     high = min(low + most, len(starts))
     part = samples[starts[low] : starts[high] if high < len(starts) else len(samples)]
@@ -147,7 +168,7 @@ def _deviation(samples: np.ndarray) -> float:
   if len(samples) < LONG_SOUND:
     return float(samples.std(dtype=np.float64))
   mean = samples.mean(dtype=np.float64)
-  blocks = (samples[at : at + _BLOCK] - mean for at in range(0, len(samples), _BLOCK))
+  blocks = (samples[at : at + BLOCK] - mean for at in range(0, len(samples), BLOCK))
   return math.sqrt(sum(float(np.square(block).sum()) for block in blocks) / len(samples))
 
 
@@ -168,13 +189,13 @@ def _name(value: Any) -> str:
 def _decoded(value: str | Path | bytes, name: str) -> tuple[np.ndarray, int]:
   if not isinstance(value, bytes):
     with opened_file(value) as file:  # libsndfile takes the beginning of a name that has a null in it
-      _check_beginning(file, name)
+      check_beginning(file, name)
       if file.read(4) not in _CHAINED:
         return _samples(value, name)
       file.seek(0)
       value = file.read()
   else:
-    _check_beginning(io.BytesIO(value), name)
+    check_beginning(io.BytesIO(value), name)
   if len(parts := _parts(value)) > 1:
     read = [_one_part(part, name) for part in parts]
     if len(kinds := sorted({(rate, samples.shape[1]) for samples, rate in read})) > 1:
@@ -201,26 +222,31 @@ def _one_part(value: bytes, name: str) -> tuple[np.ndarray, int]:
 
 def _parts(content: bytes) -> list[bytes]:
   """The sounds of a chained Ogg file, or of FLAC files put one behind another; libsndfile reads the first alone."""
-  if content[:4] == b"fLaC":
-    starts = [found.start() for found in _FLAC.finditer(content)]
-  elif content[:4] == b"OggS":
-    starts, at, opened = [], 0, False
-    while content[at : at + 4] == b"OggS" and at + 27 <= len(content):
-      begins = bool(content[at + 5] & 2)
-      if begins and not opened:  # several streams may begin together
-        starts.append(at)
-      opened = begins
-      segments = content[at + 26]
-      at += 27 + segments + sum(content[at + 27 : at + 27 + segments])
-  else:
-    return [content]
+  starts = starts_of(content)
   return [content[start:stop] for start, stop in zip([0, *starts[1:]], [*starts[1:], len(content)])]
+
+
+def starts_of(content: bytes | mmap.mmap) -> list[int]:
+  """Where each of the sounds of `_parts` begins."""
+  if content[:4] == b"fLaC":
+    return [found.start() for found in _FLAC.finditer(content)] or [0]
+  if content[:4] != b"OggS":
+    return [0]
+  starts, at, opened = [], 0, False
+  while content[at : at + 4] == b"OggS" and at + 27 <= len(content):
+    begins = bool(content[at + 5] & 2)
+    if begins and not opened:  # several streams may begin together
+      starts.append(at)
+    opened = begins
+    segments = content[at + 26]
+    at += 27 + segments + sum(content[at + 27 : at + 27 + segments])
+  return starts or [0]
 
 
 def _samples(file: Any, name: str) -> tuple[np.ndarray, int]:
   found, whole = None, True
   with soundfile.SoundFile(file) as sound:
-    _check_head(sound, name)
+    check_head(sound, name)
     if sound.format == "MP3":
       content = file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
       found = mp3.frames(content)
@@ -246,11 +272,11 @@ def _samples(file: Any, name: str) -> tuple[np.ndarray, int]:
     remark("sounds of several parts", f"{name}: has more frames than its header says, as sounds one behind another "
            "have; all are taken")  # fmt: skip
   with soundfile.SoundFile(io.BytesIO(mp3.with_length(content, found))) as sound:
-    _check_head(sound, name)
+    check_head(sound, name)
     return sound.read(dtype="float32", always_2d=True), sound.samplerate
 
 
-def _check_beginning(file: Any, name: str) -> None:
+def check_beginning(file: Any, name: str) -> None:
   """Refuses an empty file, several in one, and formats that libsndfile does not read; leaves it at its beginning."""
   head = file.read(64)
   for form, order, what in _CHUNKED:
@@ -268,11 +294,11 @@ def _check_beginning(file: Any, name: str) -> None:
       raise ValueError(f"{name}: {what}, a format that is not supported; allowed: {ALLOWED}")
 
 
-def _check_head(sound: soundfile.SoundFile, name: str) -> None:
-  """Refuses a header that asks for too much memory, or for more data than there are."""
+def check_head(sound: soundfile.SoundFile, name: str, windows: bool = False) -> None:
+  """Refuses a header that asks for more data than there are, or, unless windows of it are read, for too much memory."""
   if sound.frames >= _UNKNOWN:
     raise ValueError(f"{name}: its header does not say how long it is; write it anew into a file, not a pipe")
-  if sound.frames * sound.channels > LARGEST:
+  if sound.frames * sound.channels > LARGEST and not windows:
     raise ValueError(f"{name}: its header says {sound.frames:,} samples of {sound.channels} channels; allowed are "
                      f"{LARGEST:,} of all channels; cut it into parts")  # fmt: skip
   for said, there in _SIZES.findall(sound.extra_info):
@@ -299,17 +325,18 @@ def check(path: Path) -> None:
   name = str(path)
   with file_errors(name, _WHAT):
     with opened_file(path) as file:
-      _check_beginning(file, name)
+      check_beginning(file, name)
     with soundfile.SoundFile(path) as sound:
-      _check_head(sound, name)
-      _check_rate(sound.samplerate, name)
+      check_head(sound, name, windows=True)
+      check_rate(sound.samplerate, name)
       found = mp3.frames(Path(path).read_bytes()) if sound.format == "MP3" else None
       there = found.count * found.samples if found else 0
       if found and found.tells and found.ends and there < sound.frames - _MP3_DELAY:
         raise ValueError(f"{name}: cut off, its header says {sound.frames} samples and there are about {there}")
 
 
-def _check_rate(rate: int | float, name: str) -> None:
+def check_rate(rate: int | float, name: str) -> None:
+  """Raises a ValueError for a rate out of range, in Hz."""
   if not RATES[0] <= rate <= RATES[1]:
     raise ValueError(f"{name}: got a rate of {rate} Hz, allowed are {RATES[0]} to {RATES[1]}")
 
@@ -353,7 +380,7 @@ def resample(
     ValueError: if a rate is out of range, or so few samples are given that none would be left.
   """
   for hertz in (rate, new_rate):
-    _check_rate(hertz, name)
+    check_rate(hertz, name)
   if rate == new_rate:
     return samples.astype(np.float32, copy=False)
   if len(samples) * new_rate / rate > LARGEST:
@@ -379,7 +406,7 @@ def sinc_resample(
     ValueError: if a rate is out of range.
   """
   for hertz in (rate, new_rate):
-    _check_rate(hertz, name)
+    check_rate(hertz, name)
   old, new = (hertz // math.gcd(rate, new_rate) for hertz in (rate, new_rate))
   if old == new:
     return samples.astype(np.float32, copy=False)
@@ -458,21 +485,22 @@ def _peak(samples: np.ndarray) -> float:
   return max(float(samples.max()), -float(samples.min()), 1e-9)
 
 
-def sfx_frames(samples: Float[np.ndarray, " n"]) -> int:
+def sfx_frames(samples: Sized) -> int:
   """How many frames `sfx_log_mel` gives."""
   return 1 + len(samples) // 1024
 
 
-def sfx_part(samples: Float[np.ndarray, " n"], first: int, frames: int) -> Float32[np.ndarray, "frames 96"]:
+def sfx_part(samples: Any, first: int, frames: int, peak: float = 0.0) -> Float32[np.ndarray, "frames 96"]:
   """Some frames of `sfx_log_mel` of a long sound, without the others.
 
   Args:
-    samples: mono at 44,100 Hz.
+    samples: mono at 44,100 Hz, an array or what has slices as one.
     first: number of the first frame.
     frames: how many.
+    peak: largest size of a sample, which the sound is divided by; the array's own for 0.
   """
   low, high = first * 1024 - 1024, (first + frames) * 1024
-  part = samples[max(low, 0) : high] / _peak(samples)
+  part = samples[max(low, 0) : high] / (peak or _peak(samples))
   part = np.pad(part.astype(np.float32), (max(-low, 0), max(high - max(low, 0) - len(part), 0)))
   windows = np.lib.stride_tricks.sliding_window_view(part, 2048)[::1024][:frames]
   window = (0.5 - 0.5 * np.cos(2.0 * np.pi * np.arange(2048) / 2048)).astype(np.float32)
@@ -540,12 +568,29 @@ def kaldi_log_mel(samples: Float[np.ndarray, " n"], bands: int = 128) -> Float32
   return np.log(np.maximum(_power(frames * window, 512) @ _kaldi_bank(bands).T, _TINY))
 
 
-def _at_imagebind_rate(columns: np.ndarray, rate: int) -> np.ndarray:
+def _at_imagebind_rate(samples: np.ndarray, rate: int) -> np.ndarray:
+  columns = samples.reshape(len(samples), -1).T
   return np.stack([sinc_resample(np.ascontiguousarray(column), rate, IMAGEBIND_RATE) for column in columns])
 
 
+def imagebind_part(samples: Any, rate: int, start: int, stop: int) -> Float32[np.ndarray, "channels m"]:
+  """Some samples of a long sound at 16,000 Hz by `sinc_resample`, without the others.
+
+  Args:
+    samples: [n] or [n, channels], an array or what has slices as one.
+    rate: of the samples, Hz.
+    start, stop: of the result, at 16,000 Hz.
+  """
+  old, new = (hertz // math.gcd(rate, IMAGEBIND_RATE) for hertz in (rate, IMAGEBIND_RATE))
+  # Of whole periods around the part, as the filter reaches beyond it.
+  reach = math.ceil(6 * old / (0.99 * min(old, new))) // old + 2
+  first, last = max(start // new - reach, 0), stop // new + 1 + reach
+  part = _at_imagebind_rate(samples[first * old : last * old], rate)
+  return part[:, start - first * new : stop - first * new]
+
+
 def imagebind_log_mel(
-  samples: Float[np.ndarray, "n *channels"], rate: int = RATE, *, clips: int = 3, seconds: float = 2.0,
+  samples: Any, rate: int = RATE, *, clips: int = 3, seconds: float = 2.0,
   frames: int = 204,
 ) -> Float32[np.ndarray, "clips 128 frames 1"]:
   """ImageBind's audio input: clips of 2 s, evenly spaced, as spectrograms with mean -4.268 and deviation 9.138 removed.
@@ -555,7 +600,7 @@ def imagebind_log_mel(
   so that clips which overlap are shifted again (seen where a clip begins or ends inside another one's frame).
 
   Args:
-    samples: one channel or several.
+    samples: [n] or [n, channels], an array or what has slices as one.
     rate: of the samples, Hz.
     clips: how many, from the beginning to the end of the sound.
     seconds: length of a clip.
@@ -566,21 +611,15 @@ def imagebind_log_mel(
   """
   if clips < 1:
     raise ValueError(f"clips: got {clips}, allowed are 1 and up")
-  columns = samples.reshape(len(samples), -1).T
   old, new = (hertz // math.gcd(rate, IMAGEBIND_RATE) for hertz in (rate, IMAGEBIND_RATE))
   length = -(-len(samples) * new // old)
-  long = len(samples) > _BLOCK
-  wave = np.zeros((len(columns), 0)) if long else _at_imagebind_rate(columns, rate)
+  long = len(samples) > BLOCK
+  wave = None if long else _at_imagebind_rate(samples, rate)
   step = max(length / IMAGEBIND_RATE - seconds, 0.0) / max(clips - 1, 1)
   out = np.zeros((clips, frames, 128), np.float32)
   for i, row in enumerate(out):
     start, stop = int(i * step * IMAGEBIND_RATE), min(int((i * step + seconds) * IMAGEBIND_RATE), length)
-    if long:  # of whole periods around the clip, as the filter reaches beyond it
-      reach = math.ceil(6 * old / (0.99 * min(old, new))) // old + 2
-      first, last = max(start // new - reach, 0), stop // new + 1 + reach
-      clip = _at_imagebind_rate(columns[:, first * old : last * old], rate)[:, start - first * new : stop - first * new]
-    else:
-      clip = wave[:, start:stop]
+    clip = imagebind_part(samples, rate, start, stop) if long else wave[:, start:stop]
     clip -= clip.mean()
     mel = kaldi_log_mel(clip[0])[:frames]
     row[: len(mel)] = mel

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -28,9 +27,7 @@ class WorldSource(Source):
     read = [annotate(row, split) for row in found[split]] if annotate else found[split]
     self._rows = rows = [{("text" if k == "texts" else k): v for k, v in row.items()} for row in read]
     self._folder, self._split = folder, split
-    manifest = (folder / "manifest.json").read_bytes()
-    self._fingerprint = hashlib.sha256(manifest).hexdigest()
-    self._arrays = tuple(json.loads(manifest).get("modalities", ("image",)))
+    self._fingerprint, self._arrays = store.fingerprint(folder), store.array_modalities(folder)
     has = ([*(["text"] if row.get("text") else []), *row.get("has", self._arrays)] for row in rows)
     super().__init__("/".join([*folder.parts[-3:-1], split]), index_of(rows, has), self._fingerprint)
     self._reader, self._lock = None, threading.Lock()
@@ -63,7 +60,11 @@ class WorldSource(Source):
       if self._reader is None:
         self._reader = store.open_records(self._folder, self._split, self._arrays)
       reader = self._reader
-    record = reader[number]
+    try:
+      record = reader[number]
+    except (RuntimeError, IndexError, ValueError) as error:  # array_record's are RuntimeErrors
+      raise ValueError(f"{self._folder}: record {number} of split {self._split!r} is damaged ({error}); remove the "
+                       "folder and run prepare again") from error  # fmt: skip
     if record["id"].decode() != self._rows[number]["id"]:
       raise ValueError(f"{self._folder}: record {number} of split {self._split!r} is {record['id']!r}, its index says "
                        f"{self._rows[number]['id']!r}; remove the folder and run prepare again")  # fmt: skip

@@ -3,11 +3,14 @@
 Beside the records lie `manifest.json` (hashes of packages and tables, counts), `index.json` (all fields but the arrays,
 in record order) and `ATTRIBUTION.md`. A world appears whole, by one rename, or not at all.
 
-The manifest carries a checksum of itself and of the index, which are verified whenever a world is opened. The records
-are not: their files are large and read in parts, and array_record verifies a hash of each record when that is read.
+The manifest carries a checksum of itself and of each of the small files, the index and tfds's descriptions, which are
+verified whenever a world is opened. The records are not: their files are large and read in parts, and array_record
+verifies a hash of each record when that is read.
 """
 
 import contextlib
+import errno
+import hashlib
 import io
 import json
 import shutil
@@ -22,6 +25,10 @@ from PIL import Image
 
 from codebind_jax import files
 from codebind_jax.data.worlds import fetch, names
+
+_DESCRIPTIONS = ("dataset_info.json", "features.json")  # tfds's, of the records
+_FILES = "files"  # key of a manifest: name -> checksum of each small file
+_TYPED = {"text": [str], "texts": [str], "has": [str], "label": str, "split": str, "group": str}  # of an index's rows
 
 
 def world_dir(root: Path, world: str, profile: str, version: str) -> Path:
@@ -45,16 +52,64 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
   if not path.is_file():
     return None
   try:
-    manifest = _verified(json.loads(path.read_text(encoding="utf-8")), path)
+    manifest = _verified(files.read_json(path), path)
+    files.check_form(manifest, {"tables": {str: str}}, path)
+    if "modalities" in manifest:
+      files.check_form(manifest, {"modalities": [str]}, path)
     current = all(names.table_hash(name) == digest for name, digest in manifest["tables"].items())
-  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+  except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+    if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.EISDIR, errno.ENAMETOOLONG):
+      raise
     raise ValueError(f"{path}: damaged ({error}); remove {folder} and run prepare again") from error
   return manifest if current else None
 
 
 def _verified(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
   """A manifest whose checksum is that of its values; one of a world that was built without is taken as it is."""
-  return files.unsealed(manifest, path) if files.SEAL in manifest else manifest
+  files.check_form(manifest, {}, path)
+  found = files.unsealed(manifest, path) if files.SEAL in manifest or _FILES in manifest else manifest
+  if _FILES in found:
+    files.check_form(found, {_FILES: {str: str}}, path)
+  return found
+
+
+def fingerprint(folder: Path) -> str:
+  """A hash of what a world was built of and holds: of its manifest, but for tfds's descriptions and the layout."""
+  manifest = _manifest(folder)
+  manifest[_FILES] = {name: value for name, value in manifest.get(_FILES, {}).items() if name not in _DESCRIPTIONS}
+  return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def array_modalities(folder: Path) -> tuple[str, ...]:
+  """The array modalities of a built world's records."""
+  return tuple(_manifest(folder).get("modalities", ("image",)))
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+  """The manifest of a built world, of whatever tables; verified."""
+  path = folder / "manifest.json"
+  try:
+    return _verified(files.read_json(path), path)
+  except ValueError as error:
+    raise ValueError(f"{path}: damaged ({error}); remove {folder} and run prepare again") from error
+
+
+def _read_verified(folder: Path, name: str) -> bytes:
+  """A small file of a built world, whose checksum is the one that its manifest has, if it has one.
+
+  Raises:
+    ValueError: naming the file, if it is missing or another one than was built.
+  """
+  path = folder / name
+  expected = _manifest(folder).get(_FILES, {}).get(name) if (folder / "manifest.json").is_file() else None
+  try:
+    content = path.read_bytes()
+    found = files.checksum(content)
+    if expected not in (None, found):
+      raise ValueError(f"it has checksum {found}, its manifest says {expected}")
+  except (FileNotFoundError, ValueError) as error:
+    raise ValueError(f"{path}: damaged ({error}); remove {folder} and run prepare again") from error
+  return content
 
 
 def read_index(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -63,27 +118,30 @@ def read_index(folder: Path) -> dict[str, list[dict[str, Any]]]:
   Raises:
     ValueError: naming the file, if it is missing, damaged, or not the one that was built.
   """
-  path, about = folder / "index.json", folder / "manifest.json"
+  content = _read_verified(folder, "index.json")
   try:
-    content = path.read_bytes()
-    expected = None
-    if about.is_file():
-      expected = _verified(json.loads(about.read_text(encoding="utf-8")), about).get("index")
-    found = files.checksum(content)
-    if expected not in (None, found):
-      raise ValueError(f"its index says checksum {found}, its manifest {expected}")
-    index = json.loads(content)
-    if not isinstance(index, dict) or not all(isinstance(rows, list) for rows in index.values()):
-      raise ValueError("no object of lists")
-  except (FileNotFoundError, ValueError, AttributeError, RecursionError) as error:
-    raise ValueError(f"{path}: damaged ({error}); remove {folder} and run prepare again") from error
+    index = files.from_json(content, folder / "index.json")
+    files.check_form(index, {str: [{"id": str}]}, folder / "index.json")
+    for split, rows in index.items():
+      for number, row in enumerate(rows):
+        for key in _TYPED.keys() & row.keys():
+          if row[key] is not None or key == "has":
+            files.check_form(row[key], _TYPED[key], f"row {number} of {split!a:.80}: {key}")
+  except ValueError as error:
+    raise ValueError(f"{folder / 'index.json'}: damaged ({error}); remove {folder} and run prepare again") from error
   return index
 
 
-def open_records(folder: Path, split: str, encoded: Iterable[str]) -> Sequence[dict[str, Any]]:
-  """Random access to a split's records; the fields in `encoded` stay the bytes of their file format."""
+def open_records(folder: Path, split: str, encoded: Iterable[str]) -> Sequence:
+  """Random access to a split's records; the fields in `encoded` stay the bytes of their file format.
+
+  Raises:
+    ValueError: naming the file, if a description of the records is missing or damaged.
+  """
   import tensorflow_datasets as tfds
 
+  for name in _DESCRIPTIONS:
+    _read_verified(folder, name)
   raw = {key: tfds.decode.SkipDecoding() for key in encoded}
   with _verbosity(logging.WARNING):
     return tfds.builder_from_directory(folder).as_data_source(split, decoders=raw)
@@ -159,7 +217,8 @@ def build(
       built = _write_records(Path(scratch), world, profile, version, splits, features)
       _write_index(built, splits, arrays)
       manifest, attribution = finish()
-      manifest |= {"modalities": list(arrays), "index": files.file_checksum(built / "index.json")}
+      small = {name: files.file_checksum(built / name) for name in ("index.json", *_DESCRIPTIONS)}
+      manifest |= {"modalities": list(arrays), _FILES: small}
       (built / "ATTRIBUTION.md").write_text(attribution)
       (built / "manifest.json").write_text(json.dumps(files.sealed(manifest), indent=1, sort_keys=True) + "\n")
       files.replace_folder(built, final)

@@ -1,25 +1,22 @@
-"""Nearest neighbours by cosine, exactly: ids and vectors in, ids and scores out.
+"""The index of vectors, which are L2-normalised and compared by inner product.
 
-Vectors are L2-normalised and compared by inner product: with faiss (`IndexFlatIP`) where it is installed (`pip install
-codebind_jax[search]`), else with numpy, block by block; `Index.backend` says which. Both give the same neighbours, and
-of equal ones those that were added first.
+With faiss it is an `IndexFlatIP`, else numpy block by block; `Index.backend` says which.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from absl import logging
 from jaxtyping import Float
 
 from codebind_jax import files
 from codebind_jax.embedding import shards, tables
+from codebind_jax.search import checks
+from codebind_jax.search.ids import Ids, check_list
 
-BACKENDS = ("auto", "faiss", "numpy")
 _COLUMNS = ["id", "vector"]
 _KIND = "index"
 _BLOCK = 1 << 24  # scores held at once
@@ -46,14 +43,8 @@ class Index:
   """
 
   def __init__(self, backend: str = "auto"):
-    if backend not in BACKENDS:
-      raise ValueError(f"backend: got {backend!r}; allowed: {list(BACKENDS)}")
-    installed = importlib.util.find_spec("faiss") is not None
-    if backend == "faiss" and not installed:
-      raise ValueError("backend: 'faiss' is not installed (pip install codebind_jax[search]); allowed: 'numpy'")
-    self.backend = "numpy" if backend == "numpy" or not installed else "faiss"
-    self._ids: list[Any] = []
-    self._known: set[Any] = set()
+    self.backend = checks.backend_of(backend)
+    self._ids = Ids()
     self._store: _Blocks | _Faiss | None = None
 
   def __len__(self) -> int:
@@ -75,38 +66,19 @@ class Index:
       ValueError: for one id or vector where a list is needed; if counts or widths differ, an id is there already or of
         another kind, a string of half a surrogate pair or an integer beyond 64 bits, or a vector is zero or not finite.
     """
-    if not isinstance(ids, Sequence | np.ndarray) or isinstance(ids, str | bytes) or np.ndim(ids) != 1:
-      raise ValueError(f"ids: got {ids!r:.60}; a list of ids is needed, [id] for one")
-    vectors = _matrix(vectors, "vectors")
+    check_list(ids)
+    vectors = checks.matrix(vectors, "vectors")
     if len(ids) != len(vectors):
       raise ValueError(f"ids: got {len(ids)} for {len(vectors)} vectors")
-    names = self._checked(ids)
+    names = self._ids.checked(ids)
     if names:
-      self._append(names, _unit(vectors, self.width, names))
+      self._append(names, checks.unit(vectors, self.width, names))
 
-  def _checked(self, ids: Sequence[Any] | np.ndarray, first: int | None = None) -> list[Any]:
-    """Ids that may be added, plain; `first` is the row of a file that the first one is in, for errors."""
-    kind, fresh, names = type(self._ids[0]) if self._ids else None, set(), []
-    for number, value in enumerate(ids):
-      try:
-        name = _plain(value)
-        kind = kind or type(name)
-        if type(name) is not kind:
-          raise ValueError(f"ids: got {name!r} in an index of {kind.__name__}; allowed: one kind alone")
-        if name in self._known or name in fresh:
-          raise ValueError(f"ids: {name!r} is there twice; allowed: each id once")
-      except ValueError as error:
-        raise error if first is None else ValueError(f"row {first + number}: {error}") from error
-      fresh.add(name)
-      names.append(name)
-    return names
-
-  def _append(self, names: list[Any], unit: np.ndarray) -> None:
+  def _append(self, names: Sequence[Any], unit: np.ndarray) -> None:
     if self._store is None:
       self._store = (_Faiss if self.backend == "faiss" else _Blocks)(unit.shape[1])
     self._store.add(unit)
-    self._ids += names
-    self._known.update(names)
+    self._ids.add(names)
 
   def search(self, queries: Any, k: Any = 10) -> tuple[np.ndarray, Float[np.ndarray, "q k"]]:
     """The k nearest neighbours of every query, best first; all vectors where the index holds fewer than k.
@@ -123,12 +95,9 @@ class Index:
     """
     if self._store is None:
       raise ValueError("the index is empty; add something first")
-    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-      raise ValueError(f"k: got {k!r}; allowed: whole numbers, 1 and up")
-    queries = _matrix(queries, "queries")
-    unit = _unit(queries, self.width, [f"query {number}" for number in range(len(queries))])
-    numbers, scores = self._nearest(unit, min(int(k), len(self)))
-    return np.array([self._ids[number] for number in numbers.flat]).reshape(numbers.shape), scores
+    k = checks.neighbours(k)
+    numbers, scores = self._nearest(checks.unit_queries(queries, self.width), min(k, len(self)))
+    return self._ids.take(numbers), scores
 
   def _nearest(self, unit: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Numbers and scores of the k nearest, ties by position: a backend's candidates, compared anew in float64.
@@ -172,7 +141,7 @@ class Index:
     kind = pa.list_(pa.float32(), self.width)
     parts, start = [], 0
     for block in self._store.blocks():
-      ids = pa.array(self._ids[start : start + len(block)])
+      ids = self._ids.array(start, start + len(block))
       vectors = pa.FixedSizeListArray.from_arrays(pa.array(block.reshape(-1)), type=kind)
       parts.append(pa.table([ids, vectors], _COLUMNS))
       start += len(block)
@@ -188,23 +157,14 @@ class Index:
       ValueError: if there is no such file, or it is not an index, or damaged; naming the first bad row, if an id or a
         vector is null, an id is there twice, or a vector is not finite, not of unit length or of another width.
     """
-    file, index = files.path(path), cls(backend)
-    if not files.is_file(file):
-      raise ValueError(f"{str(path)!r}: there is no such file")
-    try:
-      local = files.fetched(file)
-      with tables.open_table(local, "a readable index") as table:
-        if table.names != _COLUMNS or table.about and table.about.get("kind") != _KIND:
-          raise ValueError(f"columns {table.names}, not {_COLUMNS}")
-        if not table.about:
-          logging.warning("%s: another program wrote it, without checksums: its values are not verified", file)
-        for group in table.groups(_COLUMNS):
-          index._add_saved(group)
-        if table.about and index.width != table.about.get("width"):
-          raise ValueError(f"damaged: vectors of width {index.width}; its metadata say {table.about.get('width')}")
-    except ValueError as error:
-      why = str(error).removeprefix(f"{local}: ")
-      raise ValueError(f"{str(path)!r} is not an index that was saved, or it is damaged ({why})") from error
+    index = cls(backend)
+    with checks.opened(path, _KIND, "index", foreign=True) as table:
+      if table.names != _COLUMNS:
+        raise ValueError(f"columns {table.names}, not {_COLUMNS}")
+      for group in table.groups(_COLUMNS):
+        index._add_saved(group)
+      if table.about and index.width != table.about.get("width"):
+        raise ValueError(f"damaged: vectors of width {index.width}; its metadata say {table.about.get('width')}")
     return index
 
   def _add_saved(self, group: tables.Group) -> None:
@@ -215,8 +175,8 @@ class Index:
       row = int(np.flatnonzero(group.columns["vector"].is_null().to_numpy(zero_copy_only=False))[0])
       raise ValueError(f"row {group.first + row}: column 'vector' has {group.columns['vector'].null_count} nulls; "
                        "allowed: none")  # fmt: skip
-    names = self._checked(names, group.first)
-    unit = _unit(vectors, self.width, names, group.first)
+    names = self._ids.checked(names, group.first)
+    unit = checks.unit(vectors, self.width, names, group.first)
     if len(other := np.flatnonzero(np.abs(unit - vectors).max(axis=1, initial=0.0) > _ROUNDING)):
       raise ValueError(f"row {group.first + other[0]}: that of {names[other[0]]!r} is not of unit length; add vectors "
                        "to an index to have them normalised")  # fmt: skip
@@ -243,7 +203,7 @@ class Index:
     if part not in shards.PARTS:
       raise ValueError(f"part: got {part!r}; allowed: {list(shards.PARTS)}")
     index = cls(backend)
-    for path, ids, vectors in shards.read_parts(files.path(folder), shards.column_name(modality, part)):
+    for path, ids, vectors, _ in shards.read_parts(files.path(folder), shards.column_name(modality, part)):
       try:
         index.add(ids, vectors)
       except ValueError as error:
@@ -312,52 +272,3 @@ class _Faiss:
   def search(self, unit: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     scores, numbers = self._index.search(unit, k)
     return numbers, scores
-
-
-def _plain(value: Any) -> str | int:
-  if isinstance(value, str):
-    name = str(value)
-    if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
-      raise ValueError(f"ids: got {name!r}, which has half a surrogate pair; allowed: strings of whole characters")
-    return name
-  if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-    if not -(2**63) <= value < 2**63:
-      raise ValueError(f"ids: got {value!r}; allowed: integers of 64 bits, or strings")
-    return int(value)
-  raise ValueError(f"ids: got {value!r}; allowed: strings or integers")
-
-
-def _matrix(vectors: Any, name: str) -> np.ndarray:
-  """Rows of numbers.
-
-  Raises:
-    ValueError: if it is something else: one vector, ragged lists, words.
-  """
-  try:
-    array = np.asarray(vectors)
-  except ValueError as error:
-    raise ValueError(f"{name}: rows of different lengths; allowed: [rows, width]") from error
-  if array.ndim != 2 or not array.shape[1]:
-    raise ValueError(f"{name}: got shape {array.shape}; allowed: [rows, width]")
-  if not (np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)):
-    try:
-      array = array.astype(np.float32) if array.dtype.kind == "V" else None  # bfloat16 and its like
-    except (TypeError, ValueError):
-      array = None
-    if array is None:
-      raise ValueError(f"{name}: got values of type {np.asarray(vectors).dtype}; allowed: numbers")
-  return array.astype(np.float32, copy=False) if array.dtype != np.float64 else array
-
-
-def _unit(vectors: Any, width: int | None, names: Sequence[Any], first: int | None = None) -> np.ndarray:
-  """Rows of norm 1, float32; `first` is the row of a file that the first one is in, for errors."""
-  array = np.asarray(vectors)
-  if width is not None and array.shape[1] != width:
-    raise ValueError(f"vectors: got width {array.shape[1]}; this index has width {width}")
-  with np.errstate(invalid="ignore"):  # a signalling NaN, which is refused here
-    length = np.linalg.norm(array.astype(np.float64), axis=1, keepdims=True)
-  wrong = np.flatnonzero(~np.isfinite(length[:, 0]) | (length[:, 0] == 0))
-  if len(wrong):
-    row = "" if first is None else f"row {first + wrong[0]}: "
-    raise ValueError(f"{row}vectors: that of {names[wrong[0]]!r} is zero or not finite; a cosine needs a direction")
-  return np.ascontiguousarray(array / length, np.float32)
