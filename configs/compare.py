@@ -6,9 +6,11 @@ Command: python -m codebind_jax.main --config=configs/compare.py --workdir=runs/
          configs/compare.py:generalise   heads transferred between sounds, pictures and names (Icons and Menagerie)
          configs/compare.py:equal        the synthetic world with equal qualities, fixed anchors and CentroBind alone;
                                          --config.compare.against=runs/compare/comparison.json adds claims about both
+         configs/compare.py:bytes        Icons: codes of 8 to 192 bytes an item beside quantisers of faiss, which the
+                                         extra `search` installs; --config.test=True measures the test sets at the end
 After a further comma: `ablations` for DCID and CodeBind without their parts, `regularised` for plain InfoNCE and
 CodeBind alone, each with mixup, dropout and weight decay, `runlocal` for a quick look (one seed, no tuning, little
-data), `full` (generalise alone) for that profile of the data, which has clips.
+data), `full` for that profile of the data, which has clips (generalise), or for all data and steps of stage 1 (bytes).
 Writes comparison.md, comparison.json and figures; a second run of the command continues the first.
 Several processes, or machines that share the folder, can each take some variants; the plain command then collects:
          ... --workdir=runs/compare --config.compare.only=dcid,fcid
@@ -25,7 +27,10 @@ QUALITY = {"audio": 0.15, "depth": 0.35, "video": 0.6, "image": 1.0}
 CODEBIND = {"info_nce": 1.0, "commitment": 10.0, "code_matching": 0.05, "decomposition": 0.1, "specific_uniform": 1.0}
 # Ways to regularise that need no codes; plain InfoNCE and CodeBind are compared under each.
 REGULARISED = {"mixup": {"mixup": 1.0}, "dropout": {"dropout": 0.3}, "weight_decay": {"weight_decay": 1.0}}
-WORLDS, FORMS = ("real", "generalise", "equal"), ("runlocal", "ablations", "regularised", "full")
+# Codes as product quantisers have them, trained as a search uses them: queries uncoded, items coded.
+SMALL = {"positions": "own", "unit_parts": True, "rotation": "learned", "start": "opq"}
+SEARCHED = {"info_nce_plain": 0.5, "info_nce_asymmetric": 0.5, "commitment": 1.0}
+WORLDS, FORMS = ("real", "generalise", "equal", "bytes"), ("runlocal", "ablations", "regularised", "full")
 
 
 def variant(method="codebind", quantize=True, losses=None, *, regularised=(), **options):
@@ -127,18 +132,53 @@ def equal(form):
   return config, {name: v for name, v in variants.items() if name == "centrobind" or v.method == "fixed_anchor"}
 
 
+def small(config, longer):
+  """Plain InfoNCE in each regularisation, also for more steps; for each size codes that start from the best of them.
+
+  Also codes as published, of the same sizes, from scratch.
+
+  Args:
+    config: whose `compare.bytes` has the sizes.
+    longer: numbers of steps of further baselines.
+  """
+  plain, width = {"info_nce": 1.0}, config.model.shared_dim
+  ways = {"": {"mixup": 0.0}} | {f"_{way}": {"mixup": 0.0} | settings for way, settings in REGULARISED.items()}
+  baselines = {
+    f"info_nce{way}" + (f"_{steps}" if steps else ""): variant(
+      quantize=False, losses=plain, regularised=settings | ({"steps": steps} if steps else {})
+    ) for steps in (0, *longer) for way, settings in ways.items()
+  }  # fmt: skip
+  follows, found = tuple(baselines), {}
+  of = lambda size, **more: ConfigDict({"dim": width // size, "shared_codes": 256} | more)
+  for size in config.compare.bytes.sizes:
+    found[f"codes_{size}"] = variant(
+      losses=SEARCHED, regularised={"codebook": of(size, **SMALL), "follows": follows, "warm": True}
+    )
+    found[f"published_{size}"] = variant(
+      losses=worlds.LOSSES,
+      regularised={"codebook": of(size), "follows": follows, "steps": config.steps + max((config.steps, *longer))},
+    )
+  config.compare.bytes.baselines = follows
+  return baselines | found
+
+
 def get_config(arg=""):
   words = [word for word in arg.split(",") if word]
   for word in words:
     if word not in (*WORLDS, *FORMS):
       raise ValueError(f"configs/compare.py:{arg}: unknown argument {word!r}; allowed: {', '.join((*WORLDS, *FORMS))}")
-  if "full" in words and ("generalise" not in words or "runlocal" in words):
-    raise ValueError(f"configs/compare.py:{arg}: 'full' goes with generalise alone, and not with runlocal")
+  if "full" in words and (not {"generalise", "bytes"} & set(words) or "runlocal" in words):
+    raise ValueError(f"configs/compare.py:{arg}: 'full' goes with generalise or bytes, and not with runlocal")
   if len(set(words) & set(WORLDS)) > 1 or len(set(words) & {"equal", "ablations", "regularised"}) > 1:
     raise ValueError(f"configs/compare.py:{arg}: {', '.join(WORLDS)} exclude one another, as do 'equal', 'ablations' "
                      "and 'regularised'")  # fmt: skip
   form = next((word for word in ("runlocal", "full") if word in words), "")
-  if "equal" in words:
+  if "bytes" in words:
+    if len(set(words) - {"bytes", form}):
+      raise ValueError(f"configs/compare.py:{arg}: 'bytes' goes with runlocal or full alone")
+    config = compare_worlds.small(form)
+    variants = small(config, () if form == "runlocal" else (2 * config.steps, 4 * config.steps))
+  elif "equal" in words:
     config, variants = equal(form)
   elif set(words) & set(WORLDS):
     config = (compare_worlds.real if "real" in words else compare_worlds.generalise)(form)
@@ -152,8 +192,11 @@ def get_config(arg=""):
     variants = without_parts(variants["dcid"], variants["codebind"])
   elif "regularised" in words:
     variants = regularised(variants)
-  elif form != "runlocal" and "equal" not in words:
+  elif form != "runlocal" and not {"equal", "bytes"} & set(words):
     variants |= regularised(variants)
-  config.compare.read_before = "comparisons with fewer rates, seeds and variants" * (form != "runlocal")
+  before = "comparisons with fewer sizes, rates and seeds" if "bytes" in words else (
+    "comparisons with fewer rates, seeds and variants"
+  )
+  config.compare.read_before = before * (form != "runlocal")
   config.compare.variants = ConfigDict(variants)
   return config.lock()

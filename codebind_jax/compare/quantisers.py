@@ -16,9 +16,10 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
+from codebind_jax.config import QUANTISERS
+
 FLOATS = {"float32": np.float32, "float16": np.float16}  # have a size of their own
-NAMES = (*FLOATS, "sq8", "sq4", "pq", "opq", "rq", "lsq")
-Quantiser = Literal["float32", "float16", "sq8", "sq4", "pq", "opq", "rq", "lsq"]
+Quantiser = Literal[QUANTISERS]
 CODE = 8  # bits of a code of PQ, OPQ, RQ and LSQ
 STAGES = 12  # codes of a part of a product-residual or product-local-search quantiser, at most
 
@@ -57,6 +58,13 @@ def fitting(name: Quantiser, width: int, size: int) -> bool:
   return width % size == 0
 
 
+def rows_needed(name: Quantiser, size: int) -> int:
+  """The fewest training rows that a quantiser can be fitted to."""
+  if name in FLOATS:
+    return 0
+  return size * 8 // int(name[2:]) if name in ("sq8", "sq4") else 1 << CODE
+
+
 def fit(name: Quantiser, size: int, rows: Float[np.ndarray, "n d"], seed: int = 0) -> Fitted:
   """Fits a quantiser.
 
@@ -75,12 +83,13 @@ def fit(name: Quantiser, size: int, rows: Float[np.ndarray, "n d"], seed: int = 
   width = rows.shape[1]
   if not fitting(name, width, size):
     raise ValueError(f"{name}: got {size} bytes for vectors of width {width}; allowed: a divisor of the width, for "
-                     "floats their own size, for sq8 and sq4 at most a code for each dimension")
+                     "floats their own size, for sq8 and sq4 at most a code for each dimension")  # fmt: skip
   if name in FLOATS:
     return Fitted(size, lambda x: x.astype(FLOATS[name]).astype(np.float32))
   faiss = library()
-  if name not in ("sq8", "sq4") and len(rows) < 1 << CODE:
-    raise ValueError(f"{name}: got {len(rows)} training rows; allowed: at least one for each of {1 << CODE} codes")
+  if len(rows) < rows_needed(name, size):
+    raise ValueError(f"{name}: got {len(rows)} training rows for {size} bytes; allowed: {rows_needed(name, size)} and "
+                     "more")  # fmt: skip
   threads = faiss.omp_get_max_threads()
   faiss.omp_set_num_threads(1)  # sums are the same in every run
   try:
