@@ -10,7 +10,7 @@ Command: python -m codebind_jax.main --config=configs/compare.py --workdir=runs/
                                          extra `search` installs; --config.test=True measures the test sets at the end
 After a further comma: `ablations` for DCID and CodeBind without their parts, `regularised` for plain InfoNCE and
 CodeBind alone, each with mixup, dropout and weight decay, `runlocal` for a quick look (one seed, no tuning, little
-data), `full` for that profile of the data, which has clips (generalise), or for all data and steps of stage 1 (bytes).
+data), `full` (generalise alone) for that profile of the data, which has clips; after `bytes`, some of its sizes.
 Writes comparison.md, comparison.json and figures; a second run of the command continues the first.
 Several processes, or machines that share the folder, can each take some variants; the plain command then collects:
          ... --workdir=runs/compare --config.compare.only=dcid,fcid
@@ -132,52 +132,51 @@ def equal(form):
   return config, {name: v for name, v in variants.items() if name == "centrobind" or v.method == "fixed_anchor"}
 
 
-def small(config, longer):
-  """Plain InfoNCE in each regularisation, also for more steps; for each size codes that start from the best of them.
+def small(config):
+  """Plain InfoNCE in each regularisation; codes of each size, from the best of them and from scratch.
 
-  Also codes as published, of the same sizes, from scratch.
+  The latter are as published, but for their number: one codebook for all positions, no rotation. `continued` is the
+  baseline with the further steps of the codes that start from it.
 
   Args:
     config: whose `compare.bytes` has the sizes.
-    longer: numbers of steps of further baselines.
   """
-  plain, width = {"info_nce": 1.0}, config.model.shared_dim
-  ways = {"": {"mixup": 0.0}} | {f"_{way}": {"mixup": 0.0} | settings for way, settings in REGULARISED.items()}
-  baselines = {
-    f"info_nce{way}" + (f"_{steps}" if steps else ""): variant(
-      quantize=False, losses=plain, regularised=settings | ({"steps": steps} if steps else {})
-    ) for steps in (0, *longer) for way, settings in ways.items()
+  plain, width, more = {"info_nce": 1.0}, config.model.shared_dim, max(1, config.steps // 3)
+  of_ways = {"": {}} | {f"_{way}": settings for way, settings in REGULARISED.items()}
+  variants = {
+    f"info_nce{way}": variant(quantize=False, losses=plain, regularised={"mixup": 0.0} | settings)
+    for way, settings in of_ways.items()
   }  # fmt: skip
-  follows, found = tuple(baselines), {}
-  of = lambda size, **more: ConfigDict({"dim": width // size, "shared_codes": 256} | more)
+  config.compare.bytes.baselines = tuple(variants)
+  follow = {"follows": tuple(variants)}
+  go_on = follow | {"warm": True, "steps": more}
+  variants["continued"] = variant(quantize=False, losses=plain, regularised=go_on)
   for size in config.compare.bytes.sizes:
-    found[f"codes_{size}"] = variant(
-      losses=SEARCHED, regularised={"codebook": of(size, **SMALL), "follows": follows, "warm": True}
+    codes = {"dim": width // size, "shared_codes": 256}
+    variants[f"codes_{size}"] = variant(losses=SEARCHED, regularised=go_on | {"codebook": ConfigDict(codes | SMALL)})
+    variants[f"published_{size}"] = variant(
+      losses=worlds.LOSSES, regularised=follow | {"codebook": ConfigDict(codes)}
     )
-    found[f"published_{size}"] = variant(
-      losses=worlds.LOSSES,
-      regularised={"codebook": of(size), "follows": follows, "steps": config.steps + max((config.steps, *longer))},
-    )
-  config.compare.bytes.baselines = follows
-  return baselines | found
+  return variants
 
 
 def get_config(arg=""):
   words = [word for word in arg.split(",") if word]
+  sizes = tuple(int(word) for word in words if "bytes" in words and word in map(str, compare_worlds.SIZES))
   for word in words:
-    if word not in (*WORLDS, *FORMS):
+    if word not in (*WORLDS, *FORMS, *map(str, sizes)):
       raise ValueError(f"configs/compare.py:{arg}: unknown argument {word!r}; allowed: {', '.join((*WORLDS, *FORMS))}")
-  if "full" in words and (not {"generalise", "bytes"} & set(words) or "runlocal" in words):
-    raise ValueError(f"configs/compare.py:{arg}: 'full' goes with generalise or bytes, and not with runlocal")
+  if "full" in words and ("generalise" not in words or "runlocal" in words):
+    raise ValueError(f"configs/compare.py:{arg}: 'full' goes with generalise alone, and not with runlocal")
   if len(set(words) & set(WORLDS)) > 1 or len(set(words) & {"equal", "ablations", "regularised"}) > 1:
     raise ValueError(f"configs/compare.py:{arg}: {', '.join(WORLDS)} exclude one another, as do 'equal', 'ablations' "
                      "and 'regularised'")  # fmt: skip
   form = next((word for word in ("runlocal", "full") if word in words), "")
   if "bytes" in words:
-    if len(set(words) - {"bytes", form}):
-      raise ValueError(f"configs/compare.py:{arg}: 'bytes' goes with runlocal or full alone")
-    config = compare_worlds.small(form)
-    variants = small(config, () if form == "runlocal" else (2 * config.steps, 4 * config.steps))
+    if set(words) & {"ablations", "regularised"}:
+      raise ValueError(f"configs/compare.py:{arg}: 'bytes' goes with runlocal and sizes alone")
+    config = compare_worlds.small(form, sizes)
+    variants = small(config)
   elif "equal" in words:
     config, variants = equal(form)
   elif set(words) & set(WORLDS):

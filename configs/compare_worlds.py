@@ -10,6 +10,8 @@ from codebind_jax import schema
 from codebind_jax.config import Bytes, Compare
 from configs import common, stage1, worlds
 
+SIZES = (8, 12, 24, 48, 96, 192)  # bytes an item
+
 
 def _packaged(form, chosen, sources, pairs):
   """A config with towers and data of the worlds, and one stage that binds the pairs on rows of all sources."""
@@ -71,19 +73,21 @@ def generalise(form):
   return config
 
 
-def small(form):
-  """Pictures and names of Icons, as stage 1 binds them: how well items of few bytes are found.
+def small(form, sizes=()):
+  """Pictures and names of Icons, as stage 1 binds them (`runlocal`: its quick form): how well few bytes are found.
 
-  As in the quick form of stage 1, or with the data, batches and steps of stage 1 itself (`full`).
+  Args:
+    form: runlocal or "".
+    sizes: bytes an item; empty for all.
   """
-  config = stage1.get_config("" if form == "full" else "runlocal").unlock()
+  config = stage1.get_config(form).unlock()
   config.mode, config.baseline, config.eval_steps, config.checkpoint_steps = "compare", False, 100_000, 100_000
   config.stages.bridges.mixup = 0.0  # variants have it, or not
   config.compare = ConfigDict(schema.defaults(Compare))
   config.compare.seeds = 1 if form == "runlocal" else 3
-  config.compare.widen = 0 if form == "runlocal" else 2
-  config.compare.learning_rates = (1e-3,) if form == "runlocal" else (3e-4, 1e-3, 3e-3)
+  config.compare.widen = 0 if form == "runlocal" else 1
+  config.compare.learning_rates = (1e-3,) if form == "runlocal" else (1e-3, 3e-3)
   config.compare.score = "eval/val/uncoded/score"
-  sizes = (12, 48) if form == "runlocal" else (8, 12, 24, 48, 96, 192)
+  sizes = sizes or ((12, 48) if form == "runlocal" else SIZES)
   config.compare.bytes = ConfigDict(schema.defaults(Bytes) | {"baselines": (), "sizes": sizes})
   return config

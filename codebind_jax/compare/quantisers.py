@@ -100,12 +100,15 @@ def fit(name: Quantiser, size: int, rows: Float[np.ndarray, "n d"], seed: int = 
     codec.train(turn.apply(rows) if turn is not None else rows)
   finally:
     faiss.omp_set_num_threads(threads)
+  mean = rows.mean(0, keepdims=True)
+  # What of the mean lies outside the dimensions kept: faiss' way back leaves it out.
+  outside = 0.0 if turn is None else mean - turn.reverse_transform(turn.apply(mean))
 
   def decoded(x: np.ndarray) -> np.ndarray:
     x = np.ascontiguousarray(x, np.float32)
     codes = codec.compute_codes(turn.apply(x) if turn is not None else x)
     found = codec.decode(codes)
-    return turn.reverse_transform(found) if turn is not None else found
+    return found if turn is None else turn.reverse_transform(found) + outside
 
   return Fitted(int(codec.code_size), decoded)
 

@@ -37,26 +37,27 @@ def compare_sizes(config: Config, folder: files.Path, task: Task, feeder: Feeder
   runs = Runs(config, folder, feeds, {False: search, True: search}, test=False)
   seeds, roles = range(1, settings.seeds + 1), search.roles
   rows: list[dict[str, Any]] = []
-  best = runs.best(settings.bytes.baselines)
   for name in settings.names:
     rate, tried = runs.chosen(name)
     if name in settings.bytes.baselines:  # of these only the best has to have a run a seed
-      runs.bar.update(0 if name == best else settings.seeds)
       continue
     found = [runs.seed(name, seed)["metrics"] for seed in seeds]
     at = [runs.place(name, rate, seed, True) for seed in seeds]
     found = [metrics | _further(search, place, roles[1:]) for metrics, place in zip(found, at)]
     variant = runs.variant(name)
     size = {shared for shared, _ in run_config(config, variant, rate, 0, False).item_bytes.values()}
-    rows.append(_row(name, max(size), found, rate=rate, tried=tried, kind="warm" if variant.warm else "cold"))
-  trained = [runs.seed(best, seed)["metrics"] for seed in seeds]
-  at = [runs.place(best, runs.chosen(best)[0], seed, True) for seed in seeds]
-  runs.bar.close()
+    kind = "warm" if variant.warm else "cold"
+    rows.append(_row(name, max(size, default=4 * config.model.shared_dim), found, rate=rate, tried=tried, kind=kind))
   if set(settings.names) != set(settings.variants):
     sys.stdout.write(f"trained {', '.join(settings.names)} of {len(settings.variants)} variants in {folder}; the same "
                      "command without --config.compare.only collects all and writes comparison.md\n")  # fmt: skip
+    runs.bar.close()
     return {"summary": task.summary, "results": rows}
-  rows = [*_quantised(search, at, roles, settings.bytes, trained), *rows]
+  best = runs.best(settings.bytes.baselines)
+  trained = [runs.seed(best, seed) for seed in seeds]
+  runs.bar.close()
+  at = [runs.place(best, runs.chosen(best)[0], seed, True) for seed in range(1, len(trained) + 1)]
+  rows = [*_quantised(search, at, roles, settings.bytes), *rows]
   baselines = {name: {"learning_rate": runs.chosen(name)[0], "tuning": _tuning(runs.chosen(name)[1])}
                for name in settings.bytes.baselines}  # fmt: skip
   comparison = {
@@ -92,8 +93,7 @@ def _further(search: Search, place: files.Path, roles: Sequence[str]) -> dict[st
 
 
 def _quantised(
-  search: Search, places: Sequence[files.Path], roles: Sequence[str], settings: Bytes,
-  trained: Sequence[Mapping[str, float]],
+  search: Search, places: Sequence[files.Path], roles: Sequence[str], settings: Bytes
 ) -> list[dict[str, Any]]:
   """The rows of the quantisers: each fitted to and applied to every run of the baseline, in its folder in `places`."""
   wanted = [(name, size, fit) for name in settings.quantisers if name not in quantisers.FLOATS
