@@ -55,6 +55,7 @@ FETCHED = ("aisfx", "efficientnet_lite0", "minilm", "point_views", "video_mean")
 SCALE = "_log_logit_scale"  # how the name of a tower's own factor ends
 PARTS = ("shared", "specific", "full", "codes", "query")
 QUANTISERS = ("float32", "float16", "sq8", "sq4", "pq", "opq", "rq", "lsq")
+FITS = ("joint", "modality")
 Module = Annotated[str, shaped(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", "a module's name")]
 
 
@@ -173,7 +174,7 @@ class Bytes:
   baselines: Annotated[tuple[Name, ...], NONEMPTY, DISTINCT]
   sizes: Annotated[tuple[Annotated[int, above(0), at_most(1 << 20)], ...], NONEMPTY, DISTINCT] = (12, 24, 48)
   quantisers: Annotated[tuple[Literal[QUANTISERS], ...], NONEMPTY, DISTINCT] = QUANTISERS
-  fits: Annotated[tuple[Literal["joint", "modality"], ...], NONEMPTY, DISTINCT] = ("joint", "modality")
+  fits: Annotated[tuple[Literal[FITS], ...], NONEMPTY, DISTINCT] = FITS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ from codebind_jax.compare.evaluation import CrossModal, transfers_of
 from codebind_jax.compare.runs import Runs, run_config
 from codebind_jax.compare.sizes import compare_sizes
 from codebind_jax.compare.table import write_comparison
-from codebind_jax.config import Config, GradedWorld
+from codebind_jax.config import FITS, QUANTISERS, Config, GradedWorld
 from codebind_jax.data.synthetic import NAME, Factors, SyntheticSource
 from codebind_jax.data.task import EvalSet, Task, open_task
 from codebind_jax.train import open_run
@@ -49,6 +49,8 @@ def graded_task(world: GradedWorld, modalities: Sequence[str]) -> Task:
 def comparison_config(config: Config) -> Config:
   """The comparison's config without the keys in which its calls may differ."""
   free = dataclasses.replace(config.compare, only="", against="", timing=0)
+  if free.bytes:  # quantisers are fitted to finished runs
+    free = dataclasses.replace(free, bytes=dataclasses.replace(free.bytes, quantisers=QUANTISERS, fits=FITS))
   return dataclasses.replace(config, compare=free, test=False)
 
 
