@@ -29,8 +29,7 @@ CODEBIND = {"info_nce": 1.0, "commitment": 10.0, "code_matching": 0.05, "decompo
 REGULARISED = {"mixup": {"mixup": 1.0}, "dropout": {"dropout": 0.3}, "weight_decay": {"weight_decay": 1.0}}
 # Codes as product quantisers have them, trained as a search uses them: queries uncoded, items coded.
 # The specific part, which a search does not need and these losses do not train, has few codes.
-SMALL = {"positions": "own", "unit_parts": True, "rotation": "learned", "start": "opq", "start_rows": 2048,
-         "codes": {"image": 16}}  # fmt: skip
+SMALL = {"positions": "own", "unit_parts": True, "rotation": "learned", "start": "opq", "codes": {"image": 16}}
 SEARCHED = {"info_nce_plain": 0.5, "info_nce_asymmetric": 0.5, "commitment": 1.0}
 WORLDS, FORMS = ("real", "generalise", "equal", "bytes"), ("runlocal", "ablations", "regularised", "full")
 
