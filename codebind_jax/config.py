@@ -54,6 +54,8 @@ MEASURES = (*TASKS, "codes")
 FETCHED = ("aisfx", "efficientnet_lite0", "minilm", "point_views", "video_mean")  # trunks with packaged weights
 SCALE = "_log_logit_scale"  # how the name of a tower's own factor ends
 PARTS = ("shared", "specific", "full", "codes", "query")
+QUANTISERS = ("float32", "float16", "sq8", "sq4", "pq", "opq", "rq", "lsq")
+FITS = ("joint", "modality")
 Module = Annotated[str, shaped(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", "a module's name")]
 
 
@@ -91,6 +93,11 @@ class Variant:
     mixup: the variant's `config.stages.NAME.mixup`, the same for every stage; None for that of each stage.
     dropout: the variant's `config.model.towers.NAME.dropout`, the same for every tower; None for that of each tower.
     weight_decay: the variant's `config.optim.weight_decay`; None for that of the config.
+    steps: the variant's `config.stages.NAME.steps`, the same for every stage; None for those of each stage.
+    codebook: keys of `config.codebook` that differ, with their values.
+    follows: other variants; the one of them that validation chooses gives `mixup`, `dropout` and `weight_decay` where
+      they are None.
+    warm: whether runs start from the run of that one with the same seed (`config.init_from`); with `follows`.
   """
 
   method: Module = "codebind"
@@ -100,6 +107,16 @@ class Variant:
   mixup: Mixup | None = None
   dropout: Dropout | None = None
   weight_decay: WeightDecay | None = None
+  steps: Annotated[int, above(0)] | None = None
+  codebook: Mapping[Name, Any] = Frozen()
+  follows: Annotated[tuple[Name, ...], DISTINCT] = ()
+  warm: bool = False
+
+  def check(self, path: str) -> None:
+    """Refuses a start from nothing."""
+    if self.warm and not self.follows:
+      raise ValueError(f"config.{path}.warm: got True, but config.{path}.follows is empty; allowed: False, or variants "
+                       "in follows")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +159,25 @@ class HeadSets:
 
 
 @dataclasses.dataclass(frozen=True)
+class Bytes:
+  """Section `compare.bytes`: how small an index of the variants' items is, beside quantisers of a continuous model.
+
+  Attributes:
+    baselines: continuous variants; the one that validation chooses is the baseline, whose embeddings are quantised.
+    sizes: bytes an item.
+    quantisers: of faiss, fitted to the baseline's training embeddings at each size; float32 and float16 have a size of
+      their own.
+    fits: rows that quantisers are fitted to: those of all modalities together (joint), or of each by itself (modality);
+      validation chooses.
+  """
+
+  baselines: Annotated[tuple[Name, ...], NONEMPTY, DISTINCT]
+  sizes: Annotated[tuple[Annotated[int, above(0), at_most(1 << 20)], ...], NONEMPTY, DISTINCT] = (12, 24, 48)
+  quantisers: Annotated[tuple[Literal[QUANTISERS], ...], NONEMPTY, DISTINCT] = QUANTISERS
+  fits: Annotated[tuple[Literal[FITS], ...], NONEMPTY, DISTINCT] = FITS
+
+
+@dataclasses.dataclass(frozen=True)
 class Compare:
   """Section `compare`: the variants that mode `compare` trains, and how they are measured.
 
@@ -157,6 +193,7 @@ class Compare:
     fields: fields of the records that the classifier heads predict, if there are no transfers.
     transfers: name -> the heads' training and test sets; empty for one over all sets.
     world: the synthetic world of the comparison; None for the worlds of `data`.
+    bytes: the sizes at which items are compared; None for a comparison of methods.
     stages: whether zero-shot and retrieval are measured too, as after a training stage.
     score: validation metric that chooses the learning rate.
     columns: columns of the table of scores; empty for the usual ones.
@@ -173,6 +210,7 @@ class Compare:
   fields: Annotated[tuple[NonemptyLine, ...], NONEMPTY, DISTINCT] = ("label",)
   transfers: Mapping[Name, HeadSets] = Frozen()
   world: GradedWorld | None = None
+  bytes: Bytes | None = None
   stages: bool = False
   score: NonemptyLine = "eval/val/label/cross"
   columns: Annotated[tuple[NonemptyLine, ...], DISTINCT] = ()
@@ -186,6 +224,10 @@ class Compare:
   def check(self, path: str) -> None:
     """Refuses variants in `only` that are unknown, or there twice."""
     check_keys(self.names, self.variants, f"{path}.only")
+    for name, variant in self.variants.items():
+      earlier = [other for other, led in self.variants.items() if not led.follows]
+      check_keys(variant.follows, earlier, f"{path}.variants.{name}.follows")
+    check_keys(self.bytes.baselines if self.bytes else (), self.variants, f"{path}.bytes.baselines")
     schema.read(Annotated[tuple[str, ...], DISTINCT], self.names, f"{path}.only")
 
 

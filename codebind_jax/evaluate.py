@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from codebind_jax import config as config_lib
 from codebind_jax import files, schema
-from codebind_jax.api import Embedded, Model, load
+from codebind_jax.api import Embedded, Embeddings, Model, load
 from codebind_jax.config import MEASURES, Config
 from codebind_jax.data.examples import Feed, Tokens, number_of
 from codebind_jax.data.records import Source
@@ -168,8 +168,7 @@ class Evaluation:
     linear: dict[tuple[str, str, str], LinearProbe] = {}  # fitted once for all sets of a world
     for test in sets:
       self._on, table, prefix = test, tables[test.name], f"eval/{test.name}"
-      for evaluator, part in self._evaluators(test, table, tasks, intervals, prompts):
-        metrics |= self._measured(evaluator, part, prefix)
+      metrics |= self._of_table(test, table, tasks, intervals, prompts)
       for probe, field in self._probes(test, table, train.get(test.world) or {}, means, "probe" in tasks, linear):
         try:
           known = _known_values(table, train[test.world], probe.modality, field)
@@ -185,6 +184,30 @@ class Evaluation:
     if "retrieval" in tasks:
       metrics |= self._emergent(sets, tables, intervals)
     return metrics | dict(self._means_over_validation(model, sets, metrics))
+
+  def of_tables(
+    self, sets: Sequence[EvalSet], tables: Mapping[str, base.Captioned], prompts: Mapping[str, np.ndarray]
+  ) -> dict[str, float]:
+    """Zero-shot classification, retrieval and emergent retrieval of embeddings that are there already.
+
+    Args:
+      sets: to measure on.
+      tables: name of a set -> its rows, as `table` gives them.
+      prompts: prompt -> its embedding as a query, see `prompts_of`.
+    """
+    metrics: dict[str, float] = {}
+    for test in sets:
+      metrics |= self._of_table(test, tables[test.name], ("zeroshot", "retrieval"), False, prompts)
+    return metrics | self._emergent(sets, tables, False)
+
+  def prompts_of(self, model: Model, sets: Sequence[EvalSet]) -> tuple[list[str], Embeddings | None]:
+    """(All candidates in all templates, their embeddings); nothing for a model without text."""
+    texts = dict.fromkeys(
+      template.format(label) for test in sets for template in self._templates(test) for label in test.candidates
+    )  # fmt: skip
+    if "text" not in model.modalities or not texts:
+      return [], None
+    return list(texts), self._rows(model, "text", self._feeder.texts(list(texts)), range(len(texts))).embeddings
 
   def code_counts(self, model: Model) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Use counts of each code over all training rows: (by codebook, of the shared codebook by modality)."""
@@ -219,16 +242,21 @@ class Evaluation:
             yield f"eval/{world}/zeroshot/{modality}/{metric}", float(np.mean(values))
 
   def _prompts(self, model: Model, sets: Sequence[EvalSet]) -> dict[str, np.ndarray]:
-    """Prompt -> its embedding, of all candidates in all templates; empty for a model without text."""
-    texts = dict.fromkeys(
-      template.format(label) for test in sets for template in self._templates(test) for label in test.candidates
-    )  # fmt: skip
-    if "text" not in model.modalities or not texts:
-      return {}
-    return dict(zip(texts, self.embed_text(model, list(texts))))
+    """Prompt -> its embedding as a query."""
+    texts, found = self.prompts_of(model, sets)
+    return dict(zip(texts, getattr(found, self._query))) if found else {}
 
   def _templates(self, test: EvalSet) -> tuple[str, ...]:
     return self.config.data.templates_of.get(test.world, self.config.data.eval_templates)
+
+  def _of_table(
+    self, test: EvalSet, table: base.Captioned, tasks: Sequence[str], intervals: bool, prompts: Mapping[str, np.ndarray]
+  ) -> dict[str, float]:
+    """Zero-shot classification and retrieval on one set."""
+    metrics: dict[str, float] = {}
+    for evaluator, part in self._evaluators(test, table, tasks, intervals, prompts):
+      metrics |= self._measured(evaluator, part, f"eval/{test.name}")
+    return metrics
 
   def _measured(self, evaluator: base.Evaluator, table: base.Table, prefix: str) -> dict[str, float]:
     """The metrics of an evaluator; none, and one line in the log, where the data lacks what it needs."""

@@ -44,7 +44,7 @@ from codebind_jax.trunks import frozen_by, input_shapes
 from codebind_jax.trunks.feeds import Feeder
 
 # Config keys on which no compiled function depends, and the one on which only the training step depends.
-UNUSED, RATE = ("seed", "test"), "optim.learning_rate"
+UNUSED, RATE = ("seed", "test", "init_from"), "optim.learning_rate"
 # Config keys that change no parameter, so that a run may be continued with other values; `steps` may grow.
 FREE = (
   "data.workers", "data.threads", "data.checked", "data.max_bad_records", "log_steps", "eval_steps", "checkpoint_steps",

@@ -6,9 +6,11 @@ Command: python -m codebind_jax.main --config=configs/compare.py --workdir=runs/
          configs/compare.py:generalise   heads transferred between sounds, pictures and names (Icons and Menagerie)
          configs/compare.py:equal        the synthetic world with equal qualities, fixed anchors and CentroBind alone;
                                          --config.compare.against=runs/compare/comparison.json adds claims about both
+         configs/compare.py:bytes        Icons: codes of 8 to 192 bytes an item beside quantisers of faiss, which the
+                                         extra `search` installs; --config.test=True measures the test sets at the end
 After a further comma: `ablations` for DCID and CodeBind without their parts, `regularised` for plain InfoNCE and
 CodeBind alone, each with mixup, dropout and weight decay, `runlocal` for a quick look (one seed, no tuning, little
-data), `full` (generalise alone) for that profile of the data, which has clips.
+data), `full` (generalise alone) for that profile of the data, which has clips; after `bytes`, some of its sizes.
 Writes comparison.md, comparison.json and figures; a second run of the command continues the first.
 Several processes, or machines that share the folder, can each take some variants; the plain command then collects:
          ... --workdir=runs/compare --config.compare.only=dcid,fcid
@@ -25,7 +27,11 @@ QUALITY = {"audio": 0.15, "depth": 0.35, "video": 0.6, "image": 1.0}
 CODEBIND = {"info_nce": 1.0, "commitment": 10.0, "code_matching": 0.05, "decomposition": 0.1, "specific_uniform": 1.0}
 # Ways to regularise that need no codes; plain InfoNCE and CodeBind are compared under each.
 REGULARISED = {"mixup": {"mixup": 1.0}, "dropout": {"dropout": 0.3}, "weight_decay": {"weight_decay": 1.0}}
-WORLDS, FORMS = ("real", "generalise", "equal"), ("runlocal", "ablations", "regularised", "full")
+# Codes as product quantisers have them, trained as a search uses them: queries uncoded, items coded.
+# The specific part, which a search does not need and these losses do not train, has few codes.
+SMALL = {"positions": "own", "unit_parts": True, "rotation": "learned", "start": "opq", "codes": {"image": 16}}
+SEARCHED = {"info_nce_plain": 0.5, "info_nce_asymmetric": 0.5, "commitment": 1.0}
+WORLDS, FORMS = ("real", "generalise", "equal", "bytes"), ("runlocal", "ablations", "regularised", "full")
 
 
 def variant(method="codebind", quantize=True, losses=None, *, regularised=(), **options):
@@ -127,10 +133,39 @@ def equal(form):
   return config, {name: v for name, v in variants.items() if name == "centrobind" or v.method == "fixed_anchor"}
 
 
+def small(config):
+  """Plain InfoNCE in each regularisation; codes of each size, from the best of them and from scratch.
+
+  The latter are as published, but for their number: one codebook for all positions, no rotation. `continued` is the
+  baseline with the further steps of the codes that start from it.
+
+  Args:
+    config: whose `compare.bytes` has the sizes.
+  """
+  plain, width, more = {"info_nce": 1.0}, config.model.shared_dim, max(1, config.steps // 3)
+  of_ways = {"": {}} | {f"_{way}": settings for way, settings in REGULARISED.items()}
+  variants = {
+    f"info_nce{way}": variant(quantize=False, losses=plain, regularised={"mixup": 0.0} | settings)
+    for way, settings in of_ways.items()
+  }  # fmt: skip
+  config.compare.bytes.baselines = tuple(variants)
+  follow = {"follows": tuple(variants)}
+  go_on = follow | {"warm": True, "steps": more}
+  variants["continued"] = variant(quantize=False, losses=plain, regularised=go_on)
+  for size in config.compare.bytes.sizes:
+    codes = {"dim": width // size, "shared_codes": 256}
+    variants[f"codes_{size}"] = variant(losses=SEARCHED, regularised=go_on | {"codebook": ConfigDict(codes | SMALL)})
+    variants[f"published_{size}"] = variant(
+      losses=worlds.LOSSES, regularised=follow | {"codebook": ConfigDict(codes)}
+    )
+  return variants
+
+
 def get_config(arg=""):
   words = [word for word in arg.split(",") if word]
+  sizes = tuple(int(word) for word in words if "bytes" in words and word in map(str, compare_worlds.SIZES))
   for word in words:
-    if word not in (*WORLDS, *FORMS):
+    if word not in (*WORLDS, *FORMS, *map(str, sizes)):
       raise ValueError(f"configs/compare.py:{arg}: unknown argument {word!r}; allowed: {', '.join((*WORLDS, *FORMS))}")
   if "full" in words and ("generalise" not in words or "runlocal" in words):
     raise ValueError(f"configs/compare.py:{arg}: 'full' goes with generalise alone, and not with runlocal")
@@ -138,7 +173,12 @@ def get_config(arg=""):
     raise ValueError(f"configs/compare.py:{arg}: {', '.join(WORLDS)} exclude one another, as do 'equal', 'ablations' "
                      "and 'regularised'")  # fmt: skip
   form = next((word for word in ("runlocal", "full") if word in words), "")
-  if "equal" in words:
+  if "bytes" in words:
+    if set(words) & {"ablations", "regularised"}:
+      raise ValueError(f"configs/compare.py:{arg}: 'bytes' goes with runlocal and sizes alone")
+    config = compare_worlds.small(form, sizes)
+    variants = small(config)
+  elif "equal" in words:
     config, variants = equal(form)
   elif set(words) & set(WORLDS):
     config = (compare_worlds.real if "real" in words else compare_worlds.generalise)(form)
@@ -152,8 +192,11 @@ def get_config(arg=""):
     variants = without_parts(variants["dcid"], variants["codebind"])
   elif "regularised" in words:
     variants = regularised(variants)
-  elif form != "runlocal" and "equal" not in words:
+  elif form != "runlocal" and not {"equal", "bytes"} & set(words):
     variants |= regularised(variants)
-  config.compare.read_before = "comparisons with fewer rates, seeds and variants" * (form != "runlocal")
+  before = "comparisons with fewer sizes, rates and seeds" if "bytes" in words else (
+    "comparisons with fewer rates, seeds and variants"
+  )
+  config.compare.read_before = before * (form != "runlocal")
   config.compare.variants = ConfigDict(variants)
   return config.lock()

@@ -7,8 +7,10 @@ the start, for every method alike, on rows of two worlds a step.
 from ml_collections import ConfigDict
 
 from codebind_jax import schema
-from codebind_jax.config import Compare
-from configs import common, worlds
+from codebind_jax.config import Bytes, Compare
+from configs import common, stage1, worlds
+
+SIZES = (8, 12, 24, 48, 96, 192)  # bytes an item
 
 
 def _packaged(form, chosen, sources, pairs):
@@ -68,4 +70,24 @@ def generalise(form):
   config.compare.transfers.concepts = transfer(sources, ("concept",), val, test)
   config.compare.score = "eval/val/concept/cross"
   config.compare.columns = ("concept/cross", "concept/within", "zeroshot", "retrieval")
+  return config
+
+
+def small(form, sizes=()):
+  """Pictures and names of Icons, as stage 1 binds them (`runlocal`: its quick form): how well few bytes are found.
+
+  Args:
+    form: runlocal or "".
+    sizes: bytes an item; empty for all.
+  """
+  config = stage1.get_config(form).unlock()
+  config.mode, config.baseline, config.eval_steps, config.checkpoint_steps = "compare", False, 100_000, 100_000
+  config.stages.bridges.mixup = 0.0  # variants have it, or not
+  config.compare = ConfigDict(schema.defaults(Compare))
+  config.compare.seeds = 1 if form == "runlocal" else 3
+  config.compare.widen = 0 if form == "runlocal" else 1
+  config.compare.learning_rates = (1e-3,) if form == "runlocal" else (1e-3, 3e-3)
+  config.compare.score = "eval/val/uncoded/score"
+  sizes = sizes or ((12, 48) if form == "runlocal" else SIZES)
+  config.compare.bytes = ConfigDict(schema.defaults(Bytes) | {"baselines": (), "sizes": sizes})
   return config

@@ -8,6 +8,7 @@ import pytest
 
 from codebind_jax import train as train_lib
 from codebind_jax.compare import run as compare_lib
+from codebind_jax.compare import runs as runs_lib
 from codebind_jax.evaluators.crossmodal import code_sharing, error_over_labels, recall_at_one, sharing_sets, transfer
 from configs import common
 from configs import compare as shipped
@@ -50,7 +51,7 @@ def test_error_over_labels_by_hand():
   ({1e-3: None, 3e-3: None}, None),
 ])  # fmt: skip
 def test_the_next_rate_beyond_an_end(tried, beyond):
-  assert compare_lib.rate_beyond(tried) == beyond
+  assert runs_lib.rate_beyond(tried) == beyond
 
 
 def test_recall_at_one_by_hand():
@@ -80,7 +81,7 @@ def test_sets_of_modalities_that_use_a_code():
 @pytest.mark.usefixtures("quick_compiler")
 def test_a_rate_that_diverges_is_left_out(tmp_path, monkeypatch):
   config = small(tmp_path, "fixed_anchor_image").unlock()
-  tried, real = [], compare_lib.run_stages
+  tried, real = [], runs_lib.run_stages
 
   def diverging(run, folder, *rest):
     tried.append(folder.name)
@@ -88,7 +89,7 @@ def test_a_rate_that_diverges_is_left_out(tmp_path, monkeypatch):
       raise FloatingPointError("train/total is not finite in step 1")
     return real(run, folder, *rest)
 
-  monkeypatch.setattr(compare_lib, "run_stages", diverging)
+  monkeypatch.setattr(runs_lib, "run_stages", diverging)
   bad = 1e-2
   for _ in range(2):
     found = compare_lib.compare(config.lock(), tmp_path / "run")["results"]["fixed_anchor_image"]
@@ -125,7 +126,7 @@ def small(tmp_path, only=""):
 @pytest.mark.usefixtures("quick_compiler")
 def test_a_comparison_can_be_divided_stopped_and_continued(tmp_path, monkeypatch, capsys):
   calls, compiled = [], []
-  real, compile_step = compare_lib.run_stages, train_lib.compile_step
+  real, compile_step = runs_lib.run_stages, train_lib.compile_step
 
   def counted(config, folder, *rest):
     calls.append(folder.relative_to(tmp_path).as_posix().removeprefix("run/"))
@@ -133,7 +134,7 @@ def test_a_comparison_can_be_divided_stopped_and_continued(tmp_path, monkeypatch
       raise KeyboardInterrupt
     return real(config, folder, *rest)
 
-  monkeypatch.setattr(compare_lib, "run_stages", counted)
+  monkeypatch.setattr(runs_lib, "run_stages", counted)
   monkeypatch.setattr(train_lib, "compile_step", lambda *rest: compiled.append(rest) or compile_step(*rest))
   first = compare_lib.compare(small(tmp_path, "dcid"), tmp_path / "run")
   assert calls == ["dcid/rate0.001", "dcid/rate0.01", "dcid/seed1"] and set(first["results"]) == {"dcid"}

@@ -13,7 +13,7 @@ import pytest
 import codebind_jax
 from codebind_jax import files
 from codebind_jax.compare import cost
-from codebind_jax.compare import run as compare_lib
+from codebind_jax.compare import runs as runs_lib
 from codebind_jax.compare.table import write_comparison
 from codebind_jax.data import index_cache, opening, shards
 from codebind_jax.data.task import EvalSet
@@ -194,7 +194,7 @@ def test_a_comparison(tmp_path, told, count):
   results = {"fixed_anchor_audio": result(40), "fixed_anchor_image": result(60)}
   write_comparison(tmp_path, {"summary": "a world", "config": config, "results": results})
   files.write_sealed(tmp_path / cost.FILE, {"examples_per_second": {"a": 77.4}, "load": 0.5})
-  files.write_sealed(tmp_path / compare_lib.RESULT, {"metrics": {"eval/test/label/all": 40.5}, "probe": {}})
+  files.write_sealed(tmp_path / runs_lib.RESULT, {"metrics": {"eval/test/label/all": 40.5}, "probe": {}})
   read = lambda: {path.name: files.read_sealed(path) for path in tmp_path.glob("*.json")}
   noticed, unchanged = told("a comparison", survey(tmp_path, read, count, products=PRODUCTS), count)
   assert noticed > unchanged

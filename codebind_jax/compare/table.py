@@ -81,7 +81,8 @@ def _head(whole: Mapping[str, Any]) -> list[str]:
   ]  # fmt: skip
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+  """Lines of a table."""
   line = lambda cells: f"| {' | '.join(cells)} |"
   return [line(head), "|---" * len(head) + "|", *map(line, rows)]
 
@@ -109,7 +110,7 @@ def _scores(results: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
     values = [cell(runs, f"{PREFIX}/{column}") for column in columns]
     mark = f" {EDGE}" if at_edge(result) else ""
     rows.append([name, *values, codes, f"{rate:g}{mark}", str(max(1, len(result.get("tuning", {}))))])
-  return [*_table(["variant", *columns, "codes shared / single", "rate", "rates tried"], rows), *_edges(results)]
+  return [*markdown(["variant", *columns, "codes shared / single", "rate", "rates tried"], rows), *_edges(results)]
 
 
 def _costs(results: Mapping[str, Any], speed: Mapping[str, Any] | None) -> list[str]:
@@ -126,7 +127,7 @@ def _costs(results: Mapping[str, Any], speed: Mapping[str, Any] | None) -> list[
     f"load average {speed['load']:.1f} before): compare them with one another."
   ) if speed else "Examples a second are of the machine that trained the variant, with whatever ran beside it."
   return [
-    *_table(["variant", "examples/s", "temporaries, MB", "extra parameters", "codebooks", "aux"], rows), "",
+    *markdown(["variant", "examples/s", "temporaries, MB", "extra parameters", "codebooks", "aux"], rows), "",
     f"The towers have {' or '.join(f'{count:,}' for count in towers)} parameters in every variant. "
     f"{how} Temporaries are those of the compiled step; "
     "`extra parameters` are the method's own that gradient trains, `codebooks` codes and their statistics, `aux` "
@@ -139,7 +140,7 @@ def _claims(tested: Sequence[Mapping[str, Any]]) -> list[str]:
     return ["The variants of this comparison test none."]
   show = lambda c: f"{c['difference']:.2f}" + ("" if c["error"] is None else f" ± {c['error']:.2f}")
   rows = [[c["claim"], f"**{c['verdict']}**", show(c), str(c["seeds"]), c["numbers"]] for c in tested]
-  return _table(["claim", "", "difference ± standard error", "seeds", "numbers (mean ± standard deviation)"], rows)
+  return markdown(["claim", "", "difference ± standard error", "seeds", "numbers (mean ± standard deviation)"], rows)
 
 
 def draw(

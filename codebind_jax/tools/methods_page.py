@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from codebind_jax import files
-from codebind_jax.compare.table import sections
+from codebind_jax.compare import sizes_table, table
 
 _COMPARISON = flags.DEFINE_string("comparison", None, "comparison.json of a finished comparison.")
 _NAME = flags.DEFINE_string("name", None, "Name in the page's marks.")
@@ -43,7 +43,8 @@ def main(_: Sequence[str]) -> None:
   path = pathlib.Path(_PAGE.value)
   try:
     whole = files.read_sealed(pathlib.Path(_COMPARISON.value))
-    page = entered(path.read_text(encoding="utf-8"), _NAME.value, sections(whole, "####"))
+    of = sizes_table if whole["config"]["compare"]["bytes"] else table
+    page = entered(path.read_text(encoding="utf-8"), _NAME.value, of.sections(whole, "####"))
   except (ValueError, OSError) as error:
     sys.exit(f"error: {error}")
   path.write_text(page, encoding="utf-8")
