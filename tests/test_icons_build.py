@@ -23,6 +23,9 @@ def iconify(colours: dict[str, str]) -> bytes:
   return tgz({"package/icons.json": json.dumps(pack).encode()})
 
 
+CACHES = (icons.plan, icons.texts, icons.unseen, icons._seen_words, icons._without_unseen)
+
+
 @dataclasses.dataclass
 class Toy:
   """Data of a toy world: its folder, its tables (change them before building) and its packages."""
@@ -57,19 +60,19 @@ def toy(tmp_path, monkeypatch):
   tables = {
       "concepts": {"concepts": concepts}, "aliases": {"alias": {"suns": "sun"}, "drop_emoji": []},
       "emoji": {"sets": sets, "emoji": emoji, "families": {"train": ["one"], "val": ["two"], "test": ["three"]}},
-      "extra": {"iconify": {"one": list(FURTHER)}, "tiny": {"mdi": ["red-barn"]}},
+      "extra": {"iconify": {"one": list(FURTHER)}, "tiny": {"mdi": ["red-barn"]}}, "tiny": {"pictures": []},
       "pictures": {"pictures": [
           picture("qabcs", "deb", "usr/cow.png", "cow", qabcs_file),
           picture("qabcs", "deb", "usr/sun.png", "sun", gone),
           picture("gcompris", "usr/x.rcc", "top/cow.svg", "cow", svg("#00ff00"))]}}
   monkeypatch.setattr(names, "table", lambda name: tables[name])
   monkeypatch.setattr(fetch, "packages", lambda: packages)
-  for cache in (icons.plan, icons.texts, icons.unseen):
+  for cache in CACHES:
     cache.cache_clear()
   for i, one in packages.items():
     put(tmp_path, one, archive[i])
   yield Toy(tmp_path, tables, packages)
-  for cache in (icons.plan, icons.texts, icons.unseen):
+  for cache in CACHES:
     cache.cache_clear()
 
 
@@ -87,13 +90,14 @@ def test_toy_world_is_built_whole(toy, monkeypatch):
   image = row.pop("image")
   assert row == {"id": "one:cow", "concept": "cow", "label": "cow", "text": ["cow", "cow face", "milk"], "name": "cow",
                  "group": "animals", "set": "one", "family": "one", "style": "colour", "kind": "icon", "source": "one",
-                 "seen": True, "has": ["image"]}
+                 "seen": True, "has": ["image"], "imagenet": "no", "words": ""}
   assert image.shape == (192, 192, 3) and image.dtype == np.uint8
   assert image[96, 96].tolist() == [255, 0, 0] and image[5, 5].tolist() == [255, 255, 255]
   assert rows(toy, "gcompris")[0]["image"][96, 96].tolist() == [0, 255, 0]
   wide, = (r["image"] for r in rows(toy, "qabcs") if r["label"] == "cow")  # 8 x 4: padded to a square on white
   assert wide[96, 5].tolist() == [0, 0, 255] and wide[40, 96].tolist() == [255, 255, 255]
   assert set(rows(toy, "val_concept").column("seen")) == {False}
+  assert set(rows(toy, "val_concept").column("words")) == {"unseen"}
   further = {r["name"]: r for r in rows(toy, "extra")}
   assert further["red barn"]["image"][96, 96].tolist() == [255, 255, 0] and not further["red barn"]["seen"]
   told = {name: (r["label"], r["concept"], r["text"], r["family"]) for name, r in further.items()}

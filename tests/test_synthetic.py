@@ -101,6 +101,7 @@ def shrunk(**overrides):
   household.sources, household.weights = {worlds[0]: 8, worlds[1]: 16}, {worlds[0]: 0.5}
   household.train = (r"depth(/.*|_log_logit_scale)",)
   config.update_from_flattened_dict({
+    "test": True,
     "steps": 4, "log_steps": 1, "checkpoint_steps": 2, "baseline": False, "model.shared_dim": 16,
     "codebook.shared_codes": 16, "codebook.codes.image": 8, "codebook.codes.depth": 8,
   })
