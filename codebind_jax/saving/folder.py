@@ -341,10 +341,13 @@ def _verify_files(folder: Path, content: Mapping[str, Any], modalities: Collecti
     ValueError: naming one that is missing or damaged.
   """
   for name, expected in content["checksums"]["files"].items():
-    if name.split("/")[1] in modalities:
+    parts = name.split("/")
+    if len(parts) < 2 or ".." in parts:
+      raise ValueError(f"{folder / CONFIG}: damaged: it has a checksum of {name!r:.80}, which is no file of a trunk")
+    if parts[1] in modalities:
       try:
         found = files.file_checksum(folder / name)
-      except FileNotFoundError as error:
+      except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise ValueError(f"{folder / name}: is missing; it was saved with the model") from error
       files.verify(found, expected, folder / name)
 
