@@ -9,7 +9,6 @@ quantisers).
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from codebind_jax.config import QUANTISERS
+from codebind_jax.search.checks import backend_of
 
 FLOATS = {"float32": np.float32, "float16": np.float16}  # have a size of their own
 Quantiser = Literal[QUANTISERS]
@@ -119,8 +119,7 @@ def library() -> Any:
   Raises:
     ValueError: if it is not installed.
   """
-  if importlib.util.find_spec("faiss") is None:
-    raise ValueError("faiss is not installed; needed: pip install codebind_jax[search]")
+  backend_of("faiss")
   import faiss
 
   return faiss

@@ -9,7 +9,7 @@ import numpy as np
 
 from codebind_jax import files
 from codebind_jax.compare.search import KINDS, QUERIES, SCORE
-from codebind_jax.compare.table import EDGE, at_edge, cell, markdown
+from codebind_jax.compare.table import EDGE, at_edge, cell, markdown, written
 
 POINTS = 3.0  # that codes are wanted above the best quantiser of as many bytes
 WITHIN = 0.5  # points of float32 that codes are wanted within
@@ -48,10 +48,7 @@ def differences(rows: Sequence[Mapping[str, Any]], roles: Sequence[str]) -> list
 def write_sizes(folder: files.Path, comparison: Mapping[str, Any]) -> str:
   """Writes both files and returns the text of comparison.md."""
   whole = dict(comparison) | {"differences": differences(comparison["results"], comparison["roles"])}
-  text = "\n".join(["# Bytes an item", "", *sections(whole)])
-  files.write_whole(folder / "comparison.md", text)
-  files.write_sealed(folder / "comparison.json", whole)
-  return text
+  return written(folder, whole, ["# Bytes an item", "", *sections(whole)])
 
 
 def sections(whole: Mapping[str, Any], heading: str = "##") -> list[str]:

@@ -32,7 +32,13 @@ def write_comparison(
   results, settings = comparison["results"], comparison["config"]["compare"]
   whole = dict(comparison) | {"rule": RULE, "claims": claims(results, settings.get("world"), PREFIX, against)}
   drawn = draw(folder, results, settings, _columns(results, settings))
-  text = "\n".join(["# Methods side by side", "", *sections(whole), *(f"![{name}]({name}.svg)\n" for name in drawn)])
+  return written(folder, whole, ["# Methods side by side", "", *sections(whole),
+                                 *(f"![{name}]({name}.svg)\n" for name in drawn)])  # fmt: skip
+
+
+def written(folder: files.Path, whole: Mapping[str, Any], lines: Sequence[str]) -> str:
+  """Writes comparison.json and the lines as comparison.md, whose text it returns."""
+  text = "\n".join(lines)
   files.write_whole(folder / "comparison.md", text)
   files.write_sealed(folder / "comparison.json", whole)
   return text

@@ -92,12 +92,14 @@ class Table:
     Args:
       path: of the file.
       file: open.
-      content: its bytes, to look at the headers of its pages.
+      content: its bytes, to look at the headers of its pages before they are unpacked; None for a far file, of which
+        that would read all pages twice.
 
     Raises:
       ValueError: if they are damaged, or are not those of the columns.
     """
     self.path, self._file, self._content = path, file, content
+    self._looked_at: set[str] = set()  # columns
     self.names, self.rows = list(file.schema_arrow.names), file.metadata.num_rows
     metadata = file.schema_arrow.metadata or {}
     self.about: dict[str, Any] = {}
@@ -119,10 +121,12 @@ class Table:
     Raises:
       ValueError: if there are more or fewer of them than the metadata say.
     """
-    try:
-      check_pages(self._content, names)
-    except ValueError as error:
-      raise ValueError(f"{self.path}: damaged: {error}") from error
+    if self._content and (new := set(names) - self._looked_at):
+      try:
+        check_pages(self._content, new)
+      except ValueError as error:
+        raise ValueError(f"{self.path}: damaged: {error}") from error
+      self._looked_at |= new
     if not self.about:
       first = 0
       for batch in self._file.iter_batches(rows, columns=list(names)):
@@ -165,10 +169,10 @@ def open_table(path: files.Path, what: str) -> Iterator[Table]:
     ValueError: as `Table`, or if it is no Parquet file.
   """
   with arrow_errors(f"{path}: not {what}"), contextlib.ExitStack() as stack:
-    far = files.is_far(path)
-    content = stack.enter_context(files.open_far(path) if far else path.open("rb"))
+    source = stack.enter_context(files.open_far(path)) if files.is_far(path) else path
+    content = None if files.is_far(path) else stack.enter_context(path.open("rb"))
     try:
-      file = stack.enter_context(pq.ParquetFile(content if far else path))
+      file = stack.enter_context(pq.ParquetFile(source))
     except (TypeError, KeyError, IndexError, OverflowError, MemoryError) as error:  # of a damaged footer
       raise ValueError(f"{path}: not {what} ({type(error).__name__}: {error})") from error
     yield Table(path, file, content)
