@@ -14,6 +14,7 @@ from codebind_jax import config as config_lib
 from codebind_jax.compile_ahead import flops
 from codebind_jax.compile_ahead import report as aot
 from codebind_jax.methods.base import make_init
+from codebind_jax.models import transformer
 from codebind_jax.runtime import optim
 from codebind_jax.runtime import train_state as state_lib
 from codebind_jax.runtime.compile import compile_step
@@ -26,12 +27,14 @@ _ROWS = flags.DEFINE_list("rows", ["64", "256"], "Batches to time.")
 _PEAK = flags.DEFINE_float("peak", 989.0, "bfloat16 TFLOP/s of the device (an H100's 989 without sparsity).")
 _STEPS = flags.DEFINE_integer("steps", 8, "Timed steps, after two that are not.")
 _DEPTH = flags.DEFINE_integer("depth", 0, "Depth of every tower instead of the config's, for a trial on a CPU.")
+_FUSED = flags.DEFINE_bool("fused", True, "Attention by cuDNN's fused kernel; False for XLA's form.")
 _PROFILE = flags.DEFINE_string("profile", "", "Folder for a profile of one more step.")
 
 
 def config_of(rows):
   """The shipped config for one device and fewer rows."""
   config = imagebind_huge.get_config().unlock()
+  config.data.worlds = ("synthetic",)  # a config has data; the rows are drawn below
   config.batch_size, config.mesh.data, config.mesh.fsdp = rows, -1, 1
   if _DEPTH.value:
     for name in config.model.towers:
@@ -90,6 +93,8 @@ def measure(rows):
 
 
 def main(_):
+  if not _FUSED.value:
+    transformer._has_cudnn = lambda: False
   print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}")
   print("| rows | ms | rows a second | model TFLOP | of the whole step | model share of peak | temporaries, MB "
         "| compiled in, s |\n|---|---|---|---|---|---|---|---|")

@@ -18,8 +18,9 @@ from jaxtyping import Array, Bool, Float
 from codebind_jax import codebook as cb
 from codebind_jax.codebook import CodebookState, rotation
 from codebind_jax.codebook.clustering import kmeans
+from codebind_jax.codebook.residual import beam_codes, start_stages
 from codebind_jax.codebook.revival import draw_candidates, sample_rows
-from codebind_jax.codebook.segments import Segments, look_up, rotation_trick, statistics, straight_through, transposed
+from codebind_jax.codebook.segments import THROUGH, Segments, look_up, statistics, transposed
 from codebind_jax.codebook.segments import similarity as similarities
 from codebind_jax.codebook.spec import LAYOUTS, UPDATES, Layout
 from codebind_jax.codebook.spec import CompositionalSpec as CompositionalSpec
@@ -28,6 +29,7 @@ from codebind_jax.norm import unit
 from codebind_jax.runtime.sharding import split_over_devices
 
 Update = str
+_PROGRESSIVE = 3  # a round over all axes counts as so many, beside those over a few
 
 
 @struct.dataclass
@@ -349,17 +351,12 @@ def _start_codes(rng, parts, num_codes, spec, iterations, max_segments):
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found) if spec.stages > 1 else found
   sample_key, means_key = jax.random.split(rng)
   rows, weights = sample_rows(sample_key, parts, max_segments)
-  found = []
-  for stage in range(spec.stages):
-    distance, normalize = _of_stage(stage, spec)
-    means, counts = kmeans(
-      jax.random.fold_in(means_key, stage) if stage else means_key, rows, num_codes, iterations=iterations,
-      distance=distance, normalize=normalize, weights=weights,
-    )  # fmt: skip
-    found.append((means, counts))
-    if stage + 1 < spec.stages:
-      rows = rows - look_up(means, cb.nearest_code(rows, means, distance=distance)[None])[0].T
-  return jax.tree.map(lambda *x: jnp.stack(x), *found) if spec.stages > 1 else found[0]
+  if spec.stages > 1:
+    rounds = max(1, iterations // _PROGRESSIVE)
+    return start_stages(means_key, rows, weights, num_codes, spec.stages, iterations=rounds)
+  return kmeans(
+    means_key, rows, num_codes, iterations=iterations, distance=spec.distance, normalize=spec.normalize, weights=weights
+  )
 
 
 def _ordered(features, spec):
@@ -405,11 +402,6 @@ def _segments(x, modality, spec):
   return parts[0].reshape(-1, ds, lanes.shape[1]), parts[1].reshape(-1, dp, lanes.shape[1])
 
 
-def _of_stage(stage, spec):
-  """(distance, whether codes are normalised) of a stage: residuals have a length, which a cosine would not see."""
-  return ("l2", False) if stage else (spec.distance, spec.normalize)
-
-
 def _rotated(z, matrix):
   """The part whose segments are z [s, d, n], turned by a matrix [s d, s d]."""
   if matrix is None:
@@ -436,9 +428,13 @@ def _quantize_part(z, state, weights, x, spec, row_ranges, matrix):
   direction, z = _turned(z, spec, matrix)
   codes = jax.lax.stop_gradient(state.codes) if spec.ema else state.codes
   books = list(codes) if spec.stages > 1 else [codes]
+  best = beam_codes(z, jnp.stack(books), beam=spec.beam) if spec.beam > 1 else [None] * len(books)
   rest, compared, quantised, assigned = z, direction, [], []
-  for stage, book in enumerate(books):
-    vectors, indices = cb.quantize_segments(compared, book, distance=_of_stage(stage, spec)[0])
+  for book, indices in zip(books, best):
+    if indices is None:
+      vectors, indices = cb.quantize_segments(compared, book, distance=spec.distance)
+    else:
+      vectors = look_up(book, indices)
     of_stage = spec.beta * _mean_square(jax.lax.stop_gradient(vectors) - rest, weights)
     if not spec.ema:
       of_stage = of_stage + _mean_square(vectors - jax.lax.stop_gradient(rest), weights)
@@ -459,7 +455,7 @@ def _quantize_part(z, state, weights, x, spec, row_ranges, matrix):
   if spec.detach_similarity:
     class_token = jax.lax.stop_gradient(class_token)
   similarity = jnp.moveaxis(similarities(class_token, codes, distance=spec.distance), 2, 0)
-  through = rotation_trick if spec.gradient == "rotation_trick" else straight_through
+  through = THROUGH[spec.gradient]
   back = None if matrix is None else matrix.T
   return (_rotated(through(z, vectors), back), _rotated(z, back), indices, similarity, loss), tuple(assigned)
 
@@ -478,7 +474,7 @@ def _advance(state, parts, rng, spec):
   for stage, book in enumerate(codes if spec.stages > 1 else [codes]):
     of_stage, key = [part[stage] for part in parts], jax.random.fold_in(rng, stage) if stage else rng
     counts, sums = statistics(of_stage, book.shape[-2], spec.positions == "own")
-    found.append((counts, sums, draw_candidates(spec.revive, key, of_stage, book, distance=_of_stage(stage, spec)[0])))
+    found.append((counts, sums, draw_candidates(spec.revive, key, of_stage, book, distance=spec.distance)))
   counts, sums, candidates = jax.tree.map(lambda *x: jnp.stack(x), *found) if spec.stages > 1 else found[0]
   frozen = jax.tree.map(jax.lax.stop_gradient, state)
   return cb.advance(

@@ -54,7 +54,7 @@ MEASURES = (*TASKS, "codes")
 FETCHED = ("aisfx", "efficientnet_lite0", "minilm", "point_views", "video_mean")  # trunks with packaged weights
 SCALE = "_log_logit_scale"  # how the name of a tower's own factor ends
 PARTS = ("shared", "specific", "full", "codes", "query")
-QUANTISERS = ("float32", "float16", "sq8", "sq4", "pq", "opq", "rq", "lsq")
+QUANTISERS = ("float32", "float16", "sq8", "sq4", "pq", "opq", "rq", "rq10", "lsq")
 FITS = ("joint", "modality")
 Module = Annotated[str, shaped(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", "a module's name")]
 
@@ -94,6 +94,7 @@ class Variant:
     dropout: the variant's `config.model.towers.NAME.dropout`, the same for every tower; None for that of each tower.
     weight_decay: the variant's `config.optim.weight_decay`; None for that of the config.
     steps: the variant's `config.stages.NAME.steps`, the same for every stage; None for those of each stage.
+    learning_rate: the variant's rate where it is not chosen on the validation sets; None for the best candidate.
     codebook: keys of `config.codebook` that differ, with their values.
     follows: other variants; the one of them that validation chooses gives `mixup`, `dropout` and `weight_decay` where
       they are None.
@@ -108,6 +109,7 @@ class Variant:
   dropout: Dropout | None = None
   weight_decay: WeightDecay | None = None
   steps: Annotated[int, above(0)] | None = None
+  learning_rate: Rate | None = None
   codebook: Mapping[Name, Any] = Frozen()
   follows: Annotated[tuple[Name, ...], DISTINCT] = ()
   warm: bool = False

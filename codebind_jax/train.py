@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import tqdm
 from absl import logging
+from jaxtyping import Bool, Float
 
 from codebind_jax import config as config_lib
 from codebind_jax import files, schema
@@ -21,7 +22,7 @@ from codebind_jax.api import Model, config_of
 from codebind_jax.codebook import collapsed, usage_stats
 from codebind_jax.command_line import bind
 from codebind_jax.config import Config
-from codebind_jax.data.batches import Batches, SourceBatches, check_rows
+from codebind_jax.data.batches import Batches, Once, SourceBatches, check_rows
 from codebind_jax.data.examples import Feed, Tokens
 from codebind_jax.data.task import Task, open_task
 from codebind_jax.evaluate import Evaluation, StageEvaluation
@@ -334,7 +335,8 @@ def run_stages(
         layout.log(state)
         if state.codebooks and method.start_rows:
           with phases("data"):
-            state = start_from_rows(method, state, batches[stage.name], layout)
+            rows = {name: len(source) for name, source in evaluation.task.train.items()}
+            state = start_from_rows(method, state, stage, feeds, rows, config.seed, layout)
         elif state.codebooks:
           placed = layout.of(state.codebooks, "codebooks")
           make = functools.partial(jax.jit, make_start_codebooks(method), out_shardings=placed)
@@ -367,23 +369,41 @@ def run_stages(
     return final, {"before": before, "after": after}
 
 
-def start_from_rows(method: Method, state: TrainState, batches: Batches, layout: Layout) -> TrainState:
+def start_from_rows(
+  method: Method, state: TrainState, stage: Stage, feeds: Mapping[str, Mapping[str, Feed]], rows: Mapping[str, int],
+  seed: int, layout: Layout,
+) -> TrainState:
   """The state with codebooks, and rotations, that start from the features of `method.start_rows` training rows.
 
-  They are those of the stage's first batches, without dropout and mixup, whole on every process.
+  Rows are drawn from the stage's sources, equally many of each. What counts is what an index would hold: the clean view
+  of every item and the first text, each distinct one once; they are whole on every process.
+
+  Args:
+    method: of the run.
+    state: at the stage's start.
+    stage: which begins.
+    feeds: source -> modality -> what the training items are read from.
+    rows: source -> number of its training rows.
+    seed: of the draw.
+    layout: mesh and rules.
   """
   features_of = jax.jit(make_start_features(method), out_shardings=layout.replicated)
   found: dict[str, list[Any]] = {}
-  rows = size = number = 0
-  while rows < method.start_rows:
-    batch = batches[number]
-    features, masks = jax.tree.map(np.asarray, layout.gathered(features_of(state.params, layout.put_batch(batch))))
-    for name, x in features.items():
-      found.setdefault(name, []).append((x, masks[name]))
-    size = sum(len(next(iter(masks.values()))) for masks in (of["_mask"] for of in batch.values()))
-    rows, number = rows + size * layout.process[1], number + 1
-    logging.log_every_n_seconds(logging.INFO, "start of the codebooks: %d of %d rows", 20, rows, method.start_rows)
+  share = -(-method.start_rows // len(stage.sources))
+  for number, (name, size) in enumerate(stage.sources.items()):
+    drawn = np.random.default_rng((seed, number)).permutation(rows[name])[:share]
+    items = {m: Once(feed, drawn, size, *layout.process) for m, feed in feeds[name].items() if m in stage.modalities}
+    for batch in range(-(-len(drawn) // size)):
+      parts = {m: once[batch] for m, once in items.items()}
+      made = {m: part.items for m, part in parts.items()} | {"_mask": {m: part.good for m, part in parts.items()}}
+      features, masks = jax.tree.map(
+        np.asarray, layout.gathered(features_of(state.params, layout.put_batch({name: made})))
+      )
+      for m, x in features.items():
+        found.setdefault(m, []).append((x, masks[m]))
+      logging.log_every_n_seconds(logging.INFO, "start of the codebooks: %d rows of %s", 20, batch * size, name)
   columns = {name: [np.concatenate(column) for column in zip(*parts)] for name, parts in found.items()}
+  columns = {name: (x, mask & _first_of_equals(x)) for name, (x, mask) in columns.items()}
   begin = jax.jit(
     lambda *of, rng: method.start(*of, jax.random.fold_in(rng, 2**31 - 1)), out_shardings=layout.replicated
   )
@@ -393,9 +413,15 @@ def start_from_rows(method: Method, state: TrainState, batches: Batches, layout:
     {m: mask for m, (_, mask) in columns.items()}, rng=state.rng,
   )  # fmt: skip
   place = lambda new, old: jax.tree.map(lambda a, b: jax.device_put(np.asarray(a), b.sharding), new, old)
-  logging.info("codebooks start from %d rows", rows)
+  logging.info("codebooks start from %s", ", ".join(f"{mask.sum()} of {m}" for m, (_, mask) in columns.items()))
   params = state.params | ({EXTRA: place(extra, own)} if own else {})
   return state.replace(params=params, codebooks=place(codebooks, state.codebooks))
+
+
+def _first_of_equals(x: Float[np.ndarray, "n ..."]) -> Bool[np.ndarray, "n"]:
+  """True for rows that equal no row before them."""
+  first: dict[bytes, int] = {}
+  return np.array([first.setdefault(row.tobytes(), n) == n for n, row in enumerate(x)], bool)
 
 
 def close_files(task: Task, feeds: Mapping[str, Mapping[str, Feed]]) -> None:

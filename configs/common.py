@@ -6,6 +6,7 @@ The keys, their defaults and what they mean: `codebind_jax.config.Config` and th
 from ml_collections import ConfigDict
 
 from codebind_jax import schema
+from codebind_jax.compare.quantisers import stages_of
 from codebind_jax.config import Config
 from codebind_jax.models.towers import TowerSpec
 from codebind_jax.stages import Stage
@@ -34,3 +35,23 @@ def stage(config, **overrides):
 def get_config():
   """The default config, without towers and stages."""
   return ConfigDict(schema.defaults(Config))
+
+
+# A run that only starts its codebooks from another run's parameters: it has one step at least, at hardly any rate.
+START = {"steps": 1, "learning_rate": 1e-7}
+
+
+def small_index(width, size):
+  """Section `codebook` of an index of few bytes: residual codes of 10 bits, found by a beam (docs/codes.md compares).
+
+  They start from the items of the training rows. The specific part, which a search does not need, has few codes.
+
+  Args:
+    width: of the shared part.
+    size: bytes an item, at most.
+  """
+  parts, stages = stages_of("rq10", width, size)
+  return {
+    "dim": width // parts, "shared_codes": 1024, "stages": stages, "beam": 16, "positions": "own", "distance": "l2",
+    "normalize": False, "unit_parts": True, "start": "kmeans", "revive": "none", "codes": {"image": 16},
+  }  # fmt: skip

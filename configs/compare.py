@@ -10,7 +10,8 @@ Command: python -m codebind_jax.main --config=configs/compare.py --workdir=runs/
                                          extra `search` installs; --config.test=True measures the test sets at the end
 After a further comma: `ablations` for DCID and CodeBind without their parts, `regularised` for plain InfoNCE and
 CodeBind alone, each with mixup, dropout and weight decay, `runlocal` for a quick look (one seed, no tuning, little
-data), `full` (generalise alone) for that profile of the data, which has clips; after `bytes`, some of its sizes.
+data), `full` (generalise alone) for that profile of the data, which has clips; after `bytes`, some of its sizes, and
+`published` for codes as published beside those of the small index.
 Writes comparison.md, comparison.json and figures; a second run of the command continues the first.
 Several processes, or machines that share the folder, can each take some variants; the plain command then collects:
          ... --workdir=runs/compare --config.compare.only=dcid,fcid
@@ -27,11 +28,10 @@ QUALITY = {"audio": 0.15, "depth": 0.35, "video": 0.6, "image": 1.0}
 CODEBIND = {"info_nce": 1.0, "commitment": 10.0, "code_matching": 0.05, "decomposition": 0.1, "specific_uniform": 1.0}
 # Ways to regularise that need no codes; plain InfoNCE and CodeBind are compared under each.
 REGULARISED = {"mixup": {"mixup": 1.0}, "dropout": {"dropout": 0.3}, "weight_decay": {"weight_decay": 1.0}}
-# Codes as product quantisers have them, trained as a search uses them: queries uncoded, items coded.
-# The specific part, which a search does not need and these losses do not train, has few codes.
-SMALL = {"positions": "own", "unit_parts": True, "rotation": "learned", "start": "opq", "codes": {"image": 16}}
-SEARCHED = {"info_nce_plain": 0.5, "info_nce_asymmetric": 0.5, "commitment": 1.0}
-WORLDS, FORMS = ("real", "generalise", "equal", "bytes"), ("runlocal", "ablations", "regularised", "full")
+# Trained as a search uses them: queries uncoded, items coded; the codes learn by what their items are found with.
+SEARCHED = {"info_nce_asymmetric": 1.0, "commitment": 1.0}
+WORLDS = ("real", "generalise", "equal", "bytes")
+FORMS = ("runlocal", "ablations", "regularised", "full", "published")
 
 
 def variant(method="codebind", quantize=True, losses=None, *, regularised=(), **options):
@@ -133,14 +133,15 @@ def equal(form):
   return config, {name: v for name, v in variants.items() if name == "centrobind" or v.method == "fixed_anchor"}
 
 
-def small(config):
-  """Plain InfoNCE in each regularisation; codes of each size, from the best of them and from scratch.
+def small(config, published):
+  """Plain InfoNCE in each regularisation; codes of each size that start from the best of them, as they start.
 
-  The latter are as published, but for their number: one codebook for all positions, no rotation. `continued` is the
-  baseline with the further steps of the codes that start from it.
+  `trained` are the codes of the first size after a third of the baseline's steps, and `continued` is the baseline after
+  as many.
 
   Args:
     config: whose `compare.bytes` has the sizes.
+    published: whether to add codes as published, from scratch, but for their number: one codebook for all positions.
   """
   plain, width, more = {"info_nce": 1.0}, config.model.shared_dim, max(1, config.steps // 3)
   of_ways = {"": {}} | {f"_{way}": settings for way, settings in REGULARISED.items()}
@@ -150,14 +151,20 @@ def small(config):
   }  # fmt: skip
   config.compare.bytes.baselines = tuple(variants)
   follow = {"follows": tuple(variants)}
-  go_on = follow | {"warm": True, "steps": more}
-  variants["continued"] = variant(quantize=False, losses=plain, regularised=go_on)
-  for size in config.compare.bytes.sizes:
-    codes = {"dim": width // size, "shared_codes": 256}
-    variants[f"codes_{size}"] = variant(losses=SEARCHED, regularised=go_on | {"codebook": ConfigDict(codes | SMALL)})
-    variants[f"published_{size}"] = variant(
-      losses=worlds.LOSSES, regularised=follow | {"codebook": ConfigDict(codes)}
-    )
+  warm = follow | {"warm": True}
+  variants["continued"] = variant(quantize=False, losses=plain, regularised=warm | {"steps": more})
+  for number, size in enumerate(config.compare.bytes.sizes):
+    codes = common.small_index(width, size)
+    book = lambda **options: {"codebook": ConfigDict(options)}
+    start = warm | {"steps": common.START["steps"], "learning_rate": common.START["learning_rate"]}
+    variants[f"codes_{size}"] = variant(losses=SEARCHED, regularised=start | book(**codes))
+    if not number:
+      trained = codes | {"ema": False, "gradient": "both"}
+      variants["trained"] = variant(losses=SEARCHED, regularised=warm | {"steps": more} | book(**trained))
+    if published:
+      variants[f"published_{size}"] = variant(
+        losses=worlds.LOSSES, regularised=follow | book(dim=width // size, shared_codes=256)
+      )
   return variants
 
 
@@ -169,15 +176,17 @@ def get_config(arg=""):
       raise ValueError(f"configs/compare.py:{arg}: unknown argument {word!r}; allowed: {', '.join((*WORLDS, *FORMS))}")
   if "full" in words and ("generalise" not in words or "runlocal" in words):
     raise ValueError(f"configs/compare.py:{arg}: 'full' goes with generalise alone, and not with runlocal")
+  if "published" in words and "bytes" not in words:
+    raise ValueError(f"configs/compare.py:{arg}: 'published' goes with bytes alone")
   if len(set(words) & set(WORLDS)) > 1 or len(set(words) & {"equal", "ablations", "regularised"}) > 1:
     raise ValueError(f"configs/compare.py:{arg}: {', '.join(WORLDS)} exclude one another, as do 'equal', 'ablations' "
                      "and 'regularised'")  # fmt: skip
   form = next((word for word in ("runlocal", "full") if word in words), "")
   if "bytes" in words:
     if set(words) & {"ablations", "regularised"}:
-      raise ValueError(f"configs/compare.py:{arg}: 'bytes' goes with runlocal and sizes alone")
+      raise ValueError(f"configs/compare.py:{arg}: 'bytes' goes with runlocal, published and sizes alone")
     config = compare_worlds.small(form, sizes)
-    variants = small(config)
+    variants = small(config, "published" in words)
   elif "equal" in words:
     config, variants = equal(form)
   elif set(words) & set(WORLDS):

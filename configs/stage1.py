@@ -2,7 +2,11 @@
 
 Command: python -m codebind_jax.main --config=configs/stage1.py --workdir=runs/stage1
          (add :runlocal to the config for the quick form)
+An index of few bytes an item, 12 here (docs/codes.md), whose codes start from the continuous model of such a run:
+         ... --config=configs/stage1.py:12 --workdir=runs/small --config.init_from=runs/stage1/baseline
 """
+
+from ml_collections import ConfigDict
 
 from configs import common
 
@@ -51,13 +55,21 @@ def get_config(arg=""):
   )
   config.stage_order = ("bridges",)
 
-  if arg == "runlocal":
+  words = [word for word in arg.split(",") if word]
+  sizes = [int(word) for word in words if word.isdecimal() and int(word)]
+  if len(sizes) > 1 or len(words) != len(sizes) + words.count("runlocal"):
+    raise ValueError(f"configs/stage1.py:{arg}: unknown argument; allowed: runlocal, and a number of bytes an item")
+  if "runlocal" in words:
     config.steps = 60
     config.batch_size = 128
     config.eval_steps = 60
     config.checkpoint_steps = 30
     config.log_steps = 10
     config.data.profile = "tiny"
-  elif arg:
-    raise ValueError(f"configs/stage1.py:{arg}: unknown argument; allowed: runlocal")
+  for size in sizes:
+    config.codebook.update(common.small_index(config.model.shared_dim, size))
+    config.steps, config.optim.learning_rate = common.START["steps"], common.START["learning_rate"]
+    config.queries, config.baseline = "uncoded", False
+    config.stages.bridges.mixup = 0.0
+    config.stages.bridges.losses = ConfigDict({"info_nce_asymmetric": 1.0, "commitment": 1.0})
   return config.lock()

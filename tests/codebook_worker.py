@@ -23,13 +23,17 @@ SPECS = {
     shared_dim=64, specific_dim=32, num_codes=(12, 6), positions="own", stages=2, distance="l2", normalize=False,
     unit_parts=True, gradient="rotation_trick",
   ),
+  "beam": compositional.CompositionalSpec(
+    shared_dim=64, specific_dim=32, code_dims=(32, 16), num_codes=(12, 6), stages=3, beam=4, distance="l2",
+    normalize=False, unit_parts=True,
+  ),
   "own_wide": compositional.CompositionalSpec(
     shared_dim=128, specific_dim=64, code_dims=(64, 64), num_codes=(6, 5), positions="own", revive="closest"
   ),
 }  # fmt: skip
 # Losses gather class tokens, as they must; the other cases show that quantising does not.
 CASES = [("random", True), ("random", False), ("closest", False), ("wide", False), ("own", False),
-         ("own_wide", False)]  # fmt: skip
+         ("beam", False), ("own_wide", False)]  # fmt: skip
 
 
 def batch(spec):

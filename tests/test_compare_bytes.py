@@ -38,10 +38,19 @@ def test_long_codes_are_of_parts_of_at_most_twelve_stages(codes, parts):
   assert quantisers.parts_of(384, codes) == parts
 
 
+@pytest.mark.parametrize("name, size, parts, stages", [
+  ("rq", 12, 1, 12), ("rq", 48, 4, 12), ("rq10", 8, 1, 6), ("rq10", 12, 1, 9), ("rq10", 24, 2, 9), ("rq10", 48, 3, 12),
+])  # fmt: skip
+def test_bytes_hold_so_many_codes(name, size, parts, stages):
+  assert quantisers.stages_of(name, 384, size) == (parts, stages)
+  with pytest.raises(ValueError, match="rq10: got 1 bytes"):
+    quantisers.stages_of("rq10", 384, 1)
+
+
 def test_what_fits():
   fits = lambda size: {name for name in QUANTISERS if quantisers.fitting(name, 8, size)}
-  assert fits(4) == {"sq8", "sq4", "pq", "opq", "rq", "lsq"}
-  assert fits(8) == {"sq8", "pq", "opq", "rq", "lsq"}  # 4 bits of 8 dimensions are 4 bytes
+  assert fits(4) == {"sq8", "sq4", "pq", "opq", "rq", "rq10", "lsq"}
+  assert fits(8) == {"sq8", "pq", "opq", "rq", "rq10", "lsq"}  # 4 bits of 8 dimensions are 4 bytes
   assert fits(16) == {"float16"} and fits(32) == {"float32"} and fits(3) == {"sq8", "sq4"}
   with pytest.raises(ValueError, match="pq: got 3 bytes for vectors of width 8"):
     quantisers.fit("pq", 3, rows(300))
@@ -73,6 +82,15 @@ class TestWithFaiss:
       assert not np.array_equal(quantisers.fit(name, 2, x, seed=4).decoded(fresh), fitted.decoded(fresh))
       with pytest.raises(ValueError, match=f"{name}: got 255 training rows for 2 bytes; allowed: 256 and more"):
         quantisers.fit(name, 2, x[:255])
+
+  def test_codes_of_ten_bits(self):
+    x = rows(1500)
+    fitted = quantisers.fit("rq10", 4, x, seed=3)
+    assert fitted.item_bytes == 4  # three codes, of 30 bits
+    assert len(np.unique(fitted.decoded(x), axis=0)) > 1024
+    assert error(fitted, x) < error(quantisers.fit("rq", 2, x, seed=3), x)
+    with pytest.raises(ValueError, match="rq10: got 1023 training rows for 4 bytes; allowed: 1024 and more"):
+      quantisers.fit("rq10", 4, x[:1023])
 
   def test_eight_bits_a_dimension_by_hand(self):
     x = rows(300)
@@ -187,13 +205,14 @@ def test_the_quantiser_of_as_many_bytes_is_chosen_by_validation_and_paired_by_se
 
 def small(tmp_path):
   """The form `bytes`, shrunk: sizes 2 and 4 of width 16, one way to regularise, two rates."""
-  config = shrunk(shipped.get_config("bytes,runlocal"), tmp_path).unlock()
+  config = shrunk(shipped.get_config("bytes,runlocal,published"), tmp_path).unlock()
   kept = {name: entry for name, entry in config.compare.variants.items()
           if name in ("info_nce", "info_nce_dropout", "codes_12", "published_12")}  # fmt: skip
   for name, entry in kept.items():
     if not name.startswith("info_nce"):
       entry.codebook.dim, entry.follows = 4, ("info_nce", "info_nce_dropout")
-      entry.codebook.update({"start_rows": 64} if name == "codes_12" else {})
+      few = {"start_rows": 64, "dim": 8, "shared_codes": 256, "stages": 2, "beam": 3}
+      entry.codebook.update(few if name == "codes_12" else {})
       entry.losses = {"info_nce": 1.0}
   config.compare.variants = kept
   config.compare.bytes.update({"baselines": ("info_nce", "info_nce_dropout"), "sizes": (2, 4),
@@ -222,7 +241,7 @@ def test_the_shipped_form_goes_on_where_it_stopped_and_reads_the_test_sets_last(
     compare_lib.compare(config.lock(), tmp_path / "run")
   found = compare_lib.compare(config.lock(), tmp_path / "run")
   best = found["baseline"]
-  names = [f"{name}/{run}" for name in ("info_nce", "info_nce_dropout", "codes_12", "published_12")
+  names = [f"{name}/{run}" for name in ("info_nce", "info_nce_dropout", "published_12")
            for run in ("rate0.001", "rate0.01")] + [f"{name}/seed{seed}" for name in (best, "codes_12", "published_12")
            for seed in (1, 2)]  # fmt: skip
   assert sorted(set(calls)) == sorted(names) and len(calls) == len(names) + 1  # the stopped one twice
@@ -241,7 +260,8 @@ def test_the_shipped_form_goes_on_where_it_stopped_and_reads_the_test_sets_last(
   assert warm.init_from == str(tmp_path / f"run/{best}/seed2") and not warm.test
   assert {tower.dropout for tower in warm.model.towers.values()} == {0.3 if best == "info_nce_dropout" else 0.0}
   assert read_config(tmp_path / "run/published_12/seed2").init_from == ""
-  assert (warm.codebook.positions, warm.codebook.rotation, warm.codebook.dim) == ("own", "learned", 4)
+  book = warm.codebook
+  assert (book.positions, book.stages, book.beam, book.dim) == ("own", 2, 3, 8)
 
   # Nothing is trained again to read the test sets, and they are read once.
   count, fitted = len(calls), len(fits)
@@ -261,18 +281,27 @@ def test_the_shipped_form_goes_on_where_it_stopped_and_reads_the_test_sets_last(
 
 
 def test_the_shipped_sizes_are_those_of_the_codes():
-  config = validate(shipped.get_config("bytes"))
+  config = validate(shipped.get_config("bytes,published"))
   for name, variant in config.compare.variants.items():
     if not variant.quantize:
       assert (name in config.compare.bytes.baselines) != (name == "continued")
       continue
     run = runs_lib.run_config(config, variant, 1e-3, 0, False)
-    size = int(name.split("_")[1])
-    assert {shared for shared, _ in run.item_bytes.values()} == {size} and size in config.compare.bytes.sizes
-    assert run.codebook.distance == stage1.get_config().codebook.distance
-  few = shipped.get_config("bytes,24,8").compare
+    kind, size = (name.split("_") + ["8"])[:2]
+    found, = {shared for shared, _ in run.item_bytes.values()}
+    assert int(size) in config.compare.bytes.sizes
+    if kind == "published":
+      assert found == int(size) and run.codebook.distance == stage1.get_config().codebook.distance
+    else:  # ten bits a code seldom fill the bytes
+      assert 0.9 * int(size) <= found <= int(size) and run.codebook.shared_codes == 1024
+      parts, stages = quantisers.stages_of("rq10", 384, int(size))
+      assert (384 // run.codebook.dim, run.codebook.stages) == (parts, stages)
+    assert (variant.learning_rate is None) == (kind != "codes")
+  few = shipped.get_config("bytes,24,8,published").compare
   assert few.bytes.sizes == (24, 8) and {name for name in few.variants if "4" in name} == {"codes_24", "published_24"}
-  for arg, message in [("bytes,regularised", "'bytes' goes with runlocal and sizes alone"), ("bytes,7", "'7'"),
+  assert few.variants.trained.codebook.stages == few.variants.codes_24.codebook.stages == 9
+  for arg, message in [("bytes,regularised", "'bytes' goes with runlocal, published and sizes alone"),
+                       ("bytes,7", "'7'"), ("published", "goes with bytes alone"),
                        ("real,24", "'24'"), ("bytes,real", "exclude one another")]:  # fmt: skip
     with pytest.raises(ValueError, match=message):
       shipped.get_config(arg)

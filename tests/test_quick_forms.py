@@ -2,8 +2,11 @@
 
 import pathlib
 
+import numpy as np
 import pytest
 
+from codebind_jax import load
+from codebind_jax.api import config_of
 from codebind_jax.compare.run import compare
 from codebind_jax.embedding.job import embed
 from codebind_jax.evaluate import evaluate
@@ -72,6 +75,28 @@ def test_a_stage_of_its_own(run, number):
   lines = lines_of(run(number))
   assert [line["step"] for line in lines if "train/total" in line] == [1, 2]
   assert any("/zeroshot/" in name for name in lines[-1])
+
+
+def test_a_small_index_starts_from_a_continuous_run(tmp_path):
+  whole = shrunk(stage1.get_config("runlocal"), tmp_path).unlock()
+  whole.model.quantize = False
+  whole.stages.bridges.losses = {"info_nce": 1.0}
+  train_and_evaluate(whole.lock(), tmp_path / "whole")
+  config = stage1.get_config("12,runlocal")
+  assert config.steps == 1 and config.codebook.stages == 9 and config.codebook.shared_codes == 1024
+  small = shrunk(config, tmp_path).unlock()
+  small.codebook.update(common.small_index(16, 3) | {"codes": {"image": 8}})
+  small.stages.bridges.steps, small.init_from = 1, str(tmp_path / "whole")
+  final = train_and_evaluate(small.lock(), tmp_path / "small")
+  model = load(tmp_path / "small")
+  found = model.embed({"text": ["a red square", "a blue one"]})["text"]
+  assert found.codes_shared.shape == (2, 2) and config_of(tmp_path / "small").item_bytes["text"] == (3, 3)
+  # The heads are those of the run before: what a query is has hardly moved.
+  before = load(tmp_path / "whole").embed({"text": ["a red square", "a blue one"]})["text"]
+  np.testing.assert_allclose(found.query, before.shared, atol=1e-4)
+  assert any("/zeroshot/" in name for name in final)
+  with pytest.raises(ValueError, match="unknown argument"):
+    stage1.get_config("12,24")
 
 
 @pytest.mark.parametrize("module", [progressive, synthetic], ids=["progressive", "synthetic"])

@@ -18,7 +18,7 @@ FEW = {"steps": 4, "eval_steps": 4, "tasks": ("zeroshot", "retrieval", "codes"),
 SMALL = {
   "codebook.dim": 4, "codebook.shared_codes": 8, "codebook.distance": "l2", "codebook.normalize": False,
   "codebook.unit_parts": True, "codebook.positions": "own", "codebook.stages": 2, "codebook.rotation": "learned",
-  "codebook.start": "opq", "codebook.start_rows": 40, "codebook.gradient": "rotation_trick", "queries": "uncoded",
+  "codebook.start": "opq", "codebook.start_rows": 400, "codebook.gradient": "rotation_trick", "queries": "uncoded",
   "stages.bridges.losses": {"info_nce": 1.0, "info_nce_asymmetric": 0.5, "commitment": 1.0},
   "stages.bridges.mixup": 0.0,
 }  # fmt: skip

@@ -111,6 +111,17 @@ def rotation_trick(z: Float[Array, "s d n"], q: Float[Array, "s d n"]) -> Float[
   return straight_through(turned, q)
 
 
+def through_both(z: Float[Array, "..."], q: Float[Array, "..."]) -> Float[Array, "..."]:
+  """The value of q with the gradient of z and of q: codes that are parameters learn from what their vectors serve.
+
+  As the centroids of JPQ (Zhan et al., "Jointly Optimizing Query Encoder and Product Quantization", CIKM 2021).
+  """
+  return q + (z - jax.lax.stop_gradient(z))
+
+
+THROUGH = {"straight_through": straight_through, "rotation_trick": rotation_trick, "both": through_both}
+
+
 @functools.partial(jax.jit, static_argnames=("distance", "codes_last"))
 def similarity(
   z: Float[Array, "s d n"], codes: Float[Array, "*own k d"], *, distance: Distance = "cosine", codes_last: bool = False

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from codebind_jax.codebook.nearest import DISTANCES, Distance
 from codebind_jax.codebook.revival import REVIVALS, Revive
+from codebind_jax.codebook.segments import THROUGH
 from codebind_jax.codebook.state import REVIVE_MODES, ReviveMode
 from codebind_jax.schema import Decay, Frozen, Name, Share, Side, above, at_most
 
@@ -19,7 +20,7 @@ LAYOUTS = ("parts", "interleaved")
 UPDATES = ("snapshot", "sequential")
 POSITIONS = ("shared", "own")
 ROTATIONS = ("none", "learned")
-GRADIENTS = ("straight_through", "rotation_trick")
+GRADIENTS = tuple(THROUGH)
 STARTS = ("batch", "kmeans", "opq")
 Codes = Annotated[int, above(0), at_most(1 << 24)]
 
@@ -40,13 +41,16 @@ class Codebook:
     positions: shared (one codebook for all segments of a part) or own (one for each segment, as in product
       quantisation; all of them of `shared_codes` or `codes` codes).
     stages: number of codes of a segment, each of which quantises what the ones before it left (residual quantisation);
-      from the second on the nearest code is the one of the smallest squared distance.
+      more than 1 need `distance` l2.
+    beam: sums of codes that the search of several stages keeps from stage to stage; 1 takes each stage's nearest code.
     rotation: learned turns every part before it is cut into segments, and back after them, by an orthogonal matrix that
       is trained with the heads; one for the shared parts of all modalities.
     gradient: how the features get their gradient through the codes: straight_through, or rotation_trick (Fifty et al.,
-      2024, arXiv 2410.06424).
-    start: codes begin as means of k-means over the first batch (batch) or over `start_rows` training rows (kmeans), or
-      as these after a rotation by optimised product quantisation (opq; needs `rotation`).
+      2024, arXiv 2410.06424); both is straight_through that trains the codes too, by every term that sees their vectors
+      (needs `ema` False).
+    start: codes begin as means of k-means over the first batch (batch) or over the items of `start_rows` training rows,
+      unaugmented and each distinct one once (kmeans), or as these after a rotation by optimised product quantisation
+      (opq; needs `rotation`). Those of several stages are found as `codebook.residual.start_stages` says.
     start_rows: number of training rows for `start` kmeans and opq.
     layout: order of an item's features: parts (shared features first, then specific) or interleaved (chunks of one
       shared and one specific segment).
@@ -71,6 +75,7 @@ class Codebook:
   unit_parts: bool = False
   positions: Literal[POSITIONS] = "shared"
   stages: Annotated[int, above(0), at_most(256)] = 1
+  beam: Annotated[int, above(0), at_most(256)] = 1
   rotation: Literal[ROTATIONS] = "none"
   gradient: Literal[GRADIENTS] = "straight_through"
   start: Literal[STARTS] = "batch"
@@ -90,9 +95,15 @@ class Codebook:
     if self.start == "opq" and self.rotation == "none":
       raise ValueError(f"config.{path}.start: got 'opq', whose rotation needs config.{path}.rotation; allowed: "
                        "'kmeans', or rotation 'learned'")  # fmt: skip
-    if self.stages > 1 and self.distance == "cosine" and not self.normalize:
-      raise ValueError(f"config.{path}.stages: got {self.stages}, but codes by cosine of segments that are not "
-                       "normalized leave no residual; allowed: 1, normalize True, or distance 'l2'")  # fmt: skip
+    if self.stages > 1 and self.distance == "cosine":
+      raise ValueError(f"config.{path}.stages: got {self.stages}, but a cosine does not see how long what is left is; "
+                       "allowed: 1, or distance 'l2'")  # fmt: skip
+    if self.beam > 1 and self.stages == 1:
+      raise ValueError(f"config.{path}.beam: got {self.beam} for one stage, whose nearest code is the best; allowed: "
+                       "1, or several stages")  # fmt: skip
+    if self.gradient == "both" and self.ema:
+      raise ValueError(f"config.{path}.gradient: got 'both', but codes that follow averages have no gradient; allowed: "
+                       "'straight_through', 'rotation_trick', or ema False")  # fmt: skip
 
   def spec(self, shared_dim: int, specific_dims: Mapping[str, int]) -> CompositionalSpec:
     """The quantiser of features of these widths.
@@ -106,7 +117,8 @@ class Codebook:
       num_codes=(self.shared_codes, 0), num_specific_codes=self.codes, layout=self.layout, distance=self.distance,
       normalize=self.normalize, decay=self.decay, revive=self.revive, revive_mode=self.revive_mode,
       detach_similarity=self.detach_similarity, ema=self.ema, specific_code_dims=self.dims,
-      unit_parts=self.unit_parts, positions=self.positions, stages=self.stages, gradient=self.gradient,
+      unit_parts=self.unit_parts, positions=self.positions, stages=self.stages, beam=self.beam,
+      gradient=self.gradient,
     )  # fmt: skip
 
   def width_of(self, name: str) -> int:
@@ -138,7 +150,7 @@ class CompositionalSpec:
     decay, eps, revive, revive_mode: as in `codebook.update`.
     detach_similarity: similarities give no gradient to the features, as in the release.
     first: modalities that a sequential update takes first.
-    unit_parts, positions, stages, gradient: as in `Codebook`.
+    unit_parts, positions, stages, beam, gradient: as in `Codebook`.
   """
 
   shared_dim: int = 1024
@@ -163,6 +175,7 @@ class CompositionalSpec:
   unit_parts: bool = False
   positions: str = "shared"
   stages: int = 1
+  beam: int = 1
   gradient: str = "straight_through"
 
   def __post_init__(self):
@@ -187,8 +200,12 @@ class CompositionalSpec:
                        f"{dict(self.specific_code_dims)}")  # fmt: skip
     if self.positions == "own" and self.sharing != "parts":
       raise ValueError(f"positions='own' needs sharing='parts', got {self.sharing!r}")
-    if self.stages < 1 or self.stages > 1 and self.distance == "cosine" and not self.normalize:
-      raise ValueError(f"stages must be positive, and 1 for codes by cosine without normalize, got {self.stages}")
+    if self.stages < 1 or self.stages > 1 and self.distance == "cosine":
+      raise ValueError(f"stages must be positive, and 1 for codes by cosine, got {self.stages}")
+    if self.beam < 1 or self.beam > 1 and self.stages == 1:
+      raise ValueError(f"beam must be positive, and 1 for one stage, got {self.beam}")
+    if self.gradient == "both" and self.ema:
+      raise ValueError("gradient must not be 'both' for codes that follow averages (ema)")
     if self.shared_dim < 1 or self.shared_dim % self.code_dims[0]:
       raise ValueError(f"shared_dim must be a positive multiple of {self.code_dims[0]}, got {self.shared_dim}")
     for name, width in (("*", self.specific_dim), *self.specific_dims):

@@ -1,9 +1,9 @@
 """Quantisers of float vectors at a number of bytes, by faiss: what codes of a trained codebook are compared with.
 
 Product quantisation (PQ): Jegou et al. 2011; OPQ: Ge et al., CVPR 2013; residual (RQ): Chen et al. 2010; local search
-(LSQ): Martinez et al., ECCV 2018. The last two are wanted at many bytes too, where one sequence of stages takes hours:
-there the vector is cut into parts, each of which has its own stages (faiss' product-residual and product-local-search
-quantisers).
+(LSQ): Martinez et al., ECCV 2018. Codes are of 8 bits, those of `rq10`, residual ones, of 10. RQ and LSQ are wanted at
+many bytes too, where one sequence of stages takes hours: there the vector is cut into parts, each of which has its own
+stages (faiss' product-residual and product-local-search quantisers).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from codebind_jax.search.checks import backend_of
 
 FLOATS = {"float32": np.float32, "float16": np.float16}  # have a size of their own
 Quantiser = Literal[QUANTISERS]
-CODE = 8  # bits of a code of PQ, OPQ, RQ and LSQ
+BITS = {"pq": 8, "opq": 8, "rq": 8, "rq10": 10, "lsq": 8}  # of a code
 STAGES = 12  # codes of a part of a product-residual or product-local-search quantiser, at most
 
 
@@ -35,6 +35,21 @@ class Fitted:
 
   item_bytes: int
   decoded: Callable[[Float[np.ndarray, "n d"]], Float[np.ndarray, "n d"]]
+
+
+def stages_of(name: Quantiser, width: int, size: int) -> tuple[int, int]:
+  """(parts, codes of a part) of residual or local-search codes: as many as `size` bytes hold in equal parts.
+
+  Raises:
+    ValueError: if not even one code fits.
+  """
+  for codes in range(size * 8 // BITS[name], 0, -1):
+    try:
+      parts = parts_of(width, codes)
+    except ValueError:
+      continue
+    return parts, codes // parts
+  raise ValueError(f"{name}: got {size} bytes; allowed: {BITS[name]} bits and more")
 
 
 def parts_of(width: int, codes: int) -> int:
@@ -62,7 +77,7 @@ def rows_needed(name: Quantiser, size: int) -> int:
   """The fewest training rows that a quantiser can be fitted to."""
   if name in FLOATS:
     return 0
-  return size * 8 // int(name[2:]) if name in ("sq8", "sq4") else 1 << CODE
+  return size * 8 // int(name[2:]) if name in ("sq8", "sq4") else 1 << BITS[name]
 
 
 def fit(name: Quantiser, size: int, rows: Float[np.ndarray, "n d"], seed: int = 0) -> Fitted:
@@ -133,7 +148,7 @@ def _made(faiss: Any, name: str, width: int, size: int, seed: int) -> tuple[Any,
     kind = faiss.ScalarQuantizer.QT_8bit if bits == 8 else faiss.ScalarQuantizer.QT_4bit
     return faiss.PCAMatrix(width, kept) if kept < width else None, faiss.ScalarQuantizer(kept, kind)
   if name in ("pq", "opq"):
-    codec = faiss.ProductQuantizer(width, size, CODE)
+    codec = faiss.ProductQuantizer(width, size, BITS[name])
     codec.cp.seed = seed + 1
     codec.cp.min_points_per_centroid = 1  # a small world has few rows, and says so in the number of its rows
     if name == "pq":
@@ -141,12 +156,13 @@ def _made(faiss: Any, name: str, width: int, size: int, seed: int) -> tuple[Any,
     turn = faiss.OPQMatrix(width, size)
     turn.pq, turn.niter = codec, 20  # of 50; it takes most of the time, and the error hardly falls in the last ones
     return turn, codec
-  parts = parts_of(width, size)
+  parts, stages = stages_of(name, width, size)
   kinds = {
-    ("rq", True): faiss.ResidualQuantizer, ("lsq", True): faiss.LocalSearchQuantizer,
-    ("rq", False): faiss.ProductResidualQuantizer, ("lsq", False): faiss.ProductLocalSearchQuantizer,
+    (False, True): faiss.ResidualQuantizer, (True, True): faiss.LocalSearchQuantizer,
+    (False, False): faiss.ProductResidualQuantizer, (True, False): faiss.ProductLocalSearchQuantizer,
   }  # fmt: skip
-  codec = kinds[name, parts == 1](*(width, size, CODE) if parts == 1 else (width, parts, size // parts, CODE))
+  sizes = (width, stages, BITS[name]) if parts == 1 else (width, parts, stages, BITS[name])
+  codec = kinds[name == "lsq", parts == 1](*sizes)
   for each in [codec] if parts == 1 else [faiss.downcast_Quantizer(codec.subquantizer(n)) for n in range(parts)]:
     if name == "lsq":
       each.random_seed = seed + 1

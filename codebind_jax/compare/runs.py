@@ -105,7 +105,10 @@ class Runs:
     """
     if name in self._chosen:
       return self._chosen[name]
-    settings, tried = self.settings, {}
+    settings, tried, own = self.settings, {}, self.settings.variants[name].learning_rate
+    if own is not None:
+      self._chosen[name] = own, tried
+      return self._chosen[name]
     further = list(settings.learning_rates) if len(settings.learning_rates) > 1 or self._leads(name) else []
     while further:
       for rate in further:
