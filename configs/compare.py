@@ -11,7 +11,7 @@ Command: python -m codebind_jax.main --config=configs/compare.py --workdir=runs/
 After a further comma: `ablations` for DCID and CodeBind without their parts, `regularised` for plain InfoNCE and
 CodeBind alone, each with mixup, dropout and weight decay, `runlocal` for a quick look (one seed, no tuning, little
 data), `full` (generalise alone) for that profile of the data, which has clips; after `bytes`, some of its sizes, and
-`published` for codes as published beside those of the small index.
+`trained` and `published` for such codes beside those of the small index.
 Writes comparison.md, comparison.json and figures; a second run of the command continues the first.
 Several processes, or machines that share the folder, can each take some variants; the plain command then collects:
          ... --workdir=runs/compare --config.compare.only=dcid,fcid
@@ -31,7 +31,7 @@ REGULARISED = {"mixup": {"mixup": 1.0}, "dropout": {"dropout": 0.3}, "weight_dec
 # Trained as a search uses them: queries uncoded, items coded; the codes learn by what their items are found with.
 SEARCHED = {"info_nce_asymmetric": 1.0, "commitment": 1.0}
 WORLDS = ("real", "generalise", "equal", "bytes")
-FORMS = ("runlocal", "ablations", "regularised", "full", "published")
+FORMS = ("runlocal", "ablations", "regularised", "full", "published", "trained")
 
 
 def variant(method="codebind", quantize=True, losses=None, *, regularised=(), **options):
@@ -133,15 +133,15 @@ def equal(form):
   return config, {name: v for name, v in variants.items() if name == "centrobind" or v.method == "fixed_anchor"}
 
 
-def small(config, published):
-  """Plain InfoNCE in each regularisation; codes of each size that start from the best of them, as they start.
+def small(config, more_of):
+  """Plain InfoNCE in each regularisation, and the best of them after a third of its steps more (`continued`).
 
-  `trained` are the codes of the first size after a third of the baseline's steps, and `continued` is the baseline after
-  as many.
+  Beside them codes of each size, as they start from the best of them.
 
   Args:
     config: whose `compare.bytes` has the sizes.
-    published: whether to add codes as published, from scratch, but for their number: one codebook for all positions.
+    more_of: further codes of each size: `trained`, those that start after as many steps; `published`, from scratch and
+      as published, but for their number: one codebook for all positions.
   """
   plain, width, more = {"info_nce": 1.0}, config.model.shared_dim, max(1, config.steps // 3)
   of_ways = {"": {}} | {f"_{way}": settings for way, settings in REGULARISED.items()}
@@ -153,15 +153,15 @@ def small(config, published):
   follow = {"follows": tuple(variants)}
   warm = follow | {"warm": True}
   variants["continued"] = variant(quantize=False, losses=plain, regularised=warm | {"steps": more})
-  for number, size in enumerate(config.compare.bytes.sizes):
+  for size in config.compare.bytes.sizes:
     codes = common.small_index(width, size)
     book = lambda **options: {"codebook": ConfigDict(options)}
     start = warm | {"steps": common.START["steps"], "learning_rate": common.START["learning_rate"]}
     variants[f"codes_{size}"] = variant(losses=SEARCHED, regularised=start | book(**codes))
-    if not number:
-      trained = codes | {"ema": False, "gradient": "both"}
-      variants["trained"] = variant(losses=SEARCHED, regularised=warm | {"steps": more} | book(**trained))
-    if published:
+    if "trained" in more_of:
+      codes |= {"ema": False, "gradient": "both"}
+      variants[f"trained_{size}"] = variant(losses=SEARCHED, regularised=warm | {"steps": more} | book(**codes))
+    if "published" in more_of:
       variants[f"published_{size}"] = variant(
         losses=worlds.LOSSES, regularised=follow | book(dim=width // size, shared_codes=256)
       )
@@ -176,17 +176,18 @@ def get_config(arg=""):
       raise ValueError(f"configs/compare.py:{arg}: unknown argument {word!r}; allowed: {', '.join((*WORLDS, *FORMS))}")
   if "full" in words and ("generalise" not in words or "runlocal" in words):
     raise ValueError(f"configs/compare.py:{arg}: 'full' goes with generalise alone, and not with runlocal")
-  if "published" in words and "bytes" not in words:
-    raise ValueError(f"configs/compare.py:{arg}: 'published' goes with bytes alone")
+  if {"trained", "published"} & set(words) and "bytes" not in words:
+    raise ValueError(f"configs/compare.py:{arg}: 'trained' and 'published' go with bytes alone")
   if len(set(words) & set(WORLDS)) > 1 or len(set(words) & {"equal", "ablations", "regularised"}) > 1:
     raise ValueError(f"configs/compare.py:{arg}: {', '.join(WORLDS)} exclude one another, as do 'equal', 'ablations' "
                      "and 'regularised'")  # fmt: skip
   form = next((word for word in ("runlocal", "full") if word in words), "")
   if "bytes" in words:
     if set(words) & {"ablations", "regularised"}:
-      raise ValueError(f"configs/compare.py:{arg}: 'bytes' goes with runlocal, published and sizes alone")
+      raise ValueError(f"configs/compare.py:{arg}: 'bytes' goes with runlocal, trained, published and sizes "
+                       "alone")  # fmt: skip
     config = compare_worlds.small(form, sizes)
-    variants = small(config, "published" in words)
+    variants = small(config, {"trained", "published"} & set(words))
   elif "equal" in words:
     config, variants = equal(form)
   elif set(words) & set(WORLDS):

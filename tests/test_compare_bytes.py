@@ -281,13 +281,13 @@ def test_the_shipped_form_goes_on_where_it_stopped_and_reads_the_test_sets_last(
 
 
 def test_the_shipped_sizes_are_those_of_the_codes():
-  config = validate(shipped.get_config("bytes,published"))
+  config = validate(shipped.get_config("bytes,trained,published"))
   for name, variant in config.compare.variants.items():
     if not variant.quantize:
       assert (name in config.compare.bytes.baselines) != (name == "continued")
       continue
     run = runs_lib.run_config(config, variant, 1e-3, 0, False)
-    kind, size = (name.split("_") + ["8"])[:2]
+    kind, size = name.split("_")
     found, = {shared for shared, _ in run.item_bytes.values()}
     assert int(size) in config.compare.bytes.sizes
     if kind == "published":
@@ -299,9 +299,11 @@ def test_the_shipped_sizes_are_those_of_the_codes():
     assert (variant.learning_rate is None) == (kind != "codes")
   few = shipped.get_config("bytes,24,8,published").compare
   assert few.bytes.sizes == (24, 8) and {name for name in few.variants if "4" in name} == {"codes_24", "published_24"}
-  assert few.variants.trained.codebook.stages == few.variants.codes_24.codebook.stages == 9
-  for arg, message in [("bytes,regularised", "'bytes' goes with runlocal, published and sizes alone"),
-                       ("bytes,7", "'7'"), ("published", "goes with bytes alone"),
+  trained = shipped.get_config("bytes,24,trained").compare.variants
+  assert trained.trained_24.codebook.gradient == "both" and "gradient" not in trained.codes_24.codebook
+  assert trained.trained_24.codebook.stages == trained.codes_24.codebook.stages == 9
+  for arg, message in [("bytes,regularised", "'bytes' goes with runlocal, trained, published and sizes"),
+                       ("bytes,7", "'7'"), ("published", "go with bytes alone"),
                        ("real,24", "'24'"), ("bytes,real", "exclude one another")]:  # fmt: skip
     with pytest.raises(ValueError, match=message):
       shipped.get_config(arg)
