@@ -73,8 +73,8 @@ def _head(whole: Mapping[str, Any]) -> list[str]:
     f"{settings['seeds']} seeds, %, mean ± standard deviation. The baseline is continuous, `{whole['baseline']}`, of "
     f"these by the validation sets, seed 0 (rate, score; {EDGE} at an end of the rates tried): {tried}.", "",
     "Quantisers are faiss', fitted to the baseline's training embeddings seed by seed (`joint`: all modalities "
-    "together; `modality`: each by itself). Codes' rates were chosen like the baseline's; `warm` codes start from the "
-    "seed's run of the baseline and train on, `cold` ones are trained from scratch.", "",
+    "together; `modality`: each by itself). Rates were chosen like the baseline's, but where a variant has one of its "
+    "own. `warm` ones start from the seed's run of the baseline, `cold` ones from scratch.", "",
     "Items are coded; queries are not, but in the column `score, coded queries`. `score`: mean of `zeroshot` (top-1 by "
     "name) and `r1`; `r1`, `r10`: recall, means over sets, pairs and both directions; `emergent`: recall at 5 of pairs "
     "that no stage binds; `probe`: linear, of coded items.",
