@@ -1,5 +1,6 @@
 """Packed codes against arithmetic by hand, their index against decoded vectors, its file, and what it refuses."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -13,6 +14,7 @@ from codebind_jax.embedding import packing, tables
 from codebind_jax.search import Codec, CodeIndex, Index, byte_table
 from codebind_jax.search import codes as of_codes
 from codebind_jax.search import ids as of_ids
+from codebind_jax.search.norm_codes import NormCodes
 from tests.source_fixtures import damaged_parquet
 
 BACKENDS = ("numpy", "faiss")
@@ -43,12 +45,15 @@ def codec_of(kind, rng):
     return Codec(tuple(table(1000, 2) for _ in range(4)), score="dot")
   if kind == "residual":
     return Codec(tuple(table(256, 4) / (1 + n // 3) for n in range(6)), (0, 4, 8) * 2, turned(rng, 12))
+  if kind == "residual of 10 bits":
+    return Codec(tuple(table(1000, 12) / (1 + n) for n in range(5)), (0,) * 5)
   assert kind == "mixed"  # widths and bits differ; one position has no choice
   return Codec((table(1000, 2), table(1, 3), table(30, 1), table(2, 4), table(70000, 2)))
 
 
-KINDS = ("one codebook", "4 bits", "10 bits", "residual", "mixed")
-WITH_FAISS = KINDS[:4]
+KINDS = ("one codebook", "4 bits", "10 bits", "residual", "residual of 10 bits", "mixed")
+WITH_FAISS = KINDS[:5]
+NORM_BYTES = {"residual": 8, "residual of 10 bits": 8}  # of an item with its norm's digits: two of 8 bits, one of 10
 
 
 def codes_of(codec, rng, n):
@@ -146,7 +151,7 @@ def test_finds_what_decoded_vectors_find(backend, kind, k, monkeypatch):
   np.testing.assert_allclose(scores, cosines, atol=2e-6)
   # Norms differ, so the inner product alone orders otherwise.
   assert scores.dtype == np.float32 and np.ptp(codec.norms(codes)) > 0.5
-  assert index.nbytes == 500 * codec.item_bytes
+  assert index.nbytes == 500 * NORM_BYTES.get(kind, codec.item_bytes)
 
 
 @pytest.mark.parametrize("kind", WITH_FAISS)
@@ -242,6 +247,37 @@ def test_candidates_are_ordered_by_the_vectors_given(backend, tmp_path):
   ]:  # fmt: skip
     with pytest.raises(ValueError, match=message):
       index.search(queries, 10, rerank=rerank, **options)
+
+
+def test_digits_of_norms_by_hand():
+  codec = Codec((np.array([[3.0], [4.0]]), np.array([[0.5], [-1.0]])), (0, 0))  # a bit each, so ten digits
+  norms = NormCodes(codec)
+  assert norms.sizes == (2,) * 10 and norms.step == pytest.approx(5 / 1024)
+  digits = norms.codes(np.array([4.5, 2.0]))  # 921.6 and 409.6 steps
+  assert ["".join(map(str, row)) for row in digits] == [f"{921:010b}", f"{409:010b}"]
+  table = norms.table(-2.0).reshape(10, 2)
+  np.testing.assert_allclose(table[np.arange(10), digits].sum(axis=1), -2 * norms.step * np.array([921, 409]))
+  assert NormCodes(Codec((np.eye(2),) * 2)).sizes == () and not len(NormCodes(Codec((np.eye(2),) * 2)).table(1.0))
+  assert NormCodes(dataclasses.replace(codec, score="dot")).sizes == ()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["residual", "residual of 10 bits"])
+def test_norms_of_residual_codes_do_not_widen_a_search(kind, backend, monkeypatch):
+  rng = np.random.default_rng(7)
+  codec, asked = codec_of(kind, rng), []
+  codes, queries = codes_of(codec, rng, 30_000), rng.normal(size=(5, codec.width))
+  assert np.ptp(codec.norms(codes)) > 1
+  monkeypatch.setattr(of_codes, "_BLOCK", 1 << 13)
+  index = CodeIndex(codec, there(backend))
+  index.add(range(30_000), codes)
+  largest = type(index._scan(index._look)).largest
+  monkeypatch.setattr(index._scan, "largest", lambda self, packed, k: asked.append(k) or largest(self, packed, k))
+  ids, scores = index.search(queries, 10)
+  order, cosines = expected(codec, codes, queries, 10)
+  np.testing.assert_array_equal(ids, order)
+  np.testing.assert_allclose(scores, cosines, atol=2e-6)
+  assert set(asked) == {10 + of_codes._MORE}  # never more than the first look
 
 
 @pytest.mark.parametrize("ids", ["strings", "range", "integers"])

@@ -23,6 +23,7 @@ from codebind_jax.embedding import packing, shards, tables
 from codebind_jax.search import checks
 from codebind_jax.search.codec import Codec
 from codebind_jax.search.ids import Ids, check_list
+from codebind_jax.search.norm_codes import NormCodes
 from codebind_jax.search.scan import Faiss, Look, Numpy
 
 PARTS = {"shared": "codes_shared", "specific": "codes_specific"}  # of an embedding -> its codes
@@ -79,7 +80,9 @@ class CodeIndex:
   """
 
   def __init__(self, codec: Codec, backend: str = "auto"):
-    self.codec, self._look = codec, Look(codec)
+    self.codec, self._lengths = codec, NormCodes(codec)
+    self._sizes = (*codec.sizes, *self._lengths.sizes)
+    self._look = Look(self._sizes)
     self.backend = checks.backend_of(backend)
     if not self._look.faiss:
       if backend == "faiss":
@@ -107,7 +110,7 @@ class CodeIndex:
 
   @property
   def nbytes(self) -> int:
-    """Bytes of the items: codes, fields and ids."""
+    """Bytes of the items: codes, with those of residual codes' norms, fields and ids."""
     own = sum(part.codes.nbytes + sum(x.nbytes for x in part.fields.values()) for part in (*self._parts, *self._tail))
     return own + self._ids.nbytes
 
@@ -160,13 +163,19 @@ class CodeIndex:
     Raises:
       ValueError: if an item's vector is zero.
     """
-    least, most = self._norms
+    (least, most), laid = self._norms, []
     for first in range(0, len(packed), _BLOCK):
-      norms = self.codec.norms(packing.unpack(packed[first : first + _BLOCK], self.codec.sizes))
+      some = packed[first : first + _BLOCK]
+      codes = packing.unpack(some, self.codec.sizes)
+      norms = self.codec.norms(codes)
       if self.codec.score == "cosine" and not norms.all():
         raise ValueError(f"codes: the vector of {names[first + int(np.argmin(norms))]!r} is zero; a cosine needs a "
                          "direction")  # fmt: skip
       least, most = min(least, norms.min(initial=np.inf)), max(most, norms.max(initial=0.0))
+      if self._lengths.sizes:
+        some = packing.pack(np.concatenate([codes, self._lengths.codes(norms)], axis=1), self._sizes)
+      laid.append(some)
+    packed = np.concatenate(laid) if self._lengths.sizes and laid else packed
     self._norms, self._names = (least, most), tuple(sorted(fields))
     numbers = {}
     for name, values in fields.items():
@@ -254,7 +263,8 @@ class CodeIndex:
     A cosine is an inner product over a norm, which a scan cannot divide by. But it can subtract: of items whose cosine
     is near t, `product - t norm` tells which is larger, and norm <= (norm^2 + m^2) / 2m, m in the middle of the norms,
     whose square is a sum over codes as the product is. This bound says how near anything can be that is no candidate;
-    while that reaches the k-th score, t becomes this score and more candidates are asked for.
+    while that reaches the k-th score, t becomes this score and more candidates are asked for. The norms of residual
+    codes, whose squares are no such sum, are further codes (`NormCodes`), and no more than rounded.
     """
     parts = self._all()
     starts = np.cumsum([0, *(len(part.codes) for part in parts)])[:-1].tolist()
@@ -279,7 +289,7 @@ class CodeIndex:
   def _bends(self) -> bool:
     """Whether norms differ and scans can heed it."""
     least, most = self._norms
-    return bool(self.codec.score == "cosine" and self.codec.squares is not None and most > least * (1 + 1e-6))
+    return bool(self.codec.score == "cosine" and most > least * (1 + 1e-6))
 
   def _best(
     self, own: np.ndarray, k: int, groups: Sequence[Sequence[_Laid]], starts: Sequence[int],
@@ -304,14 +314,19 @@ class CodeIndex:
     rounding = _ROUNDING * float(np.maximum.reduceat(np.abs(own), self.codec.offsets).sum()) / least
     wanted = min(k + _MORE, there)
     while True:
-      looked = self._look.table(own - threshold / (2 * middle) * self.codec.squares if threshold else own)
+      if self._lengths.sizes:
+        looked = self._look.table(np.concatenate([own, self._lengths.table(-threshold)]))
+        bent = max(-threshold, 0.0) * self._lengths.step
+      else:
+        looked = self._look.table(own - threshold / (2 * middle) * self.codec.squares if threshold else own)
+        bent = max(threshold, 0.0) * gap - threshold * middle / 2
       scan.set_query(looked)
       found = [both for own in run(_scanned, *zip(*((scan, group, wanted) for group in groups))) for both in own]
       every, rough = (np.concatenate(column) for column in zip(*found))
       kept = np.argpartition(-rough, wanted - 1)[:wanted] if wanted < len(rough) else np.arange(len(rough))
       exact = self._exact(every[kept], own, starts)
       order = np.lexsort((every[kept], -exact))[:k]
-      over = float(rough[kept].min()) + self._look.error(looked) - threshold * middle / 2 + max(threshold, 0.0) * gap
+      over = float(rough[kept].min()) + self._look.error(looked) + bent
       reached = threshold + over / (least if over > 0 else most)
       if not settled or wanted == there or reached < float(exact[order[-1]]) - rounding:
         return every[kept][order], exact[order]
@@ -319,13 +334,13 @@ class CodeIndex:
 
   def _exact(self, numbers: np.ndarray, own: np.ndarray, starts: Sequence[int]) -> np.ndarray:
     """Scores of items, summed in float64 and in one order, as float32."""
-    codes = packing.unpack(self._rows(numbers, starts), self.codec.sizes)
+    codes = packing.unpack(self._rows(numbers, starts), self._sizes)[:, : len(self.codec.sizes)]
     sums = own[codes + self.codec.offsets].sum(axis=1)
     return (sums / self.codec.norms(codes) if self.codec.score == "cosine" else sums).astype(np.float32)
 
   def _rows(self, numbers: np.ndarray, starts: Sequence[int]) -> np.ndarray:
     """Packed codes of items."""
-    out = np.empty((len(numbers), self.codec.item_bytes), np.uint8)
+    out = np.empty((len(numbers), packing.bytes_of(self._sizes)), np.uint8)
     place = np.searchsorted(starts, numbers, "right") - 1
     for number in np.unique(place):
       here = place == number
@@ -360,7 +375,10 @@ class CodeIndex:
       raise ValueError(f"nothing to save to {str(path)!r}: the index is empty")
     pieces, start, words = [], 0, {name: pa.array(list(known), pa.string()) for name, known in self._values.items()}
     for part in self._all():
-      columns = [self._ids.array(start, start + len(part.codes)), tables.as_fixed_bytes(part.codes)]
+      packed = part.codes
+      if self._lengths.sizes:
+        packed = packing.pack(packing.unpack(packed, self._sizes)[:, : len(self.codec.sizes)], self.codec.sizes)
+      columns = [self._ids.array(start, start + len(part.codes)), tables.as_fixed_bytes(packed)]
       columns += [words[name].take(pa.array(part.fields[name])) for name in self.fields]
       pieces.append(pa.table(columns, ["id", "codes", *self.fields]))
       start += len(part.codes)

@@ -31,14 +31,15 @@ class Look:
     faiss: whether faiss can look these up.
   """
 
-  def __init__(self, codec: Codec):
-    self._ends = codec.offsets[1:]
-    bits = packing.bits_of(codec.sizes)
+  def __init__(self, sizes: Sequence[int]):
+    """sizes: of each position's codebook."""
+    self._ends = np.cumsum(sizes)[:-1]
+    bits = packing.bits_of(sizes)
     self._starts = np.cumsum((0, *bits))[:-1].tolist()
     self.by_byte = all(start // 8 == (start + max(n, 1) - 1) // 8 for start, n in zip(self._starts, bits) if n)
-    self._of_bits, self._bytes = bits, codec.item_bytes
-    self.bits = (8,) * codec.item_bytes if self.by_byte else bits
-    self._whole = codec.sizes == tuple(1 << bits for bits in self.bits) and len(set(self.bits)) == 1
+    self._of_bits, self._bytes = bits, packing.bytes_of(sizes)
+    self.bits = (8,) * self._bytes if self.by_byte else bits
+    self._whole = tuple(sizes) == tuple(1 << bits for bits in self.bits) and len(set(self.bits)) == 1
     self.faiss = len(set(self.bits)) == 1 and 1 <= self.bits[0] <= _MOST_BITS
 
   def table(self, table: Float[np.ndarray, "every"]) -> Float[np.ndarray, "s k"] | list[Float[np.ndarray, "_"]]:
@@ -150,7 +151,7 @@ def byte_table(codec: Codec, query: Float[np.ndarray, "d"]) -> pa.Table:
     ValueError: if a code is spread over two bytes, or items have stages, whose squares do not add up; for a query of
       another width, zero or not finite.
   """
-  look = Look(codec)
+  look = Look(codec.sizes)
   if not look.by_byte or codec.squares is None:
     raise ValueError(f"codec: codes of {sorted(set(packing.bits_of(codec.sizes)))} bits that are spread over bytes, or "
                      "residual stages; allowed: one stage of codes within one byte each")  # fmt: skip
