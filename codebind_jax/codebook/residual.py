@@ -9,12 +9,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.custom_partitioning import custom_partitioning
 from jaxtyping import Array, Float, Int
 
 from codebind_jax.codebook.clustering import kmeans
 
 _EXACT = jax.lax.Precision.HIGHEST
-_STRIPES = 64  # equal parts of the batch, of which a block takes some rows each: a batch split over devices stays so
 _SCORES = 1 << 22  # distances held at once (16 MB)
 _STEPS = 6  # numbers of principal axes with which a clustering begins, in a geometric series
 _ROWS = 256  # rows a code to which a start is fitted, at most (as in faiss)
@@ -32,28 +32,40 @@ def beam_codes(z: Float[Array, "s d n"], codes: Float[Array, "m *own k d"], *, b
     codes: of m stages, for all segments or of each position.
     beam: sums that are kept.
   """
-  codes = codes if codes.ndim == 4 else codes[:, None]
-  x = jnp.moveaxis(jax.lax.stop_gradient(z.astype(jnp.float32)), 2, 0)
-  search = functools.partial(_beam, codes=jax.lax.stop_gradient(codes.astype(jnp.float32)), beam=beam)
+  z, codes = jax.lax.stop_gradient((z.astype(jnp.float32), codes.astype(jnp.float32)))
+  return _partitioned(codes.ndim == 4, beam)(z, codes)
+
+
+@functools.cache
+def _partitioned(own, beam):
+  search = lambda z, codes: _search(z, codes, beam)
+
+  def partition(mesh, arguments, result):
+    return mesh, search, result.sharding, tuple(argument.sharding for argument in arguments)
+
+  # The compiler would gather the batch to order its sums: the rule tells it that every segment is searched by itself.
+  partitioned = custom_partitioning(search)
+  rule = "s d n, m s k d -> m s n" if own else "s d n, m k d -> m s n"
+  partitioned.def_partition(partition, sharding_rule=rule, need_replication_factors=("d", "m", "k"))
+  return partitioned
+
+
+def _search(z, codes, beam):
+  """`beam_codes` of float32 arrays, by blocks of rows."""
+  codes, x = codes if codes.ndim == 4 else codes[:, None], jnp.moveaxis(z, 2, 0)
+  search = functools.partial(_beam, codes=codes, beam=beam)
   n, s, d = x.shape
   if n == 0:
     return jnp.zeros((len(codes), s, 0), jnp.int32)
-  stripes = 1
-  while stripes < _STRIPES and n % (2 * stripes) == 0:
-    stripes *= 2
-  length = n // stripes
-  rows = max(1, min(length, _SCORES // (stripes * s * beam * codes.shape[2])))
-  x = x.reshape(stripes, length, s, d)
-  block = lambda part: search(part.reshape(-1, s, d)).reshape(len(codes), *part.shape[:3])
-  full = length // rows
-  if full == 1 and rows == length:
-    found = block(x)
-  else:
-    cut = lambda i: block(jax.lax.dynamic_slice_in_dim(x, i * rows, rows, axis=1))
-    found = jnp.moveaxis(jax.lax.map(cut, jnp.arange(full)), 0, 2).reshape(len(codes), stripes, full * rows, s)
-    if full * rows < length:
-      found = jnp.concatenate([found, block(x[:, full * rows :])], axis=2)
-  return jnp.moveaxis(found.reshape(len(codes), n, s), 2, 1)
+  rows = max(1, min(n, _SCORES // (s * beam * codes.shape[2])))
+  full = n // rows
+  cut = lambda i: search(jax.lax.dynamic_slice_in_dim(x, i * rows, rows))
+  found = search(x) if full == 1 and rows == n else (
+    jnp.moveaxis(jax.lax.map(cut, jnp.arange(full)), 0, 1).reshape(len(codes), full * rows, s)
+  )
+  if full * rows < n:
+    found = jnp.concatenate([found, search(x[full * rows :])], axis=1)
+  return jnp.moveaxis(found, 2, 1)
 
 
 def _beam(x, codes, beam):
