@@ -4,12 +4,11 @@ Run: python -m benchmarks.attention   (times are medians of 5 groups of calls, w
 """
 
 import functools
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks.machine import milliseconds
 from codebind_jax.models import transformer
 
 SHAPES = {  # batch, queries, keys, heads, width of a head, causal
@@ -18,19 +17,6 @@ SHAPES = {  # batch, queries, keys, heads, width of a head, causal
   "text, causal": (256, 77, 77, 16, 64, True),
   "image, ViT-L/14 at 336": (64, 577, 577, 16, 64, False),
 }
-
-
-def milliseconds(run, calls=10):
-  """Median time of a call."""
-  jax.block_until_ready(run())
-  groups = []
-  for _ in range(5):
-    start = time.perf_counter()
-    for _ in range(calls):
-      result = run()
-    jax.block_until_ready(result)
-    groups.append((time.perf_counter() - start) / calls)
-  return 1e3 * statistics.median(groups)
 
 
 def form(fused, causal):
@@ -72,7 +58,7 @@ def main():
       run, memory = form(fused, causal)(*exact)
       found = run(*exact)
       errors.append(max(error(f[:4], w) for f, w in zip(found, wanted)))
-      row.append((milliseconds(functools.partial(run, *exact)), memory))
+      row.append((milliseconds(functools.partial(run, *exact), jax.block_until_ready, calls=10), memory))
     (ours, memory), (theirs, more) = row
     print(f"| {name} | {ours:.2f} | {theirs:.2f} | {theirs / ours:.1f} | {memory:,.0f} | {more:,.0f} "
           f"| {errors[0]:.4f} | {errors[1]:.4f} |", flush=True)  # fmt: skip

@@ -3,15 +3,13 @@
 Run: python -m benchmarks.gpu   (needs torch with CUDA; times are medians of 5 groups of calls, without compiling)
 """
 
-import statistics
-import time
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 
 from benchmarks import quantise
+from benchmarks.machine import milliseconds
 from codebind_jax.codebook import segments
 from codebind_jax.codebook.nearest import nearest_code, nearest_segments
 
@@ -24,20 +22,6 @@ def wait_for_torch(_):
   """Waits until the device has done all that torch has queued."""
   if DEVICE == "cuda":
     torch.cuda.synchronize()
-
-
-def milliseconds(run, wait, calls=20):
-  """Median time of a call; `wait` ends a group of calls."""
-  for _ in range(3):
-    wait(run())
-  groups = []
-  for _ in range(5):
-    start = time.perf_counter()
-    for _ in range(calls):
-      result = run()
-    wait(result)
-    groups.append((time.perf_counter() - start) / calls)
-  return 1e3 * statistics.median(groups)
 
 
 def search(name):

@@ -32,3 +32,17 @@ def in_turn(contenders, repeats):
       if turn:
         times[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
   return {name: tuple(map(statistics.median, zip(*values))) for name, values in times.items()}
+
+
+def milliseconds(run, wait, calls=20):
+  """Median time of a call; `wait` ends a group of calls."""
+  for _ in range(3):
+    wait(run())
+  groups = []
+  for _ in range(5):
+    start = time.perf_counter()
+    for _ in range(calls):
+      result = run()
+    wait(result)
+    groups.append((time.perf_counter() - start) / calls)
+  return 1e3 * statistics.median(groups)

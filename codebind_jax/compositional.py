@@ -428,7 +428,7 @@ def _quantize_part(z, state, weights, x, spec, row_ranges, matrix):
   direction, z = _turned(z, spec, matrix)
   codes = jax.lax.stop_gradient(state.codes) if spec.ema else state.codes
   books = list(codes) if spec.stages > 1 else [codes]
-  best = beam_codes(z, jnp.stack(books), beam=spec.beam) if spec.beam > 1 else [None] * len(books)
+  best = beam_codes(z, codes, beam=spec.beam) if spec.beam > 1 else [None] * len(books)
   rest, compared, quantised, assigned = z, direction, [], []
   for book, indices in zip(books, best):
     if indices is None:

@@ -395,6 +395,9 @@ def start_from_rows(
     items = {m: Once(feed, drawn, size, *layout.process) for m, feed in feeds[name].items() if m in stage.modalities}
     for batch in range(-(-len(drawn) // size)):
       parts = {m: once[batch] for m, once in items.items()}
+      for m, part in parts.items():
+        for row, message in part.bad:
+          logging.warning("left out of the start of the codebooks: row %d of %s, %s: %s", row, name, m, message)
       made = {m: part.items for m, part in parts.items()} | {"_mask": {m: part.good for m, part in parts.items()}}
       features, masks = jax.tree.map(
         np.asarray, layout.gathered(features_of(state.params, layout.put_batch({name: made})))

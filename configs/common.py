@@ -6,7 +6,7 @@ The keys, their defaults and what they mean: `codebind_jax.config.Config` and th
 from ml_collections import ConfigDict
 
 from codebind_jax import schema
-from codebind_jax.compare.quantisers import stages_of
+from codebind_jax.codebook.spec import stages_within
 from codebind_jax.config import Config
 from codebind_jax.models.towers import TowerSpec
 from codebind_jax.stages import Stage
@@ -39,6 +39,7 @@ def get_config():
 
 # A run that only starts its codebooks from another run's parameters: it has one step at least, at hardly any rate.
 START = {"steps": 1, "learning_rate": 1e-7}
+INDEX_BITS = 10  # of a code of `small_index`
 
 
 def small_index(width, size):
@@ -50,8 +51,9 @@ def small_index(width, size):
     width: of the shared part.
     size: bytes an item, at most.
   """
-  parts, stages = stages_of("rq10", width, size)
+  parts, stages = stages_within(width, size, INDEX_BITS)
   return {
-    "dim": width // parts, "shared_codes": 1024, "stages": stages, "beam": 16, "positions": "own", "distance": "l2",
-    "normalize": False, "unit_parts": True, "start": "kmeans", "revive": "none", "codes": {"image": 16},
+    "dim": width // parts, "shared_codes": 1 << INDEX_BITS, "stages": stages, "beam": 16, "positions": "own",
+    "distance": "l2", "normalize": False, "unit_parts": True, "start": "kmeans", "revive": "none",
+    "codes": {"image": 16},
   }  # fmt: skip

@@ -156,8 +156,7 @@ def small(config, more_of):
   for size in config.compare.bytes.sizes:
     codes = common.small_index(width, size)
     book = lambda **options: {"codebook": ConfigDict(options)}
-    start = warm | {"steps": common.START["steps"], "learning_rate": common.START["learning_rate"]}
-    variants[f"codes_{size}"] = variant(losses=SEARCHED, regularised=start | book(**codes))
+    variants[f"codes_{size}"] = variant(losses=SEARCHED, regularised=warm | common.START | book(**codes))
     if "trained" in more_of:
       codes |= {"ema": False, "gradient": "both"}
       variants[f"trained_{size}"] = variant(losses=SEARCHED, regularised=warm | {"steps": more} | book(**codes))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from codebind_jax.api import load
+from codebind_jax.codebook.spec import stages_within
 from codebind_jax.compare import quantisers
 from codebind_jax.compare import run as compare_lib
 from codebind_jax.compare import runs as runs_lib
@@ -33,18 +34,18 @@ def error(fitted, x):
   return float(np.mean(np.sum((fitted.decoded(x) - x) ** 2, axis=1)))
 
 
-@pytest.mark.parametrize("codes, parts", [(8, 1), (12, 1), (24, 2), (48, 4), (96, 8), (192, 16)])
-def test_long_codes_are_of_parts_of_at_most_twelve_stages(codes, parts):
-  assert quantisers.parts_of(384, codes) == parts
-
-
-@pytest.mark.parametrize("name, size, parts, stages", [
-  ("rq", 12, 1, 12), ("rq", 48, 4, 12), ("rq10", 8, 1, 6), ("rq10", 12, 1, 9), ("rq10", 24, 2, 9), ("rq10", 48, 3, 12),
+@pytest.mark.parametrize("bits, size, parts, stages", [
+  (8, 8, 1, 8), (8, 12, 1, 12), (8, 24, 2, 12), (8, 48, 4, 12), (8, 96, 8, 12), (8, 192, 16, 12), (10, 8, 1, 6),
+  (10, 12, 1, 9), (10, 24, 2, 9), (10, 48, 3, 12),
 ])  # fmt: skip
-def test_bytes_hold_so_many_codes(name, size, parts, stages):
-  assert quantisers.stages_of(name, 384, size) == (parts, stages)
-  with pytest.raises(ValueError, match="rq10: got 1 bytes"):
-    quantisers.stages_of("rq10", 384, 1)
+def test_bytes_hold_so_many_codes_in_parts_of_at_most_twelve(bits, size, parts, stages):
+  assert stages_within(384, size, bits) == (parts, stages)
+
+
+def test_a_size_that_holds_no_code_is_named():
+  with pytest.raises(ValueError, match="got 1 bytes for codes of 10 bits; allowed: 2 bytes and more"):
+    stages_within(384, 1, 10)
+  assert stages_within(7, 26, 8) == (7, 3)  # 21 codes: no more divide into parts of a width of 7
 
 
 def test_what_fits():
@@ -54,8 +55,6 @@ def test_what_fits():
   assert fits(16) == {"float16"} and fits(32) == {"float32"} and fits(3) == {"sq8", "sq4"}
   with pytest.raises(ValueError, match="pq: got 3 bytes for vectors of width 8"):
     quantisers.fit("pq", 3, rows(300))
-  with pytest.raises(ValueError, match="no number of parts divides both"):
-    quantisers.parts_of(7, 26)
 
 
 def test_floats_are_rounded():
@@ -294,7 +293,7 @@ def test_the_shipped_sizes_are_those_of_the_codes():
       assert found == int(size) and run.codebook.distance == stage1.get_config().codebook.distance
     else:  # ten bits a code seldom fill the bytes
       assert 0.9 * int(size) <= found <= int(size) and run.codebook.shared_codes == 1024
-      parts, stages = quantisers.stages_of("rq10", 384, int(size))
+      parts, stages = stages_within(384, int(size), 10)
       assert (384 // run.codebook.dim, run.codebook.stages) == (parts, stages)
     assert (variant.learning_rate is None) == (kind != "codes")
   few = shipped.get_config("bytes,24,8,published").compare

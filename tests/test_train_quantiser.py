@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 import codebind_jax
 from codebind_jax import config as config_lib
+from codebind_jax import train as train_lib
 from codebind_jax.api import Model
 from codebind_jax.train import baseline_of, train_and_evaluate
 from tests.processes import assert_close, assert_same_run, finish, start
@@ -18,9 +20,9 @@ FEW = {"steps": 4, "eval_steps": 4, "tasks": ("zeroshot", "retrieval", "codes"),
 SMALL = {
   "codebook.dim": 4, "codebook.shared_codes": 8, "codebook.distance": "l2", "codebook.normalize": False,
   "codebook.unit_parts": True, "codebook.positions": "own", "codebook.stages": 2, "codebook.rotation": "learned",
-  "codebook.start": "opq", "codebook.start_rows": 400, "codebook.gradient": "rotation_trick", "queries": "uncoded",
+  "codebook.start": "opq", "codebook.start_rows": 40, "codebook.gradient": "rotation_trick", "queries": "uncoded",
   "stages.bridges.losses": {"info_nce": 1.0, "info_nce_asymmetric": 0.5, "commitment": 1.0},
-  "stages.bridges.mixup": 0.0,
+  "stages.bridges.mixup": 0.0, "model.towers.image.augmented": 0.0, "data.templates": ("{}",), "data.captions": "main",
 }  # fmt: skip
 TEXTS = ["red", "blue square", "a green thing"]
 
@@ -83,11 +85,45 @@ def test_a_start_by_opq_quantises_well_and_moves_on(coded, continuous):
   config, folder, _ = coded
   lines = [line for line in lines_of(folder) if "train/total" in line]
   assert {"train/info_nce_asymmetric", "codebook/shared/perplexity"} <= lines[0].keys()
-  # Codes start from the training items, so that the first batch, with its texts in templates, is new to them.
-  assert lines[0]["train/commitment"] < 0.025, lines[0]
+  assert lines[0]["train/commitment"] < 0.02, lines[0]
   before, after = arrays_of(continuous), arrays_of(folder)
   assert not np.array_equal(before["params/image/shared/proj/kernel"], after["params/image/shared/proj/kernel"])
   assert bool(after["codebooks/shared/initialised"])
+
+
+class Started(Exception):
+  """Ends a run whose codes have started."""
+
+
+def test_codes_start_from_items_whatever_views_and_templates_a_batch_draws(
+  data, continuous, tmp_path, monkeypatch, caplog
+):  # fmt: skip
+  caplog.set_level("INFO", "absl")
+  found, real = [], train_lib.start_from_rows
+
+  def kept(*of):
+    found.append({name: np.asarray(book.codes) for name, book in real(*of).codebooks.items()})
+    raise Started
+
+  monkeypatch.setattr(train_lib, "start_from_rows", kept)
+  ways = ({}, {"model.towers.image.augmented": 1.0, "data.templates": ("{}", "a {}"), "data.captions": "each"},
+          {"codebook.start_rows": 8})  # fmt: skip
+  for number, way in enumerate(ways):
+    with pytest.raises(Started):
+      own = FEW | SMALL | {"init_from": str(continuous)} | way
+      train_and_evaluate(tiny_config(*data, **own), tmp_path / f"{number}")
+  plain, drawn, few = found
+  told = [line for line in caplog.messages if line.startswith("codebooks start from")]
+  assert [sorted(re.findall(r"(\d+) of (\w+)", line)) for line in told[:2]] == [[("24", "image"), ("8", "text")]] * 2
+  assert plain.keys() == drawn.keys() == {"shared", "image"}
+  for name, codes in plain.items():
+    np.testing.assert_array_equal(drawn[name], codes)
+    assert not np.array_equal(few[name], codes)
+
+
+def test_equal_items_count_once():
+  x = np.array([[1.0, 2.0], [3.0, 4.0], [1.0, 2.0], [1.0, 5.0], [3.0, 4.0]], np.float32)
+  assert train_lib._first_of_equals(x).tolist() == [True, True, False, True, False]
 
 
 def test_the_baseline_starts_from_the_run_without_codes_or_from_a_coded_run_s_own(coded, continuous):

@@ -60,9 +60,7 @@ def _search(z, codes, beam):
   rows = max(1, min(n, _SCORES // (s * beam * codes.shape[2])))
   full = n // rows
   cut = lambda i: search(jax.lax.dynamic_slice_in_dim(x, i * rows, rows))
-  found = search(x) if full == 1 and rows == n else (
-    jnp.moveaxis(jax.lax.map(cut, jnp.arange(full)), 0, 1).reshape(len(codes), full * rows, s)
-  )
+  found = jnp.moveaxis(jax.lax.map(cut, jnp.arange(full)), 0, 1).reshape(len(codes), full * rows, s)
   if full * rows < n:
     found = jnp.concatenate([found, search(x[full * rows :])], axis=1)
   return jnp.moveaxis(found, 2, 1)

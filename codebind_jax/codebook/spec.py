@@ -23,6 +23,25 @@ ROTATIONS = ("none", "learned")
 GRADIENTS = tuple(THROUGH)
 STARTS = ("batch", "kmeans", "opq")
 Codes = Annotated[int, above(0), at_most(1 << 24)]
+MOST_STAGES = 12  # codes of a part that a start by residual quantisation takes minutes for; longer sequences take hours
+
+
+def stages_within(width: int, size: int, bits: int) -> tuple[int, int]:
+  """(parts, stages of each): the most residual codes that so many bytes hold, in the fewest equal parts of a vector.
+
+  Args:
+    width: of the vector.
+    size: bytes.
+    bits: of a code.
+
+  Raises:
+    ValueError: if not even one code fits.
+  """
+  for codes in range(size * 8 // bits, 0, -1):
+    for parts in range(1, codes + 1):
+      if codes % parts == 0 and width % parts == 0 and codes // parts <= MOST_STAGES:
+        return parts, codes // parts
+  raise ValueError(f"got {size} bytes for codes of {bits} bits; allowed: {-(-bits // 8)} bytes and more")
 
 
 @dataclasses.dataclass(frozen=True)

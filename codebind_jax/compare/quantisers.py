@@ -15,13 +15,13 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
+from codebind_jax.codebook.spec import stages_within
 from codebind_jax.config import QUANTISERS
 from codebind_jax.search.checks import backend_of
 
 FLOATS = {"float32": np.float32, "float16": np.float16}  # have a size of their own
 Quantiser = Literal[QUANTISERS]
 BITS = {"pq": 8, "opq": 8, "rq": 8, "rq10": 10, "lsq": 8}  # of a code
-STAGES = 12  # codes of a part of a product-residual or product-local-search quantiser, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,33 +35,6 @@ class Fitted:
 
   item_bytes: int
   decoded: Callable[[Float[np.ndarray, "n d"]], Float[np.ndarray, "n d"]]
-
-
-def stages_of(name: Quantiser, width: int, size: int) -> tuple[int, int]:
-  """(parts, codes of a part) of residual or local-search codes: as many as `size` bytes hold in equal parts.
-
-  Raises:
-    ValueError: if not even one code fits.
-  """
-  for codes in range(size * 8 // BITS[name], 0, -1):
-    try:
-      parts = parts_of(width, codes)
-    except ValueError:
-      continue
-    return parts, codes // parts
-  raise ValueError(f"{name}: got {size} bytes; allowed: {BITS[name]} bits and more")
-
-
-def parts_of(width: int, codes: int) -> int:
-  """The fewest parts of at most `STAGES` codes each, equally many, that a vector and its codes can be cut into.
-
-  Raises:
-    ValueError: if there are none.
-  """
-  for parts in range(1, codes + 1):
-    if codes % parts == 0 and width % parts == 0 and codes // parts <= STAGES:
-      return parts
-  raise ValueError(f"{codes} codes of vectors of width {width}: no number of parts divides both; allowed: other sizes")
 
 
 def fitting(name: Quantiser, width: int, size: int) -> bool:
@@ -156,7 +129,7 @@ def _made(faiss: Any, name: str, width: int, size: int, seed: int) -> tuple[Any,
     turn = faiss.OPQMatrix(width, size)
     turn.pq, turn.niter = codec, 20  # of 50; it takes most of the time, and the error hardly falls in the last ones
     return turn, codec
-  parts, stages = stages_of(name, width, size)
+  parts, stages = stages_within(width, size, BITS[name])
   kinds = {
     (False, True): faiss.ResidualQuantizer, (True, True): faiss.LocalSearchQuantizer,
     (False, False): faiss.ProductResidualQuantizer, (True, False): faiss.ProductLocalSearchQuantizer,

@@ -80,8 +80,8 @@ class CodeIndex:
   """
 
   def __init__(self, codec: Codec, backend: str = "auto"):
-    self.codec, self._lengths = codec, NormCodes(codec)
-    self._sizes = (*codec.sizes, *self._lengths.sizes)
+    self.codec, self._norm_codes = codec, NormCodes(codec)
+    self._sizes = (*codec.sizes, *self._norm_codes.sizes)
     self._look = Look(self._sizes)
     self.backend = checks.backend_of(backend)
     if not self._look.faiss:
@@ -172,10 +172,10 @@ class CodeIndex:
         raise ValueError(f"codes: the vector of {names[first + int(np.argmin(norms))]!r} is zero; a cosine needs a "
                          "direction")  # fmt: skip
       least, most = min(least, norms.min(initial=np.inf)), max(most, norms.max(initial=0.0))
-      if self._lengths.sizes:
-        some = packing.pack(np.concatenate([codes, self._lengths.codes(norms)], axis=1), self._sizes)
+      if self._norm_codes.sizes:
+        some = packing.pack(np.concatenate([codes, self._norm_codes.codes(norms)], axis=1), self._sizes)
       laid.append(some)
-    packed = np.concatenate(laid) if self._lengths.sizes and laid else packed
+    packed = np.concatenate(laid) if self._norm_codes.sizes and laid else packed
     self._norms, self._names = (least, most), tuple(sorted(fields))
     numbers = {}
     for name, values in fields.items():
@@ -314,9 +314,9 @@ class CodeIndex:
     rounding = _ROUNDING * float(np.maximum.reduceat(np.abs(own), self.codec.offsets).sum()) / least
     wanted = min(k + _MORE, there)
     while True:
-      if self._lengths.sizes:
-        looked = self._look.table(np.concatenate([own, self._lengths.table(-threshold)]))
-        bent = max(-threshold, 0.0) * self._lengths.step
+      if self._norm_codes.sizes:
+        looked = self._look.table(np.concatenate([own, self._norm_codes.table(-threshold)]))
+        bent = max(-threshold, 0.0) * self._norm_codes.step
       else:
         looked = self._look.table(own - threshold / (2 * middle) * self.codec.squares if threshold else own)
         bent = max(threshold, 0.0) * gap - threshold * middle / 2
@@ -376,7 +376,7 @@ class CodeIndex:
     pieces, start, words = [], 0, {name: pa.array(list(known), pa.string()) for name, known in self._values.items()}
     for part in self._all():
       packed = part.codes
-      if self._lengths.sizes:
+      if self._norm_codes.sizes:
         packed = packing.pack(packing.unpack(packed, self._sizes)[:, : len(self.codec.sizes)], self.codec.sizes)
       columns = [self._ids.array(start, start + len(part.codes)), tables.as_fixed_bytes(packed)]
       columns += [words[name].take(pa.array(part.fields[name])) for name in self.fields]
