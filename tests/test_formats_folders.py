@@ -1,9 +1,11 @@
 """Folders: class folders, Hugging Face dataset folders; and what `data.files` may name."""
 
+import contextlib
 import json
 import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -300,6 +302,17 @@ def test_a_file_that_changes_while_it_is_indexed(tmp_path, monkeypatch):
   monkeypatch.setattr(opening.formats.jsonl.IndexBuilder, "build", changing)
   with pytest.raises(ranges.ChangedError, match="a.jsonl: has changed while it was indexed"):
     open_source(path)
+
+
+def test_files_read_at_once_are_closed_beyond_the_limit_when_they_are_read(tmp_path):
+  handles = ranges.Handles(3)
+  paths = [str(tmp_path / f"{n}.jsonl") for n in range(5)]
+  for path in paths:
+    Path(path).write_text(path)
+  with contextlib.ExitStack() as reading:
+    held = [reading.enter_context(handles.of(path, ranges.stamp(Path(path)))) for path in paths]
+    assert len(handles) == 5 and [os.pread(handle, 999, 0).decode() for handle in held] == paths
+  assert len(handles) == 3
 
 
 def test_more_files_than_can_be_open(tmp_path, monkeypatch):

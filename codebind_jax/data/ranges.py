@@ -139,11 +139,9 @@ class Handles:
       entry = self._open.get(key)
       if entry is None:
         entry = self._open[key] = [os.open(path, os.O_RDONLY | os.O_CLOEXEC), 0]
-        unused = [other for other, (_, readers) in self._open.items() if not readers and other != key]
-        for other in unused[: max(len(self._open) - self.limit, 0)]:
-          os.close(self._open.pop(other)[0])
       self._open.move_to_end(key)
       entry[1] += 1
+      self._close_oldest()
     kept = False
     try:
       yield entry[0]
@@ -153,7 +151,13 @@ class Handles:
         entry[1] -= 1
         if not kept and not entry[1] and self._open.get(key) is entry:
           os.close(self._open.pop(key)[0])
+        self._close_oldest()
 
+  def _close_oldest(self) -> None:
+    """Closes files beyond the limit that no thread is reading, the longest unused first; under the lock."""
+    unused = [key for key, (_, readers) in self._open.items() if not readers]
+    for key in unused[: max(len(self._open) - self.limit, 0)]:
+      os.close(self._open.pop(key)[0])
 
   def close(self) -> None:
     """Closes the files that no thread is reading."""
