@@ -130,6 +130,9 @@ class GradedWorld:
     styles: number of styles, a second factor that is independent of the class.
     noise: standard deviation of the noise added to a vector.
     rows: number of training rows.
+    per_class: number of training rows of each class that are kept, the first ones; 0 for all.
+    noisy: standard deviation of the noise of further evaluation sets, the same items otherwise; 0 for none.
+    hidden: share of the values of a vector that are 0 in further evaluation sets; 0 for none.
     seed: seed of the world's random draws.
     quality: modality -> how much of the class it shows, 0 to 1; 1 where not named.
     style_quality: modality -> how much of the style it shows, 0 to 1; 1 where not named.
@@ -139,6 +142,9 @@ class GradedWorld:
   styles: Annotated[int, above(0), at_most(1 << 16)] = 4
   noise: Annotated[float, at_least(0), at_most(1000)] = 0.8
   rows: Annotated[int, above(0), at_most(1 << 24)] = 2048
+  per_class: Annotated[int, at_least(0, "all"), at_most(1 << 24)] = 0
+  noisy: Annotated[float, at_least(0, "none"), at_most(1000)] = 0.0
+  hidden: Share = 0.0
   seed: Seed = 0
   quality: Mapping[Name, Share] = Frozen()
   style_quality: Mapping[Name, Share] = Frozen()

@@ -22,7 +22,7 @@ from codebind_jax.data.task import EvalSet, Task, open_task
 from codebind_jax.evaluators import base, contents
 from codebind_jax.evaluators.answers import Answers, Keep
 from codebind_jax.evaluators.class_mean import NearestClassMean
-from codebind_jax.evaluators.codes import CodebookUsage, shared_counts, table_counts
+from codebind_jax.evaluators.codes import CodebookUsage, CodeReading, shared_counts, table_counts
 from codebind_jax.evaluators.decomposition import decomposition
 from codebind_jax.evaluators.pairs import keys_of, named_pairs
 from codebind_jax.evaluators.probe import LinearProbe
@@ -169,6 +169,8 @@ class Evaluation:
     for test in sets:
       self._on, table, prefix = test, tables[test.name], f"eval/{test.name}"
       metrics |= self._of_table(test, table, tasks, intervals, prompts)
+      if "codes" in tasks and "shared" in model.method.codebook_sizes:
+        metrics |= self._measured(CodeReading(), table, prefix)
       for probe, field in self._probes(test, table, train.get(test.world) or {}, means, "probe" in tasks, linear):
         try:
           known = _known_values(table, train[test.world], probe.modality, field)

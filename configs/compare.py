@@ -6,9 +6,12 @@ Command: python -m codebind_jax.main --config=configs/compare.py --workdir=runs/
          configs/compare.py:generalise   heads transferred between sounds, pictures and names (Icons and Menagerie)
          configs/compare.py:equal        the synthetic world with equal qualities, fixed anchors and CentroBind alone;
                                          --config.compare.against=runs/compare/comparison.json adds claims about both
+         configs/compare.py:hard         the synthetic world, tested also on noisy inputs and on inputs half of whose
+                                         values are hidden; --config.compare.world.per_class=4 for few rows of a class
          configs/compare.py:bytes        Icons: codes of 8 to 192 bytes an item beside quantisers of faiss, which the
                                          extra `search` installs; --config.test=True measures the test sets at the end
-After a further comma: `ablations` for DCID and CodeBind without their parts, `regularised` for plain InfoNCE and
+After a further comma: `ablations` for DCID and CodeBind without their parts (after `bytes`, for the codes of the small
+index without theirs), `regularised` for plain InfoNCE and
 CodeBind alone, each with mixup, dropout and weight decay, `runlocal` for a quick look (one seed, no tuning, little
 data), `full` (generalise alone) for that profile of the data, which has clips; after `bytes`, some of its sizes, and
 `trained` and `published` for such codes beside those of the small index.
@@ -30,7 +33,7 @@ CODEBIND = {"info_nce": 1.0, "commitment": 10.0, "code_matching": 0.05, "decompo
 REGULARISED = {"mixup": {"mixup": 1.0}, "dropout": {"dropout": 0.3}, "weight_decay": {"weight_decay": 1.0}}
 # Trained as a search uses them: queries uncoded, items coded; the codes learn by what their items are found with.
 SEARCHED = {"info_nce_asymmetric": 1.0, "commitment": 1.0}
-WORLDS = ("real", "generalise", "equal", "bytes")
+WORLDS = ("real", "generalise", "equal", "hard", "bytes")
 FORMS = ("runlocal", "ablations", "regularised", "full", "published", "trained")
 
 
@@ -133,6 +136,36 @@ def equal(form):
   return config, {name: v for name, v in variants.items() if name == "centrobind" or v.method == "fixed_anchor"}
 
 
+def hard(form):
+  """Plain InfoNCE and CodeBind, each with mixup and weight decay, also on noisy and on half hidden inputs.
+
+  Heads are learned on clean ones.
+  """
+  config, variants = graded(form)
+  config.compare.world.noisy = 2 * config.compare.world.noise
+  config.compare.world.hidden = 0.5
+  seen = {"plain": "", "noisy": "_noisy", "hidden": "_hidden"}
+  config.compare.transfers = ConfigDict({
+    name: compare_worlds.transfer(("synthetic",), ("label",), (f"synthetic_val{ending}",), (f"synthetic_test{ending}",))
+    for name, ending in seen.items()
+  })  # fmt: skip
+  config.compare.score = "eval/val/plain/label/cross"
+  if form != "runlocal":
+    config.compare.learning_rates = (3e-3, 1e-2, 3e-2, 0.1)
+  config.compare.columns = tuple(f"{name}/label/cross" for name in seen)
+  return config, {name: variant for name, variant in regularised(variants).items() if not name.endswith("_dropout")}
+
+
+def parts_of_codes(width, size):
+  """Codes of the small index without one of their parts: name -> section `codebook`."""
+  large = {"beam": 1, "dim": width // size, "shared_codes": 256, "stages": 1}
+  whole = common.small_index(width, size)
+  return {
+    "greedy": whole | {"beam": 1}, **{f"{bits}_bits": common.small_index(width, size, bits) for bits in (8, 6, 4)},
+    "product": whole | large, "rotated": whole | large | {"rotation": "learned", "start": "opq"},
+  }  # fmt: skip
+
+
 def small(config, more_of):
   """Plain InfoNCE in each regularisation, and the best of them after a third of its steps more (`continued`).
 
@@ -141,7 +174,8 @@ def small(config, more_of):
   Args:
     config: whose `compare.bytes` has the sizes.
     more_of: further codes of each size: `trained`, those that start after as many steps; `published`, from scratch and
-      as published, but for their number: one codebook for all positions.
+      as published, but for their number: one codebook for all positions; `ablations`, those that start,
+      without one of their parts.
   """
   plain, width, more = {"info_nce": 1.0}, config.model.shared_dim, max(1, config.steps // 3)
   of_ways = {"": {}} | {f"_{way}": settings for way, settings in REGULARISED.items()}
@@ -157,6 +191,8 @@ def small(config, more_of):
     codes = common.small_index(width, size)
     book = lambda **options: {"codebook": ConfigDict(options)}
     variants[f"codes_{size}"] = variant(losses=SEARCHED, regularised=warm | common.START | book(**codes))
+    for part, without in parts_of_codes(width, size).items() if "ablations" in more_of else ():
+      variants[f"codes_{size}_{part}"] = variant(losses=SEARCHED, regularised=warm | common.START | book(**without))
     if "trained" in more_of:
       codes |= {"ema": False, "gradient": "both"}
       variants[f"trained_{size}"] = variant(losses=SEARCHED, regularised=warm | {"steps": more} | book(**codes))
@@ -177,18 +213,18 @@ def get_config(arg=""):
     raise ValueError(f"configs/compare.py:{arg}: 'full' goes with generalise alone, and not with runlocal")
   if {"trained", "published"} & set(words) and "bytes" not in words:
     raise ValueError(f"configs/compare.py:{arg}: 'trained' and 'published' go with bytes alone")
-  if len(set(words) & set(WORLDS)) > 1 or len(set(words) & {"equal", "ablations", "regularised"}) > 1:
-    raise ValueError(f"configs/compare.py:{arg}: {', '.join(WORLDS)} exclude one another, as do 'equal', 'ablations' "
-                     "and 'regularised'")  # fmt: skip
+  if len(set(words) & set(WORLDS)) > 1 or len(set(words) & {"equal", "hard", "ablations", "regularised"}) > 1:
+    raise ValueError(f"configs/compare.py:{arg}: {', '.join(WORLDS)} exclude one another, as do 'equal', 'hard', "
+                     "'ablations' and 'regularised'")  # fmt: skip
   form = next((word for word in ("runlocal", "full") if word in words), "")
   if "bytes" in words:
-    if set(words) & {"ablations", "regularised"}:
-      raise ValueError(f"configs/compare.py:{arg}: 'bytes' goes with runlocal, trained, published and sizes "
+    if "regularised" in words:
+      raise ValueError(f"configs/compare.py:{arg}: 'bytes' goes with runlocal, trained, published, ablations and sizes "
                        "alone")  # fmt: skip
     config = compare_worlds.small(form, sizes)
-    variants = small(config, {"trained", "published"} & set(words))
-  elif "equal" in words:
-    config, variants = equal(form)
+    variants = small(config, {"trained", "published", "ablations"} & set(words))
+  elif "equal" in words or "hard" in words:
+    config, variants = (equal if "equal" in words else hard)(form)
   elif set(words) & set(WORLDS):
     config = (compare_worlds.real if "real" in words else compare_worlds.generalise)(form)
     sizes = (32, 32, 128) if form == "runlocal" else (256, 256, 1024)
@@ -197,11 +233,11 @@ def get_config(arg=""):
     variants["dcid"].options.reset_by, variants["fcid"].options.reset_by = "source", "all"
   else:
     config, variants = graded(form)
-  if "ablations" in words:
+  if "ablations" in words and "bytes" not in words:
     variants = without_parts(variants["dcid"], variants["codebind"])
   elif "regularised" in words:
     variants = regularised(variants)
-  elif form != "runlocal" and not {"equal", "bytes"} & set(words):
+  elif form != "runlocal" and not {"equal", "hard", "bytes"} & set(words):
     variants |= regularised(variants)
   before = "comparisons with fewer sizes, rates and seeds" if "bytes" in words else (
     "comparisons with fewer rates, seeds and variants"

@@ -1,14 +1,17 @@
 """Side by side: the evaluator by hand, and the shipped comparisons, shrunk and stopped."""
 
+import dataclasses
 import json
 import shutil
 
 import numpy as np
 import pytest
 
+from codebind_jax import schema
 from codebind_jax import train as train_lib
 from codebind_jax.compare import run as compare_lib
 from codebind_jax.compare import runs as runs_lib
+from codebind_jax.config import GradedWorld
 from codebind_jax.evaluators.crossmodal import code_sharing, error_over_labels, recall_at_one, sharing_sets, transfer
 from configs import common
 from configs import compare as shipped
@@ -103,6 +106,16 @@ def test_a_rate_that_diverges_is_left_out(tmp_path, monkeypatch):
     compare_lib.compare(config, tmp_path / "run")
 
 
+def narrowed(config):
+  """Leaves two sensors of the graded world, with small towers."""
+  for sensor in ("audio", "image"):
+    config.model.towers[sensor].options.width = 16
+  for sensor in ("depth", "video"):
+    del config.model.towers[sensor]
+    del config.codebook.codes[sensor]
+  config.stages.bind.pairs = (("audio", "image"),)
+
+
 def small(tmp_path, only=""):
   config = shipped.get_config("runlocal").unlock()
   config.steps, config.batch_size, config.log_steps, config.compare.seeds = 3, 16, 1, 1
@@ -110,12 +123,7 @@ def small(tmp_path, only=""):
   config.compare.world.rows = 64
   config.data.root = str(tmp_path / "data")
   config.compare.only = only
-  for sensor in ("audio", "image"):
-    config.model.towers[sensor].options.width = 16
-  for sensor in ("depth", "video"):
-    del config.model.towers[sensor]
-    del config.codebook.codes[sensor]
-  config.stages.bind.pairs = (("audio", "image"),)
+  narrowed(config)
   for name in list(config.compare.variants):
     if name not in ("fixed_anchor_image", "dcid"):
       del config.compare.variants[name]
@@ -196,6 +204,47 @@ def test_a_comparison_can_be_divided_stopped_and_continued(tmp_path, monkeypatch
   assert (probe["toc"]["kept"], probe["toc"]["of"]) == (24, 32) and "eval/test/label/cross" in probe["toc"]["metrics"]
   assert sum(probe["sharing"]["sets"].values()) == pytest.approx(100.0)
   assert probe["sharing"]["pairs"]["audio+image"][0] == pytest.approx(metrics["codes/shared"])
+
+
+def test_items_of_the_graded_world_that_are_few_noisy_or_hidden():
+  world = schema.read(GradedWorld, {"rows": 64, "classes": 3, "per_class": 2, "noise": 0.5, "noisy": 1.5,
+                                    "hidden": 0.25}, "world")  # fmt: skip
+  task = compare_lib.graded_task(world, ("audio", "image"))
+  train = task.train["synthetic"]
+  every = compare_lib.graded_task(dataclasses.replace(world, per_class=0), ("audio", "image")).train["synthetic"]
+  labels = [every.fields(n)["label"] for n in range(len(every))]
+  first = sorted(n for label in set(labels) for n in np.flatnonzero(np.array(labels) == label)[:2])
+  assert len(train) == 6 and [train.fields(n)["id"] for n in range(6)] == [every.fields(int(n))["id"] for n in first]
+  sets = {test.name.removeprefix("synthetic_val"): test.source for test in task.evals if test.role == "val"}
+  assert list(sets) == ["", "_noisy", "_hidden"] and len(task.evals) == 6
+  of = lambda name: np.stack([sets[name].read(n, "image") for n in range(16)])
+  plain, noisy, hidden = of(""), of("_noisy"), of("_hidden")
+  # The same items: what noise adds is thrice what it added, so that the difference has a deviation of 1.
+  assert np.std(noisy - plain) == pytest.approx(1.0, abs=0.1)
+  gone = hidden == 0
+  assert np.array_equal(hidden[~gone], plain[~gone]) and 0.15 < gone.mean() < 0.35 and not (plain == 0).any()
+  assert [sets["_hidden"].fields(n)["label"] for n in range(16)] == [sets[""].fields(n)["label"] for n in range(16)]
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_heads_meet_inputs_seen_less_well(tmp_path):
+  """The shipped form `hard`, with few rows of a class."""
+  config = shipped.get_config("hard,runlocal").unlock()
+  config.steps, config.batch_size, config.log_steps = 3, 10, 1
+  config.compare.world.rows, config.compare.world.per_class = 64, 1
+  config.data.root = str(tmp_path / "data")
+  narrowed(config)
+  for name in list(config.compare.variants):
+    if name not in ("info_nce", "info_nce_mixup"):
+      del config.compare.variants[name]
+  found = compare_lib.compare(config.lock(), tmp_path / "run")
+  assert "synthetic, graded: 10 training rows" in found["summary"]
+  for result in found["results"].values():
+    shown = {name: result["runs"][0][f"eval/test/{name}/label/cross"] for name in ("plain", "noisy", "hidden")}
+    assert len(set(shown.values())) > 1
+  assert {f"eval/val/{name}/label/cross" for name in shown} <= set(result["runs"][0])
+  text = (tmp_path / "run/comparison.md").read_text()
+  assert "| plain/label/cross | noisy/label/cross | hidden/label/cross |" in text
 
 
 @pytest.mark.usefixtures("quick_compiler")

@@ -279,6 +279,26 @@ def test_the_shipped_form_goes_on_where_it_stopped_and_reads_the_test_sets_last(
   assert len(calls) == count and len(fits) == 2 * fitted
 
 
+def test_each_ablation_of_the_codes_leaves_out_one_part_at_no_more_bytes():
+  config = validate(shipped.get_config("bytes,12,ablations"))
+  books = {name: runs_lib.run_config(config, variant, 1e-3, 0, False) for name, variant in
+           config.compare.variants.items() if variant.quantize}  # fmt: skip
+  assert {name.removeprefix("codes_12_") for name in books} == {
+    "codes_12", "greedy", "8_bits", "6_bits", "4_bits", "product", "rotated"
+  }  # fmt: skip
+  assert all(run.item_bytes["image"][0] == 12 for run in books.values())
+  plain = {name: dataclasses.asdict(run.codebook) for name, run in books.items()}
+  changed = lambda name: {key for key, value in plain["codes_12"].items() if plain[f"codes_12_{name}"][key] != value}
+  assert changed("greedy") == {"beam"}
+  assert changed("8_bits") == {"shared_codes", "stages"} and books["codes_12_8_bits"].codebook.shared_codes == 256
+  assert changed("6_bits") == changed("4_bits") == {"dim", "shared_codes", "stages"}
+  assert changed("product") == {"beam", "dim", "shared_codes", "stages"}
+  assert changed("rotated") == changed("product") | {"rotation", "start"}
+  for name in ("product", "rotated"):
+    book = books[f"codes_12_{name}"].codebook
+    assert (book.stages, 384 // book.dim, book.shared_codes, book.positions) == (1, 12, 256, "own")
+
+
 def test_the_shipped_sizes_are_those_of_the_codes():
   config = validate(shipped.get_config("bytes,trained,published"))
   for name, variant in config.compare.variants.items():
@@ -301,7 +321,7 @@ def test_the_shipped_sizes_are_those_of_the_codes():
   trained = shipped.get_config("bytes,24,trained").compare.variants
   assert trained.trained_24.codebook.gradient == "both" and "gradient" not in trained.codes_24.codebook
   assert trained.trained_24.codebook.stages == trained.codes_24.codebook.stages == 9
-  for arg, message in [("bytes,regularised", "'bytes' goes with runlocal, trained, published and sizes"),
+  for arg, message in [("bytes,regularised", "'bytes' goes with runlocal, trained, published, ablations and sizes"),
                        ("bytes,7", "'7'"), ("published", "go with bytes alone"),
                        ("real,24", "'24'"), ("bytes,real", "exclude one another")]:  # fmt: skip
     with pytest.raises(ValueError, match=message):

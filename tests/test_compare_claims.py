@@ -180,6 +180,27 @@ def test_claims_under_equal_regularisation():
   }
 
 
+def test_claims_on_inputs_seen_less_well():
+  def seen(plain, noisy, hidden):
+    found = result()
+    for run, d in zip(found["runs"], (-1.0, 0.0, 1.0)):
+      run.pop("eval/test/label/cross")
+      of_sets = {"plain": plain, "noisy": noisy, "hidden": hidden}
+      run.update({f"eval/test/{name}/label/cross": value + 3 * d for name, value in of_sets.items()})
+    return found | {"tuning": {"0.1": plain}}
+
+  found = told({"info_nce": seen(50, 30, 20), "info_nce_mixup": seen(52, 28, 25), "codebind": seen(50, 33, 20),
+                "codebind_mixup": seen(56, 35, 21)}, None)  # fmt: skip
+  start = "CodeBind generalises across modalities better than plain InfoNCE, each with the regularisation that "
+  start += "validation chooses for it"
+  verdicts = {claim.removeprefix(start): (c["verdict"], c["difference"]) for claim, c in found.items()
+              if claim.startswith(start)}  # fmt: skip
+  assert verdicts == {
+    "": ("held", pytest.approx(7 / 3)), ", on plain inputs": ("held", 4.0), ", on noisy inputs": ("held", 7.0),
+    ", on hidden inputs": ("did not hold", -4.0),
+  }  # fmt: skip
+
+
 def test_what_is_written(tmp_path):
   plans = {"modalities": ["a", "b"], "rows": ["k0", "k1"], "plans": {"a": [[1, 0], [0, 1]], "b": [[0.5, 0.5]] * 2}}
   share = {"pairs": {"a+b": [40.0, 10.0]}, "sets": {"a": 60.0, "a+b": 40.0}}

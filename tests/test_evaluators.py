@@ -471,6 +471,29 @@ def test_codebook_evaluator_counts_the_shared_book_over_modalities():
     list(codes.CodebookUsage({"text": 4})(table))
 
 
+def test_labels_and_captions_that_share_codes_by_hand():
+  # Position 0: items 0, 1, 2 share a code (three pairs, one of one label), position 1: items 0 and 3 (of one label).
+  book, labels = np.array([[5, 1], [5, 2], [5, 3], [6, 1]]), np.array(["a", "b", "b", "a"])
+  assert codes.alike(book, np.array([0, 1, 1, 0])) == (2 / 4, 2 / 6)
+  one_each = codes.alike(np.arange(3)[:, None], np.zeros(3, int))
+  assert np.isnan(one_each[0]) and one_each[1] == 1.0
+  # Captions 0, 0, 1, 1: the same code at position 0 thrice, at position 1 once. By chance: code 5 is 3 in 4 items and
+  # 2 in 4 captions, code 6 the rest; at position 1 code 1 is 2 in 4 and 2 in 4, code 9 never an item's.
+  texts, paired = np.array([[5, 1], [6, 9]]), (np.arange(4), np.array([0, 0, 1, 1]))
+  by_chance = (3 / 4 * 2 / 4 + 1 / 4 * 2 / 4 + 2 / 4 * 2 / 4) / 2
+  assert codes.agreement(book, texts[paired[1]]) == ((3 + 1) / 8, by_chance)
+  table = base.Captioned({
+    "image": {"codes_shared": book, "label": labels}, "text": {"codes_shared": texts},
+    "eeg": {"shared": np.ones((4, 2))},
+  }, {"image": paired})  # fmt: skip
+  assert dict(codes.CodeReading()(table)) == {
+    "codes/image/same_label": 50.0, "codes/image/same_label_chance": pytest.approx(100 / 3),
+    "codes/image/text/same": 50.0, "codes/image/text/same_chance": pytest.approx(37.5),
+  }  # fmt: skip
+  table["image"]["label"] = np.array(["a", "", "", "a"])  # rows without a label tell nothing of labels
+  assert dict(codes.CodeReading()(table))["codes/image/same_label"] == 100.0
+
+
 def test_shared_codes_of_several_modalities_by_hand():
   counts = {"image": np.array([6, 2, 0, 0, 0]), "text": np.array([3, 0, 1, 0, 0]), "eeg": np.array([1, 0, 1, 0, 2])}
   found = codes.overlap(counts)

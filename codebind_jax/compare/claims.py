@@ -20,6 +20,7 @@ PARTS = {  # DCID's: NeurIPS 2023, tables 2 and 3
     "no_decomposition": "the losses that keep specific parts apart",
   },
 }  # fmt: skip
+SEEN = ("plain", "noisy", "hidden")  # transfers to the graded world's sets, by how their items are seen
 MARGIN = 1.0  # points of loss that "does not hurt" and "no worse" allow
 BLIND = 5.0  # points above chance up to which a factor counts as not learned
 RULE = (
@@ -177,9 +178,14 @@ def _regularised(results: Mapping[str, Any], prefix: str) -> list[dict[str, Any]
     score = lambda name: max((v for v in results[name].get("tuning", {}).values() if v is not None), default=-np.inf)
     best = (max((one, *(f"{one}_{way}" for way in both)), key=score) for one in ("codebind", "info_nce"))
     asked.append((f"{better}, each with the regularisation that validation chooses for it", *best))
-  for claim, one, other in asked:
-    own, plain = (_values(results, name, _crossing(prefix)) for name in (one, other))
-    found.append({"claim": claim, "numbers": f"mean of */cross: {one} {_as_text(own)}, {other} {_as_text(plain)}"}
+    of_runs = results["info_nce"]["runs"][0]
+    sets = [key.split("/")[2] for key in of_runs if key.startswith(f"{prefix}/") and key.endswith("/label/cross")]
+    asked += [(f"{asked[-1][0]}, on {name} inputs", *asked[-1][1:], name) for name in sets if name in SEEN]
+  for claim, one, other, *on in asked:
+    where = "/".join((prefix, *on))
+    own, plain = (_values(results, name, _crossing(where)) for name in (one, other))
+    what = f"{on[0]}/label/cross" if on else "mean of */cross"
+    found.append({"claim": claim, "numbers": f"{what}: {one} {_as_text(own)}, {other} {_as_text(plain)}"}
                  | verdict(_paired(own, plain)))  # fmt: skip
   return found
 

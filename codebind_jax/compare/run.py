@@ -27,6 +27,7 @@ from codebind_jax.compare.runs import Runs, run_config
 from codebind_jax.compare.sizes import compare_sizes
 from codebind_jax.compare.table import write_comparison
 from codebind_jax.config import FITS, QUANTISERS, Config, GradedWorld
+from codebind_jax.data.records import Source
 from codebind_jax.data.synthetic import NAME, Factors, SyntheticSource
 from codebind_jax.data.task import EvalSet, Task, open_task
 from codebind_jax.train import open_run
@@ -34,16 +35,33 @@ from codebind_jax.trunks.feeds import Feeder
 
 
 def graded_task(world: GradedWorld, modalities: Sequence[str]) -> Task:
-  """The task of `config.compare.world`, the synthetic world with modalities of graded quality."""
+  """The task of `config.compare.world`, the synthetic world with modalities of graded quality.
+
+  Its evaluation sets are `synthetic_ROLE` and, where the world has them, `synthetic_ROLE_noisy` and
+  `synthetic_ROLE_hidden`, the same items seen less well.
+  """
   factors = Factors(
     classes=world.classes, styles=world.styles, noise=world.noise, quality=dict(world.quality),
     style_quality=dict(world.style_quality), seed=world.seed,
   )  # fmt: skip
   rows = {"train": world.rows, "val": world.rows // 4, "test": world.rows // 2}
-  sources = {split: SyntheticSource(factors, split, count, modalities) for split, count in rows.items()}
-  evals = tuple(EvalSet(f"{NAME}_{role}", NAME, role, sources[role], ()) for role in ("val", "test"))
-  summary = f"synthetic, graded: {world.rows} training rows of {', '.join(modalities)}"
-  return Task(NAME, summary, {NAME: sources["train"].grouped("id")}, evals)
+  train = first_of_each(SyntheticSource(factors, "train", rows["train"], modalities), world.per_class)
+  seen = {"": factors} | ({"_noisy": dataclasses.replace(factors, noise=world.noisy)} if world.noisy else {})
+  seen |= {"_hidden": dataclasses.replace(factors, hidden=world.hidden)} if world.hidden else {}
+  evals = tuple(
+    EvalSet(f"{NAME}_{role}{how}", NAME, role, SyntheticSource(of, role, rows[role], modalities), ())
+    for role in ("val", "test") for how, of in seen.items()
+  )  # fmt: skip
+  summary = f"synthetic, graded: {len(train)} training rows of {', '.join(modalities)}"
+  return Task(NAME, summary, {NAME: train.grouped("id")}, evals)
+
+
+def first_of_each(source: Source, count: int) -> Source:
+  """The first `count` records of each label; all for 0."""
+  if not count:
+    return source
+  labels = np.asarray(list(source.column("label")))
+  return source.select(np.sort(np.concatenate([np.flatnonzero(labels == one)[:count] for one in np.unique(labels)])))
 
 
 def comparison_config(config: Config) -> Config:

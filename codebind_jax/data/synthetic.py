@@ -35,6 +35,7 @@ class Factors:
     quality: sensor -> weight of the class's code in its vector; 1 where not named, 0 for a sensor blind to the class.
     style_quality: likewise of the style's code.
     missing: sensor -> share of rows that lack it; 0 where not named.
+    hidden: share of the values of every vector that are 0 in place of what they are, drawn by item and sensor.
     seed: of the mixing networks and of all draws.
   """
 
@@ -46,6 +47,7 @@ class Factors:
   quality: Mapping[str, float] = dataclasses.field(default_factory=dict)
   style_quality: Mapping[str, float] = dataclasses.field(default_factory=dict)
   missing: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  hidden: float = 0.0
   seed: int = 0
 
 
@@ -97,6 +99,8 @@ def draw(factors: Factors, split: str, count: int, sensors: Sequence[str] = SENS
     noise = _rng(factors.seed, split, "noise", sensor)
     arrays[sensor] = (clean / clean.std() + factors.noise * noise.standard_normal(clean.shape)).astype(np.float32)
     held[sensor] = noise.random(count) >= factors.missing.get(sensor, 0.0)
+    if factors.hidden:
+      arrays[sensor] *= _rng(factors.seed, split, "hidden", sensor).random(clean.shape) >= factors.hidden
   return Draw(label, style, private, arrays, held)
 
 

@@ -1,4 +1,4 @@
-"""How much of a codebook is used: active share, perplexity, dead codes, largest share."""
+"""How much of a codebook is used, and what can be read off shared codes: labels and captions that share them."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -147,3 +147,63 @@ class CodebookUsage:
           yield f"{self.name}/shared/{modality}/{metric}", value
       for metric, value in overlap(by_modality).items():
         yield f"{self.name}/shared/{metric}", value
+
+
+def alike(codes: Int[np.ndarray, "n s"], labels: Num[np.ndarray, "n"]) -> tuple[float, float]:
+  """Share of equal labels among pairs of items that share a code, and among all pairs, 0-1.
+
+  Args:
+    codes: of each item, one a position; two items share a code if they have it at the same position.
+    labels: numbers of their labels.
+
+  Returns:
+    (among pairs that share a code, one pair counted at every position where it does; among all pairs); nan for the
+    first if no two items share a code, and for both if there are no two items.
+  """
+  pairs = lambda counts: float((counts * (counts - 1)).sum() / 2)
+  counts = lambda *columns: np.unique(np.stack(columns, axis=1), axis=0, return_counts=True)[1].astype(np.float64)
+  share = lambda equal, all_pairs: equal / all_pairs if all_pairs else float("nan")
+  both = sum(pairs(counts(column, labels)) for column in codes.T)
+  one = sum(pairs(counts(column)) for column in codes.T)
+  return share(both, one), share(pairs(counts(labels)), pairs(np.array([len(labels)], np.float64)))
+
+
+def agreement(codes: Int[np.ndarray, "n s"], others: Int[np.ndarray, "n s"]) -> tuple[float, float]:
+  """Share of positions where an item has the code of its partner, and where it would have that of any partner, 0-1."""
+  by_chance = []
+  for one, other in zip(codes.T, others.T):
+    size = max(one.max(), other.max()) + 1
+    by_chance.append(np.bincount(one, minlength=size) @ np.bincount(other, minlength=size) / len(one) / len(other))
+  return float(np.mean(codes == others)), float(np.mean(by_chance))
+
+
+@dataclasses.dataclass(frozen=True)
+class CodeReading:
+  """What shared codes tell of an evaluation set, in percent, each with what chance would give.
+
+  `codes/M/same_label` and `same_label_chance`: see `alike`; `codes/M/text/same` and `same_chance`: see `agreement`,
+  of M's items and their captions.
+  """
+
+  name: str = "codes"
+
+  def __call__(self, table: base.Table) -> Iterator[tuple[str, float]]:
+    """Yields the numbers of every modality with shared codes, labels and, where it has them, captions."""
+    captions = table.captions if isinstance(table, base.Captioned) else {}
+    for m in sorted(table):
+      if m == "text" or "codes_shared" not in table[m]:
+        continue
+      codes = np.asarray(table[m]["codes_shared"])
+      codes = codes.reshape(len(codes), -1)
+      if "label" in table[m]:
+        known = table[m]["label"] != ""
+        found = alike(codes[known], np.unique(table[m]["label"][known], return_inverse=True)[1])
+        for metric, value in zip(("same_label", "same_label_chance"), found):
+          if not np.isnan(value):
+            yield f"{self.name}/{m}/{metric}", 100.0 * value
+      if m in captions and len(captions[m][0]) and "codes_shared" in table.get("text", {}):
+        rows, texts = captions[m]
+        of_text = np.asarray(table["text"]["codes_shared"])
+        found = agreement(codes[rows], of_text.reshape(len(of_text), -1)[texts])
+        for metric, value in zip(("same", "same_chance"), found):
+          yield f"{self.name}/{m}/text/{metric}", 100.0 * value
