@@ -8,6 +8,7 @@ Command: python -m codebind_jax.main --config=configs/compare.py --workdir=runs/
                                          --config.compare.against=runs/compare/comparison.json adds claims about both
          configs/compare.py:hard         the synthetic world, tested also on noisy inputs and on inputs half of whose
                                          values are hidden; --config.compare.world.per_class=4 for few rows of a class
+         configs/compare.py:unified      the synthetic world: DCID and FCID, and what tells them apart
          configs/compare.py:bytes        Icons: codes of 8 to 192 bytes an item beside quantisers of faiss, which the
                                          extra `search` installs; --config.test=True measures the test sets at the end
 After a further comma: `ablations` for DCID and CodeBind without their parts (after `bytes`, for the codes of the small
@@ -33,7 +34,7 @@ CODEBIND = {"info_nce": 1.0, "commitment": 10.0, "code_matching": 0.05, "decompo
 REGULARISED = {"mixup": {"mixup": 1.0}, "dropout": {"dropout": 0.3}, "weight_decay": {"weight_decay": 1.0}}
 # Trained as a search uses them: queries uncoded, items coded; the codes learn by what their items are found with.
 SEARCHED = {"info_nce_asymmetric": 1.0, "commitment": 1.0}
-WORLDS = ("real", "generalise", "equal", "hard", "bytes")
+WORLDS = ("real", "generalise", "equal", "hard", "unified", "bytes")
 FORMS = ("runlocal", "ablations", "regularised", "full", "published", "trained")
 
 
@@ -156,6 +157,24 @@ def hard(form):
   return config, {name: variant for name, variant in regularised(variants).items() if not name.endswith("_dropout")}
 
 
+def unified(form):
+  """DCID and FCID with and without CLUB; FCID with its contrast in both directions, and with the poorest hub."""
+  config, variants = graded(form)
+  dcid, fcid = (variants[name].options.to_dict() for name in ("dcid", "fcid"))
+  both = {"both_ways": True}
+  changes = {"": {}, "_no_club": {"club": 0.0}, "_both_ways": both, "_both_ways_no_club": both | {"club": 0.0},
+             "_hub_audio": {"hub": "audio"}}  # fmt: skip
+  if form != "runlocal":
+    config.compare.learning_rates = (1e-2, 3e-2, 0.1)
+  return config, {
+    "dcid": variants["dcid"], "dcid_no_club": variant("dcid", **dcid | {"club": 0.0}),
+    **{f"fcid{name}": variant("fcid", **fcid | change) for name, change in changes.items()},
+  }  # fmt: skip
+
+
+DRAWN = {"equal": equal, "hard": hard, "unified": unified}
+
+
 def parts_of_codes(width, size):
   """Codes of the small index without one of their parts: name -> section `codebook`."""
   large = {"beam": 1, "dim": width // size, "shared_codes": 256, "stages": 1}
@@ -213,9 +232,9 @@ def get_config(arg=""):
     raise ValueError(f"configs/compare.py:{arg}: 'full' goes with generalise alone, and not with runlocal")
   if {"trained", "published"} & set(words) and "bytes" not in words:
     raise ValueError(f"configs/compare.py:{arg}: 'trained' and 'published' go with bytes alone")
-  if len(set(words) & set(WORLDS)) > 1 or len(set(words) & {"equal", "hard", "ablations", "regularised"}) > 1:
+  if len(set(words) & set(WORLDS)) > 1 or len(set(words) & {*DRAWN, "ablations", "regularised"}) > 1:
     raise ValueError(f"configs/compare.py:{arg}: {', '.join(WORLDS)} exclude one another, as do 'equal', 'hard', "
-                     "'ablations' and 'regularised'")  # fmt: skip
+                     "'unified', 'ablations' and 'regularised'")  # fmt: skip
   form = next((word for word in ("runlocal", "full") if word in words), "")
   if "bytes" in words:
     if "regularised" in words:
@@ -223,8 +242,8 @@ def get_config(arg=""):
                        "alone")  # fmt: skip
     config = compare_worlds.small(form, sizes)
     variants = small(config, {"trained", "published", "ablations"} & set(words))
-  elif "equal" in words or "hard" in words:
-    config, variants = (equal if "equal" in words else hard)(form)
+  elif drawn := DRAWN.keys() & set(words):
+    config, variants = DRAWN[drawn.pop()](form)
   elif set(words) & set(WORLDS):
     config = (compare_worlds.real if "real" in words else compare_worlds.generalise)(form)
     sizes = (32, 32, 128) if form == "runlocal" else (256, 256, 1024)
@@ -237,7 +256,7 @@ def get_config(arg=""):
     variants = without_parts(variants["dcid"], variants["codebind"])
   elif "regularised" in words:
     variants = regularised(variants)
-  elif form != "runlocal" and not {"equal", "hard", "bytes"} & set(words):
+  elif form != "runlocal" and not {*DRAWN, "bytes"} & set(words):
     variants |= regularised(variants)
   before = "comparisons with fewer sizes, rates and seeds" if "bytes" in words else (
     "comparisons with fewer rates, seeds and variants"

@@ -99,9 +99,10 @@ def test_claims_where_all_qualities_are_equal():
 def test_claims_against_plain_pairs():
   found = told({"info_nce": result(cross=50), "codebind": result(cross=53), "dcid": result(cross=40), "fcid": result()})
   assert [(c["difference"], c["verdict"]) for c in found.values()] == [
-    (pytest.approx(3.0), "held"), (pytest.approx(-10.0), "did not hold"), (pytest.approx(0.0), "undecided")
+    (pytest.approx(3.0), "held"), (pytest.approx(-10.0), "did not hold"), (pytest.approx(0.0), "undecided"),
+    (pytest.approx(10.0), "held"),
   ]  # fmt: skip
-  assert [claim.split()[0] for claim in found] == ["CodeBind", "DCID", "FCID"]
+  assert [claim.split()[0] for claim in found] == ["CodeBind", "DCID", "FCID", "fcid"]
   # Labels of two worlds count alike; where no label is told, whatever is.
   several = lambda *values: {"runs": [dict(zip(
     ("eval/test/a/label/cross", "eval/test/b/label/cross", "eval/test/style/cross", "eval/val/label/cross"), values
@@ -119,6 +120,13 @@ def test_claims_about_parts_of_dcid():
   verdicts = {claim.split("leaving out ")[1].split(" hurts")[0]: c["verdict"] for claim, c in found.items()}
   assert verdicts == {"the cross-modal prediction or contrast (CPC)": "held", "CLUB": "did not hold",
                       "MM-EMA and reset": "undecided"}  # fmt: skip
+
+
+def test_claims_about_fcid_beside_dcid():
+  found = told({"dcid": result(cross=60), "fcid": result(cross=50), "fcid_both_ways": result(cross=59.5)}, None)
+  assert {claim: (c["verdict"], c["difference"]) for claim, c in found.items() if "no worse than DCID" in claim} == {
+    "fcid is no worse than DCID": ("did not hold", -10.0), "fcid_both_ways is no worse than DCID": ("held", -0.5),
+  }  # fmt: skip
 
 
 def test_claims_about_parts_of_codebind_where_concepts_are_told():

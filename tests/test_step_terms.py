@@ -647,6 +647,26 @@ def test_fcid_s_terms_codebook_and_networks(fcid_step):
         {name: net["params"] for name, net in aux["club"].items()})  # fmt: skip
 
 
+def test_fcid_s_contrast_in_both_directions(fcid_step):
+  start, batch, (_, one_way) = fcid_step
+  both = setting(fcid.Method(model(), **SMALL, contrast=1.3, both_ways=True), stage_of(), 2, spread)
+  with next_row():
+    _, metrics = both.step(both.state, batch)
+  params, back = start.state.params, {}
+  for source, x in features_of(start.method, params, batch).items():
+    coarse = lambda m, v: layer(params[EXTRA]["coarse"][f"{'hub' if m == 'text' else 'sensors'}_{v[0]}"], v[1])
+    head = {}
+    for m, value in x.items():
+      u = coarse(m, ("compress", value[..., :SHARED].mean(1, keepdims=True)))
+      head[m] = unit(np.maximum(coarse(m, ("general", u)), 0)[:, 0])
+    back[source] = sum(directed(head["text"], head[m], TAU, has(source, m, "text"), np.array(GROUPS[source]))
+                       for m in sorted(head) if m != "text")  # fmt: skip
+  gained = mean_over_sources(back, start.stage)
+  np.testing.assert_allclose(metrics["train/contrast"], one_way["train/contrast"] + gained, rtol=3e-4)
+  assert abs(gained - one_way["train/contrast"]) > 1e-3
+  np.testing.assert_allclose(metrics["train/total"], one_way["train/total"] + 1.3 * gained, rtol=3e-4)
+
+
 # What the rows that lack a modality hold there
 
 

@@ -67,6 +67,7 @@ def claims(
   found = [*_anchors(results, world, prefix)] if world else []
   found += _narrowed(against, results, prefix) if against else []
   found += _over_pairs(results, prefix)
+  found += _levels(results, prefix)
   found += _regularised(results, prefix)
   return [*found, *_ablations(results, prefix), *_channels(results, prefix)]
 
@@ -164,6 +165,17 @@ def _over_pairs(results: Mapping[str, Any], prefix: str) -> list[dict[str, Any]]
       found.append({"claim": f"{title} generalises across modalities better than plain InfoNCE of the pairs",
                     "numbers": f"mean of */cross: {name} {_as_text(own)}, info_nce {_as_text(plain)}"}
                    | verdict(_paired(own, plain)))  # fmt: skip
+  return found
+
+
+def _levels(results: Mapping[str, Any], prefix: str) -> list[dict[str, Any]]:
+  """FCID, and each of its variants, against DCID."""
+  found = []
+  for name in (name for name in results if "dcid" in results and name.split("_")[0] == "fcid"):
+    own, other = (_values(results, one, _crossing(prefix)) for one in (name, "dcid"))
+    found.append({"claim": f"{name} is no worse than DCID",
+                  "numbers": f"mean of */cross: {name} {_as_text(own)}, dcid {_as_text(other)}"}
+                 | verdict(_paired(own, other), MARGIN))  # fmt: skip
   return found
 
 

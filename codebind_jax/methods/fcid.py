@@ -70,12 +70,14 @@ class Method(Unified):
   Attributes:
     hub: the modality to which the coarse level binds the others; it has its own compressor, they share one.
     contrast: weight of the InfoNCE to the hub, in one direction (sensor -> hub), as in the release.
+    both_ways: whether it is taken from the hub to the sensors too.
   """
 
   BASE = "contrast"
 
   hub: Name = "text"
   contrast: Weight = 1.0
+  both_ways: bool = False
 
   def _coarse(self, names: Any, width: int) -> CoarseLevel:
     return CoarseLevel(FrozenDict({m: "hub" if m == self.hub else "sensors" for m in names}), width)
@@ -166,12 +168,12 @@ class Method(Unified):
 
   def _contrast(self, rows: Rows) -> Array:
     head = lambda m: unit(rows.made.coarse[m].general[:, 0])
+    to_hub = [(m, self.hub) for m in rows.made.z if m != self.hub]
     return sum(
       losses.directed_info_nce(
-        head(m), head(self.hub), temperature=rows.stage.temperature, mask=rows.both(m, self.hub),
-        groups=rows.groups_of(m, self.hub),
+        head(a), head(b), temperature=rows.stage.temperature, mask=rows.both(a, b), groups=rows.groups_of(a, b)
       )
-      for m in rows.made.z if m != self.hub
+      for a, b in (*to_hub, *((b, a) for a, b in to_hub if self.both_ways))
     )  # fmt: skip
 
   def _reconstruction(self, rows: Rows) -> Array:
