@@ -3,12 +3,12 @@
 Command: python -m codebind_jax.tools.seeds --config=configs/stage1.py --workdir=DIR --seeds=3
          python -m benchmarks.specific_part --runs=DIR [--baselines=DIR] [--set=icons_val_concept] [--modality=image]
              [--field=family]
-Linear probes fitted on the training rows tell a field of the records from unseen ones, whose concepts are new: from the
-run's parts, and from those of its continuous baseline, beside which stand its specific head as it was drawn (a random
-projection of the same tokens: no term trains it) and the shared part of the next seed's baseline (a second head of
-equal width). Balanced accuracy, mean and sample standard deviation over the seeds. Runs with further terms are trained
-by ... --workdir=MORE --config.baseline=False --config.stages.bridges.losses.reconstruction=1.0, and measured beside
-the same baselines by --runs=MORE --baselines=DIR.
+Linear probes, fitted on the training rows, predict a field of the records of an evaluation set whose concepts are new.
+They are given the run's parts; the shared part of its continuous baseline; beside that the baseline's specific head,
+which no term trains (a random projection of the same tokens), or the shared part of the next seed's baseline (a second
+head of equal width). Balanced accuracy, mean and sample standard deviation over the seeds. Runs with further terms
+are trained by ... --workdir=MORE --config.baseline=False --config.stages.bridges.losses.reconstruction=1.0, and
+measured beside the same baselines by --runs=MORE --baselines=DIR.
 """
 
 import dataclasses
@@ -68,12 +68,16 @@ def told(ours, plain, modality, field):
 def main(_):
   """Prints the table."""
   logging.set_verbosity(logging.WARNING)
-  folders = sorted(path for path in pathlib.Path(_RUNS.value).glob("seed*") if path.is_dir())
+  folders = sorted(pathlib.Path(_RUNS.value).glob("seed*"), key=lambda path: int(path.name.removeprefix("seed")))
+  if not folders:
+    raise app.UsageError(f"--runs={_RUNS.value}: no folders seed0, seed1, ...")
   config = load(folders[0]).config
   task = open_task(config.data)
   feeder = Feeder(config.data, config.model.towers)
   evaluation = Evaluation(dataclasses.replace(config, test=False), task, feeder)
-  test, = (one for one in task.evals if one.name == _SET.value)
+  test = next((one for one in task.evals if one.name == _SET.value), None)
+  if test is None:
+    raise app.UsageError(f"--set={_SET.value}: allowed are {', '.join(one.name for one in task.evals)}")
   if test.role == "test":
     raise app.UsageError(f"--set={_SET.value}: a test set; validation sets alone choose")
   tables = lambda model: [table[_MODALITY.value] for table in (
@@ -89,4 +93,5 @@ def main(_):
 
 
 if __name__ == "__main__":
+  flags.mark_flag_as_required("runs")
   app.run(main)

@@ -571,6 +571,9 @@ def _check_compare(config: Config, compare: Compare) -> None:
   if not compare.world and "" not in config.data.sources:
     for name, of in compare.transfers.items():
       check_keys(of.worlds, [*config.data.worlds, *config.data.named_files], f"compare.transfers.{name}.worlds")
+  if compare.world and (compare.world.noisy or compare.world.hidden) and not compare.transfers:
+    raise ValueError("config.compare.transfers: got none, but compare.world.noisy or hidden gives sets that are not to "
+                     "be pooled; allowed: transfers that name the sets of each")  # fmt: skip
   for key in ("quality", "style_quality") if compare.world else ():
     check_keys(getattr(compare.world, key), {*config.model.towers, *known_modalities()}, f"compare.world.{key}")
   if compare.against and not files.is_far(files.path(compare.against)) and not pathlib.Path(compare.against).is_file():

@@ -7,15 +7,16 @@ Command: python -m codebind_jax.main --config=configs/compare.py --workdir=runs/
          configs/compare.py:equal        the synthetic world with equal qualities, fixed anchors and CentroBind alone;
                                          --config.compare.against=runs/compare/comparison.json adds claims about both
          configs/compare.py:hard         the synthetic world, tested also on noisy inputs and on inputs half of whose
-                                         values are hidden; --config.compare.world.per_class=4 for few rows of a class
+                                         values are hidden; with --config.compare.world.per_class=4
+                                         --config.batch_size=40 from four training rows of a class
          configs/compare.py:unified      the synthetic world: DCID and FCID, and what tells them apart
-         configs/compare.py:bytes        Icons: codes of 8 to 192 bytes an item beside quantisers of faiss, which the
-                                         extra `search` installs; --config.test=True measures the test sets at the end
-After a further comma: `ablations` for DCID and CodeBind without their parts (after `bytes`, for the codes of the small
-index without theirs), `regularised` for plain InfoNCE and
-CodeBind alone, each with mixup, dropout and weight decay, `runlocal` for a quick look (one seed, no tuning, little
-data), `full` (generalise alone) for that profile of the data, which has clips; after `bytes`, some of its sizes, and
-`trained` and `published` for such codes beside those of the small index.
+         configs/compare.py:bytes        Icons: codes of 8 to 192 bytes an item beside quantisers of faiss, which
+                                         the extra `search` installs; --config.test=True measures the test sets at the end
+After a further comma: `ablations` for DCID and CodeBind without their parts (after `bytes`, for other forms of the
+codes of the small index), `regularised` for plain InfoNCE and CodeBind alone, each with mixup, dropout and weight
+decay, `runlocal` for a quick look (one seed, no tuning, little data), `full` (generalise alone) for that profile of the
+data, which has clips; after `bytes`, some of its sizes, and `trained` and `published` for such codes beside those of
+the small index.
 Writes comparison.md, comparison.json and figures; a second run of the command continues the first.
 Several processes, or machines that share the folder, can each take some variants; the plain command then collects:
          ... --workdir=runs/compare --config.compare.only=dcid,fcid
@@ -154,7 +155,7 @@ def hard(form):
   if form != "runlocal":
     config.compare.learning_rates = (3e-3, 1e-2, 3e-2, 0.1)
   config.compare.columns = tuple(f"{name}/label/cross" for name in seen)
-  return config, {name: variant for name, variant in regularised(variants).items() if not name.endswith("_dropout")}
+  return config, {name: entry for name, entry in regularised(variants).items() if not name.endswith("_dropout")}
 
 
 def unified(form):
@@ -175,8 +176,11 @@ def unified(form):
 DRAWN = {"equal": equal, "hard": hard, "unified": unified}
 
 
-def parts_of_codes(width, size):
-  """Codes of the small index without one of their parts: name -> section `codebook`."""
+def forms_of_codes(width, size):
+  """Other forms of the codes of the small index in as many bytes: name -> section `codebook`.
+
+  Without the beam (`greedy`), of fewer bits, product codes of 8 bits in place of residual ones, and these rotated.
+  """
   large = {"beam": 1, "dim": width // size, "shared_codes": 256, "stages": 1}
   whole = common.small_index(width, size)
   return {
@@ -193,8 +197,8 @@ def small(config, more_of):
   Args:
     config: whose `compare.bytes` has the sizes.
     more_of: further codes of each size: `trained`, those that start after as many steps; `published`, from scratch and
-      as published, but for their number: one codebook for all positions; `ablations`, those that start,
-      without one of their parts.
+      as published, but for their number: one codebook for all positions; `ablations`, those that start
+      in other forms.
   """
   plain, width, more = {"info_nce": 1.0}, config.model.shared_dim, max(1, config.steps // 3)
   of_ways = {"": {}} | {f"_{way}": settings for way, settings in REGULARISED.items()}
@@ -210,8 +214,8 @@ def small(config, more_of):
     codes = common.small_index(width, size)
     book = lambda **options: {"codebook": ConfigDict(options)}
     variants[f"codes_{size}"] = variant(losses=SEARCHED, regularised=warm | common.START | book(**codes))
-    for part, without in parts_of_codes(width, size).items() if "ablations" in more_of else ():
-      variants[f"codes_{size}_{part}"] = variant(losses=SEARCHED, regularised=warm | common.START | book(**without))
+    for form, other in forms_of_codes(width, size).items() if "ablations" in more_of else ():
+      variants[f"codes_{size}_{form}"] = variant(losses=SEARCHED, regularised=warm | common.START | book(**other))
     if "trained" in more_of:
       codes |= {"ema": False, "gradient": "both"}
       variants[f"trained_{size}"] = variant(losses=SEARCHED, regularised=warm | {"steps": more} | book(**codes))

@@ -240,9 +240,13 @@ def test_heads_meet_inputs_seen_less_well(tmp_path):
   found = compare_lib.compare(config.lock(), tmp_path / "run")
   assert "synthetic, graded: 10 training rows" in found["summary"]
   for result in found["results"].values():
-    shown = {name: result["runs"][0][f"eval/test/{name}/label/cross"] for name in ("plain", "noisy", "hidden")}
-    assert len(set(shown.values())) > 1
+    shown = {name: [value for key, value in result["runs"][0].items() if key.startswith(f"eval/test/{name}/label/")]
+             for name in ("plain", "noisy", "hidden")}  # fmt: skip
+    assert shown["plain"] != shown["noisy"] and shown["plain"] != shown["hidden"] and len(shown["plain"]) == 8
   assert {f"eval/val/{name}/label/cross" for name in shown} <= set(result["runs"][0])
+  config.unlock().compare.transfers = {}
+  with pytest.raises(ValueError, match="compare.transfers: got none, but compare.world.noisy"):
+    compare_lib.compare(config.lock(), tmp_path / "other")
   text = (tmp_path / "run/comparison.md").read_text()
   assert "| plain/label/cross | noisy/label/cross | hidden/label/cross |" in text
 

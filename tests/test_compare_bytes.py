@@ -278,7 +278,7 @@ def test_the_shipped_form_goes_on_where_it_stopped_and_reads_the_test_sets_last(
   assert len(calls) == count and len(fits) == 2 * fitted
 
 
-def test_each_ablation_of_the_codes_leaves_out_one_part_at_no_more_bytes():
+def test_other_forms_of_the_codes_take_as_many_bytes_and_differ_in_what_their_names_say():
   config = validate(shipped.get_config("bytes,12,ablations"))
   books = {name: runs_lib.run_config(config, variant, 1e-3, 0, False) for name, variant in
            config.compare.variants.items() if variant.quantize}  # fmt: skip

@@ -102,7 +102,7 @@ def test_claims_against_plain_pairs():
     (pytest.approx(3.0), "held"), (pytest.approx(-10.0), "did not hold"), (pytest.approx(0.0), "undecided"),
     (pytest.approx(10.0), "held"),
   ]  # fmt: skip
-  assert [claim.split()[0] for claim in found] == ["CodeBind", "DCID", "FCID", "fcid"]
+  assert [claim.split()[0] for claim in found] == ["CodeBind", "DCID", "FCID", "FCID"]
   # Labels of two worlds count alike; where no label is told, whatever is.
   several = lambda *values: {"runs": [dict(zip(
     ("eval/test/a/label/cross", "eval/test/b/label/cross", "eval/test/style/cross", "eval/val/label/cross"), values
@@ -123,9 +123,12 @@ def test_claims_about_parts_of_dcid():
 
 
 def test_claims_about_fcid_beside_dcid():
-  found = told({"dcid": result(cross=60), "fcid": result(cross=50), "fcid_both_ways": result(cross=59.5)}, None)
-  assert {claim: (c["verdict"], c["difference"]) for claim, c in found.items() if "no worse than DCID" in claim} == {
-    "fcid is no worse than DCID": ("did not hold", -10.0), "fcid_both_ways is no worse than DCID": ("held", -0.5),
+  found = told({"dcid": result(cross=60), "dcid_no_club": result(cross=70), "fcid": result(cross=50),
+                "fcid_both_ways": result(cross=59.5), "fcid_no_club": result(cross=61)}, None)  # fmt: skip
+  verdicts = {claim: (c["verdict"], c["difference"]) for claim, c in found.items() if "no worse" in claim}
+  assert {claim.split("(")[1]: one for claim, one in verdicts.items()} == {
+    "fcid than dcid)": ("did not hold", -10.0), "fcid_both_ways than dcid)": ("held", -0.5),
+    "fcid_no_club than dcid_no_club)": ("did not hold", -9.0),
   }  # fmt: skip
 
 

@@ -24,7 +24,8 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in (*P
 FORMS = {"stage1": ("", "runlocal"), "progressive": ("", "runlocal", "full", "menagerie,evoked"),
          "synthetic": ("", "runlocal"),
          "compare": ("", "runlocal", "equal", "ablations", "real,runlocal", "real,ablations", "regularised",
-                     "real,regularised", "generalise,full", "bytes", "bytes,runlocal", "bytes,12,24"),
+                     "real,regularised", "generalise,full", "bytes", "bytes,runlocal", "bytes,12,24",
+                     "bytes,24,ablations", "hard", "hard,runlocal", "unified", "unified,runlocal"),
          **{f"stage{n}": ("", "runlocal", "full") for n in (2, 3, 4, 5)}}
 
 

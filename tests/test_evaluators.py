@@ -474,8 +474,8 @@ def test_codebook_evaluator_counts_the_shared_book_over_modalities():
 def test_labels_and_captions_that_share_codes_by_hand():
   # Position 0: items 0, 1, 2 share a code (three pairs, one of one label), position 1: items 0 and 3 (of one label).
   book, labels = np.array([[5, 1], [5, 2], [5, 3], [6, 1]]), np.array(["a", "b", "b", "a"])
-  assert codes.alike(book, np.array([0, 1, 1, 0])) == (2 / 4, 2 / 6)
-  one_each = codes.alike(np.arange(3)[:, None], np.zeros(3, int))
+  assert codes.label_pairs(book, np.array([0, 1, 1, 0])) == (2 / 4, 2 / 6)
+  one_each = codes.label_pairs(np.arange(3)[:, None], np.zeros(3, int))
   assert np.isnan(one_each[0]) and one_each[1] == 1.0
   # Captions 0, 0, 1, 1: the same code at position 0 thrice, at position 1 once. By chance: code 5 is 3 in 4 items and
   # 2 in 4 captions, code 6 the rest; at position 1 code 1 is 2 in 4 and 2 in 4, code 9 never an item's.
@@ -492,6 +492,9 @@ def test_labels_and_captions_that_share_codes_by_hand():
   }  # fmt: skip
   table["image"]["label"] = np.array(["a", "", "", "a"])  # rows without a label tell nothing of labels
   assert dict(codes.CodeReading()(table))["codes/image/same_label"] == 100.0
+  table["image"] |= {"label": labels, "_content": np.array([0, 1, 1, 2])}  # a copy counts once: of three pairs of items
+  assert dict(codes.CodeReading()(table))["codes/image/same_label"] == pytest.approx(50.0)
+  assert dict(codes.CodeReading()(table))["codes/image/same_label_chance"] == pytest.approx(100 / 3)
 
 
 def test_shared_codes_of_several_modalities_by_hand():

@@ -326,6 +326,14 @@ def test_code_usage_is_that_of_the_training_rows_of_all_worlds(tmp_path):
   assert found["eval/train/codebook/shared/max_share"] == 0.8
   assert found["eval/train/codebook/shared/image/max_share"] == 1
   assert found["eval/train/codebook/shared/several_share"] == 0.5
+  # The one item of a set has no other to share a code with, and no caption.
+  assert not any("/codes/" in name for name in found)
+  evals = [EvalSet("c_val", "a", "val", Rows("c val", [{"label": x} for x in "xxy"], image=[EAST, NORTH, EAST]), ())]
+  of_two = evaluation_of(tmp_path, train, evals, codes=2)
+  found = of_two[1].everything(of_two[0])
+  # Items 0 and 2 share a code and have two labels; of three pairs one has one label.
+  assert found["eval/c_val/codes/image/same_label"] == 0
+  assert found["eval/c_val/codes/image/same_label_chance"] == pytest.approx(100 / 3)
   counts, shared = evaluation.code_counts(model)
   assert counts["shared"].tolist() == [4, 1] and shared["depth"].tolist() == [1, 1]
 

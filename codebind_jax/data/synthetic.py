@@ -35,7 +35,7 @@ class Factors:
     quality: sensor -> weight of the class's code in its vector; 1 where not named, 0 for a sensor blind to the class.
     style_quality: likewise of the style's code.
     missing: sensor -> share of rows that lack it; 0 where not named.
-    hidden: share of the values of every vector that are 0 in place of what they are, drawn by item and sensor.
+    hidden: share of the values of every vector that are set to 0, drawn by item and sensor.
     seed: of the mixing networks and of all draws.
   """
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from jaxtyping import Bool, Int, Num
 
-from codebind_jax.evaluators import base
+from codebind_jax.evaluators import base, contents
 
 
 def count_codes(
@@ -149,27 +149,32 @@ class CodebookUsage:
         yield f"{self.name}/shared/{metric}", value
 
 
-def alike(codes: Int[np.ndarray, "n s"], labels: Num[np.ndarray, "n"]) -> tuple[float, float]:
-  """Share of equal labels among pairs of items that share a code, and among all pairs, 0-1.
+def label_pairs(codes: Int[np.ndarray, "n s"], labels: Num[np.ndarray, "n"]) -> tuple[float, float]:
+  """Share of pairs of items with one label, among the pairs that share a code and among all pairs, 0-1.
 
   Args:
     codes: of each item, one a position; two items share a code if they have it at the same position.
     labels: numbers of their labels.
 
   Returns:
-    (among pairs that share a code, one pair counted at every position where it does; among all pairs); nan for the
-    first if no two items share a code, and for both if there are no two items.
+    (among pairs that share a code, a pair counted at every position where it does; among all pairs); nan for the first
+    if no two items share a code, and for both if there are no two items.
   """
   pairs = lambda counts: float((counts * (counts - 1)).sum() / 2)
   counts = lambda *columns: np.unique(np.stack(columns, axis=1), axis=0, return_counts=True)[1].astype(np.float64)
-  share = lambda equal, all_pairs: equal / all_pairs if all_pairs else float("nan")
+  share = lambda some, all_pairs: some / all_pairs if all_pairs else float("nan")
   both = sum(pairs(counts(column, labels)) for column in codes.T)
   one = sum(pairs(counts(column)) for column in codes.T)
   return share(both, one), share(pairs(counts(labels)), pairs(np.array([len(labels)], np.float64)))
 
 
 def agreement(codes: Int[np.ndarray, "n s"], others: Int[np.ndarray, "n s"]) -> tuple[float, float]:
-  """Share of positions where an item has the code of its partner, and where it would have that of any partner, 0-1."""
+  """Share of positions at which the two codes of a pair are equal, and its expectation for shuffled pairs, 0-1.
+
+  Args:
+    codes: of the first item of each pair, one a position.
+    others: of the second.
+  """
   by_chance = []
   for one, other in zip(codes.T, others.T):
     size = max(one.max(), other.max()) + 1
@@ -179,31 +184,31 @@ def agreement(codes: Int[np.ndarray, "n s"], others: Int[np.ndarray, "n s"]) -> 
 
 @dataclasses.dataclass(frozen=True)
 class CodeReading:
-  """What shared codes tell of an evaluation set, in percent, each with what chance would give.
+  """Labels and captions that share shared codes on an evaluation set, in percent, each beside its chance.
 
-  `codes/M/same_label` and `same_label_chance`: see `alike`; `codes/M/text/same` and `same_chance`: see `agreement`,
-  of M's items and their captions.
+  `codes/M/same_label` and `same_label_chance` are those of `label_pairs`, of M's items that have a label, each content
+  once; `codes/M/text/same` and `same_chance` those of `agreement`, of M's items and their captions.
   """
 
   name: str = "codes"
 
   def __call__(self, table: base.Table) -> Iterator[tuple[str, float]]:
-    """Yields the numbers of every modality with shared codes, labels and, where it has them, captions."""
+    """Yields the numbers of every modality with shared codes that has labels or captions."""
     captions = table.captions if isinstance(table, base.Captioned) else {}
+    flat = lambda codes: codes.reshape(len(codes), -1)
     for m in sorted(table):
       if m == "text" or "codes_shared" not in table[m]:
         continue
-      codes = np.asarray(table[m]["codes_shared"])
-      codes = codes.reshape(len(codes), -1)
+      codes, found = flat(base.columns(table, m, ["codes_shared"])[0]), {}
       if "label" in table[m]:
-        known = table[m]["label"] != ""
-        found = alike(codes[known], np.unique(table[m]["label"][known], return_inverse=True)[1])
-        for metric, value in zip(("same_label", "same_label_chance"), found):
-          if not np.isnan(value):
-            yield f"{self.name}/{m}/{metric}", 100.0 * value
+        (labels,) = base.columns(table, m, ["label"])
+        rows = contents.once(contents.contents_of(table, m))
+        rows = rows[labels[rows] != ""]
+        numbers = np.unique(labels[rows], return_inverse=True)[1]
+        found |= dict(zip(("same_label", "same_label_chance"), label_pairs(codes[rows], numbers)))
       if m in captions and len(captions[m][0]) and "codes_shared" in table.get("text", {}):
         rows, texts = captions[m]
-        of_text = np.asarray(table["text"]["codes_shared"])
-        found = agreement(codes[rows], of_text.reshape(len(of_text), -1)[texts])
-        for metric, value in zip(("same", "same_chance"), found):
-          yield f"{self.name}/{m}/text/{metric}", 100.0 * value
+        of_text = flat(np.asarray(table["text"]["codes_shared"]))[texts]
+        pairs = flat(np.asarray(table[m]["codes_shared"]))[rows]
+        found |= dict(zip(("text/same", "text/same_chance"), agreement(pairs, of_text)))
+      yield from ((f"{self.name}/{m}/{name}", 100.0 * value) for name, value in found.items() if not np.isnan(value))
