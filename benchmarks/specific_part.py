@@ -58,6 +58,8 @@ def told(ours, plain, modality, field):
   for number, (own, base) in enumerate(zip(ours, plain, strict=True)):
     second = plain[(number + 1) % len(plain)]
     train, unseen = (dict(own[at]) | parts(own[at], base[at], second[at]) for at in (0, 1))
+    known = np.isin(unseen[field], train[field])  # a probe knows no other values
+    unseen = {name: column[known] for name, column in unseen.items()}
     names = [*parts(unseen, unseen, unseen)][: None if len(plain) > 1 else -1]
     for name, value in LinearProbe(modality, {modality: train}, field, parts=names)({modality: unseen}):
       if name.endswith("/balanced"):
@@ -68,7 +70,7 @@ def told(ours, plain, modality, field):
 def main(_):
   """Prints the table."""
   logging.set_verbosity(logging.WARNING)
-  folders = sorted(pathlib.Path(_RUNS.value).glob("seed*"), key=lambda path: int(path.name.removeprefix("seed")))
+  folders = sorted(pathlib.Path(_RUNS.value).glob("seed[0-9]*"), key=lambda path: int(path.name.removeprefix("seed")))
   if not folders:
     raise app.UsageError(f"--runs={_RUNS.value}: no folders seed0, seed1, ...")
   config = load(folders[0]).config

@@ -11,7 +11,7 @@ Command: python -m codebind_jax.main --config=configs/compare.py --workdir=runs/
                                          --config.batch_size=40 from four training rows of a class
          configs/compare.py:unified      the synthetic world: DCID and FCID, and what tells them apart
          configs/compare.py:bytes        Icons: codes of 8 to 192 bytes an item beside quantisers of faiss, which
-                                         the extra `search` installs; --config.test=True measures the test sets at the end
+                                         the extra `search` installs; --config.test=True measures the test sets last
 After a further comma: `ablations` for DCID and CodeBind without their parts (after `bytes`, for other forms of the
 codes of the small index), `regularised` for plain InfoNCE and CodeBind alone, each with mixup, dropout and weight
 decay, `runlocal` for a quick look (one seed, no tuning, little data), `full` (generalise alone) for that profile of the

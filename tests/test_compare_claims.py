@@ -266,7 +266,7 @@ def test_what_is_written(tmp_path):
 
 def test_the_page_of_methods_has_a_place_for_every_comparison_and_names_every_method_and_option():
   page = (pathlib.Path(__file__).parents[1] / "docs/methods.md").read_text(encoding="utf-8")
-  for name in ("graded", "regularised", "equal", "ablations", "real", "generalise"):
+  for name in ("graded", "regularised", "equal", "ablations", "unified", "real", "generalise"):
     methods_page.entered(page, name, [])
   for name in method_names():
     section = page.split(f"(`{name}`)")[1].split("\n## ")[0]
