@@ -43,7 +43,7 @@ INDEX_BITS = 10  # of a code of `small_index`
 
 
 def small_index(width, size, bits=INDEX_BITS):
-  """Section `codebook` of an index of few bytes: residual codes, found by a beam (docs/codes.md compares).
+  """Section `codebook` of an index of few bytes: residual codes, each the nearest (docs/codes.md compares).
 
   They start from the items of the training rows. The specific part, which a search does not need, has few codes.
 
@@ -54,7 +54,7 @@ def small_index(width, size, bits=INDEX_BITS):
   """
   parts, stages = stages_within(width, size, bits)
   return {
-    "dim": width // parts, "shared_codes": 1 << bits, "stages": stages, "beam": 16, "positions": "own",
+    "dim": width // parts, "shared_codes": 1 << bits, "stages": stages, "positions": "own",
     "distance": "l2", "normalize": False, "unit_parts": True, "start": "kmeans", "revive": "none",
     "codes": {"image": 16},
   }  # fmt: skip

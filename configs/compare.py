@@ -179,13 +179,14 @@ DRAWN = {"equal": equal, "hard": hard, "unified": unified}
 def forms_of_codes(width, size):
   """Other forms of the codes of the small index in as many bytes: name -> section `codebook`.
 
-  Without the beam (`greedy`), of fewer bits, product codes of 8 bits in place of residual ones, and these rotated.
+  Found by a beam of 16 sums, of 10 bits and of fewer; product codes of 8 bits in place of residual ones, and rotated.
   """
-  large = {"beam": 1, "dim": width // size, "shared_codes": 256, "stages": 1}
+  product = {"dim": width // size, "shared_codes": 256, "stages": 1}
   whole = common.small_index(width, size)
   return {
-    "greedy": whole | {"beam": 1}, **{f"{bits}_bits": common.small_index(width, size, bits) for bits in (8, 6, 4)},
-    "product": whole | large, "rotated": whole | large | {"rotation": "learned", "start": "opq"},
+    "beam": whole | {"beam": 16},
+    **{f"beam_{bits}_bits": common.small_index(width, size, bits) | {"beam": 16} for bits in (8, 6, 4)},
+    "product": whole | product, "rotated": whole | product | {"rotation": "learned", "start": "opq"},
   }  # fmt: skip
 
 

@@ -283,15 +283,16 @@ def test_other_forms_of_the_codes_take_as_many_bytes_and_differ_in_what_their_na
   books = {name: runs_lib.run_config(config, variant, 1e-3, 0, False) for name, variant in
            config.compare.variants.items() if variant.quantize}  # fmt: skip
   assert {name.removeprefix("codes_12_") for name in books} == {
-    "codes_12", "greedy", "8_bits", "6_bits", "4_bits", "product", "rotated"
+    "codes_12", "beam", "beam_8_bits", "beam_6_bits", "beam_4_bits", "product", "rotated"
   }  # fmt: skip
   assert all(run.item_bytes["image"][0] == 12 for run in books.values())
   plain = {name: dataclasses.asdict(run.codebook) for name, run in books.items()}
   changed = lambda name: {key for key, value in plain["codes_12"].items() if plain[f"codes_12_{name}"][key] != value}
-  assert changed("greedy") == {"beam"}
-  assert changed("8_bits") == {"shared_codes", "stages"} and books["codes_12_8_bits"].codebook.shared_codes == 256
-  assert changed("6_bits") == changed("4_bits") == {"dim", "shared_codes", "stages"}
-  assert changed("product") == {"beam", "dim", "shared_codes", "stages"}
+  assert changed("beam") == {"beam"}
+  assert changed("beam_8_bits") == {"beam", "shared_codes", "stages"}
+  assert changed("beam_6_bits") == changed("beam_4_bits") == {"beam", "dim", "shared_codes", "stages"}
+  assert books["codes_12_beam_8_bits"].codebook.shared_codes == 256
+  assert changed("product") == {"dim", "shared_codes", "stages"}
   assert changed("rotated") == changed("product") | {"rotation", "start"}
   for name in ("product", "rotated"):
     book = books[f"codes_12_{name}"].codebook
