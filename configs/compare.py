@@ -144,6 +144,7 @@ def hard(form):
   Heads are learned on clean ones.
   """
   config, variants = graded(form)
+  config.compare.world.per_class = 0
   config.compare.world.noisy = 2 * config.compare.world.noise
   config.compare.world.hidden = 0.5
   seen = {"plain": "", "noisy": "_noisy", "hidden": "_hidden"}

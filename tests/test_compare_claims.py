@@ -11,7 +11,7 @@ import pytest
 from codebind_jax import schema
 from codebind_jax.compare import figures
 from codebind_jax.compare.claims import claims, verdict
-from codebind_jax.compare.table import sections, write_comparison
+from codebind_jax.compare.table import write_comparison
 from codebind_jax.methods.base import method_names
 from codebind_jax.methods.unified import Unified
 from codebind_jax.tools import methods_page
@@ -256,7 +256,7 @@ def test_what_is_written(tmp_path):
   # The same tables, entered into a page between marks, twice.
   page = "a\n<!-- results x -->\nbefore\n<!-- end x -->\nb\n<!-- results y -->\n<!-- end y -->\n"
   for _ in range(2):
-    page = methods_page.entered(page, "x", sections(found, "####"))
+    page = methods_page.entered(page, "x", methods_page.lines_of(found))
   start, end = "a\n<!-- results x -->\na world.\n", "\n<!-- end x -->\nb\n<!-- results y -->\n<!-- end y -->\n"
   assert page.startswith(start) and page.endswith(end) and "\nbefore\n" not in page
   assert page.count("#### Cost") == 1 and "| fixed_anchor_image | 1234 | 5.2 |" in page
@@ -266,7 +266,7 @@ def test_what_is_written(tmp_path):
 
 def test_the_page_of_methods_has_a_place_for_every_comparison_and_names_every_method_and_option():
   page = (pathlib.Path(__file__).parents[1] / "docs/methods.md").read_text(encoding="utf-8")
-  for name in ("graded", "regularised", "equal", "ablations", "unified", "real", "generalise"):
+  for name in ("graded", "regularised", "equal", "ablations", "real", "generalise"):
     methods_page.entered(page, name, [])
   for name in method_names():
     section = page.split(f"(`{name}`)")[1].split("\n## ")[0]

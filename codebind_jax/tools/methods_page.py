@@ -9,7 +9,8 @@ from __future__ import annotations
 import pathlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import app, flags
 
@@ -36,6 +37,11 @@ def entered(page: str, name: str, lines: Sequence[str]) -> str:
   return f"{before}{begin}\n" + "\n".join(lines).strip() + f"\n{end}{rest.split(end, 1)[1]}"
 
 
+def lines_of(whole: Mapping[str, Any]) -> list[str]:
+  """Lines of the tables of comparison.json, of methods or of sizes."""
+  return (sizes_table if whole["config"]["compare"].get("bytes") else table).sections(whole, "####")
+
+
 def main(_: Sequence[str]) -> None:
   """Enters the tables and writes the page."""
   if not (_COMPARISON.value and _NAME.value):
@@ -43,8 +49,7 @@ def main(_: Sequence[str]) -> None:
   path = pathlib.Path(_PAGE.value)
   try:
     whole = files.read_sealed(pathlib.Path(_COMPARISON.value))
-    of = sizes_table if whole["config"]["compare"]["bytes"] else table
-    page = entered(path.read_text(encoding="utf-8"), _NAME.value, of.sections(whole, "####"))
+    page = entered(path.read_text(encoding="utf-8"), _NAME.value, lines_of(whole))
   except (ValueError, OSError) as error:
     sys.exit(f"error: {error}")
   path.write_text(page, encoding="utf-8")
