@@ -156,9 +156,9 @@ class Handles:
   def _close_oldest(self) -> None:
     """Closes files beyond the limit that no thread is reading, the longest unused first; under the lock."""
     beyond = len(self._open) - self.limit
-    unused = [key for key, (_, readers) in self._open.items() if not readers] if beyond > 0 else []
-    for key in unused[: max(beyond, 0)]:
-      os.close(self._open.pop(key)[0])
+    if beyond > 0:
+      for key in [key for key, (_, readers) in self._open.items() if not readers][:beyond]:
+        os.close(self._open.pop(key)[0])
 
   def close(self) -> None:
     """Closes the files that no thread is reading."""
