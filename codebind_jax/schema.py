@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections.abc
 import dataclasses
+import functools
 import inspect
 import itertools
 import json
@@ -265,13 +266,18 @@ def arguments(target: Callable[..., Any], value: Any, path: str, leave: Collecti
 
 def keys_of(target: Callable[..., Any], leave: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:
   """Key -> (type, default or `dataclasses.MISSING`) of a dataclass or a function with keywords."""
+  return {name: key for name, key in _all_keys(target) if name not in leave}
+
+
+@functools.cache  # every section of every config asks, and annotations are evaluated anew
+def _all_keys(target: Callable[..., Any]) -> tuple[tuple[str, tuple[Any, Any]], ...]:
   hints = typing.get_type_hints(target, include_extras=True)
   if dataclasses.is_dataclass(target):
     keys = {f.name: f.default for f in dataclasses.fields(target) if f.metadata.get("key", True)}
   else:
     missing = lambda default: dataclasses.MISSING if default is inspect.Parameter.empty else default
     keys = {name: missing(p.default) for name, p in inspect.signature(target).parameters.items()}
-  return {name: (hints.get(name, Any), default) for name, default in keys.items() if name not in leave}
+  return tuple((name, (hints.get(name, Any), default)) for name, default in keys.items())
 
 
 def defaults(target: Callable[..., Any], leave: Collection[str] = ()) -> dict[str, Any]:

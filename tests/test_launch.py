@@ -58,7 +58,9 @@ class Hosts:
 
   def __init__(self, folder):
     self.folder = folder
-    self.env = os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "LOGS": str(folder)}
+    # A host has its own environment, whatever the one of this suite is called.
+    own = {name: value for name, value in os.environ.items() if name not in ("VENV", "PYTHON", "EXTRAS")}
+    self.env = own | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "LOGS": str(folder)}
     for name, text in PROGRAMS.items():
       self._program(folder / "bin" / name, text)
     self.checkout()

@@ -242,7 +242,8 @@ def test_club_s_own_steps_change_its_networks_and_nothing_else():
 
 
 @pytest.mark.parametrize("name, options", [
-  ("dcid", {"cpc_layers": 2, "partner": "attention", "levels": 2, "second_after": 0}), ("fcid", {}),
+  ("dcid", {"cpc_layers": 2, "partner": "attention", "levels": 2, "second_after": 0}),
+  pytest.param("fcid", {}, marks=pytest.mark.slow),
 ])
 def test_sequences_are_coded_predictively(name, options):
   method, state, history, batch, _ = run(name, steps=3, tokens=4, **options)
@@ -287,7 +288,7 @@ def test_the_release_s_options_are_accepted(name):
   assert np.abs(state.codebooks["shared"].codes).max() > 10
 
 
-@pytest.mark.parametrize("name", ["codis", "dcid"])
+@pytest.mark.parametrize("name", ["codis", pytest.param("dcid", marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_bit_for_bit(name, tmp_path, monkeypatch):
   from codebind_jax import train
 

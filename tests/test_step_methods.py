@@ -47,7 +47,10 @@ def blended(batch, share=0.75):
   return out
 
 
-@pytest.mark.parametrize("name", method_names())
+@pytest.mark.parametrize("name", [
+  # FCID shares DCID's networks, and takes twice as long to compile.
+  pytest.param(name, marks=[pytest.mark.slow] * (name == "fcid")) for name in method_names()
+])
 def test_every_method_takes_mixup_micro_batches_and_the_balancer(name, monkeypatch):
   monkeypatch.setattr(jax.random, "beta", lambda rng, a, b, shape: jnp.full(shape, 0.25))  # 0.75 of the row itself
   method, losses = METHODS[name], LOSSES if name == "codebind" else {}
