@@ -32,6 +32,8 @@ RANDOM = {
   "text": {"weights": "random", "layers": 1, "width": 32, "heads": 4},
 }  # fmt: skip
 RANDOM["depth"] = RANDOM["thermal"] = RANDOM["tactile"] = RANDOM["image"]
+SMALL = {"steps": 4, "model.shared_dim": 16, "codebook.shared_codes": 16, "baseline": False,
+         **{f"model.towers.{m}.specific_dim": 8 for m in ("image", "tactile", "thermal")}}  # fmt: skip
 WORDS = "cow dog lamp chair table horse apple pear bottle phone".split()
 
 
@@ -39,9 +41,24 @@ WORDS = "cow dog lamp chair table horse apple pear bottle phone".split()
 def write(tmp_path, monkeypatch):
   """Writes files of records and their manifest, and gives its path."""
   monkeypatch.setenv("CODEBIND_DATA", str(tmp_path / "cache"))
+  return writer(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+  """Final metrics and folder of a run that bound pictures to words."""
+  folder = tmp_path_factory.mktemp("first")
+  words = [{"image": i % 10, "text": f"a {WORDS[i % 10]}"} for i in range(60)]
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("CODEBIND_DATA", str(folder / "cache"))
+    return train_and_evaluate(config_of(writer(folder)(words), **SMALL), folder / "run"), folder / "run"
+
+
+def writer(parent):
+  """`write` of a folder."""
 
   def write(records, name="mine"):
-    folder = tmp_path / name
+    folder = parent / name
     folder.mkdir()
     for number, record in enumerate(records):
       record.setdefault("id", f"r{number}")
@@ -216,18 +233,15 @@ def test_eeg_takes_the_shape_that_most_recordings_have(write, caplog):
   assert "19 of 20 recordings tried have 6 channels and 43 samples" in caplog.text
 
 
-def test_a_run_is_made_and_evaluated_and_another_starts_from_it(write, tmp_path):
+def test_a_run_is_made_and_evaluated_and_another_starts_from_it(first, write, tmp_path):
   """The real function of the command: a report without val rows in the file, then one more modality bound to it."""
-  words = [{"image": i % 10, "text": f"a {WORDS[i % 10]}"} for i in range(60)]
-  small = {"steps": 4, "model.shared_dim": 16, "codebook.shared_codes": 16, "baseline": False,
-           "model.towers.image.specific_dim": 8, "model.towers.tactile.specific_dim": 8}  # fmt: skip
-  first = train_and_evaluate(config_of(write(words), **small), tmp_path / "first")
-  assert "eval/mine_val/retrieval/text_to_image/r1" in first and (tmp_path / "first" / "report.html").is_file()
+  metrics, run = first
+  assert "eval/mine_val/retrieval/text_to_image/r1" in metrics and (run / "report.html").is_file()
   touch = [{"image": i % 10, "tactile": i % 10, "label": WORDS[i % 10]} for i in range(60)]
-  config = config_of(write(touch, "touch"), **small, init_from=str(tmp_path / "first"))
+  config = config_of(write(touch, "touch"), **SMALL, init_from=str(run))
   second = train_and_evaluate(config, tmp_path / "second")
   assert "eval/touch_val/zeroshot/tactile/top1" in second
-  before, after = codebind_jax.load(tmp_path / "first"), codebind_jax.load(tmp_path / "second")
+  before, after = codebind_jax.load(run), codebind_jax.load(tmp_path / "second")
   assert after.modalities == ("image", "tactile", "text")
   assert set(after.config.stages["bind"].pairs) == {("tactile", "image"), ("tactile", "text")}
   for name in ("image", "text"):  # what the first run has stays as it is
@@ -235,16 +249,11 @@ def test_a_run_is_made_and_evaluated_and_another_starts_from_it(write, tmp_path)
     np.testing.assert_array_equal(before.embed({name: x})[name].shared, after.embed({name: x})[name].shared)
 
 
-def test_what_has_nothing_in_common_with_the_model_it_starts_from_is_refused(write, tmp_path):
-  small = {"steps": 2, "model.shared_dim": 16, "codebook.shared_codes": 16, "baseline": False,
-           "model.towers.image.specific_dim": 8, "model.towers.thermal.specific_dim": 8,
-           "tasks": ("retrieval",)}  # fmt: skip
-  words = [{"image": i % 10, "text": f"a {WORDS[i % 10]}"} for i in range(30)]
-  first = tmp_path / "first"
-  train_and_evaluate(config_of(write(words), **small), first)
+def test_what_has_nothing_in_common_with_the_model_it_starts_from_is_refused(first, write):
+  _, run = first
   with pytest.raises(ValueError, match=r"config.init_from: .* has image, text, and .* have depth, eeg: nothing ties"):
-    chosen(write(sensors(30, "depth", "eeg"), "far"), init_from=str(first))
-  near = chosen(write(sensors(30, "thermal", "image"), "near"), **small, init_from=str(first))
+    chosen(write(sensors(30, "depth", "eeg"), "far"), init_from=str(run))
+  near = chosen(write(sensors(30, "thermal", "image"), "near"), **SMALL, init_from=str(run))
   assert near.ordered[0].pairs == (("thermal", "image"),) and near.ordered[0].train == (
     r"thermal(/.*|_log_logit_scale)",)  # fmt: skip
 

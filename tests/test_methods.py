@@ -277,7 +277,7 @@ def test_codes_are_asked_of_all_modalities_of_a_source_where_that_is_wanted(monk
   assert only == {"all": {("all", ())}, "source": {("all", both)}, "any": {("any", ())}}
 
 
-@pytest.mark.parametrize("name", ["dcid", "fcid"])
+@pytest.mark.parametrize("name", ["dcid", pytest.param("fcid", marks=pytest.mark.slow)])
 def test_the_release_s_options_are_accepted(name):
   import importlib
 
