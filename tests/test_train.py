@@ -68,6 +68,7 @@ def test_killed_run_resumes_bit_for_bit(data, whole_run, tmp_path):
   assert_same_run(whole_run[0], workdir)
 
 
+@pytest.mark.slow  # test_batches.py has workers that start at any step
 def test_killed_run_with_workers_resumes_bit_for_bit(data, whole_run, tmp_path):
   command = [sys.executable, "-m", "codebind_jax.main", f"--config=tests/tiny.py:{data[0]},{data[1]}",
              f"--workdir={tmp_path / 'killed'}", "--config.data.workers=2"]  # fmt: skip
