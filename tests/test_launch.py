@@ -58,7 +58,7 @@ class Hosts:
 
   def __init__(self, folder):
     self.folder = folder
-    # A host has its own environment, whatever the one of this suite is called.
+    # Hosts get none of the variables that say where this suite runs.
     own = {name: value for name, value in os.environ.items() if name not in ("VENV", "PYTHON", "EXTRAS")}
     self.env = own | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "LOGS": str(folder)}
     for name, text in PROGRAMS.items():
@@ -102,7 +102,8 @@ class Hosts:
 
 
 @pytest.fixture
-def hosts(tmp_path):
+def hosts(tmp_path, monkeypatch):
+  monkeypatch.setenv("VENV", "this suite's")  # as where it was named for launch/test.sh
   return Hosts(tmp_path)
 
 

@@ -120,6 +120,17 @@ def test_a_function_s_keywords_are_keys():
     schema.arguments(make, {"size": 1}, "f")
 
 
+def test_annotations_are_evaluated_once_and_a_caller_may_change_what_it_got(monkeypatch):
+  def make(width: int = 3, depth: float = 0.5):
+    del width, depth
+
+  asked, real = [], typing.get_type_hints
+  monkeypatch.setattr(typing, "get_type_hints", lambda of, **more: asked.append(of) or real(of, **more))
+  schema.keys_of(make).clear()
+  assert schema.keys_of(make) == {"width": (int, 3), "depth": (float, 0.5)}
+  assert schema.keys_of(make, ("width",)) == {"depth": (float, 0.5)} and asked == [make]
+
+
 @pytest.mark.parametrize("name", trunk_names())
 def test_all_options_of_trunks_have_defaults(name):
   keys = schema.keys_of(trunk_maker(name))
