@@ -99,6 +99,7 @@ class Variant:
     follows: other variants; the one of them that validation chooses gives `mixup`, `dropout` and `weight_decay` where
       they are None.
     warm: whether runs start from the run of that one with the same seed (`config.init_from`); with `follows`.
+    stage_order: the variant's `config.stage_order`; empty for that of the config.
   """
 
   method: Module = "codebind"
@@ -113,6 +114,7 @@ class Variant:
   codebook: Mapping[Name, Any] = Frozen()
   follows: Annotated[tuple[Name, ...], DISTINCT] = ()
   warm: bool = False
+  stage_order: Annotated[tuple[Name, ...], DISTINCT] = ()
 
   def check(self, path: str) -> None:
     """Refuses a start from nothing."""
@@ -571,6 +573,10 @@ def _check_compare(config: Config, compare: Compare) -> None:
   if not compare.world and "" not in config.data.sources:
     for name, of in compare.transfers.items():
       check_keys(of.worlds, [*config.data.worlds, *config.data.named_files], f"compare.transfers.{name}.worlds")
+  for name, variant in compare.variants.items():
+    check_keys(variant.stage_order, config.stages, f"compare.variants.{name}.stage_order")
+    for stage in stages_of(config.stages, variant.stage_order):
+      _check_stage(config, stage)
   if compare.world and (compare.world.noisy or compare.world.hidden) and not compare.transfers:
     raise ValueError("config.compare.transfers: got none, but compare.world.noisy or hidden gives sets that are not to "
                      "be pooled; allowed: transfers that name the sets of each")  # fmt: skip

@@ -40,21 +40,38 @@ def get_config():
 # A run that only starts its codebooks from another run's parameters: it has one step at least, at hardly any rate.
 START = {"steps": 1, "learning_rate": 1e-7}
 INDEX_BITS = 10  # of a code of `small_index`
+# Trained as a search uses them: queries uncoded, items coded; the codes learn by what their items are found with.
+SEARCHED = {"info_nce_asymmetric": 1.0, "commitment": 1.0}
 
 
-def small_index(width, size, bits=INDEX_BITS):
+def own_widths(model, width):
+  """Section `codebook.dims` for codes of a width: of specific parts that are no multiple of it, their own."""
+  return {m: t.specific_dim for m, t in model.towers.items() if t.specific_dim % width}
+
+
+def small_index(model, size, bits=INDEX_BITS):
   """Section `codebook` of an index of few bytes: residual codes, each the nearest (docs/codes.md compares).
 
-  They start from the items of the training rows. The specific part, which a search does not need, has few codes.
+  They start from the items of the training rows. Specific parts, which a search does not need, have few codes.
 
   Args:
-    width: of the shared part.
+    model: section `model`, with its towers.
     size: bytes an item, at most.
     bits: of a code.
   """
-  parts, stages = stages_within(width, size, bits)
+  parts, stages = stages_within(model.shared_dim, size, bits)
+  width = model.shared_dim // parts
   return {
-    "dim": width // parts, "shared_codes": 1 << bits, "stages": stages, "positions": "own",
+    "dim": width, "dims": own_widths(model, width), "shared_codes": 1 << bits, "stages": stages, "positions": "own",
     "distance": "l2", "normalize": False, "unit_parts": True, "start": "kmeans", "revive": "none",
-    "codes": {"image": 16},
+    "codes": {m: 16 for m, t in model.towers.items() if t.specific_dim},
   }  # fmt: skip
+
+
+def start_small_index(config, size):
+  """Makes of a config with one stage that of an index of few bytes an item, which starts from `config.init_from`."""
+  config.codebook.update(small_index(config.model, size))
+  config.steps, config.optim.learning_rate = START["steps"], START["learning_rate"]
+  config.queries, config.baseline = "uncoded", False
+  (stage,) = config.stage_order
+  config.stages[stage].mixup, config.stages[stage].losses = 0.0, ConfigDict(SEARCHED)

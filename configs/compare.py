@@ -15,8 +15,9 @@ Command: python -m codebind_jax.main --config=configs/compare.py --workdir=runs/
 After a further comma: `ablations` for DCID and CodeBind without their parts (after `bytes`, for other forms of the
 codes of the small index), `regularised` for plain InfoNCE and CodeBind alone, each with mixup, dropout and weight
 decay, `runlocal` for a quick look (one seed, no tuning, little data), `full` (generalise alone) for that profile of the
-data, which has clips; after `bytes`, some of its sizes, and `trained` and `published` for such codes beside those of
-the small index.
+data, which has clips; after `bytes`, some of its sizes, `trained` and `published` for such codes beside those of the
+small index, and `lineage` for the packaged worlds of all modalities, bound one after the other, in place of Icons
+alone; names of worlds for some of them, as in :bytes,lineage,household.
 Writes comparison.md, comparison.json and figures; a second run of the command continues the first.
 Several processes, or machines that share the folder, can each take some variants; the plain command then collects:
          ... --workdir=runs/compare --config.compare.only=dcid,fcid
@@ -33,10 +34,8 @@ QUALITY = {"audio": 0.15, "depth": 0.35, "video": 0.6, "image": 1.0}
 CODEBIND = {"info_nce": 1.0, "commitment": 10.0, "code_matching": 0.05, "decomposition": 0.1, "specific_uniform": 1.0}
 # Ways to regularise that need no codes; plain InfoNCE and CodeBind are compared under each.
 REGULARISED = {"mixup": {"mixup": 1.0}, "dropout": {"dropout": 0.3}, "weight_decay": {"weight_decay": 1.0}}
-# Trained as a search uses them: queries uncoded, items coded; the codes learn by what their items are found with.
-SEARCHED = {"info_nce_asymmetric": 1.0, "commitment": 1.0}
 WORLDS = ("real", "generalise", "equal", "hard", "unified", "bytes")
-FORMS = ("runlocal", "ablations", "regularised", "full", "published", "trained")
+FORMS = ("runlocal", "ablations", "regularised", "full", "published", "trained", "lineage")
 
 
 def variant(method="codebind", quantize=True, losses=None, *, regularised=(), **options):
@@ -177,16 +176,17 @@ def unified(form):
 DRAWN = {"equal": equal, "hard": hard, "unified": unified}
 
 
-def forms_of_codes(width, size):
+def forms_of_codes(model, size):
   """Other forms of the codes of the small index in as many bytes: name -> section `codebook`.
 
   Found by a beam of 16 sums, of 10 bits and of fewer; product codes of 8 bits in place of residual ones, and rotated.
   """
-  product = {"dim": width // size, "shared_codes": 256, "stages": 1}
-  whole = common.small_index(width, size)
+  width = model.shared_dim // size
+  product = {"dim": width, "dims": common.own_widths(model, width), "shared_codes": 256, "stages": 1}
+  whole = common.small_index(model, size)
   return {
     "beam": whole | {"beam": 16},
-    **{f"beam_{bits}_bits": common.small_index(width, size, bits) | {"beam": 16} for bits in (8, 6, 4)},
+    **{f"beam_{bits}_bits": common.small_index(model, size, bits) | {"beam": 16} for bits in (8, 6, 4)},
     "product": whole | product, "rotated": whole | product | {"rotation": "learned", "start": "opq"},
   }  # fmt: skip
 
@@ -194,7 +194,7 @@ def forms_of_codes(width, size):
 def small(config, more_of):
   """Plain InfoNCE in each regularisation, and the best of them after a third of its steps more (`continued`).
 
-  Beside them codes of each size, as they start from the best of them.
+  Beside them codes of each size, as they start from the best of them; where there is a stage `index`, on its rows.
 
   Args:
     config: whose `compare.bytes` has the sizes.
@@ -210,43 +210,43 @@ def small(config, more_of):
   }  # fmt: skip
   config.compare.bytes.baselines = tuple(variants)
   follow = {"follows": tuple(variants)}
-  warm = follow | {"warm": True}
+  warm = follow | {"warm": True} | ({"stage_order": ("index",)} if "index" in config.stages else {})
+  book = lambda options: {"codebook": ConfigDict(options)}
   variants["continued"] = variant(quantize=False, losses=plain, regularised=warm | {"steps": more})
   for size in config.compare.bytes.sizes:
-    codes = common.small_index(width, size)
-    book = lambda **options: {"codebook": ConfigDict(options)}
-    variants[f"codes_{size}"] = variant(losses=SEARCHED, regularised=warm | common.START | book(**codes))
-    for form, other in forms_of_codes(width, size).items() if "ablations" in more_of else ():
-      variants[f"codes_{size}_{form}"] = variant(losses=SEARCHED, regularised=warm | common.START | book(**other))
+    codes = common.small_index(config.model, size)
+    searched = lambda length, options: variant(losses=common.SEARCHED, regularised=warm | length | book(options))
+    variants[f"codes_{size}"] = searched(common.START, codes)
+    for form, other in forms_of_codes(config.model, size).items() if "ablations" in more_of else ():
+      variants[f"codes_{size}_{form}"] = searched(common.START, other)
     if "trained" in more_of:
-      codes |= {"ema": False, "gradient": "both"}
-      variants[f"trained_{size}"] = variant(losses=SEARCHED, regularised=warm | {"steps": more} | book(**codes))
+      variants[f"trained_{size}"] = searched({"steps": more}, codes | {"ema": False, "gradient": "both"})
     if "published" in more_of:
-      variants[f"published_{size}"] = variant(
-        losses=worlds.LOSSES, regularised=follow | book(dim=width // size, shared_codes=256)
-      )
+      codes = {"dim": width // size, "dims": common.own_widths(config.model, width // size), "shared_codes": 256}
+      variants[f"published_{size}"] = variant(losses=worlds.LOSSES, regularised=follow | book(codes))
   return variants
 
 
 def get_config(arg=""):
   words = [word for word in arg.split(",") if word]
   sizes = tuple(int(word) for word in words if "bytes" in words and word in map(str, compare_worlds.SIZES))
+  chosen = [word for word in words if "lineage" in words and word in worlds.STAGES]
   for word in words:
-    if word not in (*WORLDS, *FORMS, *map(str, sizes)):
+    if word not in (*WORLDS, *FORMS, *map(str, sizes), *chosen):
       raise ValueError(f"configs/compare.py:{arg}: unknown argument {word!r}; allowed: {', '.join((*WORLDS, *FORMS))}")
   if "full" in words and ("generalise" not in words or "runlocal" in words):
     raise ValueError(f"configs/compare.py:{arg}: 'full' goes with generalise alone, and not with runlocal")
-  if {"trained", "published"} & set(words) and "bytes" not in words:
-    raise ValueError(f"configs/compare.py:{arg}: 'trained' and 'published' go with bytes alone")
+  if {"trained", "published", "lineage"} & set(words) and "bytes" not in words:
+    raise ValueError(f"configs/compare.py:{arg}: 'trained', 'published' and 'lineage' go with bytes alone")
   if len(set(words) & set(WORLDS)) > 1 or len(set(words) & {*DRAWN, "ablations", "regularised"}) > 1:
     raise ValueError(f"configs/compare.py:{arg}: {', '.join(WORLDS)} exclude one another, as do 'equal', 'hard', "
                      "'unified', 'ablations' and 'regularised'")  # fmt: skip
   form = next((word for word in ("runlocal", "full") if word in words), "")
   if "bytes" in words:
     if "regularised" in words:
-      raise ValueError(f"configs/compare.py:{arg}: 'bytes' goes with runlocal, trained, published, ablations and sizes "
-                       "alone")  # fmt: skip
-    config = compare_worlds.small(form, sizes)
+      raise ValueError(f"configs/compare.py:{arg}: 'bytes' goes with runlocal, lineage, trained, published, ablations "
+                       "and sizes alone")  # fmt: skip
+    config = compare_worlds.small(form, sizes, lineage=(chosen or list(worlds.STAGES)) if "lineage" in words else ())
     variants = small(config, {"trained", "published", "ablations"} & set(words))
   elif drawn := DRAWN.keys() & set(words):
     config, variants = DRAWN[drawn.pop()](form)

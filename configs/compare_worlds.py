@@ -73,16 +73,23 @@ def generalise(form):
   return config
 
 
-def small(form, sizes=()):
-  """Pictures and names of Icons, as stage 1 binds them (`runlocal`: its quick form): how well few bytes are found.
+def small(form, sizes=(), *, lineage=()):
+  """How well items of few bytes are found: pictures and names of Icons, as stage 1 binds them.
 
   Args:
     form: runlocal or "".
     sizes: bytes an item; empty for all.
+    lineage: names of packaged worlds that the baseline is trained on, one after the other, after Icons; stage `index`,
+      which is not in `stage_order`, is that of the codes.
   """
-  config = stage1.get_config(form).unlock()
+  if lineage:
+    config = worlds.bridges(form)
+    worlds.build(config, lineage)
+    worlds.add_index(config)
+  else:
+    config = stage1.get_config(form).unlock()
+    config.stages.bridges.mixup = 0.0  # variants have it, or not
   config.mode, config.baseline, config.eval_steps, config.checkpoint_steps = "compare", False, 100_000, 100_000
-  config.stages.bridges.mixup = 0.0  # variants have it, or not
   config.compare = ConfigDict(schema.defaults(Compare))
   config.compare.seeds = 1 if form == "runlocal" else 3
   config.compare.widen = 0 if form == "runlocal" else 1

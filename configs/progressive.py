@@ -3,13 +3,25 @@
 Command: python -m codebind_jax.main --config=configs/progressive.py --workdir=runs/progressive
 After a colon, with commas between them: `full` for that profile of the data, which alone has video (362 MB of clips);
 `runlocal` for the quick form on profile tiny; names of worlds for some of them, as in :full,menagerie,evoked.
+An index of few bytes an item, 24 here (docs/codes.md), of all modalities of the continuous model of such a run:
+         ... --config=configs/progressive.py:24 --workdir=runs/small --config.init_from=runs/progressive/baseline
 """
 
-from configs import worlds
+from configs import common, worlds
 
 
 def get_config(arg=""):
-  form, chosen = worlds.parse(arg)
+  words = worlds.words_of(arg)
+  sizes = [word for word in words if word.isdecimal() and int(word)]
+  if len(sizes) > 1:
+    raise ValueError(f"configs/progressive.py:{arg}: got {len(sizes)} numbers of bytes an item; allowed: one")
+  form, chosen = worlds.parse(",".join(word for word in words if word not in sizes))
   config = worlds.bridges(form)
   worlds.build(config, chosen or list(worlds.STAGES))
+  for size in sizes:
+    worlds.add_index(config)
+    for name in config.stage_order:
+      del config.stages[name]
+    config.stage_order = ("index",)
+    common.start_small_index(config, int(size))
   return config.lock()

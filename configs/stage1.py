@@ -6,8 +6,6 @@ An index of few bytes an item, 12 here (docs/codes.md), whose codes start from t
          ... --config=configs/stage1.py:12 --workdir=runs/small --config.init_from=runs/stage1/baseline
 """
 
-from ml_collections import ConfigDict
-
 from configs import common
 
 
@@ -67,9 +65,5 @@ def get_config(arg=""):
     config.log_steps = 10
     config.data.profile = "tiny"
   for size in sizes:
-    config.codebook.update(common.small_index(config.model.shared_dim, size))
-    config.steps, config.optim.learning_rate = common.START["steps"], common.START["learning_rate"]
-    config.queries, config.baseline = "uncoded", False
-    config.stages.bridges.mixup = 0.0
-    config.stages.bridges.losses = ConfigDict({"info_nce_asymmetric": 1.0, "commitment": 1.0})
+    common.start_small_index(config, size)
   return config.lock()

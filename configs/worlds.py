@@ -84,9 +84,14 @@ EMERGENT = (("audio", "video"), ("audio", "depth"), ("audio", "points"), ("therm
 FORMS = ("runlocal", "full")
 
 
+def words_of(arg):
+  """The words after a config's colon."""
+  return [word for word in arg.split(",") if word]
+
+
 def parse(arg):
   """(form: runlocal, full or ""; names of worlds) of the words after the config's colon."""
-  words = [word for word in arg.split(",") if word]
+  words = words_of(arg)
   for word in words:
     if word not in (*FORMS, *STAGES):
       raise ValueError(f"config argument {word!r} is not allowed; allowed: {', '.join((*FORMS, *STAGES))}")
@@ -111,6 +116,16 @@ def build(config, chosen):
     STAGES[name](config)
   present = set(config.model.towers)
   config.emergent = tuple(pair for pair in EMERGENT if present.issuperset(pair))
+
+
+def add_index(config):
+  """Adds stage `index`, which binds all pairs of the other stages on rows of all their worlds at once."""
+  stages = [config.stages[name] for name in config.stage_order]
+  pairs = tuple(dict.fromkeys(pair for stage in stages for pair in stage.pairs))
+  sources = {world: rows for stage in stages for world, rows in stage.sources.items()}
+  config.stages.index = common.stage(
+    config, pairs=pairs, sources=sources, temperature=0.1, code_rows=8, unique_labels=False, losses=common.SEARCHED
+  )
 
 
 def single(world, arg=""):

@@ -321,14 +321,32 @@ def test_the_shipped_sizes_are_those_of_the_codes():
   trained = shipped.get_config("bytes,24,trained").compare.variants
   assert trained.trained_24.codebook.gradient == "both" and "gradient" not in trained.codes_24.codebook
   assert trained.trained_24.codebook.stages == trained.codes_24.codebook.stages == 9
-  for arg, message in [("bytes,regularised", "'bytes' goes with runlocal, trained, published, ablations and sizes"),
-                       ("bytes,7", "'7'"), ("published", "go with bytes alone"),
-                       ("real,24", "'24'"), ("bytes,real", "exclude one another")]:  # fmt: skip
+  for arg, message in [("bytes,regularised", "'bytes' goes with runlocal, lineage, trained, published, ablations and"),
+                       ("bytes,7", "'7'"), ("published", "go with bytes alone"), ("lineage", "go with bytes alone"),
+                       ("bytes,household", "'household'"), ("real,24", "'24'"),
+                       ("bytes,real", "exclude one another")]:  # fmt: skip
     with pytest.raises(ValueError, match=message):
       shipped.get_config(arg)
 
 
+def test_codes_of_a_lineage_start_from_all_its_worlds_at_once():
+  config = validate(shipped.get_config("bytes,24,lineage,household,evoked,trained"))
+  of = {name: runs_lib.run_config(config, variant, 1e-3, 0, False) for name, variant in config.compare.variants.items()}
+  order = lambda name: [stage.name for stage in of[name].ordered]
+  assert order("info_nce") == order("info_nce_dropout") == ["bridges", "household", "evoked"]
+  for name, steps in [("codes_24", 1), ("trained_24", 100), ("continued", 100)]:
+    index, = of[name].ordered
+    assert (index.name, index.steps, index.train, index.codes) == ("index", steps, (".*",), (".*",))
+    assert dict(index.sources) == {"icons": 256, "household": 128, "evoked": 128}
+    assert set(index.pairs) == {pair for stage in of["info_nce"].ordered for pair in stage.pairs}
+  codes = of["codes_24"]
+  assert len(codes.item_bytes) == 6 and {shared for shared, _ in codes.item_bytes.values()} == {23}
+  assert codes.codebook.dims == {"eeg": 64} and codes.codebook.dim == 192  # EEG's specific part is narrower than a code
+  assert list(config.emergent) == [("thermal", "points")]
+
+
 @pytest.mark.parametrize("key, value, message", [
+  ("stage_order", ("index",), "compare.variants.info_nce.stage_order: 'index' is not allowed"),
   ("warm", True, "warm: got True, but config.compare.variants.info_nce.follows is empty"),
   ("follows", ("codes_48",), "compare.variants.[a-z_0-9]*.follows: .* is not allowed"),
   ("codebook", {"dims": 3}, "codebook.dims"),

@@ -21,11 +21,12 @@ FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 PARTS = ("__init__", "common", "compare_worlds", "imagebind", "worlds")
 OWN_WEIGHTS = ("finetune", "imagebind_huge")  # whose argument is a path
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in (*PARTS, *OWN_WEIGHTS))
-FORMS = {"stage1": ("", "runlocal"), "progressive": ("", "runlocal", "full", "menagerie,evoked"),
+FORMS = {"stage1": ("", "runlocal"), "progressive": ("", "runlocal", "full", "menagerie,evoked", "full,24"),
          "synthetic": ("", "runlocal"),
          "compare": ("", "runlocal", "equal", "ablations", "real,runlocal", "real,ablations", "regularised",
                      "real,regularised", "generalise,full", "bytes", "bytes,runlocal", "bytes,12,24",
-                     "bytes,24,ablations", "hard", "hard,runlocal", "unified", "unified,runlocal"),
+                     "bytes,24,ablations", "bytes,lineage", "bytes,8,lineage,evoked,ablations,trained,published",
+                     "hard", "hard,runlocal", "unified", "unified,runlocal"),
          **{f"stage{n}": ("", "runlocal", "full") for n in (2, 3, 4, 5)}}
 
 

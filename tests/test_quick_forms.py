@@ -1,6 +1,7 @@
 """The quick form of every shipped config starts: two steps of it, shrunk, on drawn worlds of the same modalities."""
 
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -54,6 +55,12 @@ def shrunk(config, folder):
   return config.lock()
 
 
+def started(caplog):
+  """The message that says from what the codebooks have started."""
+  (message,) = [record.getMessage() for record in caplog.records if "codebooks start from" in record.getMessage()]
+  return message
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
   """Trains the quick form of a stage's config from the run of the stage before, once: run(1) is the first's folder."""
@@ -78,26 +85,37 @@ def test_a_stage_of_its_own(run, number):
   assert any("/zeroshot/" in name for name in lines[-1])
 
 
-def test_a_small_index_starts_from_a_continuous_run(tmp_path):
-  whole = shrunk(stage1.get_config("runlocal"), tmp_path).unlock()
+def test_a_small_index_starts_from_a_continuous_lineage(tmp_path, caplog):
+  whole = shrunk(progressive.get_config("evoked,runlocal"), tmp_path).unlock()
   whole.model.quantize = False
-  whole.stages.bridges.losses = {"info_nce": 1.0}
+  for stage in whole.stages.values():
+    stage.losses = {"info_nce": 1.0}
   train_and_evaluate(whole.lock(), tmp_path / "whole")
-  config = stage1.get_config("12,runlocal")
+  config = progressive.get_config("12,evoked,runlocal")
+  alone = stage1.get_config("12,runlocal").codebook.to_dict()
+  assert config.codebook.to_dict() == alone | {"codes": {"image": 16, "eeg": 16}, "dims": {"eeg": 64}}
   assert config.steps == 1 and config.codebook.stages == 9 and config.codebook.shared_codes == 1024
+  config.unlock().codebook.dims = {}
   small = shrunk(config, tmp_path).unlock()
-  small.codebook.update(common.small_index(16, 3) | {"codes": {"image": 8}})
-  small.stages.bridges.steps, small.init_from = 1, str(tmp_path / "whole")
+  small.codebook.update(common.small_index(small.model, 3))
+  small.stages.index.steps, small.init_from = 1, str(tmp_path / "whole")
+  caplog.set_level("INFO", "absl")
   final = train_and_evaluate(small.lock(), tmp_path / "small")
+  # Items of both worlds, each distinct one once; texts of both.
+  rows = {name: int(count) for count, name in re.findall(r"(\d+) of (\w+)", started(caplog))}
+  assert set(rows) == {"image", "text", "eeg"} and rows["image"] > ROWS and rows["eeg"] > ROWS
   model = load(tmp_path / "small")
   found = model.embed({"text": ["a red square", "a blue one"]})["text"]
-  assert found.codes_shared.shape == (2, 2) and config_of(tmp_path / "small").item_bytes["text"] == (3, 3)
+  assert found.codes_shared.shape == (2, 2)
+  assert {shared for shared, _ in config_of(tmp_path / "small").item_bytes.values()} == {3}
   # The heads are those of the run before: what a query is has hardly moved.
   before = load(tmp_path / "whole").embed({"text": ["a red square", "a blue one"]})["text"]
   np.testing.assert_allclose(found.query, before.shared, atol=1e-4)
   assert any("/zeroshot/" in name for name in final)
   with pytest.raises(ValueError, match="unknown argument"):
     stage1.get_config("12,24")
+  with pytest.raises(ValueError, match="got 2 numbers of bytes an item; allowed: one"):
+    progressive.get_config("12,24")
 
 
 @pytest.mark.slow  # CI trains the quick form of configs/progressive.py itself; test_synthetic.py has the other

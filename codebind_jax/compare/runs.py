@@ -51,7 +51,8 @@ def run_config(config: Config, variant: Variant, rate: float, seed: int, test: b
   codebook = schema.to_plain(config.codebook) | schema.to_plain(variant.codebook)
   return config_lib.filled(dataclasses.replace(
     config, mode="train", baseline=False, test=test, seed=seed, compare=None, method=variant.method,
-    method_options=variant.options, init_from=start, codebook=schema.read(Codebook, codebook, "codebook"),
+    method_options=variant.options, init_from=start, stage_order=variant.stage_order or config.stage_order,
+    codebook=schema.read(Codebook, codebook, "codebook"),
     optim=dataclasses.replace(config.optim, learning_rate=rate, **chosen(weight_decay=variant.weight_decay)),
     model=dataclasses.replace(config.model, quantize=variant.quantize, towers=schema.Frozen(towers)),
     stages=schema.Frozen({name: dataclasses.replace(stage, **own) for name, stage in config.stages.items()}),
