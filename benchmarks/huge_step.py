@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from codebind_jax import config as config_lib
+from codebind_jax import validation
 from codebind_jax.compile_ahead import flops
 from codebind_jax.compile_ahead import report as aot
 from codebind_jax.methods.base import make_init
@@ -39,7 +40,7 @@ def config_of(rows):
   if _DEPTH.value:
     for name in config.model.towers:
       config.model.towers[name].options.depth = _DEPTH.value
-  return config_lib.validate(config)
+  return validation.validate(config)
 
 
 def filled(shapes):

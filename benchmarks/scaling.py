@@ -16,6 +16,7 @@ from absl import app, flags
 
 from benchmarks.machine import describe, in_turn
 from codebind_jax import config as config_lib
+from codebind_jax import validation
 from codebind_jax.compile_ahead import report as aot
 from codebind_jax.data import open_source
 from codebind_jax.data.batches import Batches, SourceBatches
@@ -51,7 +52,7 @@ def config_of(rows):
   for name, width in WIDTHS.items():
     config.model.towers[name].trunk = "vectors"
     config.model.towers[name].options = {"width": width, "modality": name}
-  return config_lib.validate(config)
+  return validation.validate(config)
 
 
 def memory():

@@ -66,6 +66,7 @@ def run(config: Any, workdir: str | None) -> None:
     Preempted: if the process was told to end.
   """
   from codebind_jax import config as config_lib
+  from codebind_jax import validation
   from codebind_jax.command_line import bind
   from codebind_jax.runtime import agreement, distributed
   from codebind_jax.train import train_and_evaluate
@@ -74,7 +75,7 @@ def run(config: Any, workdir: str | None) -> None:
   if config is None or not (workdir or config.mode == "compile"):
     sys.exit("error: --config=FILE.py and --workdir=DIR are both needed")
   if not bind.is_open(config):
-    config = config_lib.validate(config)
+    config = validation.validate(config)
   if config.mode != "compile":
     distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _START.value)
     agreement.check_command(_CONFIG.value, workdir)

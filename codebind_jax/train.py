@@ -17,7 +17,7 @@ from absl import logging
 from jaxtyping import Bool, Float
 
 from codebind_jax import config as config_lib
-from codebind_jax import files, schema
+from codebind_jax import files, schema, validation
 from codebind_jax.api import Model, config_of
 from codebind_jax.codebook import collapsed, usage_stats
 from codebind_jax.command_line import bind
@@ -74,7 +74,7 @@ def open_run(config: Config, workdir: str | files.Path, *, strict: bool = False)
     ValueError: if the folder holds a run of another config, naming every key that differs; as `run_folder`.
     OSError: if it cannot be written.
   """
-  config_lib.check_folder(config, workdir)
+  validation.check_folder(config, workdir)
   folder = run_folder(workdir)
   path, plain, earlier = folder / "config.json", schema.to_plain(config), None
   if files.is_file(path) and (strict or steps_made(folder)):
@@ -175,8 +175,8 @@ def train_and_evaluate(config: Any, workdir: str | files.Path) -> dict[str, floa
     ValueError: for a bad config, a workdir of another run, or one that another process trains in, before any work.
   """
   if not bind.is_open(config):
-    config = config_lib.validate(config)
-    config_lib.check_folder(config, workdir)
+    config = validation.validate(config)
+    validation.check_folder(config, workdir)
   first = jax.process_index() == 0  # the others wait for it before they write
   with files.held(run_folder(workdir), "trains") if first else contextlib.nullcontext():
     return _train_and_evaluate(config, workdir)

@@ -4,8 +4,7 @@ import math
 
 import pytest
 
-from codebind_jax import config as config_lib
-from codebind_jax import schema
+from codebind_jax import schema, validation
 from codebind_jax.data import task
 from configs import compare, embed, stage1
 
@@ -70,7 +69,7 @@ def nothing_is_opened(monkeypatch):
 @pytest.mark.parametrize(("path", "value"), BAD, ids=[f"{path}={value!r}"[:60] for path, value in BAD])
 def test_a_bad_value_is_refused_by_its_name(path, value):
   with pytest.raises(ValueError) as error:
-    config_lib.validate(changed(stage1.get_config(), path, value))
+    validation.validate(changed(stage1.get_config(), path, value))
   named = {"mesh.fsdp": "mesh"}.get(path, path)
   if value == (0,) or "options." in path or isinstance(value, dict):  # by the option, or the entry
     named = path.rpartition(".")[0] if "options." in path else path
@@ -88,7 +87,7 @@ def test_a_bad_value_is_refused_by_its_name(path, value):
 ])  # fmt: skip
 def test_a_bad_value_of_a_comparison_is_refused_by_its_name(path, value):
   with pytest.raises(ValueError, match=f"config.{path}"):
-    config_lib.validate(changed(compare.get_config(), path, value))
+    validation.validate(changed(compare.get_config(), path, value))
 
 
 @pytest.mark.parametrize(("path", "value"), [
@@ -97,33 +96,33 @@ def test_a_bad_value_of_a_comparison_is_refused_by_its_name(path, value):
 ])  # fmt: skip
 def test_a_bad_value_of_embedding_is_refused_by_its_name(path, value):
   config = changed(changed(embed.get_config(), "init_from", "run"), "data.files", "a.jsonl")
-  config_lib.validate(config)
+  validation.validate(config)
   with pytest.raises(ValueError, match=f"config.{path}"):
-    config_lib.validate(changed(config, path, value))
+    validation.validate(changed(config, path, value))
 
 
 def test_several_faults_are_told_at_once():
   config = changed(changed(stage1.get_config(), "steps", 0), "optim.b1", 1.0)
   with pytest.raises(ValueError, match=r"config.steps: got 0(.|\n)*config.optim.b1: got 1.0; allowed: any number"):
-    config_lib.validate(config)
+    validation.validate(config)
 
 
 def test_what_cannot_fit_into_memory_is_told_by_its_key(monkeypatch):
   config = changed(stage1.get_config(), "codebook.shared_codes", 1 << 24)
-  monkeypatch.setattr(config_lib, "_memory", lambda: 1e12)
-  config_lib.validate(config)
-  monkeypatch.setattr(config_lib, "_memory", lambda: 1e8)
+  monkeypatch.setattr(validation, "_memory", lambda: 1e12)
+  validation.validate(config)
+  monkeypatch.setattr(validation, "_memory", lambda: 1e8)
   with pytest.raises(ValueError, match=r"config.codebook.shared_codes: got 16,777,216, whose .* 0 GB"):
-    config_lib.validate(config)
+    validation.validate(config)
 
 
 def test_a_run_is_not_written_into_what_it_reads(tmp_path):
-  started = config_lib.validate(changed(stage1.get_config(), "init_from", str(tmp_path / "run")))
-  config_lib.check_folder(started, tmp_path / "other")
+  started = validation.validate(changed(stage1.get_config(), "init_from", str(tmp_path / "run")))
+  validation.check_folder(started, tmp_path / "other")
   with pytest.raises(ValueError, match="config.init_from: got .*, which is the workdir"):
-    config_lib.check_folder(started, f"{tmp_path}/run/")
+    validation.check_folder(started, f"{tmp_path}/run/")
   (tmp_path / "data").mkdir()
-  files = config_lib.validate(changed(stage1.get_config(), "data.files", str(tmp_path / "data")))
-  config_lib.check_folder(files, tmp_path / "out")
+  files = validation.validate(changed(stage1.get_config(), "data.files", str(tmp_path / "data")))
+  validation.check_folder(files, tmp_path / "out")
   with pytest.raises(ValueError, match="config.data.files: got .*, in which the workdir"):
-    config_lib.check_folder(files, tmp_path / "data" / "out")
+    validation.check_folder(files, tmp_path / "data" / "out")

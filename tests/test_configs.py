@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from codebind_jax import command_line, schema
+from codebind_jax import command_line, schema, validation
 from codebind_jax import config as config_lib
 from codebind_jax.data.worlds import registry
 from codebind_jax.methods.base import make_init
@@ -36,7 +36,7 @@ def test_config_is_valid_and_locked(name, form):
   config = module.get_config(form) if form else module.get_config()
   assert config.is_locked and f"configs/{name}.py" in module.__doc__
   if config.mode not in ("eval", "embed", "bind"):  # which need a run or data
-    config_lib.validate(config)
+    validation.validate(config)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("eval", "embed")])
@@ -93,7 +93,7 @@ def test_later_stages_move_nothing_of_the_modalities_before_them():
 def test_codes_may_have_any_width_that_the_towers_are_multiples_of():
   config = stage1.get_config("runlocal").unlock()
   config.codebook.dim = 6
-  assert config_lib.method_of(config_lib.validate(config)).spec.code_dims == (6, 6)
+  assert config_lib.method_of(validation.validate(config)).spec.code_dims == (6, 6)
 
 
 def changed(config, **overrides):
@@ -118,7 +118,7 @@ ROWS = {
 @pytest.mark.parametrize("name", PAPER)
 def test_the_publication_s_settings(name):
   module = importlib.import_module(f"configs.paper.{name}")
-  config = config_lib.validate(changed(module.get_config(), mode="compile"))
+  config = validation.validate(changed(module.get_config(), mode="compile"))
   assert f"configs/paper/{name}.py" in module.__doc__ and set(ROWS) == set(PAPER)
   (stage,), (vq, reg, matching, decomposition, uniform, rate, batch, tune) = config.ordered, ROWS[name]
   losses = stage.losses
@@ -156,7 +156,7 @@ def test_a_mode_that_lacks_its_section_is_named():
   config = compare.get_config("runlocal").unlock()
   del config["compare"]
   with pytest.raises(ValueError, match="config.compare: must be set for mode 'compare'"):
-    config_lib.validate(config)
+    validation.validate(config)
 
 
 FILE = str(FOLDER / "stage1.py:runlocal")
@@ -179,20 +179,20 @@ def test_a_module_that_the_command_names_brings_its_own_options():
   assert config.model.towers.text.options.layers == 6
   # What no module is called is left to `validate`, which says what is allowed.
   with pytest.raises(ValueError, match="config.method: got 'best'; allowed: "):
-    config_lib.validate(command_line.read_file(FILE, {"method": "best"}))
+    validation.validate(command_line.read_file(FILE, {"method": "best"}))
   with pytest.raises(ValueError, match="config.model.towers.image.trunk: 'best' is not allowed; allowed: "):
-    config_lib.validate(command_line.read_file(FILE, {"model.towers.image.trunk": "best"}))
+    validation.validate(command_line.read_file(FILE, {"model.towers.image.trunk": "best"}))
 
 
 def test_a_method_that_the_command_names_takes_none_of_the_stages_keys_that_it_does_not_heed():
   argv = ["main", "--config.method=centrobind"]
   config = command_line.read_file(FILE, command_line.chosen(argv))
   assert not config.stages.bridges.losses and config.stages.bridges.code_rows == 0 and config.stages.bridges.mixup == 1
-  assert config_lib.validate(config).method == "centrobind"
+  assert validation.validate(config).method == "centrobind"
   with config.unlocked():
     config.stages.bridges.code_rows = 4  # as the command may set it afterwards
   with pytest.raises(ValueError, match="stages.bridges.code_rows: got 4, which method 'centrobind' does not heed"):
-    config_lib.validate(config)
+    validation.validate(config)
 
 
 def test_options_given_in_a_file_stay_beside_the_defaults():
@@ -252,7 +252,7 @@ def test_a_number_out_of_its_range_is_refused(path, value, allowed):
 def test_keys_that_do_not_go_together_are_named(path, value, message):
   config = changed(stage1.get_config("runlocal"), **{path.replace(".", "__"): value})
   with pytest.raises(ValueError, match=message):
-    config_lib.validate(config)
+    validation.validate(config)
 
 
 @pytest.mark.parametrize("get_config", [stage1.get_config, synthetic.get_config, progressive.get_config])

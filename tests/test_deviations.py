@@ -7,7 +7,7 @@ import re
 import pytest
 
 from codebind_jax import config as config_lib
-from codebind_jax import schema
+from codebind_jax import schema, validation
 from codebind_jax.methods.base import method_names, method_options
 from codebind_jax.methods.codebind_terms import TERMS
 from configs import stage1
@@ -53,7 +53,7 @@ def test_a_key_of_the_table_can_be_set(method, key, value):
   found = read[last] if isinstance(read, dict) else getattr(read, last)
   assert (dict(found) if isinstance(value, dict) else found) == value
   if last not in ("trunk", "head", "meaning"):
-    config_lib.validate(config)
+    validation.validate(config)
 
 
 @pytest.mark.parametrize("path", [
@@ -63,4 +63,4 @@ def test_the_release_s_forms_are_keys_of_every_config(path):
   config = stage1.get_config()
   changed = config.copy_and_resolve_references().unlock()
   changed.update_from_flattened_dict({path: not schema.get(config, path)})
-  assert config_lib.validate(changed.lock()) != config_lib.validate(config)
+  assert validation.validate(changed.lock()) != validation.validate(config)

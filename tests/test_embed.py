@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from codebind_jax import config as config_lib
+from codebind_jax import validation
 from codebind_jax.api import load
 from codebind_jax.data.task import open_task
 from codebind_jax.embedding import job as embed_lib
@@ -325,9 +326,9 @@ def test_bad_settings(trained, model, tmp_path):
   with pytest.raises(ValueError, match="no records"):
     plan_of(config_of(trained, **{"data.manifest": str(tmp_path / "mine.jsonl")}), tmp_path, model)
   with pytest.raises(ValueError, match="config.embed.dtype: 'int8' is not allowed"):
-    config_lib.validate(config_of(trained, **{"embed.dtype": "int8"}))
+    validation.validate(config_of(trained, **{"embed.dtype": "int8"}))
   with pytest.raises(ValueError, match="config.init_from: must be set for mode 'embed'"):
-    config_lib.validate(embed_config.get_config())
+    validation.validate(embed_config.get_config())
 
 
 def test_index_of_the_shards_finds_what_brute_force_finds(trained, model, tmp_path):

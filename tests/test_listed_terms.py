@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from codebind_jax import config as config_lib
+from codebind_jax import validation
 from codebind_jax.compare.runs import run_config
 from codebind_jax.methods.base import make_init
 from codebind_jax.models.towers import DecoderSpec, TowerSpec
@@ -97,6 +98,6 @@ def test_a_term_that_would_have_none_is_refused():
   stage1 = importlib.import_module("configs.stage1").get_config()
   stage1.unlock().stages.bridges.losses.code_uniform = 0.01
   with pytest.raises(ValueError, match="bridges.losses.code_uniform: got 0.01, but codes that follow moving averages"):
-    config_lib.validate(stage1.lock())
+    validation.validate(stage1.lock())
   stage1.codebook.ema = False
-  config_lib.validate(stage1)
+  validation.validate(stage1)

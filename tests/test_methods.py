@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from codebind_jax import config as config_lib
+from codebind_jax import validation
 from codebind_jax.codebook import unified
 from codebind_jax.methods.base import EXTRA, method_names, unheeded
 from codebind_jax.methods.unified import same_steps
@@ -125,10 +126,10 @@ def test_every_method_learns_to_bind(name):
 def test_every_module_is_a_method_and_errors_name_what_is_allowed():
   assert method_names() == sorted(SMALL)
   config = small_config("dcid")
-  config_lib.validate(config)
+  validation.validate(config)
   config.method = "uni"
   with pytest.raises(ValueError, match=r"config.method: got 'uni'; allowed: \['centrobind', 'codebind'"):
-    config_lib.validate(config)
+    validation.validate(config)
   for name, options, message in (
     ("dcid", {"beeta": 1.0}, "'dcid' has no option 'beeta'; allowed: .*'beta'"), ("dcid", {"form": "both"}, "form"),
     ("codis", {"solver": "lp"}, "allowed: .*'ipot'"), ("codebind", {"codes": 3}, "see config.codebook"),
@@ -136,7 +137,7 @@ def test_every_module_is_a_method_and_errors_name_what_is_allowed():
     config = small_config(name)
     config.method_options = options
     with pytest.raises(ValueError, match=message):
-      config_lib.validate(config)
+      validation.validate(config)
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))
@@ -148,10 +149,10 @@ def test_a_stage_key_that_a_method_does_not_heed_is_an_error(name):
     config = small_config(name)
     config.stages.only[key] = value
     if name == "codebind":
-      config_lib.validate(config)
+      validation.validate(config)
       continue
     with pytest.raises(ValueError, match=rf"^config\.stages\.only\.{key}: got .*'{name}' does not heed; allowed: "):
-      config_lib.validate(config)
+      validation.validate(config)
 
 
 def test_a_config_read_from_json_gives_the_same_method():

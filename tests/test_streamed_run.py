@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from codebind_jax import config as config_lib
+from codebind_jax import validation
 from codebind_jax.data.task import open_task
 from codebind_jax.runtime.metrics import read_metrics
 from codebind_jax.train import run_stages, train_and_evaluate
@@ -50,7 +50,7 @@ def config_of(clip, squares, **overrides):
   })  # fmt: skip
   config.stages.pairs.tune = {"image": "frozen", "text": "frozen"}
   config.update_from_flattened_dict(overrides)
-  return config_lib.validate(config.lock())
+  return validation.validate(config.lock())
 
 
 def run(config, folder):

@@ -14,7 +14,7 @@ import pytest
 
 import codebind_jax
 from codebind_jax import config as config_lib
-from codebind_jax import files, schema
+from codebind_jax import files, schema, validation
 from codebind_jax.runtime.checkpoint import Checkpoints
 from codebind_jax.runtime.optim import param_paths
 from codebind_jax.train import baseline_of, open_run, train_and_evaluate, warn_of_collapse
@@ -440,14 +440,14 @@ def assert_same_balance(a, b):
 def test_a_balancer_needs_the_loss_it_holds_the_others_to(data):
   config = tiny_config(*data, **{"stages.bridges.balance": True, "stages.bridges.losses.info_nce": 0.0})
   with pytest.raises(ValueError, match="stages.bridges.balance: got True without the loss 'info_nce'"):
-    config_lib.validate(config)
+    validation.validate(config)
 
 
 def test_unknown_loss_is_named(data):
   config = tiny_config(*data).unlock()
   config.stages.bridges.losses.info_ncee = 1.0
   with pytest.raises(ValueError, match=r"stages.bridges.losses: 'info_ncee' is not allowed; allowed: \['info_nce'"):
-    config_lib.validate(config)
+    validation.validate(config)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 
 import codebind_jax
 from codebind_jax import config as config_lib
+from codebind_jax import validation
 from codebind_jax.initialise import load_published
 from codebind_jax.methods.base import make_init
 from codebind_jax.runtime import optim
@@ -83,7 +84,7 @@ def test_a_trunk_trains_as_its_stage_says(clip, squares, tmp_path, tune):
 
 def state_of(config):
   """(method, stage, state with the checkpoint's values) of a config with one stage."""
-  config = config_lib.validate(config)
+  config = validation.validate(config)
   method, layout = config_lib.method_of(config), make_layout(config.mesh, config.sharding)
   trunks = {name: load_trunk(tower.trunk, **tower.options) for name, tower in config.model.towers.items()}
   stage = dataclasses.replace(config.ordered[0], sources={"all": config.batch_size})
@@ -171,4 +172,4 @@ def test_the_input_is_reconstructed_at_half_its_resolution(clip, squares):
 )  # fmt: skip
 def test_what_goes_not_with_a_trunk_in_the_model_is_named(clip, squares, changes, message):
   with pytest.raises(ValueError, match=re.escape(message)):
-    config_lib.validate(shrunk(clip, squares, **changes))
+    validation.validate(shrunk(clip, squares, **changes))

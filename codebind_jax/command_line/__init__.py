@@ -90,7 +90,7 @@ def read_file(path: str, replaced: Mapping[str, str]) -> ConfigDict:
     try:
       defaults = schema.defaults(maker(name)) if name else {}
     except ValueError:
-      defaults = {}  # `config.validate` names the fault
+      defaults = {}  # `validation.validate` names the fault
     part[key], part[options] = name, ConfigDict(defaults | own)
   if "method" in replaced:
     _reset_unheeded(config, replaced["method"])
@@ -143,7 +143,7 @@ def _reset_unheeded(config: ConfigDict, method: str) -> None:
   try:
     defaults = unheeded(method)
   except ValueError:
-    return  # `config.validate` names the fault
+    return  # `validation.validate` names the fault
   for name, stage in config.get("stages", {}).items():
     for key in (key for key, default in defaults.items() if key in stage and schema.fixed(stage[key]) != default):
       stage[key] = ConfigDict() if isinstance(defaults[key], Mapping) else defaults[key]

@@ -17,8 +17,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from codebind_jax import config as config_lib
-from codebind_jax import files, schema
+from codebind_jax import files, schema, validation
 from codebind_jax.api import config_of
 from codebind_jax.command_line.towers import BRIDGES, publish, tower_of
 from codebind_jax.config import Config
@@ -167,7 +166,7 @@ def resolved(config: ConfigDict, task: Task) -> Config:
   config.stage_order, config.mode = (STAGE,), "train"
   for field in dataclasses.fields(Keys):
     del config[field.name]
-  chosen = config_lib.validate(config)
+  chosen = validation.validate(config)
   for line in describe(chosen, counts, task, asked, [m for m in towers if m not in new]):
     logging.info("%s", line)
   return chosen

@@ -17,8 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from codebind_jax import config as config_lib
-from codebind_jax import files, schema
+from codebind_jax import files, schema, validation
 from codebind_jax.api import Model
 from codebind_jax.compare.cost import FILE as SPEED
 from codebind_jax.compare.cost import cost, speeds
@@ -86,12 +85,12 @@ def compare(config: Any, workdir: str | files.Path) -> dict[str, Any]:
     OSError: if `config.compare.against` cannot be read, before any work.
     FloatingPointError: if a run on a chosen rate diverges, or all rates of a variant do; a single one is left out.
   """
-  config = config_lib.validate(config)
+  config = validation.validate(config)
   settings = config.compare
   if jax.process_count() > 1:
     raise ValueError(f"mode 'compare' runs in one process, got {jax.process_count()}; divide it by config.compare.only")
   for variant in settings.variants.values():
-    config_lib.validate(run_config(config, variant, settings.learning_rates[0], 0, False))
+    validation.validate(run_config(config, variant, settings.learning_rates[0], 0, False))
   names = settings.names
   against = files.read_sealed(files.path(settings.against)) if settings.against else None
   folder = open_run(comparison_config(config), workdir, strict=True)

@@ -20,8 +20,7 @@ import pyarrow as pa
 import tqdm
 from absl import logging
 
-from codebind_jax import config as config_lib
-from codebind_jax import files
+from codebind_jax import files, validation
 from codebind_jax.api import Embeddings, Model, load
 from codebind_jax.config import Embed
 from codebind_jax.data.examples import Items, Texts, Values
@@ -315,8 +314,8 @@ def embed(config: Any, workdir: str | files.Path) -> dict[str, Any]:
   Raises:
     ValueError: naming what is wrong with the run, the manifest or the folder.
   """
-  config = config_lib.validate(config)
-  config_lib.check_folder(config, workdir)
+  config = validation.validate(config)
+  validation.check_folder(config, workdir)
   files.probe(files.path(workdir), write=True)
   model = load(config.init_from)
   plan = make_plan(config.embed, config.data, workdir, model)

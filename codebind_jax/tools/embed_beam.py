@@ -16,8 +16,7 @@ import apache_beam as beam
 from absl import app, flags
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from codebind_jax import config as config_lib
-from codebind_jax import files
+from codebind_jax import files, validation
 from codebind_jax.api import load
 from codebind_jax.command_line import define_config, parse
 from codebind_jax.embedding.job import Plan, embed_shard, make_plan, summarise
@@ -52,7 +51,7 @@ def embed_with_beam(config: Any, workdir: str, options: Sequence[str] = ()) -> d
   Raises:
     ValueError: naming what is wrong with the run, the manifest or the folder. Errors in workers come as the runner's.
   """
-  config = config_lib.validate(config)
+  config = validation.validate(config)
   run = config.init_from
   plan = make_plan(config.embed, config.data, workdir, load(run))
   files.make_folder(plan.folder)

@@ -16,8 +16,7 @@ from typing import Any
 
 from absl import flags, logging
 
-from codebind_jax import config as config_lib
-from codebind_jax import files
+from codebind_jax import files, validation
 from codebind_jax.command_line import bind
 from codebind_jax.config import Config
 from codebind_jax.data.ahead import ended
@@ -49,7 +48,7 @@ def checked(configs: Mapping[str, Any], folder: files.Path) -> dict[str, Config]
   """
   from codebind_jax.train import open_run
 
-  valid = {name: bind.opened(config)[0] if bind.is_open(config) else config_lib.validate(config)
+  valid = {name: bind.opened(config)[0] if bind.is_open(config) else validation.validate(config)
            for name, config in configs.items()}  # fmt: skip
   for name, config in valid.items():
     if config.mode != "train":
