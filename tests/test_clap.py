@@ -8,8 +8,8 @@ import soundfile
 import tokenizers
 from safetensors.numpy import save_file
 
+from codebind_jax.data.preparation import spectrograms
 from codebind_jax.data.preparation.audio import Mel
-from codebind_jax.data.transforms import audio
 from codebind_jax.models import swin
 from codebind_jax.trunks import clap
 from tests import family_fixtures
@@ -81,7 +81,7 @@ def test_short_sounds_are_repeated_as_the_folder_says(folder, padding, times):
   whole = np.zeros(8000, np.float32)
   n = min(int(times * 1840 + 0.5), 8000)
   whole[:n] = np.tile(SOUNDS[0], 5)[:n]
-  want = audio.decibel_mel(whole, 8000, window=256, hop=40, bands=16, low=50.0, high=3500.0)
+  want = spectrograms.decibel_mel(whole, 8000, window=256, hop=40, bands=16, low=50.0, high=3500.0)
   np.testing.assert_array_equal(mel, want)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32
 
+from codebind_jax.data.preparation import spectrograms
 from codebind_jax.data.preparation.long_sounds import LongMono, LongSound, long_sound
 from codebind_jax.data.reading import name_of
 from codebind_jax.data.transforms import audio as audio_transforms
@@ -53,7 +54,7 @@ class Mel:
     rate: Hz.
     length: samples of an item.
     padding: of a shorter sound.
-    window, hop, bands, low, high: as in `data.transforms.audio.decibel_mel`.
+    window, hop, bands, low, high: as in `spectrograms.decibel_mel`.
   """
 
   rate: int = 48_000
@@ -96,7 +97,7 @@ class Mel:
       times = {"repeatpad": self.length // n, "repeat": self.length // n + 1}.get(self.padding, 1)
       samples = np.tile(samples, times)[: self.length]
       samples = np.pad(samples, (0, self.length - len(samples)))
-    return audio_transforms.decibel_mel(
+    return spectrograms.decibel_mel(
       samples, self.rate, window=self.window, hop=self.hop, bands=self.bands, low=self.low, high=self.high)  # fmt: skip
 
 
@@ -140,10 +141,10 @@ class Chunks:
     """Chunks of a path, bytes or array."""
     value = self.read(value)
     if isinstance(value, LongMono):
-      starts = _starts(audio_transforms.sfx_frames(value), self.most)
-      return np.stack([audio_transforms.sfx_part(value, int(start), FRAMES, value.peak) for start in starts])
-    samples = audio_transforms.loop_to(value, (FRAMES - 1) * 1024)
+      starts = _starts(spectrograms.sfx_frames(value), self.most)
+      return np.stack([spectrograms.sfx_part(value, int(start), FRAMES, value.peak) for start in starts])
+    samples = spectrograms.loop_to(value, (FRAMES - 1) * 1024)
     if len(samples) > audio_transforms.LONG_SOUND:
-      starts = _starts(audio_transforms.sfx_frames(samples), self.most)
-      return np.stack([audio_transforms.sfx_part(samples, int(start), FRAMES) for start in starts])
-    return chunks_of(audio_transforms.sfx_log_mel(samples), self.most)
+      starts = _starts(spectrograms.sfx_frames(samples), self.most)
+      return np.stack([spectrograms.sfx_part(samples, int(start), FRAMES) for start in starts])
+    return chunks_of(spectrograms.sfx_log_mel(samples), self.most)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from codebind_jax.data import numpy_files
 from codebind_jax.data.inputs import Input
+from codebind_jax.data.preparation import spectrograms
 from codebind_jax.data.preparation.audio import sound
 from codebind_jax.data.preparation.pictures import CLIP_MEAN, CLIP_STD, Picture, middle, picture_input
 from codebind_jax.data.preparation.texts import clip_ids, text_input
@@ -69,7 +70,7 @@ def item_input(
 
 def _audio(value: Any, clips: int, frames: int) -> Float32[np.ndarray, "s 128 n 1"]:
   value = sound(value)
-  return audio_transforms.imagebind_log_mel(value.samples, value.rate, clips=clips, frames=frames)
+  return spectrograms.imagebind_log_mel(value.samples, value.rate, clips=clips, frames=frames)
 
 
 def _video(value: Any, clips: int, crops: int, size: int) -> Float32[np.ndarray, "s t h w 3"]:

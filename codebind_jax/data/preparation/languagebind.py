@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from codebind_jax.data.interpolation import antialias_matrix, cubic_matrix, linear_matrix
+from codebind_jax.data.preparation import spectrograms
 from codebind_jax.data.preparation.audio import Sound, sound
 from codebind_jax.data.preparation.pictures import CLIP_MEAN, CLIP_STD, middle
 from codebind_jax.data.transforms import audio as audio_transforms
@@ -102,17 +103,17 @@ class Prepare:
 
   def _spectrogram(self, value: Sound) -> np.ndarray:
     bins, length = self.size
-    rate = audio_transforms.IMAGEBIND_RATE
+    rate = spectrograms.IMAGEBIND_RATE
     if len(value.samples) > audio_transforms.BLOCK:
       return self._parts(value)
     wave = audio_transforms.sinc_resample(np.ascontiguousarray(value.samples[:, 0]), value.rate, rate)
     whole = length * rate // 100
     if len(wave) <= whole:
       wave = np.tile(wave, whole // len(wave))
-      mel = audio_transforms.kaldi_log_mel(np.pad(wave, (0, whole - len(wave))), bins)
+      mel = spectrograms.kaldi_log_mel(np.pad(wave, (0, whole - len(wave))), bins)
       starts = [0, 0, 0]
     else:
-      mel = audio_transforms.kaldi_log_mel(wave, bins)
+      mel = spectrograms.kaldi_log_mel(wave, bins)
       starts = _thirds(len(mel) - length)
     out = np.zeros((3, length, bins), np.float32)
     for part, start in zip(out, starts):
@@ -121,14 +122,14 @@ class Prepare:
 
   def _parts(self, value: Sound) -> np.ndarray:
     """The spectrogram of a long sound, without what lies between its parts."""
-    (bins, length), rate = self.size, audio_transforms.IMAGEBIND_RATE
+    (bins, length), rate = self.size, spectrograms.IMAGEBIND_RATE
     hop, window = rate // 100, rate // 40
     frames = 1 + (-(-len(value.samples) * rate // value.rate) - window) // hop
     out = np.zeros((3, length, bins), np.float32)
     for part, start in zip(out, _thirds(frames - length)):
       stop = min(start + length, frames)
-      wave = audio_transforms.imagebind_part(value.samples, value.rate, start * hop, (stop - 1) * hop + window)[0]
-      part[: stop - start] = audio_transforms.kaldi_log_mel(wave, bins)
+      wave = spectrograms.imagebind_part(value.samples, value.rate, start * hop, (stop - 1) * hop + window)[0]
+      part[: stop - start] = spectrograms.kaldi_log_mel(wave, bins)
     return self._normalised(out)
 
   def _normalised(self, out: np.ndarray) -> np.ndarray:
