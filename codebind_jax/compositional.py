@@ -353,7 +353,7 @@ def _start_codes(rng, parts, num_codes, spec, iterations, max_segments):
   rows, weights = sample_rows(sample_key, parts, max_segments)
   if spec.stages > 1:
     rounds = max(1, iterations // _PROGRESSIVE)
-    return start_stages(means_key, rows, weights, num_codes, spec.stages, iterations=rounds)
+    return start_stages(means_key, rows, weights, num_codes, spec.stages, beam=spec.beam, iterations=rounds)
   return kmeans(
     means_key, rows, num_codes, iterations=iterations, distance=spec.distance, normalize=spec.normalize, weights=weights
   )

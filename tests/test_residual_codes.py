@@ -94,15 +94,17 @@ def few_and_wide(rows):
   return (np.random.default_rng(0).normal(size=(rows, 64)) * 0.9 ** np.arange(64)).astype(np.float32)
 
 
-def test_a_start_of_stages_loses_as_little_of_other_rows_as_faiss_does():
+@pytest.mark.parametrize("beam", [1, 5])
+def test_a_start_of_stages_loses_as_little_of_other_rows_as_faiss_does(beam):
   x = few_and_wide(2400)
   seen, other = x[:800], x[800:]
-  start = jax.jit(start_stages, static_argnames=("num_codes", "stages", "iterations"))
-  codes, counts = start(jax.random.key(0), seen, None, 64, 4, iterations=8)
+  start = jax.jit(start_stages, static_argnames=("num_codes", "stages", "beam", "iterations"))
+  codes, counts = start(jax.random.key(0), seen, None, 64, 4, beam=beam, iterations=8)
   np.testing.assert_allclose(counts.sum(axis=1), 800, rtol=1e-5)
   assert np.all(np.asarray(counts) > 0)
-  lost = lambda codes: error(other.T[None], codes, beam_codes(other.T[None], codes, beam=5)).mean()
+  lost = lambda codes: error(other.T[None], codes, beam_codes(other.T[None], codes, beam=beam)).mean()
   peer = faiss.ResidualQuantizer(64, 4, 6)
+  peer.max_beam_size = beam
   peer.train(seen)
   theirs = ((other - peer.decode(peer.compute_codes(other))) ** 2).sum(1).mean()
   # Stage by stage by itself, from rows far from one another.
@@ -117,11 +119,11 @@ def test_a_start_of_stages_loses_as_little_of_other_rows_as_faiss_does():
 
 def test_masked_rows_leave_no_trace_in_a_start():
   x, weights = few_and_wide(60), np.r_[np.ones(40), np.zeros(20)].astype(np.float32)
-  start = jax.jit(start_stages, static_argnames=("num_codes", "stages", "iterations"))
+  start = jax.jit(start_stages, static_argnames=("num_codes", "stages", "beam", "iterations"))
   found = []
   for fill in (np.nan, 1e6):
     x[40:] = fill
-    found.append(start(jax.random.key(0), x, weights, 8, 2, iterations=3))
+    found.append(start(jax.random.key(0), x, weights, 8, 2, beam=8, iterations=3))
   np.testing.assert_array_equal(found[0][0], found[1][0])
   assert np.isfinite(found[0][0]).all()
   np.testing.assert_allclose(found[0][1].sum(axis=1), 40, rtol=1e-5)
@@ -137,9 +139,9 @@ def test_fewer_rows_than_codes_give_every_code_a_place():
 
 def test_a_start_takes_so_many_rows_a_code(monkeypatch):
   monkeypatch.setattr(residual, "_ROWS", 4)
-  start = jax.jit(start_stages, static_argnames=("num_codes", "stages", "iterations"))
+  start = jax.jit(start_stages, static_argnames=("num_codes", "stages", "beam", "iterations"))
   weights = np.r_[np.zeros(100), np.ones(500)].astype(np.float32)
-  _, counts = start(jax.random.key(0), few_and_wide(600), weights, 8, 2, iterations=2)
+  _, counts = start(jax.random.key(0), few_and_wide(600), weights, 8, 2, beam=8, iterations=2)
   np.testing.assert_allclose(counts.sum(axis=1), 32, rtol=1e-5)
 
 
@@ -147,10 +149,15 @@ def test_a_start_takes_so_many_rows_a_code(monkeypatch):
 def test_a_quantiser_with_a_beam_adds_its_codes_up_and_loses_less(positions):
   spec = dataclasses.replace(SPEC, positions=positions)
   x = {"text": normal(0, 200, 16)}
-  states = compiled(compositional.init_codebooks, spec=spec)(
-    jax.random.key(0), x, compositional.new_codebooks(jax.random.key(1), spec, ("text",))
+  new = compositional.new_codebooks(jax.random.key(1), spec, ("text",))
+  began = lambda beam: compiled(compositional.init_codebooks, spec=dataclasses.replace(spec, beam=beam))(
+    jax.random.key(0), x, new
   )
-  lost = []
+  # A start takes the search of its own spec: fitted to the nearest codes' sums, codes lose less by them.
+  nearest = compiled(compositional.quantize_modalities, spec=dataclasses.replace(spec, beam=1))
+  of_one, of_more = (nearest(x, began(beam), rng=None, masks=None, rotations=None)[0]["text"] for beam in (1, 8))
+  assert of_one.commitment < 0.99 * of_more.commitment
+  states, lost = began(8), []
   for beam in (1, 8):
     run = compiled(compositional.quantize_modalities, spec=dataclasses.replace(spec, beam=beam))
     outputs, new = run(x, states, rng=None, masks=None, rotations=None)

@@ -18,7 +18,7 @@ _EXACT = jax.lax.Precision.HIGHEST
 _SCORES = 1 << 22  # distances held at once (16 MB)
 _STEPS = 6  # numbers of principal axes with which a clustering begins, in a geometric series
 _ROWS = 256  # rows a code to which a start is fitted, at most (as in faiss)
-_BEAM = 5  # sums of codes that a stage of the start is fitted to, of every row
+_BEAM = 5  # sums of codes that a stage of the start is fitted to, of every row, at most
 
 
 @functools.partial(jax.jit, static_argnames="beam")
@@ -118,6 +118,7 @@ def start_stages(
   num_codes: int,
   stages: int,
   *,
+  beam: int,
   iterations: int,
 ) -> tuple[Float[Array, "m k d"], Float[Array, "m k"]]:
   """Codes of every stage, and how many rows chose each: clusters of what the best sums of the stages before leave.
@@ -128,15 +129,17 @@ def start_stages(
     weights: how often each row counts; 0 masks padding.
     num_codes: k.
     stages: m.
+    beam: sums that the search keeps; a start keeps no more than 5, since each is a row more to cluster.
     iterations: rounds of a clustering for each number of axes.
   """
+  beam = min(beam, _BEAM)
   weights = jnp.ones(len(rows)) if weights is None else weights
   rows = jnp.where(weights[:, None] > 0, jnp.asarray(rows, jnp.float32), 0.0)
   if len(rows) > _ROWS * num_codes:
     some = _drawn(jax.random.fold_in(rng, stages), weights)[: _ROWS * num_codes]
     rows, weights = rows[some], weights[some]
-  rest = jnp.broadcast_to(rows[:, None], (len(rows), _BEAM, rows.shape[1]))
-  error = jnp.broadcast_to(jnp.where(jnp.arange(_BEAM) == 0, 0.0, jnp.inf), rest.shape[:2])
+  rest = jnp.broadcast_to(rows[:, None], (len(rows), beam, rows.shape[1]))
+  error = jnp.broadcast_to(jnp.where(jnp.arange(beam) == 0, 0.0, jnp.inf), rest.shape[:2])
 
   def stage(carry, number):
     rest, error = carry
@@ -145,8 +148,8 @@ def start_stages(
       jax.random.fold_in(rng, number), rest.reshape(-1, rest.shape[-1]), there, num_codes, iterations=iterations
     )
     counts = counts * (jnp.sum(weights) / jnp.maximum(jnp.sum(there), 1e-30))
-    extend = lambda of: _extended(of[0][None, None], of[1][None, None], codes[None], _BEAM)[0]
-    rest, error = jax.lax.map(extend, carry, batch_size=max(1, _SCORES // (_BEAM * num_codes)))
+    extend = lambda of: _extended(of[0][None, None], of[1][None, None], codes[None], beam)[0]
+    rest, error = jax.lax.map(extend, carry, batch_size=max(1, _SCORES // (beam * num_codes)))
     return (rest[:, 0, 0], error[:, 0, 0]), (codes, counts)
 
   return jax.lax.scan(stage, (rest, error), jnp.arange(stages))[1]
