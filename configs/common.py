@@ -37,6 +37,24 @@ def get_config():
   return ConfigDict(schema.defaults(Config))
 
 
+def words_of(arg):
+  """The words after a config's colon, with commas between them."""
+  return [word for word in arg.split(",") if word]
+
+
+def words_and_size(arg):
+  """(the words after a config's colon that are no number; bytes an item of the small index that they ask for, or 0).
+
+  Raises:
+    ValueError: if there are several numbers.
+  """
+  words = words_of(arg)
+  sizes = [word for word in words if word.isdecimal() and int(word)]
+  if len(sizes) > 1:
+    raise ValueError(f"config argument {arg!r}: got {len(sizes)} numbers of bytes an item; allowed: one")
+  return [word for word in words if word not in sizes], int(sizes[0]) if sizes else 0
+
+
 # A run that only starts its codebooks from another run's parameters: it has one step at least, at hardly any rate.
 START = {"steps": 1, "learning_rate": 1e-7}
 INDEX_BITS = 10  # of a code of `small_index`

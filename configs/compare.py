@@ -228,12 +228,14 @@ def small(config, more_of):
 
 
 def get_config(arg=""):
-  words = [word for word in arg.split(",") if word]
+  words = common.words_of(arg)
   sizes = tuple(int(word) for word in words if "bytes" in words and word in map(str, compare_worlds.SIZES))
   chosen = [word for word in words if "lineage" in words and word in worlds.STAGES]
   for word in words:
     if word not in (*WORLDS, *FORMS, *map(str, sizes), *chosen):
-      raise ValueError(f"configs/compare.py:{arg}: unknown argument {word!r}; allowed: {', '.join((*WORLDS, *FORMS))}")
+      allowed = (*WORLDS, *FORMS, *(map(str, compare_worlds.SIZES) if "bytes" in words else ()))
+      allowed += tuple(worlds.STAGES) if "lineage" in words else ()
+      raise ValueError(f"configs/compare.py:{arg}: unknown argument {word!r}; allowed: {', '.join(allowed)}")
   if "full" in words and ("generalise" not in words or "runlocal" in words):
     raise ValueError(f"configs/compare.py:{arg}: 'full' goes with generalise alone, and not with runlocal")
   if {"trained", "published", "lineage"} & set(words) and "bytes" not in words:

@@ -11,17 +11,14 @@ from configs import common, worlds
 
 
 def get_config(arg=""):
-  words = worlds.words_of(arg)
-  sizes = [word for word in words if word.isdecimal() and int(word)]
-  if len(sizes) > 1:
-    raise ValueError(f"configs/progressive.py:{arg}: got {len(sizes)} numbers of bytes an item; allowed: one")
-  form, chosen = worlds.parse(",".join(word for word in words if word not in sizes))
+  words, size = common.words_and_size(arg)
+  form, chosen = worlds.parse(words, "a number of bytes an item")
   config = worlds.bridges(form)
   worlds.build(config, chosen or list(worlds.STAGES))
-  for size in sizes:
+  if size:
     worlds.add_index(config)
     for name in config.stage_order:
       del config.stages[name]
     config.stage_order = ("index",)
-    common.start_small_index(config, int(size))
+    common.start_small_index(config, size)
   return config.lock()

@@ -53,9 +53,8 @@ def get_config(arg=""):
   )
   config.stage_order = ("bridges",)
 
-  words = [word for word in arg.split(",") if word]
-  sizes = [int(word) for word in words if word.isdecimal() and int(word)]
-  if len(sizes) > 1 or len(words) != len(sizes) + words.count("runlocal"):
+  words, size = common.words_and_size(arg)
+  if set(words) - {"runlocal"}:
     raise ValueError(f"configs/stage1.py:{arg}: unknown argument; allowed: runlocal, and a number of bytes an item")
   if "runlocal" in words:
     config.steps = 60
@@ -64,6 +63,6 @@ def get_config(arg=""):
     config.checkpoint_steps = 30
     config.log_steps = 10
     config.data.profile = "tiny"
-  for size in sizes:
+  if size:
     common.start_small_index(config, size)
   return config.lock()

@@ -84,17 +84,11 @@ EMERGENT = (("audio", "video"), ("audio", "depth"), ("audio", "points"), ("therm
 FORMS = ("runlocal", "full")
 
 
-def words_of(arg):
-  """The words after a config's colon."""
-  return [word for word in arg.split(",") if word]
-
-
-def parse(arg):
-  """(form: runlocal, full or ""; names of worlds) of the words after the config's colon."""
-  words = words_of(arg)
+def parse(words, *also):
+  """(form: runlocal, full or ""; names of worlds) of the words after the config's colon; `also` is allowed too."""
   for word in words:
     if word not in (*FORMS, *STAGES):
-      raise ValueError(f"config argument {word!r} is not allowed; allowed: {', '.join((*FORMS, *STAGES))}")
+      raise ValueError(f"config argument {word!r} is not allowed; allowed: {', '.join((*FORMS, *STAGES, *also))}")
   return next((word for word in words if word in FORMS), ""), [word for word in words if word in STAGES]
 
 
@@ -130,7 +124,7 @@ def add_index(config):
 
 def single(world, arg=""):
   """The config of one world's stage alone, with its data, and the towers of all stages up to it."""
-  form, chosen = parse(arg)
+  form, chosen = parse(common.words_of(arg))
   if chosen:
     raise ValueError(f"config argument {chosen[0]!r} is not allowed; allowed: {', '.join(FORMS)}")
   config = bridges(form)

@@ -323,7 +323,8 @@ def test_the_shipped_sizes_are_those_of_the_codes():
   assert trained.trained_24.codebook.gradient == "both" and "gradient" not in trained.codes_24.codebook
   assert trained.trained_24.codebook.stages == trained.codes_24.codebook.stages == 9
   for arg, message in [("bytes,regularised", "'bytes' goes with runlocal, lineage, trained, published, ablations and"),
-                       ("bytes,7", "'7'"), ("published", "go with bytes alone"), ("lineage", "go with bytes alone"),
+                       ("bytes,7", "'7'; allowed: .*, 8, 12, 24, 48, 96, 192$"),
+                       ("published", "go with bytes alone"), ("lineage", "go with bytes alone"),
                        ("bytes,household", "'household'"), ("real,24", "'24'"),
                        ("bytes,real", "exclude one another")]:  # fmt: skip
     with pytest.raises(ValueError, match=message):

@@ -77,7 +77,7 @@ def test_video_is_bound_where_the_data_has_it():
   full, small = (progressive.get_config(form) for form in ("full,menagerie", "menagerie"))
   assert ("video", "text") in full.stages.menagerie.pairs and "video" not in small.model.towers
   assert full.model.towers.video.starts_from == "image" and full.emergent == (("audio", "video"),)
-  assert worlds.parse("full,evoked") == ("full", ["evoked"])
+  assert worlds.parse(["full", "evoked"]) == ("full", ["evoked"])
 
 
 def test_later_stages_move_nothing_of_the_modalities_before_them():

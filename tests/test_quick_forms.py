@@ -55,12 +55,6 @@ def shrunk(config, folder):
   return config.lock()
 
 
-def started(caplog):
-  """The message that says from what the codebooks have started."""
-  (message,) = [record.getMessage() for record in caplog.records if "codebooks start from" in record.getMessage()]
-  return message
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
   """Trains the quick form of a stage's config from the run of the stage before, once: run(1) is the first's folder."""
@@ -102,7 +96,8 @@ def test_a_small_index_starts_from_a_continuous_lineage(tmp_path, caplog):
   caplog.set_level("INFO", "absl")
   final = train_and_evaluate(small.lock(), tmp_path / "small")
   # Items of both worlds, each distinct one once; texts of both.
-  rows = {name: int(count) for count, name in re.findall(r"(\d+) of (\w+)", started(caplog))}
+  (line,) = [record.getMessage() for record in caplog.records if "codebooks start from" in record.getMessage()]
+  rows = {name: int(count) for count, name in re.findall(r"(\d+) of (\w+)", line)}
   assert set(rows) == {"image", "text", "eeg"} and rows["image"] > ROWS and rows["eeg"] > ROWS
   model = load(tmp_path / "small")
   found = model.embed({"text": ["a red square", "a blue one"]})["text"]
@@ -112,10 +107,11 @@ def test_a_small_index_starts_from_a_continuous_lineage(tmp_path, caplog):
   before = load(tmp_path / "whole").embed({"text": ["a red square", "a blue one"]})["text"]
   np.testing.assert_allclose(found.query, before.shared, atol=1e-4)
   assert any("/zeroshot/" in name for name in final)
-  with pytest.raises(ValueError, match="unknown argument"):
-    stage1.get_config("12,24")
-  with pytest.raises(ValueError, match="got 2 numbers of bytes an item; allowed: one"):
-    progressive.get_config("12,24")
+  for module in (stage1, progressive):
+    with pytest.raises(ValueError, match="'12,24': got 2 numbers of bytes an item; allowed: one"):
+      module.get_config("12,24")
+  with pytest.raises(ValueError, match="'0' is not allowed; allowed: .*evoked, a number of bytes an item"):
+    progressive.get_config("0")
 
 
 @pytest.mark.slow  # CI trains the quick form of configs/progressive.py itself; test_synthetic.py has the other

@@ -121,7 +121,7 @@ def start_stages(
   beam: int,
   iterations: int,
 ) -> tuple[Float[Array, "m k d"], Float[Array, "m k"]]:
-  """Codes of every stage, and how many rows chose each: clusters of what the best sums of the stages before leave.
+  """Codes of every stage, and how many rows chose each: clusters of what the sums that the search keeps leave.
 
   Args:
     rng: key.
@@ -129,7 +129,7 @@ def start_stages(
     weights: how often each row counts; 0 masks padding.
     num_codes: k.
     stages: m.
-    beam: sums that the search keeps; a start keeps no more than 5, since each is a row more to cluster.
+    beam: sums that the search keeps, of which a start takes no more than 5: each is a row more to cluster.
     iterations: rounds of a clustering for each number of axes.
   """
   beam = min(beam, _BEAM)

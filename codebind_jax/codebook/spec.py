@@ -69,8 +69,8 @@ class Codebook:
       (needs `ema` False).
     start: codes begin as means of k-means over the first batch (batch) or over the items of `start_rows` training rows,
       unaugmented and each distinct one once (kmeans), or as these after a rotation by optimised product quantisation
-      (opq; needs `rotation`). Those of several stages are fitted to
-      what `beam` sums leave, up to five of them, as `codebook.residual.start_stages` says.
+      (opq; needs `rotation`). Those of several stages are fitted to what `beam` sums leave, up to five of them, as
+      `codebook.residual.start_stages` says.
     start_rows: number of training rows for `start` kmeans and opq.
     layout: order of an item's features: parts (shared features first, then specific) or interleaved (chunks of one
       shared and one specific segment).

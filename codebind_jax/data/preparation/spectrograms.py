@@ -9,7 +9,6 @@ import numpy as np
 from jaxtyping import Float, Float32
 
 from codebind_jax.data.transforms import audio
-from codebind_jax.data.transforms.audio import RATE, sinc_resample
 
 IMAGEBIND_RATE = 16_000
 IMAGEBIND_MEAN, IMAGEBIND_STD = -4.268, 9.138
@@ -35,7 +34,8 @@ def _triangles(frequencies: np.ndarray, bands: int, low: float, high: float, to_
 @functools.cache
 def _sfx_bank() -> np.ndarray:
   """Weights [96, 1025] that sum to 1 in each band: HTK mel scale, 0 to 22,050 Hz."""
-  weights = _triangles(np.linspace(0, RATE / 2, 1025), 96, 0.0, RATE / 2, lambda f: 2595.0 * np.log10(1.0 + f / 700.0))
+  high = audio.RATE / 2
+  weights = _triangles(np.linspace(0, high, 1025), 96, 0.0, high, lambda f: 2595.0 * np.log10(1.0 + f / 700.0))
   return (weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-10)).astype(np.float32)
 
 
@@ -158,7 +158,7 @@ def kaldi_log_mel(samples: Float[np.ndarray, " n"], bands: int = 128) -> Float32
 
 def _at_imagebind_rate(samples: np.ndarray, rate: int) -> np.ndarray:
   columns = samples.reshape(len(samples), -1).T
-  return np.stack([sinc_resample(np.ascontiguousarray(column), rate, IMAGEBIND_RATE) for column in columns])
+  return np.stack([audio.sinc_resample(np.ascontiguousarray(column), rate, IMAGEBIND_RATE) for column in columns])
 
 
 def imagebind_part(samples: Any, rate: int, start: int, stop: int) -> Float32[np.ndarray, "channels m"]:
@@ -178,7 +178,7 @@ def imagebind_part(samples: Any, rate: int, start: int, stop: int) -> Float32[np
 
 
 def imagebind_log_mel(
-  samples: Any, rate: int = RATE, *, clips: int = 3, seconds: float = 2.0,
+  samples: Any, rate: int = audio.RATE, *, clips: int = 3, seconds: float = 2.0,
   frames: int = 204,
 ) -> Float32[np.ndarray, "clips 128 frames 1"]:
   """ImageBind's audio input: clips of 2 s, evenly spaced, as spectrograms with mean -4.268 and deviation 9.138 removed.
