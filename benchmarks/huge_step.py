@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from codebind_jax import config as config_lib
-from codebind_jax import validation
 from codebind_jax.compile_ahead import flops
 from codebind_jax.compile_ahead import report as aot
+from codebind_jax.config import validation
 from codebind_jax.methods.base import make_init
 from codebind_jax.models import transformer
 from codebind_jax.runtime import optim

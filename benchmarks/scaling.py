@@ -16,8 +16,8 @@ from absl import app, flags
 
 from benchmarks.machine import describe, in_turn
 from codebind_jax import config as config_lib
-from codebind_jax import validation
 from codebind_jax.compile_ahead import report as aot
+from codebind_jax.config import validation
 from codebind_jax.data import open_source
 from codebind_jax.data.batches import Batches, SourceBatches
 from codebind_jax.data.examples import Tokens

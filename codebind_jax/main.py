@@ -66,8 +66,8 @@ def run(config: Any, workdir: str | None) -> None:
     Preempted: if the process was told to end.
   """
   from codebind_jax import config as config_lib
-  from codebind_jax import validation
   from codebind_jax.command_line import bind
+  from codebind_jax.config import validation
   from codebind_jax.runtime import agreement, distributed
   from codebind_jax.train import train_and_evaluate
 

@@ -17,11 +17,11 @@ from absl import logging
 from jaxtyping import Bool, Float
 
 from codebind_jax import config as config_lib
-from codebind_jax import files, schema, validation
+from codebind_jax import files, schema
 from codebind_jax.api import Model, config_of
 from codebind_jax.codebook import collapsed, usage_stats
 from codebind_jax.command_line import bind
-from codebind_jax.config import Config
+from codebind_jax.config import Config, validation
 from codebind_jax.data.batches import Batches, Once, SourceBatches, check_rows
 from codebind_jax.data.examples import Feed, Tokens
 from codebind_jax.data.task import Task, open_task

@@ -16,10 +16,10 @@ from codebind_jax.compare import sizes as sizes_lib
 from codebind_jax.compare.search import Search
 from codebind_jax.compare.sizes_table import best_quantiser, difference, differences
 from codebind_jax.config import QUANTISERS
+from codebind_jax.config.validation import validate
 from codebind_jax.data.task import open_task
 from codebind_jax.train import read_config
 from codebind_jax.trunks.feeds import Feeder
-from codebind_jax.validation import validate
 from configs import compare as shipped
 from configs import stage1
 from tests.test_quick_forms import shrunk

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from codebind_jax import schema, validation
+from codebind_jax import schema
+from codebind_jax.config import validation
 from codebind_jax.data import task
 from configs import compare, embed, stage1
 

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from codebind_jax import command_line, schema, validation
+from codebind_jax import command_line, schema
 from codebind_jax import config as config_lib
+from codebind_jax.config import validation
 from codebind_jax.data.worlds import registry
 from codebind_jax.methods.base import make_init
 from codebind_jax.runtime.optim import param_paths

@@ -7,7 +7,8 @@ import re
 import pytest
 
 from codebind_jax import config as config_lib
-from codebind_jax import schema, validation
+from codebind_jax import schema
+from codebind_jax.config import validation
 from codebind_jax.methods.base import method_names, method_options
 from codebind_jax.methods.codebind_terms import TERMS
 from configs import stage1

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from codebind_jax import config as config_lib
-from codebind_jax import validation
 from codebind_jax.api import load
+from codebind_jax.config import validation
 from codebind_jax.data.task import open_task
 from codebind_jax.embedding import job as embed_lib
 from codebind_jax.embedding import packing, shards

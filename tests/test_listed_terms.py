@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from codebind_jax import config as config_lib
-from codebind_jax import validation
 from codebind_jax.compare.runs import run_config
+from codebind_jax.config import validation
 from codebind_jax.methods.base import make_init
 from codebind_jax.models.towers import DecoderSpec, TowerSpec
 from codebind_jax.runtime import optim

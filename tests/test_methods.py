@@ -10,8 +10,8 @@ import optax
 import pytest
 
 from codebind_jax import config as config_lib
-from codebind_jax import validation
 from codebind_jax.codebook import unified
+from codebind_jax.config import validation
 from codebind_jax.methods.base import EXTRA, method_names, unheeded
 from codebind_jax.methods.unified import same_steps
 from codebind_jax.runtime.optim import make_optimizer

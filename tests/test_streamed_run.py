@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from codebind_jax import validation
+from codebind_jax.config import validation
 from codebind_jax.data.task import open_task
 from codebind_jax.runtime.metrics import read_metrics
 from codebind_jax.train import run_stages, train_and_evaluate

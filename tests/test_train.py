@@ -14,7 +14,8 @@ import pytest
 
 import codebind_jax
 from codebind_jax import config as config_lib
-from codebind_jax import files, schema, validation
+from codebind_jax import files, schema
+from codebind_jax.config import validation
 from codebind_jax.runtime.checkpoint import Checkpoints
 from codebind_jax.runtime.optim import param_paths
 from codebind_jax.train import baseline_of, open_run, train_and_evaluate, warn_of_collapse

@@ -10,7 +10,7 @@ import pytest
 
 import codebind_jax
 from codebind_jax import config as config_lib
-from codebind_jax import validation
+from codebind_jax.config import validation
 from codebind_jax.initialise import load_published
 from codebind_jax.methods.base import make_init
 from codebind_jax.runtime import optim

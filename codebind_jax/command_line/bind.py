@@ -17,10 +17,10 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from codebind_jax import files, schema, validation
+from codebind_jax import files, schema
 from codebind_jax.api import config_of
 from codebind_jax.command_line.towers import BRIDGES, publish, tower_of
-from codebind_jax.config import Config
+from codebind_jax.config import Config, validation
 from codebind_jax.data.records import Source
 from codebind_jax.data.task import Data, Task, open_task
 from codebind_jax.runtime import checkpoint

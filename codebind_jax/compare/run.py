@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from codebind_jax import files, schema, validation
+from codebind_jax import files, schema
 from codebind_jax.api import Model
 from codebind_jax.compare.cost import FILE as SPEED
 from codebind_jax.compare.cost import cost, speeds
@@ -25,7 +25,7 @@ from codebind_jax.compare.evaluation import CrossModal, transfers_of
 from codebind_jax.compare.runs import Runs, run_config
 from codebind_jax.compare.sizes import compare_sizes
 from codebind_jax.compare.table import write_comparison
-from codebind_jax.config import FITS, QUANTISERS, Config, GradedWorld
+from codebind_jax.config import FITS, QUANTISERS, Config, GradedWorld, validation
 from codebind_jax.data.records import Source
 from codebind_jax.data.synthetic import NAME, Factors, SyntheticSource
 from codebind_jax.data.task import EvalSet, Task, open_task

@@ -20,9 +20,9 @@ import pyarrow as pa
 import tqdm
 from absl import logging
 
-from codebind_jax import files, validation
+from codebind_jax import files
 from codebind_jax.api import Embeddings, Model, load
-from codebind_jax.config import Embed
+from codebind_jax.config import Embed, validation
 from codebind_jax.data.examples import Items, Texts, Values
 from codebind_jax.data.opening import open_source
 from codebind_jax.data.records import Source

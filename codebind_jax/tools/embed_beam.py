@@ -16,9 +16,10 @@ import apache_beam as beam
 from absl import app, flags
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from codebind_jax import files, validation
+from codebind_jax import files
 from codebind_jax.api import load
 from codebind_jax.command_line import define_config, parse
+from codebind_jax.config import validation
 from codebind_jax.embedding.job import Plan, embed_shard, make_plan, summarise
 
 

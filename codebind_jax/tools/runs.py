@@ -16,9 +16,9 @@ from typing import Any
 
 from absl import flags, logging
 
-from codebind_jax import files, validation
+from codebind_jax import files
 from codebind_jax.command_line import bind
-from codebind_jax.config import Config
+from codebind_jax.config import Config, validation
 from codebind_jax.data.ahead import ended
 from codebind_jax.evaluate import FINAL
 from codebind_jax.runtime import signals
