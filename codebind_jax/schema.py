@@ -280,6 +280,32 @@ def _all_keys(target: Callable[..., Any]) -> tuple[tuple[str, tuple[Any, Any]], 
   return tuple((name, (hints.get(name, Any), default)) for name, default in keys.items())
 
 
+def entry_type(target: type, path: Iterable[str]) -> type | None:
+  """Type of the values of the mapping at a path of keys of a section: bool, int, float, str or tuple; else None."""
+  hint: Any = target
+  for part in path:
+    if dataclasses.is_dataclass(hint):
+      hint = _bare(keys_of(hint).get(part, (None, None))[0])
+    else:
+      hint = _bare(typing.get_args(hint)[1]) if typing.get_origin(hint) is collections.abc.Mapping else None
+  if typing.get_origin(hint) is not collections.abc.Mapping:
+    return None
+  entry = _bare(typing.get_args(hint)[1])
+  if typing.get_origin(entry) is Literal:
+    entry = type(typing.get_args(entry)[0])
+  return tuple if typing.get_origin(entry) is tuple else entry if entry in _SCALARS else None
+
+
+def _bare(hint: Any) -> Any:
+  """A type without the rules on its values, and without None beside it."""
+  if typing.get_origin(hint) is Annotated:
+    return _bare(typing.get_args(hint)[0])
+  if typing.get_origin(hint) in (Union, types.UnionType):
+    kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
+    return _bare(kinds[0]) if len(kinds) == 1 else hint
+  return hint
+
+
 def defaults(target: Callable[..., Any], leave: Collection[str] = ()) -> dict[str, Any]:
   """Key -> default as a plain dict for a ConfigDict; keys without a default, or whose default is None, are left out."""
   return {name: _plain(default, tuple) for name, (_, default) in keys_of(target, leave).items()

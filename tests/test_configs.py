@@ -185,6 +185,25 @@ def test_a_module_that_the_command_names_brings_its_own_options():
     validation.validate(command_line.read_file(FILE, {"model.towers.image.trunk": "best"}))
 
 
+def test_a_command_adds_names_where_a_section_takes_them():
+  """A term that the file does not list, a modality's own width, ...; other keys must be there."""
+  argv = ["main", "--config.stages.bridges.losses.reconstruction=1.0", "--config.codebook.dims.image", "4",
+          "--config.data.templates_of.icons=('an icon of {}',)", "--config.stages.bridges.losses.commitment=3.0",
+          "--config.stages.bridges.tune.image=lora", "--config.stages.none.losses.commitment=1.0",
+          "--config.codebook.dimms.image=4", "--config.model.towers.image.options.no=1", "--nosuch"]  # fmt: skip
+  plain = command_line.read_file(FILE, {})
+  config = command_line.read_file(FILE, {}, command_line.named(argv))
+  added = {"stages.bridges.losses.reconstruction": 0.0, "codebook.dims.image": 0, "stages.bridges.tune.image": "",
+           "data.templates_of.icons": ()}  # fmt: skip
+  for path, value in added.items():
+    assert schema.get(config, path) == value and type(schema.get(config, path)) is type(value), path
+  changes = schema.difference(schema.to_plain(plain), schema.to_plain(config))
+  assert [line.split(": ")[0] for line in changes] == sorted(added)  # of the others there is no such section
+  config = command_line.read_file(FILE, {}, ["stages.bridges.losses.nothing"])
+  with pytest.raises(ValueError, match="config.stages.bridges.losses: 'nothing' is not allowed; allowed: .*'info_nce'"):
+    validation.validate(config)
+
+
 def test_a_method_that_the_command_names_takes_none_of_the_stages_keys_that_it_does_not_heed():
   argv = ["main", "--config.method=centrobind"]
   config = command_line.read_file(FILE, command_line.chosen(argv))

@@ -14,11 +14,13 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from codebind_jax import schema
+from codebind_jax.config import Config
 from codebind_jax.methods.base import method_class, unheeded
 from codebind_jax.trunks import trunk_maker
 
 # (key of a module's options, function from the module's name to the class or function that takes the options).
 _METHOD, _TRUNK = ("method_options", method_class), ("options", trunk_maker)
+_KEY = re.compile(r"--?config\.([\w.-]+)(?:=.*)?", re.DOTALL)
 _CHOICE = re.compile(r"--?config\.((?:[\w.]+\.)?(?:method|trunk))(?:=(.*))?")
 
 
@@ -63,7 +65,7 @@ def _said(error: Exception, argv: Sequence[str]) -> str:
     return str(error)
   if not isinstance(error, flags.Error):
     try:
-      config = read_file(config_argument(argv), chosen(argv))
+      config = read_file(config_argument(argv), chosen(argv), named(argv))
       for word in argv:
         if key := re.match(r"--?(?:no)?config\.([^=]+)", word):
           schema.get(config, key[1])
@@ -72,12 +74,14 @@ def _said(error: Exception, argv: Sequence[str]) -> str:
   return str(error)
 
 
-def read_file(path: str, replaced: Mapping[str, str]) -> ConfigDict:
+def read_file(path: str, replaced: Mapping[str, str], named: Iterable[str] = ()) -> ConfigDict:
   """The config of FILE.py or FILE.py:ARGUMENT, its methods and trunks with all their options.
 
   Args:
     path: file and argument.
     replaced: config key that names a module -> module that replaces the file's; its options get their defaults.
+    named: config keys that the command sets. What a section such as `stages.NAME.losses` has under each of its names it
+      gets under these too: 0, "" or () until the command's value. `validation.validate` says which names are allowed.
 
   Raises:
     ValueError: if there is no such file, or it does not know the argument.
@@ -94,7 +98,19 @@ def read_file(path: str, replaced: Mapping[str, str]) -> ConfigDict:
     part[key], part[options] = name, ConfigDict(defaults | own)
   if "method" in replaced:
     _reset_unheeded(config, replaced["method"])
+  for *parents, key in (path.split(".") for path in named):
+    if entry := schema.entry_type(Config, parents):
+      section = _section(config, parents)
+      if section is not None and key not in section:
+        section[key] = entry()
   return config.lock()
+
+
+def _section(config: ConfigDict, path: Iterable[str]) -> ConfigDict | None:
+  """The section at a path of keys; None where there is none."""
+  for key in path:
+    config = config[key] if isinstance(config, ConfigDict) and key in config else None
+  return config if isinstance(config, ConfigDict) else None
 
 
 def _run_file(file: str, argument: str) -> ConfigDict:
@@ -155,13 +171,18 @@ class _FileParser(flags.ArgumentParser):
 
   def parse(self, argument: str) -> ConfigDict:
     """See `read_file`."""
-    return read_file(argument, chosen(sys.argv))
+    return read_file(argument, chosen(sys.argv), named(sys.argv))
 
 
 def chosen(argv: Sequence[str]) -> dict[str, str]:
   """Config key that names a module -> module, for those that the command sets."""
   matches = zip(map(_CHOICE.fullmatch, argv), [*argv[1:], ""])
   return {match[1]: following if match[2] is None else match[2] for match, following in matches if match}
+
+
+def named(argv: Iterable[str]) -> list[str]:
+  """Config keys that the command sets."""
+  return [match[1] for match in map(_KEY.fullmatch, argv) if match]
 
 
 def _choices(config: ConfigDict) -> Iterator[tuple[str, ConfigDict, str, tuple]]:

@@ -28,8 +28,7 @@ from codebind_jax.compositional import (
 from codebind_jax.methods import base
 from codebind_jax.methods.base import EXTRA, Forward, Rows, Term, output
 from codebind_jax.methods.codebind_terms import TERMS, Quantised
-from codebind_jax.models.encoder import normalised
-from codebind_jax.models.towers import CodeBind, ModelSpec, decode
+from codebind_jax.models.towers import CodeBind, ModelSpec, decode, target_of
 from codebind_jax.runtime.train_state import TrainState
 from codebind_jax.schema import DERIVED
 from codebind_jax.stages import Stage
@@ -189,7 +188,7 @@ class Method(base.Method):
       codebooks = {name: book if _trains(stage, name) else state.codebooks[name] for name, book in codebooks.items()}
     rows, segment = forward.rows(rng, stage, state), self.spec.code_dims[0] if self.spec else 0
     decoded = functools.partial(decode, self.model, forward.params)
-    target = lambda name, x: normalised(self.model.trunk_of(name).spec, x)
+    target = functools.partial(target_of, self.model)
     for source, part in rows.items():
       own, own_plain = (outputs_of(source, x, forward, ranges) for x in (outputs, plain))
       codes: dict[str, list[Any]] = {}

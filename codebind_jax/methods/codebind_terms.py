@@ -26,7 +26,7 @@ class Quantised:
     segment: width of the codes; 0 without a quantiser.
     decode: (modality, `full` of all its tokens, width, the trunk's tokens or None) -> the tower's input as its decoder
       reconstructs it.
-    target: (modality, input) -> the input as its encoder takes it, normalised.
+    target: (modality, input) -> what the decoder is to give back.
   """
 
   outputs: Mapping[str, Any]
@@ -155,19 +155,14 @@ def _specific_uniform(r: Rows) -> Float[Array, ""]:
 def _reconstruction(r: Rows) -> Float[Array, ""]:
   """A decoder gives back the tower's input from all of an item's features; a sum over the modalities.
 
-  An encoder in the model has its own input as the target, normalised as it takes it; tokens are standardised, so that a
-  constant has the error 1.
+  `models.towers.target_of` says what that input is.
   """
   total = jnp.zeros((), jnp.float32)
   for name in (m for m in r.made.outputs if m != "text"):
-    if name in r.trunks:
-      decoded = r.made.decode(name, r.made.outputs[name].full, 0, r.trunks[name])
-      target = r.made.target(name, r.inputs[name])
-      target = target.mean(1) if target.ndim > decoded.ndim else target  # over clips
-      total += losses.reconstruction(decoded, target, mask=r.masks[name])
-      continue
-    target = jax.nn.standardize(r.inputs[name].astype(jnp.float32), epsilon=1e-6)
-    decoded = r.made.decode(name, r.made.outputs[name].full, target.shape[-1])
+    target, trunk = r.made.target(name, r.inputs[name]), r.trunks.get(name)
+    width = target.shape[-1] if trunk is None else 0
+    decoded = r.made.decode(name, r.made.outputs[name].full, width, trunk)
+    target = target.mean(1) if target.ndim > decoded.ndim else target  # over clips
     total += losses.reconstruction(decoded, target, mask=r.masks[name])
   return total
 

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
 from jaxtyping import Array, Float, Shaped
 
 from codebind_jax.models.decoder import Decoder, decoder_for
-from codebind_jax.models.encoder import Encoded, EncoderSpec, mean_clips
+from codebind_jax.models.encoder import Encoded, EncoderSpec, mean_clips, normalised
 from codebind_jax.models.heads import INITS, Head
 from codebind_jax.models.lora import lora
 from codebind_jax.norm import unit
@@ -396,3 +397,16 @@ def decode(
   positions = None if trunk is None else params[name]["trunk"]["stem"]["positions"]
   tower = Tower(model.towers[name], model.trunk_of(name))
   return tower.apply({"params": params[name]}, full, width, trunk, positions, method="decode")
+
+
+def target_of(model: CodeBind, name: str, x: Shaped[Array, "b ..."]) -> Shaped[Array, "b ..."]:
+  """What the decoder of the modality `name` is to give back of a tower's input.
+
+  An encoder in the model has its own input, normalised as it takes it. Tokens are standardised, so that a constant has
+  the error 1; columns that `meaning` speaks of are left out: they are no features of the item's trunk.
+  """
+  spec, trunk = model.towers[name], model.trunk_of(name)
+  if trunk.spec is not None:
+    return normalised(trunk.spec, x)
+  tokens = x[..., : x.shape[-1] - spec.meaning_dim] if spec.meaning else x
+  return jax.nn.standardize(tokens.astype(jnp.float32), epsilon=1e-6)
