@@ -146,7 +146,8 @@ def test_a_comparison_can_be_divided_stopped_and_continued(tmp_path, monkeypatch
   monkeypatch.setattr(train_lib, "compile_step", lambda *rest: compiled.append(rest) or compile_step(*rest))
   first = compare_lib.compare(small(tmp_path, "dcid"), tmp_path / "run")
   assert calls == ["dcid/rate0.001", "dcid/rate0.01", "dcid/seed1"] and set(first["results"]) == {"dcid"}
-  assert "without --config.compare.only" in capsys.readouterr().out
+  told = capsys.readouterr().out
+  assert "| dcid | " in told and "| fixed_anchor_image | " not in told and "without --config.compare.only" in told
   assert not list((tmp_path / "run").glob("comparison.*"))
   # The last run has the step of the run that tuned its rate, and gives what a run with a step of its own does.
   assert len(compiled) == 2

@@ -24,7 +24,7 @@ from codebind_jax.compare.cost import cost, speeds
 from codebind_jax.compare.evaluation import CrossModal, transfers_of
 from codebind_jax.compare.runs import Runs, run_config
 from codebind_jax.compare.sizes import compare_sizes
-from codebind_jax.compare.table import write_comparison
+from codebind_jax.compare.table import sections, with_claims, write_comparison
 from codebind_jax.config import FITS, QUANTISERS, Config, GradedWorld, validation
 from codebind_jax.data.records import Source
 from codebind_jax.data.synthetic import NAME, Factors, SyntheticSource
@@ -74,8 +74,9 @@ def comparison_config(config: Config) -> Config:
 def compare(config: Any, workdir: str | files.Path) -> dict[str, Any]:
   """Tunes, trains and evaluates the variants of `config.compare`, and writes comparison.md, .json and .svg files.
 
-  With `config.compare.only` it trains the named variants and, unless these are all, writes nothing but their runs. With
-  `config.compare.timing` it also times the steps of all variants after training, and saves the result.
+  With `config.compare.only` it trains the named variants and, unless these are all, prints their tables and writes
+  nothing but their runs. With `config.compare.timing` it also times the steps of all variants after training, and saves
+  the result.
 
   Returns:
     The content of comparison.json.
@@ -134,7 +135,10 @@ def compare(config: Any, workdir: str | files.Path) -> dict[str, Any]:
       comparison["speed"] = files.read_sealed(folder / SPEED)
     sys.stdout.write(write_comparison(folder, comparison, against))
   else:
-    sys.stdout.write(f"trained {', '.join(results)} of {len(settings.variants)} variants in {folder}; the same command "
-                     "without --config.compare.only collects all and writes comparison.md\n")  # fmt: skip
+    sys.stdout.write("\n".join([
+      *sections(with_claims(comparison, against)),
+      f"trained {', '.join(results)} of {len(settings.variants)} variants in {folder}; the same command without "
+      "--config.compare.only collects all and writes comparison.md\n",
+    ]))  # fmt: skip
   return comparison
 

@@ -29,11 +29,16 @@ def write_comparison(
   folder: files.Path, comparison: Mapping[str, Any], against: Mapping[str, Any] | None = None
 ) -> str:
   """Writes all files and returns the text of comparison.md; `against` is another comparison, see `claims`."""
-  results, settings = comparison["results"], comparison["config"]["compare"]
-  whole = dict(comparison) | {"rule": RULE, "claims": claims(results, settings.get("world"), PREFIX, against)}
+  results, settings, whole = comparison["results"], comparison["config"]["compare"], with_claims(comparison, against)
   drawn = draw(folder, results, settings, _columns(results, settings))
   return written(folder, whole, ["# Methods side by side", "", *sections(whole),
                                  *(f"![{name}]({name}.svg)\n" for name in drawn)])  # fmt: skip
+
+
+def with_claims(comparison: Mapping[str, Any], against: Mapping[str, Any] | None = None) -> dict[str, Any]:
+  """Content of comparison.json: a comparison, and what its results say of the papers' claims."""
+  of_results = claims(comparison["results"], comparison["config"]["compare"].get("world"), PREFIX, against)
+  return dict(comparison) | {"rule": RULE, "claims": of_results}
 
 
 def written(folder: files.Path, whole: Mapping[str, Any], lines: Sequence[str]) -> str:
