@@ -38,6 +38,8 @@ A config is a Python file with a function `get_config()`; `configs/` holds the s
 the command line of `codebind_jax.main`, and in a config file of your own:
 
     python -m codebind_jax.main --config=configs/stage1.py --workdir=runs/one --config.optim.learning_rate=3e-3
+    python -m codebind_jax.main --config=configs/stage1.py --workdir=runs/more \\
+        --config.stages.bridges.losses.reconstruction=1.0
     python -m codebind_jax.main --config=mine.py --workdir=runs/two '--config.data.worlds=("icons", "household")'
 
 ```python
@@ -60,8 +62,10 @@ own) and binds pairs of modalities; a run is one or several stages.
 
 Names in capitals (`stages.NAME`, `model.towers.MODALITY`) stand for names of your config. A value of the wrong type or
 range, and a key that does not exist, end the command before any work, with a line that says what is allowed. `''` is
-the empty text, `()` the empty tuple, `{}` the empty mapping. In the paths of parameters and codebooks a regular
-expression must match the whole path, such as `image/shared/proj/kernel`; the log shows the paths at the start of a run.
+the empty text, `()` the empty tuple, `{}` the empty mapping. A mapping of names to numbers, words or tuples (`losses`,
+`codebook.dims`) takes names on the command line that the file does not have. In the paths of parameters and codebooks a
+regular expression must match the whole path, such as `image/shared/proj/kernel`; the log shows the paths at the start
+of a run.
 """
 SHIPPED = """## Shipped configs
 
