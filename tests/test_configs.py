@@ -164,25 +164,25 @@ FILE = str(FOLDER / "stage1.py:runlocal")
 
 
 def test_options_of_trunks_and_methods_are_keys_of_the_command_line():
-  config = command_line.read_file(FILE, {})
+  config = command_line.read_file(FILE)
   assert schema.get(config, "model.towers.image.options.weights") == ""
   assert config.model.towers.image.options.size == (160, 224) and config.model.towers.text.options.layers == 6
-  assert command_line.read_file(str(FOLDER / "embed.py"), {}).is_locked
+  assert command_line.read_file(str(FOLDER / "embed.py")).is_locked
 
 
 def test_a_module_that_the_command_names_brings_its_own_options():
   argv = "main --config=x --config.method dcid --config.model.towers.image.trunk=vectors --config.steps=3"
   chosen = command_line.chosen(argv.split())
   assert chosen == {"method": "dcid", "model.towers.image.trunk": "vectors"}
-  config = command_line.read_file(FILE, chosen)
+  config = command_line.read_file(FILE, argv.split())
   assert config.method == "dcid" and config.method_options.codes == 400 and config.method_options.form == "joint"
   assert config.model.towers.image.options.to_dict() == {"width": 64, "tokens": 1, "modality": "vectors", "weights": ""}
   assert config.model.towers.text.options.layers == 6
   # What no module is called is left to `validate`, which says what is allowed.
   with pytest.raises(ValueError, match="config.method: got 'best'; allowed: "):
-    validation.validate(command_line.read_file(FILE, {"method": "best"}))
+    validation.validate(command_line.read_file(FILE, ["--config.method=best"]))
   with pytest.raises(ValueError, match="config.model.towers.image.trunk: 'best' is not allowed; allowed: "):
-    validation.validate(command_line.read_file(FILE, {"model.towers.image.trunk": "best"}))
+    validation.validate(command_line.read_file(FILE, ["--config.model.towers.image.trunk=best"]))
 
 
 def test_a_command_adds_names_where_a_section_takes_them():
@@ -191,22 +191,22 @@ def test_a_command_adds_names_where_a_section_takes_them():
           "--config.data.templates_of.icons=('an icon of {}',)", "--config.stages.bridges.losses.commitment=3.0",
           "--config.stages.bridges.tune.image=lora", "--config.stages.none.losses.commitment=1.0",
           "--config.codebook.dimms.image=4", "--config.model.towers.image.options.no=1", "--nosuch"]  # fmt: skip
-  plain = command_line.read_file(FILE, {})
-  config = command_line.read_file(FILE, {}, command_line.named(argv))
+  plain = command_line.read_file(FILE)
+  config = command_line.read_file(FILE, argv)
   added = {"stages.bridges.losses.reconstruction": 0.0, "codebook.dims.image": 0, "stages.bridges.tune.image": "",
            "data.templates_of.icons": ()}  # fmt: skip
   for path, value in added.items():
     assert schema.get(config, path) == value and type(schema.get(config, path)) is type(value), path
   changes = schema.difference(schema.to_plain(plain), schema.to_plain(config))
   assert [line.split(": ")[0] for line in changes] == sorted(added)  # of the others there is no such section
-  config = command_line.read_file(FILE, {}, ["stages.bridges.losses.nothing"])
+  config = command_line.read_file(FILE, ["--config.stages.bridges.losses.nothing=1.0"])
   with pytest.raises(ValueError, match="config.stages.bridges.losses: 'nothing' is not allowed; allowed: .*'info_nce'"):
     validation.validate(config)
 
 
 def test_a_method_that_the_command_names_takes_none_of_the_stages_keys_that_it_does_not_heed():
   argv = ["main", "--config.method=centrobind"]
-  config = command_line.read_file(FILE, command_line.chosen(argv))
+  config = command_line.read_file(FILE, argv)
   assert not config.stages.bridges.losses and config.stages.bridges.code_rows == 0 and config.stages.bridges.mixup == 1
   assert validation.validate(config).method == "centrobind"
   with config.unlocked():
@@ -216,7 +216,7 @@ def test_a_method_that_the_command_names_takes_none_of_the_stages_keys_that_it_d
 
 
 def test_options_given_in_a_file_stay_beside_the_defaults():
-  config = command_line.read_file(str(FOLDER / "compare.py:runlocal"), {})
+  config = command_line.read_file(str(FOLDER / "compare.py:runlocal"))
   assert config.compare.variants.dcid.options.codes == 64 and config.compare.variants.dcid.options.beta == 0.25
   read, file = config_lib.read(config), config_lib.read(compare.get_config("runlocal"))
   assert read == file  # which gives the defaults when it is read

@@ -35,7 +35,7 @@ def test_a_key_of_the_table_can_be_set(method, key, value):
     return
   tower = "text" if key.endswith(("whiten", "trunk")) else "image"
   key = key.replace("towers.NAME", f"towers.{tower}").replace("stages.NAME", "stages.bridges")
-  config = command_line.read_file(stage1.__file__, {}, [key]).unlock()  # with what the command line can set
+  config = command_line.read_file(stage1.__file__, [f"--config.{key}=0"]).unlock()  # with what the command line can set
   config.model.shared_dim, config.model.towers.image.specific_dim = 1024, 1024  # which width 8 divides
   *section, last = key.split(".")
   holder = schema.get(config, ".".join(section))

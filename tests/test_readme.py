@@ -10,6 +10,7 @@ from PIL import Image
 import codebind_jax.api
 from codebind_jax import command_line, schema
 from codebind_jax.embedding.job import embed
+from codebind_jax.methods.codebind_terms import TERMS
 from codebind_jax.tools import sweep
 from configs import embed as embed_config
 from tests import family_fixtures
@@ -91,11 +92,13 @@ def test_configs_and_keys_of_commands_exist(place):
       continue
     seen.add(name)
     form = str(place / "clip") if form == "WEIGHTS" else form
-    config = command_line.read_file(f"{REPOSITORY / name}{f':{form}' if form else ''}", command_line.chosen(given))
+    config = command_line.read_file(f"{REPOSITORY / name}{f':{form}' if form else ''}", given)
     for word in given:
       key = word.partition("=")[0].removeprefix("--config.")
       if not word.startswith("--config=") and not re.search(r"\b[A-Z]+\b", key):
         schema.get(config, key)
+      if ".losses." in key and not key.endswith("TERM"):
+        assert key.rpartition(".")[2] in TERMS, key
   assert {"configs/stage1.py", "configs/bind.py", "configs/eval.py", "configs/embed.py", "configs/compare.py"} <= seen
 
 

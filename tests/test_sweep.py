@@ -81,6 +81,8 @@ def test_values_have_the_types_that_main_gives_them_and_modules_bring_their_opti
   assert config.optim.learning_rate == 0.01 and config.data.root == "1"
   config = sweep.config_of(STAGE1, {"method": "dcid", "method_options.codes": "8"})
   assert config.method_options.codes == 8 and not config.stages.bridges.losses
+  config = sweep.config_of(STAGE1, {"stages.bridges.losses.reconstruction": "0.5"})  # which the file does not list
+  assert config.stages.bridges.losses.reconstruction == 0.5
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def _said(error: Exception, argv: Sequence[str]) -> str:
     return str(error)
   if not isinstance(error, flags.Error):
     try:
-      config = read_file(config_argument(argv), chosen(argv), named(argv))
+      config = read_file(config_argument(argv), argv)
       for word in argv:
         if key := re.match(r"--?(?:no)?config\.([^=]+)", word):
           schema.get(config, key[1])
@@ -74,19 +74,20 @@ def _said(error: Exception, argv: Sequence[str]) -> str:
   return str(error)
 
 
-def read_file(path: str, replaced: Mapping[str, str], named: Iterable[str] = ()) -> ConfigDict:
+def read_file(path: str, argv: Sequence[str] = ()) -> ConfigDict:
   """The config of FILE.py or FILE.py:ARGUMENT, its methods and trunks with all their options.
 
   Args:
     path: file and argument.
-    replaced: config key that names a module -> module that replaces the file's; its options get their defaults.
-    named: config keys that the command sets. What a section such as `stages.NAME.losses` has under each of its names it
-      gets under these too: 0, "" or () until the command's value. `validation.validate` says which names are allowed.
+    argv: words of the command, whose values are set afterwards. A module that it names replaces the file's and gets its
+      options with their defaults. A name that it sets in a mapping such as `stages.NAME.losses` is added with the
+      value 0, "" or (); `validation.validate` says which names are allowed.
 
   Raises:
     ValueError: if there is no such file, or it does not know the argument.
   """
   file, _, argument = path.partition(":")
+  replaced = chosen(argv)
   config = _run_file(find_file(file), argument).unlock()
   for at, part, key, (options, maker) in _choices(config):
     name = replaced.get(at + key, part[key])
@@ -98,7 +99,7 @@ def read_file(path: str, replaced: Mapping[str, str], named: Iterable[str] = ())
     part[key], part[options] = name, ConfigDict(defaults | own)
   if "method" in replaced:
     _reset_unheeded(config, replaced["method"])
-  for *parents, key in (path.split(".") for path in named):
+  for *parents, key in (path.split(".") for path in named(argv)):
     if entry := schema.entry_type(Config, parents):
       section = _section(config, parents)
       if section is not None and key not in section:
@@ -171,7 +172,7 @@ class _FileParser(flags.ArgumentParser):
 
   def parse(self, argument: str) -> ConfigDict:
     """See `read_file`."""
-    return read_file(argument, chosen(sys.argv), named(sys.argv))
+    return read_file(argument, sys.argv)
 
 
 def chosen(argv: Sequence[str]) -> dict[str, str]:

@@ -139,7 +139,7 @@ class _File(flags.ArgumentParser):
 
   def parse(self, argument: str) -> ConfigDict:
     """The config with the options of the modules that the command names."""
-    return command_line.read_file(argument, command_line.chosen(self._argv))
+    return command_line.read_file(argument, self._argv)
 
 
 def config_of(file: str, changes: Mapping[str, str]) -> ConfigDict:
@@ -155,7 +155,7 @@ def config_of(file: str, changes: Mapping[str, str]) -> ConfigDict:
   try:
     found(argv)
   except (AttributeError, KeyError) as error:
-    config = command_line.read_file(file, command_line.chosen(argv))
+    config = command_line.read_file(file, argv)
     for key in changes:
       schema.get(config, key)
     raise ValueError(f"--config={file}: {error}") from error
