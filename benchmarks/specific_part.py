@@ -3,12 +3,13 @@
 Command: python -m codebind_jax.tools.seeds --config=configs/stage1.py --workdir=DIR --seeds=3
          python -m benchmarks.specific_part --runs=DIR [--baselines=DIR] [--set=icons_val_concept] [--modality=image]
              [--field=family]
-Linear probes, fitted on the training rows, predict a field of the records of an evaluation set whose concepts are new.
-They are given the run's parts; the shared part of its continuous baseline; beside that the baseline's specific head,
-which no term trains (a random projection of the same tokens), or the shared part of the next seed's baseline (a second
-head of equal width). Balanced accuracy, mean and sample standard deviation over the seeds. Runs with further terms
-are trained by ... --workdir=MORE --config.baseline=False --config.stages.bridges.losses.reconstruction=1.0, and
-measured beside the same baselines by --runs=MORE --baselines=DIR.
+Linear probes, fitted on the training rows, predict a field of the records of an evaluation set, whose concepts or
+objects are new. They are given the run's parts; the shared part of its continuous baseline; beside that the
+baseline's specific head, which no term trains (a random projection of the same tokens), or the shared part of the
+next seed's baseline (a second head of equal width). Balanced accuracy, mean and sample standard deviation over the
+seeds. Runs with further terms are trained by ... --workdir=MORE --config.baseline=False
+--config.stages.bridges.losses.reconstruction=1.0, and measured beside the same baselines by --runs=MORE
+--baselines=DIR.
 """
 
 import dataclasses
@@ -46,13 +47,14 @@ def parts(run, baseline, second):
   }  # fmt: skip
 
 
-def told(ours, plain, modality, field):
+def told(ours, plain, modality, field, group):
   """Name of the vectors -> balanced accuracy of their probe by seed.
 
   Args:
     ours: by seed, the columns of the training rows and of the unseen ones.
     plain: likewise, of the baselines; with one seed there is no second head.
     modality, field: what is probed.
+    group: column whose values no training row shares with an unseen one; None where any may.
   """
   found = {}
   for number, (own, base) in enumerate(zip(ours, plain, strict=True)):
@@ -61,7 +63,7 @@ def told(ours, plain, modality, field):
     known = np.isin(unseen[field], train[field])  # a probe knows no other values
     unseen = {name: column[known] for name, column in unseen.items()}
     names = [*parts(unseen, unseen, unseen)][: None if len(plain) > 1 else -1]
-    for name, value in LinearProbe(modality, {modality: train}, field, parts=names)({modality: unseen}):
+    for name, value in LinearProbe(modality, {modality: train}, field, group=group, parts=names)({modality: unseen}):
       if name.endswith("/balanced"):
         found.setdefault(name.split("/")[3], []).append(value)
   return found
@@ -88,7 +90,7 @@ def main(_):
   of_plain = pathlib.Path(_BASELINES.value or _RUNS.value)
   ours = [read(folder) for folder in folders]
   plain = [read(of_plain / folder.name / "baseline") for folder in folders]
-  found = told(ours, plain, _MODALITY.value, _FIELD.value)
+  found = told(ours, plain, _MODALITY.value, _FIELD.value, test.probe_group)
   for name, values in found.items():
     spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
     print(f"{name:32} {np.mean(values):5.1f}{spread}")
