@@ -99,19 +99,15 @@ def read_file(path: str, argv: Sequence[str] = ()) -> ConfigDict:
     part[key], part[options] = name, ConfigDict(defaults | own)
   if "method" in replaced:
     _reset_unheeded(config, replaced["method"])
-  for *parents, key in (path.split(".") for path in named(argv)):
-    if entry := schema.entry_type(Config, parents):
-      section = _section(config, parents)
-      if section is not None and key not in section:
+  for parents, _, key in (path.rpartition(".") for path in named(argv)):
+    if entry := schema.entry_type(Config, parents.split(".")):
+      try:
+        section = schema.get(config, parents)
+      except ValueError:
+        continue  # which `_said` names when the command's value is set
+      if key not in section:
         section[key] = entry()
   return config.lock()
-
-
-def _section(config: ConfigDict, path: Iterable[str]) -> ConfigDict | None:
-  """The section at a path of keys; None where there is none."""
-  for key in path:
-    config = config[key] if isinstance(config, ConfigDict) and key in config else None
-  return config if isinstance(config, ConfigDict) else None
 
 
 def _run_file(file: str, argument: str) -> ConfigDict:
