@@ -86,8 +86,13 @@ def small_index(model, size, bits=INDEX_BITS):
   }  # fmt: skip
 
 
-def start_small_index(config, size):
-  """Makes of a config with one stage that of an index of few bytes an item, which starts from `config.init_from`."""
+def start_small_index(config, size, start):
+  """Makes of a config with one stage that of an index of few bytes an item.
+
+  Its heads are not trained, so that it needs a run to start from; `start` is the folder unless `config.init_from` says
+  another.
+  """
+  config.init_from = start
   config.codebook.update(small_index(config.model, size))
   config.steps, config.optim.learning_rate = START["steps"], START["learning_rate"]
   config.queries, config.baseline = "uncoded", False

@@ -2,7 +2,8 @@
 
 Command: python -m codebind_jax.main --config=configs/stage1.py --workdir=runs/stage1
          (add :runlocal to the config for the quick form)
-An index of few bytes an item, 12 here (docs/codes.md), whose codes start from the continuous model of such a run:
+An index of few bytes an item, 12 here (docs/codes.md), whose codes start from the continuous model of such a run, by
+default the one above:
          ... --config=configs/stage1.py:12 --workdir=runs/small --config.init_from=runs/stage1/baseline
 """
 
@@ -64,5 +65,5 @@ def get_config(arg=""):
     config.log_steps = 10
     config.data.profile = "tiny"
   if size:
-    common.start_small_index(config, size)
+    common.start_small_index(config, size, "runs/stage1/baseline")
   return config.lock()

@@ -114,6 +114,15 @@ def test_a_small_index_starts_from_a_continuous_lineage(tmp_path, caplog):
     progressive.get_config("0")
 
 
+@pytest.mark.parametrize(("module", "name"), [(stage1, "stage1"), (progressive, "progressive")])
+def test_a_small_index_makes_no_codes_of_heads_that_were_never_trained(module, name, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  config = module.get_config("12,runlocal")
+  assert config.init_from == f"runs/{name}/baseline"
+  with pytest.raises(ValueError, match=f"config.init_from: .*runs/{name}/baseline"):
+    train_and_evaluate(config, tmp_path / "run")
+
+
 @pytest.mark.slow  # CI trains the quick form of configs/progressive.py itself; test_synthetic.py has the other
 @pytest.mark.parametrize("module", [progressive, synthetic], ids=["progressive", "synthetic"])
 def test_stages_in_one_run(module, tmp_path):
