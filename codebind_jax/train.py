@@ -195,11 +195,11 @@ def _train_and_evaluate(config: Any, workdir: str | files.Path) -> dict[str, flo
     if chosen_by_data:
       config, task = bind.opened(config)
       folder = open_run(config, workdir)
-    else:
-      task = open_task(config.data)
-    check_data(config, task)
     if config.init_from:
       check_start(config)
+    if not chosen_by_data:
+      task = open_task(config.data)
+    check_data(config, task)
     feeder = Feeder(config.data, config.model.towers)
   with phases("data"):
     agreement.check("config", config)
