@@ -112,14 +112,21 @@ def build(config, chosen):
   config.emergent = tuple(pair for pair in EMERGENT if present.issuperset(pair))
 
 
-def add_index(config):
-  """Adds stage `index`, which binds all pairs of the other stages on rows of all their worlds at once."""
+def add_joint(config, name, **stage):
+  """Adds a stage that binds all pairs of those in `stage_order` on rows of all their worlds at once.
+
+  It is not put into `stage_order`.
+  """
   stages = [config.stages[name] for name in config.stage_order]
   pairs = tuple(dict.fromkeys(pair for stage in stages for pair in stage.pairs))
   sources = {world: rows for stage in stages for world, rows in stage.sources.items()}
-  config.stages.index = common.stage(
-    config, pairs=pairs, sources=sources, temperature=0.1, code_rows=8, unique_labels=False, losses=common.SEARCHED
-  )
+  usual = {"pairs": pairs, "sources": sources, "temperature": 0.1, "code_rows": 8, "unique_labels": False}
+  config.stages[name] = common.stage(config, **(usual | stage))
+
+
+def add_index(config):
+  """Adds stage `index`, in which the codes of an index of few bytes start."""
+  add_joint(config, "index", losses=common.SEARCHED)
 
 
 def single(world, arg=""):

@@ -22,7 +22,8 @@ FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 PARTS = ("__init__", "common", "compare_worlds", "imagebind", "worlds")
 OWN_WEIGHTS = ("finetune", "imagebind_huge")  # whose argument is a path
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in (*PARTS, *OWN_WEIGHTS))
-FORMS = {"stage1": ("", "runlocal"), "progressive": ("", "runlocal", "full", "menagerie,evoked", "full,24"),
+FORMS = {"stage1": ("", "runlocal"), "progressive": ("", "runlocal", "full", "menagerie,evoked", "full,24",
+                                                          "joint"),
          "synthetic": ("", "runlocal"),
          "compare": ("", "runlocal", "equal", "ablations", "real,runlocal", "real,ablations", "regularised",
                      "real,regularised", "generalise,full", "bytes", "bytes,runlocal", "bytes,12,24",
@@ -89,6 +90,17 @@ def test_later_stages_move_nothing_of_the_modalities_before_them():
     trains = lambda path, stage=stage: any(re.fullmatch(pattern, path) for pattern in stage.train)
     assert set(stage.codes) == new and not any(trains(f"{m}/shared/proj/kernel") for m in before), stage.name
     before |= new
+
+
+def test_a_joint_stage_binds_all_pairs_on_all_worlds_and_freezes_nothing():
+  config = config_lib.read(progressive.get_config("materials,evoked,joint"))
+  *before, joint = config.ordered
+  assert [stage.name for stage in before] == ["bridges", "materials", "evoked"] and joint.name == "joint"
+  assert sorted(joint.pairs) == [("eeg", "text"), ("image", "text"), ("tactile", "image"), ("tactile", "text")]
+  assert dict(joint.sources) == {"icons": 256, "materials": 128, "evoked": 128}
+  assert (joint.train, joint.codes, joint.steps) == ((".*",), (".*",), 100)
+  with pytest.raises(ValueError, match="'joint' goes without a number of bytes"):
+    progressive.get_config("24,joint")
 
 
 def test_codes_may_have_any_width_that_the_towers_are_multiples_of():

@@ -125,12 +125,15 @@ def test_a_small_index_makes_no_codes_of_heads_that_were_never_trained(module, n
 
 
 @pytest.mark.slow  # CI trains the quick form of configs/progressive.py itself; test_synthetic.py has the other
-@pytest.mark.parametrize("module", [progressive, synthetic], ids=["progressive", "synthetic"])
-def test_stages_in_one_run(module, tmp_path):
-  final = train_and_evaluate(shrunk(module.get_config("runlocal"), tmp_path), tmp_path / "run")
+@pytest.mark.parametrize(
+  ("module", "form"), [(progressive, "runlocal,joint"), (synthetic, "runlocal")], ids=["progressive", "synthetic"]
+)
+def test_stages_in_one_run(module, form, tmp_path):
+  final = train_and_evaluate(shrunk(module.get_config(form), tmp_path), tmp_path / "run")
   lines = lines_of(tmp_path / "run")
   trained = [line["stage"] for line in lines if "train/total" in line]
-  assert trained == [stage for stage in ("bridges", "household", "materials", "menagerie", "evoked") for _ in range(2)]
+  stages = ["bridges", "household", "materials", "menagerie", "evoked", *["joint"] * ("joint" in form)]
+  assert trained == [stage for stage in stages for _ in range(2)]
   assert any(name.startswith("retention/") for name in final)
   assert any("/emergent/audio_to_depth/" in name for name in final)
   assert (tmp_path / "run" / "report.html").stat().st_size > 1000
