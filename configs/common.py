@@ -23,12 +23,9 @@ def tower(trunk, *, options=(), **overrides):
 
 
 def stage(config, **overrides):
-  """One stage (`Stage`); steps and batch size follow the top-level ones unless set."""
+  """One stage (`Stage`); steps and batch size follow the top-level ones unless set, here or on the command line."""
   entry = ConfigDict(schema.defaults(Stage))
-  for key in ("steps", "batch_size"):  # a value given here must not reach the top-level key through its reference
-    if key not in overrides:
-      entry[key] = config.get_ref(key)
-  entry.update(overrides)
+  entry.update({key: config.get_oneway_ref(key) for key in ("steps", "batch_size")} | overrides)
   return entry
 
 

@@ -50,7 +50,7 @@ def get_config(arg=""):
     trained = (".*",) if name == "bridges" else new(*targets)
     config.stages[name] = common.stage(
       config, pairs=pairs, train=trained, temperature=0.1, code_rows=8, losses=losses,
-      sources={world: config.get_ref("batch_size")}, unique_labels=False,
+      sources={world: config.get_oneway_ref("batch_size")}, unique_labels=False,
     )
   config.stage_order = tuple(stages)
 

@@ -103,7 +103,7 @@ def bridges(form):
 def build(config, chosen):
   """Adds the stages of the chosen worlds to a stage 1 config."""
   icons = config.stage_order[0]
-  config.stages[icons].sources = {"icons": config.get_ref("batch_size")}
+  config.stages[icons].sources = {"icons": config.get_oneway_ref("batch_size")}
   config.data.templates_of.icons = config.data.templates
   config.data.templates = config.data.eval_templates = ("{}",)
   for name in chosen:
@@ -119,7 +119,7 @@ def add_joint(config, name, **stage):
   """
   stages = [config.stages[name] for name in config.stage_order]
   pairs = tuple(dict.fromkeys(pair for stage in stages for pair in stage.pairs))
-  sources = {world: rows for stage in stages for world, rows in stage.sources.items()}
+  sources = {world: stage.sources.get_oneway_ref(world) for stage in stages for world in stage.sources}
   usual = {"pairs": pairs, "sources": sources, "temperature": 0.1, "code_rows": 8, "unique_labels": False}
   config.stages[name] = common.stage(config, **(usual | stage))
 

@@ -66,6 +66,19 @@ def test_a_stage_s_own_numbers_leave_the_other_stages_alone():
   assert (entry.steps, entry.batch_size) == (7, 9) and (config.steps, config.batch_size) == (500, 256)
 
 
+@pytest.mark.parametrize("module", [progressive, synthetic])
+def test_a_stage_s_number_set_by_a_command_leaves_the_others_alone(module):
+  numbers = lambda config: {name: (s.steps, s.batch_size, s.sources.to_dict()) for name, s in config.stages.items()}
+  plain = module.get_config()
+  (world,) = plain.stages.bridges.sources
+  ours = {"stages.bridges.steps": 7, "stages.bridges.batch_size": 5, f"stages.bridges.sources.{world}": 9}
+  config = changed(module.get_config(), **ours)
+  assert (config.steps, config.batch_size) == (plain.steps, plain.batch_size)
+  assert numbers(config) == numbers(plain) | {"bridges": (7, 5, {world: 9})}
+  follows = changed(module.get_config(), batch_size=11, steps=70).stages.bridges
+  assert (follows.steps, follows.batch_size, follows.sources[world]) == (70, 11, 11)
+
+
 @pytest.mark.parametrize("world", sorted(registry.WORLDS))
 def test_rule_7_no_set_is_of_training_rows_and_none_to_choose_by_is_of_rows_to_be_tested_on(world):
   module = registry.world_module(world)
