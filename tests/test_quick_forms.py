@@ -110,7 +110,7 @@ def test_a_small_index_starts_from_a_continuous_lineage(tmp_path, caplog):
   for module in (stage1, progressive):
     with pytest.raises(ValueError, match="'12,24': got 2 numbers of bytes an item; allowed: one"):
       module.get_config("12,24")
-  with pytest.raises(ValueError, match="'0' is not allowed; allowed: .*evoked, a number of bytes an item"):
+  with pytest.raises(ValueError, match="'0' is not allowed; allowed: .*evoked, joint, a number of bytes an item"):
     progressive.get_config("0")
 
 
